@@ -1,0 +1,24 @@
+"""DiffusionBlocks: train a deep network one block at a time (ICLR 2026, arXiv 2506.14202)."""
+
+from .config import BlocksConfig, LabelTargetConfig
+from .convert import convert, export
+from .model import Block, BlocksOutput, DiffusionBlocks
+from .noise import EDM
+from .partition import Partition
+from .saving import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "Block",
+    "BlocksConfig",
+    "BlocksOutput",
+    "DiffusionBlocks",
+    "LabelTargetConfig",
+    "Partition",
+    "__version__",
+    "convert",
+    "export",
+    "load",
+]

@@ -1,0 +1,52 @@
+"""Which adapter serves which class. Discovery proposes, never guesses: an unknown class is an error."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from .base import Adapter
+from .vit import ViTAdapter
+
+_ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(),)
+
+
+def supported_classes() -> dict[str, Adapter]:
+    """Class name -> adapter, for every class that can be converted."""
+    return {name: adapter for adapter in _ADAPTERS for name in adapter.classes}
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model's class.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+        ValueError: no adapter knows the class; the message lists those that are known.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
+    known = supported_classes()
+    for ancestor in type(model).__mro__:  # a user's subclass of a known class keeps its structure
+        if ancestor.__name__ in known and ancestor.__module__.startswith(("transformers.", "diffusers.")):
+            adapter = known[ancestor.__name__]
+            adapter.check(model)
+            return adapter
+    raise ValueError(
+        f"cannot convert {type(model).__name__}: no adapter knows this class; supported: {', '.join(sorted(known))}. "
+        "See docs/design.md, 'Adding a family'."
+    )
+
+
+def model_class_named(name: str) -> type[nn.Module]:
+    """The public class of that name, imported from its library; only names in the registry are imported.
+
+    Raises:
+        ValueError: the name is not in the registry.
+    """
+    known = supported_classes()
+    if name not in known:
+        raise ValueError(f"unknown model class {name!r}; supported: {', '.join(sorted(known))}")
+    module = importlib.import_module(known[name].classes[name])
+    model_class: type[nn.Module] = getattr(module, name)
+    return model_class

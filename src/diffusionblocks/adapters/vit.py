@@ -1,0 +1,151 @@
+"""Vision transformers of transformers for image classification: ViT, DeiT and DINOv2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conditioning import AdaptiveNorms
+from .base import Adapter
+
+
+class LabelToken(nn.Module):
+    """Position embedding of the extra token that carries the noised label."""
+
+    def __init__(self, dim: int, std: float) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(1, 1, dim).normal_(std=std))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (batch, dim) -> token (batch, 1, dim)."""
+        return z[:, None, :] + self.position
+
+
+class ViTAdapter(Adapter):
+    """Converts `ViTForImageClassification`, `DeiTForImageClassification` and `Dinov2ForImageClassification`.
+
+    The noised label joins the tokens, either as an extra last token or in place of [CLS]; F is read at that
+    place, or at [CLS] when the label is an extra token, so that a pretrained head keeps the input it knows.
+    DINOv2's head also reads the mean of the patch tokens.
+    """
+
+    classes = {
+        "ViTForImageClassification": "transformers",
+        "DeiTForImageClassification": "transformers",
+        "Dinov2ForImageClassification": "transformers",
+    }
+    input_names = ("pixel_values",)
+    # Where the list of layers lives, in the classes and library versions known.
+    _layer_lists = ("layers", "encoder.layer", "encoder.layers")
+    _layer_norm_names = (("layernorm_before", "layernorm_after"), ("norm1", "norm2"))
+
+    def _base(self, model: nn.Module) -> str:
+        return str(model.base_model_prefix)
+
+    def layers_path(self, model: nn.Module) -> str:
+        """See `Adapter`."""
+        base = self._base(model)
+        found = []
+        for name in self._layer_lists:
+            try:
+                part = model.get_submodule(f"{base}.{name}")
+            except AttributeError:
+                continue
+            if isinstance(part, nn.ModuleList):
+                found.append(f"{base}.{name}")
+        if len(found) != 1:
+            raise ValueError(
+                f"{type(model).__name__}: expected exactly one list of layers among "
+                f"{[f'{base}.{name}' for name in self._layer_lists]}, found {found}"
+            )
+        return found[0]
+
+    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return (f"{self._base(model)}.embeddings", *self.head_paths(model))
+
+    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return (f"{self._base(model)}.layernorm", "classifier")
+
+    def layer_norms(self, layer: nn.Module) -> list[nn.Module]:
+        """See `Adapter`."""
+        for names in self._layer_norm_names:
+            if all(hasattr(layer, name) for name in names):
+                return [layer.get_submodule(name) for name in names]
+        raise ValueError(f"{type(layer).__name__}: no norms named {' or '.join(map(str, self._layer_norm_names))}")
+
+    def final_norms(self, network: nn.Module) -> list[nn.Module]:
+        """See `Adapter`."""
+        return [self._backbone(network).get_submodule("layernorm")]
+
+    def hidden_size(self, model: nn.Module) -> int:
+        """See `Adapter`."""
+        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def num_classes(self, model: nn.Module) -> int:
+        """See `Adapter`."""
+        return int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+
+    def check(self, model: nn.Module) -> None:
+        """See `Adapter`."""
+        if self.num_classes(model) < 2 or isinstance(model.get_submodule("classifier"), nn.Identity):
+            raise ValueError(
+                f"{type(model).__name__} has num_labels = {self.num_classes(model)}: a classifier needs at least 2; "
+                "set num_labels in its config"
+            )
+
+    def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
+        """See `Adapter`."""
+        if config.target.token == "replace-cls":
+            return nn.ModuleDict()
+        std = float(getattr(model.config, "initializer_range", 0.02))
+        return nn.ModuleDict({"label_token": LabelToken(self.hidden_size(model), std)})
+
+    @staticmethod
+    def _backbone(network: nn.Module) -> nn.Module:
+        (backbone,) = (child for name, child in network.named_children() if name != "classifier")
+        return backbone
+
+    def hidden(
+        self,
+        network: nn.Module,
+        layers: Sequence[tuple[nn.Module, AdaptiveNorms]],
+        added: nn.ModuleDict,
+        inputs: Mapping[str, Tensor],
+        z: Tensor,
+        condition: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Adapter`."""
+        embeddings = self._backbone(network).get_submodule("embeddings")
+        tokens = embeddings(inputs["pixel_values"])
+        if "label_token" in added:
+            tokens = torch.cat([tokens, added["label_token"](z).to(tokens.dtype)], dim=1)
+        else:
+            # The stem has put [CLS] and its position at place 0: take both out, keep the position.
+            position = embeddings.position_embeddings[:, :1]
+            tokens = torch.cat([(z[:, None, :] + position).to(tokens.dtype), tokens[:, 1:]], dim=1)
+        for layer, adaptive in layers:
+            output = adaptive(layer, condition, tokens)
+            tokens = output[0] if isinstance(output, tuple) else output
+        if "label_token" in added:
+            tokens = tokens[:, :-1]  # the head sees the places it was made for
+        return tokens, tokens[:, 0]
+
+    def readout(
+        self, network: nn.Module, final: AdaptiveNorms, hidden: Tensor, denoised: Tensor, condition: Tensor
+    ) -> Tensor:
+        """See `Adapter`."""
+        norm = self._backbone(network).get_submodule("layernorm")
+        classifier = network.get_submodule("classifier")
+        if classifier.in_features == denoised.shape[-1]:
+            tokens = denoised[:, None, :]
+        else:  # DINOv2: [CLS] beside the mean of the patch tokens
+            tokens = torch.cat([denoised[:, None, :].to(hidden.dtype), hidden[:, 1:]], dim=1)
+        tokens = final(norm, condition, tokens)
+        if tokens.shape[1] == 1:
+            return classifier(tokens[:, 0])  # type: ignore[no-any-return]
+        return classifier(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))  # type: ignore[no-any-return]

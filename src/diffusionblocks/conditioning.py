@@ -1,0 +1,74 @@
+"""Telling a layer its noise level: a noise embedding, and adaptive norms for models that have none.
+
+The adaptive norms wrap the model's own norms from outside, by forward hooks: no module is replaced, so parameters
+keep their original names, and the scale and shift are zero-initialised, so that a converted layer starts as the
+original function (adaLN of DiT, arXiv 2212.09748, section 3.2, without gates).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NoiseEmbedding(nn.Module):
+    """Fourier features of c_noise and a two-layer MLP: (batch,) -> (batch, dim).
+
+    c_noise = log(sigma) / 4 spans about [-1.6, 1.1]; frequencies run geometrically from 1 to 64, so that levels
+    inside the narrowest interval of a partition are still told apart.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, num_frequencies: int = 32, max_frequency: float = 64.0) -> None:
+        super().__init__()
+        exponent = torch.linspace(0.0, math.log(max_frequency), num_frequencies)
+        self.register_buffer("frequencies", exponent.exp(), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """c_noise (batch,) -> embedding (batch, dim)."""
+        angle = c_noise.float()[:, None] * self.frequencies
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+
+
+class AdaptiveNorms(nn.Module):
+    """Scale and shift of the outputs of some norms, from the noise embedding; zero at initialisation.
+
+    Args:
+        norms: the foreign norm modules, called inside `forward`'s `module`; they are hooked, not owned.
+        dims: feature size of each norm.
+        condition_dim: size of the noise embedding.
+    """
+
+    def __init__(self, norms: list[nn.Module], dims: list[int], condition_dim: int) -> None:
+        super().__init__()
+        self.dims = list(dims)
+        self.linear = nn.Linear(condition_dim, 2 * sum(dims))
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        # Set only while `forward` runs the module (again under activation checkpointing, which re-runs it).
+        self._modulation: list[tuple[Tensor, Tensor]] | None = None
+        for index, norm in enumerate(norms):
+            norm.register_forward_hook(functools.partial(self._modulate, index))
+
+    def _modulate(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self._modulation is None:  # the norm is used outside a converted model
+            return output
+        scale, shift = self._modulation[index]
+        shape = (output.shape[0], *([1] * (output.dim() - 2)), output.shape[-1])
+        modulated = output.float() * (1.0 + scale.float().view(shape)) + shift.float().view(shape)
+        return modulated.to(output.dtype)
+
+    def forward(self, module: nn.Module, condition: Tensor, *args: Any) -> Any:
+        """Call `module(*args)` with its norms adapted to `condition` (batch, condition_dim)."""
+        parts = self.linear(nn.functional.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
+        self._modulation = [tuple(part.chunk(2, dim=-1)) for part in parts]
+        output = module(*args)
+        self._modulation = None
+        return output

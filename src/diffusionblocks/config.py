@@ -1,0 +1,74 @@
+"""How a model is to be split into blocks: validated, and saved as JSON beside the weights."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .noise import EDM
+
+
+class LabelTargetConfig(BaseModel):
+    """What a classifier's blocks denoise: the L2-normalised embedding of the label (paper, section 4.1).
+
+    Attributes:
+        embedding: `frozen` (fixed random unit rows) or `learned` (needs `shared: joint`, because z must live in
+            the same space for every block); default: learned under `joint`, else frozen.
+        token: where the noised label enters: as an `extra` token (the paper) or in place of the [CLS] token
+            (`replace-cls`, the released code).
+        weight: weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2.
+        bridge: what a prediction feeds to the next step: `soft` (the probabilities times the embedding table)
+            or `hard` (the row of the most probable label).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["label"] = "label"
+    embedding: Literal["frozen", "learned"] | None = None
+    token: Literal["extra", "replace-cls"] = "extra"
+    weight: Literal["none", "edm"] = "none"
+    bridge: Literal["soft", "hard"] = "soft"
+
+
+class BlocksConfig(BaseModel):
+    """How to convert a model into DiffusionBlocks.
+
+    Attributes:
+        num_blocks: B >= 1; must divide the model's layers unless `layers` is given.
+        layers: number of layers of each block, input side first.
+        partition: how noise levels are split: `equi-probability` (paper, section 3.3), `log-uniform`, `uniform`.
+        overlap: gamma in [0, 1): how far the levels a block trains on reach into its neighbours'.
+        noise: the EDM noise process.
+        shared: policy for the shared parts (stem, positions, noise embedder, final norm, head): `joint` (one copy,
+            updated by whichever block steps: the released code), `replicated` (each block owns its copies, so
+            blocks are independent) or `frozen` (fixed).
+        target: what the blocks denoise; None takes the family's default.
+        conditioning_dim: width of the noise embedding; None takes hidden size / 6, at least 32, as a multiple of 8.
+        seed: seed of all that conversion adds (frozen target embedding, noise embedder): blocks converted on
+            different machines agree on them.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): an unknown field or a value out of range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_blocks: int = Field(default=3, ge=1)
+    layers: tuple[int, ...] | None = None
+    partition: Literal["equi-probability", "log-uniform", "uniform"] = "equi-probability"
+    overlap: float = Field(default=0.05, ge=0.0, lt=1.0)
+    noise: EDM = EDM()
+    shared: Literal["joint", "replicated", "frozen"] = "replicated"
+    target: LabelTargetConfig | None = None
+    conditioning_dim: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _learned_target_needs_joint(self) -> Self:
+        if self.target is not None and self.target.embedding == "learned" and self.shared != "joint":
+            raise ValueError(
+                f"target.embedding = learned needs shared = joint, got shared = {self.shared}: blocks that "
+                "train apart would each learn another space for z; use embedding: frozen"
+            )
+        return self

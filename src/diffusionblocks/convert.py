@@ -1,0 +1,180 @@
+"""Conversion of an ordinary model into DiffusionBlocks, and export back to the original class."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import Adapter, adapter_for, model_class_named
+from .adapters.base import Namespace, extract
+from .conditioning import AdaptiveNorms, NoiseEmbedding
+from .config import BlocksConfig, LabelTargetConfig
+from .model import Block, DiffusionBlocks, SharedParts
+from .partition import Partition
+from .targets import LabelTarget
+
+
+def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBlocks:
+    """Split a model of a supported class into B independent denoisers (paper, section 3.3).
+
+    The given model is copied, not changed. Its weights survive: each converted layer starts as exactly the
+    function of the original layer.
+
+    Args:
+        model: an instance of a supported class, freshly initialised or pretrained.
+        config: how to split it; default three blocks.
+
+    Returns:
+        The converted model, in training mode, on the original's device.
+
+    Raises:
+        ValueError: a class no adapter knows, layers that do not divide, a value out of range.
+        TypeError: `model` is no module.
+    """
+    adapter = adapter_for(model)
+    config = resolve(config or BlocksConfig())
+    assert config.target is not None
+    layers_path = adapter.layers_path(model)
+    layer_list = model.get_submodule(layers_path)
+    assert isinstance(layer_list, nn.ModuleList)
+    partition = Partition.build(
+        config.noise,
+        num_layers=len(layer_list),
+        num_blocks=config.num_blocks,
+        strategy=config.partition,
+        layers=config.layers,
+        overlap=config.overlap,
+    )
+    model_config = copy.deepcopy(model.config)
+    with torch.random.fork_rng(devices=[]):
+        # What conversion adds depends on config.seed alone, not on what ran before.
+        torch.manual_seed(config.seed)
+        blocks = _build_blocks(model, adapter, config, partition, layers_path, model_config)
+    converted = DiffusionBlocks(
+        blocks,
+        partition=partition,
+        config=config,
+        adapter=adapter,
+        model_class=_class_name(model, adapter),
+        model_config=model_config,
+    )
+    parameter = next(model.parameters())
+    return converted.to(device=parameter.device, dtype=parameter.dtype).train()
+
+
+def resolve(config: BlocksConfig) -> BlocksConfig:
+    """Fill in the defaults that depend on other fields."""
+    target = config.target or LabelTargetConfig()
+    if target.embedding is None:
+        target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else "frozen"})
+    return config.model_copy(update={"target": target})
+
+
+def _build_blocks(
+    model: nn.Module,
+    adapter: Adapter,
+    config: BlocksConfig,
+    partition: Partition,
+    layers_path: str,
+    model_config: Any,
+) -> list[Block]:
+    hidden = adapter.hidden_size(model)
+    condition_dim = config.conditioning_dim or max(32, -(-hidden // 6 // 8) * 8)
+    shared_paths = adapter.shared_paths(model)
+
+    def shared_parts() -> tuple[Namespace, SharedParts]:
+        assert config.target is not None
+        foreign = extract(model, shared_paths, memo={id(model.config): model_config})
+        final_norms = adapter.final_norms(foreign)
+        added = SharedParts(
+            NoiseEmbedding(condition_dim),
+            AdaptiveNorms(final_norms, [hidden] * len(final_norms), condition_dim),
+            LabelTarget(
+                adapter.num_classes(model), hidden, learned=config.target.embedding == "learned", seed=config.seed
+            ),
+            adapter.add_parts(model, config),
+        )
+        if config.shared == "frozen":
+            foreign.requires_grad_(False)
+            added.requires_grad_(False)
+        return foreign, added
+
+    foreign, added = shared_parts()
+    # Copies start equal: under `replicated` the blocks are told apart by their layers and levels alone.
+    state = (copy.deepcopy(foreign.state_dict()), copy.deepcopy(added.state_dict()))
+    blocks = []
+    for index in range(partition.num_blocks):
+        if index and config.shared != "joint":
+            foreign, added = shared_parts()
+            foreign.load_state_dict(state[0])
+            added.load_state_dict(state[1])
+        layer_paths = [f"{layers_path}.{i}" for i in partition.layer_range(index)]
+        network = extract(model, layer_paths, memo={id(model.config): model_config})
+        for path in shared_paths:
+            _graft(network, path, foreign.get_submodule(path))
+        adaptive = nn.ModuleList()
+        for path in layer_paths:
+            norms = adapter.layer_norms(network.get_submodule(path))
+            adaptive.append(AdaptiveNorms(norms, [hidden] * len(norms), condition_dim))
+        blocks.append(
+            Block(
+                index,
+                adapter=adapter,
+                config=config,
+                network=network,
+                layer_paths=layer_paths,
+                adaptive=adaptive,
+                shared=added,
+                interval=partition.training_interval(index),
+            )
+        )
+    return blocks
+
+
+def _graft(root: Namespace, path: str, part: nn.Module) -> None:
+    """Register `part` at the dotted `path` below `root`."""
+    *parents, name = path.split(".")
+    place: nn.Module = root
+    for parent in parents:
+        if parent not in place._modules:
+            place.add_module(parent, Namespace())
+        place = place.get_submodule(parent)
+    place.add_module(name, part)
+
+
+def _class_name(model: nn.Module, adapter: Adapter) -> str:
+    return next(ancestor.__name__ for ancestor in type(model).__mro__ if ancestor.__name__ in adapter.classes)
+
+
+def export(model: DiffusionBlocks) -> nn.Module:
+    """The original class with the trained weights, to be used or fine-tuned as an ordinary model.
+
+    Layers come from the blocks that own them; shared parts before the layers from block 0, those after them from
+    the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original
+    class and is left out.
+
+    Returns:
+        An instance of the original class, on the CPU.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    original = build_original(model.model_class, model.config)
+    head = tuple(f"{path}." for path in model.adapter.head_paths(original))
+    last = len(model.blocks) - 1
+    for index in range(len(model.blocks)):
+        block = model.block(index)
+        for name, tensor in block.network.state_dict().items():
+            of_layer = any(name.startswith(f"{path}.") for path in block.layer_paths)
+            of_head = name.startswith(head)
+            if of_layer or (of_head and index == last) or (not of_head and index == 0):
+                weights[name] = tensor.detach().cpu().clone()
+    original.load_state_dict(weights, strict=True)
+    return original.train(model.training)
+
+
+def build_original(model_class: str, model_config: Any) -> nn.Module:
+    """A freshly initialised instance of a supported class; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return model_class_named(model_class)(copy.deepcopy(model_config))

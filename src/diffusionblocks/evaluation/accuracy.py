@@ -1,0 +1,83 @@
+"""Test accuracy of a classifier, over denoising steps and averaged noise seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import DiffusionBlocks
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """Accuracy in [0, 1] with its binomial standard error; steps and seeds are None for an end-to-end model."""
+
+    steps: int | None
+    seeds: int | None
+    accuracy: float
+    standard_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def accuracy_grid(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]],
+    *,
+    steps: Sequence[int] = (1,),
+    seeds: Sequence[int] = (1,),
+    bridge: str | None = None,
+    grid: str = "equal-mass",
+    seed: int = 0,
+) -> list[AccuracyRow]:
+    """Accuracy for every pair of steps and seeds.
+
+    The row with n seeds averages the first n of the same chains, so rows differ by averaging alone.
+
+    Args:
+        model: a `DiffusionBlocks`, or an `EndToEnd` (one row; steps and seeds do not apply).
+        batches: makes an iterable of {"pixel_values", "labels"} on the model's device; read once per number of steps.
+        steps, seeds: what to measure; all >= 1.
+        bridge, grid: see `predict_labels`.
+        seed: of the starting noise.
+
+    Returns:
+        Rows in the order of steps, then seeds.
+    """
+    if not isinstance(model, DiffusionBlocks):
+        correct = count = 0
+        for batch in batches():
+            probabilities = model.predict(batch["pixel_values"]).probabilities  # type: ignore[operator]
+            correct += int((probabilities.argmax(-1) == batch["labels"]).sum())
+            count += len(batch["labels"])
+        return [_row(None, None, correct, count)]
+    rows = []
+    wanted = sorted(set(seeds))
+    for n in steps:
+        generator = torch.Generator(device=model.device).manual_seed(seed)
+        hits = dict.fromkeys(wanted, 0)
+        count = 0
+        for batch in batches():
+            total = torch.zeros((), device=model.device)
+            for done in range(1, wanted[-1] + 1):
+                prediction = model.predict(
+                    batch["pixel_values"], steps=n, bridge=bridge, grid=grid, generator=generator
+                )
+                total = total + prediction.probabilities
+                if done in hits:
+                    hits[done] += int((total.argmax(-1) == batch["labels"]).sum())
+            count += len(batch["labels"])
+        rows += [_row(n, s, hits[s], count) for s in seeds]
+    return rows
+
+
+def _row(steps: int | None, seeds: int | None, correct: int, count: int) -> AccuracyRow:
+    p = correct / count
+    return AccuracyRow(steps, seeds, p, (p * (1 - p) / count) ** 0.5)

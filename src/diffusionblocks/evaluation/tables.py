@@ -1,0 +1,91 @@
+"""Plain-text tables, and the JSON files that results are kept in."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model import Block, DiffusionBlocks
+from ..saving import write_json
+from .memory import size_of
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as an aligned text table; None shows as "-"."""
+    names = list(rows[0])
+    cells = [["-" if row[name] is None else str(row[name]) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
+    lines = [names, ["-" * width for width in widths], *cells]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
+    """A row a block: layers, levels, mass, parameters, and predicted bytes of what AdamW training of it holds.
+
+    Bytes are of one block with its shared parts, in the weights' own precision, without activations.
+    """
+    rows = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        low, high = model.partition.interval(block.index)
+        trained = model.partition.training_interval(block.index)
+        mass = model.noise.mass_of(torch.tensor([low, high], dtype=torch.float64)).diff().item()
+        trainable = [p for p in block.parameters() if p.requires_grad]
+        layers = model.partition.layer_range(block.index)
+        rows.append(
+            {
+                "block": block.index,
+                "layers": f"{layers[0]}-{layers[-1]}",
+                "levels": f"{low:.4g} - {high:.4g}",
+                "trains on": f"{trained[0]:.4g} - {trained[1]:.4g}",
+                "mass": f"{mass:.4f}",
+                "trainable": f"{sum(p.numel() for p in trainable):,}",
+                "total": f"{sum(p.numel() for p in block.parameters()):,}",
+                "parameters": format_bytes(size_of(block.parameters())),
+                "gradients": format_bytes(size_of(trainable)),
+                "optimizer": format_bytes(2 * size_of(trainable)),
+            }
+        )
+    return rows
+
+
+def write_results(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write measured figures with the command, device and commit that made them."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    write_json(
+        path,
+        {
+            "command": shlex.join(["python", *sys.argv]),
+            "device": device,
+            "torch": torch.__version__,
+            "commit": commit(),
+            **more,
+            "rows": rows,
+        },
+    )
+
+
+def commit() -> str | None:
+    """The checked-out commit, with "+" where tracked files differ from it; None outside a repository."""
+    try:
+        name = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name + "+" * bool(changed)

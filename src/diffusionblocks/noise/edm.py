@@ -1,0 +1,227 @@
+"""The EDM noise process (Karras et al., arXiv 2206.00364), as DiffusionBlocks uses it (paper, section 3).
+
+A *level* is sigma, the standard deviation of the noise added to the target. Its *mass* u in [0, 1] is its
+quantile under the training distribution, log sigma ~ N(P_mean, P_std^2) truncated to
+[sigma_min, sigma_max]; u = 0 is the cleanest level. "EDM eq. n" refers to the EDM paper.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+PARTITION_STRATEGIES = ("equi-probability", "log-uniform", "uniform")
+
+
+class Preconditioning(NamedTuple):
+    """The coefficients of D = c_skip * z + c_out * F(c_in * z, c_noise) (EDM eq. 7), each shaped like the level."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+@dataclass(frozen=True)
+class EDM:
+    """Variance-exploding noise with EDM's training distribution, preconditioning and weight.
+
+    Args:
+        p_mean: mean of log sigma (EDM table 1; default -1.2).
+        p_std: standard deviation of log sigma, > 0 (default 1.2).
+        sigma_min: lowest level, > 0 (default 0.002).
+        sigma_max: highest level, > sigma_min (default 80).
+        sigma_data: standard deviation of the data that the preconditioning assumes, > 0 (default 0.5).
+
+    Raises:
+        ValueError: a parameter out of its range.
+    """
+
+    # pydantic reads this when the process is a field of a config: unknown keys are refused there.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("p_std", "sigma_min", "sigma_data"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number > 0, got {value}")
+        if not math.isfinite(self.p_mean):
+            raise ValueError(f"p_mean must be finite, got {self.p_mean}")
+        if not (math.isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
+            raise ValueError(
+                f"sigma_max must be finite and > sigma_min = {self.sigma_min}, got {self.sigma_max}"
+            )
+
+    # ---- the training distribution -------------------------------------------------------------------
+
+    @property
+    def level_min(self) -> float:
+        """The cleanest level."""
+        return self.sigma_min
+
+    @property
+    def level_max(self) -> float:
+        """The noisiest level: z carries (almost) nothing of the target there."""
+        return self.sigma_max
+
+    def _normal_cdf_ends(self) -> tuple[float, float]:
+        ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
+        q_min, q_max = torch.special.ndtr((ends.log() - self.p_mean) / self.p_std).tolist()
+        return q_min, q_max
+
+    def mass_of(self, level: Tensor) -> Tensor:
+        """Mass u in [0, 1] below each level, float64, shape of `level` (levels outside the range are clamped)."""
+        q_min, q_max = self._normal_cdf_ends()
+        sigma = level.double().clamp(self.sigma_min, self.sigma_max)
+        q = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
+        return ((q - q_min) / (q_max - q_min)).clamp(0.0, 1.0)
+
+    def level_of(self, mass: Tensor) -> Tensor:
+        """Level sigma at each mass u in [0, 1]: the inverse of `mass_of`, float64, shape of `mass`."""
+        q_min, q_max = self._normal_cdf_ends()
+        q = q_min + mass.double() * (q_max - q_min)
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(q))
+        return sigma.clamp(self.sigma_min, self.sigma_max)
+
+    def sample(
+        self,
+        n: int,
+        interval: tuple[float, float] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw n levels from the training distribution restricted to a level interval.
+
+        Args:
+            n: how many.
+            interval: (lowest, highest) level; default the whole range.
+            generator: source of randomness (its device must be `device`).
+            device: where to draw.
+
+        Returns:
+            Levels, float32, shape (n,). The quantile is inverted in float64.
+        """
+        low, high = interval if interval is not None else (self.sigma_min, self.sigma_max)
+        u_low, u_high = self.mass_of(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        u = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+        return self.level_of(u_low + u * (u_high - u_low)).clamp(low, high).float()
+
+    def density(self, level: Tensor) -> Tensor:
+        """Density of the training distribution per unit of log sigma, float64, shape of `level`."""
+        q_min, q_max = self._normal_cdf_ends()
+        x = (level.double().log() - self.p_mean) / self.p_std
+        return torch.exp(-0.5 * x * x) / (math.sqrt(2 * math.pi) * self.p_std * (q_max - q_min))
+
+    # ---- intervals of levels -------------------------------------------------------------------------
+
+    def boundaries(self, num_intervals: int, strategy: str = "equi-probability") -> list[float]:
+        """Ascending boundaries of `num_intervals` intervals that tile [sigma_min, sigma_max].
+
+        Args:
+            num_intervals: B >= 1.
+            strategy: `equi-probability` (equal mass, paper section 3.3), `log-uniform` (equal width in
+                log sigma) or `uniform` (equal width in sigma, the paper's ablation).
+
+        Raises:
+            ValueError: unknown strategy or num_intervals < 1.
+        """
+        if num_intervals < 1:
+            raise ValueError(f"the number of blocks must be >= 1, got {num_intervals}")
+        fraction = torch.linspace(0.0, 1.0, num_intervals + 1, dtype=torch.float64)
+        if strategy == "equi-probability":
+            sigma = self.level_of(fraction)
+        elif strategy == "log-uniform":
+            sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** fraction
+        elif strategy == "uniform":
+            sigma = self.sigma_min + fraction * (self.sigma_max - self.sigma_min)
+        else:
+            raise ValueError(
+                f"unknown partition strategy {strategy!r}; allowed: {', '.join(PARTITION_STRATEGIES)}"
+            )
+        inner: list[float] = sigma[1:-1].tolist()
+        return [self.sigma_min, *inner, self.sigma_max]  # the ends exactly, free of rounding
+
+    def widen(self, interval: tuple[float, float], overlap: float) -> tuple[float, float]:
+        """The interval a block trains on: [lo/alpha, hi*alpha], alpha = (hi/lo)^overlap, clipped (paper 3.3)."""
+        low, high = interval
+        alpha = (high / low) ** overlap
+        return max(self.sigma_min, low / alpha), min(self.sigma_max, high * alpha)
+
+    # ---- level grids for sampling --------------------------------------------------------------------
+
+    def levels(self, steps: int, grid: str = "equal-mass", *, rho: float = 7.0) -> list[float]:
+        """`steps` + 1 descending levels from sigma_max to sigma_min: one network call at each but the last.
+
+        Args:
+            steps: number of solver steps, >= 1.
+            grid: `equal-mass` (equal steps of u) or `karras` (EDM eq. 5).
+            rho: the exponent of the Karras grid, > 0.
+
+        Raises:
+            ValueError: steps < 1, unknown grid, or rho <= 0.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be >= 1, got {steps}")
+        if grid == "equal-mass":
+            return self.boundaries(steps)[::-1]
+        if grid == "karras":
+            if rho <= 0:
+                raise ValueError(f"rho must be > 0, got {rho}")
+            ramp = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
+            top, bottom = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
+            inner: list[float] = ((top + ramp * (bottom - top)) ** rho)[1:-1].tolist()
+            return [self.sigma_max, *inner, self.sigma_min]
+        raise ValueError(f"unknown level grid {grid!r}; allowed: equal-mass, karras")
+
+    # ---- corruption, preconditioning, weight ---------------------------------------------------------
+
+    def corrupt(self, target: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """z = y + sigma * eps (EDM eq. 2), in float32 or better; `level` (batch,) broadcasts over the rest."""
+        target = target if target.dtype == torch.float64 else target.float()
+        return target + match(level, target) * noise
+
+    def prior(self, shape: tuple[int, ...], *, generator: torch.Generator | None, device: Any = None) -> Tensor:
+        """z at sigma_max, where the chain starts: sigma_max * eps, float32 (y is negligible there)."""
+        return self.sigma_max * torch.randn(shape, generator=generator, device=device)
+
+    def precondition(self, level: Tensor) -> Preconditioning:
+        """c_skip, c_out, c_in, c_noise (EDM table 1), each of the shape and dtype (>= float32) of `level`."""
+        sigma = level if level.dtype == torch.float64 else level.float()
+        sd = self.sigma_data
+        total = sigma**2 + sd**2
+        return Preconditioning(
+            c_skip=sd**2 / total,
+            c_out=sigma * sd * total.rsqrt(),
+            c_in=total.rsqrt(),
+            c_noise=0.25 * sigma.log(),
+        )
+
+    def weight(self, level: Tensor) -> Tensor:
+        """w(sigma) = (sigma^2 + sd^2) / (sigma * sd)^2 = 1 / c_out^2 (EDM eq. 144), shape of `level`."""
+        sigma = level if level.dtype == torch.float64 else level.float()
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+    # ---- saving --------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parameters as plain JSON values."""
+        return asdict(self)
+
+
+def match(level: Tensor, like: Tensor) -> Tensor:
+    """View a (batch,) tensor so that it broadcasts over the trailing dimensions of `like`."""
+    return level.reshape(level.shape[0], *([1] * (like.dim() - 1))).to(
+        torch.float64 if like.dtype == torch.float64 else torch.float32
+    )

@@ -1,0 +1,203 @@
+"""Recipes: YAML files that reproduce a run, validated before any work.
+
+No imports, interpolation or code in YAML. `--set a.b=v` overrides a field; its value is parsed as YAML.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .config import BlocksConfig
+from .data.augment import AugmentConfig
+from .training import TrainConfig
+
+#: Folder that holds local data sets, one sub-folder each (see `ImageFilesConfig.folder`).
+DATA_VARIABLE = "DIFFUSIONBLOCKS_DATA"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """The ordinary model that is trained end to end, or converted.
+
+    Attributes:
+        type: a supported class of transformers, for example `ViTForImageClassification`.
+        config: values of that class's config (hidden_size, num_hidden_layers, ...).
+        pretrained: folder or hub name to load weights from, instead of a fresh start.
+    """
+
+    type: str
+    config: dict[str, Any] = Field(default_factory=dict)
+    pretrained: str | None = None
+
+
+class _Normalised(_Section):
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: AugmentConfig = AugmentConfig()
+    placement: Literal["auto", "device", "host"] = "auto"
+
+
+class DigitsConfig(_Normalised):
+    """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,437 train and 360 test images."""
+
+    kind: Literal["digits"]
+    mean: tuple[float, ...] = (0.3,)
+    std: tuple[float, ...] = (0.376,)
+
+
+class ImageFilesConfig(_Normalised):
+    """Image-classification parquet in the hub's schema.
+
+    Attributes:
+        source: a local folder or a hub name.
+        folder: name below the folder in the environment variable DIFFUSIONBLOCKS_DATA; where that variable is set
+            and `source` was not overridden, the local copy is used.
+        split_files: split name -> file pattern below a local folder.
+        train_split, test_split: names of the splits.
+        image_column, label_column: column names; null finds them.
+        image_size: height and width in pixels; other sizes are refused.
+        cache: folder for decoded images; null decodes at every start.
+    """
+
+    kind: Literal["images"]
+    source: str | None = None
+    folder: str | None = None
+    split_files: dict[str, str] | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int = Field(ge=1)
+    channels: Literal[1, 3] = 3
+    num_classes: int | None = Field(default=None, ge=2)
+    cache: Path | None = None
+
+    def resolved_source(self) -> str:
+        """The folder or hub name to read.
+
+        Raises:
+            ValueError: neither source nor folder leads anywhere.
+        """
+        root = os.environ.get(DATA_VARIABLE)
+        if self.folder is not None and root and (Path(root) / self.folder).is_dir():
+            return str(Path(root) / self.folder)
+        if self.source is None:
+            raise ValueError(
+                f"data.source is not set; give a folder or hub name (--set data.source=...), or set {DATA_VARIABLE} to "
+                f"a folder that holds {self.folder!r}"
+            )
+        return self.source
+
+
+class EvaluateConfig(_Section):
+    """Accuracy is measured for every pair of `steps` and `seeds`.
+
+    Attributes:
+        steps: denoising steps.
+        seeds: noise seeds whose probabilities are averaged.
+        bridge: `soft` or `hard`; null takes the model's.
+        grid: level grid, `equal-mass` or `karras`.
+        batch_size: images at a time.
+        seed: of the starting noise.
+    """
+
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 3)
+    seeds: tuple[Annotated[int, Field(ge=1)], ...] = (1, 8)
+    bridge: Literal["soft", "hard"] | None = None
+    grid: Literal["equal-mass", "karras"] = "equal-mass"
+    batch_size: int = Field(default=500, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class Recipe(_Section):
+    """A whole run.
+
+    Attributes:
+        name: names the default output folder, runs/<name>.
+        method: `diffusionblocks` or `end-to-end` (the control: the same class, unconverted).
+        device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    method: Literal["diffusionblocks", "end-to-end"] = "diffusionblocks"
+    model: ModelConfig
+    blocks: BlocksConfig = BlocksConfig()
+    data: DigitsConfig | ImageFilesConfig = Field(discriminator="kind")
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+
+    @model_validator(mode="after")
+    def _train_length(self) -> Self:
+        if (self.train.steps is None) == (self.train.epochs is None):
+            raise ValueError("give either train.steps or train.epochs, and not both")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b=value` strings; the value is YAML (`null`, `[1, 2]`, `0.1`, `text`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown field, or a value that is not allowed; the message names field and value.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no recipe at {file}")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a mapping, got {type(values).__name__}")
+    for override in overrides or []:
+        _override(values, override)
+    return parse_recipe(values, str(file))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe given as plain values; ValueError names every wrong field, its value and what is allowed."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            # A union's tag ("digits") is part of the location; readers of the YAML do not see it.
+            location = [str(part) for part in item["loc"]]
+            if location[:1] == ["data"] and location[1:2] in (["digits"], ["images"]):
+                del location[1]
+            given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
+            lines.append(f"  {'.'.join(location) or 'recipe'}: {item['msg']}{given}")
+        raise ValueError(f"{where} is not a valid recipe:\n" + "\n".join(lines)) from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise ValueError(f"--set wants field.name=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {name}: {text!r} is not YAML: {error}") from None
+    *parents, last = name.split(".")
+    place = values
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {name}: {parent} is a value, not a section")
+        place = inner
+    place[last] = value
+    if name == "data.source":  # what the user names wins over the environment variable
+        place["folder"] = None

@@ -1,0 +1,7 @@
+"""One trainer for end-to-end models and for blocks; see `trainer.py`."""
+
+from .config import TrainConfig
+from .trainer import Diverged, Interrupted, Trainer
+from .units import EndToEnd, Unit, units_of
+
+__all__ = ["Diverged", "EndToEnd", "Interrupted", "TrainConfig", "Trainer", "Unit", "units_of"]

@@ -1,0 +1,89 @@
+"""Hyperparameters of the trainer: a section of the recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainConfig(BaseModel):
+    """How each unit (a block, or the end-to-end model) is trained. Steps are steps *of that unit*.
+
+    Attributes:
+        steps: optimizer steps of each unit; with B blocks the run has B x steps iterations. Or give `epochs`.
+        epochs: passes over the data by each unit, instead of `steps` (whole batches only).
+        batch_size: samples of a micro-batch.
+        accumulation: micro-batches of an optimizer step.
+        lr, betas, weight_decay: AdamW's; weight decay applies to all parameters.
+        lr_schedule: `constant` or `cosine` (to zero), over the unit's own steps, after `warmup_steps`.
+        warmup_steps / warmup_epochs: linear warm-up, in the unit's own steps or epochs.
+        gradient_clip: largest global gradient norm of a step; None does not clip.
+        precision: `float32`, or `bfloat16` autocast with float32 weights.
+        ema_decay: decay of the moving average of the weights, which moves only with the unit that stepped; it ramps
+            up as (1 + step) / (10 + step). None keeps no average. The final model then holds the averages.
+        compile: torch.compile the blocks and the augmentation.
+        cuda_graph: capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph; on CPU it
+            has no effect.
+        seed: seed of data order, augmentation, noise and dropout.
+        log_every, checkpoint_every: in iterations; checkpoint_every None saves only at a signal.
+        keep_checkpoints: how many of the newest checkpoints to keep.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=128, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    lr: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    gradient_clip: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    compile: bool = False
+    cuda_graph: bool = False
+    block_schedule: Literal["random"] = "random"
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=50, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    def unit_steps(self, num_examples: int) -> int:
+        """Optimizer steps of each unit.
+
+        Raises:
+            ValueError: neither or both of steps and epochs given, or fewer examples than one step needs.
+        """
+        per_epoch = self.steps_per_epoch(num_examples)
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give either train.steps or train.epochs, got steps = {self.steps}, epochs = {self.epochs}"
+            )
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * per_epoch))
+
+    def warmup(self, num_examples: int) -> int:
+        """Warm-up in steps of the unit."""
+        return self.warmup_steps or round(self.warmup_epochs * self.steps_per_epoch(num_examples))
+
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Whole optimizer steps that the data gives in one pass."""
+        needed = self.batch_size * self.accumulation
+        if num_examples < needed:
+            raise ValueError(
+                f"one step needs batch_size x accumulation = {needed} examples, but the data has {num_examples}; "
+                "lower train.batch_size"
+            )
+        return num_examples // needed
+
+
+#: Fields that may differ between a checkpoint and the run that resumes it: they do not change what is computed
+#: (compile and cuda_graph change rounding only).
+RESUME_MAY_DIFFER = frozenset({"compile", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints"})

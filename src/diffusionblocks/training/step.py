@@ -1,0 +1,130 @@
+"""One optimizer step of one unit, eager or as a CUDA graph: the only place where training computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .optim import ParameterSet
+from .units import Unit
+
+_EAGER_STEPS = 3  # real steps before capture: they load kernels and create the optimizer's state
+
+
+class BatchMaker(Protocol):
+    """Makes a batch on the device from example indices (batch,) and a generator."""
+
+    num_examples: int
+
+    def __call__(self, indices: Tensor, generator: torch.Generator | None) -> Mapping[str, Tensor]: ...
+
+    def compile(self) -> None:
+        """torch.compile what can be."""
+
+
+class Stepper:
+    """Runs steps of units on one device, with no host sync.
+
+    Args:
+        units: the units.
+        sets: each unit's parameter sets (its own, and the shared one under `joint`).
+        batches: makes batches.
+        config: batch size, accumulation, precision, clipping.
+        device: where all of it lives.
+    """
+
+    def __init__(
+        self,
+        units: list[Unit],
+        sets: list[list[ParameterSet]],
+        batches: BatchMaker,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        self.units = units
+        self.sets = sets
+        self.batches = batches
+        self.config = config
+        self.device = device
+        self.generator = torch.Generator(device=device)
+        self.indices = torch.zeros(config.accumulation, config.batch_size, dtype=torch.int64, device=device)
+        # Read by the host only when it logs: sums since the last log, and the first step that was not finite.
+        self.loss_sum = torch.zeros(len(units), device=device)
+        self.norm_sum = torch.zeros(len(units), device=device)
+        self.step_now = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_step = torch.full((len(units),), -1, dtype=torch.int64, device=device)
+        self.use_graphs = config.cuda_graph and device.type == "cuda"
+        self._eager_steps = [0] * len(units)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool: tuple[int, int] | None = None
+
+    def run(self, unit: int, step: int, indices: Tensor, noise_key: int, dropout_key: int) -> None:
+        """Step `unit`, whose own 0-based step count is `step`, on the examples `indices` (accumulation, batch)."""
+        self.generator.manual_seed(noise_key)
+        torch.manual_seed(dropout_key)
+        self.indices.copy_(indices)
+        self.step_now.fill_(step)
+        for parameters in self.sets[unit]:
+            parameters.prepare()
+        if not self.use_graphs:
+            self._compute(unit)
+        elif unit in self._graphs:
+            self._graphs[unit].replay()
+        elif self._eager_steps[unit] < _EAGER_STEPS:
+            self._eager_steps[unit] += 1
+            self._compute(unit)
+        else:
+            self._capture(unit)
+            self._graphs[unit].replay()
+
+    def _capture(self, unit: int) -> None:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
+            self._compute(unit)
+        # Every graph makes its own gradients, so graphs may reuse each other's memory.
+        self._pool = graph.pool()
+        self._graphs[unit] = graph
+
+    def _compute(self, index: int) -> None:
+        unit, config = self.units[index], self.config
+        parameters = [p for group in self.sets[index] for p in group.parameters]
+        total = torch.zeros((), device=self.device)
+        for micro in range(config.accumulation):
+            batch = self.batches(self.indices[micro], self.generator)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                losses: Tensor = unit.module.loss(batch, self.generator)  # type: ignore[operator]
+            loss = losses.mean() / config.accumulation
+            loss.backward()
+            total += loss.detach()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if config.gradient_clip is not None:
+            nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], config.gradient_clip, norm)
+        for group in self.sets[index]:
+            group.update()
+        for parameter in parameters:
+            parameter.grad = None
+        self.loss_sum[index] += total
+        self.norm_sum[index] += norm
+        finite = torch.isfinite(total) & torch.isfinite(norm)
+        first_bad = (self.bad_step[index] < 0) & ~finite
+        self.bad_step[index] = torch.where(first_bad, self.step_now, self.bad_step[index])
+
+    def first_bad_step(self) -> tuple[int, int] | None:
+        """(unit, step) whose loss or gradient was first not finite, or None. Waits for the device."""
+        for unit, step in enumerate(self.bad_step.tolist()):
+            if step >= 0:
+                return unit, step
+        return None
+
+    def read_sums(self) -> tuple[list[float], list[float]]:
+        """Sums of loss and gradient norm of each unit since the last call. Waits for the device."""
+        losses, norms = self.loss_sum.tolist(), self.norm_sum.tolist()
+        self.loss_sum.zero_()
+        self.norm_sum.zero_()
+        return losses, norms

@@ -1,0 +1,279 @@
+"""The trainer: one loop for end-to-end models and for blocks.
+
+Every draw of randomness is keyed by (seed, unit, step of that unit), so a run resumes exactly, and blocks with
+`replicated` or `frozen` shared parts come out the same in whatever order they step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from .config import RESUME_MAY_DIFFER, TrainConfig
+from .keys import DataOrder, key
+from .logging import JsonLines, Logger
+from .optim import ParameterSet
+from .schedules import random_schedule
+from .step import BatchMaker, Stepper
+from .units import units_of
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient became NaN or infinite."""
+
+
+class Interrupted(RuntimeError):
+    """SIGINT or SIGTERM arrived; the state was saved. `signum` says which."""
+
+    def __init__(self, signum: int, where: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again to resume from {where}")
+        self.signum = signum
+
+
+class Trainer:
+    """Trains a `DiffusionBlocks` (a random block each iteration) or an `EndToEnd`.
+
+    Args:
+        model: on its device already.
+        batches: makes batches on that device.
+        config: hyperparameters.
+        folder: where `log.jsonl` and `checkpoints/` go; None keeps nothing.
+        loggers: further receivers of the log.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: fewer examples than a step needs, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: BatchMaker,
+        config: TrainConfig,
+        *,
+        folder: Path | None = None,
+        loggers: Sequence[Logger] = (),
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.folder = folder
+        self.loggers = list(loggers)
+        self.progress = progress
+        self.device = next(model.parameters()).device
+        self.units, shared = units_of(model)
+        steps = config.unit_steps(batches.num_examples)
+        warmup = config.warmup(batches.num_examples)
+        many = len(self.units)
+        self.sets = {unit.name: ParameterSet(unit.own, steps, warmup, config) for unit in self.units}
+        if shared:  # they step at every iteration
+            self.sets["shared"] = ParameterSet(shared, steps * many, warmup * many, config)
+        common = [self.sets["shared"]] if shared else []
+        self.stepper = Stepper(
+            self.units, [[self.sets[u.name], *common] for u in self.units], batches, config, self.device
+        )
+        self.schedule = random_schedule([steps] * many, config.seed)
+        self.order = DataOrder(
+            batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device
+        )
+        self.iteration = 0
+        self.seconds = 0.0
+        self._signal: int | None = None
+        if config.compile:
+            batches.compile()
+            for unit in self.units:
+                unit.module.compile()
+
+    # ---- the loop ------------------------------------------------------------------------------------
+
+    def train(self, *, resume: bool = True, until: int | None = None) -> None:
+        """Run to the end of the schedule, from the newest checkpoint in the folder if there is one.
+
+        Args:
+            resume: look for a checkpoint; False starts anew.
+            until: stop after this many iterations of the whole run (for tests and profiling).
+
+        Raises:
+            Diverged: a loss or gradient was not finite; the last good checkpoint is kept.
+            Interrupted: after SIGINT or SIGTERM, when the state is saved.
+            ValueError: the checkpoint was made with another configuration.
+        """
+        if self.folder is not None:
+            saved = checkpoints(self.folder / "checkpoints") if resume else []
+            if saved:
+                self.load_checkpoint(saved[-1])
+            self.loggers.insert(0, JsonLines(self.folder / "log.jsonl", self.iteration if saved else None))
+        end = min(len(self.schedule), until if until is not None else len(self.schedule))
+        self.model.train()
+        bar = tqdm(total=len(self.schedule), initial=self.iteration, disable=not self.progress, unit="it")
+        try:
+            with self._signals(), self._side_stream():
+                self._loop(end, bar)
+        finally:
+            bar.close()
+            for logger in self.loggers:
+                logger.close()
+
+    def _loop(self, end: int, bar: tqdm[Any]) -> None:
+        config = self.config
+        check_every = config.log_every if self.device.type == "cuda" else 1
+        counts = [0] * len(self.units)
+        started = logged = time.perf_counter()
+        before = self.seconds
+        while self.iteration < end:
+            unit = self.schedule[self.iteration]
+            step = self.sets[self.units[unit].name].steps
+            self.stepper.run(
+                unit,
+                step,
+                self.order(unit, step),
+                key(config.seed, unit, step, "noise"),
+                key(config.seed, unit, step, "dropout"),
+            )
+            counts[unit] += 1
+            self.iteration += 1
+            last = self.iteration == end
+            saving = config.checkpoint_every is not None and self.iteration % config.checkpoint_every == 0
+            logging = self.iteration % config.log_every == 0 or last
+            if saving or logging or self._signal or self.iteration % check_every == 0:
+                self._stop_if_diverged()
+            self.seconds = before + time.perf_counter() - started
+            if logging:
+                now = time.perf_counter()
+                self._log(counts, now - logged)
+                bar.update(self.iteration - bar.n)
+                counts, logged = [0] * len(self.units), now
+            if self.folder is not None and (saving or self._signal):
+                self.save_checkpoint()
+            if self._signal:
+                raise Interrupted(self._signal, self.folder or Path("nowhere: the run has no folder"))
+
+    def _stop_if_diverged(self) -> None:
+        bad = self.stepper.first_bad_step()
+        if bad is None:
+            return
+        unit, step = bad
+        saved = checkpoints(self.folder / "checkpoints") if self.folder is not None else []
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint to go back to"
+        raise Diverged(
+            f"{self.units[unit].name}: loss or gradient is NaN or infinite at its step {step} (iteration "
+            f"{self.iteration} or shortly before); {kept}. Try a lower train.lr, a smaller train.gradient_clip, or "
+            "train.precision: float32"
+        )
+
+    def _log(self, counts: list[int], seconds: float) -> None:
+        losses, norms = self.stepper.read_sums()
+        speed = sum(counts) / max(seconds, 1e-9)
+        for index, unit in enumerate(self.units):
+            if not counts[index]:
+                continue
+            record = {
+                "iteration": self.iteration,
+                "unit": unit.name,
+                "step": self.sets[unit.name].steps,
+                "loss": losses[index] / counts[index],
+                "gradient_norm": norms[index] / counts[index],
+                "lr": self.sets[unit.name].lr.item(),
+                "iterations_per_second": speed,
+            }
+            for logger in self.loggers:
+                logger.log(record)
+
+    # ---- averages, checkpoints, signals ----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model with its moving averages as weights (as it is, where none are kept)."""
+        for parameters in self.sets.values():
+            parameters.swap_ema()
+        try:
+            yield self.model
+        finally:
+            for parameters in self.sets.values():
+                parameters.swap_ema()
+
+    def save_checkpoint(self) -> Path:
+        """Write the whole state under the run's folder."""
+        assert self.folder is not None
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for name, parameters in self.sets.items():
+            tensors |= {f"set.{name}.{key}": t for key, t in parameters.state().items()}
+        return write_checkpoint(
+            self.folder / "checkpoints",
+            self.iteration,
+            tensors,
+            {"config": self.config.model_dump(mode="json"), "units": list(self.sets), "seconds": self.seconds},
+            self.config.keep_checkpoints,
+        )
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Restore the state that `save_checkpoint` wrote.
+
+        Raises:
+            ValueError: it was made with other hyperparameters or another model; the message names the difference.
+        """
+        tensors, values = read_checkpoint(path)
+        now = self.config.model_dump(mode="json")
+        for field in now.keys() - RESUME_MAY_DIFFER:
+            if values["config"].get(field) != now[field]:
+                raise ValueError(
+                    f"{path} was made with train.{field} = {values['config'].get(field)}, this run has "
+                    f"{now[field]}: set it back, or start anew in another folder"
+                )
+        if values["units"] != list(self.sets):
+            raise ValueError(f"{path} holds {values['units']}, this model has {list(self.sets)}")
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, rest = name.split(".", 1)
+            owner, inner = ("model", rest) if kind == "model" else rest.split(".", 1)
+            groups.setdefault(owner, {})[inner] = tensor
+        try:
+            self.model.load_state_dict(groups["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not match the model: {error}") from None
+        for name, parameters in self.sets.items():
+            parameters.load_state(groups[name])
+        self.iteration = int(values["iteration"])
+        self.seconds = float(values["seconds"])
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM instead of dying in the middle of a step (a second one dies)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = signum
+
+        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    @contextlib.contextmanager
+    def _side_stream(self) -> Iterator[None]:
+        """CUDA graphs are captured on a stream of their own; everything runs there."""
+        if not self.stepper.use_graphs:
+            yield
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
