@@ -121,7 +121,7 @@ class Augment:
 
     @property
     def num_draws(self) -> int:
-        """Uniform numbers per image: crop row, crop column, flip, and (operation, sign) per RandAugment slot."""
+        """Uniform numbers per image: crop row, crop column, flip, and (operation, sign) per slot."""
         return 3 + 2 * self.config.randaugment_ops
 
     def draw(self, n: int, device: torch.device | str, generator: torch.Generator | None) -> Tensor:
@@ -141,7 +141,7 @@ class Augment:
         """Augments images with the given random numbers.
 
         Args:
-            images: uint8 (n, C, H, W), C is 1 or 3.
+            images: uint8 (n, C, H, W), C is 1 or 3; H and W below 8,192 (fixed-point positions).
             draws: float32 (n, num_draws) in [0, 1) on the same device, from `draw`.
 
         Returns:
@@ -203,7 +203,7 @@ class Augment:
     def _affine(
         self, grid: tuple[Tensor, Tensor], op: Tensor, sign: Tensor, h: int, w: int
     ) -> tuple[Tensor, Tensor]:
-        """Maps output positions (y, x) to source positions, int32 (n, H, W); unchanged for other operations."""
+        """Maps output positions (y, x) to source positions, int32 (n, H, W); others stay unchanged."""
         op, negative = _uniform_integer(op, len(RANDAUGMENT_OPS)), sign < 0.5
         coefficients = [torch.full_like(op, value) for value in _AFFINE_IDENTITY]
         for name in _GEOMETRIC:
@@ -245,7 +245,7 @@ class Augment:
         return tuple(math.floor(v * 2**_AFFINE_BITS + 0.5) for v in values)
 
     def _colour(self, images: Tensor, op: Tensor, sign: Tensor) -> Tensor:
-        """Applies the drawn colour operation to each image; images with another operation stay as they are."""
+        """Applies the drawn colour operation to each image; other operations change nothing."""
         op = _uniform_integer(op, len(RANDAUGMENT_OPS))[:, None]
         negative = (sign < 0.5)[:, None]
         x = images.to(torch.int32)

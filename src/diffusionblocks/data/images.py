@@ -216,13 +216,19 @@ def _split_files(folder: Path, patterns: Mapping[str, str], split: str) -> list[
 
 def _load_files(files: list[Path], split: str, cache: str | None) -> datasets.Dataset:
     import datasets
+    import pyarrow.parquet
 
-    names = {split: [str(path) for path in files]}
+    names = [str(path) for path in files]
+    rows = 0
     try:
-        return datasets.load_dataset("parquet", data_files=names, split=split, cache_dir=cache)
+        for name in names:
+            rows += pyarrow.parquet.read_metadata(name).num_rows
+        if rows:  # `datasets` refuses no rows with an error of its own; it also reserves some split names.
+            return datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=cache)
     except Exception as error:  # `datasets` wraps the reader's errors in its own, one per reason.
         reason = error.__cause__ or error
-        raise ValueError(f"cannot read {names[split]} as parquet of one schema: {reason}") from error
+        raise ValueError(f"cannot read {names} as parquet files of one schema: {reason}") from error
+    raise ValueError(f"split {split!r}: there are no rows in {names}")
 
 
 def _load_hub(name: str, split: str, cache: str | None) -> datasets.Dataset:
@@ -379,7 +385,7 @@ def _write_cache(path: Path, data: ImageData) -> None:
     try:
         metadata = {"class_names": json.dumps(data.class_names)}
         save_file({"images": data.images, "labels": data.labels}, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        temporary.replace(path)  # Atomic, as os.replace.
     finally:
         temporary.unlink(missing_ok=True)
 

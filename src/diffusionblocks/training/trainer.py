@@ -92,8 +92,10 @@ class Trainer:
         self._signal: int | None = None
         if config.compile:
             batches.compile()
+            # A block has many small kernels of one kind (casts, reductions of biases): combined, they launch once.
+            options = {"combo_kernels": True} if self.device.type == "cuda" else None
             for unit in self.units:
-                unit.module.compile()
+                unit.module.compile(options=options)
 
     # ---- the loop ------------------------------------------------------------------------------------
 
@@ -118,7 +120,7 @@ class Trainer:
         self.model.train()
         bar = tqdm(total=len(self.schedule), initial=self.iteration, disable=not self.progress, unit="it")
         try:
-            with self._signals(), self._side_stream():
+            with self._signals(), self.side_stream():
                 self._loop(end, bar)
         finally:
             bar.close()
@@ -183,7 +185,7 @@ class Trainer:
                 "unit": unit.name,
                 "step": self.sets[unit.name].steps,
                 "loss": losses[index] / counts[index],
-                "gradient_norm": norms[index] / counts[index],
+                "gradient_norm": norms[index] / counts[index] if self.config.gradient_clip is not None else None,
                 "lr": self.sets[unit.name].lr.item(),
                 "iterations_per_second": speed,
             }
@@ -267,7 +269,7 @@ class Trainer:
                 signal.signal(signum, handler)
 
     @contextlib.contextmanager
-    def _side_stream(self) -> Iterator[None]:
+    def side_stream(self) -> Iterator[None]:
         """CUDA graphs are captured on a stream of their own; everything runs there."""
         if not self.stepper.use_graphs:
             yield

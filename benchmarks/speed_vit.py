@@ -1,0 +1,110 @@
+"""Milliseconds an iteration of ViT training, end to end and a block, through the trainer itself, on real data.
+
+    python benchmarks/speed_vit.py --recipe recipes/vit/cifar100.yaml --out benchmarks/results/speed_vit.json
+
+Everything a run does is in the time: data order, gather, augmentation, noise, forward, backward, clipping, AdamW.
+Each row is the median of several windows, timed by device events, in one process after warm-up; the rows "eager"
+run the same mathematics without torch.compile and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusionblocks.compare import variants
+from diffusionblocks.evaluation.tables import format_table, write_results
+from diffusionblocks.recipes import Recipe, load_recipe
+from diffusionblocks.runs import load_data, make_trainer
+from diffusionblocks.training.keys import key
+
+
+def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[str, float]:
+    trainer = make_trainer(recipe, folder=None, progress=False, data=data)
+    trainer.model.train()
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            unit = done % len(trainer.units)
+            step = trainer.sets[trainer.units[unit].name].steps
+            seeds = key(0, unit, step, "noise"), key(0, unit, step, "dropout")
+            trainer.stepper.run(unit, step, trainer.order(unit, step), *seeds)
+            done += 1
+
+    with trainer.side_stream():
+        run(8 * len(trainer.units))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(windows):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run(iterations)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / iterations)
+    assert trainer.stepper.first_bad_step() is None, "the timed run diverged"
+    return {
+        "ms_per_iteration": statistics.median(times),
+        "ms_min": min(times),
+        "ms_max": max(times),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="recipes/vit/cifar100.yaml")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed_vit.json"))
+    parser.add_argument("--windows", type=int, default=9)
+    parser.add_argument("--iterations", type=int, default=99)
+    parser.add_argument("--eager", action="store_true", help="also time the eager rows")
+    options = parser.parse_args()
+    recipe = load_recipe(options.recipe, options.set)
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device")
+    torch.set_float32_matmul_precision("high")
+    data = load_data(recipe, "train")
+    rows: list[dict[str, Any]] = []
+    for fast in (True, False) if options.eager else (True,):
+        for variant in variants(recipe):
+            if "-x" in variant.key:
+                continue  # the same step, more of them
+            changes = {"compile": fast, "cuda_graph": fast}
+            chosen = variant.recipe.model_copy(update={"train": variant.recipe.train.model_copy(update=changes)})
+            name = "diffusionblocks" if variant.key == "diffusionblocks" else "end-to-end"
+            rows.append(
+                {
+                    "name": name,
+                    "layers": variant.layers,
+                    "blocks": variant.blocks,
+                    "mode": "compile + CUDA graph" if fast else "eager",
+                    "precision": recipe.train.precision,
+                    "batch_size": recipe.train.batch_size,
+                    **measure(chosen, data, options.windows, options.iterations),
+                }
+            )
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()
+            print(format_table([{k: v for k, v in rows[-1].items()}]), flush=True)
+    ratios = {
+        row["mode"]: row["blocks"] * row["ms_per_iteration"] / whole["ms_per_iteration"]
+        for row in rows
+        for whole in rows
+        if row["name"] == "diffusionblocks" and whole["layers"] == row["layers"] and whole["mode"] == row["mode"]
+        if whole["name"] == "end-to-end"
+    }
+    write_results(options.out, rows, blocks_times_block_over_end_to_end=ratios)
+    print(format_table(rows))
+    print("B x block / end to end:", ratios)
+
+
+if __name__ == "__main__":
+    main()
