@@ -122,6 +122,8 @@ class Trainer:
         try:
             with self._signals(), self.side_stream():
                 self._loop(end, bar)
+            if self.folder is not None:
+                self.save_checkpoint()
         finally:
             bar.close()
             for logger in self.loggers:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters import adapter_for
 from ..model import DiffusionBlocks
 from ..sampling import Prediction
 
@@ -28,6 +29,12 @@ class EndToEnd(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Images -> logits (batch, num_classes)."""
         return self.model(pixel_values=pixel_values).logits  # type: ignore[no-any-return]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile layer by layer: all layers share one compiled graph, so it takes seconds at any depth."""
+        layers = self.model.get_submodule(adapter_for(self.model).layers_path(self.model))
+        for layer in layers.children():
+            layer.compile(*args, **kwargs)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy of each sample, float32, shape (batch,)."""

@@ -1,0 +1,113 @@
+"""Tiny real models of transformers and a toy problem, for tests that need a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import diffusionblocks as db
+
+FAMILIES = ("vit", "deit", "dinov2")
+POLICIES = ("joint", "replicated", "frozen")
+NUM_LABELS = 4
+HIDDEN = 32
+IMAGE = 8
+
+
+def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
+    """A tiny classifier whose every parameter is random, as in a pretrained model (none zero, none one)."""
+    common = {
+        "image_size": IMAGE,
+        "patch_size": 4,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_labels": NUM_LABELS,
+    } | overrides
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module
+        if family == "vit":
+            model = ViTForImageClassification(ViTConfig(**({"intermediate_size": 64} | common)))
+        elif family == "deit":
+            model = DeiTForImageClassification(DeiTConfig(**({"intermediate_size": 64} | common)))
+        elif family == "dinov2":
+            model = Dinov2ForImageClassification(Dinov2Config(**({"mlp_ratio": 2} | common)))
+        else:
+            raise ValueError(family)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def convert(family: str = "vit", *, layers: int = 3, seed: int = 0, **config: Any) -> db.DiffusionBlocks:
+    """A converted tiny model; `config` goes to BlocksConfig."""
+    return db.convert(tiny(family, layers=layers, seed=seed), db.BlocksConfig(**config))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator on the CPU."""
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_batch(size: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Random images with labels that cycle."""
+    images = torch.randn(size, 3, IMAGE, IMAGE, generator=seeded(seed)).to(dtype)
+    return {"pixel_values": images, "labels": torch.arange(size) % NUM_LABELS}
+
+
+def toy_batch(size: int, seed: int, spread: float = 0.5) -> dict[str, Tensor]:
+    """A separable problem: one fixed pattern a class, plus noise."""
+    patterns = torch.randn(NUM_LABELS, 3, IMAGE, IMAGE, generator=seeded(1234))
+    g = seeded(seed)
+    labels = torch.randint(NUM_LABELS, (size,), generator=g)
+    return {"pixel_values": patterns[labels] + spread * torch.randn(size, 3, IMAGE, IMAGE, generator=g), "labels": labels}
+
+
+def randomise_adaptive(model: nn.Module, std: float = 0.3, seed: int = 5) -> None:
+    """Give the zero-initialised adaptive norms random weights, so that the noise level matters."""
+    g = seeded(seed)
+    done: set[int] = set()
+    for module in model.modules():
+        if type(module).__name__ == "AdaptiveNorms":
+            for parameter in module.linear.parameters():
+                if id(parameter) not in done:
+                    done.add(id(parameter))
+                    with torch.no_grad():
+                        parameter.copy_(std * torch.randn(parameter.shape, generator=g))
+
+
+def train_blocks(model: db.DiffusionBlocks, steps: int = 60, *, seed: int = 0, lr: float = 3e-3) -> None:
+    """Train every block for `steps` real AdamW steps on the toy problem, one block after another."""
+    model.train()
+    for b in range(model.partition.num_blocks):
+        block = model.blocks[b]
+        optimizer = torch.optim.AdamW([p for p in block.parameters() if p.requires_grad], lr=lr)
+        g = seeded(1000 * seed + b)
+        for step in range(steps):
+            loss = model.loss(toy_batch(32, seed=10_000 * b + step), block=b, generator=g).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def same_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts have the same names, dtypes and bits."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def parameter_names(model: nn.Module, *, with_grad: bool) -> set[str]:
+    """Names (every alias counted) of the parameters that have, or lack, a gradient."""
+    return {n for n, p in model.named_parameters(remove_duplicate=False) if (p.grad is not None) == with_grad}

@@ -1,0 +1,274 @@
+"""EDM noise: quantiles against the standard library's normal, sampling, boundaries, grids, preconditioning."""
+
+import itertools
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusionblocks import EDM
+from helpers import seeded
+
+DEFAULT = EDM()
+PROCESSES = st.builds(
+    EDM,
+    p_mean=st.floats(-2.0, 0.5),
+    p_std=st.floats(0.6, 1.8),
+    sigma_min=st.floats(0.002, 0.05),
+    sigma_max=st.floats(5.0, 80.0),
+    sigma_data=st.floats(0.05, 2.0),
+)
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def reference_boundaries(noise: EDM, n: int) -> list[float]:
+    """The paper's formula by another road: the standard library's normal distribution."""
+    normal = NormalDist(noise.p_mean, noise.p_std)
+    q_min, q_max = normal.cdf(math.log(noise.sigma_min)), normal.cdf(math.log(noise.sigma_max))
+    return [math.exp(normal.inv_cdf(q_min + k / n * (q_max - q_min))) for k in range(n + 1)]
+
+
+# ---- quantiles --------------------------------------------------------------------------------------------
+
+
+@given(PROCESSES, st.floats(0.0, 1.0))
+def test_mass_of_inverts_level_of(noise: EDM, u: float) -> None:
+    assert noise.mass_of(noise.level_of(double(u))).item() == pytest.approx(u, abs=1e-9)
+
+
+@given(PROCESSES, st.floats(0.0, 1.0))
+def test_level_of_inverts_mass_of(noise: EDM, fraction: float) -> None:
+    level = noise.sigma_min * (min(noise.sigma_max, 20.0) / noise.sigma_min) ** fraction
+    assert noise.level_of(noise.mass_of(double(level))).item() == pytest.approx(level, rel=1e-6)
+
+
+@given(PROCESSES, st.lists(st.floats(0.0, 1.0), min_size=2, max_size=20))
+def test_levels_ascend_with_mass(noise: EDM, masses: list[float]) -> None:
+    levels = noise.level_of(double(*sorted(masses)))
+    assert bool((levels.diff() >= 0).all())
+    assert noise.sigma_min <= levels.min()
+    assert levels.max() <= noise.sigma_max
+
+
+@given(PROCESSES)
+def test_ends_of_the_quantile_function(noise: EDM) -> None:
+    assert noise.mass_of(double(noise.sigma_min, noise.sigma_max)).tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
+    assert noise.level_of(double(0.0)).item() == pytest.approx(noise.sigma_min, rel=1e-6)
+    assert (noise.level_min, noise.level_max) == (noise.sigma_min, noise.sigma_max)
+
+
+def test_mass_strictly_ascends_over_the_default_range() -> None:
+    levels = torch.logspace(math.log10(0.002), math.log10(80.0), 1000, dtype=torch.float64).clamp(0.002, 80.0)
+    assert bool((DEFAULT.mass_of(levels).diff() > 0).all())
+
+
+def test_levels_outside_the_range_are_clamped_by_mass_of() -> None:
+    assert DEFAULT.mass_of(double(1e-6, 1e6)).tolist() == [0.0, 1.0]
+
+
+def test_quantiles_are_float64_and_keep_the_shape() -> None:
+    u = torch.rand(2, 3, generator=seeded())
+    assert DEFAULT.level_of(u).dtype == torch.float64
+    assert DEFAULT.level_of(u).shape == (2, 3)
+    assert DEFAULT.mass_of(u).dtype == torch.float64
+
+
+def test_density_is_the_derivative_of_mass_and_integrates_to_one() -> None:
+    log_sigma = torch.linspace(math.log(0.002), math.log(80.0), 20001, dtype=torch.float64)
+    density = DEFAULT.density(log_sigma.exp())
+    assert torch.trapezoid(density, log_sigma).item() == pytest.approx(1.0, abs=1e-6)
+    slope = DEFAULT.mass_of((log_sigma + 1e-5).exp()) - DEFAULT.mass_of((log_sigma - 1e-5).exp())
+    torch.testing.assert_close(slope[1:-1] / 2e-5, density[1:-1], rtol=1e-4, atol=1e-6)
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------
+
+
+def kolmogorov_smirnov(u: torch.Tensor) -> float:
+    """Largest distance between the empirical distribution of u and the uniform one on [0, 1]."""
+    u = u.double().sort().values
+    n = len(u)
+    grid = torch.arange(n + 1, dtype=torch.float64) / n
+    return max((grid[1:] - u).max().item(), (u - grid[:-1]).max().item())
+
+
+@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("overlap", [0.0, 0.1])
+def test_sampled_levels_lie_in_the_interval_with_uniform_mass(block: int, overlap: float) -> None:
+    interval = DEFAULT.widen(list(itertools.pairwise(DEFAULT.boundaries(3)))[block], overlap)
+    n = 20_000
+    sigma = DEFAULT.sample(n, interval, generator=seeded(block))
+    assert sigma.dtype == torch.float32
+    assert sigma.shape == (n,)
+    assert sigma.min().item() >= interval[0] * (1 - 1e-6)
+    assert sigma.max().item() <= interval[1] * (1 + 1e-6)
+    low, high = DEFAULT.mass_of(double(*interval)).tolist()
+    assert kolmogorov_smirnov((DEFAULT.mass_of(sigma) - low) / (high - low)) < 1.63 / math.sqrt(n)  # 1% level
+
+
+def test_the_uniformity_test_can_fail() -> None:
+    n = 20_000
+    sigma = DEFAULT.sample(n, generator=seeded())
+    assert kolmogorov_smirnov(EDM(p_mean=-1.1).mass_of(sigma)) > 1.63 / math.sqrt(n)
+
+
+def test_sampled_log_levels_have_the_moments_of_the_training_distribution() -> None:
+    log_sigma = DEFAULT.sample(100_000, generator=seeded()).double().log()
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02)
+    assert log_sigma.std().item() == pytest.approx(1.2, abs=0.02)
+
+
+def test_sampling_follows_its_generator_alone() -> None:
+    first = DEFAULT.sample(100, generator=seeded(3))
+    torch.rand(7)
+    assert torch.equal(first, DEFAULT.sample(100, generator=seeded(3)))
+    assert not torch.equal(first, DEFAULT.sample(100, generator=seeded(4)))
+    before = torch.get_rng_state()
+    DEFAULT.sample(100, generator=seeded(3))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- boundaries and grids ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"), [(3, [0.002, 0.180, 0.505, 80.0]), (4, [0.002, 0.134, 0.301, 0.677, 80.0])]
+)
+def test_boundaries_at_the_defaults(blocks: int, expected: list[float]) -> None:
+    assert [round(sigma, 3) for sigma in DEFAULT.boundaries(blocks)] == expected
+
+
+@given(PROCESSES, st.integers(1, 16))
+def test_boundaries_follow_the_papers_formula(noise: EDM, n: int) -> None:
+    boundaries = noise.boundaries(n)
+    assert boundaries == pytest.approx(reference_boundaries(noise, n), rel=1e-6)
+    assert (boundaries[0], boundaries[-1]) == (noise.sigma_min, noise.sigma_max)  # exact
+    masses = noise.mass_of(double(*boundaries)).diff()
+    torch.testing.assert_close(masses, torch.full_like(masses, 1 / n), rtol=0, atol=1e-9)
+
+
+@given(st.integers(1, 16))
+def test_log_uniform_boundaries_have_equal_ratios(n: int) -> None:
+    boundaries = double(*DEFAULT.boundaries(n, "log-uniform"))
+    ratios = boundaries[1:] / boundaries[:-1]
+    torch.testing.assert_close(ratios, torch.full_like(ratios, (80.0 / 0.002) ** (1 / n)))
+    assert boundaries[[0, -1]].tolist() == [0.002, 80.0]
+
+
+@given(st.integers(1, 16))
+def test_uniform_boundaries_have_equal_widths(n: int) -> None:
+    boundaries = double(*DEFAULT.boundaries(n, "uniform"))
+    widths = boundaries.diff()
+    torch.testing.assert_close(widths, torch.full_like(widths, (80.0 - 0.002) / n))
+    assert boundaries[[0, -1]].tolist() == [0.002, 80.0]
+
+
+@given(PROCESSES, st.integers(1, 8), st.floats(0.0, 0.5))
+def test_widening_follows_the_papers_formula_and_is_clipped(noise: EDM, n: int, gamma: float) -> None:
+    for low, high in itertools.pairwise(noise.boundaries(n)):
+        alpha = (high / low) ** gamma
+        wide = noise.widen((low, high), gamma)
+        assert wide[0] == pytest.approx(max(noise.sigma_min, low / alpha))
+        assert wide[1] == pytest.approx(min(noise.sigma_max, alpha * high))
+        assert noise.sigma_min <= wide[0] <= low < high <= wide[1] <= noise.sigma_max
+
+
+def test_widening_by_hand() -> None:
+    assert DEFAULT.widen((0.1, 0.4), 0.5) == pytest.approx((0.05, 0.8))
+    assert DEFAULT.widen((0.1, 0.4), 0.0) == (0.1, 0.4)
+    assert DEFAULT.widen((0.002, 0.18), 0.05)[0] == 0.002
+    assert DEFAULT.widen((0.505, 80.0), 0.05)[1] == 80.0
+
+
+@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-mass", "karras"]))
+def test_level_grids_descend_between_exact_ends(noise: EDM, steps: int, grid: str) -> None:
+    levels = noise.levels(steps, grid)
+    assert len(levels) == steps + 1
+    assert all(b < a for a, b in itertools.pairwise(levels))
+    assert (levels[0], levels[-1]) == (noise.sigma_max, noise.sigma_min)
+
+
+def test_karras_grid_is_edm_equation_5() -> None:
+    n, rho = 18, 7.0
+    levels = DEFAULT.levels(n - 1, "karras", rho=rho)
+    expected = [
+        (80.0 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80.0 ** (1 / rho))) ** rho for i in range(n)
+    ]
+    assert levels == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_mass_grid_is_the_partition_upside_down() -> None:
+    assert DEFAULT.levels(4) == DEFAULT.boundaries(4)[::-1]
+
+
+# ---- corruption, preconditioning, weight ------------------------------------------------------------------
+
+
+@given(PROCESSES)
+def test_preconditioning_identities(noise: EDM) -> None:
+    sigma = torch.logspace(-2.5, 1.9, 50, dtype=torch.float64)
+    sd = noise.sigma_data
+    c = noise.precondition(sigma)
+    ones = torch.ones_like(sigma)
+    torch.testing.assert_close(c.c_out**2 * noise.weight(sigma), ones)
+    torch.testing.assert_close(c.c_in**2 * (sigma**2 + sd**2), ones)
+    torch.testing.assert_close(c.c_skip, sd**2 / (sigma**2 + sd**2))
+    torch.testing.assert_close(c.c_noise, 0.25 * sigma.log())
+    torch.testing.assert_close(noise.weight(sigma), (sigma**2 + sd**2) / (sigma * sd) ** 2)
+    # Variance of what F must predict, (y - c_skip * (y + sigma * eps)) / c_out, for data of variance sd^2.
+    torch.testing.assert_close(((1 - c.c_skip) ** 2 * sd**2 + c.c_skip**2 * sigma**2) / c.c_out**2, ones)
+
+
+def test_input_and_target_of_the_network_have_unit_variance_on_gaussian_data() -> None:
+    noise = EDM(sigma_data=0.7)
+    g = seeded()
+    for sigma in (0.01, 0.3, 0.7, 5.0, 80.0):
+        level = torch.full((20_000,), sigma, dtype=torch.float64)
+        y = 0.7 * torch.randn(20_000, 4, generator=g, dtype=torch.float64)
+        z = noise.corrupt(y, level, torch.randn(20_000, 4, generator=g, dtype=torch.float64))
+        c = noise.precondition(level)
+        assert (c.c_in[:, None] * z).var().item() == pytest.approx(1.0, abs=0.03)
+        assert ((y - c.c_skip[:, None] * z) / c.c_out[:, None]).var().item() == pytest.approx(1.0, abs=0.03)
+
+
+def test_zero_network_is_the_perfect_denoiser_of_gaussian_data() -> None:
+    sigma = torch.logspace(-2.5, 1.9, 50, dtype=torch.float64)
+    z = torch.randn(50, 3, generator=seeded(), dtype=torch.float64)
+    perfect = (0.5**2 * z + sigma[:, None] ** 2 * 0.0) / (0.5**2 + sigma[:, None] ** 2)
+    c = DEFAULT.precondition(sigma)
+    torch.testing.assert_close(c.c_skip[:, None] * z + c.c_out[:, None] * torch.zeros_like(z), perfect)
+
+
+def test_corruption_adds_sigma_times_noise_sample_by_sample() -> None:
+    y, eps = torch.randn(3, 2, 5, generator=seeded(1)), torch.randn(3, 2, 5, generator=seeded(2))
+    level = torch.tensor([0.1, 1.0, 10.0])
+    z = DEFAULT.corrupt(y, level, eps)
+    for i in range(3):
+        torch.testing.assert_close(z[i], y[i] + level[i] * eps[i])
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_noise_maths_is_float32_whatever_the_dtype(low: torch.dtype) -> None:
+    level = torch.tensor([0.1, 1.0]).to(low)
+    y = torch.randn(2, 3, generator=seeded()).to(low)
+    assert DEFAULT.corrupt(y, level, torch.zeros(2, 3)).dtype == torch.float32
+    assert {t.dtype for t in DEFAULT.precondition(level)} == {torch.float32}
+    assert DEFAULT.weight(level).dtype == torch.float32
+
+
+def test_prior_has_the_highest_noise() -> None:
+    z = DEFAULT.prior((5000, 4), generator=seeded())
+    assert z.dtype == torch.float32
+    assert z.std().item() == pytest.approx(80.0, rel=0.02)
+    assert torch.equal(z, DEFAULT.prior((5000, 4), generator=seeded()))
+
+
+def test_to_dict_rebuilds_the_process() -> None:
+    noise = EDM(p_mean=-0.4, p_std=1.0, sigma_min=0.01, sigma_max=50.0, sigma_data=1.0)
+    assert EDM(**noise.to_dict()) == noise
