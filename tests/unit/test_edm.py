@@ -6,20 +6,25 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusionblocks import EDM
-from helpers import seeded
 
 DEFAULT = EDM()
 PROCESSES = st.builds(
     EDM,
     p_mean=st.floats(-2.0, 0.5),
-    p_std=st.floats(0.6, 1.8),
+    p_std=st.floats(0.8, 1.8),
     sigma_min=st.floats(0.002, 0.05),
     sigma_max=st.floats(5.0, 80.0),
     sigma_data=st.floats(0.05, 2.0),
+).filter(
+    # Five standard deviations to either side: further out float64 quantiles near 0 and 1 lose their digits.
+    lambda noise: (
+        max(noise.p_mean - math.log(noise.sigma_min), math.log(noise.sigma_max) - noise.p_mean) < 5 * noise.p_std
+    )
 )
 
 
@@ -197,9 +202,7 @@ def test_level_grids_descend_between_exact_ends(noise: EDM, steps: int, grid: st
 def test_karras_grid_is_edm_equation_5() -> None:
     n, rho = 18, 7.0
     levels = DEFAULT.levels(n - 1, "karras", rho=rho)
-    expected = [
-        (80.0 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80.0 ** (1 / rho))) ** rho for i in range(n)
-    ]
+    expected = [(80.0 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80.0 ** (1 / rho))) ** rho for i in range(n)]
     assert levels == pytest.approx(expected, rel=1e-12)
 
 

@@ -138,13 +138,9 @@ def test_overlap_does_not_change_inference() -> None:
     assert [build(4, overlap=0.3).interval(b) for b in range(4)] == [build(4).interval(b) for b in range(4)]
 
 
-@given(
-    st.lists(st.integers(1, 4), min_size=1, max_size=8), st.sampled_from(STRATEGIES), st.floats(0.0, 0.9)
-)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.sampled_from(STRATEGIES), st.floats(0.0, 0.9))
 def test_json_round_trip_is_exact(layers: list[int], strategy: str, overlap: float) -> None:
-    partition = Partition.build(
-        NOISE, sum(layers), len(layers), layers=layers, strategy=strategy, overlap=overlap
-    )
+    partition = Partition.build(NOISE, sum(layers), len(layers), layers=layers, strategy=strategy, overlap=overlap)
     assert Partition.from_dict(json.loads(json.dumps(partition.to_dict()))) == partition
 
 

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor
 
 from diffusionblocks import EDM
 from diffusionblocks.sampling import euler
-from helpers import seeded
 
 NOISE = EDM()
 MU, S = 0.3, 0.8

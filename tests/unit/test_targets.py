@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import seeded
 from torch.nn import functional as F
 
 from diffusionblocks.targets import LabelTarget
-from helpers import seeded
 
 
 def target(**kwargs: object) -> LabelTarget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -78,7 +79,12 @@ def write_results(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
 
 
 def commit() -> str | None:
-    """The checked-out commit, with "+" where tracked files differ from it; None outside a repository."""
+    """The checked-out commit, with "+" where tracked files differ from it; None outside a repository.
+
+    A copy without its repository (a job on another machine) names it by the variable DIFFUSIONBLOCKS_COMMIT.
+    """
+    if named := os.environ.get("DIFFUSIONBLOCKS_COMMIT"):
+        return named
     try:
         name = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
