@@ -93,7 +93,7 @@ def main() -> None:
             )
             torch.cuda.empty_cache()
             torch._dynamo.reset()
-            print(format_table([{k: v for k, v in rows[-1].items()}]), flush=True)
+            print(format_table(rows[-1:]), flush=True)
     ratios = {
         row["mode"]: row["blocks"] * row["ms_per_iteration"] / whole["ms_per_iteration"]
         for row in rows

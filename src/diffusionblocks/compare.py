@@ -147,14 +147,10 @@ def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, 
 
 def _eager(recipe: Recipe) -> Recipe:
     """The same steps without compilation, which the memory measurement does not need."""
-    return recipe.model_copy(
-        update={"train": recipe.train.model_copy(update={"compile": False, "cuda_graph": False})}
-    )
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False, "cuda_graph": False})})
 
 
 def _trained(model: Any) -> int:
     """Most parameters that are trained at a time: those of the largest unit."""
     units = model.blocks if isinstance(model, DiffusionBlocks) else [model]
     return max(sum(p.numel() for p in unit.parameters() if p.requires_grad) for unit in units)
-
-

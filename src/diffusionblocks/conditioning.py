@@ -34,7 +34,7 @@ class NoiseEmbedding(nn.Module):
         """c_noise (batch,) -> embedding (batch, dim)."""
         angle = c_noise.float()[:, None] * self.frequencies
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
 
 class AdaptiveNorms(nn.Module):

@@ -115,9 +115,7 @@ class Block(nn.Module):
         dtype = raw.dtype
         return self.adapter.readout(self.network, self.shared.final_norms, hidden, denoised.to(dtype), condition)
 
-    def loss(
-        self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None) -> Tensor:
         """Training loss of each sample at a level drawn in the block's interval (paper, section 3.2).
 
         Args:
@@ -246,8 +244,8 @@ class DiffusionBlocks(nn.Module):
             self._check_batch(batch, needs_labels=True)
             drawn = int(torch.randint(self.partition.num_blocks, (1,)).item())
             return BlocksOutput(loss=self.block(drawn).loss(batch, generator).mean())
-        inputs = {name: batch[name] for name in self.adapter.input_names if name in batch}
-        prediction = self.predict(**inputs, steps=self.partition.num_blocks, generator=generator)
+        self._check_batch(batch, needs_labels=labels is not None)
+        prediction = self.predict(batch["pixel_values"], steps=self.partition.num_blocks, generator=generator)
         loss = None
         if labels is not None:
             loss = nn.functional.nll_loss(prediction.logits, labels)

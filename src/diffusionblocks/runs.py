@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .convert import convert
-from .data.images import ImageBatches, ImageData, digits, evaluation_batches, image_classification
+from .data import ImageBatches, ImageData, digits, evaluation_batches, image_classification
 from .evaluation.accuracy import AccuracyRow, accuracy_grid
 from .model import DiffusionBlocks
 from .recipes import DigitsConfig, Recipe
@@ -127,9 +127,7 @@ def make_trainer(
         device=device,
         placement=recipe.data.placement,
     )
-    return Trainer(
-        model.to(device), batches, recipe.train, folder=folder, loggers=loggers, progress=progress
-    )
+    return Trainer(model.to(device), batches, recipe.train, folder=folder, loggers=loggers, progress=progress)
 
 
 def train(

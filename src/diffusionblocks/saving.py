@@ -100,8 +100,8 @@ def rebuild_config(model_class: str, values: dict[str, Any]) -> Any:
     """The config object of a supported class from its JSON values."""
     from .adapters import model_class_named
 
-    config_class: Any = model_class_named(model_class).config_class
-    return config_class.from_dict(values)
+    original: Any = model_class_named(model_class)
+    return original.config_class.from_dict(values)
 
 
 def _block_file(index: int) -> str:
@@ -123,11 +123,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
+            path.replace(old / path.name)
+            temporary.replace(path)
             shutil.rmtree(old)
         else:
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -145,7 +145,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors to a safetensors file, through a temporary name."""
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return load_file(path)
+        return dict(load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not safetensors: {error}") from None
 
@@ -166,7 +166,7 @@ def write_json(path: Path, values: Any) -> None:
     """Write JSON through a temporary name."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ class Adapter(abc.ABC):
     """
 
     #: names of the public classes the adapter converts -> how to import them (module path)
-    classes: Mapping[str, str]
+    classes: ClassVar[dict[str, str]]
     #: the batch entries that are the input x
     input_names: tuple[str, ...]
 

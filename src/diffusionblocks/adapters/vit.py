@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class ViTAdapter(Adapter):
     DINOv2's head also reads the mean of the patch tokens.
     """
 
-    classes = {
+    classes: ClassVar[dict[str, str]] = {
         "ViTForImageClassification": "transformers",
         "DeiTForImageClassification": "transformers",
         "Dinov2ForImageClassification": "transformers",
@@ -126,7 +126,7 @@ class ViTAdapter(Adapter):
             tokens = torch.cat([tokens, added["label_token"](z).to(tokens.dtype)], dim=1)
         else:
             # The stem has put [CLS] and its position at place 0: take both out, keep the position.
-            position = embeddings.position_embeddings[:, :1]
+            position = embeddings.get_parameter("position_embeddings")[:, :1]
             tokens = torch.cat([(z[:, None, :] + position).to(tokens.dtype), tokens[:, 1:]], dim=1)
         for layer, adaptive in layers:
             output = adaptive(layer, condition, tokens)

@@ -1,7 +1,8 @@
 """Data in memory and the batches made from it."""
 
 from .augment import Augment, AugmentConfig
-from .images import ImageBatches, ImageData, digits, evaluation_batches, image_classification
+from .batches import ImageBatches, evaluation_batches
+from .images import ImageData, digits, image_classification
 
 __all__ = [
     "Augment",

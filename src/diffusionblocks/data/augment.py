@@ -83,12 +83,7 @@ class AugmentConfig:
 def _check_integer(name: str, value: object, most: int | None) -> None:
     allowed = "an integer >= 0" if most is None else f"an integer from 0 to {most}"
     # bool is a subclass of int, but `crop_padding: true` is surely a mistake.
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < 0
-        or (most is not None and value > most)
-    ):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or (most is not None and value > most):
         raise ValueError(f"{name} = {value!r}: must be {allowed}")
 
 
@@ -182,9 +177,7 @@ class Augment:
             images = self._colour(images, op, sign)
         return images
 
-    def _crop_flip(
-        self, where: tuple[Tensor, Tensor], columns: Tensor, h: int, w: int
-    ) -> tuple[Tensor, Tensor]:
+    def _crop_flip(self, where: tuple[Tensor, Tensor], columns: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
         """Maps positions (y, x) in the cropped and flipped image to positions in the original image.
 
         What lies outside the cropped image must stay outside: it is the geometric operation's fill, although
@@ -200,9 +193,7 @@ class Augment:
             x = x + (_uniform_integer(columns[:, 1], 2 * p + 1) - p)
         return torch.where(inside, y, -1), x
 
-    def _affine(
-        self, grid: tuple[Tensor, Tensor], op: Tensor, sign: Tensor, h: int, w: int
-    ) -> tuple[Tensor, Tensor]:
+    def _affine(self, grid: tuple[Tensor, Tensor], op: Tensor, sign: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
         """Maps output positions (y, x) to source positions, int32 (n, H, W); others stay unchanged."""
         op, negative = _uniform_integer(op, len(RANDAUGMENT_OPS)), sign < 0.5
         coefficients = [torch.full_like(op, value) for value in _AFFINE_IDENTITY]

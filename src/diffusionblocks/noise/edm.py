@@ -59,9 +59,7 @@ class EDM:
         if not math.isfinite(self.p_mean):
             raise ValueError(f"p_mean must be finite, got {self.p_mean}")
         if not (math.isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
-            raise ValueError(
-                f"sigma_max must be finite and > sigma_min = {self.sigma_min}, got {self.sigma_max}"
-            )
+            raise ValueError(f"sigma_max must be finite and > sigma_min = {self.sigma_min}, got {self.sigma_max}")
 
     # ---- the training distribution -------------------------------------------------------------------
 
@@ -85,7 +83,8 @@ class EDM:
         q_min, q_max = self._normal_cdf_ends()
         sigma = level.double().clamp(self.sigma_min, self.sigma_max)
         q = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
-        return ((q - q_min) / (q_max - q_min)).clamp(0.0, 1.0)
+        mass: Tensor = ((q - q_min) / (q_max - q_min)).clamp(0.0, 1.0)
+        return mass
 
     def level_of(self, mass: Tensor) -> Tensor:
         """Level sigma at each mass u in [0, 1]: the inverse of `mass_of`, float64, shape of `mass`."""
@@ -122,7 +121,8 @@ class EDM:
         """Density of the training distribution per unit of log sigma, float64, shape of `level`."""
         q_min, q_max = self._normal_cdf_ends()
         x = (level.double().log() - self.p_mean) / self.p_std
-        return torch.exp(-0.5 * x * x) / (math.sqrt(2 * math.pi) * self.p_std * (q_max - q_min))
+        density: Tensor = torch.exp(-0.5 * x * x) / (math.sqrt(2 * math.pi) * self.p_std * (q_max - q_min))
+        return density
 
     # ---- intervals of levels -------------------------------------------------------------------------
 
@@ -147,9 +147,7 @@ class EDM:
         elif strategy == "uniform":
             sigma = self.sigma_min + fraction * (self.sigma_max - self.sigma_min)
         else:
-            raise ValueError(
-                f"unknown partition strategy {strategy!r}; allowed: {', '.join(PARTITION_STRATEGIES)}"
-            )
+            raise ValueError(f"unknown partition strategy {strategy!r}; allowed: {', '.join(PARTITION_STRATEGIES)}")
         inner: list[float] = sigma[1:-1].tolist()
         return [self.sigma_min, *inner, self.sigma_max]  # the ends exactly, free of rounding
 

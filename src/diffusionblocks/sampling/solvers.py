@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -25,9 +26,9 @@ def euler(denoiser: Denoiser, z: Tensor, levels: Sequence[float]) -> Tensor:
     Raises:
         ValueError: fewer than two levels, or levels that do not descend.
     """
-    if len(levels) < 2 or any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+    if len(levels) < 2 or any(b >= a for a, b in itertools.pairwise(levels)):
         raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
-    for level, lower in zip(levels, levels[1:], strict=False):
+    for level, lower in itertools.pairwise(levels):
         ratio = lower / level
         z = ratio * z + (1.0 - ratio) * denoiser(z, level)
     return z

@@ -27,9 +27,7 @@ class DataOrder:
         device: where the indices are wanted.
     """
 
-    def __init__(
-        self, num_examples: int, batch_size: int, accumulation: int, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, num_examples: int, batch_size: int, accumulation: int, seed: int, device: torch.device) -> None:
         self.num_examples = num_examples
         self.shape = (accumulation, batch_size)
         self.steps_per_epoch = num_examples // (accumulation * batch_size)

@@ -65,7 +65,8 @@ class ParameterSet:
             with torch.no_grad():
                 # Tensor factors, not numbers: reading a number off the device would wait for it.
                 torch._foreach_mul_(self.ema, self.decay)
-                torch._foreach_add_(self.ema, torch._foreach_mul(self.parameters, 1.0 - self.decay))
+                weights: list[Tensor] = [p.detach() for p in self.parameters]
+                torch._foreach_add_(self.ema, list(torch._foreach_mul(weights, 1.0 - self.decay)))
 
     def swap_ema(self) -> None:
         """Exchange weights and averages; a second call undoes it."""

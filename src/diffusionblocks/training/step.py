@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ class BatchMaker(Protocol):
 
     num_examples: int
 
-    def __call__(self, indices: Tensor, generator: torch.Generator | None) -> Mapping[str, Tensor]: ...
+    def __call__(self, indices: Tensor, generator: torch.Generator | None) -> Mapping[str, Tensor]:
+        """Make the batch."""
 
     def compile(self) -> None:
         """torch.compile what can be."""
@@ -62,7 +63,7 @@ class Stepper:
         self.use_graphs = config.cuda_graph and device.type == "cuda"
         self._eager_steps = [0] * len(units)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def run(self, unit: int, step: int, indices: Tensor, noise_key: int, dropout_key: int) -> None:
         """Step `unit`, whose own 0-based step count is `step`, on the examples `indices` (accumulation, batch)."""

@@ -84,9 +84,7 @@ class Trainer:
             self.units, [[self.sets[u.name], *common] for u in self.units], batches, config, self.device
         )
         self.schedule = random_schedule([steps] * many, config.seed)
-        self.order = DataOrder(
-            batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device
-        )
+        self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
         self.iteration = 0
         self.seconds = 0.0
         self._signal: int | None = None
