@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
     evaluate.add_argument("--json", type=Path, help="also write the rows to this file")
 
+    evaluate.add_argument("--by-level", action="store_true", help="also each block's accuracy at its own noise levels")
+
     inspect = _command(commands, "inspect", _inspect, "show the blocks of a recipe before any training")
     inspect.add_argument("--figure", type=Path, help="draw the noise partition to this PNG")
 
@@ -104,13 +106,19 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
 
 def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from .evaluation.tables import format_table, write_results
-    from .runs import evaluate, load_model
+    from .model import DiffusionBlocks
+    from .runs import diagnose, evaluate, load_model
 
     model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
     rows = [row.to_dict() for row in evaluate(recipe, model)]
     print(format_table(rows))
+    if options.by_level:
+        if not isinstance(model, DiffusionBlocks):
+            raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
+        levels = [row.to_dict() for row in diagnose(recipe, model)]
+        print(format_table(levels))
     if options.json:
-        write_results(options.json, rows)
+        write_results(options.json, rows, **({"by_level": levels} if options.by_level else {}))
 
 
 def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:

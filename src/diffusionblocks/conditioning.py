@@ -69,6 +69,7 @@ class AdaptiveNorms(nn.Module):
         """Call `module(*args)` with its norms adapted to `condition` (batch, condition_dim)."""
         parts = self.linear(nn.functional.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
         self._modulation = [tuple(part.chunk(2, dim=-1)) for part in parts]
-        output = module(*args)
-        self._modulation = None
-        return output
+        try:
+            return module(*args)
+        finally:
+            self._modulation = None

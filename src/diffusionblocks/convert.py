@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
         TypeError: `model` is no module.
     """
     adapter = adapter_for(model)
+    if config is not None and not isinstance(config, BlocksConfig):
+        raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
     config = resolve(config or BlocksConfig())
     assert config.target is not None
     layers_path = adapter.layers_path(model)
@@ -113,6 +116,7 @@ def _build_blocks(
             added.load_state_dict(state[1])
         layer_paths = [f"{layers_path}.{i}" for i in partition.layer_range(index)]
         network = extract(model, layer_paths, memo={id(model.config): model_config})
+        _stop_checkpointing_inside(network)
         for path in shared_paths:
             _graft(network, path, foreign.get_submodule(path))
         adaptive = nn.ModuleList()
@@ -132,6 +136,21 @@ def _build_blocks(
             )
         )
     return blocks
+
+
+def _stop_checkpointing_inside(network: nn.Module) -> None:
+    """Layers that re-run themselves in the backward pass would miss their noise level then: switch that off."""
+    switched = False
+    for module in network.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010 - the attribute is a foreign class's
+            switched = True
+    if switched:
+        warnings.warn(
+            "gradient_checkpointing_enable() is switched off in the converted layers, whose adaptive norms it does not "
+            "know; wrap a block's call in torch.utils.checkpoint instead",
+            stacklevel=4,
+        )
 
 
 def _graft(root: Namespace, path: str, part: nn.Module) -> None:
@@ -170,7 +189,7 @@ def export(model: DiffusionBlocks) -> nn.Module:
             of_head = name.startswith(head)
             if of_layer or (of_head and index == last) or (not of_head and index == 0):
                 weights[name] = tensor.detach().cpu().clone()
-    original.load_state_dict(weights, strict=True)
+    original.to(next(iter(weights.values())).dtype).load_state_dict(weights, strict=True)
     return original.train(model.training)
 
 

@@ -135,7 +135,7 @@ class Block(nn.Module):
         logits = self(inputs, self.noise.corrupt(y, level, noise), level)
         loss = self.target.loss(logits, labels)
         if self.weight == "edm":
-            loss = loss * self.noise.weight(level)
+            loss = loss * self.noise.weight(level).float()
         assert loss.shape == (len(labels),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
 
@@ -242,7 +242,8 @@ class DiffusionBlocks(nn.Module):
         }
         if self.training:
             self._check_batch(batch, needs_labels=True)
-            drawn = int(torch.randint(self.partition.num_blocks, (1,)).item())
+            device = generator.device if generator is not None else None
+            drawn = int(torch.randint(self.partition.num_blocks, (1,), generator=generator, device=device).item())
             return BlocksOutput(loss=self.block(drawn).loss(batch, generator).mean())
         self._check_batch(batch, needs_labels=labels is not None)
         prediction = self.predict(batch["pixel_values"], steps=self.partition.num_blocks, generator=generator)
@@ -262,24 +263,37 @@ class DiffusionBlocks(nn.Module):
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
     ) -> Prediction:
-        """Classify by denoising: see `diffusionblocks.sampling.predict_labels`."""
-        from .sampling import predict_labels
-
+        """Classify by denoising, in evaluation mode: see `diffusionblocks.sampling.predict_labels`."""
         inputs = {"pixel_values": pixel_values}
         self._check_batch(inputs, needs_labels=False)
         assert self.blocks_config.target is not None
+        was_training = self.training
+        self.eval()
+        try:
+            return self._predict(
+                inputs,
+                len(pixel_values),
+                pixel_values.device,
+                steps=steps,
+                seeds=seeds,
+                bridge=self.blocks_config.target.bridge if bridge is None else bridge,
+                grid=grid,
+                generator=generator,
+                return_trajectory=return_trajectory,
+            )
+        finally:
+            self.train(was_training)
+
+    def _predict(self, inputs: Batch, batch_size: int, device: torch.device, **options: Any) -> Prediction:
+        from .sampling import predict_labels
+
         return predict_labels(
             lambda z, level: self.block(self.partition.block_of(level))(inputs, z, z.new_full((len(z),), level)),
             self.block(0).target,
             self.noise,
-            batch_size=len(pixel_values),
-            device=pixel_values.device,
-            steps=steps,
-            seeds=seeds,
-            bridge=bridge or self.blocks_config.target.bridge,
-            grid=grid,
-            generator=generator,
-            return_trajectory=return_trajectory,
+            batch_size=batch_size,
+            device=device,
+            **options,
         )
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -313,6 +327,8 @@ class DiffusionBlocks(nn.Module):
         if not needs_labels:
             return
         labels = batch["labels"]
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
         size = len(batch[self.adapter.input_names[0]])
         if labels.shape != (size,) or labels.dtype != torch.int64:
             raise ValueError(f"labels must be int64 of shape ({size},), got {labels.dtype} {tuple(labels.shape)}")
@@ -327,7 +343,7 @@ class DiffusionBlocks(nn.Module):
         if level.shape != (size,):
             raise ValueError(f"level must have shape ({size},), got {tuple(level.shape)}")
         low, high = block.interval
-        outside = (level < low * (1 - 1e-6)) | (level > high * (1 + 1e-6))
+        outside = ~((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6)))  # NaN is outside, too
         if bool(outside.any()):
             wrong = level[outside][0].item()
             owner = self.partition.block_of(wrong)

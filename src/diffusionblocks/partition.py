@@ -41,7 +41,7 @@ class Partition:
             raise ValueError(
                 f"{len(self.layers)} blocks need {len(self.layers) + 1} boundaries, got {len(self.boundaries)}"
             )
-        if any(b <= a for a, b in itertools.pairwise(self.boundaries)):
+        if not all(a < b for a, b in itertools.pairwise(self.boundaries)):
             raise ValueError(f"boundaries must ascend strictly, got {list(self.boundaries)}")
         if len(self.training_intervals) != len(self.layers):
             raise ValueError("every block needs one training interval")
@@ -85,10 +85,10 @@ class Partition:
             layers = [num_layers // num_blocks] * num_blocks
         if len(layers) != num_blocks:
             raise ValueError(f"layers = {list(layers)} names {len(layers)} blocks, but num_blocks = {num_blocks}")
-        if any(n < 1 for n in layers) or sum(layers) != num_layers:
+        if any(int(n) != n or n < 1 for n in layers) or sum(layers) != num_layers:
             raise ValueError(
-                f"layers = {list(layers)} must be positive and add up to the model's {num_layers} layers, "
-                f"not {sum(layers)}"
+                f"layers = {list(layers)} must be positive whole numbers and add up to the model's "
+                f"{num_layers} layers, not {sum(layers)}"
             )
         boundaries = noise.boundaries(num_blocks, strategy)
         ascending = list(itertools.pairwise(boundaries))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from .convert import convert
 from .data import ImageBatches, ImageData, digits, evaluation_batches, image_classification
 from .evaluation.accuracy import AccuracyRow, accuracy_grid
+from .evaluation.diagnostics import LevelRow, accuracy_by_level
 from .model import DiffusionBlocks
 from .recipes import DigitsConfig, Recipe
 from .saving import load, read_json, rebuild_config, write_json
@@ -161,25 +163,41 @@ def train(
 
 def evaluate(recipe: Recipe, model: nn.Module, data: ImageData | None = None) -> list[AccuracyRow]:
     """Test accuracy for every pair of steps and seeds of the recipe (one row for an end-to-end model)."""
-    device = next(model.parameters()).device
-    data = data if data is not None else load_data(recipe, "test")
     options = recipe.evaluate
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bfloat16"):
+    with _evaluation_precision(recipe, model):
         return accuracy_grid(
             model.eval(),
-            lambda: evaluation_batches(
-                data,
-                mean=recipe.data.mean,
-                std=recipe.data.std,
-                batch_size=options.batch_size,
-                device=device,
-            ),
+            _test_batches(recipe, model, data),
             steps=options.steps,
             seeds=options.seeds,
             bridge=options.bridge,
             grid=options.grid,
             seed=options.seed,
         )
+
+
+def diagnose(recipe: Recipe, model: DiffusionBlocks, data: ImageData | None = None) -> list[LevelRow]:
+    """Accuracy of every block on test images at levels of its own, beside what z gives away."""
+    with _evaluation_precision(recipe, model):
+        return accuracy_by_level(model, _test_batches(recipe, model, data), seed=recipe.evaluate.seed)
+
+
+def _evaluation_precision(recipe: Recipe, model: nn.Module) -> torch.autocast:
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bfloat16")
+
+
+def _test_batches(
+    recipe: Recipe, model: nn.Module, data: ImageData | None
+) -> Callable[[], Iterator[dict[str, torch.Tensor]]]:
+    images = data if data is not None else load_data(recipe, "test")
+    return lambda: evaluation_batches(
+        images,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        batch_size=recipe.evaluate.batch_size,
+        device=next(model.parameters()).device,
+    )
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,11 +34,14 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _INDEX = "diffusionblocks.json"
+_OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
+# What a file may ask for: other values can make transformers fetch kernels.
+_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 def save(model: DiffusionBlocks, path: Path) -> None:
     """Write `model` to the folder `path`; an older save there is replaced only once the new one is whole."""
-    with replaced_folder(path) as folder:
+    with replaced_folder(path, _OURS) as folder:
         shared = {id(p) for p in model.shared_parameters()}
         for index in range(len(model.blocks)):
             tensors = model.block(index).state_dict(keep_vars=True)
@@ -53,6 +57,7 @@ def describe(model: DiffusionBlocks) -> dict[str, Any]:
         "format": FORMAT,
         "model_class": model.model_class,
         "model_config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
         "blocks_config": model.blocks_config.model_dump(mode="json"),
         "partition": model.partition.to_dict(),
     }
@@ -65,6 +70,9 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBl
         path: the folder.
         device: where to put it.
 
+    Returns:
+        The model in evaluation mode.
+
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
         ValueError: not a saved DiffusionBlocks model, another format, or tensors that do not match.
@@ -73,16 +81,22 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBl
 
     folder = Path(path)
     index = read_json(folder / _INDEX)
-    missing = {"format", "model_class", "model_config", "blocks_config", "partition"} - set(index)
+    missing = {"format", "model_class", "model_config", "attention", "blocks_config", "partition"} - set(index)
     if missing:
         raise ValueError(f"{folder / _INDEX} lacks {sorted(missing)}: not a saved DiffusionBlocks model")
     if index["format"] != FORMAT:
         raise ValueError(f"{folder}: format {index['format']!r}; this version reads format {FORMAT}")
-    model = convert(
-        build_original(index["model_class"], rebuild_config(index["model_class"], index["model_config"])),
-        BlocksConfig.model_validate(index["blocks_config"]),
-    )
-    if model.partition != Partition.from_dict(index["partition"]):
+    try:
+        if index["attention"] not in _ATTENTION:
+            raise ValueError(f"attention = {index['attention']!r}; allowed: {', '.join(_ATTENTION)}")
+        model_config = rebuild_config(index["model_class"], index["model_config"])
+        model_config._attn_implementation = index["attention"]
+        config = BlocksConfig.model_validate(index["blocks_config"])
+        partition = Partition.from_dict(index["partition"])
+        model = convert(build_original(index["model_class"], model_config), config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / _INDEX} does not describe a model: {type(error).__name__}: {error}") from error
+    if model.partition != partition:
         raise ValueError(f"{folder / _INDEX}: the partition does not follow from the blocks_config beside it")
     joint = bool(model.shared_parameters())
     common = read_tensors(folder / "shared.safetensors") if joint else {}
@@ -93,13 +107,15 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBl
         except RuntimeError as error:
             raise ValueError(f"{folder / _block_file(b)} does not match the model: {error}") from None
     dtype = next(iter(read_tensors(folder / _block_file(0)).values())).dtype
-    return model.to(device=device, dtype=dtype)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def rebuild_config(model_class: str, values: dict[str, Any]) -> Any:
     """The config object of a supported class from its JSON values."""
     from .adapters import model_class_named
 
+    if not isinstance(model_class, str) or not isinstance(values, dict):
+        raise ValueError(f"a model is described by a class name and a mapping, got {model_class!r}, {values!r}")
     original: Any = model_class_named(model_class)
     return original.config_class.from_dict(values)
 
@@ -112,8 +128,11 @@ def _block_file(index: int) -> str:
 
 
 @contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the body ends without error."""
+def replaced_folder(path: Path, ours: re.Pattern[str]) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the body ends without error.
+
+    Files of an older folder whose names match `ours` are replaced; others are not ours and move to the new folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -123,8 +142,17 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-            path.replace(old / path.name)
-            temporary.replace(path)
+            kept = old / path.name
+            path.replace(kept)
+            try:
+                temporary.replace(path)
+            except OSError:
+                kept.replace(path)  # the older folder takes its place again
+                old.rmdir()
+                raise
+            for file in kept.iterdir():
+                if not ours.fullmatch(file.name):
+                    file.replace(path / file.name)
             shutil.rmtree(old)
         else:
             temporary.replace(path)
@@ -179,7 +207,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")

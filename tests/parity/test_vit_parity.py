@@ -97,6 +97,33 @@ def test_adaptive_norms_act_once_their_weights_are_not_zero(family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_adaptive_norms_scale_and_shift_each_norm_by_hand(family: str) -> None:
+    original = tiny(family)
+    model = db.convert(original).eval()
+    randomise_adaptive(model)
+    x = torch.randn(2, 6, 32, generator=seeded())
+    final = model.blocks[0].shared.final_norms
+    norm = model.blocks[0].network.get_submodule(original.base_model_prefix).layernorm
+    condition = torch.randn(2, final.linear.in_features, generator=seeded(1))
+    scale, shift = final.linear(nn.functional.silu(condition))[:, None].chunk(2, dim=-1)
+    plain = original.base_model.layernorm(x)
+    torch.testing.assert_close(final(norm, condition, x), plain * (1 + scale) + shift)
+
+    # In a layer the two norms have their own scale and shift: record them as the layer runs.
+    adaptive, layer, width = adaptive_layers(model)[0]
+    seen: list[tuple[Tensor, Tensor]] = []
+    names = [n for n in ("layernorm_before", "layernorm_after", "norm1", "norm2") if hasattr(layer, n)]
+    for name in names:  # this hook runs after the adaptive one and sees what the layer sees
+        layer.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    condition = torch.randn(2, width, generator=seeded(1))
+    adaptive(layer, condition, x)
+    parts = adaptive.linear(nn.functional.silu(condition))[:, None].chunk(4, dim=-1)
+    for i, (name, (given, out)) in enumerate(zip(names, seen, strict=True)):
+        norm = original_layers(original)[0].get_submodule(name)
+        torch.testing.assert_close(out, norm(given) * (1 + parts[2 * i]) + parts[2 * i + 1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_level_changes_the_logits_through_the_condition(family: str) -> None:
     model = db.convert(tiny(family)).eval()
     batch, z = noise_batch(2), torch.zeros(2, 32)  # with z = 0 only the condition and c_out carry the level
@@ -272,7 +299,7 @@ def test_a_subclass_of_a_supported_class_converts() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bfloat16_model_takes_float32_images_as_the_original_does(family: str) -> None:
-    # BUG (adapters/vit.py, ViTAdapter.hidden): ViTModel and DeiTModel cast pixel_values to the dtype of the patch
+    # Regression: ViTModel and DeiTModel cast pixel_values to the dtype of the patch
     # projection before the embeddings; the adapter calls the embeddings itself and does not.
     original = tiny(family).bfloat16()
     batch = noise_batch()
@@ -282,7 +309,7 @@ def test_a_bfloat16_model_takes_float32_images_as_the_original_does(family: str)
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradients_are_right_with_transformers_own_gradient_checkpointing(use_reentrant: bool) -> None:
-    # BUG (conditioning.py, AdaptiveNorms.forward): transformers checkpoints *inside* `module(*args)`; when the layer is
+    # Regression: transformers checkpoints *inside* `module(*args)`; when the layer is
     # run again in backward, `_modulation` is None, so the norms are not adapted. Re-entrant: adaptive norms get
     # no gradient at all, silently. Not re-entrant: CheckpointError.
     plain = tiny().train()

@@ -334,7 +334,7 @@ def test_nothing_in_the_folder_is_run(folder: Path, tmp_path: Path, monkeypatch:
 
 
 def test_saving_into_a_folder_with_other_files_does_not_delete_them(tmp_path: Path) -> None:
-    # BUG (saving.py, replaced_folder): whatever is at `path` is removed whole: notes, logs, checkpoints. Either keep
+    # Regression: whatever is at `path` is removed whole: notes, logs, checkpoints. Either keep
     # the other files or refuse to replace a folder that is no saved model.
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "notes.txt").write_text("a month of work")
@@ -344,7 +344,7 @@ def test_saving_into_a_folder_with_other_files_does_not_delete_them(tmp_path: Pa
 
 
 def test_the_older_save_survives_a_failed_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # BUG (saving.py, replaced_folder): between the two renames nothing is at `path`; when the second fails, the older
+    # Regression: between the two renames nothing is at `path`; when the second fails, the older
     # save stays in a hidden folder, and the new one is deleted.
     older = made(seed=1)
     older.save_pretrained(tmp_path / "m")
@@ -364,7 +364,7 @@ def test_the_older_save_survives_a_failed_rename(tmp_path: Path, monkeypatch: py
 
 
 def test_the_attention_implementation_survives_saving(tmp_path: Path) -> None:
-    # BUG (saving.py): config.to_dict() drops the attention implementation, so a model that was converted with eager
+    # Regression: config.to_dict() drops the attention implementation, so a model that was converted with eager
     # attention comes back with sdpa and predicts other bits. (export() keeps it.)
     model = db.convert(tiny(attn_implementation="eager")).eval()
     model.save_pretrained(tmp_path / "m")
@@ -384,14 +384,14 @@ def test_the_attention_implementation_survives_saving(tmp_path: Path) -> None:
     ],
 )
 def test_an_index_of_the_wrong_shape_is_refused_clearly(folder: Path, change: Callable[[dict], None]) -> None:
-    # BUG (saving.py): KeyError, TypeError or AttributeError instead of the promised ValueError that names the file.
+    # Regression: KeyError, TypeError or AttributeError instead of the promised ValueError that names the file.
     edit(folder, change)
     with pytest.raises(ValueError, match=INDEX):
         db.load(folder)
 
 
 def test_an_index_that_is_not_text_is_named(folder: Path) -> None:
-    # BUG (saving.py, read_json): UnicodeDecodeError (a ValueError) does not say which file.
+    # Regression: UnicodeDecodeError (a ValueError) does not say which file.
     (folder / INDEX).write_bytes(b"\x00\xff" * 100)
     with pytest.raises(ValueError, match=INDEX):
         db.load(folder)

@@ -493,7 +493,7 @@ def test_training_forward_draws_every_block() -> None:
 
 
 def test_training_forward_follows_its_generator_alone() -> None:
-    # BUG (model.py, DiffusionBlocks.forward): "generator: source of all draws", but the block is drawn from the
+    # Regression: "generator: source of all draws", but the block is drawn from the
     # global generator.
     model = convert("vit").eval()
     model.training = True  # no dropout in the tiny model; only forward's branch matters
@@ -502,14 +502,14 @@ def test_training_forward_follows_its_generator_alone() -> None:
 
 
 def test_weighted_loss_is_float32_at_float64_levels() -> None:
-    # BUG (model.py, Block.loss): with weight = edm a float64 level makes a float64 loss.
+    # Regression: with weight = edm a float64 level makes a float64 loss.
     model = convert("vit", target={"weight": "edm"})
     level = torch.full((6,), 0.3, dtype=torch.float64)
     assert model.loss(noise_batch(), block=1, generator=seeded(), level=level).dtype == torch.float32
 
 
 def test_adaptive_norms_forget_the_condition_when_a_layer_fails() -> None:
-    # BUG (conditioning.py, AdaptiveNorms.forward): no try/finally, so after an error (out of memory, say) the norms
+    # Regression: no try/finally, so after an error (out of memory, say) the norms
     # stay adapted and the modulation's graph stays in memory.
     model = convert("vit")
     adaptive, layer = model.blocks[0].adaptive[0], model.blocks[0].layers()[0]

@@ -152,9 +152,7 @@ def test_equalize_clips_at_white() -> None:
 
 def test_magnitude_zero_is_the_identity_for_graded_ops() -> None:
     images = make_images(8, 3, 9, 11)
-    images[images == 255] = (
-        254  # Solarize at 0 has the threshold 255, and inverts 255 itself, as in torchvision.
-    )
+    images[images == 255] = 254  # Solarize at 0 has the threshold 255, and inverts 255 itself, as in torchvision.
     aug = Augment(AugmentConfig(randaugment_ops=1, randaugment_magnitude=0))
     for op in set(RANDAUGMENT_OPS) - {"AutoContrast", "Equalize"}:
         for sign in (1, -1):

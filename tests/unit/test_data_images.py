@@ -207,13 +207,9 @@ def test_refuses_bad_arguments(folder: Path, changes: dict[str, Any], message: s
 
 
 def test_refuses_missing_sources(folder: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"split 'train': no file in .* matches 'a\*'.*train-0.parquet"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"split 'train': no file in .* matches 'a\*'.*train-0.parquet"):
         load(folder, split_files={"train": "a*"})
-    with pytest.raises(
-        FileNotFoundError, match="no such folder; give a folder of parquet files, or a hub name"
-    ):
+    with pytest.raises(FileNotFoundError, match="no such folder; give a folder of parquet files, or a hub name"):
         load(folder / "nothing")
     with pytest.raises(FileNotFoundError, match="'cifar': no such folder"):
         load("cifar", split_files={"train": "*"})
@@ -314,23 +310,17 @@ def test_hub_name_goes_to_load_dataset(folder: Path, tmp_path: Path, monkeypatch
             raise ValueError(f'Unknown split "{options["split"]}". Should be one of ["train"].')
         if name != "someone/pets":
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
-        return real(
-            "parquet", data_files=str(folder / "train-0.parquet"), split="train", **{"cache_dir": None}
-        )
+        return real("parquet", data_files=str(folder / "train-0.parquet"), split="train", **{"cache_dir": None})
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     data = load("someone/pets", cache_dir=tmp_path / "cache")
     assert len(data) == 4
     assert calls[0][0] == "someone/pets"
     monkeypatch.setattr(images_module, "_decode", None)
-    assert torch.equal(load("someone/pets", cache_dir=tmp_path / "cache").images, data.images), (
-        "from the cache"
-    )
+    assert torch.equal(load("someone/pets", cache_dir=tmp_path / "cache").images, data.images), "from the cache"
     with pytest.raises(ValueError, match=r"'someone/pets', split = 'val': Unknown split.*\[\"train\"\]"):
         load("someone/pets", split="val")
-    with pytest.raises(
-        FileNotFoundError, match=r"source = 'someone/absent': no local folder .* and the hub gave"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"source = 'someone/absent': no local folder .* and the hub gave"):
         load("someone/absent")
 
 
@@ -373,9 +363,7 @@ def test_host_rows_equal_device_rows(colour_data: ImageData) -> None:
     make.on_device = False
     on_host = make(indices, None)
     assert all(torch.equal(on_device[key], on_host[key]) for key in ("pixel_values", "labels"))
-    torch.testing.assert_close(
-        on_device["pixel_values"], normalised(colour_data.images[indices]), atol=2e-6, rtol=0
-    )
+    torch.testing.assert_close(on_device["pixel_values"], normalised(colour_data.images[indices]), atol=2e-6, rtol=0)
 
 
 def test_evaluation_batches(colour_data: ImageData) -> None:

@@ -193,24 +193,24 @@ def test_a_refusal_draws_no_random_number() -> None:
 # ---- bugs in src at the time of writing: these fail until they are fixed ----------------------------------------
 
 UNREFUSED: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
-    # BUG (model.py, _check_levels): comparisons with nan are false, so nan levels pass and the loss is nan.
+    # Regression: comparisons with nan are false, so nan levels pass and the loss is nan.
     ("loss: level nan", lambda: loss(level=levels(*[0.3] * 5, float("nan"))), ("nan",)),
-    # BUG (noise/edm.py, levels): rho nan makes levels nan, rho inf makes equal levels.
+    # Regression: rho nan makes levels nan, rho inf makes equal levels.
     ("grid: rho nan", lambda: NOISE.levels(4, "karras", rho=float("nan")), ("rho", "nan")),
     ("grid: rho infinite", lambda: NOISE.levels(4, "karras", rho=float("inf")), ("rho", "inf")),
-    # BUG (partition.py, __post_init__): nan boundaries pass the check that they ascend.
+    # Regression: nan boundaries pass the check that they ascend.
     ("boundaries nan", lambda: Partition((0.1, float("nan"), 1.0), (1, 1), ((0.1, 1.0),) * 2), ("nan",)),
-    # BUG (partition.py, build): fractions that add up are rounded down, and layers are lost: (2.5, 3.5) -> (2, 3).
+    # Regression: fractions that add up are rounded down, and layers are lost: (2.5, 3.5) -> (2, 3).
     ("layers: fractions", lambda: partition(num_layers=6, num_blocks=2, layers=(2.5, 3.5)), ("2.5",)),
-    # BUG (noise/edm.py, sample): an interval outside the range, or upside down, gives its end over and over.
+    # Regression: an interval outside the range, or upside down, gives its end over and over.
     ("sample: outside the range", lambda: NOISE.sample(3, (100.0, 200.0), generator=seeded()), ("100",)),
     ("sample: upside down", lambda: NOISE.sample(3, (5.0, 1.0), generator=seeded()), ("5.0", "1.0")),
-    # BUG (noise/edm.py, level_of): a mass outside [0, 1] gives nan.
+    # Regression: a mass outside [0, 1] gives nan.
     ("mass outside [0, 1]", lambda: NOISE.level_of(levels(0.5, 2.0)), ("2", "[0, 1]")),
-    # BUG (noise/edm.py): so little mass in the range that quantiles of different masses are one level; the message
+    # Regression: so little mass in the range that quantiles of different masses are one level; the message
     # is about boundaries, which the user did not give, and levels() gives [80, 80, 80, 80, 0.002].
     ("range without mass", lambda: EDM(p_mean=-30.0).levels(4), ("p_mean",)),
-    # BUG (model.py, predict): bridge="" falls back to the config's in silence.
+    # Regression: bridge="" falls back to the config's in silence.
     ("predict: bridge empty", lambda: predict(bridge=""), ("''", "soft", "hard")),
 ]
 

@@ -121,7 +121,9 @@ class ViTAdapter(Adapter):
     ) -> tuple[Tensor, Tensor]:
         """See `Adapter`."""
         embeddings = self._backbone(network).get_submodule("embeddings")
-        tokens = embeddings(inputs["pixel_values"])
+        # As the whole model does: images come in the weights' precision.
+        dtype = next(embeddings.get_submodule("patch_embeddings").parameters()).dtype
+        tokens = embeddings(inputs["pixel_values"].to(dtype))
         if "label_token" in added:
             tokens = torch.cat([tokens, added["label_token"](z).to(tokens.dtype)], dim=1)
         else:

@@ -68,7 +68,7 @@ def write_results(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     write_json(
         path,
         {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": _command(),
             "device": device,
             "torch": torch.__version__,
             "commit": commit(),
@@ -76,6 +76,12 @@ def write_results(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
             "rows": rows,
         },
     )
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    start = ["diffusionblocks"] if program.stem in ("diffusionblocks", "cli") else ["python", str(program)]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def commit() -> str | None:

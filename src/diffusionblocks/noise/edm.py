@@ -61,6 +61,13 @@ class EDM:
         if not (math.isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
             raise ValueError(f"sigma_max must be finite and > sigma_min = {self.sigma_min}, got {self.sigma_max}")
 
+        q_min, q_max = self._normal_cdf_ends()
+        if q_max - q_min < 1e-4:
+            raise ValueError(
+                f"log sigma ~ N({self.p_mean}, {self.p_std}^2) has almost no mass in [{self.sigma_min}, "
+                f"{self.sigma_max}]: p_mean must lie about within the logarithms of that range"
+            )
+
     # ---- the training distribution -------------------------------------------------------------------
 
     @property
@@ -75,21 +82,27 @@ class EDM:
 
     def _normal_cdf_ends(self) -> tuple[float, float]:
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
-        q_min, q_max = torch.special.ndtr((ends.log() - self.p_mean) / self.p_std).tolist()
+        q_min, q_max = _normal_cdf((ends.log() - self.p_mean) / self.p_std).tolist()
         return q_min, q_max
 
     def mass_of(self, level: Tensor) -> Tensor:
         """Mass u in [0, 1] below each level, float64, shape of `level` (levels outside the range are clamped)."""
         q_min, q_max = self._normal_cdf_ends()
         sigma = level.double().clamp(self.sigma_min, self.sigma_max)
-        q = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
+        q = _normal_cdf((sigma.log() - self.p_mean) / self.p_std)
         mass: Tensor = ((q - q_min) / (q_max - q_min)).clamp(0.0, 1.0)
         return mass
 
     def level_of(self, mass: Tensor) -> Tensor:
-        """Level sigma at each mass u in [0, 1]: the inverse of `mass_of`, float64, shape of `mass`."""
+        """Level sigma at each mass u: the inverse of `mass_of`, float64, shape of `mass`.
+
+        Raises:
+            ValueError: a mass outside [0, 1] (checked on the CPU; on a GPU it is clamped, to save a wait).
+        """
+        if mass.device.type == "cpu" and not bool(((mass >= -1e-9) & (mass <= 1 + 1e-9)).all()):
+            raise ValueError(f"mass must be in [0, 1], got {mass.min().item():g} to {mass.max().item():g}")
         q_min, q_max = self._normal_cdf_ends()
-        q = q_min + mass.double() * (q_max - q_min)
+        q = q_min + mass.double().clamp(0.0, 1.0) * (q_max - q_min)
         sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(q))
         return sigma.clamp(self.sigma_min, self.sigma_max)
 
@@ -113,6 +126,10 @@ class EDM:
             Levels, float32, shape (n,). The quantile is inverted in float64.
         """
         low, high = interval if interval is not None else (self.sigma_min, self.sigma_max)
+        if not self.sigma_min <= low < high <= self.sigma_max:
+            raise ValueError(
+                f"interval ({low}, {high}) must ascend within the noise range [{self.sigma_min}, {self.sigma_max}]"
+            )
         u_low, u_high = self.mass_of(torch.tensor([low, high], dtype=torch.float64)).tolist()
         u = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
         return self.level_of(u_low + u * (u_high - u_low)).clamp(low, high).float()
@@ -175,8 +192,8 @@ class EDM:
         if grid == "equal-mass":
             return self.boundaries(steps)[::-1]
         if grid == "karras":
-            if rho <= 0:
-                raise ValueError(f"rho must be > 0, got {rho}")
+            if not (math.isfinite(rho) and rho > 0):
+                raise ValueError(f"rho must be a finite number > 0, got {rho}")
             ramp = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
             top, bottom = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
             inner: list[float] = ((top + ramp * (bottom - top)) ** rho)[1:-1].tolist()
@@ -216,6 +233,12 @@ class EDM:
     def to_dict(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""
         return asdict(self)
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """Phi(x), exact in the far tails too (torch.special.ndtr loses digits there)."""
+    mass: Tensor = 0.5 * torch.special.erfc(-x / math.sqrt(2.0))
+    return mass
 
 
 def match(level: Tensor, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..saving import read_json, read_tensors, replaced_folder, write_json, write_tensors
 
+_FILES = re.compile(r"state\.(safetensors|json)")
 _NAME = re.compile(r"iteration-(\d{9})")
 
 
@@ -19,7 +20,7 @@ def write_checkpoint(
 ) -> Path:
     """Write `folder`/iteration-... and delete all but the newest `keep` checkpoints."""
     path = folder / f"iteration-{iteration:09d}"
-    with replaced_folder(path) as temporary:
+    with replaced_folder(path, _FILES) as temporary:
         write_tensors(temporary / "state.safetensors", tensors)
         write_json(temporary / "state.json", {"iteration": iteration, **values})
     for old in checkpoints(folder)[:-keep]:

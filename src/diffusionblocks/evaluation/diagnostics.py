@@ -1,0 +1,69 @@
+"""What the levels teach: accuracy of each block at levels of its own, beside what z gives away by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import DiffusionBlocks
+
+
+@dataclass(frozen=True)
+class LevelRow:
+    """One level: the block that owns it, its accuracy there, and the accuracy of the nearest target to z alone.
+
+    Where `nearest` approaches 1 the label can be read off z without looking at the input: such levels teach nothing
+    about it, and only the accuracy near the highest level tells how well the input is understood.
+    """
+
+    level: float
+    block: int
+    accuracy: float
+    nearest: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def accuracy_by_level(
+    model: DiffusionBlocks,
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]],
+    levels: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+) -> list[LevelRow]:
+    """Accuracy of the owning block at each level, given the true label's noised target.
+
+    Args:
+        model: a classifier's blocks.
+        batches: makes an iterable of {"pixel_values", "labels"} on the model's device; read once a level.
+        levels: what to measure; default twelve levels of equal mass and the highest one.
+        seed: of the noise.
+    """
+    if levels is None:
+        levels = model.noise.levels(12)[:-1]
+    model.eval()
+    rows = []
+    for level in levels:
+        block = model.block(model.partition.block_of(level))
+        generator = torch.Generator(device=model.device).manual_seed(seed)
+        hits = nearest = count = 0
+        for batch in batches():
+            with torch.no_grad():
+                labels = batch["labels"]
+                y = block.target.encode(labels)
+                sigma = y.new_full((len(y),), level)
+                noise = torch.randn(y.shape, generator=generator, device=y.device)
+                z = model.noise.corrupt(y, sigma, noise)
+                inputs = {name: batch[name] for name in model.adapter.input_names}
+                hits += int((block(inputs, z, sigma).argmax(-1) == labels).sum())
+                nearest += int(((z @ block.target.table.T).argmax(-1) == labels).sum())
+                count += len(labels)
+        rows.append(LevelRow(level, block.index, hits / count, nearest / count))
+    return rows
