@@ -33,8 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 on success; 2 for bad input; 3 when training diverged; 128 + signal when it was interrupted and saved.
     """
     options = _parser().parse_args(arguments)
+    from transformers.utils.logging import disable_progress_bar
+
     from .training import Diverged, Interrupted
 
+    disable_progress_bar()  # of saving a few small files; ours shows the training
     try:
         recipe = load_recipe(options.recipe, options.set)
         options.run(recipe, options)

@@ -106,6 +106,7 @@ class EvaluateConfig(_Section):
         bridge: `soft` or `hard`; null takes the model's.
         grid: level grid, `equal-mass` or `karras`.
         batch_size: images at a time.
+        limit: only the first so many test images, for a quick look; null takes all.
         seed: of the starting noise.
     """
 
@@ -114,6 +115,7 @@ class EvaluateConfig(_Section):
     bridge: Literal["soft", "hard"] | None = None
     grid: Literal["equal-mass", "karras"] = "equal-mass"
     batch_size: int = Field(default=500, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -191,6 +192,10 @@ def _test_batches(
     recipe: Recipe, model: nn.Module, data: ImageData | None
 ) -> Callable[[], Iterator[dict[str, torch.Tensor]]]:
     images = data if data is not None else load_data(recipe, "test")
+    if recipe.evaluate.limit is not None:
+        images = dataclasses.replace(
+            images, images=images.images[: recipe.evaluate.limit], labels=images.labels[: recipe.evaluate.limit]
+        )
     return lambda: evaluation_batches(
         images,
         mean=recipe.data.mean,

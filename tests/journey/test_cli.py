@@ -73,10 +73,11 @@ def test_accuracy_by_level_shows_where_z_gives_the_label_away(
 ) -> None:
     assert main(["train", DIGITS, "--out", str(tmp_path), "--quiet", "--set", "train.steps=2", *TINY]) == 0
     path = tmp_path / "levels.json"
-    more = ["--model", str(tmp_path / "model"), "--by-level", "--json", str(path)]
+    more = ["--model", str(tmp_path / "model"), "--by-level", "--json", str(path), "--set", "evaluate.limit=100"]
     assert main(["evaluate", DIGITS, *TINY, *more]) == 0
     assert "nearest" in capsys.readouterr().out
     rows = json.loads(path.read_text())["by_level"]
+    assert round(rows[0]["nearest"] * 100, 6).is_integer()  # of 100 images
     assert [row["block"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
     assert rows[0]["level"] == 80.0
     assert rows[0]["nearest"] < 0.2
