@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionblocks.evaluation.tables import format_table
-from diffusionblocks.saving import read_json, write_json
+from diffusionblocks.files import read_json, write_json
 
 KEEP = ("name", "key", "layers", "blocks", "iterations", "parameters_trained", "peak_memory_bytes", "seconds")
 

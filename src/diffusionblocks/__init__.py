@@ -1,11 +1,12 @@
 """DiffusionBlocks: train a deep network one block at a time (ICLR 2026, arXiv 2506.14202)."""
 
 from .config import BlocksConfig, LabelTargetConfig
-from .convert import convert, export
+from .convert import convert
+from .loading import load
 from .model import Block, BlocksOutput, DiffusionBlocks
 from .noise import EDM
 from .partition import Partition
-from .saving import load
+from .saving import export
 
 __version__ = "0.1.0"
 

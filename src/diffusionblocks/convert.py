@@ -1,4 +1,4 @@
-"""Conversion of an ordinary model into DiffusionBlocks, and export back to the original class."""
+"""Conversion of an ordinary model into DiffusionBlocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapter, adapter_for, model_class_named
+from .adapters import Adapter, adapter_for
 from .adapters.base import Namespace, extract
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig, LabelTargetConfig
@@ -166,34 +166,3 @@ def _graft(root: Namespace, path: str, part: nn.Module) -> None:
 
 def _class_name(model: nn.Module, adapter: Adapter) -> str:
     return next(ancestor.__name__ for ancestor in type(model).__mro__ if ancestor.__name__ in adapter.classes)
-
-
-def export(model: DiffusionBlocks) -> nn.Module:
-    """The original class with the trained weights, to be used or fine-tuned as an ordinary model.
-
-    Layers come from the blocks that own them; shared parts before the layers from block 0, those after them from
-    the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original
-    class and is left out.
-
-    Returns:
-        An instance of the original class, on the CPU.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    original = build_original(model.model_class, model.config)
-    head = tuple(f"{path}." for path in model.adapter.head_paths(original))
-    last = len(model.blocks) - 1
-    for index in range(len(model.blocks)):
-        block = model.block(index)
-        for name, tensor in block.network.state_dict().items():
-            of_layer = any(name.startswith(f"{path}.") for path in block.layer_paths)
-            of_head = name.startswith(head)
-            if of_layer or (of_head and index == last) or (not of_head and index == 0):
-                weights[name] = tensor.detach().cpu().clone()
-    original.to(next(iter(weights.values())).dtype).load_state_dict(weights, strict=True)
-    return original.train(model.training)
-
-
-def build_original(model_class: str, model_config: Any) -> nn.Module:
-    """A freshly initialised instance of a supported class; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        return model_class_named(model_class)(copy.deepcopy(model_config))

@@ -16,6 +16,7 @@ from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig
 from .noise import EDM
 from .partition import Partition
+from .saving import export, save
 from .targets import LabelTarget
 
 if TYPE_CHECKING:
@@ -298,14 +299,10 @@ class DiffusionBlocks(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the model to a folder: safetensors and JSON (see `diffusionblocks.saving`)."""
-        from .saving import save
-
         save(self, Path(path))
 
     def export(self) -> nn.Module:
-        """The original class with the trained weights (see `diffusionblocks.convert.export`)."""
-        from .convert import export
-
+        """The original class with the trained weights (see `diffusionblocks.saving.export`)."""
         return export(self)
 
     # ---- parameters by owner ---------------------------------------------------------------------------

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import model_class_named, rebuild_config
 from .convert import convert
 from .data import ImageBatches, ImageData, digits, evaluation_batches, image_classification
 from .evaluation.accuracy import AccuracyRow, accuracy_grid
 from .evaluation.diagnostics import LevelRow, accuracy_by_level
+from .files import read_json, write_json
+from .loading import load
 from .model import DiffusionBlocks
 from .recipes import DigitsConfig, Recipe
-from .saving import load, read_json, rebuild_config, write_json
 from .training import EndToEnd, Trainer
 from .training.logging import Logger
 
@@ -71,8 +73,6 @@ def build_original(recipe: Recipe) -> nn.Module:
     Raises:
         ValueError: a class that is not supported, or config values that the class does not take.
     """
-    from .adapters import model_class_named
-
     model_class: Any = model_class_named(recipe.model.type)
     if recipe.model.pretrained is not None:
         return model_class.from_pretrained(recipe.model.pretrained, **recipe.model.config)  # type: ignore[no-any-return]
@@ -234,8 +234,6 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
         raise ValueError(f"{path} holds a model of method {found}, the recipe says method: {recipe.method}")
     if is_blocks:
         return load(path, device=device_of(recipe))
-    from .adapters import model_class_named
-
     class_name = read_json(path / "config.json").get("architectures", [recipe.model.type])[0]
     model: nn.Module = model_class_named(class_name).from_pretrained(path)  # type: ignore[attr-defined]
     return EndToEnd(model.to(device_of(recipe)))

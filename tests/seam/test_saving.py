@@ -14,7 +14,7 @@ from helpers import FAMILIES, POLICIES, convert, noise_batch, randomise_adaptive
 from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
-from diffusionblocks import saving
+from diffusionblocks import files
 
 INDEX = "diffusionblocks.json"
 
@@ -156,7 +156,7 @@ def test_a_failed_save_leaves_the_older_one(
     if older:
         made(seed=1, shared="joint").save_pretrained(tmp_path / "m")
     before = listing(tmp_path)
-    real, calls = saving.save_file, []
+    real, calls = files.save_file, []
 
     def failing(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -164,7 +164,7 @@ def test_a_failed_save_leaves_the_older_one(
             raise OSError("no space left on device")
         real(*args, **kwargs)
 
-    monkeypatch.setattr(saving, "save_file", failing)
+    monkeypatch.setattr(files, "save_file", failing)
     with pytest.raises(OSError, match="no space"):
         made(seed=2, shared="joint").save_pretrained(tmp_path / "m")
     assert len(calls) == failing_call
@@ -355,7 +355,7 @@ def test_the_older_save_survives_a_failed_rename(tmp_path: Path, monkeypatch: py
             raise OSError("interrupted")
         real(source, target)
 
-    monkeypatch.setattr(saving.os, "replace", failing)
+    monkeypatch.setattr(files.os, "replace", failing)
     with pytest.raises(OSError, match="interrupted"):
         made(seed=2).save_pretrained(tmp_path / "m")
     monkeypatch.undo()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+from typing import Any
 
+import torch
 from torch import nn
 
 from .base import Adapter
@@ -50,3 +53,17 @@ def model_class_named(name: str) -> type[nn.Module]:
     module = importlib.import_module(known[name].classes[name])
     model_class: type[nn.Module] = getattr(module, name)
     return model_class
+
+
+def rebuild_config(model_class: str, values: dict[str, Any]) -> Any:
+    """The config object of a supported class from its JSON values."""
+    if not isinstance(model_class, str) or not isinstance(values, dict):
+        raise ValueError(f"a model is described by a class name and a mapping, got {model_class!r}, {values!r}")
+    original: Any = model_class_named(model_class)
+    return original.config_class.from_dict(values)
+
+
+def build_original(model_class: str, model_config: Any) -> nn.Module:
+    """A freshly initialised instance of a supported class; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return model_class_named(model_class)(copy.deepcopy(model_config))

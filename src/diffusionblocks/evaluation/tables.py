@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..files import write_json
 from ..model import Block, DiffusionBlocks
-from ..saving import write_json
 from .memory import size_of
 
 

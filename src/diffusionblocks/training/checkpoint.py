@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..saving import read_json, read_tensors, replaced_folder, write_json, write_tensors
+from ..files import read_json, read_tensors, replaced_folder, write_json, write_tensors
 
 _FILES = re.compile(r"state\.(safetensors|json)")
 _NAME = re.compile(r"iteration-(\d{9})")
