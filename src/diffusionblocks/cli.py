@@ -127,7 +127,7 @@ def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
 def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
     from .convert import convert
     from .evaluation.figures import draw_partition
-    from .evaluation.tables import block_table, format_table
+    from .evaluation.tables import block_table, format_table, partition_sketch
     from .runs import build_original
 
     original = build_original(recipe)
@@ -137,6 +137,7 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
     print(f"blocks: {json.dumps(model.blocks_config.model_dump(mode='json', exclude={'noise'}))}")
     print(format_table(block_table(model)))
     print("bytes: AdamW in the weights' precision, of one block and its shared parts, without activations")
+    print(partition_sketch(model.partition, model.noise))
     if options.figure:
         draw_partition(model.partition, model.noise, options.figure)
         print(f"partition drawn to {options.figure}")

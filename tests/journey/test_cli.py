@@ -125,6 +125,9 @@ def test_inspect_draws_the_partition(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "0.3333" in out
+    owners = next(line for line in out.splitlines() if line.startswith("block    2"))
+    assert sorted(set(owners.removeprefix("block").strip())) == ["0", "1", "2"]
+    assert owners.rstrip().endswith("0")
     assert "optimizer" in out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
@@ -15,6 +16,8 @@ import torch
 
 from ..files import write_json
 from ..model import Block, DiffusionBlocks
+from ..noise import EDM
+from ..partition import Partition
 from .memory import size_of
 
 
@@ -60,6 +63,23 @@ def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def partition_sketch(partition: Partition, noise: EDM, width: int = 72) -> str:
+    """The training density over log sigma as a line of bars, and below it the block that owns each level."""
+    levels = torch.logspace(math.log10(noise.level_min), math.log10(noise.level_max), width, dtype=torch.float64)
+    levels = levels.clamp(noise.level_min, noise.level_max)
+    density = noise.density(levels)
+    heights = (density / density.max() * 8).round().int().tolist()
+    owners = partition.block_of(levels).tolist()
+    ends = f"{noise.level_min:g}", f"{noise.level_max:g}"
+    return "\n".join(
+        [
+            "density  " + "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights),
+            "block    " + "".join(str(owner % 10) for owner in owners),
+            "sigma    " + ends[0] + ends[1].rjust(width - len(ends[0])),
+        ]
+    )
 
 
 def write_results(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
