@@ -37,10 +37,10 @@ def main() -> None:
     write_json(
         options.out,
         {
-            "command": [source["command"] for source in sources],
-            "device": sorted({source["device"] for source in sources}),
-            "torch": sorted({source["torch"] for source in sources}),
-            "commit": options.commit or sorted(commits),
+            "command": " && ".join(source["command"] for source in sources),
+            "device": ", ".join(sorted({source["device"] for source in sources})),
+            "torch": ", ".join(sorted({source["torch"] for source in sources})),
+            "commit": options.commit or ", ".join(sorted(commits)),
             "rows": rows,
         },
     )

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train a recipe, save the model and evaluate it")
     train.add_argument("--out", type=Path, help="folder of the run (default runs/<name>); an unfinished run resumes")
-    train.add_argument("--restart", action="store_true", help="start anew, ignoring checkpoints in the folder")
+    train.add_argument("--restart", action="store_true", help="start anew, removing the checkpoints in the folder")
     train.add_argument("--tensorboard", action="store_true", help="also log to <out>/tensorboard (extra: tensorboard)")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from .adapters import build_original, rebuild_config
+from .adapters import instantiate, rebuild_config
 from .config import BlocksConfig
 from .convert import convert
 from .files import read_json, read_tensors
 from .model import DiffusionBlocks
 from .partition import Partition
-from .saving import ATTENTION, FORMAT, INDEX, block_file
+from .saving import FORMAT, INDEX, block_file
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBlocks:
@@ -31,19 +31,16 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBl
     """
     folder = Path(path)
     index = read_json(folder / INDEX)
-    missing = {"format", "model_class", "model_config", "attention", "blocks_config", "partition"} - set(index)
+    missing = {"format", "model_class", "model_config", "blocks_config", "partition"} - set(index)
     if missing:
         raise ValueError(f"{folder / INDEX} lacks {sorted(missing)}: not a saved DiffusionBlocks model")
     if index["format"] != FORMAT:
         raise ValueError(f"{folder}: format {index['format']!r}; this version reads format {FORMAT}")
     try:
-        if index["attention"] not in ATTENTION:
-            raise ValueError(f"attention = {index['attention']!r}; allowed: {', '.join(ATTENTION)}")
         model_config = rebuild_config(index["model_class"], index["model_config"])
-        model_config._attn_implementation = index["attention"]
         config = BlocksConfig.model_validate(index["blocks_config"])
         partition = Partition.from_dict(index["partition"])
-        model = convert(build_original(index["model_class"], model_config), config)
+        model = convert(instantiate(index["model_class"], model_config), config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} does not describe a model: {type(error).__name__}: {error}") from error
     if model.partition != partition:

@@ -74,15 +74,17 @@ def build_original(recipe: Recipe) -> nn.Module:
         ValueError: a class that is not supported, or config values that the class does not take.
     """
     model_class: Any = model_class_named(recipe.model.type)
-    if recipe.model.pretrained is not None:
-        return model_class.from_pretrained(recipe.model.pretrained, **recipe.model.config)  # type: ignore[no-any-return]
     known = set(model_class.config_class().to_dict()) | {"num_labels", "attn_implementation"}
     unknown = sorted(set(recipe.model.config) - known)
     if unknown:
         raise ValueError(f"model.config: {recipe.model.type} knows no {unknown}; it takes {sorted(known)}")
+    config = rebuild_config(recipe.model.type, recipe.model.config)  # checks what pretrained models are given, too
+    if recipe.model.pretrained is not None:
+        return model_class.from_pretrained(recipe.model.pretrained, **recipe.model.config)  # type: ignore[no-any-return]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
-        return model_class(rebuild_config(recipe.model.type, dict(recipe.model.config)))  # type: ignore[no-any-return]
+        model: nn.Module = model_class(config)
+        return model
 
 
 def build_model(recipe: Recipe) -> nn.Module:

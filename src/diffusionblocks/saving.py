@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .adapters import build_original
+from .adapters import instantiate
 from .files import replaced_folder, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 INDEX = "diffusionblocks.json"
 _OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
-# What a file may ask for: other values can make transformers fetch kernels.
-ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 def save(model: DiffusionBlocks, path: Path) -> None:
@@ -48,8 +46,7 @@ def describe(model: DiffusionBlocks) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model_class": model.model_class,
-        "model_config": model.config.to_dict(),
-        "attention": model.config._attn_implementation,
+        "model_config": model.config.to_dict() | {"attn_implementation": model.config._attn_implementation},
         "blocks_config": model.blocks_config.model_dump(mode="json"),
         "partition": model.partition.to_dict(),
     }
@@ -66,7 +63,7 @@ def export(model: DiffusionBlocks) -> nn.Module:
         An instance of the original class, on the CPU.
     """
     weights: dict[str, torch.Tensor] = {}
-    original = build_original(model.model_class, model.config)
+    original = instantiate(model.model_class, model.config)
     head = tuple(f"{path}." for path in model.adapter.head_paths(original))
     last = len(model.blocks) - 1
     for index in range(len(model.blocks)):

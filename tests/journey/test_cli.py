@@ -152,6 +152,7 @@ def test_tensorboard_receives_the_log(tmp_path: Path) -> None:
         (["train", DIGITS, "--set", "data.kind=video"], "'digits', 'images'"),
         (["train", DIGITS, "--set", "model.type=BertModel"], "supported: DeiTForImageClassification"),
         (["train", DIGITS, "--set", "model.config.hiden_size=3"], "knows no ['hiden_size']"),
+        (["train", DIGITS, "--set", "model.config.attn_implementation=some/kernel"], "'some/kernel'; allowed: eager"),
         (["train", DIGITS, "--set", "model.config.num_labels=7"], "num_labels = 7, the data has 10 classes"),
         (["train", DIGITS, "--set", "model.config.image_size=16"], "the data has 1x8x8"),
         (["train", DIGITS, "--set", "blocks.num_blocks=5"], "12 layers do not divide into num_blocks = 5"),

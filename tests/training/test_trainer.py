@@ -209,6 +209,16 @@ def test_checkpoints_are_whole_and_only_the_newest_are_kept(tmp_path: Path) -> N
     assert names == ["iteration-000000020", "iteration-000000024"]
 
 
+def test_starting_anew_forgets_older_checkpoints(tmp_path: Path) -> None:
+    trainer("replicated", tmp_path).train()
+    again = trainer("replicated", tmp_path, lr=1e-3)
+    again.train(resume=False, until=3)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["iteration-000000003"]
+    resumed = trainer("replicated", tmp_path, lr=1e-3)
+    resumed.train(until=3)
+    assert differing(everything(again), everything(resumed)) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

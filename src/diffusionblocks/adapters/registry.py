@@ -55,15 +55,30 @@ def model_class_named(name: str) -> type[nn.Module]:
     return model_class
 
 
+#: Attention implementations that a recipe or a saved model may ask for. Others can make transformers fetch kernels.
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
 def rebuild_config(model_class: str, values: dict[str, Any]) -> Any:
-    """The config object of a supported class from its JSON values."""
+    """The config object of a supported class from its plain values.
+
+    Raises:
+        ValueError: a class that is not in the registry, or an attention implementation that is not in `ATTENTION`.
+    """
     if not isinstance(model_class, str) or not isinstance(values, dict):
         raise ValueError(f"a model is described by a class name and a mapping, got {model_class!r}, {values!r}")
+    values = dict(values)
+    attention = values.pop("attn_implementation", None)
+    if attention is not None and attention not in ATTENTION:
+        raise ValueError(f"attn_implementation = {attention!r}; allowed: {', '.join(ATTENTION)}")
     original: Any = model_class_named(model_class)
-    return original.config_class.from_dict(values)
+    config = original.config_class.from_dict(values)
+    if attention is not None:
+        config._attn_implementation = attention
+    return config
 
 
-def build_original(model_class: str, model_config: Any) -> nn.Module:
+def instantiate(model_class: str, model_config: Any) -> nn.Module:
     """A freshly initialised instance of a supported class; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         return model_class_named(model_class)(copy.deepcopy(model_config))

@@ -23,9 +23,14 @@ def write_checkpoint(
     with replaced_folder(path, _FILES) as temporary:
         write_tensors(temporary / "state.safetensors", tensors)
         write_json(temporary / "state.json", {"iteration": iteration, **values})
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    remove(checkpoints(folder)[:-keep])
     return path
+
+
+def remove(paths: list[Path]) -> None:
+    """Delete checkpoints."""
+    for path in paths:
+        shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:

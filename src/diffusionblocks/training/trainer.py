@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from .checkpoint import checkpoints, read_checkpoint, remove, write_checkpoint
 from .config import RESUME_MAY_DIFFER, TrainConfig
 from .keys import DataOrder, key
 from .logging import JsonLines, Logger
@@ -101,7 +101,7 @@ class Trainer:
         """Run to the end of the schedule, from the newest checkpoint in the folder if there is one.
 
         Args:
-            resume: look for a checkpoint; False starts anew.
+            resume: look for a checkpoint; False starts anew and removes the folder's checkpoints.
             until: stop after this many iterations of the whole run (for tests and profiling).
 
         Raises:
@@ -110,7 +110,11 @@ class Trainer:
             ValueError: the checkpoint was made with another configuration.
         """
         if self.folder is not None:
-            saved = checkpoints(self.folder / "checkpoints") if resume else []
+            saved = checkpoints(self.folder / "checkpoints")
+            if not resume:
+                # Older ones would count as newer than this run's, and be resumed from, by their iteration.
+                remove(saved)
+                saved = []
             if saved:
                 self.load_checkpoint(saved[-1])
             self.loggers.insert(0, JsonLines(self.folder / "log.jsonl", self.iteration if saved else None))
