@@ -118,7 +118,7 @@ def _build_blocks(
         network = extract(model, layer_paths, memo={id(model.config): model_config})
         _stop_checkpointing_inside(network)
         for path in shared_paths:
-            _graft(network, path, foreign.get_submodule(path))
+            network.attach(path, foreign.get_submodule(path))
         adaptive = nn.ModuleList()
         for path in layer_paths:
             norms = adapter.layer_norms(network.get_submodule(path))
@@ -151,17 +151,6 @@ def _stop_checkpointing_inside(network: nn.Module) -> None:
             "know; wrap a block's call in torch.utils.checkpoint instead",
             stacklevel=4,
         )
-
-
-def _graft(root: Namespace, path: str, part: nn.Module) -> None:
-    """Register `part` at the dotted `path` below `root`."""
-    *parents, name = path.split(".")
-    place: nn.Module = root
-    for parent in parents:
-        if parent not in place._modules:
-            place.add_module(parent, Namespace())
-        place = place.get_submodule(parent)
-    place.add_module(name, part)
 
 
 def _class_name(model: nn.Module, adapter: Adapter) -> str:

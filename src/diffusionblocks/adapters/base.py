@@ -85,6 +85,19 @@ class Adapter(abc.ABC):
 class Namespace(nn.Module):
     """A module that only holds children, so that a part of a model can keep the whole model's parameter names."""
 
+    def attach(self, path: str, part: nn.Module | nn.Parameter) -> None:
+        """Register a module or parameter at a dotted path below this one."""
+        *parents, name = path.split(".")
+        place: nn.Module = self
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, Namespace())
+            place = place.get_submodule(parent)
+        if isinstance(part, nn.Parameter):
+            place.register_parameter(name, part)
+        else:
+            place.add_module(name, part)
+
 
 def extract(model: nn.Module, paths: Iterable[str], *, memo: dict[int, Any]) -> Namespace:
     """Copy the modules (or bare parameters) at the dotted `paths` into a tree of the same names.
@@ -96,16 +109,6 @@ def extract(model: nn.Module, paths: Iterable[str], *, memo: dict[int, Any]) -> 
     """
     root = Namespace()
     for path in paths:
-        *parents, name = path.split(".")
-        place: nn.Module = root
-        for parent in parents:
-            if parent not in place._modules:
-                place.add_module(parent, Namespace())
-            place = place.get_submodule(parent)
-        source = model.get_submodule(".".join(parents))
-        part = getattr(source, name)
-        if isinstance(part, nn.Parameter):
-            place.register_parameter(name, copy.deepcopy(part, memo))
-        else:
-            place.add_module(name, copy.deepcopy(part, memo))
+        parent, _, name = path.rpartition(".")
+        root.attach(path, copy.deepcopy(getattr(model.get_submodule(parent), name), memo))
     return root

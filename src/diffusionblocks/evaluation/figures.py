@@ -22,7 +22,7 @@ def _axes(count: int) -> tuple[Any, list[Axes]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, count, figsize=(5.6 * count, 3.8), constrained_layout=True, squeeze=False)
+    figure, axes = pyplot.subplots(1, count, figsize=(6.2 * count, 4.2), constrained_layout=True, squeeze=False)
     return figure, list(axes[0])
 
 
@@ -57,10 +57,12 @@ def draw_run(
         path: the PNG.
     """
     figure, (left, right) = _axes(2)
-    for seeds in sorted({row.seeds for row in rows if row.seeds is not None}):
+    averaged = sorted({row.seeds for row in rows if row.seeds is not None})
+    for index, seeds in enumerate(averaged):
+        beside = 0.15 * (index - (len(averaged) - 1) / 2)  # lines that coincide stay visible
         chosen = sorted((row for row in rows if row.seeds == seeds), key=lambda row: row.steps or 0)
         left.errorbar(
-            [row.steps or 0 for row in chosen],
+            [(row.steps or 0) + beside for row in chosen],
             [100 * row.accuracy for row in chosen],
             yerr=[100 * row.standard_error for row in chosen],
             marker="o",
@@ -71,7 +73,8 @@ def draw_run(
         left.axhline(100 * accuracy, linestyle=(0, (4, 1 + index)), color=f"{0.15 + 0.25 * index}", label=label)
     left.set(xlabel="denoising steps", ylabel="test accuracy (%)", title="Accuracy against denoising steps")
     left.set_xticks(sorted({row.steps for row in rows if row.steps is not None}))
-    left.legend(fontsize=8)
+    left.margins(y=0.25)  # room for the legend
+    left.legend(fontsize=8, framealpha=0.9, ncols=2, loc="lower center")
     _draw_partition(right, partition, noise)
     _save(figure, path)
 
