@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from diffusionblocks.compare import variants
+from diffusionblocks.compare import executed, variants
 from diffusionblocks.evaluation.tables import format_table, write_results
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.runs import load_data, make_trainer
-from diffusionblocks.training.keys import key
 
 
 def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[str, float]:
@@ -31,10 +30,7 @@ def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[st
     def run(count: int) -> None:
         nonlocal done
         for _ in range(count):
-            unit = done % len(trainer.units)
-            step = trainer.sets[trainer.units[unit].name].steps
-            seeds = key(0, unit, step, "noise"), key(0, unit, step, "dropout")
-            trainer.stepper.run(unit, step, trainer.order(unit, step), *seeds)
+            trainer.step(done % len(trainer.units))
             done += 1
 
     with trainer.side_stream():
@@ -77,18 +73,15 @@ def main() -> None:
         for variant in variants(recipe):
             if "-x" in variant.key:
                 continue  # the same step, more of them
-            changes = {"compile": fast, "cuda_graph": fast}
-            chosen = variant.recipe.model_copy(update={"train": variant.recipe.train.model_copy(update=changes)})
-            name = "diffusionblocks" if variant.key == "diffusionblocks" else "end-to-end"
             rows.append(
                 {
-                    "name": name,
+                    "name": variant.name,
                     "layers": variant.layers,
                     "blocks": variant.blocks,
                     "mode": "compile + CUDA graph" if fast else "eager",
                     "precision": recipe.train.precision,
                     "batch_size": recipe.train.batch_size,
-                    **measure(chosen, data, options.windows, options.iterations),
+                    **measure(executed(variant.recipe, fast=fast), data, options.windows, options.iterations),
                 }
             )
             torch.cuda.empty_cache()

@@ -76,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", _evaluate, "test accuracy of a trained model over steps and seeds")
     evaluate.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
     evaluate.add_argument("--json", type=Path, help="also write the rows to this file")
-
     evaluate.add_argument("--by-level", action="store_true", help="also each block's accuracy at its own noise levels")
 
     inspect = _command(commands, "inspect", _inspect, "show the blocks of a recipe before any training")
@@ -114,18 +113,20 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
 def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from .evaluation.tables import format_table, write_results
     from .model import DiffusionBlocks
-    from .runs import diagnose, evaluate, load_model
+    from .runs import diagnose, evaluate, load_data, load_model
 
     model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
-    rows = [row.to_dict() for row in evaluate(recipe, model)]
+    if options.by_level and not isinstance(model, DiffusionBlocks):
+        raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
+    data = load_data(recipe, "test")
+    rows = [row.to_dict() for row in evaluate(recipe, model, data)]
     print(format_table(rows))
-    if options.by_level:
-        if not isinstance(model, DiffusionBlocks):
-            raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
-        levels = [row.to_dict() for row in diagnose(recipe, model)]
-        print(format_table(levels))
+    more = {}
+    if isinstance(model, DiffusionBlocks) and options.by_level:
+        more["by_level"] = [row.to_dict() for row in diagnose(recipe, model, data)]
+        print(format_table(more["by_level"]))
     if options.json:
-        write_results(options.json, rows, **({"by_level": levels} if options.by_level else {}))
+        write_results(options.json, rows, **more)
 
 
 def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .evaluation.accuracy import AccuracyRow
 from .evaluation.figures import draw_run
 from .evaluation.memory import step_memory
@@ -18,6 +20,7 @@ from .evaluation.tables import format_bytes, format_table, write_results
 from .model import DiffusionBlocks
 from .recipes import Recipe
 from .runs import load_data, make_trainer, train
+from .training import trainable, units_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Variant:
     recipe: Recipe
     layers: int
     blocks: int
+
+    @property
+    def name(self) -> str:
+        """The method: `end-to-end` or `diffusionblocks`."""
+        return self.recipe.method
 
 
 def variants(recipe: Recipe) -> list[Variant]:
@@ -88,21 +96,21 @@ def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, 
         if unknown:
             raise ValueError(f"unknown rows {unknown}; allowed: {[variant.key for variant in chosen]}")
         chosen = [variant for variant in chosen if variant.key in rows]
-    data = load_data(recipe, "train")
+    data, test_data = load_data(recipe, "train"), load_data(recipe, "test")
     table: list[dict[str, Any]] = []
     accuracies: dict[str, list[AccuracyRow]] = {}
     partition = None
     for variant in chosen:
-        memory = step_memory(make_trainer(_eager(variant.recipe), folder=None, progress=False, data=data))
+        memory = step_memory(make_trainer(executed(variant.recipe, fast=False), folder=None, progress=False, data=data))
         largest = max(memory, key=lambda unit: unit.peak)
-        result = train(variant.recipe, folder / variant.key, progress=progress)
+        result = train(variant.recipe, folder / variant.key, progress=progress, data=data, test_data=test_data)
         accuracies[variant.key] = result.accuracies
         best = max(result.accuracies, key=lambda row: (row.seeds or 1, -(row.steps or 1)))
         if isinstance(result.model, DiffusionBlocks):
             partition = result.model.partition
         table.append(
             {
-                "name": "diffusionblocks" if variant.key == "diffusionblocks" else "end-to-end",
+                "name": variant.name,
                 "key": variant.key,
                 "layers": variant.layers,
                 "blocks": variant.blocks,
@@ -145,12 +153,12 @@ def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, 
     )
 
 
-def _eager(recipe: Recipe) -> Recipe:
-    """The same steps without compilation, which the memory measurement does not need."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False, "cuda_graph": False})})
+def executed(recipe: Recipe, *, fast: bool) -> Recipe:
+    """The same steps with torch.compile and CUDA graphs, or without either."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": fast, "cuda_graph": fast})})
 
 
-def _trained(model: Any) -> int:
+def _trained(model: nn.Module) -> int:
     """Most parameters that are trained at a time: those of the largest unit."""
-    units = model.blocks if isinstance(model, DiffusionBlocks) else [model]
-    return max(sum(p.numel() for p in unit.parameters() if p.requires_grad) for unit in units)
+    units, _ = units_of(model)
+    return max(sum(p.numel() for p in trainable(unit.module)) for unit in units)

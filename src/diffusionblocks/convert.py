@@ -107,13 +107,12 @@ def _build_blocks(
 
     foreign, added = shared_parts()
     # Copies start equal: under `replicated` the blocks are told apart by their layers and levels alone.
-    state = (copy.deepcopy(foreign.state_dict()), copy.deepcopy(added.state_dict()))
+    first = added.state_dict()
     blocks = []
     for index in range(partition.num_blocks):
         if index and config.shared != "joint":
             foreign, added = shared_parts()
-            foreign.load_state_dict(state[0])
-            added.load_state_dict(state[1])
+            added.load_state_dict(first)
         layer_paths = [f"{layers_path}.{i}" for i in partition.layer_range(index)]
         network = extract(model, layer_paths, memo={id(model.config): model_config})
         _stop_checkpointing_inside(network)

@@ -59,11 +59,21 @@ def _sync(file: Path) -> None:
             os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors to a safetensors file, through a temporary name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-    temporary.replace(path)
+@contextlib.contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path`. Processes that write it at once use their own; the last one names it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, and text beside them, to a safetensors file, through a temporary name."""
+    with _renamed(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -82,9 +92,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON through a temporary name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
+    with _renamed(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -48,10 +48,11 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBl
     joint = bool(model.shared_parameters())
     common = read_tensors(folder / "shared.safetensors") if joint else {}
     for b in range(len(model.blocks)):
-        tensors = read_tensors(folder / block_file(b)) | common
+        own = read_tensors(folder / block_file(b))
+        tensors = own | common
+        dtype = next(iter(own.values())).dtype
         try:
             model.block(b).load_state_dict(tensors, strict=True)
         except RuntimeError as error:
             raise ValueError(f"{folder / block_file(b)} does not match the model: {error}") from None
-    dtype = next(iter(read_tensors(folder / block_file(0)).values())).dtype
     return model.to(device=device, dtype=dtype).eval()

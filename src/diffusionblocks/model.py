@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from .adapters import Adapter
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig
 from .noise import EDM
-from .partition import Partition
+from .partition import Partition, within
+from .sampling import Prediction, predict_labels
 from .saving import export, save
 from .targets import LabelTarget
-
-if TYPE_CHECKING:
-    from .sampling import Prediction
 
 Batch = Mapping[str, Tensor]
 
@@ -152,10 +150,10 @@ class DiffusionBlocks(nn.Module):
     Attributes:
         blocks: the B blocks; each trains alone and moves alone.
         partition: which layers and levels each block owns; `partition.block_of(level)` is the one road.
-        config: how the model was converted.
+        blocks_config: how the model was converted.
         adapter: the code that knows the model's family.
         model_class: name of the original class.
-        model_config: the original model's config.
+        config: the original model's config (transformers' name for it).
     """
 
     def __init__(
@@ -271,10 +269,12 @@ class DiffusionBlocks(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return self._predict(
-                inputs,
-                len(pixel_values),
-                pixel_values.device,
+            return predict_labels(
+                lambda z, level: self.block(self.partition.block_of(level))(inputs, z, z.new_full((len(z),), level)),
+                self.block(0).target,
+                self.noise,
+                batch_size=len(pixel_values),
+                device=pixel_values.device,
                 steps=steps,
                 seeds=seeds,
                 bridge=self.blocks_config.target.bridge if bridge is None else bridge,
@@ -284,18 +284,6 @@ class DiffusionBlocks(nn.Module):
             )
         finally:
             self.train(was_training)
-
-    def _predict(self, inputs: Batch, batch_size: int, device: torch.device, **options: Any) -> Prediction:
-        from .sampling import predict_labels
-
-        return predict_labels(
-            lambda z, level: self.block(self.partition.block_of(level))(inputs, z, z.new_full((len(z),), level)),
-            self.block(0).target,
-            self.noise,
-            batch_size=batch_size,
-            device=device,
-            **options,
-        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the model to a folder: safetensors and JSON (see `diffusionblocks.saving`)."""
@@ -340,7 +328,7 @@ class DiffusionBlocks(nn.Module):
         if level.shape != (size,):
             raise ValueError(f"level must have shape ({size},), got {tuple(level.shape)}")
         low, high = block.interval
-        outside = ~((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6)))  # NaN is outside, too
+        outside = ~within(level, low, high)
         if bool(outside.any()):
             wrong = level[outside][0].item()
             owner = self.partition.block_of(wrong)

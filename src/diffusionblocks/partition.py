@@ -152,7 +152,7 @@ class Partition:
     def _blocks_of(self, level: Tensor) -> Tensor:
         sigma = level.detach().double()
         low, high = self.boundaries[0], self.boundaries[-1]
-        inside = (sigma >= low * (1 - _SAME_LEVEL)) & (sigma <= high * (1 + _SAME_LEVEL))
+        inside = within(sigma, low, high)
         if not bool(inside.all()):
             wrong = sigma[~inside].flatten()[0].item()
             raise ValueError(f"level {wrong:g} is outside the noise range [{low:g}, {high:g}]")
@@ -177,6 +177,11 @@ class Partition:
             layers=tuple(values["layers"]),
             training_intervals=tuple((low, high) for low, high in values["training_intervals"]),
         )
+
+
+def within(level: Tensor, low: float, high: float) -> Tensor:
+    """Which levels lie in [low, high], its ends being as wide as levels that count as the same; NaN lies nowhere."""
+    return (level >= low * (1 - _SAME_LEVEL)) & (level <= high * (1 + _SAME_LEVEL))
 
 
 def _uneven(num_layers: int, num_blocks: int) -> list[int]:

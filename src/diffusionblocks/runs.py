@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import model_class_named, rebuild_config
+from .adapters import instantiate, model_class_named, rebuild_config
 from .convert import convert
 from .data import ImageBatches, ImageData, digits, evaluation_batches, image_classification
 from .evaluation.accuracy import AccuracyRow, accuracy_grid
@@ -83,8 +83,7 @@ def build_original(recipe: Recipe) -> nn.Module:
         return model_class.from_pretrained(recipe.model.pretrained, **recipe.model.config)  # type: ignore[no-any-return]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
-        model: nn.Module = model_class(config)
-        return model
+        return instantiate(recipe.model.type, config)
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -142,15 +141,20 @@ def train(
     loggers: tuple[Logger, ...] = (),
     resume: bool = True,
     progress: bool = True,
+    data: ImageData | None = None,
+    test_data: ImageData | None = None,
 ) -> RunResult:
-    """Train a recipe, save the model (with averaged weights, where kept) to `folder`/model, and evaluate it."""
+    """Train a recipe, save the model (with averaged weights, where kept) to `folder`/model, and evaluate it.
+
+    `data` and `test_data` are the recipe's images where the caller has loaded them already.
+    """
     write_recipe(recipe, folder)
-    trainer = make_trainer(recipe, folder=folder, loggers=loggers, progress=progress)
+    trainer = make_trainer(recipe, folder=folder, loggers=loggers, progress=progress, data=data)
     trainer.train(resume=resume)
     with trainer.averaged() as model:
         save_model(model, folder / "model")
         started = time.perf_counter()
-        accuracies = evaluate(recipe, model)
+        accuracies = evaluate(recipe, model, test_data)
         evaluation_seconds = time.perf_counter() - started
     write_json(
         folder / "result.json",

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import write_tensors
+
 if TYPE_CHECKING:
     import datasets
 
@@ -360,14 +362,6 @@ def _read_cache(path: Path) -> ImageData | None:
 
 
 def _write_cache(path: Path, data: ImageData) -> None:
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may do this at once: each writes its own file, and the last to finish names it.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        metadata = {"class_names": json.dumps(data.class_names)}
-        save_file({"images": data.images, "labels": data.labels}, temporary, metadata=metadata)
-        temporary.replace(path)  # Atomic, as os.replace.
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = {"class_names": json.dumps(data.class_names)}
+    write_tensors(path, {"images": data.images, "labels": data.labels}, metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -51,17 +52,12 @@ def step_memory(trainer: Trainer) -> list[StepMemory]:
     when it trains alone.
     """
     trainer.model.train()
-    stepper = trainer.stepper
     results = []
     for index, unit in enumerate(trainer.units):
-
-        def step(index: int = index) -> None:
-            stepper.run(index, 0, trainer.order(index, 0), 0, 0)
-
-        step()
-        step()
-        transient = _transient_peak(step, trainer.device)
-        sets = stepper.sets[index]
+        trainer.step(index)
+        trainer.step(index)
+        transient = _transient_peak(functools.partial(trainer.step, index), trainer.device)
+        sets = trainer.stepper.sets[index]
         optimizer = (
             value
             for group in sets

@@ -18,6 +18,7 @@ from ..files import write_json
 from ..model import Block, DiffusionBlocks
 from ..noise import EDM
 from ..partition import Partition
+from ..training import trainable
 from .memory import size_of
 
 
@@ -46,7 +47,7 @@ def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
         low, high = model.partition.interval(block.index)
         trained = model.partition.training_interval(block.index)
         mass = model.noise.mass_of(torch.tensor([low, high], dtype=torch.float64)).diff().item()
-        trainable = [p for p in block.parameters() if p.requires_grad]
+        trained_parameters = trainable(block)
         layers = model.partition.layer_range(block.index)
         rows.append(
             {
@@ -55,11 +56,11 @@ def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
                 "levels": f"{low:.4g} - {high:.4g}",
                 "trains on": f"{trained[0]:.4g} - {trained[1]:.4g}",
                 "mass": f"{mass:.4f}",
-                "trainable": f"{sum(p.numel() for p in trainable):,}",
+                "trainable": f"{sum(p.numel() for p in trained_parameters):,}",
                 "total": f"{sum(p.numel() for p in block.parameters()):,}",
                 "parameters": format_bytes(size_of(block.parameters())),
-                "gradients": format_bytes(size_of(trainable)),
-                "optimizer": format_bytes(2 * size_of(trainable)),
+                "gradients": format_bytes(size_of(trained_parameters)),
+                "optimizer": format_bytes(2 * size_of(trained_parameters)),
             }
         )
     return rows

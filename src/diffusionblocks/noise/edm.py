@@ -7,6 +7,7 @@ quantile under the training distribution, log sigma ~ N(P_mean, P_std^2) truncat
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -61,7 +62,7 @@ class EDM:
         if not (math.isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
             raise ValueError(f"sigma_max must be finite and > sigma_min = {self.sigma_min}, got {self.sigma_max}")
 
-        q_min, q_max = self._normal_cdf_ends()
+        q_min, q_max = self._normal_cdf_ends
         if q_max - q_min < 1e-4:
             raise ValueError(
                 f"log sigma ~ N({self.p_mean}, {self.p_std}^2) has almost no mass in [{self.sigma_min}, "
@@ -80,6 +81,7 @@ class EDM:
         """The noisiest level: z carries (almost) nothing of the target there."""
         return self.sigma_max
 
+    @functools.cached_property
     def _normal_cdf_ends(self) -> tuple[float, float]:
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
         q_min, q_max = _normal_cdf((ends.log() - self.p_mean) / self.p_std).tolist()
@@ -87,7 +89,7 @@ class EDM:
 
     def mass_of(self, level: Tensor) -> Tensor:
         """Mass u in [0, 1] below each level, float64, shape of `level` (levels outside the range are clamped)."""
-        q_min, q_max = self._normal_cdf_ends()
+        q_min, q_max = self._normal_cdf_ends
         sigma = level.double().clamp(self.sigma_min, self.sigma_max)
         q = _normal_cdf((sigma.log() - self.p_mean) / self.p_std)
         mass: Tensor = ((q - q_min) / (q_max - q_min)).clamp(0.0, 1.0)
@@ -101,7 +103,7 @@ class EDM:
         """
         if mass.device.type == "cpu" and not bool(((mass >= -1e-9) & (mass <= 1 + 1e-9)).all()):
             raise ValueError(f"mass must be in [0, 1], got {mass.min().item():g} to {mass.max().item():g}")
-        q_min, q_max = self._normal_cdf_ends()
+        q_min, q_max = self._normal_cdf_ends
         q = q_min + mass.double().clamp(0.0, 1.0) * (q_max - q_min)
         sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(q))
         return sigma.clamp(self.sigma_min, self.sigma_max)
@@ -136,7 +138,7 @@ class EDM:
 
     def density(self, level: Tensor) -> Tensor:
         """Density of the training distribution per unit of log sigma, float64, shape of `level`."""
-        q_min, q_max = self._normal_cdf_ends()
+        q_min, q_max = self._normal_cdf_ends
         x = (level.double().log() - self.p_mean) / self.p_std
         density: Tensor = torch.exp(-0.5 * x * x) / (math.sqrt(2 * math.pi) * self.p_std * (q_max - q_min))
         return density

@@ -2,6 +2,6 @@
 
 from .config import TrainConfig
 from .trainer import Diverged, Interrupted, Trainer
-from .units import EndToEnd, Unit, units_of
+from .units import EndToEnd, Unit, trainable, units_of
 
-__all__ = ["Diverged", "EndToEnd", "Interrupted", "TrainConfig", "Trainer", "Unit", "units_of"]
+__all__ = ["Diverged", "EndToEnd", "Interrupted", "TrainConfig", "Trainer", "Unit", "trainable", "units_of"]

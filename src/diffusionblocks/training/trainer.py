@@ -124,12 +124,22 @@ class Trainer:
         try:
             with self._signals(), self.side_stream():
                 self._loop(end, bar)
-            if self.folder is not None:
-                self.save_checkpoint()
         finally:
             bar.close()
             for logger in self.loggers:
                 logger.close()
+
+    def step(self, unit: int) -> None:
+        """Step one unit on the data and randomness of its own next step (the loop's body; no wait for the device)."""
+        step = self.sets[self.units[unit].name].steps
+        seed = self.config.seed
+        self.stepper.run(
+            unit,
+            step,
+            self.order(unit, step),
+            key(seed, unit, step, "noise"),
+            key(seed, unit, step, "dropout"),
+        )
 
     def _loop(self, end: int, bar: tqdm[Any]) -> None:
         config = self.config
@@ -139,14 +149,7 @@ class Trainer:
         before = self.seconds
         while self.iteration < end:
             unit = self.schedule[self.iteration]
-            step = self.sets[self.units[unit].name].steps
-            self.stepper.run(
-                unit,
-                step,
-                self.order(unit, step),
-                key(config.seed, unit, step, "noise"),
-                key(config.seed, unit, step, "dropout"),
-            )
+            self.step(unit)
             counts[unit] += 1
             self.iteration += 1
             last = self.iteration == end
@@ -160,7 +163,7 @@ class Trainer:
                 self._log(counts, now - logged)
                 bar.update(self.iteration - bar.n)
                 counts, logged = [0] * len(self.units), now
-            if self.folder is not None and (saving or self._signal):
+            if self.folder is not None and (saving or last or self._signal):
                 self.save_checkpoint()
             if self._signal:
                 raise Interrupted(self._signal, self.folder or Path("nowhere: the run has no folder"))
