@@ -60,7 +60,7 @@ def _sync(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
+def renamed(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path`. Processes that write it at once use their own; the last one names it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -72,7 +72,7 @@ def _renamed(path: Path) -> Iterator[Path]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors, and text beside them, to a safetensors file, through a temporary name."""
-    with _renamed(path) as temporary:
+    with renamed(path) as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
 
 
@@ -92,7 +92,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON through a temporary name."""
-    with _renamed(path) as temporary:
+    with renamed(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 

@@ -210,6 +210,41 @@ def test_equal_mass_grid_is_the_partition_upside_down() -> None:
     assert DEFAULT.levels(4) == DEFAULT.boundaries(4)[::-1]
 
 
+@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-mass", "karras"]))
+def test_sampling_levels_descend_from_the_highest_to_zero(noise: EDM, steps: int, grid: str) -> None:
+    levels = noise.sampling_levels(steps, grid)
+    assert len(levels) == steps + 1
+    assert all(b < a for a, b in itertools.pairwise(levels))
+    assert (levels[0], levels[-1]) == (noise.sigma_max, 0.0)
+    if steps > 1:
+        assert levels[:-1] == noise.levels(steps - 1, grid)
+
+
+def test_sampling_levels_are_edm_equation_5_with_its_last_level() -> None:
+    n, rho = 18, 5.0
+    levels = DEFAULT.sampling_levels(n, "karras", rho)
+    expected = [(80.0 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80.0 ** (1 / rho))) ** rho for i in range(n)]
+    assert levels == pytest.approx([*expected, 0.0], rel=1e-12)
+    assert levels[-2:] == [0.002, 0.0]
+
+
+@pytest.mark.parametrize("grid", ["equal-mass", "karras"])
+def test_sampling_levels_of_one_and_two_steps(grid: str) -> None:
+    assert DEFAULT.sampling_levels(1, grid) == [80.0, 0.0]
+    assert DEFAULT.sampling_levels(2, grid) == [80.0, 0.002, 0.0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])  # one step needs no grid, and refuses an unknown one all the same
+def test_sampling_levels_refuse_what_levels_refuse(steps: int) -> None:
+    with pytest.raises(ValueError, match="'linear'; allowed: equal-mass, karras"):
+        DEFAULT.sampling_levels(steps, "linear")
+    for rho in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"rho must be a finite number > 0, got {rho}"):
+            DEFAULT.sampling_levels(steps, "karras", rho)
+    with pytest.raises(ValueError, match=f"steps must be >= 1, got {-steps}"):
+        DEFAULT.sampling_levels(-steps)
+
+
 # ---- corruption, preconditioning, weight ------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ __all__ = ["ImageBatches", "evaluation_batches"]
 _PLACEMENTS = ("auto", "device", "host")
 
 
-class _Normalise:
+class Normalise:
     """uint8 (n, C, H, W) to float32: (pixel / 255 - mean) / std per channel, as one multiply and add."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int, device: torch.device) -> None:
@@ -77,7 +77,7 @@ class ImageBatches:
         home = self.device if self.on_device else torch.device("cpu")
         self._images, self._labels = data.images.to(home), data.labels.to(home)
         self._augment = None if augment is None else Augment(augment)
-        self._normalise = _Normalise(mean, std, channels, self.device)
+        self._normalise = Normalise(mean, std, channels, self.device)
         self._transform = self._eager_transform
 
     def _fits(self, data: ImageData) -> bool:
@@ -145,7 +145,7 @@ def evaluation_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size!r}: must be at least 1")
-    normalise = _Normalise(mean, std, data.image_shape[0], torch.device(device))
+    normalise = Normalise(mean, std, data.image_shape[0], torch.device(device))
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(data), batch_size):

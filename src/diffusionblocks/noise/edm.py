@@ -202,6 +202,25 @@ class EDM:
             return [self.sigma_max, *inner, self.sigma_min]
         raise ValueError(f"unknown level grid {grid!r}; allowed: equal-mass, karras")
 
+    def sampling_levels(self, steps: int, grid: str = "equal-mass", rho: float = 7.0) -> list[float]:
+        """`steps` + 1 descending levels that end at 0: sigma_max ... sigma_min, 0 (EDM eq. 5 with t_N = 0).
+
+        The network is called at the first `steps` of them, which run from sigma_max to sigma_min inclusive; with
+        steps=1 only at sigma_max. The step to 0 returns the last D.
+
+        Args:
+            steps: number of solver steps, >= 1.
+            grid: `equal-mass` (equal steps of u) or `karras` (equal steps of sigma^(1/rho)).
+            rho: the exponent of the Karras grid, > 0.
+
+        Raises:
+            ValueError: steps < 1, unknown grid, or rho <= 0.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be >= 1, got {steps}")
+        above_zero = self.levels(max(steps - 1, 1), grid, rho=rho)
+        return [*above_zero[:steps], 0.0]
+
     # ---- corruption, preconditioning, weight ---------------------------------------------------------
 
     def corrupt(self, target: Tensor, level: Tensor, noise: Tensor) -> Tensor:

@@ -1,6 +1,21 @@
 """Samplers: stateless solvers, and what each task makes of them."""
 
+from .images import guided, prior_of_seeds, sample_images
 from .labels import Prediction, predict_labels
-from .solvers import euler
+from .solvers import SOLVERS, Callback, Denoiser, Solver, calls, dpmpp_2m, euler, heun
 
-__all__ = ["Prediction", "euler", "predict_labels"]
+__all__ = [
+    "SOLVERS",
+    "Callback",
+    "Denoiser",
+    "Prediction",
+    "Solver",
+    "calls",
+    "dpmpp_2m",
+    "euler",
+    "guided",
+    "heun",
+    "predict_labels",
+    "prior_of_seeds",
+    "sample_images",
+]

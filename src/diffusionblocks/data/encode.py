@@ -1,0 +1,382 @@
+"""From labelled images to a folder of latents (see `latents.py`), once, before training:
+
+    python -m diffusionblocks.data.encode --source FOLDER_OR_HUB_NAME --vae FOLDER_OR_HUB_NAME --out FOLDER
+
+Needs the `diffusers` library. Images are read one after the other, so the data set may be of any size."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .images import _IMAGE_COLUMNS, _LABEL_COLUMNS, _class_names, _local_folder, _pick_column
+from .latents import LatentData, _check_split, latent_folder, write_shards
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+
+__all__ = ["center_crop", "decode", "encode", "encode_images", "load_vae", "main"]
+
+_AHEAD = 2  # batches whose images are decoded while the autoencoder works on an older one
+
+
+# --- the autoencoder ----------------------------------------------------------------------------------------
+
+
+def load_vae(name: str, device: torch.device) -> nn.Module:
+    """Loads diffusers' `AutoencoderKL` in float32, for inference. No code and no pickle is loaded with it.
+
+    Args:
+        name: a local folder, or a name on the hub such as "stabilityai/sd-vae-ft-ema".
+        device: where to.
+
+    Raises:
+        FileNotFoundError: no such folder or name, or it has no safetensors weights.
+        ValueError: it is no autoencoder of this class.
+        ImportError: diffusers is not installed.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError(f"an autoencoder needs the diffusers library ({error}): pip install diffusers") from error
+    try:
+        loaded: Any = AutoencoderKL.from_pretrained(
+            name, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"vae = {name!r}: {error}; give a folder with config.json and diffusion_pytorch_model.safetensors, or the "
+            "name of one on the hub such as 'stabilityai/sd-vae-ft-ema'"
+        ) from error
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # Another class of model, or other shapes.
+        raise ValueError(f"vae = {name!r}: not an AutoencoderKL of diffusers: {error}") from error
+    vae, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"vae = {name!r}: not an AutoencoderKL of diffusers: its file lacks {missing[:3]}, ...")
+    model: nn.Module = vae.to(device).eval().requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def encode(images: Tensor, vae: Any, scaling_factor: float) -> tuple[Tensor, Tensor]:
+    """The posterior of the latents of some images.
+
+    Args:
+        images: floating (n, 3, H, W) in [-1, 1], on the autoencoder's device.
+        vae: a diffusers `AutoencoderKL`.
+        scaling_factor: multiplies the latents; the autoencoder's own is `vae.config.scaling_factor`.
+
+    Returns:
+        Mean and standard deviation, float32 (n, C, h, w) each, multiplied by `scaling_factor` (and, before that, the
+        mean less the autoencoder's `shift_factor` where it has one).
+    """
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    shift = vae.config.shift_factor or 0.0
+    return (posterior.mean.float() - shift) * scaling_factor, posterior.std.float() * scaling_factor
+
+
+@torch.no_grad()
+def decode(latents: Tensor, vae: Any, scaling_factor: float) -> Tensor:
+    """The images of some latents, all at once.
+
+    Args:
+        latents: floating (n, C, h, w), on the autoencoder's device.
+        vae: a diffusers `AutoencoderKL`.
+        scaling_factor: what the latents were multiplied by, which is undone first: `LatentData.scaling_factor`, times
+            `LatentBatches.scale` for latents as a model sees them.
+
+    Returns:
+        float32 (n, 3, H, W), clamped to [-1, 1].
+    """
+    shift = vae.config.shift_factor or 0.0
+    images: Tensor = vae.decode((latents / scaling_factor + shift).to(vae.dtype)).sample
+    return images.float().clamp(-1, 1)
+
+
+# --- the images ---------------------------------------------------------------------------------------------
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to `size` and cuts out the middle, with the pixels that ADM and DiT get: halved by box
+    averaging while it is at least twice too large, then bicubic.
+
+    Args:
+        image: in a mode that can be averaged, such as "RGB".
+        size: height and width wanted, in pixels.
+    """
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _pixels(encoded: bytes | None, where: str, size: int) -> Tensor:
+    """uint8 (3, size, size)."""
+    from PIL import Image
+
+    if encoded is None:
+        raise ValueError(f"{where}: no image bytes; images stored as a path only are not read: embed them")
+    try:
+        with Image.open(BytesIO(encoded)) as image:
+            array = np.array(center_crop(image.convert("RGB"), size))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... as the format's decoder does.
+        raise ValueError(f"{where}: cannot decode the image ({len(encoded)} bytes): {error}") from error
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _stream(source: str, split: str) -> tuple[datasets.IterableDataset, int | None]:
+    """The split's rows, read as they are asked for, and their number if it is known."""
+    import datasets
+    import pyarrow.parquet
+
+    folder = _local_folder(source, None)
+    if folder is None:
+        try:
+            table = datasets.load_dataset(source, split=split, streaming=True)
+        except ValueError as error:  # An unknown split or configuration: the message lists those there are.
+            raise ValueError(f"source = {source!r}, split = {split!r}: {error}") from error
+        except Exception as error:  # Not found, no network, no access: all are the hub's own kinds of error.
+            raise FileNotFoundError(
+                f"source = {source!r}: no local folder of that name, and the hub gave no such data set ({error}); "
+                "check the name, or download its parquet files and give their folder"
+            ) from error
+        known = (table.info.splits or {}).get(split)
+        return table, None if known is None else known.num_examples
+
+    files = sorted(str(path) for path in folder.glob(f"{split}*.parquet") if path.is_file())
+    if not files:
+        present = sorted(path.name for path in folder.iterdir())[:20]
+        raise FileNotFoundError(
+            f"split {split!r}: no file in {folder} matches '{split}*.parquet'; the folder holds {present}"
+        )
+    rows = 0
+    try:
+        for name in files:
+            rows += pyarrow.parquet.read_metadata(name).num_rows
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True), rows
+    except Exception as error:  # pyarrow and `datasets` have many kinds of error for this.
+        raise ValueError(f"cannot read {files} as parquet files of one schema: {error}") from error
+
+
+def _batches(
+    rows: Iterator[tuple[bytes | None, int]], where: str, size: int, batch_size: int, workers: int
+) -> Generator[tuple[Tensor, Tensor]]:
+    """uint8 (n, 3, size, size) and int64 (n,), decoded by threads ahead of time: Pillow lets them run side by side."""
+    waiting: deque[tuple[list[Any], list[int]]] = deque()
+
+    def first() -> tuple[Tensor, Tensor]:
+        futures, labels = waiting.popleft()
+        return torch.stack([future.result() for future in futures]), torch.tensor(labels)
+
+    with ThreadPoolExecutor(workers) as pool:
+        number = 0
+        while batch := list(islice(rows, batch_size)):
+            futures = [
+                pool.submit(_pixels, encoded, f"{where}, row {number + i}", size)
+                for i, (encoded, _) in enumerate(batch)
+            ]
+            waiting.append((futures, [label for _, label in batch]))
+            number += len(batch)
+            if len(waiting) > _AHEAD:
+                yield first()
+        while waiting:
+            yield first()
+
+
+# --- the tool -----------------------------------------------------------------------------------------------
+
+
+def encode_images(
+    source: str,
+    vae: str,
+    out: str | Path,
+    *,
+    split: str = "train",
+    size: int = 256,
+    batch_size: int = 32,
+    device: str = "auto",
+    shard_rows: int = 4096,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> LatentData:
+    """Encodes a split of an image classification data set of any size, and writes it as a folder of latents.
+
+    Args:
+        source: a local folder with `<split>*.parquet` files in the schema of the Hugging Face hub, or the name of a
+            data set on the hub. Images of any size and colour; they are cropped to the middle square.
+        vae: folder or hub name of a diffusers `AutoencoderKL` for colour images.
+        out: folder of the latents, which may hold other splits.
+        split: which split, of `source` and of `out`.
+        size: height and width of the images, in pixels: a multiple of the autoencoder's reduction (8 for those of
+            Stable Diffusion).
+        batch_size: images encoded at a time.
+        device: a device of PyTorch; "auto" for the GPU if there is one.
+        shard_rows: rows of a file.
+        image_column: column with the images; by default "img" or "image", whichever exists.
+        label_column: column with the integer labels; by default "label" or "fine_label", whichever exists.
+        num_classes: number of classes; needed when the label column is plain integers without class names, checked
+            otherwise.
+        workers: threads that decode and resize; by default one per processor, at most 16.
+        overwrite: whether to replace the split in `out`.
+        progress: whether to draw a progress bar.
+
+    Returns:
+        The written split, opened.
+
+    Raises:
+        FileNotFoundError: no such source, split or autoencoder.
+        FileExistsError: `out` has the split already.
+        ValueError: an argument outside its range, a wrong column, a label out of range, an image that cannot be
+            decoded, latents that are not finite, or no rows. The message names value and fix. Nothing is left in
+            `out`.
+        OSError: a file of the source is damaged inside, or the disk is full.
+        ImportError: diffusers is not installed.
+    """
+    for name, value in (("size", size), ("batch_size", batch_size), ("shard_rows", shard_rows), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value!r}: must be at least 1")
+    _check_split(split)
+    rows, count, class_names = _rows(source, split, image_column, label_column, num_classes)
+    where = _device(device)
+    model = load_vae(vae, where)
+    config: Any = model.config
+    if config.in_channels != 3:
+        raise ValueError(f"vae = {vae!r}: takes images of {config.in_channels} channels: must be 3 (RGB)")
+    reduction = 2 ** (len(config.block_out_channels) - 1)
+    if size % reduction:
+        raise ValueError(f"size = {size}: must be a multiple of {reduction}, the reduction of {vae!r}")
+    factor = float(config.scaling_factor)
+    workers = workers or min(16, os.cpu_count() or 1)
+
+    def latents() -> Generator[tuple[Tensor, Tensor, Tensor]]:
+        batches = _batches(rows, f"{source} (split {split!r})", size, batch_size, workers)
+        with tqdm(total=count, unit="image", disable=not progress) as bar, contextlib.closing(batches):
+            for images, labels in batches:
+                mean, std = encode(images.to(where).float() / 127.5 - 1, model, factor)
+                yield mean, std, labels
+                bar.update(len(labels))
+
+    with contextlib.closing(latents()) as encoded:
+        write_shards(
+            out,
+            split,
+            encoded,
+            shard_rows=shard_rows,
+            class_names=class_names,
+            vae=vae,
+            scaling_factor=factor,
+            overwrite=overwrite,
+        )
+    return latent_folder(out, split)
+
+
+def _rows(
+    source: str, split: str, image_column: str | None, label_column: str | None, num_classes: int | None
+) -> tuple[Iterator[tuple[bytes | None, int]], int | None, tuple[str, ...]]:
+    """The still encoded images with their labels, their number if it is known, and the names of the classes."""
+    import datasets
+
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes = {num_classes!r}: must be at least 1, or None to take it from the file")
+    where = f"{source} (split {split!r})"
+    table, count = _stream(source, split)
+    features = table.features
+    if features is None:
+        raise ValueError(f"{where}: its columns are not declared; download it as parquet files and give their folder")
+    columns = list(features)
+    image = _pick_column("image", image_column, _IMAGE_COLUMNS, columns, where)
+    label = _pick_column("label", label_column, _LABEL_COLUMNS, columns, where)
+    names = _class_names(features[label], label, num_classes, where)
+    table = table.select_columns([image, label])
+    kind = features[image]
+    if isinstance(kind, datasets.Image):
+        table = table.cast_column(image, datasets.Image(decode=False))
+    elif not (isinstance(kind, dict) and "bytes" in kind) and getattr(kind, "dtype", "") not in (
+        "binary",
+        "large_binary",
+    ):
+        raise ValueError(f"{where}: image column {image!r} has type {kind}: must be images, or struct<bytes, path>")
+
+    def rows() -> Iterator[tuple[bytes | None, int]]:
+        for number, row in enumerate(table):
+            value, target = row[image], row[label]
+            if target is None or not 0 <= target < len(names):
+                raise ValueError(
+                    f"{where}, row {number}: label {target} in {label!r}: must be from 0 to {len(names) - 1} "
+                    f"({len(names)} classes); set num_classes or label_column, or drop rows without a label"
+                )
+            yield (value.get("bytes") if isinstance(value, dict) else value), target
+
+    return rows(), count, names
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # An unknown name, or a device that is not there.
+        raise ValueError(f"device = {name!r}: {error}; give 'auto', 'cpu', or 'cuda' where there is a GPU") from error
+    return device
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0 on success; 2 for bad input.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusionblocks.data.encode",
+        description="Encodes labelled images with an autoencoder of diffusers, and writes the latents for training.",
+    )
+    add = parser.add_argument
+    add("--source", required=True, help="folder with <split>*.parquet files in the hub's schema, or a hub name")
+    add("--vae", required=True, help="AutoencoderKL: a folder, or a hub name such as stabilityai/sd-vae-ft-ema")
+    add("--out", required=True, help="folder of the latents")
+    add("--split", default="train", help="split of the source, and of the latents (default: %(default)s)")
+    add("--size", type=int, default=256, help="height and width in pixels (default: %(default)s)")
+    add("--batch-size", type=int, default=32, help="images encoded at a time (default: %(default)s)")
+    add("--device", default="auto", help="device of PyTorch (default: the GPU if there is one)")
+    add("--shard-rows", type=int, default=4096, help="rows of a file (default: %(default)s)")
+    add("--image-column", help="column with the images (default: img or image)")
+    add("--label-column", help="column with the integer labels (default: label or fine_label)")
+    add("--num-classes", type=int, help="number of classes, where the label column has no class names")
+    add("--workers", type=int, help="threads that decode and resize (default: one per processor, at most 16)")
+    add("--overwrite", action="store_true", help="replace the split in the folder of the latents")
+    options = vars(parser.parse_args(argv))
+    try:
+        data = encode_images(**options, progress=True)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options['out']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

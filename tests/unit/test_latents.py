@@ -1,0 +1,604 @@
+"""Latents: the tool that makes them from images and a real autoencoder, the files, and batches drawn from them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffusionblocks.data import LatentBatches, LatentData, latent_folder
+from diffusionblocks.data import encode as tool
+from diffusionblocks.data.latents import write_shards
+
+CPU = torch.device("cpu")
+NAMES = ("cat", "dog", "eel")
+SHAPE = (4, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def private_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the `datasets` library from writing into the home folder and from drawing progress bars."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    datasets.disable_progress_bars()
+
+
+def posterior(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    mean = torch.randn((rows, *SHAPE), generator=random).half()
+    std = torch.rand((rows, *SHAPE), generator=random).half()
+    return mean, std, torch.arange(rows) % len(NAMES)
+
+
+def in_memory(rows: int = 10, shards: int = 1) -> LatentData:
+    mean, std, labels = posterior(rows)
+    return LatentData(mean.tensor_split(shards), std.tensor_split(shards), labels, NAMES, "vae", 0.5)
+
+
+def cut(tensors: tuple[torch.Tensor, ...], size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    yield from zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+OPTIONS: dict[str, Any] = {"shard_rows": 4, "class_names": NAMES, "vae": "some/vae", "scaling_factor": 0.25}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """10 rows in shards of 4, 4 and 2."""
+    assert write_shards(tmp_path / "latents", "train", cut(posterior(10), 3), **OPTIONS) == 10
+    return tmp_path / "latents"
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_what_was_written(folder: Path) -> None:
+    names = ["train-00000.safetensors", "train-00001.safetensors", "train-00002.safetensors", "train.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names, "no temporary name is left behind"
+    data = latent_folder(folder)
+    mean, std, labels = posterior(10)
+    assert [len(shard) for shard in data.mean] == [4, 4, 2]
+    assert torch.equal(torch.cat(data.mean), mean)
+    assert torch.equal(torch.cat(data.std), std)
+    assert torch.equal(data.labels, labels)
+    assert (len(data), data.image_shape, data.num_classes, data.class_names) == (10, SHAPE, 3, NAMES)
+    assert (data.vae, data.scaling_factor) == ("some/vae", 0.25)
+
+
+def test_rows_of_any_order_and_shard(folder: Path) -> None:
+    data = latent_folder(folder)
+    mean, std, _ = posterior(10)
+    random = torch.Generator().manual_seed(0)
+    orders = [torch.randint(10, (n,), generator=random) for n in (1, 5, 40)]
+    for indices in [torch.tensor([9, 0, 4, 3, 4, 9]), torch.arange(10), torch.tensor([], dtype=torch.int64), *orders]:
+        assert torch.equal(data.rows("mean", indices), mean[indices])
+        assert torch.equal(data.rows("std", indices), std[indices])
+    for indices in (torch.tensor([0, 10]), torch.tensor([3, -1])):
+        with pytest.raises(IndexError, match="must be 0 to 9"):
+            data.rows("mean", indices)
+
+
+def test_shards_are_mapped_not_read(folder: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux lists what is mapped")
+    data = latent_folder(folder)
+    assert sum("train-00001.safetensors" in line for line in maps.read_text().splitlines()) >= 1
+    first, last = (data.mean[1].untyped_storage().data_ptr() + i for i in (0, data.mean[1].nbytes - 1))
+    lines = [line.split() for line in maps.read_text().splitlines() if "train-00001" in line]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    assert any(low <= first and last < high for low, high in ranges), "a shard's tensor is a view of its file"
+
+
+def test_other_splits_and_overwriting(folder: Path) -> None:
+    write_shards(folder, "test", [posterior(3, seed=1)], **OPTIONS)
+    with pytest.raises(FileExistsError, match=r"holds train.json: split 'train' exists; set overwrite"):
+        write_shards(folder, "train", [posterior(3)], **OPTIONS)
+    write_shards(folder, "train", [posterior(5, seed=2)], **OPTIONS, overwrite=True)
+    assert torch.equal(torch.cat(latent_folder(folder).mean), posterior(5, seed=2)[0])
+    assert torch.equal(torch.cat(latent_folder(folder, "test").mean), posterior(3, seed=1)[0])
+    assert not (folder / "train-00002.safetensors").exists(), "the old split was longer"
+    (folder / "train.json").unlink()
+    with pytest.raises(FileExistsError, match=r"holds train-00000\.safetensors"):
+        write_shards(folder, "train", [posterior(3)], **OPTIONS)
+
+
+def test_a_failing_source_leaves_nothing_and_keeps_the_old(folder: Path) -> None:
+    def failing() -> Iterator[tuple[torch.Tensor, ...]]:
+        yield posterior(9, seed=3)
+        raise RuntimeError("no more")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for split, overwrite in (("valid", False), ("train", True)):
+        with pytest.raises(RuntimeError, match="no more"):
+            write_shards(folder, split, failing(), **OPTIONS, overwrite=overwrite)  # type: ignore[arg-type]
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+MEAN, STD, LABELS = posterior(2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([], {}, "split 'train': there are no rows to write"),
+        ([(MEAN, STD, LABELS)], {"shard_rows": 0}, "shard_rows = 0: must be at least 1"),
+        ([(MEAN, STD, LABELS)], {"scaling_factor": 0.0}, "scaling_factor = 0.0: must be finite and > 0"),
+        ([(MEAN, STD, LABELS)], {"class_names": ()}, "class_names is empty"),
+        ([(MEAN, STD, LABELS)], {"class_names": NAMES[:1]}, "row 1: label 1: must be from 0 to 0"),
+        ([(MEAN, STD, LABELS), (MEAN, STD, LABELS - 1)], {}, "row 2: label -1: must be from 0 to 2"),
+        ([(MEAN, STD[:1], LABELS)], {}, r"from row 0 on: mean torch.float16 \(2, 4, 2, 3\), std .*\(1, 4, 2, 3\)"),
+        ([(MEAN.long(), STD, LABELS)], {}, "mean torch.int64 .*must be floating"),
+        ([(MEAN, STD, LABELS[:1])], {}, r"labels torch.int64 \(1,\): must be int64 \(2,\)"),
+        ([(MEAN, STD, LABELS.int())], {}, r"labels torch.int32 \(2,\): must be int64"),
+        ([(MEAN.float() * 1e6, STD, LABELS)], {}, "must be finite in float16"),
+        ([(MEAN, -STD, LABELS)], {}, "std >= 0"),
+        ([(MEAN, STD, LABELS), (MEAN[..., :1], STD[..., :1], LABELS)], {}, r"from row 2 on: latents \(4, 2, 1\)"),
+    ],
+)
+def test_refuses_to_write(tmp_path: Path, rows: list[Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_shards(tmp_path / "out", "train", rows, **(OPTIONS | changes))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_refuses_split_names_that_are_paths(folder: Path) -> None:
+    for split in ("../train", "train-1", "", "a*"):
+        with pytest.raises(ValueError, match="must be letters, digits"):
+            latent_folder(folder, split)
+        with pytest.raises(ValueError, match="must be letters, digits"):
+            write_shards(folder, split, [posterior(2)], **OPTIONS)
+
+
+def changed_index(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "train.json"
+        values = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+    return change
+
+
+def changed_shard(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / "train-00001.safetensors"
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        save_file(change(tensors), file)
+
+    return apply
+
+
+def cut_off(count: int) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / "train-00001.safetensors"
+        file.write_bytes(file.read_bytes()[:count])
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed_index(format=2), r"train.json: format: .*\(got 2\); encode the split again"),
+        (changed_index(shape=[4, 2]), "train.json: shape"),
+        (changed_index(rows=[]), "train.json: rows"),
+        (changed_index(rows=[4, 0, 6]), r"train.json: rows.1: .*\(got 0\)"),
+        (changed_index(vae=None), "train.json: vae: Field required"),
+        (changed_index(scaling_factor=-1), "train.json: scaling_factor"),
+        (changed_index(more=1), "train.json: more: Extra inputs"),
+        (changed_index(num_classes=4), "num_classes = 4, but 3 class names"),
+        (
+            changed_index(num_classes=2, class_names=["a", "b"]),
+            "00000.safetensors, row 2: label 2: must be from 0 to 1",
+        ),
+        (changed_index(rows=[4, 3, 2]), r"00001.safetensors holds .*\[4, 4, 2, 3\].*must be .*\[3, 4, 2, 3\]"),
+        (changed_index(shape=[4, 3, 2]), r"00000.safetensors holds .*must be .*\[4, 4, 3, 2\]"),
+        (lambda folder: (folder / "train.json").write_text("{"), "train.json is not JSON"),
+        (changed_shard(lambda t: t | {"mean": t["mean"][:3]}), "00001.safetensors holds"),
+        (changed_shard(lambda t: t | {"std": t["std"].float()}), "00001.safetensors holds .*'F32'"),
+        (changed_shard(lambda t: t | {"labels": t["labels"] + 1}), "00001.safetensors, row 1: label 3: must be"),
+        (changed_shard(lambda t: {"mean": t["mean"], "labels": t["labels"]}), "00001.safetensors holds"),
+        (cut_off(500), "00001.safetensors is damaged or cut off"),
+        (cut_off(40), "00001.safetensors is damaged or cut off"),
+        (cut_off(0), "00001.safetensors is damaged or cut off"),
+    ],
+)
+def test_refuses_damaged_folders(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        latent_folder(folder)
+
+
+def test_refuses_missing_files(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing: no such folder of latents; make it with"):
+        latent_folder(folder / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"valid.json is missing; the folder holds the splits \['train'\]"):
+        latent_folder(folder, "valid")
+    (folder / "train-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00002.safetensors is missing, but the index names it"):
+        latent_folder(folder)
+
+
+def test_latent_data_checks_itself() -> None:
+    mean, std, labels = posterior(3)
+    good: dict[str, Any] = {"mean": (mean,), "std": (std,), "labels": labels, "class_names": NAMES}
+    assert len(LatentData(**good, vae="", scaling_factor=1.0)) == 3
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"mean": ()}, "mean: 0 shards, std: 1"),
+        ({"mean": (mean, mean)}, "mean: 2 shards, std: 1"),
+        ({"mean": (mean.float(),)}, "shard 0, mean: torch.float32"),
+        ({"std": (std[:2],)}, "shard 0, std: "),
+        ({"mean": (mean, mean[..., :1]), "std": (std, std[..., :1])}, "shard 1, mean: "),
+        ({"mean": (mean[:0],), "std": (std[:0],)}, "n >= 1"),
+        ({"labels": labels[:2]}, r"labels: .*must be int64 \(3,\)"),
+        ({"labels": labels + 1}, "row 2: label 3: must be from 0 to 2"),
+    ]
+    for changes, message in bad:
+        with pytest.raises(ValueError, match=message):
+            LatentData(**(good | changes), vae="", scaling_factor=1.0)
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["auto", "device", "host"])
+def test_batches_draw_from_the_posterior(folder: Path, placement: str) -> None:
+    make = LatentBatches(latent_folder(folder), device=CPU, scale=0.75, placement=placement)
+    assert make.num_examples == 10
+    assert make.on_device == (placement == "device")
+    indices = torch.tensor([9, 4, 4, 0])
+    batch = make(indices, torch.Generator().manual_seed(7))
+    mean, std, labels = posterior(10)
+    noise = torch.randn((4, *SHAPE), generator=torch.Generator().manual_seed(7))
+    assert batch["pixel_values"].dtype == torch.float32
+    assert torch.equal(batch["pixel_values"], (mean[indices].float() + std[indices].float() * noise) * 0.75)
+    assert torch.equal(batch["labels"], labels[indices])
+    assert not torch.equal(batch["pixel_values"][1], batch["pixel_values"][2]), "draws are per latent"
+
+
+def test_batches_repeat_with_the_generator() -> None:
+    make = LatentBatches(in_memory(), device=CPU)
+    indices = torch.arange(10)
+    first, again, other = (make(indices, torch.Generator().manual_seed(s))["pixel_values"] for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_posterior_statistics() -> None:
+    data = in_memory(rows=1)
+    make = LatentBatches(data, device=CPU, scale=0.5)
+    draws = make(torch.zeros(40_000, dtype=torch.int64), torch.Generator().manual_seed(0))["pixel_values"]
+    torch.testing.assert_close(draws.mean(0), data.mean[0][0].float() * 0.5, atol=0.01, rtol=0)
+    torch.testing.assert_close(draws.std(0), data.std[0][0].float() * 0.5, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_the_mean_alone(placement: str) -> None:
+    data = in_memory(shards=3)
+    make = LatentBatches(data, device=CPU, scale=2.0, sample_posterior=False, placement=placement)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    batch = make(torch.tensor([8, 1]), generator)
+    assert torch.equal(batch["pixel_values"], torch.cat(data.mean)[[8, 1]].float() * 2)
+    assert torch.equal(generator.get_state(), before), "nothing was drawn"
+
+
+def test_batches_refuse_bad_arguments() -> None:
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"placement": "gpu"}, r"placement = 'gpu': must be one of \['auto', 'device', 'host'\]"),
+        ({"scale": 0.0}, "scale = 0.0: must be finite and > 0"),
+        ({"scale": float("inf")}, "scale = inf"),
+    ]
+    for changes, message in bad:
+        with pytest.raises(ValueError, match=message):
+            LatentBatches(in_memory(), device=CPU, **changes)
+
+
+@pytest.mark.slow
+def test_compiled_batches_equal_eager() -> None:
+    torch.compiler.reset()
+    make = LatentBatches(in_memory(), device=CPU)
+    eager = make(torch.arange(8), torch.Generator().manual_seed(0))
+    make.compile()
+    compiled = make(torch.arange(8), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(compiled["pixel_values"], eager["pixel_values"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_placements_agree_on_a_gpu(folder: Path) -> None:
+    device, indices = torch.device("cuda"), torch.tensor([9, 4, 4, 0])
+    data = latent_folder(folder)
+
+    def noise() -> torch.Generator:
+        return torch.Generator(device).manual_seed(3)
+
+    host, inside = (LatentBatches(data, device=device, placement=where) for where in ("host", "auto"))
+    assert inside.on_device
+    assert not host.on_device
+    want = inside(indices.to(device), noise())
+    for given in (indices, indices.to(device)):
+        got = host(given, noise())
+        assert all(got[key].is_cuda and torch.equal(got[key], want[key]) for key in want)
+
+    generator, given = noise(), indices.to(device)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        replayed = inside(given, generator)
+    generator.manual_seed(3)
+    graph.replay()
+    assert all(torch.equal(replayed[key], want[key]) for key in want)
+    with pytest.raises(ValueError, match="a CUDA graph cannot gather"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        host(given, None)
+
+
+# --- the tool -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real autoencoder with random weights; two resolutions, so that it halves its images."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    path = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(path)
+    return path
+
+
+def image(height: int, width: int, seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SIZES = [(16, 16), (20, 16), (16, 25), (40, 33), (9, 12), (70, 140), (17, 31)]
+
+
+def write(path: Path, encoded: list[bytes | None], labels: list[int | None], label_feature: Any = None) -> None:
+    features = {"image": datasets.Image(), "label": label_feature or datasets.ClassLabel(names=list(NAMES))}
+    images = [None if data is None else {"bytes": data, "path": None} for data in encoded]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"image": images, "label": labels}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(str(path))
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Seven images of many sizes, in two files."""
+    pictures = [png(image(*size, seed)) for seed, size in enumerate(SIZES)]
+    write(tmp_path / "pets" / "train-0.parquet", pictures[:4], [0, 1, 2, 0])  # type: ignore[arg-type]
+    write(tmp_path / "pets" / "train-1.parquet", pictures[4:], [1, 1, 2])  # type: ignore[arg-type]
+    return tmp_path / "pets"
+
+
+def arguments(pets: Path, vae: Path, out: Path, *more: str) -> list[str]:
+    given = ["--source", str(pets), "--vae", str(vae), "--out", str(out), "--size", "16", "--batch-size", "3"]
+    return [*given, "--shard-rows", "4", "--device", "cpu", *more]
+
+
+def test_tool_end_to_end(pets: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusers import AutoencoderKL
+
+    out = tmp_path / "latents"
+    assert tool.main(arguments(pets, vae, out)) == 0
+    assert "7 latents (4, 8, 8) of 3 classes" in capsys.readouterr().out
+    data = latent_folder(out)
+    assert (len(data), data.image_shape, data.class_names) == (7, (4, 8, 8), NAMES)
+    assert data.labels.tolist() == [0, 1, 2, 0, 1, 1, 2]
+    assert [len(shard) for shard in data.mean] == [4, 3]
+    assert (data.vae, data.scaling_factor) == (str(vae), 0.18215)
+
+    # By hand: each image by itself, through diffusers alone.
+    model = AutoencoderKL.from_pretrained(vae)
+    for row, size in enumerate(SIZES):
+        pixels = np.asarray(tool.center_crop(image(*size, row), 16), dtype=np.float32)
+        with torch.no_grad():
+            dist = model.encode(torch.from_numpy(pixels / 255 * 2 - 1).permute(2, 0, 1)[None]).latent_dist
+        for part, want in (("mean", dist.mean), ("std", dist.std)):
+            got = data.rows(part, torch.tensor([row])).float()  # type: ignore[arg-type]
+            torch.testing.assert_close(got, want * 0.18215, atol=2e-5, rtol=1e-3)
+
+    assert tool.main(arguments(pets, vae, out)) == 2
+    assert "error: " in (message := capsys.readouterr().err)
+    assert "split 'train' exists" in message
+    assert tool.main(arguments(pets, vae, out, "--overwrite")) == 0
+
+
+def test_decode_undoes_the_scale(vae: Path) -> None:
+    model: Any = tool.load_vae(str(vae), CPU)
+    assert not model.training
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, _ = tool.encode(images, model, 0.5)
+    decoded = tool.decode(mean * 0.25, model, 0.5 * 0.25)
+    assert decoded.shape == images.shape
+    assert not decoded.requires_grad
+    with torch.no_grad():
+        want = model.decode(model.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(decoded, want, atol=1e-5, rtol=0)
+    # An autoencoder may also have a shift; it cancels, and it is there.
+    model.register_to_config(shift_factor=0.3)
+    shifted, _ = tool.encode(images, model, 0.5)
+    torch.testing.assert_close(shifted, mean - 0.15, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tool.decode(shifted, model, 0.5), want, atol=1e-4, rtol=0)
+
+
+def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
+    """As in the code of ADM and DiT, word for word in what it does, as a second opinion."""
+    while min(*picture.size) >= 2 * size:
+        picture = picture.resize(tuple(x // 2 for x in picture.size), resample=Image.BOX)  # type: ignore[arg-type]
+    scale = size / min(*picture.size)
+    picture = picture.resize(tuple(round(x * scale) for x in picture.size), resample=Image.BICUBIC)  # type: ignore
+    array = np.array(picture)
+    crop_y = (array.shape[0] - size) // 2
+    crop_x = (array.shape[1] - size) // 2
+    return array[crop_y : crop_y + size, crop_x : crop_x + size]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_center_crop(size: tuple[int, int]) -> None:
+    picture = image(*size, 0)
+    got = np.asarray(tool.center_crop(picture, 16))
+    assert got.shape == (16, 16, 3)
+    assert np.array_equal(got, adm_crop(picture, 16))
+
+
+def test_grey_images_and_plain_columns(vae: Path, tmp_path: Path) -> None:
+    grey = image(16, 16, 0).convert("L")
+    (tmp_path / "plain").mkdir()
+    for name, column in (("struct", [{"bytes": png(grey), "path": "x"}] * 2), ("binary", [png(grey)] * 2)):
+        pq.write_table(pa.table({"photo": pa.array(column), "kind": [3, 0]}), tmp_path / "plain" / f"{name}.parquet")
+        data = tool.encode_images(
+            str(tmp_path / "plain"),
+            str(vae),
+            tmp_path / "out",
+            split=name,
+            size=16,
+            image_column="photo",
+            label_column="kind",
+            num_classes=4,
+            device="cpu",
+        )
+        assert data.class_names == ("0", "1", "2", "3")
+        assert data.labels.tolist() == [3, 0]
+        assert torch.equal(data.mean[0][0], data.mean[0][1])
+
+
+def good() -> list[bytes | None]:
+    return [png(image(16, 16, seed)) for seed in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("encoded", "labels", "label_feature", "message"),
+    [
+        (lambda: [], [], None, "there are no rows"),
+        (good, [0, 1, 3], datasets.Value("int64"), "row 2: label 3 in 'label': must be from 0 to 2"),
+        (good, [0, 1, -1], None, "row 2: label -1 in 'label'"),
+        (good, [0, None, 1], None, "row 1: label None in 'label'"),
+        (good, [0.0, 1.0, 2.0], datasets.Value("float32"), "has type float32: must be integers"),
+        (lambda: [*good()[:2], b"not an image"], [0, 1, 2], None, r"row 2: cannot decode the image \(12 bytes\)"),
+        (lambda: [*good()[:2], None], [0, 1, 2], None, "row 2: no image bytes"),
+    ],
+)
+def test_tool_refuses_bad_rows(
+    vae: Path, tmp_path: Path, encoded: Any, labels: list[Any], label_feature: Any, message: str
+) -> None:
+    write(tmp_path / "bad" / "train.parquet", encoded(), labels, label_feature)
+    classes = 3 if isinstance(label_feature, datasets.Value) else None
+    with pytest.raises(ValueError, match=message):
+        tool.encode_images(
+            str(tmp_path / "bad"), str(vae), tmp_path / "out", size=16, batch_size=1, num_classes=classes, shard_rows=1
+        )
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--split", "valid"], r"no file in .* matches 'valid\*.parquet'; the folder holds \['train-0.parquet'"),
+        (["--split", "../x"], "split = '../x'"),
+        (["--size", "15"], "size = 15: must be a multiple of 2"),
+        (["--size", "0"], "size = 0: must be at least 1"),
+        (["--workers", "0"], "workers = 0: must be at least 1"),
+        (["--num-classes", "5"], "num_classes = 5: column 'label' has 3 classes"),
+        (["--image-column", "img"], r"image_column = 'img': must be one of \['image', 'label'\]"),
+        (["--image-column", "label"], "image column 'label' has type .*: must be images"),
+        (["--label-column", "kind"], "label_column = 'kind'"),
+        (["--device", "abacus"], "device = 'abacus'"),
+        (["--source", "./nothing"], "source = './nothing': no such folder"),
+        (["--vae", "./nothing"], "vae = './nothing'"),
+    ],
+)
+def test_tool_refuses_bad_arguments(
+    pets: Path, vae: Path, tmp_path: Path, changes: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main(arguments(pets, vae, tmp_path / "out", *changes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_encoder_that_fails_midway(pets: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = tool.encode, []
+
+    def failing(*args: Any) -> Any:
+        calls.append("batch")
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(tool, "encode", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tool.encode_images(str(pets), str(vae), tmp_path / "out", size=16, batch_size=3, shard_rows=2, device="cpu")
+    assert len(calls) == 3
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_autoencoder_files(vae: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+    UNet2DModel(block_out_channels=(8,), **blocks).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="unet': not an AutoencoderKL of diffusers"):
+        tool.load_vae(str(tmp_path / "unet"), CPU)
+    # Weights that are missing would otherwise be random ones.
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    del weights["encoder.conv_out.bias"]
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    (partial / "config.json").write_text((vae / "config.json").read_text())
+    save_file(weights, partial / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"its file lacks \['encoder.conv_out.bias'\]"):
+        tool.load_vae(str(partial), CPU)
+
+
+def test_damaged_parquet(pets: Path, vae: Path, tmp_path: Path) -> None:
+    (pets / "train-2.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(ValueError, match=r"cannot read .*train-2.parquet.* as parquet"):
+        tool.encode_images(str(pets), str(vae), tmp_path / "out", size=16)
+
+
+def test_hub_name_is_streamed(pets: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = datasets.load_dataset, []
+
+    def hub(name: str, **options: Any) -> Any:
+        calls.append((name, options))
+        if options["split"] != "train":
+            raise ValueError(f'Bad split: {options["split"]}. Available splits: ["train"]')
+        if name != "someone/pets":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+        return real("parquet", data_files=str(pets / "train-0.parquet"), split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    options: dict[str, Any] = {"size": 16, "device": "cpu"}
+    data = tool.encode_images("someone/pets", str(vae), tmp_path / "out", **options)
+    assert data.labels.tolist() == [0, 1, 2, 0]
+    assert calls == [("someone/pets", {"split": "train", "streaming": True})]
+    with pytest.raises(ValueError, match=r"'someone/pets', split = 'val': Bad split.*\[\"train\"\]"):
+        tool.encode_images("someone/pets", str(vae), tmp_path / "out", split="val", **options)
+    with pytest.raises(FileNotFoundError, match=r"source = 'someone/absent': no local folder .* and the hub gave"):
+        tool.encode_images("someone/absent", str(vae), tmp_path / "out", **options)
