@@ -19,11 +19,12 @@ import torch
 from diffusionblocks.compare import executed, variants
 from diffusionblocks.evaluation.tables import format_table, write_results
 from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.runs import load_data, make_trainer
+from diffusionblocks.runs import make_trainer
+from diffusionblocks.sources import load_data
 
 
 def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[str, float]:
-    trainer = make_trainer(recipe, folder=None, progress=False, data=data)
+    trainer = make_trainer(recipe, folder=None, progress=False, splits={"train": data})
     trainer.model.train()
     done = 0
 

@@ -1,9 +1,11 @@
 """DiffusionBlocks: train a deep network one block at a time (ICLR 2026, arXiv 2506.14202)."""
 
-from .config import BlocksConfig, LabelTargetConfig
+from .block import Block
+from .branching import branch
+from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig
 from .convert import convert
 from .loading import load
-from .model import Block, BlocksOutput, DiffusionBlocks
+from .model import BlocksOutput, DiffusionBlocks
 from .noise import EDM
 from .partition import Partition
 from .saving import export
@@ -16,9 +18,11 @@ __all__ = [
     "BlocksConfig",
     "BlocksOutput",
     "DiffusionBlocks",
+    "ImageTargetConfig",
     "LabelTargetConfig",
     "Partition",
     "__version__",
+    "branch",
     "convert",
     "export",
     "load",

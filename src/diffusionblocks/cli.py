@@ -1,4 +1,4 @@
-"""Command line: diffusionblocks train | evaluate | inspect | compare RECIPE [--set a.b=v ...]."""
+"""Command line: diffusionblocks train | evaluate | sample | inspect | compare RECIPE [--set a.b=v ...]; branch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ examples:
       train block by block; run it again to resume after an interruption
   diffusionblocks evaluate recipes/vit/digits.yaml --model runs/digits/model --set 'evaluate.steps=[1,2,4]'
       test accuracy for every pair of denoising steps and noise seeds
+  diffusionblocks sample recipes/dit/digits.yaml --model runs/dit-digits/model --out samples --labels 3 --count 16
+      images of a trained diffusion model: PNG files, a grid, a chain over its steps
+  diffusionblocks branch runs/trunk/model --blocks 3 --out runs/branched
+      copy a trained trunk (one block on all levels) into three blocks
   diffusionblocks compare recipes/vit/digits.yaml --out runs/demo
       DiffusionBlocks beside its end-to-end controls, in one table and a figure
 
@@ -40,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     disable_progress_bar()  # of saving a few small files; ours shows the training
     try:
-        recipe = load_recipe(options.recipe, options.set)
-        options.run(recipe, options)
+        if "recipe" in options:
+            options.run(load_recipe(options.recipe, options.set), options)
+        else:
+            options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,10 +79,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="also log to <out>/tensorboard (extra: tensorboard)")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    evaluate = _command(commands, "evaluate", _evaluate, "test accuracy of a trained model over steps and seeds")
+    evaluate = _command(commands, "evaluate", _evaluate, "measure a trained model: accuracy, or its samples")
     evaluate.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
     evaluate.add_argument("--json", type=Path, help="also write the rows to this file")
     evaluate.add_argument("--by-level", action="store_true", help="also each block's accuracy at its own noise levels")
+
+    sample = _command(commands, "sample", _sample, "draw samples of a trained diffusion model")
+    sample.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
+    sample.add_argument("--out", type=Path, help="folder of the pictures (default runs/<name>/samples)")
+    sample.add_argument("--count", type=int, help="number of images (default: one a label, else the recipe's)")
+    sample.add_argument("--labels", type=int, nargs="+", help="class labels, in turn (default all)")
+    sample.add_argument("--seed", type=int, help="seed of the first image; the next have the next seeds")
+    sample.add_argument("--solver", choices=("euler", "heun", "dpmpp-2m"), help="default: the recipe's first")
+    sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's first)")
+    sample.add_argument("--grid", choices=("karras", "equal-mass"), help="levels (default: the recipe's first)")
+    sample.add_argument("--guidance", type=float, help="classifier-free guidance (default: the recipe's first)")
+    sample.add_argument("--quiet", action="store_true", help="no progress bar")
 
     inspect = _command(commands, "inspect", _inspect, "show the blocks of a recipe before any training")
     inspect.add_argument("--figure", type=Path, help="draw the noise partition to this PNG")
@@ -85,6 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", type=Path, help="folder (default runs/<name>-compare)")
     compare.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, for example end-to-end-4")
     compare.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    text = "copy a trained trunk, a model of one block on all levels, into several blocks"
+    branch = commands.add_parser("branch", help=text, description=text)
+    branch.set_defaults(run=_branch)
+    branch.add_argument("model", type=Path, help="folder of the trunk")
+    branch.add_argument("--blocks", type=int, required=True, metavar="B", help="number of blocks")
+    branch.add_argument("--out", type=Path, required=True, help="folder of the branched model")
+    branch.add_argument("--overlap", type=float, help="gamma: how far the blocks' training levels overlap")
+    branch.add_argument("--partition", help="equi-probability (default), log-uniform or uniform")
     return parser
 
 
@@ -106,34 +133,81 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     folder = options.out or Path("runs") / recipe.name
     loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
     result = train(recipe, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
-    print(format_table([row.to_dict() for row in result.accuracies]))
+    print(format_table([row.to_dict() for row in result.rows]))
     print(f"{result.iterations} iterations in {result.seconds:.1f} s; model in {folder / 'model'}")
 
 
 def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from .evaluation.tables import format_table, write_results
     from .model import DiffusionBlocks
-    from .runs import diagnose, evaluate, load_data, load_model
+    from .scores import diagnose, evaluate
+    from .sources import load_data, load_model
 
     model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
     if options.by_level and not isinstance(model, DiffusionBlocks):
         raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
-    data = load_data(recipe, "test")
-    rows = [row.to_dict() for row in evaluate(recipe, model, data)]
+    splits = {"test": load_data(recipe, "test")}
+    rows = [row.to_dict() for row in evaluate(recipe, model, splits)]
     print(format_table(rows))
     more = {}
     if isinstance(model, DiffusionBlocks) and options.by_level:
-        more["by_level"] = [row.to_dict() for row in diagnose(recipe, model, data)]
+        more["by_level"] = [row.to_dict() for row in diagnose(recipe, model, splits)]
         print(format_table(more["by_level"]))
     if options.json:
         write_results(options.json, rows, **more)
+
+
+def _sample(recipe: Recipe, options: argparse.Namespace) -> None:
+    import dataclasses
+
+    from .model import DiffusionBlocks
+    from .recipes import SamplesConfig
+    from .samples import draw_samples
+    from .scores import settings_of
+    from .sources import load_model
+
+    if not isinstance(recipe.evaluate, SamplesConfig):
+        raise ValueError(f"sample is for diffusion models; {recipe.model.type} classifies images: use evaluate")
+    model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
+    assert isinstance(model, DiffusionBlocks)
+    given = {name: getattr(options, name) for name in ("solver", "steps", "grid", "guidance")}
+    setting = dataclasses.replace(
+        settings_of(recipe.evaluate)[0], **{name: value for name, value in given.items() if value is not None}
+    )
+    folder = options.out or Path("runs") / recipe.name / "samples"
+    written = draw_samples(
+        recipe,
+        model,
+        folder,
+        count=options.count,
+        labels=options.labels,
+        setting=setting,
+        seed=options.seed,
+        files=True,
+        progress=not options.quiet,
+    )
+    for path in written:
+        print(path)
+
+
+def _branch(options: argparse.Namespace) -> None:
+    from .branching import branch
+    from .evaluation.tables import block_table, format_table
+    from .loading import load
+
+    given = {name: getattr(options, name) for name in ("overlap", "partition")}
+    trunk = load(options.model)
+    model = branch(trunk, options.blocks, **{name: value for name, value in given.items() if value is not None})
+    model.save_pretrained(options.out)
+    print(format_table(block_table(model)))
+    print(f"{options.blocks} blocks of {trunk.partition.num_layers} layers in {options.out}")
 
 
 def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
     from .convert import convert
     from .evaluation.figures import draw_partition
     from .evaluation.tables import block_table, format_table, partition_sketch
-    from .runs import build_original
+    from .sources import build_original
 
     original = build_original(recipe)
     model = convert(original, recipe.blocks)
@@ -154,8 +228,9 @@ def _compare(recipe: Recipe, options: argparse.Namespace) -> None:
     folder = options.out or Path("runs") / f"{recipe.name}-compare"
     print(compare(recipe, folder, rows=options.rows, progress=not options.quiet))
     print(f"table: {folder / 'table.json'}")
-    if (folder / "figure.png").is_file():
-        print(f"figure: {folder / 'figure.png'}")
+    for figure in [folder / "figure.png", *sorted(folder.glob("*/samples/grid.png"))]:
+        if figure.is_file():
+            print(f"figure: {figure}")
 
 
 if __name__ == "__main__":

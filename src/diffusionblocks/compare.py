@@ -1,7 +1,8 @@
 """The comparison every claim needs: DiffusionBlocks beside its end-to-end controls, in one table.
 
 Rows: end to end with L layers; end to end with L/B layers, which has the memory of one block, at equal steps and at
-B times the steps, which is equal compute (the control to beat); DiffusionBlocks.
+B times the steps, which is equal compute (the control to beat); DiffusionBlocks from scratch; and, where the recipe
+has a trunk, trunk and branch. All rows but the second have the same number of layer-updates.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from .evaluation.figures import draw_run
 from .evaluation.memory import step_memory
 from .evaluation.tables import format_bytes, format_table, write_results
 from .model import DiffusionBlocks
-from .recipes import Recipe
-from .runs import load_data, make_trainer, train
+from .recipes import AccuracyConfig, Recipe
+from .runs import RunResult, depth_of, make_trainer, train, trunk_options, trunk_recipe, with_depth
+from .samples import draw_samples
+from .scores import headline
+from .sources import load_data
 from .training import trainable, units_of
 
 
@@ -37,6 +41,11 @@ class Variant:
         """The method: `end-to-end` or `diffusionblocks`."""
         return self.recipe.method
 
+    @property
+    def branched(self) -> bool:
+        """Whether the blocks start from a trunk."""
+        return self.recipe.trunk is not None
+
 
 def variants(recipe: Recipe) -> list[Variant]:
     """The rows that a recipe of method `diffusionblocks` is compared in.
@@ -44,46 +53,43 @@ def variants(recipe: Recipe) -> list[Variant]:
     Raises:
         ValueError: the recipe does not say how many layers its model has, or they do not divide.
     """
-    try:
-        depth = int(recipe.model.config["num_hidden_layers"])
-    except KeyError:
-        raise ValueError("compare needs model.config.num_hidden_layers, to make the end-to-end controls") from None
-    many = recipe.blocks.num_blocks
+    depth, many = depth_of(recipe), recipe.blocks.num_blocks
     if depth % many:
         raise ValueError(f"compare needs layers that divide: {depth} layers, {many} blocks")
     short = depth // many
+    field = "steps" if recipe.train.steps is not None else "epochs"
+    length: Any = getattr(recipe.train, field)
+    if recipe.trunk is not None:  # what every block would have had, had they shared the trunk's updates
+        length += getattr(trunk_options(recipe), field) / many
+        length = round(length) if field == "steps" else length
+    scratch = recipe.model_copy(update={"trunk": None, "train": recipe.train.model_copy(update={field: length})})
     rows = [
-        Variant(f"end-to-end-{depth}", _end_to_end(recipe, depth, 1), depth, 1),
-        Variant(f"end-to-end-{short}", _end_to_end(recipe, short, 1), short, 1),
+        Variant(f"end-to-end-{depth}", _end_to_end(scratch, depth, 1, field), depth, 1),
+        Variant(f"end-to-end-{short}", _end_to_end(scratch, short, 1, field), short, 1),
     ]
     if many > 1:
-        rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(recipe, short, many), short, 1))
-    rows.append(Variant("diffusionblocks", recipe, depth, many))
+        rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(scratch, short, many, field), short, 1))
+    rows.append(Variant("diffusionblocks", scratch, depth, many))
+    if recipe.trunk is not None:
+        trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
+        rows.append(Variant("diffusionblocks-branched", recipe, depth, many))
     return rows
 
 
-def _end_to_end(recipe: Recipe, layers: int, factor: int) -> Recipe:
-    config = recipe.model.config | {"num_hidden_layers": layers}
-    train = recipe.train
-    length: dict[str, Any] = {
-        name: value * factor for name in ("steps", "epochs") if (value := getattr(train, name)) is not None
-    }
-    return recipe.model_copy(
-        update={
-            "method": "end-to-end",
-            "model": recipe.model.model_copy(update={"config": config}),
-            "train": train.model_copy(update=length),
-        }
-    )
+def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
+    shallow = with_depth(recipe, layers)
+    train = recipe.train.model_copy(update={field: getattr(recipe.train, field) * factor})
+    return shallow.model_copy(update={"method": "end-to-end", "train": train})
 
 
 def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, progress: bool = True) -> str:
-    """Train and evaluate every row; leave `folder`/table.json and figure.png; return the printed table.
+    """Train and evaluate every row; leave `folder`/table.json and figures; return the printed table.
 
     Args:
         recipe: of method `diffusionblocks`.
         folder: each row's run goes to a sub-folder; finished rows are not trained again.
         rows: keys of the rows to run (see `variants`); default all.
+        progress: show progress bars.
 
     Raises:
         ValueError: an unknown row, or a recipe that cannot be compared.
@@ -96,61 +102,85 @@ def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, 
         if unknown:
             raise ValueError(f"unknown rows {unknown}; allowed: {[variant.key for variant in chosen]}")
         chosen = [variant for variant in chosen if variant.key in rows]
-    data, test_data = load_data(recipe, "train"), load_data(recipe, "test")
+    splits = {split: load_data(recipe, split) for split in ("train", "test")}
     table: list[dict[str, Any]] = []
-    accuracies: dict[str, list[AccuracyRow]] = {}
-    partition = None
+    results: dict[str, RunResult] = {}
     for variant in chosen:
-        memory = step_memory(make_trainer(executed(variant.recipe, fast=False), folder=None, progress=False, data=data))
+        probe = executed(variant.recipe, fast=False)
+        memory = step_memory(make_trainer(probe, folder=None, progress=False, splits=splits))
+        result = train(variant.recipe, folder / variant.key, progress=progress, splits=splits)
+        results[variant.key] = result
         largest = max(memory, key=lambda unit: unit.peak)
-        result = train(variant.recipe, folder / variant.key, progress=progress, data=data, test_data=test_data)
-        accuracies[variant.key] = result.accuracies
-        best = max(result.accuracies, key=lambda row: (row.seeds or 1, -(row.steps or 1)))
-        if isinstance(result.model, DiffusionBlocks):
-            partition = result.model.partition
         table.append(
             {
                 "name": variant.name,
                 "key": variant.key,
                 "layers": variant.layers,
                 "blocks": variant.blocks,
+                "branched": variant.branched,
                 "iterations": result.iterations,
-                "steps": best.steps,
-                "seeds": best.seeds,
-                "test_accuracy": best.accuracy,
-                "standard_error": best.standard_error,
+                "layer_updates": result.iterations * variant.layers // variant.blocks,
+                **_score(result),
                 "parameters_trained": _trained(result.model),
                 "peak_memory_bytes": largest.peak,
                 "memory": largest.to_dict(),
                 "seconds": result.seconds,
-                "accuracies": [row.to_dict() for row in result.accuracies],
             }
         )
     write_results(folder / "table.json", table)
-    if partition is not None:
-        controls = [
-            (f"{row['key']} ({row['iterations']} steps)", row["test_accuracy"])
-            for row in table
-            if row["name"] == "end-to-end"
-        ]
-        draw_run(accuracies["diffusionblocks"], controls, partition, recipe.blocks.noise, folder / "figure.png")
-    return format_table(
-        [
-            {
-                "name": row["name"],
-                "layers": row["layers"],
-                "blocks": row["blocks"],
-                "iterations": row["iterations"],
-                "denoising steps": row["steps"],
-                "seeds": row["seeds"],
-                "test accuracy": f"{100 * row['test_accuracy']:.2f} +- {100 * row['standard_error']:.2f} %",
-                "trained at a time": f"{row['parameters_trained']:,}",
-                "peak memory of a step": format_bytes(row["peak_memory_bytes"]),
-                "seconds": f"{row['seconds']:.1f}",
-            }
-            for row in table
-        ]
-    )
+    _draw(recipe, table, results, folder)
+    return format_table([_printed(row) for row in table])
+
+
+def _score(result: RunResult) -> dict[str, Any]:
+    best = headline(result.rows)
+    rows = [row.to_dict() for row in result.rows]
+    if isinstance(best, AccuracyRow):
+        return {
+            "steps": best.steps,
+            "seeds": best.seeds,
+            "test_accuracy": best.accuracy,
+            "standard_error": best.standard_error,
+            "accuracies": rows,
+        }
+    return {**best.to_dict(), "samples_measured": rows}
+
+
+def _printed(row: dict[str, Any]) -> dict[str, str]:
+    name = row["name"] + ", branched" * row["branched"]
+    shown = {"name": name, "layers": row["layers"], "blocks": row["blocks"], "iterations": row["iterations"]}
+    if "test_accuracy" in row:
+        accuracy = f"{100 * row['test_accuracy']:.2f} +- {100 * row['standard_error']:.2f} %"
+        shown |= {"denoising steps": row["steps"], "seeds": row["seeds"], "test accuracy": accuracy}
+    else:
+        for split in ("train", "test"):
+            distance = row[f"fd_{split}"]
+            shown[f"FD {split}"] = "-" if distance is None else f"{distance:.3f}"
+        shown["images/s"] = f"{row['images_per_second']:.0f}"
+    return shown | {
+        "trained at a time": f"{row['parameters_trained']:,}",
+        "peak memory of a step": format_bytes(row["peak_memory_bytes"]),
+        "seconds": f"{row['seconds']:.1f}",
+    }
+
+
+def _draw(recipe: Recipe, table: list[dict[str, Any]], results: dict[str, RunResult], folder: Path) -> None:
+    if not isinstance(recipe.evaluate, AccuracyConfig):
+        for key, result in results.items():
+            assert isinstance(result.model, DiffusionBlocks)
+            draw_samples(recipe, result.model, folder / key / "samples")
+        return
+    if "diffusionblocks" not in results:
+        return
+    model = results["diffusionblocks"].model
+    assert isinstance(model, DiffusionBlocks)
+    controls = [
+        (f"{row['key']} ({row['iterations']} steps)", row["test_accuracy"])
+        for row in table
+        if row["name"] == "end-to-end"
+    ]
+    rows = [row for row in results["diffusionblocks"].rows if isinstance(row, AccuracyRow)]
+    draw_run(rows, controls, model.partition, recipe.blocks.noise, folder / "figure.png")
 
 
 def executed(recipe: Recipe, *, fast: bool) -> Recipe:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from .noise import EDM
 
@@ -29,6 +29,32 @@ class LabelTargetConfig(BaseModel):
     token: Literal["extra", "replace-cls"] = "extra"
     weight: Literal["none", "edm"] = "none"
     bridge: Literal["soft", "hard"] = "soft"
+
+
+class ImageTargetConfig(BaseModel):
+    """What a diffusion model's blocks denoise: the image or latent, under a squared error.
+
+    Attributes:
+        weight: weight of the squared error at each level: `edm` = 1 / c_out^2 (EDM table 1), or `none`.
+        label_dropout: share of the training samples that see the null class instead of their label; 0 rules out
+            classifier-free guidance. Without effect for an unconditional model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["image"] = "image"
+    weight: Literal["none", "edm"] = "edm"
+    label_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+
+def _kind(values: Any) -> str:
+    """Which target a mapping or config describes; without `kind`, a label (the first family's recipes name none)."""
+    return str(values.get("kind", "label") if isinstance(values, dict) else getattr(values, "kind", values))
+
+
+TargetConfig = Annotated[
+    Annotated[LabelTargetConfig, Tag("label")] | Annotated[ImageTargetConfig, Tag("image")], Discriminator(_kind)
+]
 
 
 class BlocksConfig(BaseModel):
@@ -60,13 +86,14 @@ class BlocksConfig(BaseModel):
     overlap: float = Field(default=0.05, ge=0.0, lt=1.0)
     noise: EDM = EDM()
     shared: Literal["joint", "replicated", "frozen"] = "replicated"
-    target: LabelTargetConfig | None = None
+    target: TargetConfig | None = None
     conditioning_dim: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _learned_target_needs_joint(self) -> Self:
-        if self.target is not None and self.target.embedding == "learned" and self.shared != "joint":
+        learned = isinstance(self.target, LabelTargetConfig) and self.target.embedding == "learned"
+        if learned and self.shared != "joint":
             raise ValueError(
                 f"target.embedding = learned needs shared = joint, got shared = {self.shared}: blocks that "
                 "train apart would each learn another space for z; use embedding: frozen"

@@ -11,11 +11,12 @@ from torch import nn
 
 from .adapters import Adapter, adapter_for
 from .adapters.base import Namespace, extract
+from .block import Block, SharedParts
 from .conditioning import AdaptiveNorms, NoiseEmbedding
-from .config import BlocksConfig, LabelTargetConfig
-from .model import Block, DiffusionBlocks, SharedParts
+from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig
+from .model import DiffusionBlocks
 from .partition import Partition
-from .targets import LabelTarget
+from .targets import ImageTarget, LabelTarget, Target
 
 
 def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBlocks:
@@ -38,8 +39,8 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     adapter = adapter_for(model)
     if config is not None and not isinstance(config, BlocksConfig):
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
-    config = resolve(config or BlocksConfig())
-    assert config.target is not None
+    config = resolve(config or BlocksConfig(), adapter)
+    adapter.check_config(model, config)
     layers_path = adapter.layers_path(model)
     layer_list = model.get_submodule(layers_path)
     assert isinstance(layer_list, nn.ModuleList)
@@ -68,12 +69,32 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     return converted.to(device=parameter.device, dtype=parameter.dtype).train()
 
 
-def resolve(config: BlocksConfig) -> BlocksConfig:
-    """Fill in the defaults that depend on other fields."""
-    target = config.target or LabelTargetConfig()
-    if target.embedding is None:
+def resolve(config: BlocksConfig, adapter: Adapter) -> BlocksConfig:
+    """Fill in the defaults that depend on other fields, or on the family.
+
+    Raises:
+        ValueError: a target of another family.
+    """
+    target = config.target or (LabelTargetConfig() if adapter.target == "label" else ImageTargetConfig())
+    if target.kind != adapter.target:
+        raise ValueError(
+            f"blocks.target.kind = {target.kind}, but {'/'.join(adapter.classes)} denoises an {adapter.target}; "
+            "leave target out, or set its kind"
+        )
+    if isinstance(target, LabelTargetConfig) and target.embedding is None:
         target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else "frozen"})
     return config.model_copy(update={"target": target})
+
+
+def _make_target(model: nn.Module, adapter: Adapter, config: BlocksConfig) -> Target:
+    num_classes = adapter.num_classes(model.config)
+    if isinstance(config.target, ImageTargetConfig):
+        return ImageTarget(
+            adapter.image_shape(model.config), num_classes=num_classes, label_dropout=config.target.label_dropout
+        )
+    assert config.target is not None
+    learned = config.target.embedding == "learned"
+    return LabelTarget(num_classes, adapter.hidden_size(model), learned=learned, seed=config.seed)
 
 
 def _build_blocks(
@@ -88,16 +109,15 @@ def _build_blocks(
     condition_dim = config.conditioning_dim or max(32, -(-hidden // 6 // 8) * 8)
     shared_paths = adapter.shared_paths(model)
 
+    def adaptive_norms(norms: list[nn.Module]) -> AdaptiveNorms:
+        return AdaptiveNorms(norms, [hidden] * len(norms), condition_dim)
+
     def shared_parts() -> tuple[Namespace, SharedParts]:
-        assert config.target is not None
         foreign = extract(model, shared_paths, memo={id(model.config): model_config})
-        final_norms = adapter.final_norms(foreign)
         added = SharedParts(
-            NoiseEmbedding(condition_dim),
-            AdaptiveNorms(final_norms, [hidden] * len(final_norms), condition_dim),
-            LabelTarget(
-                adapter.num_classes(model), hidden, learned=config.target.embedding == "learned", seed=config.seed
-            ),
+            None if adapter.knows_noise_level else NoiseEmbedding(condition_dim),
+            None if adapter.knows_noise_level else adaptive_norms(adapter.final_norms(foreign)),
+            _make_target(model, adapter, config),
             adapter.add_parts(model, config),
         )
         if config.shared == "frozen":
@@ -118,10 +138,11 @@ def _build_blocks(
         _stop_checkpointing_inside(network)
         for path in shared_paths:
             network.attach(path, foreign.get_submodule(path))
+        adapter.settle(network)
         adaptive = nn.ModuleList()
-        for path in layer_paths:
-            norms = adapter.layer_norms(network.get_submodule(path))
-            adaptive.append(AdaptiveNorms(norms, [hidden] * len(norms), condition_dim))
+        if not adapter.knows_noise_level:
+            for path in layer_paths:
+                adaptive.append(adaptive_norms(adapter.layer_norms(network.get_submodule(path))))
         blocks.append(
             Block(
                 index,
@@ -132,6 +153,7 @@ def _build_blocks(
                 adaptive=adaptive,
                 shared=added,
                 interval=partition.training_interval(index),
+                input_names=adapter.input_names(model.config),
             )
         )
     return blocks

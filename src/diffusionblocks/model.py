@@ -1,8 +1,8 @@
-"""DiffusionBlocks: a network as B independent denoisers, and Block, one of them."""
+"""DiffusionBlocks: a network as B independent denoisers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,136 +12,21 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .adapters import Adapter
-from .conditioning import AdaptiveNorms, NoiseEmbedding
-from .config import BlocksConfig
+from .block import Block
+from .config import BlocksConfig, LabelTargetConfig
 from .noise import EDM
 from .partition import Partition, within
-from .sampling import Prediction, predict_labels
+from .sampling import Callback, Prediction, guided, predict_labels, prior_of_seeds, sample_images
 from .saving import export, save
-from .targets import LabelTarget
-
-Batch = Mapping[str, Tensor]
+from .targets import Batch, ImageTarget, LabelTarget, Target, check_labels
 
 
 @dataclass
 class BlocksOutput(ModelOutput):
-    """What `DiffusionBlocks.forward` returns: `loss`, scalar (None without labels); `logits` (batch, num_classes)."""
+    """What `DiffusionBlocks.forward` returns: `loss`, scalar; `logits` (batch, num_classes) of a classifier."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-
-
-class SharedParts(nn.Module):
-    """What conversion adds that is not of one layer: noise embedder, final adaptive norms, target, family's parts."""
-
-    def __init__(
-        self, noise_embedding: NoiseEmbedding, final_norms: AdaptiveNorms, target: LabelTarget, added: nn.ModuleDict
-    ) -> None:
-        super().__init__()
-        self.noise_embedding = noise_embedding
-        self.final_norms = final_norms
-        self.target = target
-        self.added = added
-
-
-class Block(nn.Module):
-    """One denoiser: a group of consecutive layers with all that is needed to train it, and nothing of the others.
-
-    Attributes:
-        index: b; block 0 is the input side and owns the highest noise.
-        network: the block's part of the original model, under the original parameter names.
-        adaptive: adaptive norms of each of its layers.
-        shared: the added shared parts (one object for all blocks under the `joint` policy).
-        interval: the (lowest, highest) level that the block trains on.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        *,
-        adapter: Adapter,
-        config: BlocksConfig,
-        network: nn.Module,
-        layer_paths: list[str],
-        adaptive: nn.ModuleList,
-        shared: SharedParts,
-        interval: tuple[float, float],
-    ) -> None:
-        super().__init__()
-        assert config.target is not None, "conversion resolves the target"
-        self.index = index
-        self.adapter = adapter
-        self.noise: EDM = config.noise
-        self.weight = config.target.weight
-        self.layer_paths = layer_paths
-        self.network = network
-        self.adaptive = adaptive
-        self.shared = shared
-        self.interval = interval
-
-    @property
-    def target(self) -> LabelTarget:
-        """What the block denoises."""
-        return self.shared.target
-
-    def layers(self) -> list[nn.Module]:
-        """The block's layers, in order."""
-        return [self.network.get_submodule(path) for path in self.layer_paths]
-
-    def forward(self, inputs: Batch, z: Tensor, level: Tensor) -> Tensor:
-        """Denoise: read the logits off D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7).
-
-        Args:
-            inputs: the model's inputs x, for example `pixel_values` (batch, channels, height, width).
-            z: noised target, float32, shape (batch, dim).
-            level: noise levels, float32, shape (batch,), all of this block.
-
-        Returns:
-            Logits (batch, num_classes).
-        """
-        c = self.noise.precondition(level)
-        condition = self.shared.noise_embedding(c.c_noise)
-        layers = list(zip(self.layers(), self.adaptive, strict=True))
-        hidden, raw = self.adapter.hidden(
-            self.network,
-            layers,  # type: ignore[arg-type]
-            self.shared.added,
-            inputs,
-            c.c_in[:, None] * z,
-            condition,
-        )
-        denoised = c.c_skip[:, None] * z + c.c_out[:, None] * raw.float()
-        dtype = raw.dtype
-        return self.adapter.readout(self.network, self.shared.final_norms, hidden, denoised.to(dtype), condition)
-
-    def loss(self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None) -> Tensor:
-        """Training loss of each sample at a level drawn in the block's interval (paper, section 3.2).
-
-        Args:
-            batch: inputs x and `labels` (batch,), int64.
-            generator: source of level and noise, on the batch's device; default the global one.
-            level: use these levels, shape (batch,), instead of drawing them.
-
-        Returns:
-            Losses, float32, shape (batch,).
-        """
-        labels = batch["labels"]
-        y = self.target.encode(labels)
-        if level is None:
-            level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
-        noise = torch.randn(y.shape, generator=generator, device=y.device)
-        inputs = {name: batch[name] for name in self.adapter.input_names}
-        logits = self(inputs, self.noise.corrupt(y, level, noise), level)
-        loss = self.target.loss(logits, labels)
-        if self.weight == "edm":
-            loss = loss * self.noise.weight(level).float()
-        assert loss.shape == (len(labels),), f"losses are per sample, got shape {tuple(loss.shape)}"
-        return loss
-
-    def extra_repr(self) -> str:
-        """Shown by print(block)."""
-        low, high = self.interval
-        return f"index={self.index}, layers={self.layer_paths}, trains on levels [{low:.4g}, {high:.4g}]"
 
 
 class DiffusionBlocks(nn.Module):
@@ -187,6 +72,11 @@ class DiffusionBlocks(nn.Module):
         """Device of block 0."""
         return next(self.blocks[0].parameters()).device
 
+    @property
+    def target(self) -> Target:
+        """What the blocks denoise (block 0's; the same space for all)."""
+        return self.block(0).target
+
     def block(self, index: int) -> Block:
         """Block `index`, checked."""
         block = self.blocks[self.partition.check_block(index)]
@@ -215,10 +105,14 @@ class DiffusionBlocks(nn.Module):
             ValueError: no such block, missing entries, labels out of range, or levels that are not the block's.
         """
         chosen = self.block(block)
-        self._check_batch(batch, needs_labels=True)
+        size = self._check_batch(batch)
         if level is not None:
-            self._check_levels(level, chosen, len(batch["labels"]))
+            self._check_levels(level, chosen, size)
         return chosen.loss(batch, generator, level)
+
+    def denoise(self, inputs: Batch, z: Tensor, level: float) -> Tensor:
+        """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level."""
+        return self.block(self.partition.block_of(level))(inputs, z, z.new_full((len(z),), level))  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -228,23 +122,27 @@ class DiffusionBlocks(nn.Module):
     ) -> BlocksOutput:
         """For plain loops and transformers.Trainer.
 
-        In training mode a block is drawn uniformly and `loss` is its mean loss; `logits` is None. In evaluation
-        mode `logits` are log-probabilities after one denoising step per block, and `loss` their cross-entropy.
+        In training mode a block is drawn uniformly and `loss` is its mean loss. In evaluation mode: a classifier's
+        `logits` are log-probabilities after one denoising step per block, and `loss` their cross-entropy; a diffusion
+        model's `loss` is the mean of all blocks' losses, each at levels drawn in its interval.
 
         Args:
             pixel_values: images (batch, channels, height, width).
-            labels: (batch,), int64; needed in training mode.
+            labels: (batch,), int64; a classifier needs them in training mode, an unconditional model never.
             generator: source of all draws; default the global one.
         """
-        batch = {
-            name: value for name, value in (("pixel_values", pixel_values), ("labels", labels)) if value is not None
-        }
+        given = {"pixel_values": pixel_values, "labels": labels}
+        batch = {name: value for name, value in given.items() if value is not None}
         if self.training:
-            self._check_batch(batch, needs_labels=True)
+            self._check_batch(batch)
             device = generator.device if generator is not None else None
             drawn = int(torch.randint(self.partition.num_blocks, (1,), generator=generator, device=device).item())
             return BlocksOutput(loss=self.block(drawn).loss(batch, generator).mean())
-        self._check_batch(batch, needs_labels=labels is not None)
+        if not isinstance(self.target, LabelTarget):
+            self._check_batch(batch)
+            losses = [self.block(b).loss(batch, generator).mean() for b in range(self.partition.num_blocks)]
+            return BlocksOutput(loss=torch.stack(losses).mean())
+        self._check_batch(batch, with_target=labels is not None)
         prediction = self.predict(batch["pixel_values"], steps=self.partition.num_blocks, generator=generator)
         loss = None
         if labels is not None:
@@ -262,28 +160,107 @@ class DiffusionBlocks(nn.Module):
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
     ) -> Prediction:
-        """Classify by denoising, in evaluation mode: see `diffusionblocks.sampling.predict_labels`."""
+        """Classify by denoising, in evaluation mode: see `diffusionblocks.sampling.predict_labels`.
+
+        Raises:
+            ValueError: the model is no classifier, or an argument is out of range.
+        """
+        target, options = self.target, self.blocks_config.target
+        if not isinstance(target, LabelTarget) or not isinstance(options, LabelTargetConfig):
+            raise ValueError(f"predict is for classifiers; this {self.model_class} generates images: use sample")
         inputs = {"pixel_values": pixel_values}
-        self._check_batch(inputs, needs_labels=False)
-        assert self.blocks_config.target is not None
+        self._check_batch(inputs, with_target=False)
         was_training = self.training
         self.eval()
         try:
             return predict_labels(
-                lambda z, level: self.block(self.partition.block_of(level))(inputs, z, z.new_full((len(z),), level)),
-                self.block(0).target,
+                lambda z, level: self.denoise(inputs, z, level),
+                target,
                 self.noise,
                 batch_size=len(pixel_values),
                 device=pixel_values.device,
                 steps=steps,
                 seeds=seeds,
-                bridge=self.blocks_config.target.bridge if bridge is None else bridge,
+                bridge=options.bridge if bridge is None else bridge,
                 grid=grid,
                 generator=generator,
                 return_trajectory=return_trajectory,
             )
         finally:
             self.train(was_training)
+
+    def sample(
+        self,
+        labels: Tensor | Sequence[int] | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int = 50,
+        solver: str = "euler",
+        grid: str = "karras",
+        guidance: float = 1.0,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Generate images, in evaluation mode: at every level only the block that owns it runs.
+
+        Args:
+            labels: one an image, in [0, num_classes]; `num_classes` is the null class. None: no labels, which a
+                class-conditional model must have learned by label dropout.
+            seeds: one an image; image i depends on its label and seed alone. Default 0, 1, 2, ...: one a label, or one
+                image.
+            steps: solver steps, >= 1.
+            solver: `euler` (the paper), `heun` (EDM) or `dpmpp-2m`.
+            grid: levels, `karras` (EDM eq. 5) or `equal-mass`; a level of 0 ends either.
+            guidance: classifier-free guidance on D, >= 0; 1 is none, and costs half.
+            callback: called once a step with (step, level, z, D).
+            progress: show a progress bar.
+
+        Returns:
+            Images (n, channels, height, width), float32, scaled as the training data was.
+
+        Raises:
+            ValueError: the model is no diffusion model, a label is out of range, numbers of labels and seeds differ,
+                guidance without a null class, steps < 1, or an unknown solver or grid.
+        """
+        target = self.target
+        if not isinstance(target, ImageTarget):
+            raise ValueError(f"sample is for diffusion models; this {self.model_class} classifies: use predict")
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = torch.tensor(labels, dtype=torch.int64)
+        if seeds is None:
+            seeds = range(len(labels) if labels is not None else 1)
+        z = prior_of_seeds(self.noise, target.shape, seeds, self.device)
+        if labels is None and guidance != 1:
+            raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
+        network_labels = self._sample_labels(labels, target, len(seeds))
+        denoiser = guided(
+            lambda z, given, level: self.denoise({} if given is None else {"labels": given}, z, level),
+            network_labels,
+            target.null_class,
+            guidance,
+        )
+        was_training = self.training
+        self.eval()
+        try:
+            levels = self.noise.sampling_levels(steps, grid)
+            return sample_images(denoiser, z, levels, solver=solver, callback=callback, progress=progress)
+        finally:
+            self.train(was_training)
+
+    def _sample_labels(self, labels: Tensor | None, target: ImageTarget, count: int) -> Tensor | None:
+        if labels is not None and not target.num_classes:
+            raise ValueError(f"this {self.model_class} is unconditional and takes no labels; leave them out")
+        if not target.num_classes:
+            return None
+        if labels is None:
+            if target.null_class is None:
+                raise ValueError(
+                    f"labels are needed: in [0, {target.num_classes - 1}]; the model was trained without label dropout "
+                    "and knows no null class"
+                )
+            return torch.full((count,), target.null_class, device=self.device)
+        check_labels(labels, count, target.num_classes, null_class=target.null_class is not None)
+        return labels.to(self.device)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the model to a folder: safetensors and JSON (see `diffusionblocks.saving`)."""
@@ -304,25 +281,18 @@ class DiffusionBlocks(nn.Module):
 
     # ---- checks ----------------------------------------------------------------------------------------
 
-    def _check_batch(self, batch: Batch, *, needs_labels: bool) -> None:
-        needed = [*self.adapter.input_names, *(["labels"] if needs_labels else [])]
+    def _check_batch(self, batch: Batch, *, with_target: bool = True) -> int:
+        names = self.block(0).input_names
+        needed = sorted({*names, *(self.target.names if with_target else ())})
         missing = [name for name in needed if name not in batch]
         if missing:
             raise ValueError(f"the batch lacks {missing}; it has {sorted(batch)}")
-        if not needs_labels:
-            return
-        labels = batch["labels"]
-        if not isinstance(labels, Tensor):
-            raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
-        size = len(batch[self.adapter.input_names[0]])
-        if labels.shape != (size,) or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 of shape ({size},), got {labels.dtype} {tuple(labels.shape)}")
-        if labels.device.type == "cpu" and size:  # on a GPU the check would stall the queue
-            num_classes = len(self.block(0).target.embedding)
-            if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-                raise ValueError(
-                    f"labels must be in [0, {num_classes - 1}], got {int(labels.min())} to {int(labels.max())}"
-                )
+        size = len(batch["pixel_values"])
+        if with_target:
+            self.target.check(batch, size)
+        if isinstance(self.target, ImageTarget) and "labels" in names:
+            check_labels(batch["labels"], size, self.target.num_classes, null_class=True)
+        return size
 
     def _check_levels(self, level: Tensor, block: Block, size: int) -> None:
         if level.shape != (size,):

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from .adapters import supported_classes
 from .config import BlocksConfig
 from .data.augment import AugmentConfig
 from .training import TrainConfig
 
-#: Folder that holds local data sets, one sub-folder each (see `ImageFilesConfig.folder`).
+#: Folder that holds local data sets, one sub-folder each (see `resolved_source`).
 DATA_VARIABLE = "DIFFUSIONBLOCKS_DATA"
 
 
@@ -80,24 +81,48 @@ class ImageFilesConfig(_Normalised):
     num_classes: int | None = Field(default=None, ge=2)
     cache: Path | None = None
 
-    def resolved_source(self) -> str:
-        """The folder or hub name to read.
 
-        Raises:
-            ValueError: neither source nor folder leads anywhere.
-        """
-        root = os.environ.get(DATA_VARIABLE)
-        if self.folder is not None and root and (Path(root) / self.folder).is_dir():
-            return str(Path(root) / self.folder)
-        if self.source is None:
-            raise ValueError(
-                f"data.source is not set; give a folder or hub name (--set data.source=...), or set {DATA_VARIABLE} to "
-                f"a folder that holds {self.folder!r}"
-            )
-        return self.source
+class LatentsConfig(_Section):
+    """Latents of an autoencoder, in shards that `python -m diffusionblocks.data.encode` wrote.
+
+    Attributes:
+        source: folder of the shards.
+        folder: as for `images`.
+        train_split, test_split: names of the splits.
+        scale: factor that brings the latents to a standard deviation of about sigma_data.
+        sample_posterior: draw each latent from the encoder's posterior, instead of taking its mean.
+        vae: folder or hub name of the autoencoder that decodes samples; null keeps samples as latents.
+    """
+
+    kind: Literal["latents"]
+    source: str | None = None
+    folder: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    scale: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    sample_posterior: bool = True
+    vae: str | None = None
+    placement: Literal["auto", "device", "host"] = "auto"
 
 
-class EvaluateConfig(_Section):
+def resolved_source(data: ImageFilesConfig | LatentsConfig) -> str:
+    """The folder or hub name to read.
+
+    Raises:
+        ValueError: neither source nor folder leads anywhere.
+    """
+    root = os.environ.get(DATA_VARIABLE)
+    if data.folder is not None and root and (Path(root) / data.folder).is_dir():
+        return str(Path(root) / data.folder)
+    if data.source is None:
+        raise ValueError(
+            f"data.source is not set; give a folder or hub name (--set data.source=...), or set {DATA_VARIABLE} to "
+            f"a folder that holds {data.folder!r}"
+        )
+    return data.source
+
+
+class AccuracyConfig(_Section):
     """Accuracy is measured for every pair of `steps` and `seeds`.
 
     Attributes:
@@ -110,6 +135,7 @@ class EvaluateConfig(_Section):
         seed: of the starting noise.
     """
 
+    kind: Literal["accuracy"] = "accuracy"
     steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 3)
     seeds: tuple[Annotated[int, Field(ge=1)], ...] = (1, 8)
     bridge: Literal["soft", "hard"] | None = None
@@ -119,12 +145,83 @@ class EvaluateConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
+class SamplesConfig(_Section):
+    """Generated images are measured for every combination of solver, steps, grid and guidance.
+
+    Attributes:
+        samples: how many images; labels take turns, image i starts from the noise of seed `seed` + i.
+        solver: `euler` (the paper), `heun` (EDM) or `dpmpp-2m` (DPM-Solver++(2M)).
+        steps: solver steps.
+        grid: levels, `karras` (EDM eq. 5) or `equal-mass`.
+        guidance: classifier-free guidance on D; 1 is none.
+        features: `classifier`: a small CNN that is trained on the data set first, and kept; `inception`: FID (extra:
+            fid); null: only draw pictures.
+        features_folder: where the classifier is kept; null is runs/<name>-features.
+        batch_size: images at a time.
+        grid_images: how many images the picture shows.
+        seed: see `samples`.
+    """
+
+    kind: Literal["samples"]
+    samples: int = Field(default=10_000, ge=2)
+    solver: tuple[Literal["euler", "heun", "dpmpp-2m"], ...] = ("euler",)
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = (50,)
+    grid: tuple[Literal["equal-mass", "karras"], ...] = ("karras",)
+    guidance: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (1.0,)
+    features: Literal["classifier", "inception"] | None = "classifier"
+    features_folder: Path | None = None
+    batch_size: int = Field(default=500, ge=1)
+    grid_images: int = Field(default=100, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class TrunkConfig(_Section):
+    """Train one block's worth of layers on all levels first, then branch it into the blocks.
+
+    Attributes:
+        steps, epochs: length of the trunk's training, in the unit that `train` uses; `train` is then the length of
+            each block after the branch.
+        lr: learning rate of the trunk; null takes train.lr.
+        lr_schedule: of the trunk; `constant` because it is not at its end when it branches.
+        weights: what blocks start from, the trunk's `raw` weights or its `averaged` ones.
+        optimizer: AdamW's state, `copied` from the trunk or `fresh`.
+        average: the blocks' moving average, `copied` from the trunk's (then its ramp-up counts the trunk's steps) or
+            `fresh`, from the weights at the branch.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    weights: Literal["raw", "averaged"] = "raw"
+    optimizer: Literal["copied", "fresh"] = "copied"
+    average: Literal["copied", "fresh"] = "copied"
+
+
+#: The tags of unions in a recipe: part of pydantic's location of an error, but not of the YAML.
+_TAGS = {"data": ("digits", "images", "latents"), "evaluate": ("accuracy", "samples"), "target": ("label", "image")}
+
+
+def _evaluation_kind(values: Any) -> str:
+    found = values.get("kind", "accuracy") if isinstance(values, dict) else getattr(values, "kind", values)
+    return str(found)
+
+
+EvaluateConfig = Annotated[
+    Annotated[AccuracyConfig, Tag("accuracy")] | Annotated[SamplesConfig, Tag("samples")],
+    Discriminator(_evaluation_kind),
+]
+
+
 class Recipe(_Section):
     """A whole run.
 
     Attributes:
         name: names the default output folder, runs/<name>.
-        method: `diffusionblocks` or `end-to-end` (the control: the same class, unconverted).
+        method: `diffusionblocks` or `end-to-end` (the control: the same class, unconverted; for a diffusion model one
+            block on all levels, which is the same thing).
+        trunk: train a trunk first and branch it into the blocks; null trains the blocks from scratch.
+        evaluate: `accuracy` of a classifier, or measures of a diffusion model's `samples`.
         device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
     """
 
@@ -132,15 +229,35 @@ class Recipe(_Section):
     method: Literal["diffusionblocks", "end-to-end"] = "diffusionblocks"
     model: ModelConfig
     blocks: BlocksConfig = BlocksConfig()
-    data: DigitsConfig | ImageFilesConfig = Field(discriminator="kind")
+    data: DigitsConfig | ImageFilesConfig | LatentsConfig = Field(discriminator="kind")
+    trunk: TrunkConfig | None = None
     train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: EvaluateConfig = AccuracyConfig()
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
     @model_validator(mode="after")
-    def _train_length(self) -> Self:
+    def _lengths(self) -> Self:
         if (self.train.steps is None) == (self.train.epochs is None):
             raise ValueError("give either train.steps or train.epochs, and not both")
+        trunk = self.trunk
+        if trunk is not None and (
+            (trunk.steps is None) != (self.train.steps is None) or (trunk.epochs is None) != (self.train.epochs is None)
+        ):
+            raise ValueError("trunk and train must both be given in steps, or both in epochs")
+        if trunk is not None and self.blocks.layers is not None and len(set(self.blocks.layers)) > 1:
+            raise ValueError(f"a trunk branches into blocks of equal layers, not blocks.layers = {self.blocks.layers}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_family(self) -> Self:
+        known = supported_classes()
+        if self.model.type in known:  # an unknown one is refused where it is looked up, with the list
+            denoises = known[self.model.type].target
+            wanted = "accuracy" if denoises == "label" else "samples"
+            if self.evaluate.kind != wanted:
+                raise ValueError(f"evaluate.kind must be {wanted} for {self.model.type}, got {self.evaluate.kind}")
+            if denoises == "label" and isinstance(self.data, LatentsConfig):
+                raise ValueError(f"{self.model.type} classifies images; data.kind: latents is for diffusion models")
         return self
 
 
@@ -177,9 +294,8 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
         lines = []
         for item in error.errors():
             # A union's tag ("digits") is part of the location; readers of the YAML do not see it.
-            location = [str(part) for part in item["loc"]]
-            if location[:1] == ["data"] and location[1:2] in (["digits"], ["images"]):
-                del location[1]
+            parts = [str(part) for part in item["loc"]]
+            location = [p for i, p in enumerate(parts) if not i or p not in _TAGS.get(parts[i - 1], ())]
             given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
             lines.append(f"  {'.'.join(location) or 'recipe'}: {item['msg']}{given}")
         raise ValueError(f"{where} is not a valid recipe:\n" + "\n".join(lines)) from None

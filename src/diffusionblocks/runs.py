@@ -2,112 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from time import perf_counter
 
-import torch
 from torch import nn
 
-from .adapters import instantiate, model_class_named, rebuild_config
-from .convert import convert
-from .data import ImageBatches, ImageData, digits, evaluation_batches, image_classification
-from .evaluation.accuracy import AccuracyRow, accuracy_grid
-from .evaluation.diagnostics import LevelRow, accuracy_by_level
-from .files import read_json, write_json
-from .loading import load
+from .adapters import adapter_named
+from .branching import branch
+from .files import write_json
 from .model import DiffusionBlocks
-from .recipes import DigitsConfig, Recipe
-from .training import EndToEnd, Trainer
+from .recipes import Recipe, TrunkConfig
+from .scores import Row, Splits, evaluate
+from .sources import build_model, check_data, device_of, load_data, make_batches, save_model
+from .training import Trainer
 from .training.logging import Logger
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: the model, its accuracies, and what training took."""
+    """What a run left: the model, its measures, and what training took (a trunk included)."""
 
     model: nn.Module
-    accuracies: list[AccuracyRow]
+    rows: list[Row]
     seconds: float
     iterations: int
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """The recipe's device.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
-    if recipe.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(recipe.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {recipe.device}, but torch sees no GPU; use device: cpu or auto")
-    return device
-
-
-def load_data(recipe: Recipe, split: str) -> ImageData:
-    """The recipe's `train` or `test` images."""
-    data = recipe.data
-    if isinstance(data, DigitsConfig):
-        return digits(split)
-    return image_classification(
-        data.resolved_source(),
-        data.split_files,
-        {"train": data.train_split, "test": data.test_split}[split],
-        data.image_column,
-        data.label_column,
-        data.image_size,
-        data.channels,
-        data.num_classes,
-        data.cache,
-    )
-
-
-def build_original(recipe: Recipe) -> nn.Module:
-    """The ordinary model that the recipe names: fresh (seeded by `train.seed`) or pretrained.
-
-    Raises:
-        ValueError: a class that is not supported, or config values that the class does not take.
-    """
-    model_class: Any = model_class_named(recipe.model.type)
-    known = set(model_class.config_class().to_dict()) | {"num_labels", "attn_implementation"}
-    unknown = sorted(set(recipe.model.config) - known)
-    if unknown:
-        raise ValueError(f"model.config: {recipe.model.type} knows no {unknown}; it takes {sorted(known)}")
-    config = rebuild_config(recipe.model.type, recipe.model.config)  # checks what pretrained models are given, too
-    if recipe.model.pretrained is not None:
-        return model_class.from_pretrained(recipe.model.pretrained, **recipe.model.config)  # type: ignore[no-any-return]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.train.seed)
-        return instantiate(recipe.model.type, config)
-
-
-def build_model(recipe: Recipe) -> nn.Module:
-    """The recipe's model, converted or wrapped as the end-to-end control, on the CPU."""
-    original = build_original(recipe)
-    if recipe.method == "end-to-end":
-        return EndToEnd(original)
-    return convert(original, recipe.blocks)
-
-
-def check_data(model: nn.Module, data: ImageData) -> None:
-    """Refuse images that the model does not take, before any GPU work."""
-    config: Any = model.config if isinstance(model, DiffusionBlocks) else model.model.config  # type: ignore[union-attr]
-    channels, height, width = data.image_shape
-    if (config.num_channels, config.image_size, config.image_size) != (channels, height, width):
-        raise ValueError(
-            f"the model takes images of {config.num_channels}x{config.image_size}x{config.image_size}, the data has "
-            f"{channels}x{height}x{width}; set model.config.image_size and num_channels"
-        )
-    if config.num_labels != data.num_classes:
-        raise ValueError(
-            f"the model has num_labels = {config.num_labels}, the data has {data.num_classes} classes; "
-            f"--set model.config.num_labels={data.num_classes}"
-        )
 
 
 def make_trainer(
@@ -116,22 +36,19 @@ def make_trainer(
     folder: Path | None,
     loggers: tuple[Logger, ...] = (),
     progress: bool = True,
-    data: ImageData | None = None,
+    splits: Splits | None = None,
+    model: nn.Module | None = None,
+    snapshot: Callable[[nn.Module, int], None] | None = None,
 ) -> Trainer:
-    """Model, data and trainer of a recipe, checked and on the device."""
+    """Model (default: the recipe's, fresh), data and trainer of a recipe, checked and on the device."""
     device = device_of(recipe)
-    data = data if data is not None else load_data(recipe, "train")
-    model = build_model(recipe)
-    check_data(model, data)
-    batches = ImageBatches(
-        data,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        augment=recipe.data.augment,
-        device=device,
-        placement=recipe.data.placement,
+    data = splits["train"] if splits is not None else load_data(recipe, "train")
+    model = model if model is not None else build_model(recipe)
+    check_data(recipe, model, data)
+    batches = make_batches(recipe, data, device)
+    return Trainer(
+        model.to(device), batches, recipe.train, folder=folder, loggers=loggers, progress=progress, snapshot=snapshot
     )
-    return Trainer(model.to(device), batches, recipe.train, folder=folder, loggers=loggers, progress=progress)
 
 
 def train(
@@ -141,74 +58,84 @@ def train(
     loggers: tuple[Logger, ...] = (),
     resume: bool = True,
     progress: bool = True,
-    data: ImageData | None = None,
-    test_data: ImageData | None = None,
+    splits: Splits | None = None,
+    measure: bool = True,
 ) -> RunResult:
     """Train a recipe, save the model (with averaged weights, where kept) to `folder`/model, and evaluate it.
 
-    `data` and `test_data` are the recipe's images where the caller has loaded them already.
+    Args:
+        recipe: what to do; with a `trunk`, that is trained first, below `folder`/trunk, and branched.
+        folder: of the run; an unfinished run there is resumed.
+        loggers: further receivers of the log.
+        resume: False starts anew.
+        progress: show progress bars.
+        splits: the recipe's data, where the caller has loaded them already.
+        measure: whether to evaluate; else `rows` is empty.
     """
     write_recipe(recipe, folder)
-    trainer = make_trainer(recipe, folder=folder, loggers=loggers, progress=progress, data=data)
+    with_trunk = recipe.trunk is not None and recipe.method == "diffusionblocks"
+    start = _branched_trainer if with_trunk else _plain_trainer
+    trainer, before = start(recipe, folder, loggers, resume, progress, splits)
     trainer.train(resume=resume)
+    seconds, iterations = trainer.seconds + before[0], trainer.iteration + before[1]
     with trainer.averaged() as model:
         save_model(model, folder / "model")
-        started = time.perf_counter()
-        accuracies = evaluate(recipe, model, test_data)
-        evaluation_seconds = time.perf_counter() - started
+        started = perf_counter()
+        rows = evaluate(recipe, model, splits) if measure else []
+        evaluation_seconds = perf_counter() - started
     write_json(
         folder / "result.json",
         {
-            "accuracies": [row.to_dict() for row in accuracies],
-            "train_seconds": trainer.seconds,
+            "rows": [row.to_dict() for row in rows],
+            "train_seconds": seconds,
             "evaluation_seconds": evaluation_seconds,
-            "iterations": trainer.iteration,
+            "iterations": iterations,
         },
     )
-    return RunResult(trainer.model, accuracies, trainer.seconds, trainer.iteration)
+    return RunResult(trainer.model, rows, seconds, iterations)
 
 
-def evaluate(recipe: Recipe, model: nn.Module, data: ImageData | None = None) -> list[AccuracyRow]:
-    """Test accuracy for every pair of steps and seeds of the recipe (one row for an end-to-end model)."""
-    options = recipe.evaluate
-    with _evaluation_precision(recipe, model):
-        return accuracy_grid(
-            model.eval(),
-            _test_batches(recipe, model, data),
-            steps=options.steps,
-            seeds=options.seeds,
-            bridge=options.bridge,
-            grid=options.grid,
-            seed=options.seed,
-        )
+_Spent = tuple[float, int]  # seconds and iterations
 
 
-def diagnose(recipe: Recipe, model: DiffusionBlocks, data: ImageData | None = None) -> list[LevelRow]:
-    """Accuracy of every block on test images at levels of its own, beside what z gives away."""
-    with _evaluation_precision(recipe, model):
-        return accuracy_by_level(model, _test_batches(recipe, model, data), seed=recipe.evaluate.seed)
+def _plain_trainer(
+    recipe: Recipe,
+    folder: Path,
+    loggers: tuple[Logger, ...],
+    resume: bool,
+    progress: bool,
+    splits: Splits | None,
+    model: nn.Module | None = None,
+) -> tuple[Trainer, _Spent]:
+    def keep(model: nn.Module, iteration: int) -> None:
+        save_model(model, folder / "snapshots" / f"iteration-{iteration:09d}")
 
-
-def _evaluation_precision(recipe: Recipe, model: nn.Module) -> torch.autocast:
-    device = next(model.parameters()).device
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bfloat16")
-
-
-def _test_batches(
-    recipe: Recipe, model: nn.Module, data: ImageData | None
-) -> Callable[[], Iterator[dict[str, torch.Tensor]]]:
-    images = data if data is not None else load_data(recipe, "test")
-    if recipe.evaluate.limit is not None:
-        images = dataclasses.replace(
-            images, images=images.images[: recipe.evaluate.limit], labels=images.labels[: recipe.evaluate.limit]
-        )
-    return lambda: evaluation_batches(
-        images,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        batch_size=recipe.evaluate.batch_size,
-        device=next(model.parameters()).device,
+    made = make_trainer(
+        recipe, folder=folder, loggers=loggers, progress=progress, splits=splits, model=model, snapshot=keep
     )
+    return made, (0.0, 0)
+
+
+def _branched_trainer(
+    recipe: Recipe,
+    folder: Path,
+    loggers: tuple[Logger, ...],
+    resume: bool,
+    progress: bool,
+    splits: Splits | None,
+) -> tuple[Trainer, _Spent]:
+    """Train the trunk to its end (one that has ended is only read back), and branch it."""
+    options = trunk_options(recipe)
+    trunk, _ = _plain_trainer(trunk_recipe(recipe), folder / "trunk", (), resume, progress, splits)
+    trunk.train(resume=resume)
+    with trunk.averaged() as model:
+        save_model(model, folder / "trunk" / "model")
+    blocks = branched(recipe, trunk)
+    # Blocks must not see the trunk's draws of data and noise again.
+    after = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": recipe.train.seed + 1})})
+    trainer, _ = _plain_trainer(after, folder, loggers, resume, progress, splits, blocks)
+    trainer.inherit(trunk, optimizer=options.optimizer == "copied", average=options.average == "copied")
+    return trainer, (trunk.seconds, trunk.iteration)
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
@@ -217,29 +144,64 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
 
 
-def save_model(model: nn.Module, path: Path) -> None:
-    """Save a converted model in our format, an end-to-end one in its own library's."""
-    if isinstance(model, DiffusionBlocks):
-        model.save_pretrained(path)
-    elif isinstance(model, EndToEnd):
-        model.model.save_pretrained(path)  # type: ignore[operator]
+# ---- trunk and branch --------------------------------------------------------------------------------------
 
 
-def load_model(recipe: Recipe, path: Path) -> nn.Module:
-    """Load what `save_model` wrote, on the recipe's device.
+def trunk_options(recipe: Recipe) -> TrunkConfig:
+    """The recipe's `trunk` section, which it must have."""
+    assert recipe.trunk is not None
+    return recipe.trunk
+
+
+def trunk_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of the trunk: one block of L/B layers on all levels.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a model of the other method.
+        ValueError: the recipe does not say how many layers its model has, or they do not divide.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"no model at {path}; train first: diffusionblocks train RECIPE --out {path.parent}")
-    is_blocks = (path / "diffusionblocks.json").is_file()
-    if is_blocks != (recipe.method == "diffusionblocks"):
-        found = "diffusionblocks" if is_blocks else "end-to-end"
-        raise ValueError(f"{path} holds a model of method {found}, the recipe says method: {recipe.method}")
-    if is_blocks:
-        return load(path, device=device_of(recipe))
-    class_name = read_json(path / "config.json").get("architectures", [recipe.model.type])[0]
-    model: nn.Module = model_class_named(class_name).from_pretrained(path)  # type: ignore[attr-defined]
-    return EndToEnd(model.to(device_of(recipe)))
+    options = trunk_options(recipe)
+    depth, many = depth_of(recipe), recipe.blocks.num_blocks
+    if depth % many:
+        raise ValueError(f"a trunk needs layers that divide: {depth} layers, {many} blocks")
+    length = {"steps": options.steps, "epochs": options.epochs, "lr_schedule": options.lr_schedule}
+    rate = {} if options.lr is None else {"lr": options.lr}
+    return with_depth(recipe, depth // many).model_copy(
+        update={
+            "trunk": None,
+            "blocks": recipe.blocks.model_copy(update={"num_blocks": 1, "layers": None, "overlap": 0.0}),
+            "train": recipe.train.model_copy(update=length | rate),
+        }
+    )
+
+
+def branched(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
+    """The blocks of the recipe, copied from a trained trunk."""
+    assert isinstance(trunk.model, DiffusionBlocks)
+    blocks = recipe.blocks
+
+    def made() -> DiffusionBlocks:
+        assert isinstance(trunk.model, DiffusionBlocks)
+        return branch(trunk.model, blocks.num_blocks, overlap=blocks.overlap, partition=blocks.partition)
+
+    if trunk_options(recipe).weights == "raw":
+        return made()
+    with trunk.averaged():
+        return made()
+
+
+def depth_of(recipe: Recipe) -> int:
+    """Number of layers of the recipe's model.
+
+    Raises:
+        ValueError: the recipe does not say.
+    """
+    field = adapter_named(recipe.model.type).depth_field
+    if field not in recipe.model.config:
+        raise ValueError(f"the recipe must give model.config.{field}, to make models of fewer layers")
+    return int(recipe.model.config[field])
+
+
+def with_depth(recipe: Recipe, layers: int) -> Recipe:
+    """The recipe with another number of layers in its model."""
+    config = recipe.model.config | {adapter_named(recipe.model.type).depth_field: layers}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})

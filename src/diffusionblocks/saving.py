@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .adapters import instantiate
+from .adapters import config_values, instantiate
 from .files import replaced_folder, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def describe(model: DiffusionBlocks) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model_class": model.model_class,
-        "model_config": model.config.to_dict() | {"attn_implementation": model.config._attn_implementation},
+        "model_config": config_values(model.model_class, model.config),
         "blocks_config": model.blocks_config.model_dump(mode="json"),
         "partition": model.partition.to_dict(),
     }
@@ -73,7 +73,8 @@ def export(model: DiffusionBlocks) -> nn.Module:
             of_head = name.startswith(head)
             if of_layer or (of_head and index == last) or (not of_head and index == 0):
                 weights[name] = tensor.detach().cpu().clone()
-    original.to(next(iter(weights.values())).dtype).load_state_dict(weights, strict=True)
+    nn.Module.to(original, dtype=next(iter(weights.values())).dtype)  # diffusers overrides `to`, and nags
+    original.load_state_dict(weights, strict=True)
     return original.train(model.training)
 
 

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Batch = Mapping[str, Tensor]
 
-class LabelTarget(nn.Module):
+
+class Target(nn.Module, abc.ABC):
+    """What the blocks of a family denoise. Losses are per sample."""
+
+    #: the batch entries that make y and the loss
+    names: tuple[str, ...]
+
+    @abc.abstractmethod
+    def encode(self, batch: Batch) -> Tensor:
+        """The clean target y, float32, shape (batch, ...)."""
+
+    @abc.abstractmethod
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Loss of a block's output, float32, shape (batch,)."""
+
+    @abc.abstractmethod
+    def check(self, batch: Batch, size: int) -> None:
+        """Raise ValueError where an entry of `names` has a wrong shape, dtype or value."""
+
+    def training_inputs(self, inputs: Batch, generator: torch.Generator | None) -> Batch:
+        """The inputs x as they are shown in training."""
+        return inputs
+
+
+class LabelTarget(Target):
     """The label's L2-normalised embedding as the target of a classifier (paper, section 4.1).
 
     Normalisation keeps learned embeddings from collapsing. Initial rows are random directions drawn from `seed`,
@@ -19,6 +47,8 @@ class LabelTarget(nn.Module):
         learned: whether the embedding is trained.
         seed: seed of the rows.
     """
+
+    names = ("labels",)
 
     def __init__(self, num_classes: int, dim: int, *, learned: bool, seed: int) -> None:
         super().__init__()
@@ -33,13 +63,17 @@ class LabelTarget(nn.Module):
         """All targets: unit rows, float32, shape (num_classes, dim)."""
         return F.normalize(self.embedding.float(), dim=-1)
 
-    def encode(self, labels: Tensor) -> Tensor:
-        """Labels (batch,) -> targets y, float32, shape (batch, dim)."""
-        return F.normalize(F.embedding(labels, self.embedding).float(), dim=-1)
+    def encode(self, batch: Batch) -> Tensor:
+        """`labels` (batch,) -> y (batch, dim)."""
+        return F.normalize(F.embedding(batch["labels"], self.embedding).float(), dim=-1)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each sample, float32, shape (batch,)."""
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of logits (batch, num_classes)."""
+        return F.cross_entropy(output.float(), batch["labels"], reduction="none")
+
+    def check(self, batch: Batch, size: int) -> None:
+        """See `Target`."""
+        check_labels(batch["labels"], size, len(self.embedding))
 
     def denoised(self, logits: Tensor, bridge: str) -> Tensor:
         """The bridge from logits (batch, num_classes) to D (batch, dim), which the solver feeds on.
@@ -51,3 +85,62 @@ class LabelTarget(nn.Module):
         if bridge == "hard":
             return self.table[logits.argmax(dim=-1)]
         raise ValueError(f"unknown bridge {bridge!r}; allowed: soft, hard")
+
+
+class ImageTarget(Target):
+    """The image (or latent) itself as the target of a diffusion model; the label, if any, is the input.
+
+    Args:
+        shape: (channels, height, width).
+        num_classes: number of labels; 0 for an unconditional model. Label `num_classes` is the null class.
+        label_dropout: share of the training samples whose label is replaced by the null class, in [0, 1].
+    """
+
+    names = ("pixel_values",)
+
+    def __init__(self, shape: tuple[int, int, int], *, num_classes: int, label_dropout: float) -> None:
+        super().__init__()
+        self.shape = shape
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for no label; None where the model has never seen one."""
+        return self.num_classes if self.num_classes and self.label_dropout > 0 else None
+
+    def encode(self, batch: Batch) -> Tensor:
+        """`pixel_values` (batch, channels, height, width), with a standard deviation of about sigma_data."""
+        return batch["pixel_values"].float()
+
+    def training_inputs(self, inputs: Batch, generator: torch.Generator | None) -> Batch:
+        """Drop labels at random."""
+        if self.null_class is None:
+            return inputs
+        labels = inputs["labels"]
+        drop = torch.rand(labels.shape, generator=generator, device=labels.device) < self.label_dropout
+        return {**inputs, "labels": torch.where(drop, self.null_class, labels)}
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Mean squared error over the image's elements (EDM eq. 3)."""
+        return (output.float() - batch["pixel_values"].float()).square().flatten(1).mean(dim=1)
+
+    def check(self, batch: Batch, size: int) -> None:
+        """See `Target`."""
+        images = batch["pixel_values"]
+        if not isinstance(images, Tensor) or images.shape != (size, *self.shape) or not images.is_floating_point():
+            found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"pixel_values must be a float tensor of shape {(size, *self.shape)}, got {found}")
+
+
+def check_labels(labels: Tensor, size: int, num_classes: int, *, null_class: bool = False) -> None:
+    """Raise ValueError unless labels are int64, of shape (size,), in [0, num_classes) (or the null class)."""
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.shape != (size,) or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 of shape ({size},), got {labels.dtype} {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and size:  # on a GPU the check would stall the queue
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes + null_class:
+            null = f" ({num_classes}: the null class)" if null_class else ""
+            raise ValueError(f"labels must be in [0, {num_classes - 1 + null_class}]{null}, got {low} to {high}")

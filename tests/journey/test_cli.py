@@ -56,7 +56,7 @@ def test_the_digits_are_learned(tmp_path: Path) -> None:
     arguments = ["--quiet", "--set", "train.steps=400", "--set", "train.batch_size=64", *TINY[:2]]
     arguments += ["--set", "model.config.hidden_size=48", "--set", "evaluate.steps=[3]", "--set", "evaluate.seeds=[4]"]
     assert main(["train", DIGITS, "--out", str(tmp_path), *arguments]) == 0
-    (row,) = json.loads((tmp_path / "result.json").read_text())["accuracies"]
+    (row,) = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert row["accuracy"] > 0.8
     losses: dict[str, list[float]] = {}
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
@@ -192,13 +192,13 @@ def test_a_model_of_the_other_method_is_refused(tmp_path: Path, capsys: pytest.C
 
 
 def test_local_data_is_found_by_the_environment_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from diffusionblocks.recipes import load_recipe
+    from diffusionblocks.recipes import load_recipe, resolved_source
 
     recipe = Path(DIGITS).with_name("cifar100.yaml")
     monkeypatch.delenv("DIFFUSIONBLOCKS_DATA", raising=False)
-    assert load_recipe(recipe).data.resolved_source() == "uoft-cs/cifar100"  # type: ignore[union-attr]
+    assert resolved_source(load_recipe(recipe).data) == "uoft-cs/cifar100"  # type: ignore[union-attr]
     (tmp_path / "cifar100").mkdir()
     monkeypatch.setenv("DIFFUSIONBLOCKS_DATA", str(tmp_path))
-    assert load_recipe(recipe).data.resolved_source() == str(tmp_path / "cifar100")  # type: ignore[union-attr]
+    assert resolved_source(load_recipe(recipe).data) == str(tmp_path / "cifar100")  # type: ignore[union-attr]
     chosen = load_recipe(recipe, ["data.source=elsewhere"])
-    assert chosen.data.resolved_source() == "elsewhere"  # type: ignore[union-attr]
+    assert resolved_source(chosen.data) == "elsewhere"  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ def test_rows_stay_unit_when_the_embedding_does_not() -> None:
     with torch.no_grad():
         learned.embedding.mul_(torch.tensor([0.1, 1.0, 7.0, 100.0, 3.0])[:, None])
     torch.testing.assert_close(learned.table.norm(dim=-1), torch.ones(5))
-    torch.testing.assert_close(learned.encode(torch.arange(5)).norm(dim=-1), torch.ones(5))
+    torch.testing.assert_close(learned.encode({"labels": torch.arange(5)}).norm(dim=-1), torch.ones(5))
 
 
 def test_rows_depend_on_the_seed_alone() -> None:
@@ -38,22 +38,22 @@ def test_rows_depend_on_the_seed_alone() -> None:
 def test_encode_is_the_row_of_the_label() -> None:
     t = target()
     labels = torch.tensor([3, 0, 3])
-    assert torch.equal(t.encode(labels), t.table[labels])
+    assert torch.equal(t.encode({"labels": labels}), t.table[labels])
 
 
 def test_learned_rows_get_gradients_and_frozen_rows_none() -> None:
     learned = target(learned=True)
-    learned.encode(torch.tensor([1])).sum().backward()
+    learned.encode({"labels": torch.tensor([1])}).sum().backward()
     assert learned.embedding.grad is not None
     assert bool((learned.embedding.grad[1] != 0).any())
     assert bool((learned.embedding.grad[0] == 0).all())
-    assert not target().encode(torch.tensor([1])).requires_grad
+    assert not target().encode({"labels": torch.tensor([1])}).requires_grad
 
 
 def test_loss_is_the_cross_entropy_of_each_sample_in_float32() -> None:
     logits = torch.randn(4, 5, generator=seeded()).bfloat16()
     labels = torch.tensor([0, 4, 2, 2])
-    loss = target().loss(logits, labels)
+    loss = target().loss(logits, {"labels": labels})
     assert loss.dtype == torch.float32
     assert loss.shape == (4,)
     torch.testing.assert_close(loss, -logits.float().log_softmax(-1)[range(4), labels])
@@ -79,7 +79,7 @@ def test_soft_bridge_is_the_expectation() -> None:
 
 def test_bfloat16_embedding_still_gives_float32_unit_targets() -> None:
     t = target().bfloat16()
-    y = t.encode(torch.arange(5))
+    y = t.encode({"labels": torch.arange(5)})
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.norm(dim=-1), torch.ones(5))
 

@@ -1,15 +1,27 @@
 """Adapters: the only code that knows the attributes of foreign models, one file a family."""
 
 from .base import Adapter
-from .registry import adapter_for, instantiate, model_class_named, rebuild_config, supported_classes
-from .vit import ViTAdapter
+from .registry import (
+    adapter_for,
+    adapter_named,
+    config_fields,
+    config_values,
+    instantiate,
+    model_class_named,
+    pretrained,
+    rebuild_config,
+    supported_classes,
+)
 
 __all__ = [
     "Adapter",
-    "ViTAdapter",
     "adapter_for",
+    "adapter_named",
+    "config_fields",
+    "config_values",
     "instantiate",
     "model_class_named",
+    "pretrained",
     "rebuild_config",
     "supported_classes",
 ]

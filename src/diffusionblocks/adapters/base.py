@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..conditioning import AdaptiveNorms
+from .libraries import Library
 
 
 class Adapter(abc.ABC):
@@ -18,10 +19,14 @@ class Adapter(abc.ABC):
     All paths are dotted module names in the original model, so parameters keep their original names.
     """
 
-    #: names of the public classes the adapter converts -> how to import them (module path)
-    classes: ClassVar[dict[str, str]]
-    #: the batch entries that are the input x
-    input_names: tuple[str, ...]
+    #: names of the public classes the adapter converts -> the library that has them
+    classes: ClassVar[dict[str, Library]]
+    #: what the family's blocks denoise: `label` or `image`
+    target: ClassVar[str]
+    #: whether the model knows the noise level by itself; if not, conversion adds a noise embedding and adaptive norms
+    knows_noise_level: ClassVar[bool] = False
+    #: the config value that holds the number of layers
+    depth_field: ClassVar[str]
 
     @abc.abstractmethod
     def layers_path(self, model: nn.Module) -> str:
@@ -35,35 +40,52 @@ class Adapter(abc.ABC):
     def head_paths(self, model: nn.Module) -> tuple[str, ...]:
         """The subset of `shared_paths` that comes after the layers."""
 
-    @abc.abstractmethod
     def layer_norms(self, layer: nn.Module) -> list[nn.Module]:
         """The norms of one layer that are to be made adaptive."""
+        return []
 
-    @abc.abstractmethod
     def final_norms(self, network: nn.Module) -> list[nn.Module]:
         """The norms of the head that are to be made adaptive."""
+        return []
 
     @abc.abstractmethod
     def hidden_size(self, model: nn.Module) -> int:
         """Width of the residual stream."""
 
     @abc.abstractmethod
-    def num_classes(self, model: nn.Module) -> int:
-        """Number of labels the head predicts."""
+    def num_classes(self, config: Any) -> int:
+        """Number of labels of a model with that config; 0 for a model that knows none."""
 
     @abc.abstractmethod
-    def check(self, model: nn.Module) -> None:
+    def image_shape(self, config: Any) -> tuple[int, int, int]:
+        """(channels, height, width) of the images of a model with that config."""
+
+    @abc.abstractmethod
+    def class_count_field(self, model_class: str) -> str:
+        """The config value that holds the number of labels, for messages."""
+
+    @abc.abstractmethod
+    def input_names(self, config: Any) -> tuple[str, ...]:
+        """The batch entries that are the input x."""
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ValueError if this very model cannot be converted, saying why."""
 
-    @abc.abstractmethod
+    def check_config(self, model: nn.Module, config: Any) -> None:  # noqa: B027
+        """Raise ValueError if it cannot be converted with this BlocksConfig, saying why."""
+
     def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
         """New shared modules the family needs (for example the position of an extra token)."""
+        return nn.ModuleDict()
+
+    def settle(self, network: nn.Module) -> None:  # noqa: B027
+        """Adjust a block's own copy of its layers, where the original does something that conversion does itself."""
 
     @abc.abstractmethod
     def hidden(
         self,
         network: nn.Module,
-        layers: Sequence[tuple[nn.Module, AdaptiveNorms]],
+        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
         added: nn.ModuleDict,
         inputs: Mapping[str, Tensor],
         z: Tensor,
@@ -71,15 +93,23 @@ class Adapter(abc.ABC):
     ) -> tuple[Tensor, Tensor]:
         """Run stem and layers on the input and the scaled target c_in * z.
 
+        Args:
+            network: the block's part of the model, under the original names.
+            layers: the block's layers, each with its adaptive norms (None where the model knows the noise level).
+            added: what `add_parts` made.
+            inputs: the batch entries `input_names`.
+            z: c_in * z.
+            condition: the noise embedding (batch, dim); c_noise (batch,) where the model knows the noise level.
+
         Returns:
             (hidden states, F): F has the shape of z and is what EDM preconditioning combines with z.
         """
 
     @abc.abstractmethod
     def readout(
-        self, network: nn.Module, final: AdaptiveNorms, hidden: Tensor, denoised: Tensor, condition: Tensor
+        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
     ) -> Tensor:
-        """Run the head on the denoised target: logits (batch, num_classes)."""
+        """What the block returns, from D (float32): label logits (batch, num_classes), or D itself."""
 
 
 class Namespace(nn.Module):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .base import Adapter
+from .dit import DiffusersDiTAdapter, DiTAdapter
+from .libraries import Library
 from .vit import ViTAdapter
 
-_ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(),)
+_ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(), DiTAdapter(), DiffusersDiTAdapter())
 
 
 def supported_classes() -> dict[str, Adapter]:
@@ -31,8 +31,8 @@ def adapter_for(model: nn.Module) -> Adapter:
         raise TypeError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
     known = supported_classes()
     for ancestor in type(model).__mro__:  # a user's subclass of a known class keeps its structure
-        if ancestor.__name__ in known and ancestor.__module__.startswith(("transformers.", "diffusers.")):
-            adapter = known[ancestor.__name__]
+        adapter = known.get(ancestor.__name__)
+        if adapter is not None and ancestor.__module__.startswith(adapter.classes[ancestor.__name__].packages):
             adapter.check(model)
             return adapter
     raise ValueError(
@@ -41,44 +41,58 @@ def adapter_for(model: nn.Module) -> Adapter:
     )
 
 
-def model_class_named(name: str) -> type[nn.Module]:
-    """The public class of that name, imported from its library; only names in the registry are imported.
+def adapter_named(model_class: str) -> Adapter:
+    """The adapter of the class of that name.
 
     Raises:
         ValueError: the name is not in the registry.
     """
     known = supported_classes()
-    if name not in known:
-        raise ValueError(f"unknown model class {name!r}; supported: {', '.join(sorted(known))}")
-    module = importlib.import_module(known[name].classes[name])
-    model_class: type[nn.Module] = getattr(module, name)
-    return model_class
+    if model_class not in known:
+        raise ValueError(f"unknown model class {model_class!r}; supported: {', '.join(sorted(known))}")
+    return known[model_class]
 
 
-#: Attention implementations that a recipe or a saved model may ask for. Others can make transformers fetch kernels.
-ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+def _found(model_class: str) -> tuple[Library, Any]:
+    library = adapter_named(model_class).classes[model_class]
+    return library, library.model_class(model_class)
+
+
+def model_class_named(name: str) -> Any:
+    """The public class of that name, imported from its library; only names in the registry are imported."""
+    return _found(name)[1]
+
+
+def config_fields(model_class: str) -> set[str]:
+    """Names of the config values that a supported class takes."""
+    library, found = _found(model_class)
+    return library.fields(found)
 
 
 def rebuild_config(model_class: str, values: dict[str, Any]) -> Any:
     """The config object of a supported class from its plain values.
 
     Raises:
-        ValueError: a class that is not in the registry, or an attention implementation that is not in `ATTENTION`.
+        ValueError: a class that is not in the registry, or a value that is not allowed.
     """
     if not isinstance(model_class, str) or not isinstance(values, dict):
         raise ValueError(f"a model is described by a class name and a mapping, got {model_class!r}, {values!r}")
-    values = dict(values)
-    attention = values.pop("attn_implementation", None)
-    if attention is not None and attention not in ATTENTION:
-        raise ValueError(f"attn_implementation = {attention!r}; allowed: {', '.join(ATTENTION)}")
-    original: Any = model_class_named(model_class)
-    config = original.config_class.from_dict(values)
-    if attention is not None:
-        config._attn_implementation = attention
-    return config
+    library, found = _found(model_class)
+    return library.config(found, values)
+
+
+def config_values(model_class: str, config: Any) -> dict[str, Any]:
+    """The plain JSON values of a config: the inverse of `rebuild_config`."""
+    return _found(model_class)[0].values(config)
 
 
 def instantiate(model_class: str, model_config: Any) -> nn.Module:
     """A freshly initialised instance of a supported class; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        return model_class_named(model_class)(copy.deepcopy(model_config))
+    library, found = _found(model_class)
+    return library.create(found, model_config)
+
+
+def pretrained(model_class: str, path: str | Path, values: dict[str, Any]) -> nn.Module:
+    """An instance of a supported class with the weights of a folder or hub name; `values` override its config."""
+    library, found = _found(model_class)
+    return library.pretrained(found, path, values)

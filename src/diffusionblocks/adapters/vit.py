@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..conditioning import AdaptiveNorms
 from .base import Adapter
+from .libraries import TRANSFORMERS, Library
 
 
 class LabelToken(nn.Module):
@@ -32,12 +33,13 @@ class ViTAdapter(Adapter):
     DINOv2's head also reads the mean of the patch tokens.
     """
 
-    classes: ClassVar[dict[str, str]] = {
-        "ViTForImageClassification": "transformers",
-        "DeiTForImageClassification": "transformers",
-        "Dinov2ForImageClassification": "transformers",
+    classes: ClassVar[dict[str, Library]] = {
+        "ViTForImageClassification": TRANSFORMERS,
+        "DeiTForImageClassification": TRANSFORMERS,
+        "Dinov2ForImageClassification": TRANSFORMERS,
     }
-    input_names = ("pixel_values",)
+    target = "label"
+    depth_field = "num_hidden_layers"
     # Where the list of layers lives, in the classes and library versions known.
     _layer_lists = ("layers", "encoder.layer", "encoder.layers")
     _layer_norm_names = (("layernorm_before", "layernorm_after"), ("norm1", "norm2"))
@@ -86,15 +88,28 @@ class ViTAdapter(Adapter):
         """See `Adapter`."""
         return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
 
-    def num_classes(self, model: nn.Module) -> int:
+    def num_classes(self, config: Any) -> int:
         """See `Adapter`."""
-        return int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+        return int(config.num_labels)
+
+    def image_shape(self, config: Any) -> tuple[int, int, int]:
+        """See `Adapter`."""
+        return int(config.num_channels), int(config.image_size), int(config.image_size)
+
+    def class_count_field(self, model_class: str) -> str:
+        """See `Adapter`."""
+        return "num_labels"
+
+    def input_names(self, config: Any) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("pixel_values",)
 
     def check(self, model: nn.Module) -> None:
         """See `Adapter`."""
-        if self.num_classes(model) < 2 or isinstance(model.get_submodule("classifier"), nn.Identity):
+        count = self.num_classes(model.config)
+        if count < 2 or isinstance(model.get_submodule("classifier"), nn.Identity):
             raise ValueError(
-                f"{type(model).__name__} has num_labels = {self.num_classes(model)}: a classifier needs at least 2; "
+                f"{type(model).__name__} has num_labels = {count}: a classifier needs at least 2; "
                 "set num_labels in its config"
             )
 
@@ -113,7 +128,7 @@ class ViTAdapter(Adapter):
     def hidden(
         self,
         network: nn.Module,
-        layers: Sequence[tuple[nn.Module, AdaptiveNorms]],
+        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
         added: nn.ModuleDict,
         inputs: Mapping[str, Tensor],
         z: Tensor,
@@ -131,6 +146,7 @@ class ViTAdapter(Adapter):
             position = embeddings.get_parameter("position_embeddings")[:, :1]
             tokens = torch.cat([(z[:, None, :] + position).to(tokens.dtype), tokens[:, 1:]], dim=1)
         for layer, adaptive in layers:
+            assert adaptive is not None
             output = adaptive(layer, condition, tokens)
             tokens = output[0] if isinstance(output, tuple) else output
         if "label_token" in added:
@@ -138,15 +154,17 @@ class ViTAdapter(Adapter):
         return tokens, tokens[:, 0]
 
     def readout(
-        self, network: nn.Module, final: AdaptiveNorms, hidden: Tensor, denoised: Tensor, condition: Tensor
+        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
     ) -> Tensor:
         """See `Adapter`."""
+        assert final is not None
+        denoised = denoised.to(hidden.dtype)
         norm = self._backbone(network).get_submodule("layernorm")
         classifier = network.get_submodule("classifier")
         if classifier.in_features == denoised.shape[-1]:
             tokens = denoised[:, None, :]
         else:  # DINOv2: [CLS] beside the mean of the patch tokens
-            tokens = torch.cat([denoised[:, None, :].to(hidden.dtype), hidden[:, 1:]], dim=1)
+            tokens = torch.cat([denoised[:, None, :], hidden[:, 1:]], dim=1)
         tokens = final(norm, condition, tokens)
         if tokens.shape[1] == 1:
             return classifier(tokens[:, 0])  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import DiffusionBlocks
+from ..targets import LabelTarget
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ def accuracy_by_level(
         levels: what to measure; default twelve levels of equal mass and the highest one.
         seed: of the noise.
     """
+    target = model.target
+    if not isinstance(target, LabelTarget):
+        raise ValueError(f"accuracy by level is for classifiers; {model.model_class} generates images")
     if levels is None:
         levels = model.noise.levels(12)[:-1]
     model.eval()
@@ -57,13 +61,13 @@ def accuracy_by_level(
         for batch in batches():
             with torch.no_grad():
                 labels = batch["labels"]
-                y = block.target.encode(labels)
+                y = target.encode(batch)
                 sigma = y.new_full((len(y),), level)
                 noise = torch.randn(y.shape, generator=generator, device=y.device)
                 z = model.noise.corrupt(y, sigma, noise)
-                inputs = {name: batch[name] for name in model.adapter.input_names}
+                inputs = {name: batch[name] for name in block.input_names}
                 hits += int((block(inputs, z, sigma).argmax(-1) == labels).sum())
-                nearest += int(((z @ block.target.table.T).argmax(-1) == labels).sum())
+                nearest += int(((z @ target.table.T).argmax(-1) == labels).sum())
                 count += len(labels)
         rows.append(LevelRow(level, block.index, hits / count, nearest / count))
     return rows

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ..block import Block
 from ..files import write_json
-from ..model import Block, DiffusionBlocks
+from ..model import DiffusionBlocks
 from ..noise import EDM
 from ..partition import Partition
 from ..training import trainable

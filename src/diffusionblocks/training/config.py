@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TrainConfig(BaseModel):
@@ -21,12 +21,17 @@ class TrainConfig(BaseModel):
         gradient_clip: largest global gradient norm of a step; None does not clip.
         precision: `float32`, or `bfloat16` autocast with float32 weights.
         ema_decay: decay of the moving average of the weights, which moves only with the unit that stepped; it ramps
-            up as (1 + step) / (10 + step). None keeps no average. The final model then holds the averages.
+            up as (1 + step) / (10 + step). The final model then holds the averages.
+        ema_half_life: instead, EDM's average: half-life in images that the unit has seen, at most `ema_ramp_up` times
+            the images seen so far (EDM, appendix F.2; 500,000 and 0.05 there). Neither: no average is kept.
+        ema_ramp_up: see `ema_half_life`.
         compile: torch.compile the blocks and the augmentation.
         cuda_graph: capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph; on CPU it
             has no effect.
         seed: seed of data order, augmentation, noise and dropout.
-        log_every, checkpoint_every: in iterations; checkpoint_every None saves only at a signal.
+        log_every, checkpoint_every: in iterations; checkpoint_every None saves only at a signal and at the end.
+        snapshot_every: in iterations; the model as it would be saved (averaged) is kept each time under
+            snapshots/, for curves of quality over training. None keeps none.
         keep_checkpoints: how many of the newest checkpoints to keep.
     """
 
@@ -45,13 +50,37 @@ class TrainConfig(BaseModel):
     gradient_clip: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    ema_half_life: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    ema_ramp_up: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     compile: bool = False
     cuda_graph: bool = False
     block_schedule: Literal["random"] = "random"
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
+    snapshot_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Self:
+        if self.ema_decay is not None and self.ema_half_life is not None:
+            raise ValueError(
+                f"give either ema_decay or ema_half_life, got {self.ema_decay} and {self.ema_half_life}; null one"
+            )
+        return self
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self.ema_decay is not None or self.ema_half_life is not None
+
+    def average_decay(self, step: int) -> float:
+        """Decay of the moving average at a unit's 0-based step."""
+        if self.ema_half_life is not None:
+            images = self.batch_size * self.accumulation
+            half_life = min(self.ema_half_life, step * images * self.ema_ramp_up)
+            return float(0.5 ** (images / max(half_life, 1e-8)))
+        return min(self.ema_decay or 0.0, (1 + step) / (10 + step))
 
     def unit_steps(self, num_examples: int) -> int:
         """Optimizer steps of each unit.
@@ -86,4 +115,6 @@ class TrainConfig(BaseModel):
 
 #: Fields that may differ between a checkpoint and the run that resumes it: they do not change what is computed
 #: (compile and cuda_graph change rounding only).
-RESUME_MAY_DIFFER = frozenset({"compile", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints"})
+RESUME_MAY_DIFFER = frozenset(
+    {"compile", "cuda_graph", "log_every", "checkpoint_every", "snapshot_every", "keep_checkpoints"}
+)

@@ -20,6 +20,10 @@ class ParameterSet:
         total_steps: length of the learning-rate schedule.
         warmup: warm-up steps.
         config: AdamW's settings, schedule and EMA decay.
+
+    Attributes:
+        steps: how often it stepped.
+        inherited_steps: steps behind the average before these (of a trunk), which count for its ramp-up.
     """
 
     def __init__(self, parameters: list[nn.Parameter], total_steps: int, warmup: int, config: TrainConfig) -> None:
@@ -28,11 +32,12 @@ class ParameterSet:
         self.warmup = warmup
         self.config = config
         self.steps = 0
+        self.inherited_steps = 0
         device = parameters[0].device if parameters else torch.device("cpu")
         self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
         self.decay = torch.tensor(0.0, dtype=torch.float32, device=device)
         self.ema: list[Tensor] = []
-        if config.ema_decay is not None:
+        if config.keeps_average:
             self.ema = [p.detach().clone() for p in parameters]
         self.optimizer: torch.optim.AdamW | None = None
         if parameters:
@@ -52,8 +57,8 @@ class ParameterSet:
     def prepare(self) -> None:
         """Write this step's learning rate and decay to the device (no sync), and count the step."""
         self.lr.fill_(self.learning_rate())
-        if self.config.ema_decay is not None:
-            self.decay.fill_(min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps)))
+        if self.config.keeps_average:
+            self.decay.fill_(self.config.average_decay(self.inherited_steps + self.steps))
         self.steps += 1
 
     def update(self) -> None:
@@ -78,7 +83,8 @@ class ParameterSet:
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state and averages as flat named tensors."""
-        tensors: dict[str, Tensor] = {"steps": torch.tensor(self.steps)}
+        counts = {"steps": self.steps, "inherited_steps": self.inherited_steps}
+        tensors: dict[str, Tensor] = {name: torch.tensor(count) for name, count in counts.items()}
         for i, parameter in enumerate(self.parameters):
             moments = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
             tensors |= {f"{i}.{name}": value for name, value in moments.items()}
@@ -88,6 +94,7 @@ class ParameterSet:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         self.steps = int(tensors["steps"])
+        self.inherited_steps = int(tensors["inherited_steps"])
         for i, parameter in enumerate(self.parameters):
             assert self.optimizer is not None
             moments = {
@@ -99,3 +106,20 @@ class ParameterSet:
                 self.optimizer.state[parameter] = moments
             if self.ema:
                 self.ema[i].copy_(tensors[f"{i}.ema"])
+
+    def inherit(self, sources: dict[nn.Parameter, tuple[ParameterSet, int]], *, optimizer: bool, average: bool) -> None:
+        """Take over the optimizer state or average of other parameters, those of a trunk.
+
+        Args:
+            sources: for each parameter here, the set that holds its source, and its place there.
+            optimizer: copy AdamW's state.
+            average: copy the moving averages, and the steps that count for their ramp-up.
+        """
+        for i, parameter in enumerate(self.parameters):
+            source, place = sources[parameter]
+            if optimizer and source.optimizer is not None and self.optimizer is not None:
+                moments = source.optimizer.state.get(source.parameters[place], {})
+                self.optimizer.state[parameter] = {name: value.clone() for name, value in moments.items()}
+            if average and self.ema and source.ema:
+                self.ema[i].copy_(source.ema[place])
+                self.inherited_steps = source.inherited_steps + source.steps

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..branching import trunk_name
+from ..model import DiffusionBlocks
 from .checkpoint import checkpoints, read_checkpoint, remove, write_checkpoint
 from .config import RESUME_MAY_DIFFER, TrainConfig
 from .keys import DataOrder, key
@@ -51,6 +53,7 @@ class Trainer:
         folder: where `log.jsonl` and `checkpoints/` go; None keeps nothing.
         loggers: further receivers of the log.
         progress: show a progress bar.
+        snapshot: called every `config.snapshot_every` iterations with the averaged model and the iteration.
 
     Raises:
         ValueError: fewer examples than a step needs, or nothing to train.
@@ -65,8 +68,10 @@ class Trainer:
         folder: Path | None = None,
         loggers: Sequence[Logger] = (),
         progress: bool = True,
+        snapshot: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         self.model = model
+        self.snapshot = snapshot
         self.config = config
         self.folder = folder
         self.loggers = list(loggers)
@@ -165,6 +170,11 @@ class Trainer:
                 counts, logged = [0] * len(self.units), now
             if self.folder is not None and (saving or last or self._signal):
                 self.save_checkpoint()
+            every = config.snapshot_every
+            if self.snapshot is not None and every is not None and self.iteration % every == 0:
+                self._stop_if_diverged()
+                with self.averaged() as model:
+                    self.snapshot(model, self.iteration)
             if self._signal:
                 raise Interrupted(self._signal, self.folder or Path("nowhere: the run has no folder"))
 
@@ -198,6 +208,29 @@ class Trainer:
             }
             for logger in self.loggers:
                 logger.log(record)
+
+    # ---- branching -----------------------------------------------------------------------------------
+
+    def inherit(self, trunk: Trainer, *, optimizer: bool, average: bool) -> None:
+        """Before the first step: take over AdamW's state or the moving averages of the trunk these blocks branch from.
+
+        Args:
+            trunk: trainer of the trunk, at its end.
+            optimizer: start from the trunk's optimizer state (else afresh).
+            average: start from the trunk's averages (else from the blocks' weights).
+        """
+        assert isinstance(self.model, DiffusionBlocks), "only blocks branch"
+        assert isinstance(trunk.model, DiffusionBlocks), "a trunk is a model of one block"
+        places = {p: (group, i) for group in trunk.sets.values() for i, p in enumerate(group.parameters)}
+        named = dict(trunk.model.block(0).named_parameters())
+        sources = {
+            parameter: places[named[trunk_name(self.model, b, name)]]
+            for b in range(len(self.units))
+            for name, parameter in self.model.block(b).named_parameters()
+            if parameter.requires_grad
+        }
+        for group in self.sets.values():
+            group.inherit(sources, optimizer=optimizer, average=average)
 
     # ---- averages, checkpoints, signals ----------------------------------------------------------------
 

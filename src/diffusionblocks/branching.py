@@ -1,0 +1,77 @@
+"""Trunk and branch: one block's worth of layers, trained on all levels, becomes B specialists.
+
+A trunk is an ordinary `DiffusionBlocks` with one block. Branching copies its layers into B blocks, each with its own
+interval of levels; nothing is shared from then on (under `replicated` or `frozen`), so the blocks train apart.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from .adapters import adapter_named, config_values, instantiate, rebuild_config
+from .config import BlocksConfig
+from .convert import convert
+from .model import DiffusionBlocks
+
+
+def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> DiffusionBlocks:
+    """Copy a trunk into `num_blocks` blocks.
+
+    Args:
+        trunk: a model of one block, on all levels.
+        num_blocks: B; the branched network has B times the trunk's layers.
+        changes: fields of `BlocksConfig` that the blocks shall have and the trunk does not matter for: `partition`,
+            `overlap` (default 0.05).
+
+    Returns:
+        The branched model, on the trunk's device, in its mode. Every block computes what the trunk does.
+
+    Raises:
+        ValueError: the trunk has several blocks, or a change that would alter what the trunk has learned.
+    """
+    if trunk.partition.num_blocks != 1:
+        raise ValueError(f"a trunk has one block on all levels; this model has {trunk.partition.num_blocks}")
+    not_allowed = sorted(set(changes) - {"partition", "overlap"})
+    if not_allowed:
+        raise ValueError(f"branching cannot change {not_allowed}; it can change overlap and partition")
+    depth = trunk.partition.num_layers
+    default = {"overlap": BlocksConfig().overlap}
+    config = BlocksConfig.model_validate(
+        trunk.blocks_config.model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
+    )
+    adapter = adapter_named(trunk.model_class)
+    values = config_values(trunk.model_class, trunk.config) | {adapter.depth_field: depth * num_blocks}
+    original = instantiate(trunk.model_class, rebuild_config(trunk.model_class, values))
+    first = trunk.block(0)
+    parameter = next(first.parameters())
+    # Frozen parts that a fresh model lacks come with the weights: conversion sees them first.
+    branched = convert(_with_head(original, trunk), config).to(device=parameter.device, dtype=parameter.dtype)
+    weights = first.state_dict()
+    for b in range(num_blocks):
+        block = branched.block(b)
+        block.load_state_dict({name: weights[trunk_name(branched, b, name)] for name in block.state_dict()})
+    return branched.train(trunk.training)
+
+
+def trunk_name(branched: DiffusionBlocks, block: int, name: str) -> str:
+    """The name in the trunk's block of what is called `name` in a block of the branched model."""
+    layers = branched.partition.layer_range(block)
+    path = branched.block(block).layer_paths[0].rpartition(".")[0]
+    found = re.match(rf"network\.{re.escape(path)}\.(\d+)\.", name)
+    if found is None or int(found[1]) not in layers:
+        return name
+    start, end = found.span(1)
+    return f"{name[:start]}{int(found[1]) - layers.start}{name[end:]}"
+
+
+def _with_head(original: nn.Module, trunk: DiffusionBlocks) -> nn.Module:
+    head = {
+        name: tensor
+        for name, tensor in trunk.block(0).network.state_dict().items()
+        if name.startswith(tuple(f"{path}." for path in trunk.adapter.head_paths(original)))
+    }
+    original.load_state_dict(head, strict=False)
+    return original

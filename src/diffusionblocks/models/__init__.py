@@ -1,0 +1,5 @@
+"""Models that no library has in the form the paper needs; each the smallest faithful module."""
+
+from .dit import DiT
+
+__all__ = ["DiT"]

@@ -1,0 +1,111 @@
+"""Pictures of a diffusion model's samples: files, a grid, a chain over its steps, and which block makes which step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .evaluation.generation import Setting
+from .evaluation.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
+from .model import DiffusionBlocks
+from .recipes import LatentsConfig, Recipe, SamplesConfig
+from .scores import precision, settings_of
+from .sources import pixels_of
+from .targets import ImageTarget
+
+_CHAINS, _COLUMNS = 3, 8  # what the picture of chains shows
+
+
+def draw_samples(
+    recipe: Recipe,
+    model: DiffusionBlocks,
+    folder: Path,
+    *,
+    count: int | None = None,
+    labels: Sequence[int] | None = None,
+    setting: Setting | None = None,
+    seed: int | None = None,
+    files: bool = False,
+    progress: bool = False,
+) -> list[Path]:
+    """Sample images and draw them.
+
+    Args:
+        recipe: of a diffusion model; says how samples become pixels, the precision, and the defaults of what follows.
+        model: its blocks.
+        folder: where `grid.png`, `chain.png`, `routing.png` (and `images/`) go.
+        count: how many images; default one a label, or the recipe's `grid_images`.
+        labels: the images' labels, repeated in turn up to `count`; default all classes in turn.
+        setting: how to sample; default the first of the recipe.
+        seed: image i has seed `seed` + i; default the recipe's.
+        files: also write every image to `images/SEED-LABEL.png`.
+        progress: show a progress bar.
+
+    Returns:
+        The pictures written.
+
+    Raises:
+        ValueError: no diffusion model, a count < 1, or see `DiffusionBlocks.sample`.
+    """
+    options, target = recipe.evaluate, model.target
+    if not isinstance(options, SamplesConfig) or not isinstance(target, ImageTarget):
+        raise ValueError(f"only diffusion models make samples; {recipe.model.type} classifies images")
+    count = count if count is not None else len(labels) if labels is not None else options.grid_images
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    if labels is not None and not target.num_classes:
+        raise ValueError(f"this {model.model_class} is unconditional and takes no labels; leave them out")
+    setting = setting or settings_of(options)[0]
+    first = options.seed if seed is None else seed
+    turns = list(labels) if labels is not None else list(range(target.num_classes))
+    chosen = [turns[i % len(turns)] for i in range(count)] if turns else None
+    pixels = pixels_of(recipe, model.device)
+    keep = sorted({round(i * (setting.steps - 1) / (_COLUMNS - 1)) for i in range(_COLUMNS)})
+    chain = Chain(images=_CHAINS, keep=keep)
+
+    images = []
+    with precision(recipe, model):
+        for start in tqdm(range(0, count, options.batch_size), disable=not progress, unit="batch"):
+            rows = range(start, min(start + options.batch_size, count))
+            batch = model.sample(
+                None if chosen is None else [chosen[i] for i in rows],
+                seeds=[first + i for i in rows],
+                callback=chain if start == 0 else None,
+                **dataclasses.asdict(setting),
+            )
+            if start == 0:
+                final = batch[:_CHAINS].cpu()
+            images.append(pixels(batch).cpu())
+    drawn = torch.cat(images)
+
+    columns = len(turns) if 2 <= len(turns) <= 20 else math.ceil(math.sqrt(count))
+    grid, routing, steps = folder / "grid.png", folder / "routing.png", folder / "chain.png"
+    scale = max(1, 48 // drawn.shape[-1])
+    save_grid(drawn, grid, columns, scale=scale)
+    levels = model.noise.sampling_levels(setting.steps, setting.grid)
+    draw_routing(model.partition, model.noise, levels, routing, solver=setting.solver)
+    written = [grid, routing]
+    if not isinstance(recipe.data, LatentsConfig):  # a chain of latents would have to be decoded step by step
+        names = [f"seed {first + i}" for i in range(len(final))]
+        draw_chain(
+            chain,
+            model.partition,
+            model.noise,
+            steps,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            names=names,
+            final=final,
+        )
+        written.append(steps)
+    if files:
+        for i, image in enumerate(drawn):
+            label = "" if chosen is None else f"-{chosen[i]:04d}"
+            save_png(image, folder / "images" / f"{first + i:06d}{label}.png")
+        written.append(folder / "images")
+    return written

@@ -1,0 +1,186 @@
+"""What a recipe measures of a trained model: a classifier's accuracy, or a diffusion model's samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import ImageData, LatentData, evaluation_batches
+from .evaluation.accuracy import AccuracyRow, accuracy_grid
+from .evaluation.diagnostics import LevelRow, accuracy_by_level
+from .evaluation.features import ClassifierFeatures, Features, InceptionFeatures, train_classifier
+from .evaluation.frechet import FeatureStatistics
+from .evaluation.generation import SampleRow, Setting, measure_samples, statistics
+from .model import DiffusionBlocks
+from .recipes import AccuracyConfig, LatentsConfig, Recipe, SamplesConfig
+from .sources import Data, device_of, load_data, pixels_of
+
+#: Data by split, where the caller has loaded it already.
+Splits = Mapping[str, Data]
+Row = AccuracyRow | SampleRow
+
+
+def evaluate(recipe: Recipe, model: nn.Module, splits: Splits | None = None) -> list[Row]:
+    """Measure a model as the recipe's `evaluate` section says: one row a combination of its settings."""
+    if isinstance(recipe.evaluate, AccuracyConfig):
+        return list(_accuracy(recipe, recipe.evaluate, model, splits or {}))
+    assert isinstance(model, DiffusionBlocks)
+    return list(_samples(recipe, recipe.evaluate, model, splits or {}))
+
+
+def headline(rows: list[Row]) -> Row:
+    """The row that stands for the run in a table, fixed beforehand: nothing is selected by its result.
+
+    Of accuracies the one with the most seeds and the fewest steps; of samples the first setting of the recipe.
+    """
+    if isinstance(rows[0], AccuracyRow):
+        return max(rows, key=lambda row: (row.seeds or 1, -(row.steps or 1)))  # type: ignore[union-attr]
+    return rows[0]
+
+
+def diagnose(recipe: Recipe, model: DiffusionBlocks, splits: Splits | None = None) -> list[LevelRow]:
+    """Accuracy of every block on test images at levels of its own, beside what z gives away."""
+    options = recipe.evaluate
+    if not isinstance(options, AccuracyConfig):
+        raise ValueError(f"accuracy by level is for classifiers; {recipe.model.type} generates images")
+    with precision(recipe, model):
+        return accuracy_by_level(model, _test_batches(recipe, options, model, splits or {}), seed=options.seed)
+
+
+def precision(recipe: Recipe, model: nn.Module) -> torch.autocast:
+    """The training's precision, for evaluation."""
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bfloat16")
+
+
+def settings_of(options: SamplesConfig) -> list[Setting]:
+    """Every combination of the recipe's sampling settings."""
+    found = itertools.product(options.solver, options.steps, options.grid, options.guidance)
+    return [Setting(*values) for values in found]
+
+
+# ---- classifiers -----------------------------------------------------------------------------------------
+
+
+def _accuracy(recipe: Recipe, options: AccuracyConfig, model: nn.Module, splits: Splits) -> list[AccuracyRow]:
+    with precision(recipe, model):
+        return accuracy_grid(
+            model.eval(),
+            _test_batches(recipe, options, model, splits),
+            steps=options.steps,
+            seeds=options.seeds,
+            bridge=options.bridge,
+            grid=options.grid,
+            seed=options.seed,
+        )
+
+
+def _test_batches(
+    recipe: Recipe, options: AccuracyConfig, model: nn.Module, splits: Splits
+) -> Callable[[], Iterator[dict[str, Tensor]]]:
+    images = splits["test"] if "test" in splits else load_data(recipe, "test")
+    assert isinstance(images, ImageData), "recipes of classifiers have images"
+    assert not isinstance(recipe.data, LatentsConfig)
+    if options.limit is not None:
+        images = dataclasses.replace(
+            images, images=images.images[: options.limit], labels=images.labels[: options.limit]
+        )
+    return functools.partial(
+        evaluation_batches,
+        images,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        batch_size=options.batch_size,
+        device=next(model.parameters()).device,
+    )
+
+
+# ---- diffusion models --------------------------------------------------------------------------------------
+
+
+def _samples(recipe: Recipe, options: SamplesConfig, model: DiffusionBlocks, splits: Splits) -> list[SampleRow]:
+    features: Features | None = None
+    references: dict[str, FeatureStatistics] = {}
+    pixels: Callable[[Tensor], Tensor] = lambda samples: samples  # noqa: E731 - nothing looks at them
+    if options.features is not None:
+        real = {split: splits[split] if split in splits else load_data(recipe, split) for split in ("train", "test")}
+        features = features_of(recipe, options, real)
+        pixels = pixels_of(recipe, model.device)
+        for split, data in real.items():
+            images = _real_images(data, pixels, options.batch_size, model.device, recipe)
+            references[split] = statistics(features, images)
+    with precision(recipe, model):
+        return measure_samples(
+            model.eval(),
+            settings_of(options),
+            samples=options.samples,
+            batch_size=options.batch_size,
+            pixels=pixels,
+            features=features,
+            references=references,
+            seed=options.seed,
+        )
+
+
+def features_of(recipe: Recipe, options: SamplesConfig, real: Splits) -> Features:
+    """The recipe's features: Inception's, or those of a classifier that is trained here once and kept.
+
+    Raises:
+        ValueError: a kept classifier of other data; or a classifier for latents, which have no pixels to train it on.
+    """
+    device = device_of(recipe)
+    if options.features == "inception":
+        return InceptionFeatures(device)
+    train, test = real["train"], real["test"]
+    if not isinstance(train, ImageData) or not isinstance(test, ImageData) or isinstance(recipe.data, LatentsConfig):
+        raise ValueError("evaluate.features: classifier needs images; for latents use inception and data.vae, or null")
+    folder = options.features_folder or Path("runs") / f"{recipe.name}-features"
+    dataset = data_name(recipe)
+    if folder.is_dir():
+        kept = ClassifierFeatures.load(folder, device)
+        if kept.dataset != dataset or kept.image_shape != train.image_shape:
+            raise ValueError(
+                f"{folder} holds a classifier of {kept.dataset} {kept.image_shape}, the data are {dataset} "
+                f"{train.image_shape}; set evaluate.features_folder"
+            )
+        return kept
+    made = train_classifier(
+        train,
+        test,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        dataset=dataset,
+        device=device,
+        flip=recipe.data.augment.flip,
+        crop_padding=max(1, train.image_shape[1] // 8),
+    )
+    made.save(folder)
+    return made
+
+
+def data_name(recipe: Recipe) -> str:
+    """A short name of the recipe's data."""
+    data: Any = recipe.data
+    if data.kind == "digits":
+        return "digits"
+    return str(data.folder or Path(str(data.source)).name)
+
+
+def _real_images(
+    data: Data, pixels: Callable[[Tensor], Tensor], batch_size: int, device: torch.device, recipe: Recipe
+) -> Iterator[Tensor]:
+    """All images as uint8; of latents, their means' reconstructions."""
+    for start in range(0, len(data), batch_size):
+        if isinstance(data, LatentData):
+            assert isinstance(recipe.data, LatentsConfig)
+            rows = torch.arange(start, min(start + batch_size, len(data)))
+            yield pixels(data.rows("mean", rows).to(device).float() * recipe.data.scale)
+        else:
+            yield data.images[start : start + batch_size].to(device)

@@ -1,0 +1,190 @@
+"""What a recipe names: its device, its data and its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import adapter_named, config_fields, instantiate, pretrained, rebuild_config
+from .convert import convert
+from .data import ImageBatches, ImageData, LatentBatches, LatentData, digits, image_classification, latent_folder
+from .evaluation.pictures import to_uint8
+from .files import read_json
+from .loading import load
+from .model import DiffusionBlocks
+from .recipes import DigitsConfig, LatentsConfig, Recipe, resolved_source
+from .training import BatchMaker, EndToEnd
+
+Data = ImageData | LatentData
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The recipe's device.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(recipe.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {recipe.device}, but torch sees no GPU; use device: cpu or auto")
+    return device
+
+
+# ---- data ----------------------------------------------------------------------------------------------
+
+
+def load_data(recipe: Recipe, split: str) -> Data:
+    """The recipe's `train` or `test` data."""
+    data = recipe.data
+    if isinstance(data, DigitsConfig):
+        return digits(split)
+    name = {"train": data.train_split, "test": data.test_split}[split]
+    if isinstance(data, LatentsConfig):
+        return latent_folder(resolved_source(data), name)
+    return image_classification(
+        resolved_source(data),
+        data.split_files,
+        name,
+        data.image_column,
+        data.label_column,
+        data.image_size,
+        data.channels,
+        data.num_classes,
+        data.cache,
+    )
+
+
+def make_batches(recipe: Recipe, data: Data, device: torch.device) -> BatchMaker:
+    """What makes training batches of the data on the device."""
+    options = recipe.data
+    if isinstance(data, LatentData):
+        assert isinstance(options, LatentsConfig)
+        return LatentBatches(
+            data,
+            device=device,
+            scale=options.scale,
+            sample_posterior=options.sample_posterior,
+            placement=options.placement,
+        )
+    assert not isinstance(options, LatentsConfig)
+    return ImageBatches(
+        data,
+        mean=options.mean,
+        std=options.std,
+        augment=options.augment,
+        device=device,
+        placement=options.placement,
+    )
+
+
+def pixels_of(recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What turns model-space samples (n, C, H, W) into uint8 images (n, 1 or 3, H, W).
+
+    Raises:
+        ValueError: the samples are latents and no autoencoder is named.
+    """
+    data = recipe.data
+    if not isinstance(data, LatentsConfig):
+        return lambda samples: to_uint8(samples, data.mean, data.std)
+    if data.vae is None:
+        raise ValueError("samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME")
+    from .data.encode import decode, load_vae
+
+    vae: Any = load_vae(data.vae, device)
+    factor = vae.config.scaling_factor * data.scale
+    half = (0.5, 0.5, 0.5)
+    return lambda samples: to_uint8(decode(samples, vae, factor), half, half)
+
+
+# ---- models --------------------------------------------------------------------------------------------
+
+
+def build_original(recipe: Recipe) -> nn.Module:
+    """The ordinary model that the recipe names: fresh (seeded by `train.seed`) or pretrained.
+
+    Raises:
+        ValueError: a class that is not supported, or config values that the class does not take.
+    """
+    model_class, values = recipe.model.type, recipe.model.config
+    known = config_fields(model_class)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"model.config: {model_class} knows no {unknown}; it takes {sorted(known)}")
+    config = rebuild_config(model_class, values)  # checks what pretrained models are given, too
+    if recipe.model.pretrained is not None:
+        return pretrained(model_class, recipe.model.pretrained, values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        # `instantiate` forks from here, so the weights depend on this seed alone.
+        return instantiate(model_class, config)
+
+
+def build_model(recipe: Recipe) -> nn.Module:
+    """The recipe's model on the CPU, converted, or as the end-to-end control.
+
+    A diffusion model's end-to-end training is that of one block on all levels: nothing is added to it or taken away.
+    """
+    original = build_original(recipe)
+    if recipe.method == "diffusionblocks":
+        return convert(original, recipe.blocks)
+    if adapter_named(recipe.model.type).target == "label":
+        return EndToEnd(original)
+    return convert(original, recipe.blocks.model_copy(update={"num_blocks": 1, "layers": None, "overlap": 0.0}))
+
+
+def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
+    """Refuse images that the model does not take, before any GPU work."""
+    config: Any = model.config if isinstance(model, DiffusionBlocks) else model.model.config  # type: ignore[union-attr]
+    adapter = adapter_named(recipe.model.type)
+    shape = adapter.image_shape(config)
+    if shape != data.image_shape:
+        taken, found = ("x".join(map(str, s)) for s in (shape, data.image_shape))
+        raise ValueError(f"the model takes images of {taken}, the data has {found}; set their size in model.config")
+    count = adapter.num_classes(config)
+    if count not in (data.num_classes, 0):
+        field = adapter.class_count_field(recipe.model.type)
+        raise ValueError(
+            f"the model has {field} = {count}, the data has {data.num_classes} classes; "
+            f"--set model.config.{field}={data.num_classes}"
+        )
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """Save blocks in our format, an end-to-end classifier in its own library's."""
+    if isinstance(model, DiffusionBlocks):
+        model.save_pretrained(path)
+    elif isinstance(model, EndToEnd):
+        model.model.save_pretrained(path)  # type: ignore[operator]
+
+
+def load_model(recipe: Recipe, path: Path) -> nn.Module:
+    """Load what `save_model` wrote, on the recipe's device.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a model of the other method, or of another family.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no model at {path}; train first: diffusionblocks train RECIPE --out {path.parent}")
+    in_our_format = (path / "diffusionblocks.json").is_file()
+    family = adapter_named(recipe.model.type).target
+    if in_our_format != (recipe.method == "diffusionblocks" or family == "image"):
+        found = "diffusionblocks" if in_our_format else "end-to-end"
+        raise ValueError(f"{path} holds a model of method {found}, the recipe says method: {recipe.method}")
+    device = device_of(recipe)
+    if in_our_format:
+        model = load(path, device=device)
+        if model.adapter.target != family:
+            raise ValueError(
+                f"{path} holds a {model.model_class}, which denoises an {model.adapter.target}; the recipe's "
+                f"{recipe.model.type} denoises an {family}: give the recipe that the model was trained with"
+            )
+        return model
+    class_name = read_json(path / "config.json").get("architectures", [recipe.model.type])[0]
+    return EndToEnd(pretrained(class_name, path, {}).to(device))
