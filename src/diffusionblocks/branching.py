@@ -9,11 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import nn
-
 from .adapters import adapter_named, config_values, instantiate, rebuild_config
 from .config import BlocksConfig
-from .convert import convert
+from .convert import assemble
 from .model import DiffusionBlocks
 
 
@@ -47,8 +45,7 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
     original = instantiate(trunk.model_class, rebuild_config(trunk.model_class, values))
     first = trunk.block(0)
     parameter = next(first.parameters())
-    # Frozen parts that a fresh model lacks come with the weights: conversion sees them first.
-    branched = convert(_with_head(original, trunk), config).to(device=parameter.device, dtype=parameter.dtype)
+    branched = assemble(original, config).to(device=parameter.device, dtype=parameter.dtype)
     weights = first.state_dict()
     for b in range(num_blocks):
         block = branched.block(b)
@@ -65,13 +62,3 @@ def trunk_name(branched: DiffusionBlocks, block: int, name: str) -> str:
         return name
     start, end = found.span(1)
     return f"{name[:start]}{int(found[1]) - layers.start}{name[end:]}"
-
-
-def _with_head(original: nn.Module, trunk: DiffusionBlocks) -> nn.Module:
-    head = {
-        name: tensor
-        for name, tensor in trunk.block(0).network.state_dict().items()
-        if name.startswith(tuple(f"{path}." for path in trunk.adapter.head_paths(original)))
-    }
-    original.load_state_dict(head, strict=False)
-    return original

@@ -40,6 +40,14 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     if config is not None and not isinstance(config, BlocksConfig):
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
     config = resolve(config or BlocksConfig(), adapter)
+    adapter.check_weights(model, config)
+    return assemble(model, config)
+
+
+def assemble(model: nn.Module, config: BlocksConfig) -> DiffusionBlocks:
+    """As `convert`, for weights that are loaded afterwards: those that `model` holds may be a fresh model's."""
+    adapter = adapter_for(model)
+    config = resolve(config, adapter)
     adapter.check_config(model, config)
     layers_path = adapter.layers_path(model)
     layer_list = model.get_submodule(layers_path)
@@ -170,7 +178,7 @@ def _stop_checkpointing_inside(network: nn.Module) -> None:
         warnings.warn(
             "gradient_checkpointing_enable() is switched off in the converted layers, whose adaptive norms it does not "
             "know; wrap a block's call in torch.utils.checkpoint instead",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .adapters import instantiate, rebuild_config
 from .config import BlocksConfig
-from .convert import convert
+from .convert import assemble
 from .files import read_json, read_tensors
 from .model import DiffusionBlocks
 from .partition import Partition
@@ -40,7 +40,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBl
         model_config = rebuild_config(index["model_class"], index["model_config"])
         config = BlocksConfig.model_validate(index["blocks_config"])
         partition = Partition.from_dict(index["partition"])
-        model = convert(instantiate(index["model_class"], model_config), config)
+        model = assemble(instantiate(index["model_class"], model_config), config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} does not describe a model: {type(error).__name__}: {error}") from error
     if model.partition != partition:

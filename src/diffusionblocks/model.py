@@ -226,13 +226,20 @@ class DiffusionBlocks(nn.Module):
         if not isinstance(target, ImageTarget):
             raise ValueError(f"sample is for diffusion models; this {self.model_class} classifies: use predict")
         if labels is not None and not isinstance(labels, Tensor):
-            labels = torch.tensor(labels, dtype=torch.int64)
+            labels = torch.tensor(labels)
         if seeds is None:
             seeds = range(len(labels) if labels is not None else 1)
         z = prior_of_seeds(self.noise, target.shape, seeds, self.device)
-        if labels is None and guidance != 1:
-            raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
         network_labels = self._sample_labels(labels, target, len(seeds))
+        if guidance != 1 and not target.num_classes:
+            raise ValueError(f"guidance = {guidance}: this {self.model_class} is unconditional; set guidance to 1")
+        if guidance != 1 and target.null_class is None:
+            raise ValueError(
+                f"guidance = {guidance} needs the null class, which this model has not learned (label_dropout = 0); "
+                "set guidance to 1, or train with label_dropout > 0"
+            )
+        if guidance != 1 and labels is None:
+            raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
         denoiser = guided(
             lambda z, given, level: self.denoise({} if given is None else {"labels": given}, z, level),
             network_labels,
@@ -259,6 +266,8 @@ class DiffusionBlocks(nn.Module):
                     "and knows no null class"
                 )
             return torch.full((count,), target.null_class, device=self.device)
+        if labels.dim() == 1 and len(labels) != count:
+            raise ValueError(f"got {len(labels)} labels and {count} seeds; give one of each an image")
         check_labels(labels, count, target.num_classes, null_class=target.null_class is not None)
         return labels.to(self.device)
 

@@ -15,7 +15,7 @@ from .files import write_json
 from .model import DiffusionBlocks
 from .recipes import Recipe, TrunkConfig
 from .scores import Row, Splits, evaluate
-from .sources import build_model, check_data, device_of, load_data, make_batches, save_model
+from .sources import build_model, check_data, device_of, load_data, load_model, make_batches, save_model
 from .training import Trainer
 from .training.logging import Logger
 
@@ -80,9 +80,12 @@ def train(
     seconds, iterations = trainer.seconds + before[0], trainer.iteration + before[1]
     with trainer.averaged() as model:
         save_model(model, folder / "model")
-        started = perf_counter()
-        rows = evaluate(recipe, model, splits) if measure else []
-        evaluation_seconds = perf_counter() - started
+    # What is measured is what was saved; the trainer's memory is free by then.
+    del trainer
+    model = load_model(recipe, folder / "model")
+    started = perf_counter()
+    rows = evaluate(recipe, model, splits) if measure else []
+    evaluation_seconds = perf_counter() - started
     write_json(
         folder / "result.json",
         {
@@ -92,7 +95,7 @@ def train(
             "iterations": iterations,
         },
     )
-    return RunResult(trainer.model, rows, seconds, iterations)
+    return RunResult(model, rows, seconds, iterations)
 
 
 _Spent = tuple[float, int]  # seconds and iterations

@@ -160,6 +160,7 @@ def features_of(recipe: Recipe, options: SamplesConfig, real: Splits) -> Feature
         device=device,
         flip=recipe.data.augment.flip,
         crop_padding=max(1, train.image_shape[1] // 8),
+        width=64 if train.image_shape[1] >= 16 else 32,
     )
     made.save(folder)
     return made

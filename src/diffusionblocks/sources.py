@@ -180,6 +180,9 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
     device = device_of(recipe)
     if in_our_format:
         model = load(path, device=device)
+        if recipe.train.compile and device.type == "cuda" and family == "image":
+            for b in range(model.partition.num_blocks):
+                model.block(b).compile_layers()
         if model.adapter.target != family:
             raise ValueError(
                 f"{path} holds a {model.model_class}, which denoises an {model.adapter.target}; the recipe's "

@@ -74,6 +74,9 @@ class Adapter(abc.ABC):
     def check_config(self, model: nn.Module, config: Any) -> None:  # noqa: B027
         """Raise ValueError if it cannot be converted with this BlocksConfig, saying why."""
 
+    def check_weights(self, model: nn.Module, config: Any) -> None:  # noqa: B027
+        """Raise ValueError if its very weights cannot be trained with this BlocksConfig, saying why."""
+
     def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
         """New shared modules the family needs (for example the position of an extra token)."""
         return nn.ModuleDict()

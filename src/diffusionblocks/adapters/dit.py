@@ -36,6 +36,9 @@ class _DenoisingTransformer(Adapter):
                 f"conditioning_dim = {config.conditioning_dim}: {type(model).__name__} knows the noise level by "
                 "itself, so none is added; leave it out"
             )
+
+    def check_weights(self, model: nn.Module, config: Any) -> None:
+        """See `Adapter`."""
         head = model.get_submodule(self._read_out)
         if config.shared == "frozen" and not any(bool(p.any()) for p in head.parameters()):
             raise ValueError(
@@ -146,6 +149,11 @@ class DiffusersDiTAdapter(_DenoisingTransformer):
     def check(self, model: nn.Module) -> None:
         """See `Adapter`."""
         config: Any = model.config
+        if not config.num_embeds_ada_norm:
+            raise ValueError(
+                f"{type(model).__name__} has num_embeds_ada_norm = {config.num_embeds_ada_norm}: it always has class "
+                "labels, so it needs at least 1; an unconditional model is diffusionblocks.models.DiT, num_classes=0"
+            )
         if config.out_channels not in (None, config.in_channels):
             raise ValueError(
                 f"{type(model).__name__} has out_channels = {config.out_channels} for in_channels = "

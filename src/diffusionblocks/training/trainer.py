@@ -95,6 +95,9 @@ class Trainer:
         self._signal: int | None = None
         if config.compile:
             batches.compile()
+            # Each block is a graph of its own; past the limit torch would quietly run the others eagerly.
+            dynamo: Any = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(self.units))
             # A block has many small kernels of one kind (casts, reductions of biases): combined, they launch once.
             options = {"combo_kernels": True} if self.device.type == "cuda" else None
             for unit in self.units:

@@ -1,0 +1,424 @@
+"""DiT on CIFAR-10, block by block beside its controls: curves of Frechet distance over equal layer-updates, a study of
+branching, solvers at fewer calls, and the speed and memory of training and sampling.
+
+Jobs are independent, so that several GPUs can share them; each writes its rows as they come:
+
+    python benchmarks/cifar10_dit.py curve --row end-to-end --epochs 25 50 100 250 --out a.json
+    python benchmarks/cifar10_dit.py curve --row diffusionblocks --epochs 25 50 100 --out b.json
+    python benchmarks/cifar10_dit.py trunk --epochs 25 50 100 250 --out c.json
+    python benchmarks/cifar10_dit.py speed --out d.json
+    python benchmarks/cifar10_dit.py gather a.json b.json c.json d.json
+
+An "epoch" of a budget is one pass of the L-layer end-to-end model; every row gets the same number of layer-updates
+(layers moved x steps): B blocks of L/B layers step B times as often, and so does the end-to-end model of L/B layers.
+`--set` changes the recipe, as everywhere. Distances are of averaged weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusionblocks.evaluation.frechet import FeatureStatistics
+from diffusionblocks.evaluation.generation import Setting, generated, measure_samples
+from diffusionblocks.evaluation.generation import statistics as feature_statistics
+from diffusionblocks.evaluation.memory import step_memory
+from diffusionblocks.evaluation.tables import format_table, write_results
+from diffusionblocks.files import read_json, write_json
+from diffusionblocks.model import DiffusionBlocks
+from diffusionblocks.recipes import Recipe, SamplesConfig, TrunkConfig, load_recipe
+from diffusionblocks.runs import branched, depth_of, make_trainer, with_depth
+from diffusionblocks.samples import draw_samples
+from diffusionblocks.scores import features_of, precision, settings_of
+from diffusionblocks.sources import build_model, device_of, load_data, pixels_of
+from diffusionblocks.training import Trainer
+
+RESULTS = Path("benchmarks/results/cifar10_dit.json")
+
+
+class Job:
+    """One process: data, features and references once, rows written after every measure."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.recipe = load_recipe(options.recipe, options.set)
+        assert isinstance(self.recipe.evaluate, SamplesConfig)
+        self.options = self.recipe.evaluate
+        self.out: Path = options.out
+        self.splits = {split: load_data(self.recipe, split) for split in ("train", "test")}
+        self.device = device_of(self.recipe)
+        self.features = features_of(self.recipe, self.options, self.splits)
+        self.pixels = pixels_of(self.recipe, self.device)
+        self.references: dict[str, FeatureStatistics] = {
+            split: feature_statistics(self.features, (part.to(self.device) for part in data.images.split(1000)))
+            for split, data in self.splits.items()
+        }
+        self.epoch = self.recipe.train.steps_per_epoch(len(self.splits["train"]))
+        self.rows: list[dict[str, Any]] = []
+        self.shadow: dict[tuple[int, int], DiffusionBlocks] = {}
+
+    def sampler(self, recipe: Recipe, model: DiffusionBlocks) -> DiffusionBlocks:
+        """A copy of the model, compiled for sampling; one for every shape of model."""
+        shape = (model.partition.num_layers, model.partition.num_blocks)
+        if shape not in self.shadow:
+            made = build_model(recipe)
+            assert isinstance(made, DiffusionBlocks)
+            if recipe.train.compile:
+                for b in range(made.partition.num_blocks):
+                    made.block(b).compile_layers()
+            self.shadow[shape] = made.to(self.device).eval()
+        self.shadow[shape].load_state_dict(model.state_dict())
+        return self.shadow[shape]
+
+    def measure(
+        self,
+        trainer: Trainer,
+        recipe: Recipe,
+        settings: list[Setting] | None = None,
+        samples: int | None = None,
+        **about: Any,
+    ) -> DiffusionBlocks:
+        """Add a row for each setting, of the trainer's averaged weights."""
+        with trainer.averaged() as model:
+            assert isinstance(model, DiffusionBlocks)
+            sampler = self.sampler(recipe, model)
+        with precision(recipe, sampler):
+            found = measure_samples(
+                sampler,
+                settings or settings_of(self.options)[:1],
+                samples=samples or self.options.samples,
+                batch_size=self.options.batch_size,
+                pixels=self.pixels,
+                features=self.features,
+                references=self.references,
+                seed=self.options.seed,
+            )
+        for row in found:
+            self.rows.append(about | row.to_dict())
+            print(format_table([self.rows[-1]]), flush=True)
+        write_results(self.out, self.rows)
+        return sampler
+
+    def draw(self, recipe: Recipe, model: DiffusionBlocks, name: str) -> None:
+        """A small grid of samples beside the rows."""
+        folder = self.out.parent / f"samples-{name}"
+        draw_samples(recipe, model, folder, count=50)
+
+
+def layer_updates(trainer: Trainer) -> int:
+    """Layers moved x steps, so far."""
+    assert isinstance(trainer.model, DiffusionBlocks)
+    partition = trainer.model.partition
+    return trainer.iteration * partition.num_layers // partition.num_blocks
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def controls(recipe: Recipe, layers: int) -> Recipe:
+    return with_depth(recipe, layers).model_copy(update={"method": "end-to-end", "trunk": None})
+
+
+def measure_now(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, Any]) -> DiffusionBlocks:
+    spent = {"layer_updates": layer_updates(trainer), "train_seconds": trainer.seconds}
+    return job.measure(trainer, recipe, **about, **spent)
+
+
+def curve(options: argparse.Namespace) -> None:
+    """End to end with L layers, or blocks from scratch: one run, measured at every budget."""
+    job = Job(options)
+    depth, many = depth_of(job.recipe), job.recipe.blocks.num_blocks
+    blocks = options.row == "diffusionblocks"
+    base = job.recipe.model_copy(update={"trunk": None}) if blocks else controls(job.recipe, depth)
+    recipe = with_steps(base, max(options.epochs) * job.epoch)
+    trainer = make_trainer(recipe, folder=None, progress=False, splits=job.splits)
+    about = {"name": options.row, "layers": depth, "blocks": many if blocks else 1, "branched": False}
+    for epochs in sorted(options.epochs):
+        trainer.train(until=epochs * job.epoch * len(trainer.units))
+        sampler = measure_now(job, trainer, recipe, about | {"epochs": epochs})
+    last = about | {"epochs": max(options.epochs), "layer_updates": layer_updates(trainer)}
+    job.draw(recipe, sampler, f"{options.row}-{about['blocks']}x{depth // about['blocks']}")
+    if not blocks:
+        final_settings(job, trainer, recipe, last | {"train_seconds": trainer.seconds}, solvers=False)
+
+
+def trunk(options: argparse.Namespace) -> None:
+    """End to end with L/B layers; at every budget it is branched so that the blocks end at that budget."""
+    job = Job(options)
+    depth, many = depth_of(job.recipe), job.recipe.blocks.num_blocks
+    short = depth // many
+    longest = max(options.epochs) * job.epoch * many
+    recipe = with_steps(controls(job.recipe, short), longest)
+    trainer = make_trainer(recipe, folder=None, progress=False, splits=job.splits)
+    about = {"name": "end-to-end", "layers": short, "blocks": 1, "branched": False}
+
+    # What to do at which of the trunk's steps. A branch at share f of a budget leaves (1 - f) to the blocks.
+    plan: dict[int, list[Callable[[], Any]]] = {}
+
+    def at(step: int, what: Callable[[], Any]) -> None:
+        plan.setdefault(step, []).append(what)
+
+    for epochs in options.epochs:
+        total = epochs * job.epoch * many
+        at(
+            total,
+            functools.partial(measure_now, job, trainer, recipe, about | {"epochs": epochs}),
+        )
+        per_block = round((1 - options.share) * epochs * job.epoch)
+        final = epochs == max(options.epochs)
+        at(
+            total - many * per_block,
+            functools.partial(branch_and_measure, job, trainer, epochs, per_block, options.share, {}, final),
+        )
+    if options.study:
+        total = options.study * job.epoch * many
+        for share, changes in STUDY:
+            per_block = round((1 - share) * options.study * job.epoch)
+            at(
+                total - many * per_block,
+                functools.partial(
+                    branch_and_measure, job, trainer, options.study, per_block, share, changes, False, True
+                ),
+            )
+    for step in sorted(plan):
+        trainer.train(until=step)
+        for what in plan[step]:
+            what()
+    job.draw(recipe, job.shadow[short, 1], f"end-to-end-1x{short}")
+    final_settings(
+        job,
+        trainer,
+        recipe,
+        about
+        | {"epochs": max(options.epochs), "layer_updates": layer_updates(trainer), "train_seconds": trainer.seconds},
+        solvers=False,
+    )
+
+
+#: One change each against the row branched at 5/6 with overlap 0.05, the same rate, and everything copied.
+STUDY: list[tuple[float, dict[str, Any]]] = [
+    (1 / 2, {}),
+    (5 / 6, {"overlap": 0.0}),
+    (5 / 6, {"overlap": 0.2}),
+    (5 / 6, {"lr": 1 / 3}),
+    (5 / 6, {"average": "fresh"}),
+]
+
+
+def branch_and_measure(
+    job: Job,
+    trunk_trainer: Trainer,
+    epochs: int,
+    per_block: int,
+    share: float,
+    changes: dict[str, Any],
+    final: bool,
+    studied: bool = False,
+) -> None:
+    base = job.recipe
+    handover = {name: changes[name] for name in ("optimizer", "average") if name in changes}
+    blocks = base.blocks.model_copy(update={name: changes[name] for name in ("overlap",) if name in changes})
+    # Warm-up belongs to the trunk: blocks go on at full rate.
+    rate = {"lr": base.train.lr * changes.get("lr", 1.0), "warmup_steps": 0, "seed": base.train.seed + 1}
+    recipe = base.model_copy(
+        update={
+            "blocks": blocks,
+            "train": base.train.model_copy(update={"steps": per_block, "epochs": None, **rate}),
+            "trunk": TrunkConfig(steps=max(1, trunk_trainer.iteration), **handover),
+        }
+    )
+    assert recipe.trunk is not None
+    trainer = make_trainer(
+        recipe, folder=None, progress=False, splits=job.splits, model=branched(recipe, trunk_trainer)
+    )
+    trainer.inherit(
+        trunk_trainer, optimizer=recipe.trunk.optimizer == "copied", average=recipe.trunk.average == "copied"
+    )
+    trainer.train()
+    about = {
+        "name": "diffusionblocks",
+        "layers": depth_of(base),
+        "blocks": blocks.num_blocks,
+        "branched": True,
+        "epochs": epochs,
+        "layer_updates": layer_updates(trunk_trainer) + layer_updates(trainer),
+        "train_seconds": trunk_trainer.seconds + trainer.seconds,
+        "share_of_trunk": round(share, 4),
+        "changes": changes,
+    }
+    if studied:
+        about["study"] = "branching"
+    sampler = job.measure(trainer, recipe, **about)
+    if final:
+        job.draw(recipe, sampler, f"branched-{blocks.num_blocks}x{depth_of(base) // blocks.num_blocks}")
+        final_settings(job, trainer, recipe, about, solvers=True)
+
+
+def final_settings(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, Any], solvers: bool) -> None:
+    """The last weights under other solvers, grids and guidance; and with five times the samples."""
+    first = settings_of(job.options)[0]
+    change = functools.partial(dataclasses.replace, first)
+    settings = [
+        *(change(solver="euler", steps=n) for n in (10, 15, 20, 30)),
+        change(grid="equal-mass"),
+        *(change(solver="heun", steps=n) for n in (5, 8, 10, 13, 18, 25)),
+        *(change(solver="dpmpp-2m", steps=n) for n in (5, 8, 10, 12, 15, 20, 25)),
+        *(change(guidance=g) for g in (1.0, 1.25, 1.5, 3.0)),
+    ]
+    if solvers:
+        job.measure(trainer, recipe, settings, **about, study="sampling")
+    job.measure(trainer, recipe, [first], 5 * job.options.samples, **about, study="five times the samples")
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Milliseconds and memory of a training step, images a second; a row a shape, all in one process."""
+    torch.set_float32_matmul_precision("high")
+    recipe = load_recipe(options.recipe, options.set)
+    assert isinstance(recipe.evaluate, SamplesConfig)
+    splits = {"train": load_data(recipe, "train")}
+    rows: list[dict[str, Any]] = []
+    depth, many = depth_of(recipe), recipe.blocks.num_blocks
+    scratch = recipe.model_copy(update={"trunk": None})
+    shapes = [
+        ("end-to-end", depth, 1, controls(recipe, depth)),
+        ("end-to-end", depth // many, 1, controls(recipe, depth // many)),
+        ("diffusionblocks", depth, many, scratch),
+    ]
+    for patch in options.patches:
+        for name, layers, blocks, chosen in shapes:
+            config = chosen.model.config | {"patch_size": patch}
+            shaped = chosen.model_copy(update={"model": chosen.model.model_copy(update={"config": config})})
+            row = {"name": name, "layers": layers, "blocks": blocks, "patch_size": patch}
+            row |= step_time(with_steps(shaped, 10_000), splits, options)
+            row |= sampling_speed(shaped, recipe.evaluate, options)
+            rows.append(row)
+            print(format_table(rows[-1:]), flush=True)
+            ratios = [ratio(rows, patch) for patch in options.patches]
+            write_results(options.out, rows, study="speed", ratios=[r for r in ratios if r])
+            torch.cuda.empty_cache()
+
+
+def ratio(rows: list[dict[str, Any]], patch: int) -> dict[str, float]:
+    found = {(r["name"], r["layers"]): r for r in rows if r["patch_size"] == patch}
+    whole = next((r for (name, _), r in found.items() if name == "end-to-end"), None)
+    blocks = next((r for (name, _), r in found.items() if name == "diffusionblocks"), None)
+    if whole is None or blocks is None:
+        return {}
+    return {
+        "patch_size": patch,
+        "blocks_times_block_over_end_to_end": blocks["blocks"] * blocks["step_ms"] / whole["step_ms"],
+        "images_per_second_over_end_to_end": blocks["images_per_second"] / whole["images_per_second"],
+        "step_peak_over_end_to_end": blocks["step_peak_bytes"] / whole["step_peak_bytes"],
+    }
+
+
+def step_time(recipe: Recipe, splits: Any, options: argparse.Namespace) -> dict[str, float]:
+    trainer = make_trainer(recipe, folder=None, progress=False, splits=splits)
+    trainer.model.train()
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            trainer.step(done % len(trainer.units))
+            done += 1
+
+    with trainer.side_stream():
+        run(6 * len(trainer.units))
+        times = [_timed(functools.partial(run, options.iterations)) / options.iterations for _ in range(7)]
+    assert trainer.stepper.first_bad_step() is None, "the timed run diverged"
+    result = {"step_ms": statistics.median(times), "step_ms_min": min(times), "step_ms_max": max(times)}
+    # The same compiled step, not captured: a graph's memory is not the allocator's peak.
+    plain = recipe.model_copy(update={"train": recipe.train.model_copy(update={"cuda_graph": False})})
+    memory = step_memory(make_trainer(plain, folder=None, progress=False, splits=splits))
+    return result | {"step_peak_bytes": max(unit.peak for unit in memory)}
+
+
+def sampling_speed(recipe: Recipe, settings: SamplesConfig, options: argparse.Namespace) -> dict[str, float]:
+    model = build_model(recipe)
+    assert isinstance(model, DiffusionBlocks)
+    for b in range(model.partition.num_blocks):
+        model.block(b).compile_layers()
+    model = model.to("cuda").eval()
+    setting, batch = settings_of(settings)[0], settings.batch_size
+    images = []
+
+    def once() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            images.extend(generated(model, batch, setting, batch_size=batch))
+
+    once()
+    seconds = [_timed(once) / 1000 for _ in range(options.batches)]
+    return {"images_per_second": batch / statistics.median(seconds), "sampling_batch": batch, "calls": setting.calls}
+
+
+def _timed(what: Callable[[], None]) -> float:
+    """Milliseconds, by device events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    what()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def gather(options: argparse.Namespace) -> None:
+    """Join the jobs' files."""
+    parts = [read_json(path) for path in options.parts]
+    rows, more = [], {}
+    for part in parts:
+        if part.get("study") == "speed":
+            more["speed"] = {name: part[name] for name in ("device", "ratios", "rows")}
+        else:
+            rows += part["rows"]
+    joined = {name: ", ".join(sorted({str(part[name]) for part in parts})) for name in ("device", "torch", "commit")}
+    curves = [row for row in rows if "study" not in row]
+    studies = {
+        "branching": [row for row in rows if row.get("study") == "branching"],
+        "sampling": [row for row in rows if row.get("study", "branching") != "branching"],
+    }
+    write_json(
+        options.out,
+        {"command": " && ".join(part["command"] for part in parts), **joined, "rows": curves, **studies, **more},
+    )
+    shown = ("name", "layers", "blocks", "branched", "epochs", "layer_updates", "fd_train", "fd_test", "train_seconds")
+    print(format_table([{name: row[name] for name in shown} for row in curves]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for function in (curve, trunk, speed):
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.set_defaults(run=function)
+        command.add_argument("--recipe", default="recipes/dit/cifar10.yaml")
+        command.add_argument("--set", action="append", default=[])
+        command.add_argument("--out", type=Path, required=True)
+        if function is speed:
+            command.add_argument("--patches", type=int, nargs="+", default=[2, 4])
+            command.add_argument("--iterations", type=int, default=12)
+            command.add_argument("--batches", type=int, default=3)
+        else:
+            command.add_argument("--epochs", type=int, nargs="+", default=[25, 50, 100])
+        if function is curve:
+            command.add_argument("--row", choices=("end-to-end", "diffusionblocks"), required=True)
+        if function is trunk:
+            command.add_argument("--share", type=float, default=5 / 6, help="share of a budget before the branch")
+            command.add_argument("--study", type=int, help="budget in epochs at which to study branching")
+    joining = commands.add_parser("gather", help=gather.__doc__)
+    joining.set_defaults(run=gather)
+    joining.add_argument("parts", type=Path, nargs="+")
+    joining.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
