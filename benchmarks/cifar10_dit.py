@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from diffusionblocks.evaluation.frechet import FeatureStatistics
 from diffusionblocks.evaluation.generation import Setting, generated, measure_samples
@@ -51,6 +52,7 @@ class Job:
         assert isinstance(self.recipe.evaluate, SamplesConfig)
         self.options = self.recipe.evaluate
         self.out: Path = options.out
+        self.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
         self.splits = {split: load_data(self.recipe, split) for split in ("train", "test")}
         self.device = device_of(self.recipe)
         self.features = features_of(self.recipe, self.options, self.splits)
@@ -179,7 +181,7 @@ def trunk(options: argparse.Namespace) -> None:
         )
     if options.study:
         total = options.study * job.epoch * many
-        for share, changes in STUDY:
+        for share, changes in options.changes or STUDY:
             per_block = round((1 - share) * options.study * job.epoch)
             at(
                 total - many * per_block,
@@ -202,13 +204,13 @@ def trunk(options: argparse.Namespace) -> None:
     )
 
 
-#: One change each against the row branched at 5/6 with overlap 0.05, the same rate, and everything copied.
+#: One change each against the recipe's own branch at 5/6 of the budget.
 STUDY: list[tuple[float, dict[str, Any]]] = [
     (1 / 2, {}),
     (5 / 6, {"overlap": 0.0}),
     (5 / 6, {"overlap": 0.2}),
     (5 / 6, {"lr": 1 / 3}),
-    (5 / 6, {"average": "fresh"}),
+    (5 / 6, {"average": "copied"}),
 ]
 
 
@@ -370,26 +372,64 @@ def _timed(what: Callable[[], None]) -> float:
 
 
 def gather(options: argparse.Namespace) -> None:
-    """Join the jobs' files."""
+    """Join the jobs' files, and draw the curves."""
     parts = [read_json(path) for path in options.parts]
     rows, more = [], {}
     for part in parts:
         if part.get("study") == "speed":
-            more["speed"] = {name: part[name] for name in ("device", "ratios", "rows")}
+            more["speed"] = {name: part[name] for name in ("command", "device", "ratios", "rows")}
         else:
             rows += part["rows"]
     joined = {name: ", ".join(sorted({str(part[name]) for part in parts})) for name in ("device", "torch", "commit")}
-    curves = [row for row in rows if "study" not in row]
-    studies = {
-        "branching": [row for row in rows if row.get("study") == "branching"],
-        "sampling": [row for row in rows if row.get("study", "branching") != "branching"],
-    }
-    write_json(
-        options.out,
-        {"command": " && ".join(part["command"] for part in parts), **joined, "rows": curves, **studies, **more},
-    )
+    main_setting = [row for row in rows if row.get("study", "branching") == "branching"]
+    main_setting.sort(key=lambda row: (row["name"], row["branched"], row["layers"], row["blocks"], row["epochs"]))
+    sampling = [row for row in rows if row not in main_setting]
+    command = " && ".join(dict.fromkeys(part["command"] for part in parts))
+    write_json(options.out, {"command": command, **joined, "rows": main_setting, "sampling": sampling, **more})
     shown = ("name", "layers", "blocks", "branched", "epochs", "layer_updates", "fd_train", "fd_test", "train_seconds")
-    print(format_table([{name: row[name] for name in shown} for row in curves]))
+    print(format_table([{name: row[name] for name in shown} for row in main_setting]))
+    draw_curves(main_setting, options.figure)
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Frechet distance against layer-updates, a line a row; branches with a change as single marks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.6), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["blocks"] == 1:
+            label = f"end to end, {row['layers']} layers"
+        elif row.get("study"):
+            change = ", ".join(f"{name} {_short(value)}" for name, value in row["changes"].items())
+            label = f"branched, {change or 'at ' + _short(row['share_of_trunk'])}"
+        else:
+            label = f"B = {row['blocks']}, {'branched' if row['branched'] else 'from scratch'}"
+        lines.setdefault(label, []).append(row)
+    for label, points in lines.items():
+        single = points[0].get("study") is not None
+        axes.plot(
+            [p["layer_updates"] for p in points],
+            [p["fd_train"] for p in points],
+            marker="x" if single else "o",
+            linestyle="none" if single else "-" if points[0]["blocks"] == 1 else "--",
+            label=label,
+        )
+    axes.set(
+        xscale="log", yscale="log", xlabel="layer-updates (layers moved x steps)", ylabel="Frechet distance (train)"
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter("{x:g}")
+        axis.set_major_formatter("{x:g}")
+    axes.tick_params(which="both", labelsize=7)
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
@@ -412,10 +452,12 @@ def main() -> None:
         if function is trunk:
             command.add_argument("--share", type=float, default=5 / 6, help="share of a budget before the branch")
             command.add_argument("--study", type=int, help="budget in epochs at which to study branching")
+            command.add_argument("--changes", type=yaml.safe_load, help="studies: a list of [share, {change: value}]")
     joining = commands.add_parser("gather", help=gather.__doc__)
     joining.set_defaults(run=gather)
     joining.add_argument("parts", type=Path, nargs="+")
     joining.add_argument("--out", type=Path, default=RESULTS)
+    joining.add_argument("--figure", type=Path, default=Path("docs/figures/cifar10_dit.png"))
     options = parser.parse_args()
     options.run(options)
 

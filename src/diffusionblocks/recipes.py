@@ -185,8 +185,8 @@ class TrunkConfig(_Section):
         lr_schedule: of the trunk; `constant` because it is not at its end when it branches.
         weights: what blocks start from, the trunk's `raw` weights or its `averaged` ones.
         optimizer: AdamW's state, `copied` from the trunk or `fresh`.
-        average: the blocks' moving average, `copied` from the trunk's (then its ramp-up counts the trunk's steps) or
-            `fresh`, from the weights at the branch.
+        average: the blocks' moving average, `fresh` from the weights at the branch, or `copied` from the trunk's (then
+            its ramp-up counts the trunk's steps). Fresh was clearly better on CIFAR-10 (docs/results.md).
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -195,7 +195,7 @@ class TrunkConfig(_Section):
     lr_schedule: Literal["constant", "cosine"] = "constant"
     weights: Literal["raw", "averaged"] = "raw"
     optimizer: Literal["copied", "fresh"] = "copied"
-    average: Literal["copied", "fresh"] = "copied"
+    average: Literal["copied", "fresh"] = "fresh"
 
 
 #: The tags of unions in a recipe: part of pydantic's location of an error, but not of the YAML.
@@ -260,6 +260,20 @@ class Recipe(_Section):
                 raise ValueError(f"{self.model.type} classifies images; data.kind: latents is for diffusion models")
         return self
 
+    @model_validator(mode="after")
+    def _features_of_latents(self) -> Self:
+        if isinstance(self.data, LatentsConfig) and isinstance(self.evaluate, SamplesConfig):
+            if self.evaluate.features == "classifier":
+                raise ValueError(
+                    "evaluate.features: classifier needs images; for latents use inception and data.vae, or null"
+                )
+            if self.evaluate.features is not None and self.data.vae is None:
+                raise ValueError(
+                    f"evaluate.features: {self.evaluate.features} sees decoded samples: name the latents' autoencoder "
+                    "in data.vae, or set evaluate.features to null"
+                )
+        return self
+
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read and validate a recipe.
@@ -296,7 +310,9 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
             # A union's tag ("digits") is part of the location; readers of the YAML do not see it.
             parts = [str(part) for part in item["loc"]]
             location = [p for i, p in enumerate(parts) if not i or p not in _TAGS.get(parts[i - 1], ())]
-            given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
+            # Where fields do not go together, the message names them: the section would be printed whole.
+            whole = item["type"] == "missing" or (item["type"] == "value_error" and isinstance(item["input"], dict))
+            given = "" if whole else f" (got {item['input']!r})"
             lines.append(f"  {'.'.join(location) or 'recipe'}: {item['msg']}{given}")
         raise ValueError(f"{where} is not a valid recipe:\n" + "\n".join(lines)) from None
 

@@ -86,6 +86,7 @@ def partition_sketch(partition: Partition, noise: EDM, width: int = 72) -> str:
 
 def write_results(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write measured figures with the command, device and commit that made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     write_json(
         path,
