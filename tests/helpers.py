@@ -1,4 +1,4 @@
-"""Tiny real models of transformers and a toy problem, for tests that need a network."""
+"""Tiny real models of transformers and diffusers, and a toy problem, for tests that need a network."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import (
 import diffusionblocks as db
 
 FAMILIES = ("vit", "deit", "dinov2")
+DIT_FAMILIES = ("dit", "diffusers-dit")
 POLICIES = ("joint", "replicated", "frozen")
 NUM_LABELS = 4
 HIDDEN = 32
@@ -26,7 +27,10 @@ IMAGE = 8
 
 
 def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
-    """A tiny classifier whose every parameter is random, as in a pretrained model (none zero, none one)."""
+    """A tiny model whose every parameter is random, as in a pretrained model (none zero, none one).
+
+    `family` is a classifier of `FAMILIES` or a diffusion transformer of `DIT_FAMILIES`.
+    """
     common = {
         "image_size": IMAGE,
         "patch_size": 4,
@@ -44,12 +48,28 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
             model = DeiTForImageClassification(DeiTConfig(**({"intermediate_size": 64} | common)))
         elif family == "dinov2":
             model = Dinov2ForImageClassification(Dinov2Config(**({"mlp_ratio": 2} | common)))
+        elif family in DIT_FAMILIES:
+            model = fresh_dit(family, layers=layers, **overrides)
         else:
             raise ValueError(family)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def fresh_dit(family: str = "dit", *, layers: int = 3, **overrides: Any) -> nn.Module:
+    """A tiny diffusion transformer as its class initialises it: ours with a zero head and zero modulations."""
+    from diffusers import DiTTransformer2DModel  # takes seconds to import: only where it is needed
+
+    from diffusionblocks.models import DiT
+
+    common = {"sample_size": IMAGE, "patch_size": 2, "in_channels": 3, "num_layers": layers, "num_attention_heads": 2}
+    if family == "dit":
+        ours = {"hidden_size": HIDDEN, "mlp_ratio": 2.0, "num_classes": NUM_LABELS}
+        return DiT(**(common | ours | overrides)).eval()
+    theirs = {"attention_head_dim": HIDDEN // 2, "num_embeds_ada_norm": NUM_LABELS}
+    return DiTTransformer2DModel(**(common | theirs | overrides)).eval()  # type: ignore[no-any-return]
 
 
 def convert(family: str = "vit", *, layers: int = 3, seed: int = 0, **config: Any) -> db.DiffusionBlocks:
@@ -66,6 +86,12 @@ def noise_batch(size: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32
     """Random images with labels that cycle."""
     images = torch.randn(size, 3, IMAGE, IMAGE, generator=seeded(seed)).to(dtype)
     return {"pixel_values": images, "labels": torch.arange(size) % NUM_LABELS}
+
+
+def image_batch(size: int = 6, seed: int = 0, std: float = 0.5) -> dict[str, Tensor]:
+    """Gaussian images of the standard deviation that EDM's preconditioning assumes, with labels that cycle."""
+    batch = noise_batch(size, seed)
+    return {**batch, "pixel_values": std * batch["pixel_values"]}
 
 
 def toy_batch(size: int, seed: int, spread: float = 2.0) -> dict[str, Tensor]:

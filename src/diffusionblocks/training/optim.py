@@ -111,11 +111,14 @@ class ParameterSet:
         """Take over the optimizer state or average of other parameters, those of a trunk.
 
         Args:
-            sources: for each parameter here, the set that holds its source, and its place there.
+            sources: for each parameter here, the set that holds its source, and its place there; none for one that
+                was not trained there, which starts afresh.
             optimizer: copy AdamW's state.
             average: copy the moving averages, and the steps that count for their ramp-up.
         """
         for i, parameter in enumerate(self.parameters):
+            if parameter not in sources:
+                continue
             source, place = sources[parameter]
             if optimizer and source.optimizer is not None and self.optimizer is not None:
                 moments = source.optimizer.state.get(source.parameters[place], {})

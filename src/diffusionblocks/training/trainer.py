@@ -227,10 +227,11 @@ class Trainer:
         places = {p: (group, i) for group in trunk.sets.values() for i, p in enumerate(group.parameters)}
         named = dict(trunk.model.block(0).named_parameters())
         sources = {
-            parameter: places[named[trunk_name(self.model, b, name)]]
+            parameter: places[source]
             for b in range(len(self.units))
             for name, parameter in self.model.block(b).named_parameters()
-            if parameter.requires_grad
+            # A part that is frozen in the trunk can be trained as part of a layer of a later block.
+            if parameter.requires_grad and (source := named[trunk_name(self.model, b, name)]) in places
         }
         for group in self.sets.values():
             group.inherit(sources, optimizer=optimizer, average=average)
