@@ -1,4 +1,5 @@
-# make demo: train the digits block by block beside their controls; make test: tests, lint, format, types.
+# make demo: on the digits, block by block beside their controls, a ViT that reads them and a DiT that draws them;
+# make test: tests, lint, format, types.
 # Both build .venv first. PYTHON names the interpreter to build it with (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,6 +9,7 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/diffusionblocks compare recipes/vit/digits.yaml --out runs/demo
+	$(BIN)/diffusionblocks compare recipes/dit/digits.yaml --out runs/demo-dit --rows end-to-end-2-x3 diffusionblocks-branched
 
 test: .venv/ready
 	$(BIN)/ruff check .

@@ -8,9 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from . import __version__
-from .recipes import Recipe, load_recipe
+from .noise.edm import PARTITION_STRATEGIES
+from .recipes import Recipe, explain, load_recipe
 
 _EXAMPLES = """\
 examples:
@@ -51,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValidationError as error:
+        print(f"error: not allowed:\n{explain(error)}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,15 +89,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", _evaluate, "measure a trained model: accuracy, or its samples")
     evaluate.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
     evaluate.add_argument("--json", type=Path, help="also write the rows to this file")
-    evaluate.add_argument("--by-level", action="store_true", help="also each block's accuracy at its own noise levels")
+    evaluate.add_argument(
+        "--by-level", action="store_true", help="of a classifier, also each block's accuracy by level"
+    )
 
     sample = _command(commands, "sample", _sample, "draw samples of a trained diffusion model")
     sample.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
     sample.add_argument("--out", type=Path, help="folder of the pictures (default runs/<name>/samples)")
-    sample.add_argument("--count", type=int, help="number of images (default: one a label, else the recipe's)")
-    sample.add_argument("--labels", type=int, nargs="+", help="class labels, in turn (default all)")
-    sample.add_argument("--seed", type=int, help="seed of the first image; the next have the next seeds")
-    sample.add_argument("--solver", choices=("euler", "heun", "dpmpp-2m"), help="default: the recipe's first")
+    sample.add_argument(
+        "--count", type=int, help="number of images (default: one for each of --labels, or evaluate.grid_images)"
+    )
+    sample.add_argument("--labels", type=int, nargs="+", help="class labels, in turn (default: all classes)")
+    sample.add_argument("--seed", type=int, help="seed of the first image (default: evaluate.seed); the next count up")
+    sample.add_argument(
+        "--solver", choices=("euler", "heun", "dpmpp-2m"), help="default: the recipe's first; euler is the paper's"
+    )
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's first)")
     sample.add_argument("--grid", choices=("karras", "equal-mass"), help="levels (default: the recipe's first)")
     sample.add_argument("--guidance", type=float, help="classifier-free guidance (default: the recipe's first)")
@@ -110,8 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     branch.add_argument("model", type=Path, help="folder of the trunk")
     branch.add_argument("--blocks", type=int, required=True, metavar="B", help="number of blocks")
     branch.add_argument("--out", type=Path, required=True, help="folder of the branched model")
-    branch.add_argument("--overlap", type=float, help="gamma: how far the blocks' training levels overlap")
-    branch.add_argument("--partition", help="equi-probability (default), log-uniform or uniform")
+    branch.add_argument(
+        "--overlap", type=float, help="gamma: how far the blocks' training levels overlap (default 0.05)"
+    )
+    branch.add_argument("--partition", choices=PARTITION_STRATEGIES, help="default: the trunk's")
     return parser
 
 
@@ -133,28 +148,37 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     folder = options.out or Path("runs") / recipe.name
     loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
     result = train(recipe, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
-    print(format_table([row.to_dict() for row in result.rows]))
+    print(format_table([_rounded(row.to_dict()) for row in result.rows]))
     print(f"{result.iterations} iterations in {result.seconds:.1f} s; model in {folder / 'model'}")
 
 
 def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from .evaluation.tables import format_table, write_results
     from .model import DiffusionBlocks
-    from .scores import diagnose, evaluate
-    from .sources import load_data, load_model
+    from .recipes import SamplesConfig
+    from .scores import check_evaluation, diagnose, evaluate
+    from .sources import check_data, load_data, load_model
 
     model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
     if options.by_level and not isinstance(model, DiffusionBlocks):
         raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
+    if options.by_level and isinstance(recipe.evaluate, SamplesConfig):
+        raise ValueError(f"--by-level is for classifiers; {recipe.model.type} generates images")
     splits = {"test": load_data(recipe, "test")}
+    check_data(recipe, model, splits["test"])
+    check_evaluation(recipe, model, splits["test"])
     rows = [row.to_dict() for row in evaluate(recipe, model, splits)]
-    print(format_table(rows))
+    print(format_table([_rounded(row) for row in rows]))
     more = {}
     if isinstance(model, DiffusionBlocks) and options.by_level:
         more["by_level"] = [row.to_dict() for row in diagnose(recipe, model, splits)]
         print(format_table(more["by_level"]))
     if options.json:
         write_results(options.json, rows, **more)
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
 
 
 def _sample(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from .evaluation.memory import step_memory
 from .evaluation.tables import format_bytes, format_table, write_results
 from .model import DiffusionBlocks
 from .recipes import AccuracyConfig, Recipe
-from .runs import RunResult, depth_of, make_trainer, train, trunk_options, trunk_recipe, with_depth
+from .runs import RunResult, depth_of, layers_of_a_block, make_trainer, train, trunk_options, trunk_recipe, with_depth
 from .samples import draw_samples
 from .scores import headline
 from .sources import load_data
@@ -54,9 +54,7 @@ def variants(recipe: Recipe) -> list[Variant]:
         ValueError: the recipe does not say how many layers its model has, or they do not divide.
     """
     depth, many = depth_of(recipe), recipe.blocks.num_blocks
-    if depth % many:
-        raise ValueError(f"compare needs layers that divide: {depth} layers, {many} blocks")
-    short = depth // many
+    short = layers_of_a_block(recipe)
     field = "steps" if recipe.train.steps is not None else "epochs"
     length: Any = getattr(recipe.train, field)
     if recipe.trunk is not None:  # what every block would have had, had they shared the trunk's updates

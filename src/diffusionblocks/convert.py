@@ -86,7 +86,7 @@ def resolve(config: BlocksConfig, adapter: Adapter) -> BlocksConfig:
     target = config.target or (LabelTargetConfig() if adapter.target == "label" else ImageTargetConfig())
     if target.kind != adapter.target:
         raise ValueError(
-            f"blocks.target.kind = {target.kind}, but {'/'.join(adapter.classes)} denoises an {adapter.target}; "
+            f"blocks.target.kind = {target.kind}, but {'/'.join(adapter.classes)} denoises {adapter.target}s; "
             "leave target out, or set its kind"
         )
     if isinstance(target, LabelTargetConfig) and target.embedding is None:

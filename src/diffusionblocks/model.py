@@ -231,13 +231,7 @@ class DiffusionBlocks(nn.Module):
             seeds = range(len(labels) if labels is not None else 1)
         z = prior_of_seeds(self.noise, target.shape, seeds, self.device)
         network_labels = self._sample_labels(labels, target, len(seeds))
-        if guidance != 1 and not target.num_classes:
-            raise ValueError(f"guidance = {guidance}: this {self.model_class} is unconditional; set guidance to 1")
-        if guidance != 1 and target.null_class is None:
-            raise ValueError(
-                f"guidance = {guidance} needs the null class, which this model has not learned (label_dropout = 0); "
-                "set guidance to 1, or train with label_dropout > 0"
-            )
+        target.check_guidance(guidance)
         if guidance != 1 and labels is None:
             raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
         denoiser = guided(

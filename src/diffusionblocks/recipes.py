@@ -248,16 +248,25 @@ class Recipe(_Section):
             raise ValueError(f"a trunk branches into blocks of equal layers, not blocks.layers = {self.blocks.layers}")
         return self
 
-    @model_validator(mode="after")
-    def _one_family(self) -> Self:
+    @model_validator(mode="before")
+    @classmethod
+    def _one_family(cls, values: Any) -> Any:
+        # Before the sections are read: fields of the other kind would only hide what is wrong.
+        model = values.get("model") if isinstance(values, dict) else None
+        name = model.get("type") if isinstance(model, dict) else getattr(model, "type", None)
         known = supported_classes()
-        if self.model.type in known:  # an unknown one is refused where it is looked up, with the list
-            denoises = known[self.model.type].target
-            wanted = "accuracy" if denoises == "label" else "samples"
-            if self.evaluate.kind != wanted:
-                raise ValueError(f"evaluate.kind must be {wanted} for {self.model.type}, got {self.evaluate.kind}")
-            if denoises == "label" and isinstance(self.data, LatentsConfig):
-                raise ValueError(f"{self.model.type} classifies images; data.kind: latents is for diffusion models")
+        if isinstance(name, str) and name in known:  # an unknown one is refused where it is looked up, with the list
+            wanted = "accuracy" if known[name].target == "label" else "samples"
+            kind = _evaluation_kind(values.get("evaluate", {}))
+            if kind != wanted:
+                raise ValueError(f"evaluate.kind must be {wanted} for {name}, got {kind}")
+        return values
+
+    @model_validator(mode="after")
+    def _images_to_classify(self) -> Self:
+        adapter = supported_classes().get(self.model.type)
+        if adapter is not None and adapter.target == "label" and isinstance(self.data, LatentsConfig):
+            raise ValueError(f"{self.model.type} classifies images; data.kind: latents is for diffusion models")
         return self
 
     @model_validator(mode="after")
@@ -305,16 +314,24 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            # A union's tag ("digits") is part of the location; readers of the YAML do not see it.
-            parts = [str(part) for part in item["loc"]]
-            location = [p for i, p in enumerate(parts) if not i or p not in _TAGS.get(parts[i - 1], ())]
-            # Where fields do not go together, the message names them: the section would be printed whole.
-            whole = item["type"] == "missing" or (item["type"] == "value_error" and isinstance(item["input"], dict))
-            given = "" if whole else f" (got {item['input']!r})"
-            lines.append(f"  {'.'.join(location) or 'recipe'}: {item['msg']}{given}")
-        raise ValueError(f"{where} is not a valid recipe:\n" + "\n".join(lines)) from None
+        raise ValueError(f"{where} is not a valid recipe:\n{explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """A line for every wrong field: its name as in the YAML, what is wrong, and the value."""
+    lines = []
+    for item in error.errors():
+        # A union's tag ("digits") is part of the location; readers of the YAML do not see it.
+        parts = [str(part) for part in item["loc"]]
+        location = [p for i, p in enumerate(parts) if not i or p not in _TAGS.get(parts[i - 1], ())]
+        message, given = item["msg"].removeprefix("Value error, "), f" (got {item['input']!r})"
+        if item["type"] == "tuple_type":
+            message = "Input should be a list, in brackets"
+        # Where fields do not go together, the message names them: the section would be printed whole.
+        if item["type"] == "missing" or (item["type"] == "value_error" and isinstance(item["input"], dict)):
+            given = ""
+        lines.append(f"  {'.'.join(location)}{': ' if location else ''}{message}{given}")
+    return "\n".join(lines)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -11,12 +11,13 @@ from torch import nn
 
 from .adapters import adapter_named
 from .branching import branch
-from .files import write_json
+from .files import read_json, write_json
 from .model import DiffusionBlocks
 from .recipes import Recipe, TrunkConfig
-from .scores import Row, Splits, evaluate
+from .scores import Row, Splits, check_evaluation, evaluate
 from .sources import build_model, check_data, device_of, load_data, load_model, make_batches, save_model
 from .training import Trainer
+from .training.checkpoint import checkpoints
 from .training.logging import Logger
 
 
@@ -45,6 +46,7 @@ def make_trainer(
     data = splits["train"] if splits is not None else load_data(recipe, "train")
     model = model if model is not None else build_model(recipe)
     check_data(recipe, model, data)
+    check_evaluation(recipe, model, data)
     batches = make_batches(recipe, data, device)
     return Trainer(
         model.to(device), batches, recipe.train, folder=folder, loggers=loggers, progress=progress, snapshot=snapshot
@@ -72,10 +74,10 @@ def train(
         splits: the recipe's data, where the caller has loaded them already.
         measure: whether to evaluate; else `rows` is empty.
     """
-    write_recipe(recipe, folder)
     with_trunk = recipe.trunk is not None and recipe.method == "diffusionblocks"
     start = _branched_trainer if with_trunk else _plain_trainer
     trainer, before = start(recipe, folder, loggers, resume, progress, splits)
+    write_recipe(recipe, folder)
     trainer.train(resume=resume)
     seconds, iterations = trainer.seconds + before[0], trainer.iteration + before[1]
     with trainer.averaged() as model:
@@ -129,7 +131,10 @@ def _branched_trainer(
 ) -> tuple[Trainer, _Spent]:
     """Train the trunk to its end (one that has ended is only read back), and branch it."""
     options = trunk_options(recipe)
+    if resume:
+        _check_same_branch(recipe, folder)
     trunk, _ = _plain_trainer(trunk_recipe(recipe), folder / "trunk", (), resume, progress, splits)
+    write_recipe(recipe, folder)
     trunk.train(resume=resume)
     with trunk.averaged() as model:
         save_model(model, folder / "trunk" / "model")
@@ -139,6 +144,20 @@ def _branched_trainer(
     trainer, _ = _plain_trainer(after, folder, loggers, resume, progress, splits, blocks)
     trainer.inherit(trunk, optimizer=options.optimizer == "copied", average=options.average == "copied")
     return trainer, (trunk.seconds, trunk.iteration)
+
+
+def _check_same_branch(recipe: Recipe, folder: Path) -> None:
+    """The blocks' checkpoints do not tell how they branched; the recipe beside them does."""
+    if not checkpoints(folder / "checkpoints"):
+        return
+    before = read_json(folder / "recipe.json").get("trunk")
+    now = trunk_options(recipe).model_dump(mode="json")
+    changed = sorted(name for name in now if (before or {}).get(name) != now[name])
+    if changed:
+        raise ValueError(
+            f"the blocks in {folder} branched with another trunk.{changed[0]}: set it back, start anew with --restart, "
+            "or choose another folder"
+        )
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
@@ -163,12 +182,9 @@ def trunk_recipe(recipe: Recipe) -> Recipe:
         ValueError: the recipe does not say how many layers its model has, or they do not divide.
     """
     options = trunk_options(recipe)
-    depth, many = depth_of(recipe), recipe.blocks.num_blocks
-    if depth % many:
-        raise ValueError(f"a trunk needs layers that divide: {depth} layers, {many} blocks")
     length = {"steps": options.steps, "epochs": options.epochs, "lr_schedule": options.lr_schedule}
     rate = {} if options.lr is None else {"lr": options.lr}
-    return with_depth(recipe, depth // many).model_copy(
+    return with_depth(recipe, layers_of_a_block(recipe)).model_copy(
         update={
             "trunk": None,
             "blocks": recipe.blocks.model_copy(update={"num_blocks": 1, "layers": None, "overlap": 0.0}),
@@ -202,6 +218,22 @@ def depth_of(recipe: Recipe) -> int:
     if field not in recipe.model.config:
         raise ValueError(f"the recipe must give model.config.{field}, to make models of fewer layers")
     return int(recipe.model.config[field])
+
+
+def layers_of_a_block(recipe: Recipe) -> int:
+    """How many layers each block has, where all have as many: those of a trunk, or of the control of equal memory.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has, or they do not divide.
+    """
+    depth, many = depth_of(recipe), recipe.blocks.num_blocks
+    if depth % many:
+        divisors = [n for n in range(1, depth + 1) if depth % n == 0]
+        raise ValueError(
+            f"a trunk, or a control of one block's layers, needs layers that divide: {depth} layers, {many} blocks; "
+            f"set blocks.num_blocks to one of {divisors}"
+        )
+    return depth // many
 
 
 def with_depth(recipe: Recipe, layers: int) -> Recipe:

@@ -61,6 +61,7 @@ def draw_samples(
     if labels is not None and not target.num_classes:
         raise ValueError(f"this {model.model_class} is unconditional and takes no labels; leave them out")
     setting = setting or settings_of(options)[0]
+    target.check_guidance(setting.guidance)
     first = options.seed if seed is None else seed
     turns = list(labels) if labels is not None else list(range(target.num_classes))
     chosen = [turns[i % len(turns)] for i in range(count)] if turns else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from .evaluation.generation import SampleRow, Setting, measure_samples, statisti
 from .model import DiffusionBlocks
 from .recipes import AccuracyConfig, LatentsConfig, Recipe, SamplesConfig
 from .sources import Data, device_of, load_data, pixels_of
+from .targets import ImageTarget
 
 #: Data by split, where the caller has loaded it already.
 Splits = Mapping[str, Data]
@@ -141,29 +143,66 @@ def features_of(recipe: Recipe, options: SamplesConfig, real: Splits) -> Feature
     train, test = real["train"], real["test"]
     if not isinstance(train, ImageData) or not isinstance(test, ImageData) or isinstance(recipe.data, LatentsConfig):
         raise ValueError("evaluate.features: classifier needs images; for latents use inception and data.vae, or null")
-    folder = options.features_folder or Path("runs") / f"{recipe.name}-features"
-    dataset = data_name(recipe)
-    if folder.is_dir():
-        kept = ClassifierFeatures.load(folder, device)
-        if kept.dataset != dataset or kept.image_shape != train.image_shape:
-            raise ValueError(
-                f"{folder} holds a classifier of {kept.dataset} {kept.image_shape}, the data are {dataset} "
-                f"{train.image_shape}; set evaluate.features_folder"
-            )
+    kept = _kept_classifier(recipe, options, train)
+    if kept is not None:
         return kept
     made = train_classifier(
         train,
         test,
         mean=recipe.data.mean,
         std=recipe.data.std,
-        dataset=dataset,
+        dataset=data_name(recipe),
         device=device,
         flip=recipe.data.augment.flip,
         crop_padding=max(1, train.image_shape[1] // 8),
+        batch_size=min(128, len(train)),
         width=64 if train.image_shape[1] >= 16 else 32,
     )
-    made.save(folder)
+    made.save(features_folder(recipe, options))
     return made
+
+
+def features_folder(recipe: Recipe, options: SamplesConfig) -> Path:
+    """Where the classifier whose features are compared is kept."""
+    return options.features_folder or Path("runs") / f"{recipe.name}-features"
+
+
+def _kept_classifier(recipe: Recipe, options: SamplesConfig, data: Data) -> ClassifierFeatures | None:
+    folder, dataset = features_folder(recipe, options), data_name(recipe)
+    if not folder.is_dir():
+        return None
+    kept = ClassifierFeatures.load(folder, device_of(recipe))
+    if kept.dataset != dataset or kept.image_shape != data.image_shape:
+        raise ValueError(
+            f"{folder} holds a classifier of {kept.dataset} {kept.image_shape}, the data are {dataset} "
+            f"{data.image_shape}; set evaluate.features_folder"
+        )
+    return kept
+
+
+def check_evaluation(recipe: Recipe, model: nn.Module, data: Data) -> None:
+    """Refuse before training what could only fail after it.
+
+    Raises:
+        ValueError: guidance of a model without null class; or a kept classifier of other data.
+        ImportError: Inception's features without the package that has them.
+    """
+    options = recipe.evaluate
+    if not isinstance(options, SamplesConfig) or not isinstance(model, DiffusionBlocks):
+        return
+    assert isinstance(model.target, ImageTarget)
+    for guidance in options.guidance:
+        model.target.check_guidance(guidance, "evaluate.guidance")
+    if options.features == "inception":
+        try:
+            importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+        except ImportError as error:
+            raise ImportError(
+                f"evaluate.features: inception needs torch-fidelity ({error}): run pip install 'diffusionblocks[fid]', "
+                "or --set evaluate.features=null"
+            ) from error
+    if options.features == "classifier":
+        _kept_classifier(recipe, options, data)
 
 
 def data_name(recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ from .files import read_json
 from .loading import load
 from .model import DiffusionBlocks
 from .recipes import DigitsConfig, LatentsConfig, Recipe, resolved_source
+from .saving import INDEX
 from .training import BatchMaker, EndToEnd
 
 Data = ImageData | LatentData
@@ -172,22 +173,36 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"no model at {path}; train first: diffusionblocks train RECIPE --out {path.parent}")
-    in_our_format = (path / "diffusionblocks.json").is_file()
-    family = adapter_named(recipe.model.type).target
+    in_our_format = (path / INDEX).is_file()
+    if not in_our_format and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no model; of a run, give the folder RUN/model")
+    if in_our_format:
+        class_name = str(read_json(path / INDEX).get("model_class"))
+    else:
+        class_name = str((read_json(path / "config.json").get("architectures") or [recipe.model.type])[0])
+    adapter = adapter_named(recipe.model.type)
+    family = adapter.target
+    if adapter_named(class_name) is not adapter:
+        raise ValueError(
+            f"{path} holds a {class_name}, the recipe describes a {recipe.model.type}: give the recipe that the model "
+            "was trained with"
+        )
     if in_our_format != (recipe.method == "diffusionblocks" or family == "image"):
-        found = "diffusionblocks" if in_our_format else "end-to-end"
-        raise ValueError(f"{path} holds a model of method {found}, the recipe says method: {recipe.method}")
+        method = "diffusionblocks" if in_our_format else "end-to-end"
+        raise ValueError(f"{path} holds a model of method {method}, the recipe says method: {recipe.method}")
     device = device_of(recipe)
     if in_our_format:
         model = load(path, device=device)
+        if recipe.model.pretrained is None:
+            described = adapter.image_shape(rebuild_config(recipe.model.type, recipe.model.config))
+            found = adapter.image_shape(model.config)
+            if found != described:
+                raise ValueError(
+                    f"{path} holds a model of images {found}, the recipe describes one of {described}: give the recipe "
+                    "that the model was trained with"
+                )
         if recipe.train.compile and device.type == "cuda" and family == "image":
             for b in range(model.partition.num_blocks):
                 model.block(b).compile_layers()
-        if model.adapter.target != family:
-            raise ValueError(
-                f"{path} holds a {model.model_class}, which denoises an {model.adapter.target}; the recipe's "
-                f"{recipe.model.type} denoises an {family}: give the recipe that the model was trained with"
-            )
         return model
-    class_name = read_json(path / "config.json").get("architectures", [recipe.model.type])[0]
     return EndToEnd(pretrained(class_name, path, {}).to(device))

@@ -109,6 +109,13 @@ class ImageTarget(Target):
         """The label that stands for no label; None where the model has never seen one."""
         return self.num_classes if self.num_classes and self.label_dropout > 0 else None
 
+    def check_guidance(self, guidance: float, name: str = "guidance") -> None:
+        """Raise ValueError for guidance other than 1 where there is no null class, saying why there is none."""
+        if guidance == 1 or self.null_class is not None:
+            return
+        why = "was trained with label_dropout = 0" if self.num_classes else "is unconditional"
+        raise ValueError(f"{name} = {guidance} needs a null class, but the model {why}; set {name} to 1")
+
     def encode(self, batch: Batch) -> Tensor:
         """`pixel_values` (batch, channels, height, width), with a standard deviation of about sigma_data."""
         return batch["pixel_values"].float()

@@ -1,15 +1,21 @@
-"""Small image files in the hub's schema, for tests that go through a recipe."""
+"""Small image files in the hub's schema, and a small trained diffusion model, for tests that go through a recipe."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from commands import DIGITS, TINY, sets
 from PIL import Image
+
+from diffusionblocks.cli import main
+from diffusionblocks.data import digits
+from diffusionblocks.evaluation.features import train_classifier
 
 
 @pytest.fixture
@@ -38,3 +44,22 @@ def image_folder(tmp_path: Path) -> Callable[[int, int, str], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small classifier of the digits, so that no test trains the one that the command line would."""
+    folder = tmp_path_factory.mktemp("features") / "digits"
+    train, test = digits("train"), digits("test")
+    options: dict[str, Any] = {"mean": [0.3], "std": [0.4], "device": "cpu", "flip": False, "crop_padding": 1}
+    train_classifier(train, test, dataset="digits", epochs=1, width=4, lr=1e-2, **options).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, features: Path) -> Path:
+    """The folder of a trained run, with a trunk below it."""
+    out = tmp_path_factory.mktemp("run")
+    measured = sets(evaluate__features="classifier", evaluate__features_folder=features)
+    assert main(["train", DIGITS, "--out", str(out), "--quiet", *TINY, *measured]) == 0
+    return out

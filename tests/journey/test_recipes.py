@@ -1,70 +1,186 @@
-"""Every recipe that ships: parsed, inspected, and trained, evaluated and compared at tiny size."""
+"""Every recipe that ships: parsed, inspected, and trained, evaluated and sampled at tiny size."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from diffusers import AutoencoderKL
+from PIL import Image
 
+from diffusionblocks.adapters import adapter_named
 from diffusionblocks.cli import main
-from diffusionblocks.recipes import load_recipe
+from diffusionblocks.data.latents import write_shards
+from diffusionblocks.recipes import Recipe, load_recipe
+from diffusionblocks.sources import build_original
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+LAYERS = {"vit/tiny-imagenet": 12, "dit/digits": 6, "dit/imagenet-latents": 24}  # else 12
+
+each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
 
 
-def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"digits", "cifar10", "cifar100", "tiny-imagenet"}
+def name_of(path: Path) -> str:
+    return str(path.relative_to(FOLDER).with_suffix(""))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_have_names_of_their_own() -> None:
+    names = {load_recipe(path).name for path in RECIPES}
+    assert len(names) == len(RECIPES), "runs of two recipes would share a folder"
+    assert {name_of(path) for path in RECIPES} >= {
+        "vit/digits",
+        "vit/cifar10",
+        "vit/cifar100",
+        "vit/tiny-imagenet",
+        "dit/digits",
+        "dit/cifar10",
+        "dit/imagenet-latents",
+    }
+
+
+@each_recipe
 def test_recipe_parses_and_inspects(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(path)
-    assert recipe.model.config["num_hidden_layers"] == 12
-    assert main(["inspect", str(path)]) == 0
+    depth = recipe.model.config[adapter_named(recipe.model.type).depth_field]
+    assert depth == LAYERS.get(name_of(path), 12)
+    # A wide model has the same table as a narrow one, but takes seconds to make.
+    narrow = ["--set", "model.config.hidden_size=64"] if recipe.model.config["hidden_size"] > 400 else []
+    narrow += ["--set", "model.config.num_attention_heads=4"] if narrow else []
+    assert main(["inspect", str(path), *narrow]) == 0
     out = capsys.readouterr().out
-    assert sum(line.split()[0] == str(b) for b in range(recipe.blocks.num_blocks) for line in out.splitlines()) == (
-        recipe.blocks.num_blocks
+    assert f"{depth} layers" in out
+    rows = [line.split() for line in out.splitlines()]
+    blocks = [row for row in rows if row[0].isdigit()]
+    assert [row[0] for row in blocks] == [str(b) for b in range(recipe.blocks.num_blocks)]
+    assert sum(int(row[1].split("-")[1]) - int(row[1].split("-")[0]) + 1 for row in blocks) == depth
+
+
+def test_the_papers_diffusion_transformers_have_their_published_sizes() -> None:
+    """DiT-S/2 and DiT-L/2 of arXiv 2212.09748 have 33 and 458 million parameters."""
+    recipes = [load_recipe(FOLDER / f"dit/{name}.yaml") for name in ("cifar10", "imagenet-latents")]
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in build_original(recipe).parameters()) / 1e6 for recipe in recipes]
+    assert counts == pytest.approx([33, 458], abs=0.7)
+
+
+# ---- trained at tiny size -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> tuple[Path, Path]:
+    """Random latents of 2 x 16 images, and a random autoencoder that decodes them."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
     )
+    vae.save_pretrained(tmp_path / "vae")
+    shape = (16, 4, 8, 8)
+    for split in ("train", "validation"):
+        write_shards(
+            tmp_path / "latents",
+            split,
+            [(torch.randn(shape), torch.rand(shape), torch.arange(16) % 10)],
+            shard_rows=10,
+            class_names=[str(i) for i in range(10)],
+            vae="random",
+            scaling_factor=0.2,
+        )
+    return tmp_path / "latents", tmp_path / "vae"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
+    """What makes a recipe small."""
+    recipe = load_recipe(path)
+    changes: dict[str, Any] = {
+        "device": "cpu",
+        "model.config.hidden_size": 16,
+        "model.config.num_attention_heads": 2,
+        f"model.config.{adapter_named(recipe.model.type).depth_field}": 2 * recipe.blocks.num_blocks,
+        "train.epochs": "null",
+        "train.warmup_epochs": 0,
+        "train.warmup_steps": 0,
+        "train.steps": 2,
+        "train.batch_size": 4,
+        "train.compile": "false",
+        "evaluate.steps": "[1, 2]",
+    }
+    if recipe.trunk is not None:
+        changes["trunk.steps"] = 2
+    if recipe.evaluate.kind == "accuracy":
+        return changes | {"model.config.intermediate_size": 16, "evaluate.seeds": "[1, 2]"}
+    return changes | {
+        "evaluate.samples": 6,
+        "evaluate.batch_size": 4,
+        "evaluate.features_folder": tmp_path / "features",
+    }
+
+
+def settings(recipe: Recipe) -> int:
+    """How many rows the evaluation of a tiny recipe has."""
+    options = recipe.evaluate
+    if options.kind == "samples":
+        return len(options.solver) * len(options.steps) * len(options.grid) * len(options.guidance)
+    return len(options.steps) * len(options.seeds) if recipe.method == "diffusionblocks" else 1
+
+
+@each_recipe
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+@pytest.mark.filterwarnings("ignore:.*covariance is singular:UserWarning")
 def test_recipe_trains_at_tiny_size(
     path: Path,
     method: str,
     tmp_path: Path,
     image_folder: Callable[[int, int, str], Path],
+    latents: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     values = yaml.safe_load(path.read_text())
-    changes = {
-        "method": method,
-        "device": "cpu",
-        "model.config.hidden_size": 16,
-        "model.config.num_attention_heads": 2,
-        "model.config.intermediate_size": 16,
-        "model.config.num_hidden_layers": 2 * values["blocks"]["num_blocks"],
-        "train.epochs": "null",
-        "train.warmup_epochs": 0,
-        "train.steps": 2,
-        "train.batch_size": 4,
-        "train.compile": "false",
-        "evaluate.steps": "[1, 2]",
-        "evaluate.seeds": "[1, 2]",
-    }
-    if values["data"]["kind"] == "images":
+    changes = tiny(path, tmp_path) | {"method": method}
+    kind = values["data"]["kind"]
+    if kind == "images":
         classes = values["data"]["num_classes"]
         folder = image_folder(values["data"]["image_size"], classes, values["data"].get("label_column", "label"))
-        changes["data.source"] = str(folder)
-        # 32x32 keeps the patch grid of the larger images small here
+        changes["data.source"] = folder
+        if values["evaluate"].get("kind") == "samples" and method == "end-to-end":
+            changes["evaluate.features"] = "null"  # the classifier is trained in the other case
+    elif kind == "latents":
+        # 16x16 images of 8x8 latents
+        changes |= {"data.source": latents[0], "data.vae": latents[1], "evaluate.features": "null"}
+        changes |= {"model.config.sample_size": 8, "model.config.num_classes": 10}
+    elif values["evaluate"].get("kind") == "samples":
+        changes["evaluate.features"] = "null"  # test_cli_images.py measures the digits
     sets = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+    recipe = load_recipe(path, sets[1::2])
     out = tmp_path / "run"
     assert main(["train", str(path), "--out", str(out), "--quiet", *sets]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(path), "--model", str(out / "model"), "--json", str(out / "e.json"), *sets]) == 0
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == (2 + 4 if method == "diffusionblocks" else 2 + 1)
-    assert (out / "result.json").is_file()
+    assert len(table.splitlines()) == 2 + settings(recipe)
+    (results, again) = (json.loads((out / name).read_text())["rows"] for name in ("result.json", "e.json"))
+    timeless = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows] for rows in (results, again)
+    ]
+    assert timeless[0] == timeless[1], "a saved model measures as the trained one did"
+    assert json.loads((out / "recipe.json").read_text())["method"] == method
     assert (out / "log.jsonl").is_file()
+    if recipe.evaluate.kind != "samples":
+        return
+    measured = recipe.evaluate.features is not None
+    assert all((row["fd_train"] is not None and row["fd_train"] > 0) == measured for row in results)
+    arguments = ["sample", str(path), "--model", str(out / "model"), "--out", str(out / "s"), "--count", "3", *sets]
+    assert main([*arguments, "--quiet"]) == 0
+    (size, *_) = {Image.open(file).size for file in sorted((out / "s" / "images").iterdir())}
+    assert size == {"images": (32, 32), "latents": (16, 16), "digits": (8, 8)}[kind]
+    # Of latents there is no chain: every step would have to be decoded.
+    assert (out / "s" / "chain.png").exists() == (kind != "latents")

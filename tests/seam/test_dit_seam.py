@@ -572,12 +572,12 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     (
         "a label as a DiT's target",
         lambda: convert("dit", target={"kind": "label"}),
-        ("target.kind = label", "DiT denoises an image", "leave target out"),
+        ("target.kind = label", "DiT denoises images", "leave target out"),
     ),
     (
         "an image as a ViT's target",
         lambda: convert("vit", target={"kind": "image"}),
-        ("target.kind = image", "ViTForImageClassification", "denoises an label"),
+        ("target.kind = image", "ViTForImageClassification", "denoises labels"),
     ),
     (
         "an unknown target",

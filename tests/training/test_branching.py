@@ -583,6 +583,17 @@ def test_a_run_stopped_in_either_phase_resumes_bit_for_bit(
     assert differing(left_by(tmp_path / "whole"), left_by(tmp_path / "split")) == []
 
 
+def test_blocks_resume_only_with_the_branch_they_had(data: dict[str, ImageData], tmp_path: Path) -> None:
+    """Their checkpoints do not tell how they branched."""
+    run(recipe(), tmp_path / "run", data)
+    before = left_by(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"branched with another trunk\.average: set it back"):
+        run(recipe(average="fresh"), tmp_path / "run", data)
+    assert differing(left_by(tmp_path / "run"), before) == []
+    run(recipe(average="fresh"), tmp_path / "run", data, resume=False)
+    assert differing(left_by(tmp_path / "run"), before) != []
+
+
 def test_a_finished_run_is_read_back_and_a_new_start_trains_both_phases_again(
     data: dict[str, ImageData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,17 +1,22 @@
 """Bad input is refused before any work, with a message that names the value and what is allowed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import convert, noise_batch, seeded, tiny
+from helpers import convert, fresh_dit, noise_batch, seeded, tiny
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 import diffusionblocks as db
 from diffusionblocks import EDM, BlocksConfig, Partition
 from diffusionblocks.adapters import model_class_named
+from diffusionblocks.evaluation.generation import Setting
+from diffusionblocks.recipes import Recipe, parse_recipe
+from diffusionblocks.runs import trunk_recipe
+from diffusionblocks.samples import draw_samples
 
 NOISE = EDM()
 CLASSES = ("ViTForImageClassification", "DeiTForImageClassification", "Dinov2ForImageClassification")
@@ -35,6 +40,29 @@ def loss(block: Any = 1, level: Tensor | None = None, **changes: Any) -> Tensor:
 
 def predict(**kwargs: Any) -> Any:
     return model().predict(noise_batch()["pixel_values"], generator=seeded(), **kwargs)
+
+
+def diffusion(num_classes: int = 4, label_dropout: float = 0.1) -> db.DiffusionBlocks:
+    key = f"dit {num_classes} {label_dropout}"
+    if key not in _models:
+        target = {"kind": "image", "label_dropout": label_dropout}
+        _models[key] = db.convert(fresh_dit(num_classes=num_classes), BlocksConfig(target=target))
+    return _models[key]
+
+
+def recipe(**changes: Any) -> Recipe:
+    values = {
+        "name": "r",
+        "model": {"type": "DiT", "config": {"num_layers": 3}},
+        "data": {"kind": "digits"},
+        "train": {"steps": 1},
+        "evaluate": {"kind": "samples"},
+    }
+    return parse_recipe(values | changes, "here")
+
+
+def draw(blocks: db.DiffusionBlocks, **kwargs: Any) -> Any:
+    return draw_samples(recipe(), blocks, Path("nowhere"), **kwargs)
 
 
 def levels(*values: float) -> Tensor:
@@ -153,6 +181,80 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ("predict: no seed", lambda: predict(seeds=0), ("seeds", ">= 1", "0")),
     ("predict: bridge", lambda: predict(bridge="mean"), ("'mean'", "soft", "hard")),
     ("predict: grid", lambda: predict(steps=2, grid="linear"), ("'linear'", "equal-mass", "karras")),
+    # samples
+    ("samples: of a classifier", lambda: draw(model()), ("DiT", "diffusion models")),
+    ("samples: no image", lambda: draw(diffusion(), count=0), ("count", ">= 1", "got 0")),
+    ("samples: label too big", lambda: draw(diffusion(), labels=[1, 5]), ("[0, 4]", "null class", "1 to 5")),
+    ("samples: label negative", lambda: draw(diffusion(), labels=[-2]), ("[0, 4]", "-2")),
+    ("samples: seed negative", lambda: draw(diffusion(), seed=-1), ("seed", "from 0", "-1")),
+    (
+        "samples: labels of an unconditional model",
+        lambda: draw(diffusion(num_classes=0), labels=[1]),
+        ("DiT is unconditional", "leave them out"),
+    ),
+    (
+        "samples: guidance of an unconditional model",
+        lambda: draw(diffusion(num_classes=0), setting=Setting(steps=2, guidance=2.0)),
+        ("guidance = 2", "null class", "model is unconditional", "set guidance to 1"),
+    ),
+    (
+        "samples: guidance without label dropout",
+        lambda: draw(diffusion(label_dropout=0.0), setting=Setting(steps=2, guidance=2.0)),
+        ("guidance = 2", "null class", "label_dropout = 0", "set guidance to 1"),
+    ),
+    # recipes
+    (
+        "recipe: accuracy of a diffusion model",
+        lambda: recipe(evaluate={"steps": [1], "seeds": [1]}),
+        ("evaluate.kind must be samples for DiT", "got accuracy"),
+    ),
+    (
+        "recipe: samples of a classifier",
+        lambda: recipe(model={"type": CLASSES[0]}),
+        ("evaluate.kind must be accuracy", CLASSES[0], "got samples"),
+    ),
+    (
+        "recipe: trunk in epochs, blocks in steps",
+        lambda: recipe(trunk={"epochs": 3}),
+        ("trunk and train", "both in epochs"),
+    ),
+    (
+        "recipe: trunk without a length",
+        lambda: recipe(trunk={"lr": 1e-3}),
+        ("trunk and train", "both be given in steps"),
+    ),
+    (
+        "recipe: trunk of uneven blocks",
+        lambda: recipe(trunk={"steps": 3}, blocks={"num_blocks": 2, "layers": [1, 2]}),
+        ("equal layers", "blocks.layers = (1, 2)"),
+    ),
+    (
+        "recipe: trunk of layers that do not divide",
+        lambda: trunk_recipe(recipe(trunk={"steps": 3}, model={"type": "DiT", "config": {"num_layers": 4}})),
+        ("4 layers, 3 blocks", "[1, 2, 4]"),
+    ),
+    (
+        "recipe: trunk of an unknown number of layers",
+        lambda: trunk_recipe(recipe(trunk={"steps": 3}, model={"type": "DiT"})),
+        ("model.config.num_layers",),
+    ),
+    (
+        "recipe: a classifier for latents",
+        lambda: recipe(data={"kind": "latents", "source": "there"}),
+        ("evaluate.features: classifier", "inception", "null"),
+    ),
+    (
+        "recipe: FID of latents that nothing decodes",
+        lambda: recipe(
+            data={"kind": "latents", "source": "there"}, evaluate={"kind": "samples", "features": "inception"}
+        ),
+        ("inception", "data.vae", "null"),
+    ),
+    (
+        "recipe: latents to classify",
+        lambda: recipe(data={"kind": "latents", "source": "there"}, model={"type": CLASSES[0]}, evaluate={}),
+        (CLASSES[0], "latents is for diffusion models"),
+    ),
 ]
 
 

@@ -305,6 +305,11 @@ class InceptionFeatures:
         path = None if weights is None else str(weights)
         try:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+        except OSError as error:  # urllib's errors, too
+            raise FileNotFoundError(
+                f"torch-fidelity could not get the Inception weights ({error}): fetch them on a machine with network "
+                "access, or measure with a classifier (evaluate.features: classifier)"
+            ) from error
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{weights} does not match the Inception network of torch-fidelity: {error}") from None
         self.network: nn.Module = network.to(device)  # in evaluation mode and frozen already

@@ -1,0 +1,231 @@
+"""Diffusion transformers by command line: bad input is refused before any work, with a message that helps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import DIGITS, LATENTS, TINY, VIT, sample, sets
+
+from diffusionblocks.cli import main
+from diffusionblocks.files import read_json, write_json
+
+
+def refused(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") <= 3, "one error, without its whole input"
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "3", "11"], "labels must be in [0, 10] (10: the null class), got 3 to 11"),
+        (["--labels", "-1"], "got -1 to -1"),
+        (["--count", "0"], "count must be >= 1, got 0"),
+        (["--steps", "0"], "steps must be >= 1, got 0"),
+        (["--guidance", "-1"], "guidance must be a finite number >= 0, got -1"),
+        (["--guidance", "nan"], "guidance must be a finite number >= 0, got nan"),
+        (["--seed", "-1"], "whole number from 0 to 2^63 - 1, got -1"),
+        (["--model", "nowhere"], "no model at nowhere; train first"),
+        (sets(evaluate__solver="[rk4]"), "'euler', 'heun' or 'dpmpp-2m' (got 'rk4')"),
+        (sets(evaluate__solver="heun"), "evaluate.solver: Input should be a list, in brackets (got 'heun')"),
+        (sets(evaluate__steps="[0]"), "evaluate.steps.0: Input should be greater than or equal to 1 (got 0)"),
+        (sets(evaluate__guidance="[-1]"), "evaluate.guidance.0: Input should be greater than or equal to 0 (got -1)"),
+        (sets(model__config__sample_size=16), "images (1, 8, 8), the recipe describes one of (1, 16, 16)"),
+        (sets(model__type="DiTTransformer2DModel", model__config="{}"), "holds a DiT, the recipe describes a DiTTrans"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value),
+)
+def test_sample_refuses(
+    run: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sample(run, Path("out"), *arguments) == 2
+    refused(message, capsys)
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize("option", ["--solver", "--grid"])
+def test_an_unknown_name_is_refused_with_the_known_ones(run: Path, option: str, capsys: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as error:
+        sample(run, tmp_path / "out", option, "rk4")
+    assert error.value.code == 2
+    known = {"--solver": ("euler", "heun", "dpmpp-2m"), "--grid": ("karras", "equal-mass")}[option]
+    shown = capsys.readouterr().err
+    assert all(name in shown for name in ("'rk4'", *known))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            sets(model__config__num_classes=0),
+            "evaluate.guidance = 1.25 needs a null class, but the model is unconditional",
+        ),
+        (
+            sets(blocks__target__label_dropout=0),
+            "the model was trained with label_dropout = 0; set evaluate.guidance to 1",
+        ),
+        (sets(evaluate__kind="accuracy"), "evaluate.kind must be samples for DiT, got accuracy"),
+        (sets(evaluate="{}"), "evaluate.kind must be samples for DiT, got accuracy"),
+        (sets(trunk__steps="null", trunk__epochs=2), "trunk and train must both be given in steps, or both in epochs"),
+        (sets(trunk__epochs=2), "trunk and train must both be given in steps, or both in epochs"),
+        (sets(trunk="{}"), "trunk and train must both be given in steps, or both in epochs"),
+        (sets(trunk__steps=0), "trunk.steps: Input should be greater than or equal to 1 (got 0)"),
+        (sets(trunk__weights="best"), "trunk.weights: Input should be 'raw' or 'averaged' (got 'best')"),
+        (sets(blocks__num_blocks=2, blocks__layers="[1, 2]"), "blocks of equal layers, not blocks.layers = (1, 2)"),
+        (sets(blocks__num_blocks=2), "3 layers, 2 blocks; set blocks.num_blocks to one of [1, 3]"),
+        (sets(model__config__patch_size=3), "sample_size must be a multiple of patch_size, got 8 and 3"),
+        (
+            sets(model__config__num_classes=7),
+            "num_classes = 7, the data has 10 classes; --set model.config.num_classes",
+        ),
+        (sets(blocks__target__kind="label"), "target"),
+        (sets(blocks__shared="frozen"), "shared = frozen would freeze"),
+        (sets(train__batch_size=5000), "one step needs batch_size x accumulation = 5000"),
+        (sets(data__mean="[0.1, 0.2]"), "mean = [0.1, 0.2]: must be 1 finite numbers"),
+        (sets(evaluate__samples=1), "evaluate.samples: Input should be greater than or equal to 2 (got 1)"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value[1::2]),
+)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_training_refuses(
+    command: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command, DIGITS, "--out", "out", "--quiet", *TINY, *arguments]) == 2
+    refused(message, capsys)
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            sets(evaluate__features="classifier"),
+            "evaluate.features: classifier needs images; for latents use inception",
+        ),
+        (sets(data__vae="null"), "name the latents' autoencoder in data.vae, or set evaluate.features to null"),
+        ([], "data.source is not set"),
+        (sets(data__source="nowhere"), "nowhere: no such folder of latents"),
+        (sets(model__type="ViTForImageClassification", evaluate="{}"), "data.kind: latents is for diffusion models"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value[1::2]),
+)
+def test_latents_are_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIFFUSIONBLOCKS_DATA", raising=False)
+    assert main(["train", LATENTS, "--out", "out", "--quiet", *arguments]) == 2
+    refused(message, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_of_other_data_are_refused_before_training(
+    features: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "features"
+    other.mkdir()
+    for path in features.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    write_json(other / "classifier.json", read_json(other / "classifier.json") | {"dataset": "letters"})
+    with_features = sets(evaluate__features="classifier", evaluate__features_folder=other)
+    for command in (
+        ["train", DIGITS, "--out", str(tmp_path / "out"), "--quiet"],
+        ["evaluate", DIGITS, "--model", str(run / "model"), "--json", str(tmp_path / "out")],
+    ):
+        assert main([*command, *TINY, *with_features]) == 2
+        refused(
+            "a classifier of letters (1, 8, 8), the data are digits (1, 8, 8); set evaluate.features_folder", capsys
+        )
+        assert not (tmp_path / "out").exists()
+
+
+def test_missing_inception_is_noticed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    inception = sets(evaluate__features="inception")
+    assert main(["train", DIGITS, "--out", str(tmp_path / "out"), "--quiet", *TINY, *inception]) == 2
+    refused("pip install 'diffusionblocks[fid]'", capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+def test_a_model_of_another_family_is_refused(
+    method: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = sets(
+        method=method,
+        model__config__hidden_size=16,
+        model__config__num_hidden_layers=3,
+        train__steps=1,
+        train__warmup_steps=0,
+        evaluate__steps="[1]",
+        evaluate__seeds="[1]",
+    )
+    assert main(["train", VIT, "--out", str(tmp_path / "vit"), "--quiet", *small]) == 0
+    capsys.readouterr()
+    fix = "give the recipe that the model was trained with"
+    for command in ("evaluate", "sample"):
+        assert main([command, DIGITS, "--model", str(tmp_path / "vit" / "model"), *TINY]) == 2
+        message = capsys.readouterr().err
+        assert "holds a ViTForImageClassification, the recipe describes a DiT" in message
+        assert fix in message
+    assert main(["evaluate", VIT, "--model", str(run / "model"), *small]) == 2
+    message = capsys.readouterr().err
+    assert "holds a DiT, the recipe describes a ViTForImageClassification" in message
+    assert fix in message
+    assert main(["sample", VIT, "--model", str(run / "model"), *small]) == 2
+    assert "sample is for diffusion models; ViTForImageClassification classifies images" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_run_is_no_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", DIGITS, "--model", str(run), "--out", str(tmp_path / "out"), *TINY]) == 2
+    refused("holds no model; of a run, give the folder RUN/model", capsys)
+
+
+def test_accuracy_by_level_is_for_classifiers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", DIGITS, "--model", str(run / "model"), "--by-level", *TINY]) == 2
+    refused("--by-level is for classifiers; DiT generates images", capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--blocks", "0"], "num_blocks: Input should be greater than or equal to 1 (got 0)"),
+        (["--blocks", "3", "--overlap", "1"], "overlap: Input should be less than 1 (got 1.0)"),
+    ],
+)
+def test_branch_refuses(
+    run: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["branch", str(run / "trunk" / "model"), *arguments, "--out", str(out)]) == 2
+    refused(message, capsys)
+    assert main(["branch", str(run / "model"), "--blocks", "3", "--out", str(out)]) == 2
+    refused("a trunk has one block on all levels; this model has 3", capsys)
+    assert main(["branch", str(tmp_path / "nowhere"), "--blocks", "3", "--out", str(out)]) == 2
+    refused("is missing", capsys)
+    assert not out.exists()
