@@ -157,6 +157,8 @@ class SamplesConfig(_Section):
         features: `classifier`: a small CNN that is trained on the data set first, and kept; `inception`: FID (extra:
             fid); null: only draw pictures.
         features_folder: where the classifier is kept; null is runs/<name>-features.
+        reference_images: compare with so many real images of each split, the first; null takes all (of latents each
+            has to be decoded).
         batch_size: images at a time.
         grid_images: how many images the picture shows.
         seed: see `samples`.
@@ -170,6 +172,7 @@ class SamplesConfig(_Section):
     guidance: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (1.0,)
     features: Literal["classifier", "inception"] | None = "classifier"
     features_folder: Path | None = None
+    reference_images: int | None = Field(default=None, ge=2)
     batch_size: int = Field(default=500, ge=1)
     grid_images: int = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0)

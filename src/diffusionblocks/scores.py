@@ -116,7 +116,7 @@ def _samples(recipe: Recipe, options: SamplesConfig, model: DiffusionBlocks, spl
         features = features_of(recipe, options, real)
         pixels = pixels_of(recipe, model.device)
         for split, data in real.items():
-            images = _real_images(data, pixels, options.batch_size, model.device, recipe)
+            images = _real_images(data, pixels, options, model.device, recipe)
             references[split] = statistics(features, images)
     with precision(recipe, model):
         return measure_samples(
@@ -214,13 +214,15 @@ def data_name(recipe: Recipe) -> str:
 
 
 def _real_images(
-    data: Data, pixels: Callable[[Tensor], Tensor], batch_size: int, device: torch.device, recipe: Recipe
+    data: Data, pixels: Callable[[Tensor], Tensor], options: SamplesConfig, device: torch.device, recipe: Recipe
 ) -> Iterator[Tensor]:
-    """All images as uint8; of latents, their means' reconstructions."""
-    for start in range(0, len(data), batch_size):
+    """The real images as uint8; of latents, their means' reconstructions."""
+    count = min(len(data), options.reference_images or len(data))
+    for start in range(0, count, options.batch_size):
+        stop = min(start + options.batch_size, count)
         if isinstance(data, LatentData):
             assert isinstance(recipe.data, LatentsConfig)
-            rows = torch.arange(start, min(start + batch_size, len(data)))
+            rows = torch.arange(start, stop)
             yield pixels(data.rows("mean", rows).to(device).float() * recipe.data.scale)
         else:
-            yield data.images[start : start + batch_size].to(device)
+            yield data.images[start:stop].to(device)

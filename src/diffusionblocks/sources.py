@@ -193,6 +193,11 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
     device = device_of(recipe)
     if in_our_format:
         model = load(path, device=device)
+        if recipe.method == "end-to-end" and model.partition.num_blocks > 1:
+            raise ValueError(
+                f"{path} holds {model.partition.num_blocks} blocks, the recipe says method: end-to-end, which is one "
+                "block on all levels"
+            )
         if recipe.model.pretrained is None:
             described = adapter.image_shape(rebuild_config(recipe.model.type, recipe.model.config))
             found = adapter.image_shape(model.config)

@@ -36,6 +36,7 @@ def refused(message: str, capsys: pytest.CaptureFixture[str]) -> None:
         (sets(evaluate__solver="heun"), "evaluate.solver: Input should be a list, in brackets (got 'heun')"),
         (sets(evaluate__steps="[0]"), "evaluate.steps.0: Input should be greater than or equal to 1 (got 0)"),
         (sets(evaluate__guidance="[-1]"), "evaluate.guidance.0: Input should be greater than or equal to 0 (got -1)"),
+        (sets(method="end-to-end"), "holds 3 blocks, the recipe says method: end-to-end, which is one block"),
         (sets(model__config__sample_size=16), "images (1, 8, 8), the recipe describes one of (1, 16, 16)"),
         (sets(model__type="DiTTransformer2DModel", model__config="{}"), "holds a DiT, the recipe describes a DiTTrans"),
     ],
