@@ -51,6 +51,7 @@ class Job:
         self.recipe = load_recipe(options.recipe, options.set)
         assert isinstance(self.recipe.evaluate, SamplesConfig)
         self.options = self.recipe.evaluate
+        self.final: bool = options.final
         self.out: Path = options.out
         self.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
         self.splits = {split: load_data(self.recipe, split) for split in ("train", "test")}
@@ -204,9 +205,11 @@ def trunk(options: argparse.Namespace) -> None:
     )
 
 
-#: One change each against the recipe's own branch at 5/6 of the budget.
+#: One change each against the recipe's own branch at 5/6 of the budget. `blocks: 1` is no branch at all: the trunk goes
+#: on alone for the same layer-updates, with all that a branch changes but the blocks (fresh average, other draws).
 STUDY: list[tuple[float, dict[str, Any]]] = [
     (1 / 2, {}),
+    (5 / 6, {"blocks": 1}),
     (5 / 6, {"overlap": 0.0}),
     (5 / 6, {"overlap": 0.2}),
     (5 / 6, {"lr": 1 / 3}),
@@ -224,9 +227,14 @@ def branch_and_measure(
     final: bool,
     studied: bool = False,
 ) -> None:
-    base = job.recipe
+    many = job.recipe.blocks.num_blocks
+    parts = changes.get("blocks", many)
+    base = with_depth(job.recipe, depth_of(job.recipe) // many * parts)
+    per_block = per_block * many // parts
     handover = {name: changes[name] for name in ("optimizer", "average") if name in changes}
-    blocks = base.blocks.model_copy(update={name: changes[name] for name in ("overlap",) if name in changes})
+    blocks = base.blocks.model_copy(
+        update={"num_blocks": parts, "overlap": changes.get("overlap", base.blocks.overlap)}
+    )
     # Warm-up belongs to the trunk: blocks go on at full rate.
     rate = {"lr": base.train.lr * changes.get("lr", 1.0), "warmup_steps": 0, "seed": base.train.seed + 1}
     recipe = base.model_copy(
@@ -245,14 +253,15 @@ def branch_and_measure(
     )
     trainer.train()
     about = {
-        "name": "diffusionblocks",
+        "name": "diffusionblocks" if parts > 1 else "end-to-end",
         "layers": depth_of(base),
-        "blocks": blocks.num_blocks,
-        "branched": True,
+        "blocks": parts,
+        "branched": parts > 1,
         "epochs": epochs,
         "layer_updates": layer_updates(trunk_trainer) + layer_updates(trainer),
         "train_seconds": trunk_trainer.seconds + trainer.seconds,
         "share_of_trunk": round(share, 4),
+        "average": recipe.trunk.average,
         "changes": changes,
     }
     if studied:
@@ -265,6 +274,8 @@ def branch_and_measure(
 
 def final_settings(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, Any], solvers: bool) -> None:
     """The last weights under other solvers, grids and guidance; and with five times the samples."""
+    if not job.final:
+        return
     first = settings_of(job.options)[0]
     change = functools.partial(dataclasses.replace, first)
     settings = [
@@ -399,7 +410,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["blocks"] == 1:
+        if row.get("changes") == {"blocks": 1}:
+            label = f"end to end, {row['layers']} layers, fresh average"
+        elif row["blocks"] == 1:
             label = f"end to end, {row['layers']} layers"
         elif row.get("study"):
             change = ", ".join(f"{name} {_short(value)}" for name, value in row["changes"].items())
@@ -447,6 +460,8 @@ def main() -> None:
             command.add_argument("--batches", type=int, default=3)
         else:
             command.add_argument("--epochs", type=int, nargs="+", default=[25, 50, 100])
+            text = "at the end also other solvers, grids and guidance, and five times the samples (default yes)"
+            command.add_argument("--final", action=argparse.BooleanOptionalAction, default=True, help=text)
         if function is curve:
             command.add_argument("--row", choices=("end-to-end", "diffusionblocks"), required=True)
         if function is trunk:
