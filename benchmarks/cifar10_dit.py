@@ -73,8 +73,7 @@ class Job:
             made = build_model(recipe)
             assert isinstance(made, DiffusionBlocks)
             if recipe.train.compile:
-                for b in range(made.partition.num_blocks):
-                    made.block(b).compile_layers()
+                made.compile_layers()
             self.shadow[shape] = made.to(self.device).eval()
         self.shadow[shape].load_state_dict(model.state_dict())
         return self.shadow[shape]
@@ -357,8 +356,7 @@ def step_time(recipe: Recipe, splits: Any, options: argparse.Namespace) -> dict[
 def sampling_speed(recipe: Recipe, settings: SamplesConfig, options: argparse.Namespace) -> dict[str, float]:
     model = build_model(recipe)
     assert isinstance(model, DiffusionBlocks)
-    for b in range(model.partition.num_blocks):
-        model.block(b).compile_layers()
+    model.compile_layers()
     model = model.to("cuda").eval()
     setting, batch = settings_of(settings)[0], settings.batch_size
     images = []

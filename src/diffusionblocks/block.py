@@ -132,12 +132,6 @@ class Block(nn.Module):
         assert loss.shape == (len(y),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
 
-    def compile_layers(self) -> None:
-        """torch.compile layer by layer: all layers share one graph, so it takes seconds at any depth and any number of
-        blocks. For sampling; training compiles a block whole, which is a tenth faster and takes longer to prepare."""
-        for layer in self.layers():
-            layer.compile()
-
     def extra_repr(self) -> str:
         """Shown by print(block)."""
         low, high = self.interval

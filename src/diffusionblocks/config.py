@@ -90,6 +90,10 @@ class BlocksConfig(BaseModel):
     conditioning_dim: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
 
+    def as_one_block(self) -> BlocksConfig:
+        """The same with one block of all layers, on all levels: a trunk, or a diffusion model's end-to-end control."""
+        return self.model_copy(update={"num_blocks": 1, "layers": None, "overlap": 0.0})
+
     @model_validator(mode="after")
     def _learned_target_needs_joint(self) -> Self:
         learned = isinstance(self.target, LabelTargetConfig) and self.target.embedding == "learned"

@@ -265,6 +265,13 @@ class DiffusionBlocks(nn.Module):
         check_labels(labels, count, target.num_classes, null_class=target.null_class is not None)
         return labels.to(self.device)
 
+    def compile_layers(self) -> None:
+        """torch.compile layer by layer: all layers share one graph, so it takes seconds at any depth and any number of
+        blocks. For sampling; training compiles a block whole, which is a tenth faster and takes longer to prepare."""
+        for b in range(self.partition.num_blocks):
+            for layer in self.block(b).layers():
+                layer.compile()
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write the model to a folder: safetensors and JSON (see `diffusionblocks.saving`)."""
         save(self, Path(path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,17 +41,24 @@ def make_trainer(
     progress: bool = True,
     splits: Splits | None = None,
     model: nn.Module | None = None,
-    snapshot: Callable[[nn.Module, int], None] | None = None,
 ) -> Trainer:
-    """Model (default: the recipe's, fresh), data and trainer of a recipe, checked and on the device."""
+    """Model (default: the recipe's, fresh), data and trainer of a recipe, checked and on the device.
+
+    Snapshots, where the recipe asks for them, go to `folder`/snapshots.
+    """
     device = device_of(recipe)
     data = splits["train"] if splits is not None else load_data(recipe, "train")
     model = model if model is not None else build_model(recipe)
     check_data(recipe, model, data)
     check_evaluation(recipe, model, data)
     batches = make_batches(recipe, data, device)
+
+    def keep(model: nn.Module, iteration: int) -> None:
+        if folder is not None:
+            save_model(model, folder / "snapshots" / f"iteration-{iteration:09d}")
+
     return Trainer(
-        model.to(device), batches, recipe.train, folder=folder, loggers=loggers, progress=progress, snapshot=snapshot
+        model.to(device), batches, recipe.train, folder=folder, loggers=loggers, progress=progress, snapshot=keep
     )
 
 
@@ -75,11 +84,22 @@ def train(
         measure: whether to evaluate; else `rows` is empty.
     """
     with_trunk = recipe.trunk is not None and recipe.method == "diffusionblocks"
-    start = _branched_trainer if with_trunk else _plain_trainer
-    trainer, before = start(recipe, folder, loggers, resume, progress, splits)
-    write_recipe(recipe, folder)
+    device_of(recipe)  # what can be refused at once is, before the data are read
+    if with_trunk and resume:
+        _check_same_branch(recipe, folder)
+    splits = splits if splits is not None else {"train": load_data(recipe, "train")}
+    prepare = functools.partial(make_trainer, loggers=loggers, progress=progress, splits=splits)
+    seconds, iterations = 0.0, 0
+    if with_trunk:
+        trunk = _trained_trunk(recipe, folder, resume, progress, splits)
+        seconds, iterations = trunk.seconds, trunk.iteration
+        trainer = _branched_trainer(recipe, folder, trunk, prepare)
+        del trunk  # and its memory, before the blocks train
+    else:
+        trainer = prepare(recipe, folder=folder)
+        write_recipe(recipe, folder)
     trainer.train(resume=resume)
-    seconds, iterations = trainer.seconds + before[0], trainer.iteration + before[1]
+    seconds, iterations = seconds + trainer.seconds, iterations + trainer.iteration
     with trainer.averaged() as model:
         save_model(model, folder / "model")
     # What is measured is what was saved; the trainer's memory is free by then.
@@ -100,50 +120,24 @@ def train(
     return RunResult(model, rows, seconds, iterations)
 
 
-_Spent = tuple[float, int]  # seconds and iterations
-
-
-def _plain_trainer(
-    recipe: Recipe,
-    folder: Path,
-    loggers: tuple[Logger, ...],
-    resume: bool,
-    progress: bool,
-    splits: Splits | None,
-    model: nn.Module | None = None,
-) -> tuple[Trainer, _Spent]:
-    def keep(model: nn.Module, iteration: int) -> None:
-        save_model(model, folder / "snapshots" / f"iteration-{iteration:09d}")
-
-    made = make_trainer(
-        recipe, folder=folder, loggers=loggers, progress=progress, splits=splits, model=model, snapshot=keep
-    )
-    return made, (0.0, 0)
-
-
-def _branched_trainer(
-    recipe: Recipe,
-    folder: Path,
-    loggers: tuple[Logger, ...],
-    resume: bool,
-    progress: bool,
-    splits: Splits | None,
-) -> tuple[Trainer, _Spent]:
-    """Train the trunk to its end (one that has ended is only read back), and branch it."""
-    options = trunk_options(recipe)
-    if resume:
-        _check_same_branch(recipe, folder)
-    trunk, _ = _plain_trainer(trunk_recipe(recipe), folder / "trunk", (), resume, progress, splits)
+def _trained_trunk(recipe: Recipe, folder: Path, resume: bool, progress: bool, splits: Splits) -> Trainer:
+    """The trunk at its end; one that has ended is only read back."""
+    trunk = make_trainer(trunk_recipe(recipe), folder=folder / "trunk", progress=progress, splits=splits)
     write_recipe(recipe, folder)
     trunk.train(resume=resume)
     with trunk.averaged() as model:
         save_model(model, folder / "trunk" / "model")
-    blocks = branched(recipe, trunk)
+    return trunk
+
+
+def _branched_trainer(recipe: Recipe, folder: Path, trunk: Trainer, prepare: Callable[..., Trainer]) -> Trainer:
+    """The blocks at the branch."""
+    options = trunk_options(recipe)
     # Blocks must not see the trunk's draws of data and noise again.
     after = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": recipe.train.seed + 1})})
-    trainer, _ = _plain_trainer(after, folder, loggers, resume, progress, splits, blocks)
+    trainer = prepare(after, folder=folder, model=branched(recipe, trunk))
     trainer.inherit(trunk, optimizer=options.optimizer == "copied", average=options.average == "copied")
-    return trainer, (trunk.seconds, trunk.iteration)
+    return trainer
 
 
 def _check_same_branch(recipe: Recipe, folder: Path) -> None:
@@ -187,7 +181,7 @@ def trunk_recipe(recipe: Recipe) -> Recipe:
     return with_depth(recipe, layers_of_a_block(recipe)).model_copy(
         update={
             "trunk": None,
-            "blocks": recipe.blocks.model_copy(update={"num_blocks": 1, "layers": None, "overlap": 0.0}),
+            "blocks": recipe.blocks.as_one_block(),
             "train": recipe.train.model_copy(update=length | rate),
         }
     )
@@ -197,15 +191,8 @@ def branched(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
     """The blocks of the recipe, copied from a trained trunk."""
     assert isinstance(trunk.model, DiffusionBlocks)
     blocks = recipe.blocks
-
-    def made() -> DiffusionBlocks:
-        assert isinstance(trunk.model, DiffusionBlocks)
+    with trunk.averaged() if trunk_options(recipe).weights == "averaged" else contextlib.nullcontext():
         return branch(trunk.model, blocks.num_blocks, overlap=blocks.overlap, partition=blocks.partition)
-
-    if trunk_options(recipe).weights == "raw":
-        return made()
-    with trunk.averaged():
-        return made()
 
 
 def depth_of(recipe: Recipe) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from .evaluation.generation import Setting
+from .evaluation.generation import Setting, generated
 from .evaluation.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
 from .model import DiffusionBlocks
 from .recipes import LatentsConfig, Recipe, SamplesConfig
@@ -64,22 +63,24 @@ def draw_samples(
     target.check_guidance(setting.guidance)
     first = options.seed if seed is None else seed
     turns = list(labels) if labels is not None else list(range(target.num_classes))
-    chosen = [turns[i % len(turns)] for i in range(count)] if turns else None
     pixels = pixels_of(recipe, model.device)
     keep = sorted({round(i * (setting.steps - 1) / (_COLUMNS - 1)) for i in range(_COLUMNS)})
     chain = Chain(images=_CHAINS, keep=keep)
 
-    images = []
+    images: list[Tensor] = []
+    batches = generated(
+        model,
+        count,
+        setting,
+        batch_size=options.batch_size,
+        seed=first,
+        labels=labels,
+        callback=chain,
+        progress=progress,
+    )
     with precision(recipe, model):
-        for start in tqdm(range(0, count, options.batch_size), disable=not progress, unit="batch"):
-            rows = range(start, min(start + options.batch_size, count))
-            batch = model.sample(
-                None if chosen is None else [chosen[i] for i in rows],
-                seeds=[first + i for i in rows],
-                callback=chain if start == 0 else None,
-                **dataclasses.asdict(setting),
-            )
-            if start == 0:
+        for batch in batches:
+            if not images:
                 final = batch[:_CHAINS].cpu()
             images.append(pixels(batch).cpu())
     drawn = torch.cat(images)
@@ -106,7 +107,7 @@ def draw_samples(
         written.append(steps)
     if files:
         for i, image in enumerate(drawn):
-            label = "" if chosen is None else f"-{chosen[i]:04d}"
+            label = f"-{turns[i % len(turns)]:04d}" if turns else ""
             save_png(image, folder / "images" / f"{first + i:06d}{label}.png")
         written.append(folder / "images")
     return written

@@ -136,7 +136,7 @@ def build_model(recipe: Recipe) -> nn.Module:
         return convert(original, recipe.blocks)
     if adapter_named(recipe.model.type).target == "label":
         return EndToEnd(original)
-    return convert(original, recipe.blocks.model_copy(update={"num_blocks": 1, "layers": None, "overlap": 0.0}))
+    return convert(original, recipe.blocks.as_one_block())
 
 
 def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
@@ -149,10 +149,9 @@ def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
         raise ValueError(f"the model takes images of {taken}, the data has {found}; set their size in model.config")
     count = adapter.num_classes(config)
     if count not in (data.num_classes, 0):
-        field = adapter.class_count_field(recipe.model.type)
         raise ValueError(
-            f"the model has {field} = {count}, the data has {data.num_classes} classes; "
-            f"--set model.config.{field}={data.num_classes}"
+            f"the model has {adapter.class_count_field} = {count}, the data has {data.num_classes} classes; "
+            f"--set model.config.{adapter.class_count_field}={data.num_classes}"
         )
 
 
@@ -207,7 +206,6 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
                     "that the model was trained with"
                 )
         if recipe.train.compile and device.type == "cuda" and family == "image":
-            for b in range(model.partition.num_blocks):
-                model.block(b).compile_layers()
+            model.compile_layers()
         return model
     return EndToEnd(pretrained(class_name, path, {}).to(device))

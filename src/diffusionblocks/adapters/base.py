@@ -27,6 +27,8 @@ class Adapter(abc.ABC):
     knows_noise_level: ClassVar[bool] = False
     #: the config value that holds the number of layers
     depth_field: ClassVar[str]
+    #: the config value that holds the number of labels
+    class_count_field: ClassVar[str]
 
     @abc.abstractmethod
     def layers_path(self, model: nn.Module) -> str:
@@ -59,10 +61,6 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def image_shape(self, config: Any) -> tuple[int, int, int]:
         """(channels, height, width) of the images of a model with that config."""
-
-    @abc.abstractmethod
-    def class_count_field(self, model_class: str) -> str:
-        """The config value that holds the number of labels, for messages."""
 
     @abc.abstractmethod
     def input_names(self, config: Any) -> tuple[str, ...]:

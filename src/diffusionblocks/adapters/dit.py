@@ -60,6 +60,7 @@ class DiTAdapter(_DenoisingTransformer):
     """Converts `diffusionblocks.models.DiT`."""
 
     classes: ClassVar[dict[str, Library]] = {"DiT": OURS}
+    class_count_field = "num_classes"
     _read_out = "final_layer.linear"
 
     def layers_path(self, model: nn.Module) -> str:
@@ -82,10 +83,6 @@ class DiTAdapter(_DenoisingTransformer):
     def num_classes(self, config: Any) -> int:
         """See `Adapter`."""
         return int(config.num_classes)
-
-    def class_count_field(self, model_class: str) -> str:
-        """See `Adapter`."""
-        return "num_classes"
 
     def hidden(
         self,
@@ -118,6 +115,7 @@ class DiffusersDiTAdapter(_DenoisingTransformer):
     """
 
     classes: ClassVar[dict[str, Library]] = {"DiTTransformer2DModel": DIFFUSERS}
+    class_count_field = "num_embeds_ada_norm"
     _read_out = "proj_out_2"
     _head_embedder = "transformer_blocks.0.norm1.emb"
 
@@ -141,10 +139,6 @@ class DiffusersDiTAdapter(_DenoisingTransformer):
     def num_classes(self, config: Any) -> int:
         """See `Adapter`."""
         return int(config.num_embeds_ada_norm)
-
-    def class_count_field(self, model_class: str) -> str:
-        """See `Adapter`."""
-        return "num_embeds_ada_norm"
 
     def check(self, model: nn.Module) -> None:
         """See `Adapter`."""

@@ -40,6 +40,7 @@ class ViTAdapter(Adapter):
     }
     target = "label"
     depth_field = "num_hidden_layers"
+    class_count_field = "num_labels"
     # Where the list of layers lives, in the classes and library versions known.
     _layer_lists = ("layers", "encoder.layer", "encoder.layers")
     _layer_norm_names = (("layernorm_before", "layernorm_after"), ("norm1", "norm2"))
@@ -95,10 +96,6 @@ class ViTAdapter(Adapter):
     def image_shape(self, config: Any) -> tuple[int, int, int]:
         """See `Adapter`."""
         return int(config.num_channels), int(config.image_size), int(config.image_size)
-
-    def class_count_field(self, model_class: str) -> str:
-        """See `Adapter`."""
-        return "num_labels"
 
     def input_names(self, config: Any) -> tuple[str, ...]:
         """See `Adapter`."""

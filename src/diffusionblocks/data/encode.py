@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .images import _IMAGE_COLUMNS, _LABEL_COLUMNS, _class_names, _local_folder, _pick_column
+from .images import _IMAGE_COLUMNS, _LABEL_COLUMNS, _class_names, _load_hub, _local_folder, _pick_column
 from .latents import LatentData, _check_split, latent_folder, write_shards
 
 if TYPE_CHECKING:
@@ -150,15 +150,7 @@ def _stream(source: str, split: str) -> tuple[datasets.IterableDataset, int | No
 
     folder = _local_folder(source, None)
     if folder is None:
-        try:
-            table = datasets.load_dataset(source, split=split, streaming=True)
-        except ValueError as error:  # An unknown split or configuration: the message lists those there are.
-            raise ValueError(f"source = {source!r}, split = {split!r}: {error}") from error
-        except Exception as error:  # Not found, no network, no access: all are the hub's own kinds of error.
-            raise FileNotFoundError(
-                f"source = {source!r}: no local folder of that name, and the hub gave no such data set ({error}); "
-                "check the name, or download its parquet files and give their folder"
-            ) from error
+        table = _load_hub(source, split, streaming=True)
         known = (table.info.splits or {}).get(split)
         return table, None if known is None else known.num_examples
 

@@ -163,7 +163,7 @@ def image_classification(
         files = _split_files(folder, split_files or _DEFAULT_FILES, split)
     else:
         # Only the loaded data set knows which files a name on the hub stands for.
-        table = _load_hub(source, split, hf_cache)
+        table = _load_hub(source, split, cache_dir=hf_cache)
         files = [Path(entry["filename"]) for entry in table.cache_files]
 
     cached: Path | None = None
@@ -226,11 +226,12 @@ def _load_files(files: list[Path], split: str, cache: str | None) -> datasets.Da
     raise ValueError(f"split {split!r}: there are no rows in {names}")
 
 
-def _load_hub(name: str, split: str, cache: str | None) -> datasets.Dataset:
+def _load_hub(name: str, split: str, **options: Any) -> Any:
+    """A split of a data set on the hub, as `datasets.load_dataset` gives it with these options."""
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split, cache_dir=cache)
+        return datasets.load_dataset(name, split=split, **options)
     except ValueError as error:  # An unknown split or configuration: the message lists those there are.
         raise ValueError(f"source = {name!r}, split = {split!r}: {error}") from error
     except Exception as error:  # Not found, no network, no access: all are the hub's own kinds of error.

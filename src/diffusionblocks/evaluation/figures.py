@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import renamed
 from ..noise import EDM
 from ..partition import Partition
 from .accuracy import AccuracyRow
@@ -17,28 +18,24 @@ if TYPE_CHECKING:
 
 
 def _axes(count: int) -> tuple[Any, list[Axes]]:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, count, figsize=(6.2 * count, 4.2), constrained_layout=True, squeeze=False)
-    return figure, list(axes[0])
+    figure = Figure(figsize=(6.2 * count, 4.2), dpi=120, layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with renamed(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def draw_partition(partition: Partition, noise: EDM, path: Path) -> None:
     """Write the partition over the density of log sigma as a PNG."""
     figure, (axes,) = _axes(1)
     _draw_partition(axes, partition, noise)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_run(
@@ -76,7 +73,7 @@ def draw_run(
     left.margins(y=0.25)  # room for the legend
     left.legend(fontsize=8, framealpha=0.9, ncols=2, loc="lower center")
     _draw_partition(right, partition, noise)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_partition(axes: Axes, partition: Partition, noise: EDM) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..model import DiffusionBlocks
-from ..sampling import calls
+from ..sampling import Callback, calls
 from ..targets import ImageTarget
 from .features import Features
 from .frechet import FeatureStatistics, frechet_distance
@@ -71,15 +71,32 @@ def statistics(features: Features, batches: Iterable[Tensor]) -> FeatureStatisti
 
 
 def generated(
-    model: DiffusionBlocks, count: int, setting: Setting, *, batch_size: int, seed: int = 0, progress: bool = False
+    model: DiffusionBlocks,
+    count: int,
+    setting: Setting,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
 ) -> Iterator[Tensor]:
-    """Samples (n, C, H, W), `batch_size` at a time; image i has seed `seed` + i, and labels take turns."""
+    """Samples (n, C, H, W), `batch_size` at a time; image i has seed `seed` + i.
+
+    Labels take turns: `labels`, default all classes. The callback sees the first batch (see `DiffusionBlocks.sample`).
+    """
     target = model.target
     assert isinstance(target, ImageTarget)
+    turns = range(target.num_classes) if labels is None else labels
     for start in tqdm(range(0, count, batch_size), disable=not progress, unit="batch"):
         images = range(start, min(start + batch_size, count))
-        labels = torch.tensor([i % target.num_classes for i in images]) if target.num_classes else None
-        yield model.sample(labels, seeds=[seed + i for i in images], **dataclasses.asdict(setting))
+        watched: dict[str, Any] = {"callback": callback} if callback is not None and start == 0 else {}
+        yield model.sample(
+            torch.tensor([turns[i % len(turns)] for i in images]) if turns else None,
+            seeds=[seed + i for i in images],
+            **dataclasses.asdict(setting),
+            **watched,
+        )
 
 
 def measure_samples(

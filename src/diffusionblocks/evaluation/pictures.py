@@ -18,6 +18,7 @@ from ..files import renamed
 from ..noise import EDM
 from ..partition import Partition
 from ..sampling import calls
+from .figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -259,7 +260,7 @@ def draw_chain(
             text = "z (scaled)" if kind == "z" else "denoised"
             middle = start + row * (cell_height + gap) + cell_height / 2
             paper.text(left - 6, middle, text, ha="right", va="center", fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 # ---- routing ----------------------------------------------------------------------------------------------
@@ -329,7 +330,7 @@ def draw_routing(
         title += " (open marks correct a step)"
     axes.set(xlabel="solver step", ylabel="noise level $\\sigma$", title=title)
     figure.legend(fontsize=8, loc="outside right center", frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _layers(layers: range) -> str:
@@ -355,9 +356,3 @@ def _ink(block: int, num_blocks: int) -> str:
 
     red, green, blue = to_rgb(_colour(block, num_blocks))
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with renamed(path) as temporary:
-        figure.savefig(temporary, format="png")
