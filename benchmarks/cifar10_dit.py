@@ -179,15 +179,13 @@ def trunk(options: argparse.Namespace) -> None:
             total - many * per_block,
             functools.partial(branch_and_measure, job, trainer, epochs, per_block, options.share, {}, final),
         )
-    if options.study:
-        total = options.study * job.epoch * many
+    for epochs in options.study:
+        total = epochs * job.epoch * many
         for share, changes in options.changes or STUDY:
-            per_block = round((1 - share) * options.study * job.epoch)
+            per_block = round((1 - share) * epochs * job.epoch)
             at(
                 total - many * per_block,
-                functools.partial(
-                    branch_and_measure, job, trainer, options.study, per_block, share, changes, False, True
-                ),
+                functools.partial(branch_and_measure, job, trainer, epochs, per_block, share, changes, False, True),
             )
     for step in sorted(plan):
         trainer.train(until=step)
@@ -464,7 +462,7 @@ def main() -> None:
             command.add_argument("--row", choices=("end-to-end", "diffusionblocks"), required=True)
         if function is trunk:
             command.add_argument("--share", type=float, default=5 / 6, help="share of a budget before the branch")
-            command.add_argument("--study", type=int, help="budget in epochs at which to study branching")
+            command.add_argument("--study", type=int, nargs="*", default=[], help="budgets at which to study branching")
             command.add_argument("--changes", type=yaml.safe_load, help="studies: a list of [share, {change: value}]")
     joining = commands.add_parser("gather", help=gather.__doc__)
     joining.set_defaults(run=gather)

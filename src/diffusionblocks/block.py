@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .adapters.base import Namespace
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig
 from .noise import EDM
@@ -81,6 +82,14 @@ class Block(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The block's layers, in order."""
         return [self.network.get_submodule(path) for path in self.layer_paths]
+
+    def parts(self) -> list[nn.Module]:
+        """The original model's modules in the block: its layers, and its copies of stem and head."""
+        found, places = [], [self.network]
+        while places:
+            for child in places.pop().children():
+                (places if isinstance(child, Namespace) else found).append(child)
+        return found
 
     def forward(self, inputs: Batch, z: Tensor, level: Tensor) -> Tensor:
         """Denoise: D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7), and what is read off it.

@@ -267,10 +267,11 @@ class DiffusionBlocks(nn.Module):
 
     def compile_layers(self) -> None:
         """torch.compile layer by layer: all layers share one graph, so it takes seconds at any depth and any number of
-        blocks. For sampling; training compiles a block whole, which is a tenth faster and takes longer to prepare."""
+        blocks; stem and head as well. For sampling; training compiles a block whole, which is a tenth faster and takes
+        longer to prepare."""
         for b in range(self.partition.num_blocks):
-            for layer in self.block(b).layers():
-                layer.compile()
+            for part in self.block(b).parts():
+                part.compile()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the model to a folder: safetensors and JSON (see `diffusionblocks.saving`)."""
