@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -28,6 +28,19 @@ class TrainConfig(BaseModel):
         compile: torch.compile the blocks and the augmentation.
         cuda_graph: capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph; on CPU it
             has no effect.
+        schedule: which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
+            block 1, ...). Under `replicated` or `frozen` shared parts it does not change what a block becomes.
+        dwell: steps for which a block stays once its turn comes; with `resident: active` each switch moves two blocks
+            between host and device.
+        blocks: train only these blocks, for runs that share the work and are merged later; null trains all.
+        resident: what the device holds. `all`: every block with its optimizer state and average; `active`: only those
+            of the block that trains.
+        offload: where `resident: active` keeps the other blocks: in (pinned) `host` memory, or on `disk`, in files below
+            the run's folder that are mapped into memory; then the host holds about two blocks.
+        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
+        optimizer: `adamw`, or `adamw-8bit` with its state in 8 bits (torchao; extra: savers).
+        optimizer_in_backward: step each parameter as soon as its gradient is there, so that gradients of all
+            parameters never exist together. Rules out gradient_clip and accumulation, which need them all.
         seed: seed of data order, augmentation, noise and dropout.
         log_every, checkpoint_every: in iterations; checkpoint_every None saves only at a signal and at the end.
         snapshot_every: in iterations; the model as it would be saved (averaged) is kept each time under
@@ -54,7 +67,14 @@ class TrainConfig(BaseModel):
     ema_ramp_up: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     compile: bool = False
     cuda_graph: bool = False
-    block_schedule: Literal["random"] = "random"
+    schedule: Literal["random", "round-robin", "sequential"] = "random"
+    dwell: int = Field(default=1, ge=1)
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    resident: Literal["all", "active"] = "all"
+    offload: Literal["host", "disk"] = "host"
+    activation_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    optimizer_in_backward: bool = False
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
@@ -67,6 +87,24 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"give either ema_decay or ema_half_life, got {self.ema_decay} and {self.ema_half_life}; null one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _savers_agree(self) -> Self:
+        if self.optimizer_in_backward and self.gradient_clip is not None:
+            raise ValueError(
+                f"optimizer_in_backward steps before all gradients are known, so gradient_clip = {self.gradient_clip} "
+                "cannot be applied; set gradient_clip to null"
+            )
+        if self.optimizer_in_backward and self.accumulation > 1:
+            raise ValueError(
+                f"optimizer_in_backward frees each gradient at once, so accumulation = {self.accumulation} cannot sum "
+                "them; set accumulation to 1"
+            )
+        if self.optimizer == "adamw-8bit" and self.cuda_graph:
+            raise ValueError("optimizer = adamw-8bit counts its steps on the host; set cuda_graph to false")
+        if self.blocks is not None and list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(f"blocks must ascend without repeats, got {list(self.blocks)}")
         return self
 
     @property
@@ -116,5 +154,15 @@ class TrainConfig(BaseModel):
 #: Fields that may differ between a checkpoint and the run that resumes it: they do not change what is computed
 #: (compile and cuda_graph change rounding only).
 RESUME_MAY_DIFFER = frozenset(
-    {"compile", "cuda_graph", "log_every", "checkpoint_every", "snapshot_every", "keep_checkpoints"}
+    {
+        "compile",
+        "cuda_graph",
+        "resident",
+        "offload",
+        "activation_checkpointing",
+        "log_every",
+        "checkpoint_every",
+        "snapshot_every",
+        "keep_checkpoints",
+    }
 )
