@@ -85,7 +85,8 @@ class Block(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """The original model's modules in the block: its layers, and its copies of stem and head."""
-        found, places = [], [self.network]
+        found: list[nn.Module] = []
+        places = [self.network]
         while places:
             for child in places.pop().children():
                 (places if isinstance(child, Namespace) else found).append(child)

@@ -35,8 +35,8 @@ class TrainConfig(BaseModel):
         blocks: train only these blocks, for runs that share the work and are merged later; null trains all.
         resident: what the device holds. `all`: every block with its optimizer state and average; `active`: only those
             of the block that trains.
-        offload: where `resident: active` keeps the other blocks: in (pinned) `host` memory, or on `disk`, in files below
-            the run's folder that are mapped into memory; then the host holds about two blocks.
+        offload: where `resident: active` keeps the other blocks: in (pinned) `host` memory, or on `disk`, in files
+            below the run's folder that are mapped into memory; then the host holds about two blocks.
         activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
         optimizer: `adamw`, or `adamw-8bit` with its state in 8 bits (torchao; extra: savers).
         optimizer_in_backward: step each parameter as soon as its gradient is there, so that gradients of all
