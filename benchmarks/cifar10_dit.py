@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 import yaml
+from cifar10_gather import gather
 
 from diffusionblocks.evaluation.frechet import FeatureStatistics
 from diffusionblocks.evaluation.generation import Setting, generated, measure_samples
 from diffusionblocks.evaluation.generation import statistics as feature_statistics
 from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.evaluation.tables import format_table, write_results
-from diffusionblocks.files import read_json, write_json
 from diffusionblocks.model import DiffusionBlocks
 from diffusionblocks.recipes import Recipe, SamplesConfig, TrunkConfig, load_recipe
 from diffusionblocks.runs import branched, depth_of, make_trainer, with_depth
@@ -376,69 +376,6 @@ def _timed(what: Callable[[], None]) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
-
-
-def gather(options: argparse.Namespace) -> None:
-    """Join the jobs' files, and draw the curves."""
-    parts = [read_json(path) for path in options.parts]
-    rows, more = [], {}
-    for part in parts:
-        if part.get("study") == "speed":
-            more["speed"] = {name: part[name] for name in ("command", "device", "ratios", "rows")}
-        else:
-            rows += part["rows"]
-    joined = {name: ", ".join(sorted({str(part[name]) for part in parts})) for name in ("device", "torch", "commit")}
-    main_setting = [row for row in rows if row.get("study", "branching") == "branching"]
-    main_setting.sort(key=lambda row: (row["name"], row["branched"], row["layers"], row["blocks"], row["epochs"]))
-    sampling = [row for row in rows if row not in main_setting]
-    command = " && ".join(dict.fromkeys(part["command"] for part in parts))
-    write_json(options.out, {"command": command, **joined, "rows": main_setting, "sampling": sampling, **more})
-    shown = ("name", "layers", "blocks", "branched", "epochs", "layer_updates", "fd_train", "fd_test", "train_seconds")
-    print(format_table([{name: row[name] for name in shown} for row in main_setting]))
-    draw_curves(main_setting, options.figure)
-
-
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Frechet distance against layer-updates, a line a row; branches with a change as single marks."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, 4.6), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row.get("changes") == {"blocks": 1}:
-            label = f"end to end, {row['layers']} layers, fresh average"
-        elif row["blocks"] == 1:
-            label = f"end to end, {row['layers']} layers"
-        elif row.get("study"):
-            change = ", ".join(f"{name} {_short(value)}" for name, value in row["changes"].items())
-            label = f"branched, {change or 'at ' + _short(row['share_of_trunk'])}"
-        else:
-            label = f"B = {row['blocks']}, {'branched' if row['branched'] else 'from scratch'}"
-        lines.setdefault(label, []).append(row)
-    for label, points in lines.items():
-        single = points[0].get("study") is not None
-        axes.plot(
-            [p["layer_updates"] for p in points],
-            [p["fd_train"] for p in points],
-            marker="x" if single else "o",
-            linestyle="none" if single else "-" if points[0]["blocks"] == 1 else "--",
-            label=label,
-        )
-    axes.set(
-        xscale="log", yscale="log", xlabel="layer-updates (layers moved x steps)", ylabel="Frechet distance (train)"
-    )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter("{x:g}")
-        axis.set_major_formatter("{x:g}")
-    axes.tick_params(which="both", labelsize=7)
-    axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

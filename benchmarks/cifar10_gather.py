@@ -1,0 +1,121 @@
+"""The rows of `cifar10_dit.py`'s jobs as one file, and their curves: its command `gather`."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusionblocks.evaluation.tables import format_table
+from diffusionblocks.files import read_json, renamed, write_json
+
+Row = dict[str, Any]
+
+#: Equal in two rows that measure the same thing twice.
+SAME = (
+    *("name", "layers", "blocks", "branched", "epochs", "share_of_trunk", "average"),
+    *("solver", "steps", "grid", "guidance", "samples"),
+)
+
+#: Labels of the curves, with colour (that of one kind of training), marker and line.
+STYLES = {
+    "end to end, 12 layers": ("black", "o", "-"),
+    "end to end, 4 layers": ("#0072b2", "o", "-"),
+    "end to end, 4 layers, average restarted": ("#0072b2", "^", ":"),
+    "B = 3 from scratch": ("#e69f00", "s", "--"),
+    "B = 2 from scratch": ("#cc79a7", "s", "--"),
+    "B = 3 branched, average copied": ("#009e73", "v", ":"),
+    "B = 3 branched, average fresh": ("#009e73", "D", "-"),
+}
+
+
+def gather(options: argparse.Namespace) -> None:
+    """Join the jobs' files, and draw the curves."""
+    parts = [read_json(path) for path in options.parts]
+    rows: list[Row] = []
+    more: dict[str, Any] = {}
+    for part in parts:
+        if part.get("study") == "speed":
+            more["speed"] = {name: part[name] for name in ("command", "device", "commit", "ratios", "rows")}
+        else:
+            rows += [row | {"commit": part["commit"]} for row in part["rows"]]
+    number_runs(rows)
+    joined = {name: ", ".join(sorted({str(part[name]) for part in parts})) for name in ("device", "torch", "commit")}
+    main_setting = [row for row in rows if row.get("study", "branching") == "branching"]
+    main_setting.sort(key=_place)
+    sampling = [row for row in rows if row not in main_setting]
+    command = " && ".join(dict.fromkeys(part["command"] for part in parts))
+    write_json(options.out, {"command": command, **joined, "rows": main_setting, "sampling": sampling, **more})
+    shown = ("name", "layers", "blocks", "branched", "average", "changes", "epochs", "run", "fd_train", "fd_test")
+    print(format_table([{name: row.get(name) for name in shown} for row in main_setting]))
+    draw_curves(main_setting, options.figure)
+
+
+def number_runs(rows: list[Row]) -> None:
+    """Give `run`, from 1 in the order of the rows, to those that were measured more than once."""
+    same: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        # What is the default in one run may be a change in another: the average is compared by its own field.
+        changes = {name: value for name, value in row.get("changes", {}).items() if name != "average"}
+        same[json.dumps([*(row.get(name) for name in SAME), changes], sort_keys=True)].append(row)
+    for found in same.values():
+        for run, row in enumerate(found if len(found) > 1 else [], start=1):
+            row["run"] = run
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    ordered = ("name", "branched", "layers", "blocks")
+    return (*(row[name] for name in ordered), row.get("average", ""), row["epochs"], row.get("run", 1))
+
+
+def label_of(row: Row) -> str | None:
+    """The curve a row belongs to; None for a branch with changes, which is a single point and not drawn."""
+    changes = row.get("changes", {})
+    if row["blocks"] == 1:
+        return f"end to end, {row['layers']} layers" + (", average restarted" if changes else "")
+    if not row["branched"]:
+        return f"B = {row['blocks']} from scratch"
+    if row.get("study") and set(changes) != {"average"}:
+        return None
+    return f"B = {row['blocks']} branched, average {row['average']}"
+
+
+def draw_curves(rows: list[Row], path: Path) -> None:
+    """Frechet distance against layer-updates, a line a kind of training; earlier runs as hollow marks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 5.0), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    labels = [label_of(row) for row in rows]
+    others = sorted({label for label in labels if label and label not in STYLES})
+    styles = STYLES | dict.fromkeys(others, ("gray", "x", "--"))
+    for label, (colour, marker, line) in styles.items():
+        points = [row for row, its in zip(rows, labels, strict=True) if its == label]
+        last = {row["layer_updates"]: row for row in points}
+        first = [row for row in points if row is not last[row["layer_updates"]]]
+        for chosen, filled in (([*last.values()], True), (first, False)):
+            axes.plot(
+                [row["layer_updates"] for row in chosen],
+                [row["fd_train"] for row in chosen],
+                color=colour,
+                marker=marker,
+                markersize=5 if filled else 9,
+                markerfacecolor=colour if filled else "none",
+                linestyle=line if filled else "none",
+                label=label if filled and chosen else None,
+            )
+    budgets = {row["layer_updates"]: row["epochs"] for row in rows}
+    axes.set(xscale="log", yscale="log", ylabel="Frechet distance (train)")
+    axes.set_xlabel("layer-updates (layers moved x steps); epochs of the 12-layer model")
+    axes.set_xticks([*budgets], [f"{updates:,}\n{epochs}" for updates, epochs in budgets.items()])
+    axes.set_yticks([1.5, 2, 3, 4, 6, 8, 12])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    title = "hollow: an earlier run of the same" if any("run" in row for row in rows) else None
+    axes.legend(fontsize=8, title=title, title_fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with renamed(path) as temporary:
+        figure.savefig(temporary, format="png")
