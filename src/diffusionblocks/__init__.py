@@ -5,6 +5,7 @@ from .branching import branch
 from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig
 from .convert import convert
 from .loading import load
+from .merging import merge
 from .model import BlocksOutput, DiffusionBlocks
 from .noise import EDM
 from .partition import Partition
@@ -26,4 +27,5 @@ __all__ = [
     "convert",
     "export",
     "load",
+    "merge",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .adapters import Adapter
 from .adapters.base import Namespace
@@ -46,6 +48,8 @@ class Block(nn.Module):
         input_names: the batch entries that are the input x.
         shared: the added shared parts (one object for all blocks under the `joint` policy).
         interval: the (lowest, highest) level that the block trains on.
+        activation_checkpointing: whether the layers keep only their inputs for the backward pass, and compute the rest
+            again there; default False.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Block(nn.Module):
         self.shared = shared
         self.interval = interval
         self.input_names = input_names
+        self.activation_checkpointing = False
 
     @property
     def target(self) -> Target:
@@ -107,10 +112,9 @@ class Block(nn.Module):
         c = self.noise.precondition(level)
         embedding = self.shared.noise_embedding
         condition = c.c_noise if embedding is None else embedding(c.c_noise)
-        adaptive: list[Any] = list(self.adaptive) or [None] * len(self.layer_paths)
         hidden, raw = self.adapter.hidden(
             self.network,
-            list(zip(self.layers(), adaptive, strict=True)),
+            self._callable_layers(),
             self.shared.added,
             inputs,
             match(c.c_in, z) * z,
@@ -118,6 +122,17 @@ class Block(nn.Module):
         )
         denoised = match(c.c_skip, z) * z + match(c.c_out, z) * raw.float()
         return self.adapter.readout(self.network, self.shared.final_norms, hidden, denoised, condition)
+
+    def _callable_layers(self) -> list[tuple[Any, Any]]:
+        """Each layer with its adaptive norms (None where the model knows the noise level by itself)."""
+        layers: list[Any] = self.layers()
+        adaptive: list[Any] = list(self.adaptive) or [None] * len(layers)
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # Adaptive norms must run again with their layer, which is an argument of theirs.
+            adaptive = [norms and functools.partial(checkpoint, norms, use_reentrant=False) for norms in adaptive]
+            if not self.adaptive:
+                layers = [functools.partial(checkpoint, layer, use_reentrant=False) for layer in layers]
+        return list(zip(layers, adaptive, strict=True))
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None) -> Tensor:
         """Training loss of each sample at a level drawn in the block's interval (paper, section 3.2).

@@ -1,4 +1,4 @@
-"""Command line: diffusionblocks train | evaluate | sample | inspect | compare RECIPE [--set a.b=v ...]; branch."""
+"""Command line: diffusionblocks train | evaluate | sample | inspect | compare RECIPE [--set a.b=v]; branch, merge."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from . import __version__
+from .bench.commands import add_bench
 from .noise.edm import PARTITION_STRATEGIES
 from .recipes import Recipe, explain, load_recipe
 
@@ -28,8 +29,12 @@ examples:
       images of a trained diffusion model: PNG files, a grid, a chain over its steps
   diffusionblocks branch runs/trunk/model --blocks 3 --out runs/branched
       copy a trained trunk (one block on all levels) into three blocks
+  diffusionblocks merge runs/first runs/second --out runs/whole
+      one model of blocks that were trained apart, each run with its own --set 'train.blocks=[0, 2]'
   diffusionblocks compare recipes/vit/digits.yaml --out runs/demo
       DiffusionBlocks beside its end-to-end controls, in one table and a figure
+  diffusionblocks bench memory --models dit-l-2 --blocks 3 --out memory.json --figure memory.png
+      on a CUDA GPU: memory and speed beside end-to-end training and other ways to save memory
 
 Any field of a recipe can be overridden: --set train.lr=1e-3 --set blocks.num_blocks=4 --set method=end-to-end
 """
@@ -127,6 +132,21 @@ def _parser() -> argparse.ArgumentParser:
         "--overlap", type=float, help="gamma: how far the blocks' training levels overlap (default 0.05)"
     )
     branch.add_argument("--partition", choices=PARTITION_STRATEGIES, help="default: the trunk's")
+
+    text = "make one model of folders whose blocks were trained apart"
+    merge = commands.add_parser("merge", help=text, description=text)
+    merge.set_defaults(run=_merge)
+    merge.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="saved models, or folders of runs")
+    merge.add_argument("--out", type=Path, required=True, help="folder of the merged model")
+    merge.add_argument(
+        "--prefer",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="take this one's copy of a block that several folders hold; repeatable, the first that holds it wins",
+    )
+    add_bench(commands)
     return parser
 
 
@@ -148,7 +168,12 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     folder = options.out or Path("runs") / recipe.name
     loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
     result = train(recipe, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
-    print(format_table([_rounded(row.to_dict()) for row in result.rows]))
+    if result.rows:
+        print(format_table([_rounded(row.to_dict()) for row in result.rows]))
+    if recipe.train.blocks is not None:
+        print(
+            f"only blocks {', '.join(map(str, recipe.train.blocks))}; join them with the others: diffusionblocks merge"
+        )
     print(f"{result.iterations} iterations in {result.seconds:.1f} s; model in {folder / 'model'}")
 
 
@@ -225,6 +250,25 @@ def _branch(options: argparse.Namespace) -> None:
     model.save_pretrained(options.out)
     print(format_table(block_table(model)))
     print(f"{options.blocks} blocks of {trunk.partition.num_layers} layers in {options.out}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from .evaluation.tables import format_bytes, format_table
+    from .merging import merge
+
+    origins = merge(options.folders, options.out, options.prefer)
+    rows = [
+        {
+            "block": origin.block,
+            "layers": f"{origin.layers[0]}-{origin.layers[-1]}",
+            "taken from": origin.folder,
+            "size": format_bytes(origin.size),
+            "passed over": ", ".join(map(str, origin.passed_over)) or None,
+        }
+        for origin in origins
+    ]
+    print(format_table(rows))
+    print(f"{len(origins)} blocks in {options.out}")
 
 
 def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:

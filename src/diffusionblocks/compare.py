@@ -53,6 +53,8 @@ def variants(recipe: Recipe) -> list[Variant]:
     Raises:
         ValueError: the recipe does not say how many layers its model has, or they do not divide.
     """
+    if recipe.train.blocks is not None:
+        raise ValueError(f"compare trains all blocks, not train.blocks = {list(recipe.train.blocks)}; leave it out")
     depth, many = depth_of(recipe), recipe.blocks.num_blocks
     short = layers_of_a_block(recipe)
     field = "steps" if recipe.train.steps is not None else "epochs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from typing import Any
@@ -23,7 +24,8 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     """Split a model of a supported class into B independent denoisers (paper, section 3.3).
 
     The given model is copied, not changed. Its weights survive: each converted layer starts as exactly the
-    function of the original layer.
+    function of the original layer. A model on the meta device is converted there (`building.materialise` fills the
+    blocks).
 
     Args:
         model: an instance of a supported class, freshly initialised or pretrained.
@@ -40,12 +42,20 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     if config is not None and not isinstance(config, BlocksConfig):
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
     config = resolve(config or BlocksConfig(), adapter)
-    adapter.check_weights(model, config)
+    if not _on_meta(model):
+        adapter.check_weights(model, config)
     return assemble(model, config)
 
 
-def assemble(model: nn.Module, config: BlocksConfig) -> DiffusionBlocks:
-    """As `convert`, for weights that are loaded afterwards: those that `model` holds may be a fresh model's."""
+def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> DiffusionBlocks:
+    """As `convert`, for weights that are loaded afterwards: those that `model` holds may be a fresh model's.
+
+    Args:
+        model: an instance of a supported class.
+        config: how to split it.
+        take: let the blocks have the model's own layers instead of copies, so that host memory holds them once. The
+            model is of no use afterwards.
+    """
     adapter = adapter_for(model)
     config = resolve(config, adapter)
     adapter.check_config(model, config)
@@ -60,11 +70,13 @@ def assemble(model: nn.Module, config: BlocksConfig) -> DiffusionBlocks:
         layers=config.layers,
         overlap=config.overlap,
     )
-    model_config = copy.deepcopy(model.config)
-    with torch.random.fork_rng(devices=[]):
+    model_config = model.config if take else copy.deepcopy(model.config)
+    # What is added to a model without memory has none either.
+    place = torch.device("meta") if _on_meta(model) else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), place:
         # What conversion adds depends on config.seed alone, not on what ran before.
         torch.manual_seed(config.seed)
-        blocks = _build_blocks(model, adapter, config, partition, layers_path, model_config)
+        blocks = _build_blocks(model, adapter, config, partition, layers_path, model_config, take)
     converted = DiffusionBlocks(
         blocks,
         partition=partition,
@@ -112,6 +124,7 @@ def _build_blocks(
     partition: Partition,
     layers_path: str,
     model_config: Any,
+    take: bool,
 ) -> list[Block]:
     hidden = adapter.hidden_size(model)
     condition_dim = config.conditioning_dim or max(32, -(-hidden // 6 // 8) * 8)
@@ -142,7 +155,7 @@ def _build_blocks(
             foreign, added = shared_parts()
             added.load_state_dict(first)
         layer_paths = [f"{layers_path}.{i}" for i in partition.layer_range(index)]
-        network = extract(model, layer_paths, memo={id(model.config): model_config})
+        network = extract(model, layer_paths, memo={id(model.config): model_config}, take=take)
         _stop_checkpointing_inside(network)
         for path in shared_paths:
             network.attach(path, foreign.get_submodule(path))
@@ -180,6 +193,10 @@ def _stop_checkpointing_inside(network: nn.Module) -> None:
             "know; wrap a block's call in torch.utils.checkpoint instead",
             stacklevel=5,
         )
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return next(model.parameters()).is_meta
 
 
 def _class_name(model: nn.Module, adapter: Adapter) -> str:

@@ -273,9 +273,17 @@ class DiffusionBlocks(nn.Module):
             for part in self.block(b).parts():
                 part.compile()
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the model to a folder: safetensors and JSON (see `diffusionblocks.saving`)."""
-        save(self, Path(path))
+    def save_pretrained(self, path: str | Path, blocks: Sequence[int] | None = None) -> None:
+        """Write the model to a folder: safetensors and JSON (see `diffusionblocks.saving`).
+
+        Args:
+            path: the folder; an older save there is replaced.
+            blocks: write only these blocks, to be merged with others' later (`diffusionblocks.merge`); None writes all.
+
+        Raises:
+            ValueError: no such block, some blocks of a model with `joint` shared parts, or a block never built.
+        """
+        save(self, Path(path), blocks)
 
     def export(self) -> nn.Module:
         """The original class with the trained weights (see `diffusionblocks.saving.export`)."""

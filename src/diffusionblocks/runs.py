@@ -17,7 +17,7 @@ from .files import read_json, write_json
 from .model import DiffusionBlocks
 from .recipes import Recipe, TrunkConfig
 from .scores import Row, Splits, check_evaluation, evaluate
-from .sources import build_model, check_data, device_of, load_data, load_model, make_batches, save_model
+from .sources import check_data, device_of, load_data, load_model, make_batches, save_model, unfilled_model
 from .training import Trainer
 from .training.checkpoint import checkpoints
 from .training.logging import Logger
@@ -48,17 +48,27 @@ def make_trainer(
     """
     device = device_of(recipe)
     data = splits["train"] if splits is not None else load_data(recipe, "train")
-    model = model if model is not None else build_model(recipe)
+    fill = None
+    if model is None:
+        model, fill = unfilled_model(recipe)
     check_data(recipe, model, data)
     check_evaluation(recipe, model, data)
     batches = make_batches(recipe, data, device)
 
     def keep(model: nn.Module, iteration: int) -> None:
         if folder is not None:
-            save_model(model, folder / "snapshots" / f"iteration-{iteration:09d}")
+            save_model(model, folder / "snapshots" / f"iteration-{iteration:09d}", recipe.train.blocks)
 
     return Trainer(
-        model.to(device), batches, recipe.train, folder=folder, loggers=loggers, progress=progress, snapshot=keep
+        model,
+        batches,
+        recipe.train,
+        device=device,
+        fill=fill,
+        folder=folder,
+        loggers=loggers,
+        progress=progress,
+        snapshot=keep,
     )
 
 
@@ -101,7 +111,9 @@ def train(
     trainer.train(resume=resume)
     seconds, iterations = seconds + trainer.seconds, iterations + trainer.iteration
     with trainer.averaged() as model:
-        save_model(model, folder / "model")
+        save_model(model, folder / "model", recipe.train.blocks)
+    if recipe.train.blocks is not None:  # the others are trained elsewhere: there is nothing whole to measure yet
+        return RunResult(trainer.model, [], seconds, iterations)
     # What is measured is what was saved; the trainer's memory is free by then.
     del trainer
     model = load_model(recipe, folder / "model")
@@ -182,7 +194,7 @@ def trunk_recipe(recipe: Recipe) -> Recipe:
         update={
             "trunk": None,
             "blocks": recipe.blocks.as_one_block(),
-            "train": recipe.train.model_copy(update=length | rate),
+            "train": recipe.train.model_copy(update=length | rate | {"blocks": None}),
         }
     )
 

@@ -2,16 +2,18 @@
 
 A saved model is a folder:
 
-    diffusionblocks.json        format, original class and config, BlocksConfig, partition
+    diffusionblocks.json        format, original class and config, BlocksConfig, partition, the blocks in the folder
     block-00.safetensors ...    everything block b owns, original names under `network.`
     shared.safetensors          the shared parts, under the `joint` policy only
 
+A folder may hold some of the blocks only, for machines that share the training; `merging.py` makes one model of them.
 No code from the folder is run; the original class is looked up by name in the adapter registry.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,29 +28,69 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 INDEX = "diffusionblocks.json"
-_OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
+SHARED = "shared.safetensors"
+#: names of the files of a saved model
+OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
 
 
-def save(model: DiffusionBlocks, path: Path) -> None:
-    """Write `model` to the folder `path`; an older save there is replaced only once the new one is whole."""
-    with replaced_folder(path, _OURS) as folder:
+def save(model: DiffusionBlocks, path: Path, blocks: Sequence[int] | None = None) -> None:
+    """Write `model` to the folder `path`; an older save there is replaced only once the new one is whole.
+
+    One file is written after another, so the host holds at most one block beside the model.
+
+    Args:
+        model: what to save.
+        path: the folder.
+        blocks: write only these blocks; None writes all.
+
+    Raises:
+        ValueError: no such block, some blocks of a model with `joint` shared parts, or a block on the meta device.
+    """
+    chosen = _chosen(model, blocks)
+    with replaced_folder(path, OURS) as folder:
         shared = {id(p) for p in model.shared_parameters()}
-        for index in range(len(model.blocks)):
+        for index in chosen:
             tensors = model.block(index).state_dict(keep_vars=True)
             write_tensors(folder / block_file(index), {k: t for k, t in tensors.items() if id(t) not in shared})
             if shared and index == 0:
-                write_tensors(folder / "shared.safetensors", {k: t for k, t in tensors.items() if id(t) in shared})
-        write_json(folder / INDEX, describe(model))
+                write_tensors(folder / SHARED, {k: t for k, t in tensors.items() if id(t) in shared})
+        write_json(folder / INDEX, describe(model, chosen))
 
 
-def describe(model: DiffusionBlocks) -> dict[str, Any]:
-    """Everything needed to rebuild the model and route levels to blocks, as JSON values."""
+def _chosen(model: DiffusionBlocks, blocks: Sequence[int] | None) -> list[int]:
+    every = list(range(model.partition.num_blocks))
+    chosen = every if blocks is None else sorted({model.partition.check_block(block) for block in blocks})
+    if not chosen or (blocks is not None and len(chosen) != len(blocks)):
+        raise ValueError(f"blocks = {list(blocks or ())}: name each block to save once, of {every}; None saves all")
+    if chosen != every and model.blocks_config.shared == "joint":
+        raise ValueError(
+            f"blocks = {chosen}: under shared = joint all blocks have one copy of the shared parts, so they cannot be "
+            "saved apart; leave blocks out, or convert with shared: replicated or frozen"
+        )
+    unbuilt = [index for index in chosen if _on_meta(model.block(index))]
+    if unbuilt:
+        built = [index for index in every if not _on_meta(model.block(index))]
+        raise ValueError(
+            f"blocks {unbuilt} are on the meta device: they were never built and have no weights to save; save the "
+            f"others, with blocks={built}"
+        )
+    return chosen
+
+
+def _on_meta(block: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in block.state_dict().values())
+
+
+def describe(model: DiffusionBlocks, blocks: Sequence[int] | None = None) -> dict[str, Any]:
+    """Everything needed to rebuild the model and route levels to blocks, and which blocks are there (None: all), as
+    JSON values."""
     return {
         "format": FORMAT,
         "model_class": model.model_class,
         "model_config": config_values(model.model_class, model.config),
         "blocks_config": model.blocks_config.model_dump(mode="json"),
         "partition": model.partition.to_dict(),
+        "blocks": list(range(model.partition.num_blocks) if blocks is None else blocks),
     }
 
 
@@ -61,7 +103,16 @@ def export(model: DiffusionBlocks) -> nn.Module:
 
     Returns:
         An instance of the original class, on the CPU.
+
+    Raises:
+        ValueError: a block is on the meta device.
     """
+    unbuilt = [index for index in range(len(model.blocks)) if _on_meta(model.block(index))]
+    if unbuilt:
+        raise ValueError(
+            f"blocks {unbuilt} are on the meta device: they were never built, so there is no whole model to export; "
+            "save the others, merge the folders of all, and export the merged model"
+        )
     weights: dict[str, torch.Tensor] = {}
     original = instantiate(model.model_class, model.config)
     head = tuple(f"{path}." for path in model.adapter.head_paths(original))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapter_named, config_fields, instantiate, pretrained, rebuild_config
-from .convert import convert
+from .building import build, empty, materialise
+from .config import BlocksConfig
 from .data import ImageBatches, ImageData, LatentBatches, LatentData, digits, image_classification, latent_folder
 from .evaluation.pictures import to_uint8
 from .files import read_json
@@ -19,6 +20,7 @@ from .model import DiffusionBlocks
 from .recipes import DigitsConfig, LatentsConfig, Recipe, resolved_source
 from .saving import INDEX
 from .training import BatchMaker, EndToEnd
+from .weights import Fresh, WeightSource, pretrained_source
 
 Data = ImageData | LatentData
 
@@ -107,36 +109,82 @@ def pixels_of(recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor
 
 
 def build_original(recipe: Recipe) -> nn.Module:
-    """The ordinary model that the recipe names: fresh (seeded by `train.seed`) or pretrained.
+    """The ordinary model that the recipe names, whole: fresh (seeded by `train.seed`) or pretrained.
 
     Raises:
         ValueError: a class that is not supported, or config values that the class does not take.
     """
+    config = _model_config(recipe)
+    if recipe.model.pretrained is not None:
+        return pretrained(recipe.model.type, recipe.model.pretrained, recipe.model.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        # `instantiate` forks from here, so the weights depend on this seed alone.
+        return instantiate(recipe.model.type, config)
+
+
+def weight_source(recipe: Recipe) -> WeightSource:
+    """Where the blocks of the recipe's model get their initial weights: fresh (seeded by `train.seed`) or pretrained.
+
+    Raises:
+        ValueError: a class that is not supported, or config values that the class does not take.
+    """
+    model, seed = recipe.model, recipe.train.seed
+    config = _model_config(recipe)
+    if model.pretrained is not None:
+        return pretrained_source(model.type, model.pretrained, model.config, seed=seed)
+    return Fresh(model.type, config, seed=seed)
+
+
+def _model_config(recipe: Recipe) -> Any:
+    """The config object of the recipe's own values, which checks what pretrained models are given, too."""
     model_class, values = recipe.model.type, recipe.model.config
     known = config_fields(model_class)
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"model.config: {model_class} knows no {unknown}; it takes {sorted(known)}")
-    config = rebuild_config(model_class, values)  # checks what pretrained models are given, too
-    if recipe.model.pretrained is not None:
-        return pretrained(model_class, recipe.model.pretrained, values)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.train.seed)
-        # `instantiate` forks from here, so the weights depend on this seed alone.
-        return instantiate(model_class, config)
+    return rebuild_config(model_class, values)
 
 
-def build_model(recipe: Recipe) -> nn.Module:
-    """The recipe's model on the CPU, converted, or as the end-to-end control.
+def is_end_to_end(recipe: Recipe) -> bool:
+    """Whether the recipe's model stays whole, as an unconverted classifier."""
+    return recipe.method == "end-to-end" and adapter_named(recipe.model.type).target == "label"
+
+
+def blocks_config(recipe: Recipe) -> BlocksConfig:
+    """How the recipe's model is split.
 
     A diffusion model's end-to-end training is that of one block on all levels: nothing is added to it or taken away.
     """
-    original = build_original(recipe)
-    if recipe.method == "diffusionblocks":
-        return convert(original, recipe.blocks)
-    if adapter_named(recipe.model.type).target == "label":
-        return EndToEnd(original)
-    return convert(original, recipe.blocks.as_one_block())
+    return recipe.blocks if recipe.method == "diffusionblocks" else recipe.blocks.as_one_block()
+
+
+def build_model(recipe: Recipe, blocks: Sequence[int] | None = None) -> nn.Module:
+    """The recipe's model on the CPU: its blocks, built one after another, or the end-to-end control.
+
+    Args:
+        recipe: names the model.
+        blocks: build only these, and leave the others on the meta device; default `train.blocks` (None builds all).
+
+    Raises:
+        ValueError: a class or config that is not supported, or no such block.
+    """
+    if is_end_to_end(recipe):
+        return EndToEnd(build_original(recipe))
+    config = blocks_config(recipe)
+    chosen = recipe.train.blocks if blocks is None else blocks
+    if chosen and max(chosen) >= config.num_blocks:
+        raise ValueError(f"train.blocks = {list(chosen)}: the model has blocks 0 to {config.num_blocks - 1}")
+    return build(weight_source(recipe), config, blocks=chosen)
+
+
+def unfilled_model(recipe: Recipe) -> tuple[nn.Module, Callable[[int], None] | None]:
+    """As `build_model`, for a trainer: the blocks are on the meta device, and the function gives one its weights."""
+    if is_end_to_end(recipe):
+        return build_model(recipe), None
+    source = weight_source(recipe)
+    model = empty(source, blocks_config(recipe))
+    return model, lambda index: materialise(model, index, source)
 
 
 def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
@@ -155,10 +203,10 @@ def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
         )
 
 
-def save_model(model: nn.Module, path: Path) -> None:
-    """Save blocks in our format, an end-to-end classifier in its own library's."""
+def save_model(model: nn.Module, path: Path, blocks: Sequence[int] | None = None) -> None:
+    """Save blocks (all, or only some) in our format, an end-to-end classifier in its own library's."""
     if isinstance(model, DiffusionBlocks):
-        model.save_pretrained(path)
+        model.save_pretrained(path, blocks)
     elif isinstance(model, EndToEnd):
         model.model.save_pretrained(path)  # type: ignore[operator]
 

@@ -4,13 +4,25 @@ import contextlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, POLICIES, convert, noise_batch, randomise_adaptive, same_states, seeded, tiny
+from helpers import (
+    DIT_FAMILIES,
+    FAMILIES,
+    POLICIES,
+    convert,
+    noise_batch,
+    randomise_adaptive,
+    same_states,
+    seeded,
+    tiny,
+)
 from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
@@ -108,6 +120,170 @@ def test_loading_leaves_the_random_state_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     db.load(tmp_path / "m")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", POLICIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *DIT_FAMILIES])
+def test_what_no_file_holds_comes_back_as_well(family: str, shared: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    original = torch.nn.Module.to(tiny(family), dtype=dtype)
+    model = db.convert(original, db.BlocksConfig(shared=shared)).eval()
+    model.save_pretrained(tmp_path / "m")
+    loaded = db.load(tmp_path / "m")
+    ours, theirs = (dict(m.named_buffers(remove_duplicate=False)) for m in (model, loaded))
+    assert ours
+    assert not set(ours) & set(load_file(tmp_path / "m" / "block-00.safetensors"))
+    assert same_states(theirs, ours)
+    assert not any(tensor.is_meta for tensor in [*loaded.parameters(), *theirs.values()])
+    assert [module.training for module in loaded.modules()] == [False] * len(list(loaded.modules()))
+    batch = noise_batch(dtype=dtype)
+    for b in range(3):
+        assert torch.equal(*(m.loss(batch, block=b, generator=seeded()) for m in (model, loaded)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shared", POLICIES)
+def test_loading_to_a_gpu_is_moving_there(shared: str, tmp_path: Path) -> None:
+    made(shared=shared).save_pretrained(tmp_path / "m")
+    on_host, on_gpu = (db.load(tmp_path / "m", device=device) for device in ("cpu", "cuda"))
+    assert {t.device.type for t in [*on_gpu.parameters(), *on_gpu.buffers()]} == {"cuda"}
+    assert same_states(on_gpu.cpu().state_dict(), on_host.state_dict())
+    assert len(on_gpu.shared_parameters()) == len(on_host.shared_parameters())
+
+
+def test_a_loaded_model_owns_its_memory(tmp_path: Path) -> None:
+    model = made()
+    model.save_pretrained(tmp_path / "m")
+    loaded = db.load(tmp_path / "m")
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        with file.open("r+b") as opened:  # in place, as a rename would not
+            opened.write(b"\x00" * file.stat().st_size)
+    assert same_states(loaded.state_dict(), model.state_dict())
+
+
+_PEAKS = """
+import json, sys
+from pathlib import Path
+from transformers import ViTConfig, ViTForImageClassification
+import diffusionblocks as db
+
+def memory(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
+
+def peak(action):
+    # Resets the highest resident size to the present one.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    kept = action()
+    return memory("VmHWM") - before
+
+path, small = sys.argv[1:]
+config = ViTConfig(hidden_size=256, intermediate_size=8192, num_hidden_layers=16, image_size=8, patch_size=4)
+model = db.convert(ViTForImageClassification(config), db.BlocksConfig(num_blocks=4))
+size = sum(p.numel() * 4 for p in model.parameters())
+saving = peak(lambda: model.save_pretrained(path))
+del model
+db.load(small)  # what is imported on the way is imported
+peaks = saving, peak(lambda: db.load(path)), peak(lambda: (db.load(path), db.load(path)))
+print(json.dumps([peak / size for peak in peaks]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the highest resident size is read as on Linux")
+@pytest.mark.slow
+def test_the_host_holds_one_block_beside_the_model(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path / "small")
+    command = [sys.executable, "-c", _PEAKS, str(tmp_path / "m"), str(tmp_path / "small")]
+    # glibc would keep what was freed, and hide it in the next measure's start.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    saving, loading, loading_two = json.loads(printed)
+    assert saving < 0.35
+    assert 0.9 < loading < 1.4  # four blocks, and the file of one
+    assert loading_two > 1.9  # the positive control
+
+
+# ---- some of the blocks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", ["replicated", "frozen"])
+def test_some_blocks_are_saved_as_in_the_whole(shared: str, tmp_path: Path) -> None:
+    model = made(shared=shared)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "part", blocks=[2, 0])
+    whole, part = listing(tmp_path / "whole"), listing(tmp_path / "part")
+    assert set(part) == {INDEX, "block-00.safetensors", "block-02.safetensors"}
+    assert all(part[name] == whole[name] for name in part if name != INDEX)
+    values, of_whole = (json.loads(files_[INDEX]) for files_ in (part, whole))
+    assert of_whole["blocks"] == [0, 1, 2]
+    assert values == of_whole | {"blocks": [0, 2]}
+
+
+def test_some_blocks_replace_an_older_save_whole(tmp_path: Path) -> None:
+    made(seed=1).save_pretrained(tmp_path / "m")
+    made(seed=2).save_pretrained(tmp_path / "m", blocks=[1])
+    assert set(listing(tmp_path / "m")) == {INDEX, "block-01.safetensors"}
+
+
+def test_some_blocks_are_not_loaded_as_a_model(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path / "m", blocks=[1])
+    with pytest.raises(ValueError, match=r"blocks \[0, 2\] are missing.*diffusionblocks merge"):
+        db.load(tmp_path / "m")
+
+
+def test_a_folder_that_does_not_list_its_blocks_holds_all(tmp_path: Path) -> None:
+    model = made()
+    model.save_pretrained(tmp_path / "m")
+    edit(tmp_path / "m", lambda values: values.pop("blocks"))
+    assert same_states(db.load(tmp_path / "m").state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("blocks", [[], [0, 3], [0, 0], [1, 0], ["0"], [True], 1, None, {"0": 1}])
+def test_a_tampered_list_of_blocks_is_refused(tmp_path: Path, blocks: Any) -> None:
+    made().save_pretrained(tmp_path / "m")
+    edit(tmp_path / "m", lambda values: values.update(blocks=blocks))
+    with pytest.raises(ValueError, match=rf"{INDEX}: blocks = .*indices from 0 to 2"):
+        db.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([], "name each block"),
+        ([0, 0], "name each block"),
+        ([3], "from 0 to 2, got 3"),
+        ([-1], "got -1"),
+        ([True], "True"),
+    ],
+)
+def test_blocks_that_cannot_be_saved_are_named(blocks: list[int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        made().save_pretrained(tmp_path / "m", blocks=blocks)
+    assert not (tmp_path / "m").exists()
+
+
+def test_joint_blocks_are_not_saved_apart(tmp_path: Path) -> None:
+    model = made(shared="joint")
+    with pytest.raises(ValueError, match=r"blocks = \[0\].*shared = joint"):
+        model.save_pretrained(tmp_path / "m", blocks=[0])
+    assert not (tmp_path / "m").exists()
+    model.save_pretrained(tmp_path / "m", blocks=[0, 1, 2])
+    assert same_states(db.load(tmp_path / "m").state_dict(), model.state_dict())
+
+
+def test_a_block_that_was_never_built_is_not_saved(tmp_path: Path) -> None:
+    model = made()
+    model.save_pretrained(tmp_path / "whole")
+    model.blocks[1].to("meta")
+    for blocks in (None, [1], [0, 1]):
+        with pytest.raises(ValueError, match=r"blocks \[1\] are on the meta device.*blocks=\[0, 2\]"):
+            model.save_pretrained(tmp_path / "m", blocks=blocks)
+    with pytest.raises(ValueError, match=r"blocks \[1\] are on the meta device.*merge"):
+        model.export()
+    assert not (tmp_path / "m").exists()
+    model.save_pretrained(tmp_path / "m", blocks=[0, 2])
+    whole, part = listing(tmp_path / "whole"), listing(tmp_path / "m")
+    assert all(part[name] == whole[name] for name in ("block-00.safetensors", "block-02.safetensors"))
 
 
 # ---- layout -----------------------------------------------------------------------------------------------------
@@ -285,6 +461,7 @@ def test_tensors_that_do_not_match_are_refused_by_name(folder: Path) -> None:
         {n: t for n, t in tensors.items() if n != name},
         tensors | {"extra": torch.zeros(1)},
         tensors | {name: torch.zeros(2, 2)},
+        tensors | {name: tensors[name].to(torch.int64)},
         load_file(folder / "block-00.safetensors"),  # another block's file
     ):
         save_file(wrong, path)

@@ -15,7 +15,7 @@ from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData
 from diffusionblocks.training import Diverged, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.checkpoint import checkpoints
 from diffusionblocks.training.keys import DataOrder, key
-from diffusionblocks.training.schedules import lr_factor, random_schedule
+from diffusionblocks.training.schedules import block_schedule, lr_factor
 
 
 def images(n: int = 40) -> ImageData:
@@ -160,7 +160,7 @@ def test_the_average_follows_its_formula() -> None:
     parameter = run.sets["end-to-end"].parameters[0]
     expected = parameter.detach().clone()
     for step in range(4):
-        run.stepper.run(0, step, run.order(0, step), step, step)
+        run.stepper.run(0, step, run.order(0, step), (step, step))
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * parameter.detach()
     torch.testing.assert_close(run.sets["end-to-end"].ema[0], expected)
@@ -265,15 +265,15 @@ def test_the_learning_rate_follows_the_steps_of_the_block() -> None:
     run = trainer("replicated", lr_schedule="cosine", warmup_steps=0)
     run.schedule = [0] * 8 + [1]
     run.train()
-    assert run.sets["block 0"].lr.item() == pytest.approx(3e-3 * lr_factor(7, 8, 0, "cosine"))
-    assert run.sets["block 1"].lr.item() == pytest.approx(3e-3)
+    assert run.residency.learning_rate(0) == pytest.approx(3e-3 * lr_factor(7, 8, 0, "cosine"))
+    assert run.residency.learning_rate(1) == pytest.approx(3e-3)
 
 
-def test_random_schedule_is_fair_and_seeded() -> None:
-    schedule = random_schedule([300, 300, 300], seed=1)
+def test_block_schedule_is_fair_and_seeded() -> None:
+    schedule = block_schedule("random", [300, 300, 300], 1, seed=1)
     assert [schedule.count(unit) for unit in range(3)] == [300, 300, 300]
     assert all(60 < schedule[:300].count(unit) < 140 for unit in range(3))
-    assert schedule == random_schedule([300, 300, 300], seed=1) != random_schedule([300, 300, 300], seed=2)
+    assert schedule == block_schedule("random", [300] * 3, 1, seed=1) != block_schedule("random", [300] * 3, 1, seed=2)
 
 
 def test_data_order_is_a_permutation_each_epoch_and_differs_between_units() -> None:

@@ -1,27 +1,35 @@
 """Adapters: the only code that knows the attributes of foreign models, one file a family."""
 
 from .base import Adapter
+from .libraries import CannotReadInParts
 from .registry import (
     adapter_for,
     adapter_named,
+    checkpoint,
     config_fields,
     config_values,
     instantiate,
     model_class_named,
+    outline,
     pretrained,
     rebuild_config,
     supported_classes,
+    with_depth,
 )
 
 __all__ = [
     "Adapter",
+    "CannotReadInParts",
     "adapter_for",
     "adapter_named",
+    "checkpoint",
     "config_fields",
     "config_values",
     "instantiate",
     "model_class_named",
+    "outline",
     "pretrained",
     "rebuild_config",
     "supported_classes",
+    "with_depth",
 ]

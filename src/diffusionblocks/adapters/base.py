@@ -130,16 +130,18 @@ class Namespace(nn.Module):
             place.add_module(name, part)
 
 
-def extract(model: nn.Module, paths: Iterable[str], *, memo: dict[int, Any]) -> Namespace:
+def extract(model: nn.Module, paths: Iterable[str], *, memo: dict[int, Any], take: bool = False) -> Namespace:
     """Copy the modules (or bare parameters) at the dotted `paths` into a tree of the same names.
 
     Args:
         model: the foreign model; it is not changed.
         paths: dotted names in it.
         memo: `copy.deepcopy`'s memo: what it already holds (a config, say) is shared instead of copied.
+        take: put the model's own modules into the tree, without a copy.
     """
     root = Namespace()
     for path in paths:
         parent, _, name = path.rpartition(".")
-        root.attach(path, copy.deepcopy(getattr(model.get_submodule(parent), name), memo))
+        part = getattr(model.get_submodule(parent), name)
+        root.attach(path, part if take else copy.deepcopy(part, memo))
     return root

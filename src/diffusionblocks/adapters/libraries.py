@@ -5,14 +5,43 @@ from __future__ import annotations
 import abc
 import copy
 import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from safetensors import safe_open
 from torch import nn
+
+from ..files import read_json
 
 #: Attention implementations that a recipe or a saved model may ask for. Others can make transformers fetch kernels.
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class CannotReadInParts(ValueError):
+    """Weights that only the library's own `from_pretrained` can read; says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pretrained model as it lies in its files: everything but the weights.
+
+    Attributes:
+        config: the model's config object.
+        dtype: in which the library would load it.
+        places: parameter's name in the model -> file and name there; parameters that the files lack are left out.
+        missing: the names of those.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    places: dict[str, tuple[Path, str]]
+    missing: frozenset[str]
 
 
 class Library(abc.ABC):
@@ -21,11 +50,16 @@ class Library(abc.ABC):
     Args:
         module: where its public classes are imported from.
         packages: prefixes of the modules that define them.
+        weights: name of a pretrained model's safetensors file.
     """
 
-    def __init__(self, module: str, packages: tuple[str, ...]) -> None:
+    #: config values that follow from the number of layers
+    depth_dependent: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, module: str, packages: tuple[str, ...], weights: str) -> None:
         self.module = module
         self.packages = packages
+        self.weights = weights
 
     def model_class(self, name: str) -> Any:
         """The public class of that name."""
@@ -51,13 +85,51 @@ class Library(abc.ABC):
         with torch.random.fork_rng(devices=[]):
             return self._create(model_class, copy.deepcopy(config))
 
+    def outline(self, model_class: Any, config: Any) -> nn.Module:
+        """An instance on the meta device: its structure, names and shapes, without memory and without draws."""
+        with torch.device("meta"):
+            return self._create(model_class, copy.deepcopy(config))
+
     def pretrained(self, model_class: Any, path: str | Path, values: dict[str, Any]) -> nn.Module:
         """An instance with the weights of a folder or hub name; `values` override its config."""
         return model_class.from_pretrained(path, **values)  # type: ignore[no-any-return]
 
+    def checkpoint(self, model_class: Any, path: str | Path, values: dict[str, Any]) -> Checkpoint:
+        """Where a folder or hub name has each weight that `pretrained` would load.
+
+        Raises:
+            CannotReadInParts: there are no safetensors files, or what is in them is not as the model has it.
+        """
+        found = _safetensors_keys(path, self.weights)
+        dtypes, shapes = _described(found)
+        config, dtype = self._pretrained_config(model_class, path, values, set(dtypes.values()))
+        model = self.outline(model_class, config)
+        expected = model.state_dict()
+        places: dict[str, tuple[Path, str]] = {}
+        for key, name in self._names(model, found).items():
+            if name not in expected:
+                continue  # the library reads over it, too
+            if name in places or shapes[key] != expected[name].shape:
+                raise CannotReadInParts(f"{key} does not fit {name}")
+            places[name] = found[key], key
+        return Checkpoint(config, dtype, places, frozenset(expected.keys() - places.keys()))
+
+    @abc.abstractmethod
+    def _pretrained_config(
+        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str]
+    ) -> tuple[Any, torch.dtype]:
+        """Config and dtype as `from_pretrained` finds them; `stored` are the safetensors names of the files' dtypes."""
+
+    @abc.abstractmethod
+    def _names(self, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+        """Names in the files -> names in the model, where the library has renamed its parameters since."""
+
 
 class Transformers(Library):
     """transformers: a config class beside each model class."""
+
+    # The stages of a model that can serve as a backbone (DINOv2): one a layer.
+    depth_dependent = frozenset({"stage_names", "out_features", "out_indices"})
 
     def fields(self, model_class: Any) -> set[str]:
         """See `Library`."""
@@ -80,6 +152,46 @@ class Transformers(Library):
 
     def _create(self, model_class: Any, config: Any) -> nn.Module:
         return model_class(config)  # type: ignore[no-any-return]
+
+    def _pretrained_config(
+        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str]
+    ) -> tuple[Any, torch.dtype]:
+        config, unused = model_class.config_class.from_pretrained(path, return_unused_kwargs=True, **values)
+        special = {"dtype", "torch_dtype"} & values.keys()
+        special |= {n for n in ("quantization_config", "transformers_weights") if getattr(config, n, None) is not None}
+        special |= unused.keys() - {"attn_implementation"}
+        if special:
+            raise CannotReadInParts(f"only the library knows what to do with {sorted(special)}")
+        if "attn_implementation" in values:
+            config._attn_implementation = values["attn_implementation"]
+        dtype = config.dtype
+        if dtype is None:  # the library then takes that of the first tensor
+            if len(stored) != 1 or not stored <= _DTYPES.keys():
+                raise CannotReadInParts(f"its config names no dtype, and its files hold {sorted(stored)}")
+            dtype = _DTYPES[next(iter(stored))]
+        if dtype != torch.float32 and (model_class._keep_in_fp32_modules or model_class._keep_in_fp32_modules_strict):
+            raise CannotReadInParts(f"the library keeps parts of a {dtype} model in float32")
+        config.dtype, config.name_or_path = dtype, str(path)
+        return config, dtype
+
+    def _names(self, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+            mapping: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+            renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+            converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+            prefix, expected = str(model.base_model_prefix), model.state_dict()
+            names = {}
+            for key in keys:
+                name, changed = rename_source_key(key, renamings, converters, prefix, expected)
+                if changed is not None:
+                    raise CannotReadInParts(f"the library changes {key} when it loads it, not only its name")
+                names[key] = key if name not in expected and key in expected else name
+        except (ImportError, AttributeError, TypeError) as error:
+            raise CannotReadInParts(f"this version of transformers renames weights in another way: {error}") from error
+        return names
 
 
 class Diffusers(Library):
@@ -105,7 +217,63 @@ class Diffusers(Library):
     def _create(self, model_class: Any, config: Any) -> nn.Module:
         return model_class(**self.values(config))  # type: ignore[no-any-return]
 
+    def _pretrained_config(
+        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str]
+    ) -> tuple[Any, torch.dtype]:
+        described = model_class.load_config(path)
+        if described.get("quantization_config") is not None:
+            raise CannotReadInParts("it is quantised")
+        with torch.device("meta"):
+            return model_class.from_config(described, **values).config, torch.float32
 
-TRANSFORMERS = Transformers("transformers", ("transformers.",))
-DIFFUSERS = Diffusers("diffusers", ("diffusers.",))
-OURS = Diffusers("diffusionblocks.models", ("diffusionblocks.models.",))
+    def _names(self, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+        names = {key: key for key in keys}
+        unknown = sorted(names.keys() - model.state_dict().keys())
+        if unknown:
+            raise CannotReadInParts(f"the model knows no {', '.join(unknown[:3])}")
+        return names
+
+
+def _safetensors_keys(path: str | Path, weights: str) -> dict[str, Path]:
+    """Every name in the safetensors file or shards of a folder or hub name, and the file that has it."""
+    single, index = _cached(path, weights), _cached(path, f"{weights}.index.json")
+    if (single is None) == (index is None):
+        raise CannotReadInParts(f"it must have one of {weights} and {weights}.index.json")
+    if index is not None:
+        shards = read_json(index).get("weight_map", {})
+        files = {name: _cached(path, name) for name in set(shards.values())}
+        if None in files.values():
+            raise CannotReadInParts(f"it lacks {sorted(name for name, file in files.items() if file is None)}")
+        return {key: file for key, name in shards.items() if (file := files[name]) is not None}
+    assert single is not None
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _cached(path: str | Path, name: str) -> Path | None:
+    """A file of a folder, or of a hub repository (in the cache, or downloaded); None where there is none."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(str(path), name)
+    except OSError:
+        return None
+    return None if found is None else Path(found)
+
+
+def _described(keys: dict[str, Path]) -> tuple[dict[str, str], dict[str, torch.Size]]:
+    """Dtype (its safetensors name) and shape of every tensor, from the files' headers."""
+    dtypes, shapes = {}, {}
+    for path in set(keys.values()):
+        with safe_open(path, "pt") as file:
+            for key in set(file.keys()) & {key for key, found in keys.items() if found == path}:
+                part = file.get_slice(key)
+                dtypes[key], shapes[key] = part.get_dtype(), torch.Size(part.get_shape())
+    if lost := sorted(keys.keys() - shapes.keys()):
+        raise CannotReadInParts(f"its files lack {', '.join(lost[:3])}")
+    return dtypes, shapes
+
+
+TRANSFORMERS = Transformers("transformers", ("transformers.",), "model.safetensors")
+DIFFUSERS = Diffusers("diffusers", ("diffusers.",), "diffusion_pytorch_model.safetensors")
+OURS = Diffusers("diffusionblocks.models", ("diffusionblocks.models.",), "diffusion_pytorch_model.safetensors")

@@ -9,7 +9,7 @@ from torch import nn
 
 from .base import Adapter
 from .dit import DiffusersDiTAdapter, DiTAdapter
-from .libraries import Library
+from .libraries import Checkpoint, Library
 from .vit import ViTAdapter
 
 _ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(), DiTAdapter(), DiffusersDiTAdapter())
@@ -92,7 +92,30 @@ def instantiate(model_class: str, model_config: Any) -> nn.Module:
     return library.create(found, model_config)
 
 
+def outline(model_class: str, model_config: Any) -> nn.Module:
+    """An instance of a supported class on the meta device: no memory, and no random draws."""
+    library, found = _found(model_class)
+    return library.outline(found, model_config)
+
+
+def with_depth(model_class: str, model_config: Any, layers: int) -> Any:
+    """The config with another number of layers."""
+    library, found = _found(model_class)
+    values = {n: v for n, v in library.values(model_config).items() if n not in library.depth_dependent}
+    return library.config(found, values | {adapter_named(model_class).depth_field: layers})
+
+
 def pretrained(model_class: str, path: str | Path, values: dict[str, Any]) -> nn.Module:
     """An instance of a supported class with the weights of a folder or hub name; `values` override its config."""
     library, found = _found(model_class)
     return library.pretrained(found, path, values)
+
+
+def checkpoint(model_class: str, path: str | Path, values: dict[str, Any]) -> Checkpoint:
+    """Where a folder or hub name has each weight that `pretrained` would load.
+
+    Raises:
+        CannotReadInParts: only the library itself can read it; the message says why.
+    """
+    library, found = _found(model_class)
+    return library.checkpoint(found, path, values)

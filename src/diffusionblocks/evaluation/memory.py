@@ -57,14 +57,9 @@ def step_memory(trainer: Trainer) -> list[StepMemory]:
         trainer.step(index)
         trainer.step(index)
         transient = _transient_peak(functools.partial(trainer.step, index), trainer.device)
-        sets = trainer.stepper.sets[index]
-        optimizer = (
-            value
-            for group in sets
-            if group.optimizer is not None
-            for state in group.optimizer.state.values()
-            for value in state.values()
-        )
+        names = [unit.name, *({"shared"} & trainer.sets.keys())]
+        sets = [trainer.sets[name] for name in names]
+        optimizer = (value for group in sets for moments in group.moments for value in moments.values())
         results.append(
             StepMemory(
                 unit.name,

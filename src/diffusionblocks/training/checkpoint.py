@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,25 @@ from torch import Tensor
 
 from ..files import read_json, read_tensors, replaced_folder, write_json, write_tensors
 
-_FILES = re.compile(r"state\.(safetensors|json)")
+_FILES = re.compile(r"[a-z0-9-]+\.safetensors|state\.json")
 _NAME = re.compile(r"iteration-(\d{9})")
 
 
 def write_checkpoint(
-    folder: Path, iteration: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int
+    folder: Path, iteration: int, owners: Iterable[tuple[str, dict[str, Tensor]]], values: dict[str, Any], keep: int
 ) -> Path:
-    """Write `folder`/iteration-... and delete all but the newest `keep` checkpoints."""
+    """Write `folder`/iteration-..., one file an owner, and delete all but the newest `keep` checkpoints."""
     path = folder / f"iteration-{iteration:09d}"
     with replaced_folder(path, _FILES) as temporary:
-        write_tensors(temporary / "state.safetensors", tensors)
+        for name, tensors in owners:
+            write_tensors(temporary / _file(name), tensors)
         write_json(temporary / "state.json", {"iteration": iteration, **values})
     remove(checkpoints(folder)[:-keep])
     return path
+
+
+def _file(owner: str) -> str:
+    return f"{owner.replace(' ', '-')}.safetensors"
 
 
 def remove(paths: list[Path]) -> None:
@@ -40,6 +46,26 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and values of a checkpoint; FileNotFoundError or ValueError names what is wrong with it."""
-    return read_tensors(path / "state.safetensors"), read_json(path / "state.json")
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a checkpoint; FileNotFoundError or ValueError names what is wrong with it."""
+    return read_json(path / "state.json")
+
+
+def read_owner(path: Path, owner: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one owner in a checkpoint.
+
+    Raises:
+        FileNotFoundError: its file is missing.
+        ValueError: its file is damaged, or holds tensors of other names or shapes than `like`.
+    """
+    file = path / _file(owner)
+    tensors = read_tensors(file)
+    if different := sorted(tensors.keys() ^ like.keys()):
+        raise ValueError(f"{file} does not match the model: it lacks or has too much {', '.join(different[:5])}")
+    for name, tensor in like.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"{file} does not match the model: {name} has shape {tuple(tensors[name].shape)}, the model "
+                f"{tuple(tensor.shape)}"
+            )
+    return tensors

@@ -1,77 +1,40 @@
-"""What moves one owner's parameters: AdamW, its learning-rate schedule, and the moving average."""
+"""What moves parameters: AdamW, its learning rate, the moving average; and the state that this keeps for its owner."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .config import TrainConfig
 from .schedules import lr_factor
 
+#: Elements that the moving average handles at once: bounds the memory of its temporaries.
+_AVERAGED_AT_ONCE = 2**24
+
 
 class ParameterSet:
-    """Parameters that step together, with their own optimizer state, step count and moving average.
+    """The parameters of one owner (a unit, or all units together) and what training keeps for them.
 
-    `prepare` does the host's part of a step, `update` the device's: `update` reads learning rate and decay from
-    tensors on the device, so a captured CUDA graph replays it at any step.
-
-    Args:
-        parameters: what to train; may be empty.
-        total_steps: length of the learning-rate schedule.
-        warmup: warm-up steps.
-        config: AdamW's settings, schedule and EMA decay.
+    It only holds them, on whatever device; an `Updater` moves them, or copies of them.
 
     Attributes:
+        parameters: what is trained; may be empty.
+        moments: of each parameter, the optimizer's state by name, as plain tensors.
+        ema: of each parameter, its moving average; empty where none is kept.
         steps: how often it stepped.
         inherited_steps: steps behind the average before these (of a trunk), which count for its ramp-up.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], total_steps: int, warmup: int, config: TrainConfig) -> None:
+    def __init__(self, parameters: list[nn.Parameter], moments: list[dict[str, Tensor]], ema: list[Tensor]) -> None:
         self.parameters = parameters
-        self.total_steps = total_steps
-        self.warmup = warmup
-        self.config = config
+        self.moments = moments
+        self.ema = ema
         self.steps = 0
         self.inherited_steps = 0
-        device = parameters[0].device if parameters else torch.device("cpu")
-        self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
-        self.decay = torch.tensor(0.0, dtype=torch.float32, device=device)
-        self.ema: list[Tensor] = []
-        if config.keeps_average:
-            self.ema = [p.detach().clone() for p in parameters]
-        self.optimizer: torch.optim.AdamW | None = None
-        if parameters:
-            self.optimizer = torch.optim.AdamW(
-                parameters,
-                lr=self.lr,
-                betas=config.betas,
-                weight_decay=config.weight_decay,
-                fused=True,
-                capturable=device.type == "cuda",
-            )
-
-    def learning_rate(self) -> float:
-        """The rate of the coming step."""
-        return self.config.lr * lr_factor(self.steps, self.total_steps, self.warmup, self.config.lr_schedule)
-
-    def prepare(self) -> None:
-        """Write this step's learning rate and decay to the device (no sync), and count the step."""
-        self.lr.fill_(self.learning_rate())
-        if self.config.keeps_average:
-            self.decay.fill_(self.config.average_decay(self.inherited_steps + self.steps))
-        self.steps += 1
-
-    def update(self) -> None:
-        """Step the optimizer with the gradients at hand, then move the average."""
-        if self.optimizer is None:
-            return
-        self.optimizer.step()
-        if self.ema:
-            with torch.no_grad():
-                # Tensor factors, not numbers: reading a number off the device would wait for it.
-                torch._foreach_mul_(self.ema, self.decay)
-                weights: list[Tensor] = [p.detach() for p in self.parameters]
-                torch._foreach_add_(self.ema, list(torch._foreach_mul(weights, 1.0 - self.decay)))
 
     def swap_ema(self) -> None:
         """Exchange weights and averages; a second call undoes it."""
@@ -85,8 +48,7 @@ class ParameterSet:
         """Optimizer state and averages as flat named tensors."""
         counts = {"steps": self.steps, "inherited_steps": self.inherited_steps}
         tensors: dict[str, Tensor] = {name: torch.tensor(count) for name, count in counts.items()}
-        for i, parameter in enumerate(self.parameters):
-            moments = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+        for i, moments in enumerate(self.moments):
             tensors |= {f"{i}.{name}": value for name, value in moments.items()}
         tensors |= {f"{i}.ema": average for i, average in enumerate(self.ema)}
         return tensors
@@ -95,17 +57,11 @@ class ParameterSet:
         """The inverse of `state`."""
         self.steps = int(tensors["steps"])
         self.inherited_steps = int(tensors["inherited_steps"])
-        for i, parameter in enumerate(self.parameters):
-            assert self.optimizer is not None
-            moments = {
-                name: tensors[f"{i}.{name}"].to(parameter.device)
-                for name in ("step", "exp_avg", "exp_avg_sq")
-                if f"{i}.{name}" in tensors
-            }
-            if moments:
-                self.optimizer.state[parameter] = moments
-            if self.ema:
-                self.ema[i].copy_(tensors[f"{i}.ema"])
+        for i, moments in enumerate(self.moments):
+            for name, value in moments.items():
+                value.copy_(tensors[f"{i}.{name}"])
+        for i, average in enumerate(self.ema):
+            average.copy_(tensors[f"{i}.ema"])
 
     def inherit(self, sources: dict[nn.Parameter, tuple[ParameterSet, int]], *, optimizer: bool, average: bool) -> None:
         """Take over the optimizer state or average of other parameters, those of a trunk.
@@ -113,16 +69,166 @@ class ParameterSet:
         Args:
             sources: for each parameter here, the set that holds its source, and its place there; none for one that
                 was not trained there, which starts afresh.
-            optimizer: copy AdamW's state.
+            optimizer: copy the optimizer's state.
             average: copy the moving averages, and the steps that count for their ramp-up.
         """
         for i, parameter in enumerate(self.parameters):
             if parameter not in sources:
                 continue
             source, place = sources[parameter]
-            if optimizer and source.optimizer is not None and self.optimizer is not None:
-                moments = source.optimizer.state.get(source.parameters[place], {})
-                self.optimizer.state[parameter] = {name: value.clone() for name, value in moments.items()}
+            if optimizer:
+                for name, value in self.moments[i].items():
+                    value.copy_(source.moments[place][name])
             if average and self.ema and source.ema:
                 self.ema[i].copy_(source.ema[place])
                 self.inherited_steps = source.inherited_steps + source.steps
+
+
+class Updater:
+    """Moves parameters on the device: AdamW and the moving average.
+
+    `prepare` does the host's part of a step, `update` the device's: `update` reads learning rate and decay from
+    tensors on the device, so a captured CUDA graph replays it at any step. With `config.optimizer_in_backward` there is
+    an optimizer for every parameter, which steps as soon as the parameter's gradient is whole.
+
+    Args:
+        parameters: on their device; may be empty.
+        total_steps: length of the owner's learning-rate schedule.
+        warmup: warm-up steps.
+        config: AdamW's settings, schedule and EMA decay.
+        ema: moving averages of the parameters, on their device; empty where none is kept.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        total_steps: int,
+        warmup: int,
+        config: TrainConfig,
+        ema: list[Tensor],
+    ) -> None:
+        self.parameters = parameters
+        self.total_steps = total_steps
+        self.warmup = warmup
+        self.config = config
+        self.ema = ema
+        device = parameters[0].device if parameters else torch.device("cpu")
+        self.lr = torch.tensor(0.0, dtype=torch.float32, device=device)
+        self.decay = torch.tensor(0.0, dtype=torch.float32, device=device)
+        self._optimizers: list[Optimizer] = []
+        if config.optimizer_in_backward:
+            self._optimizers = [make_optimizer([p], self.lr, config) for p in parameters]
+        elif parameters:
+            self._optimizers = [make_optimizer(parameters, self.lr, config)]
+        if config.optimizer_in_backward:
+            for i, parameter in enumerate(parameters):
+                parameter.register_post_accumulate_grad_hook(lambda _, i=i: self._step_one(i))
+
+    def allocate(self, place: Callable[[int, str, Tensor], Tensor] = lambda i, name, fresh: fresh) -> None:
+        """Make the optimizer's lazy state now: it is moved between devices, and measured.
+
+        Args:
+            place: gives, for the i-th parameter, the state's name and fresh value, the tensor that shall hold it.
+        """
+        for i, parameter in enumerate(self.parameters):
+            optimizer = self._optimizers[i if self.config.optimizer_in_backward else 0]
+            optimizer.state.pop(parameter, None)
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()  # gradient 0, at learning rate 0: nothing moves; the others have no gradient
+            parameter.grad = None
+            state = self._state(i)
+            state["step"].zero_()
+            for key, value in state.items():
+                parts = {name: place(i, name, part).copy_(part) for name, part in _parts(key, value).items()}
+                state[key] = _rebuilt(key, value, parts)
+
+    def moments(self) -> list[dict[str, Tensor]]:
+        """Each parameter's optimizer state by name, live and as plain tensors (those inside an 8-bit tensor)."""
+        return [
+            {name: part for key, value in self._state(i).items() for name, part in _parts(key, value).items()}
+            for i in range(len(self.parameters))
+        ]
+
+    def _state(self, place: int) -> dict[str, Any]:
+        optimizer = self._optimizers[place if self.config.optimizer_in_backward else 0]
+        state: dict[str, Any] = optimizer.state[self.parameters[place]]
+        return state
+
+    def learning_rate(self, owner: ParameterSet) -> float:
+        """The rate of the owner's coming step."""
+        return self.config.lr * lr_factor(owner.steps, self.total_steps, self.warmup, self.config.lr_schedule)
+
+    def prepare(self, owner: ParameterSet) -> None:
+        """Write the rate and decay of the owner's step to the device (no sync), and count the step."""
+        self.lr.fill_(self.learning_rate(owner))
+        if self.ema:
+            self.decay.fill_(self.config.average_decay(owner.inherited_steps + owner.steps))
+        owner.steps += 1
+
+    def update(self) -> None:
+        """Step with the gradients at hand, then move the average; nothing to do if the backward pass did it."""
+        if self.config.optimizer_in_backward:
+            return
+        for optimizer in self._optimizers:
+            optimizer.step()
+        start = size = 0
+        for stop, parameter in enumerate(self.parameters if self.ema else [], start=1):
+            size += parameter.numel()
+            if size >= _AVERAGED_AT_ONCE or stop == len(self.parameters):
+                self._average(slice(start, stop))
+                start, size = stop, 0
+
+    def _step_one(self, place: int) -> None:
+        self._optimizers[place].step()
+        self.parameters[place].grad = None
+        if self.ema:
+            self._average(slice(place, place + 1))
+
+    def _average(self, places: slice) -> None:
+        with torch.no_grad():
+            # Tensor factors, not numbers: reading a number off the device would wait for it.
+            averages, weights = self.ema[places], [p.detach() for p in self.parameters[places]]
+            torch._foreach_mul_(averages, self.decay)
+            torch._foreach_add_(averages, list(torch._foreach_mul(weights, 1.0 - self.decay)))
+
+
+def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConfig) -> Optimizer:
+    """AdamW as the config says, over parameters of one device, with the learning rate in a tensor there.
+
+    Raises:
+        ImportError: 8-bit AdamW without torchao.
+    """
+    if config.optimizer == "adamw-8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise ImportError(
+                "train.optimizer: adamw-8bit needs torchao; pip install 'diffusionblocks[savers]'"
+            ) from None
+        made: Optimizer = AdamW8bit(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+        return made
+    return torch.optim.AdamW(
+        parameters,
+        lr=lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+        capturable=lr.device.type == "cuda",
+    )
+
+
+def _parts(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A plain tensor as it is; a wrapper of several (8-bit codes and scales) as its parts."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return {name: value}
+    return {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+
+
+def _rebuilt(name: str, value: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    if not hasattr(value, "__tensor_flatten__"):
+        return tensors[name]
+    parts, about = value.__tensor_flatten__()
+    inner = {part: tensors[f"{name}.{part}"] for part in parts}
+    kind: Any = type(value)
+    rebuilt: Tensor = kind.__tensor_unflatten__(inner, about, value.shape, value.stride())
+    return rebuilt

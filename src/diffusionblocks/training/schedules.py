@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 
 from .keys import key
 
 
-def random_schedule(steps: list[int], seed: int) -> list[int]:
-    """Units in uniformly random order, unit u exactly steps[u] times (paper, section 4: blocks drawn at random).
+def block_schedule(kind: str, steps: Sequence[int], dwell: int, seed: int) -> list[int]:
+    """The unit of every iteration; unit u steps exactly steps[u] times.
+
+    Args:
+        kind: `random` (paper, section 4: blocks drawn at random), `round-robin`, or `sequential` (a unit to its end,
+            then the next).
+        steps: of each unit.
+        dwell: how many steps a unit makes in a row (the last time, those that are left).
+        seed: of the random order.
 
     Returns:
-        The unit of every iteration, length sum(steps).
+        Length sum(steps).
     """
-    units = torch.cat([torch.full((n,), unit) for unit, n in enumerate(steps)])
-    generator = torch.Generator().manual_seed(key(seed, 0, 0, "schedule"))
-    order: list[int] = units[torch.randperm(len(units), generator=generator)].tolist()
-    return order
+    visits = [[min(dwell, n - start) for start in range(0, n, dwell)] for n in steps]
+    if kind == "sequential":
+        order = [(unit, length) for unit, lengths in enumerate(visits) for length in lengths]
+    else:
+        rounds = zip_longest(*visits)
+        order = [(unit, length) for lengths in rounds for unit, length in enumerate(lengths) if length is not None]
+    if kind == "random":
+        generator = torch.Generator().manual_seed(key(seed, 0, 0, "schedule"))
+        places: list[int] = torch.randperm(len(order), generator=generator).tolist()
+        order = [order[place] for place in places]
+    return [unit for unit, length in order for _ in range(length)]
+
+
+def next_others(schedule: Sequence[int]) -> list[int | None]:
+    """For every iteration the unit whose turn comes when that of the present one ends; None at the last turn."""
+    following: list[int | None] = [None] * len(schedule)
+    for i in range(len(schedule) - 2, -1, -1):
+        following[i] = following[i + 1] if schedule[i + 1] == schedule[i] else schedule[i + 1]
+    return following
 
 
 def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:

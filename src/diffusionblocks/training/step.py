@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import TrainConfig
-from .optim import ParameterSet
-from .units import Unit
+from .residency import Place, Residency
 
 _EAGER_STEPS = 3  # real steps before capture: they load kernels and create the optimizer's state
 
@@ -33,8 +32,7 @@ class Stepper:
     """Runs steps of units on one device, with no host sync.
 
     Args:
-        units: the units.
-        sets: each unit's parameter sets (its own, and the shared one under `joint`).
+        residency: brings the units to where they compute.
         batches: makes batches.
         config: batch size, accumulation, precision, clipping.
         device: where all of it lives.
@@ -42,65 +40,80 @@ class Stepper:
 
     def __init__(
         self,
-        units: list[Unit],
-        sets: list[list[ParameterSet]],
+        residency: Residency,
         batches: BatchMaker,
         config: TrainConfig,
         device: torch.device,
     ) -> None:
-        self.units = units
-        self.sets = sets
+        self.residency = residency
         self.batches = batches
         self.config = config
         self.device = device
         self.generator = torch.Generator(device=device)
         self.indices = torch.zeros(config.accumulation, config.batch_size, dtype=torch.int64, device=device)
         # Read by the host only when it logs: sums since the last log, and the first step that was not finite.
-        self.loss_sum = torch.zeros(len(units), device=device)
-        self.norm_sum = torch.zeros(len(units), device=device)
+        many = len(residency.units)
+        self.loss_sum = torch.zeros(many, device=device)
+        self.norm_sum = torch.zeros(many, device=device)
         self.step_now = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_step = torch.full((len(units),), -1, dtype=torch.int64, device=device)
+        self.bad_step = torch.full((many,), -1, dtype=torch.int64, device=device)
         self.use_graphs = config.cuda_graph and device.type == "cuda"
-        self._eager_steps = [0] * len(units)
+        self._eager_steps: dict[nn.Module, int] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
-    def run(self, unit: int, step: int, indices: Tensor, noise_key: int, dropout_key: int) -> None:
-        """Step `unit`, whose own 0-based step count is `step`, on the examples `indices` (accumulation, batch)."""
-        self.generator.manual_seed(noise_key)
-        torch.manual_seed(dropout_key)
+    def run(self, unit: int, step: int, indices: Tensor, keys: tuple[int, int], following: int | None = None) -> None:
+        """Step a unit.
+
+        Args:
+            unit: place of the unit in the list.
+            step: its own 0-based step count.
+            indices: examples (accumulation, batch).
+            keys: of noise and of dropout.
+            following: the unit that comes after this one's turn, where known.
+        """
+        place = self.residency.activate(unit, following)
+        self.generator.manual_seed(keys[0])
+        torch.manual_seed(keys[1])
         self.indices.copy_(indices)
         self.step_now.fill_(step)
-        for parameters in self.sets[unit]:
-            parameters.prepare()
+        for updater, owner in zip(place.updaters, place.owners, strict=True):
+            updater.prepare(owner)
         if not self.use_graphs:
-            self._compute(unit)
+            self._compute(unit, place)
         elif unit in self._graphs:
+            self.residency.wait_for_state()
             self._graphs[unit].replay()
-        elif self._eager_steps[unit] < _EAGER_STEPS:
-            self._eager_steps[unit] += 1
-            self._compute(unit)
+        elif self._eager_steps.get(place.module, 0) < _EAGER_STEPS:
+            self._eager_steps[place.module] = self._eager_steps.get(place.module, 0) + 1
+            self._compute(unit, place)
         else:
-            self._capture(unit)
+            self._capture(unit, place)
             self._graphs[unit].replay()
 
-    def _capture(self, unit: int) -> None:
+    def _capture(self, unit: int, place: Place) -> None:
+        self.residency.wait_for_state()
+        self.residency.settle()
+        if not self._graphs:
+            torch.cuda.empty_cache()  # what the eager steps used is of no use to graphs, which have their own memory
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            self._compute(unit)
+            self._compute(unit, place)
         # Every graph makes its own gradients, so graphs may reuse each other's memory.
         self._pool = graph.pool()
         self._graphs[unit] = graph
 
-    def _compute(self, index: int) -> None:
-        unit, config = self.units[index], self.config
-        parameters = [p for group in self.sets[index] for p in group.parameters]
+    def _compute(self, index: int, place: Place) -> None:
+        config = self.config
+        if config.optimizer_in_backward:
+            self.residency.wait_for_state()
+        parameters = [p for updater in place.updaters for p in updater.parameters]
         total = torch.zeros((), device=self.device)
         for micro in range(config.accumulation):
             batch = self.batches(self.indices[micro], self.generator)
             with self._kernels():
-                losses: Tensor = unit.module.loss(batch, self.generator)  # type: ignore[operator]
+                losses: Tensor = place.module.loss(batch, self.generator)  # type: ignore[operator]
             loss = losses.mean() / config.accumulation
             loss.backward()
             total += loss.detach()
@@ -112,8 +125,9 @@ class Stepper:
             finite = torch.isfinite(total) & torch.isfinite(norm)
         else:
             finite = torch.isfinite(total)
-        for group in self.sets[index]:
-            group.update()
+        self.residency.wait_for_state()
+        for updater in place.updaters:
+            updater.update()
         for parameter in parameters:
             parameter.grad = None
         self.loss_sum[index] += total

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from ..branching import trunk_name
 from ..model import DiffusionBlocks
-from .checkpoint import checkpoints, read_checkpoint, remove, write_checkpoint
+from .checkpoint import checkpoints, read_owner, read_values, remove, write_checkpoint
 from .config import RESUME_MAY_DIFFER, TrainConfig
 from .keys import DataOrder, key
 from .logging import JsonLines, Logger
-from .optim import ParameterSet
-from .schedules import random_schedule
+from .residency import Lengths, make_residency
+from .schedules import block_schedule, next_others
 from .step import BatchMaker, Stepper
 from .units import units_of
 
@@ -47,9 +47,12 @@ class Trainer:
     """Trains a `DiffusionBlocks` (a random block each iteration) or an `EndToEnd`.
 
     Args:
-        model: on its device already.
-        batches: makes batches on that device.
+        model: on any device; the trainer moves what it trains, as `config.resident` says.
+        batches: makes batches on the device.
         config: hyperparameters.
+        device: where to train; default the model's device.
+        fill: gives the block of an index its initial weights, where the model has blocks on the meta device: it is
+            called for one block after the other, so that neither host nor device ever holds them all.
         folder: where `log.jsonl` and `checkpoints/` go; None keeps nothing.
         loggers: further receivers of the log.
         progress: show a progress bar.
@@ -65,6 +68,8 @@ class Trainer:
         batches: BatchMaker,
         config: TrainConfig,
         *,
+        device: torch.device | None = None,
+        fill: Callable[[int], None] | None = None,
         folder: Path | None = None,
         loggers: Sequence[Logger] = (),
         progress: bool = True,
@@ -76,32 +81,30 @@ class Trainer:
         self.folder = folder
         self.loggers = list(loggers)
         self.progress = progress
-        self.device = next(model.parameters()).device
-        self.units, shared = units_of(model)
+        self.units, shared = units_of(model, config.blocks)
+        self.device = device or next(self.units[0].module.parameters()).device
         steps = config.unit_steps(batches.num_examples)
-        warmup = config.warmup(batches.num_examples)
-        many = len(self.units)
-        self.sets = {unit.name: ParameterSet(unit.own, steps, warmup, config) for unit in self.units}
-        if shared:  # they step at every iteration
-            self.sets["shared"] = ParameterSet(shared, steps * many, warmup * many, config)
-        common = [self.sets["shared"]] if shared else []
-        self.stepper = Stepper(
-            self.units, [[self.sets[u.name], *common] for u in self.units], batches, config, self.device
-        )
-        self.schedule = random_schedule([steps] * many, config.seed)
+        lengths = Lengths(steps, config.warmup(batches.num_examples))
+        self.residency = make_residency(self.units, shared, lengths, config, self.device, folder, fill)
+        self.sets = self.residency.sets
+        self.stepper = Stepper(self.residency, batches, config, self.device)
+        self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.dwell, config.seed)
         self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
         self.iteration = 0
         self.seconds = 0.0
         self._signal: int | None = None
         if config.compile:
             batches.compile()
-            # Each block is a graph of its own; past the limit torch would quietly run the others eagerly.
+            # Each shape of block is a graph of its own; past the limit torch would quietly run the others eagerly.
             dynamo: Any = torch._dynamo.config
-            dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(self.units))
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(self.residency.skeletons))
+            # Adaptive norms note a layer's noise level while it runs; a traced layer that runs again needs none.
+            if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+                dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             # A block has many small kernels of one kind (casts, reductions of biases): combined, they launch once.
             options = {"combo_kernels": True} if self.device.type == "cuda" else None
-            for unit in self.units:
-                unit.module.compile(options=options)
+            for skeleton in self.residency.skeletons:
+                skeleton.module.compile(options=options)
 
     # ---- the loop ------------------------------------------------------------------------------------
 
@@ -132,22 +135,23 @@ class Trainer:
         try:
             with self._signals(), self.side_stream():
                 self._loop(end, bar)
+            self.residency.flush()  # the model is whole again
         finally:
             bar.close()
             for logger in self.loggers:
                 logger.close()
 
-    def step(self, unit: int) -> None:
-        """Step one unit on the data and randomness of its own next step (the loop's body; no wait for the device)."""
-        step = self.sets[self.units[unit].name].steps
-        seed = self.config.seed
-        self.stepper.run(
-            unit,
-            step,
-            self.order(unit, step),
-            key(seed, unit, step, "noise"),
-            key(seed, unit, step, "dropout"),
-        )
+    def step(self, unit: int, following: int | None = None) -> None:
+        """Step one unit on the data and randomness of its own next step (the loop's body; no wait for the device).
+
+        Args:
+            unit: place of the unit in `units`.
+            following: the unit after its turn, where known: its way to the device can be prepared.
+        """
+        chosen, seed = self.units[unit], self.config.seed
+        step = self.sets[chosen.name].steps
+        keys = key(seed, chosen.index, step, "noise"), key(seed, chosen.index, step, "dropout")
+        self.stepper.run(unit, step, self.order(chosen.index, step), keys, following)
 
     def _loop(self, end: int, bar: tqdm[Any]) -> None:
         config = self.config
@@ -155,9 +159,10 @@ class Trainer:
         counts = [0] * len(self.units)
         started = logged = time.perf_counter()
         before = self.seconds
+        following = next_others(self.schedule)
         while self.iteration < end:
             unit = self.schedule[self.iteration]
-            self.step(unit)
+            self.step(unit, following[self.iteration])
             counts[unit] += 1
             self.iteration += 1
             last = self.iteration == end
@@ -206,7 +211,7 @@ class Trainer:
                 "step": self.sets[unit.name].steps,
                 "loss": losses[index] / counts[index],
                 "gradient_norm": norms[index] / counts[index] if self.config.gradient_clip is not None else None,
-                "lr": self.sets[unit.name].lr.item(),
+                "lr": self.residency.learning_rate(index),
                 "iterations_per_second": speed,
             }
             for logger in self.loggers:
@@ -224,6 +229,8 @@ class Trainer:
         """
         assert isinstance(self.model, DiffusionBlocks), "only blocks branch"
         assert isinstance(trunk.model, DiffusionBlocks), "a trunk is a model of one block"
+        trunk.residency.flush()
+        self.residency.flush()
         places = {p: (group, i) for group in trunk.sets.values() for i, p in enumerate(group.parameters)}
         named = dict(trunk.model.block(0).named_parameters())
         sources = {
@@ -235,12 +242,14 @@ class Trainer:
         }
         for group in self.sets.values():
             group.inherit(sources, optimizer=optimizer, average=average)
+        self.residency.refresh()
 
     # ---- averages, checkpoints, signals ----------------------------------------------------------------
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The model with its moving averages as weights (as it is, where none are kept)."""
+        self.residency.flush()
         for parameters in self.sets.values():
             parameters.swap_ema()
         try:
@@ -252,16 +261,24 @@ class Trainer:
     def save_checkpoint(self) -> Path:
         """Write the whole state under the run's folder."""
         assert self.folder is not None
-        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        for name, parameters in self.sets.items():
-            tensors |= {f"set.{name}.{key}": t for key, t in parameters.state().items()}
+        self.residency.flush()
+        values = {"config": self.config.model_dump(mode="json"), "units": sorted(self.sets), "seconds": self.seconds}
         return write_checkpoint(
-            self.folder / "checkpoints",
-            self.iteration,
-            tensors,
-            {"config": self.config.model_dump(mode="json"), "units": list(self.sets), "seconds": self.seconds},
-            self.config.keep_checkpoints,
+            self.folder / "checkpoints", self.iteration, self._state(), values, self.config.keep_checkpoints
         )
+
+    def _state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """For every owner its weights and what training keeps for them, one owner after the other."""
+        common = {id(t) for t in self.residency.common_tensors()}
+        for unit in self.units:
+            weights = unit.module.state_dict(keep_vars=True)
+            own = {f"weights.{name}": t for name, t in weights.items() if id(t) not in common}
+            yield unit.name, own | {f"set.{name}": t for name, t in self.sets[unit.name].state().items()}
+        if common:
+            weights = self.units[0].module.state_dict(keep_vars=True)
+            own = {f"weights.{name}": t for name, t in weights.items() if id(t) in common}
+            shared = self.sets["shared"].state() if "shared" in self.sets else {}
+            yield "shared", own | {f"set.{name}": t for name, t in shared.items()}
 
     def load_checkpoint(self, path: Path) -> None:
         """Restore the state that `save_checkpoint` wrote.
@@ -269,7 +286,7 @@ class Trainer:
         Raises:
             ValueError: it was made with other hyperparameters or another model; the message names the difference.
         """
-        tensors, values = read_checkpoint(path)
+        values = read_values(path)
         now = self.config.model_dump(mode="json")
         for field in now.keys() - RESUME_MAY_DIFFER:
             if values["config"].get(field) != now[field]:
@@ -277,19 +294,18 @@ class Trainer:
                     f"{path} was made with train.{field} = {values['config'].get(field)}, this run has "
                     f"{now[field]}: set it back, or start anew in another folder"
                 )
-        if values["units"] != list(self.sets):
+        if sorted(values["units"]) != sorted(self.sets):
             raise ValueError(f"{path} holds {values['units']}, this model has {list(self.sets)}")
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, rest = name.split(".", 1)
-            owner, inner = ("model", rest) if kind == "model" else rest.split(".", 1)
-            groups.setdefault(owner, {})[inner] = tensor
-        try:
-            self.model.load_state_dict(groups["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not match the model: {error}") from None
-        for name, parameters in self.sets.items():
-            parameters.load_state(groups[name])
+        self.residency.flush()
+        for name, tensors in self._state():
+            found = read_owner(path, name, tensors)
+            with torch.no_grad():
+                for key, tensor in tensors.items():
+                    if key.startswith("weights."):
+                        tensor.copy_(found[key])
+            if name in self.sets:
+                self.sets[name].load_state({k.removeprefix("set."): t for k, t in found.items()})
+        self.residency.refresh()
         self.iteration = int(values["iteration"])
         self.seconds = float(values["seconds"])
 

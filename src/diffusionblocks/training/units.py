@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,22 @@ class EndToEnd(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether the layers keep only their inputs for the backward pass (the library's own way)."""
+        return bool(self.model.is_gradient_checkpointing)
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: bool) -> None:
+        model: Any = self.model
+        options = {"use_reentrant": False}
+        if not value:
+            model.gradient_checkpointing_disable()
+        elif hasattr(model, "activation_checkpointing_enable"):  # its newer name in transformers
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Images -> logits (batch, num_classes)."""
@@ -54,35 +70,55 @@ class Unit:
     """Something that is trained on its own.
 
     Attributes:
+        index: of the block (0 for an end-to-end model); keys its randomness.
         name: for logs and messages.
         module: has `loss(batch, generator) -> (batch,)`; its call runs the network.
-        own: the trainable parameters that only this unit moves.
+        shared: identities of the parameters that other units move as well.
     """
 
+    index: int
     name: str
     module: nn.Module
-    own: list[nn.Parameter]
+    shared: frozenset[int] = frozenset()
+
+    @property
+    def own(self) -> list[nn.Parameter]:
+        """The trainable parameters that only this unit moves."""
+        return [p for p in trainable(self.module) if id(p) not in self.shared]
 
 
-def units_of(model: nn.Module) -> tuple[list[Unit], list[nn.Parameter]]:
+def units_of(model: nn.Module, blocks: Sequence[int] | None = None) -> tuple[list[Unit], list[nn.Parameter]]:
     """The units of a model, and the trainable parameters that several units move (the `joint` policy).
+
+    Args:
+        model: a `DiffusionBlocks` or an `EndToEnd`.
+        blocks: only these blocks; None takes all.
 
     Raises:
         TypeError: neither a `DiffusionBlocks` nor an `EndToEnd`.
-        ValueError: nothing to train.
+        ValueError: nothing to train, no such block, or blocks that cannot be trained apart.
     """
     if isinstance(model, EndToEnd):
-        units = [Unit("end-to-end", model, trainable(model))]
-        shared: list[nn.Parameter] = []
-    elif isinstance(model, DiffusionBlocks):
-        shared = [p for p in model.shared_parameters() if p.requires_grad]
-        common = {id(p) for p in shared}
-        units = [
-            Unit(f"block {i}", block, [p for p in trainable(block) if id(p) not in common])
-            for i, block in enumerate(model.blocks)
-        ]
-    else:
+        if blocks is not None:
+            raise ValueError(f"train.blocks = {list(blocks)}: an end-to-end model has no blocks; leave it out")
+        return _checked([Unit(0, "end-to-end", model)], [])
+    if not isinstance(model, DiffusionBlocks):
         raise TypeError(f"cannot train a {type(model).__name__}: wrap it in EndToEnd, or convert it first")
+    many = model.partition.num_blocks
+    chosen = list(range(many)) if blocks is None else list(blocks)
+    if chosen[-1] >= many:
+        raise ValueError(f"train.blocks = {chosen}: the model has blocks 0 to {many - 1}")
+    shared = [p for p in model.shared_parameters() if p.requires_grad]
+    if shared and len(chosen) < many:
+        raise ValueError(
+            f"train.blocks = {chosen}: under shared = joint all blocks move the shared parts and cannot train apart; "
+            "use blocks.shared: replicated or frozen"
+        )
+    common = frozenset(id(p) for p in shared)
+    return _checked([Unit(b, f"block {b}", model.block(b), common) for b in chosen], shared)
+
+
+def _checked(units: list[Unit], shared: list[nn.Parameter]) -> tuple[list[Unit], list[nn.Parameter]]:
     for unit in units:
         if not unit.own and not shared:
             raise ValueError(f"{unit.name} has no trainable parameter")

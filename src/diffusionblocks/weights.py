@@ -1,0 +1,182 @@
+"""Where the weights of an original model come from, block by block: drawn afresh, or read from files."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .adapters import CannotReadInParts, adapter_named, checkpoint, instantiate, outline, pretrained, with_depth
+
+_log = logging.getLogger(__name__)
+
+
+class WeightSource(abc.ABC):
+    """Gives the original model's tensors to one block after another.
+
+    Attributes:
+        model_class: name of the original class.
+        model_config: its config object.
+        dtype: of the blocks.
+    """
+
+    def __init__(self, model_class: str, model_config: Any, dtype: torch.dtype) -> None:
+        self.model_class = model_class
+        self.model_config = model_config
+        self.dtype = dtype
+
+    @abc.abstractmethod
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors of the original model, on the CPU, each in memory of its own.
+
+        Args:
+            block: index of the block that they are for.
+            layers: its layers.
+            names: names in the original model, of these layers and of shared parts; each comes once, in any order.
+        """
+
+
+class Fresh(WeightSource):
+    """Weights as the original class initialises them, without ever making a whole model of it.
+
+    A block's layers are those of an instance with as many layers, seeded by (seed, block); its shared parts those of an
+    instance of one layer, seeded by the seed alone, so they are equal in all blocks. This needs an initialisation that
+    depends neither on the depth of the model nor on a layer's place in it. So it is for all supported classes: ViT,
+    DeiT and DINOv2 draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT with torch's defaults, and
+    DINOv2's layer scale and drop path are the same in all layers. Where a class makes layers that differ in their
+    attributes, these are right all the same, because the modules are those of the model at its full depth.
+
+    Args:
+        model_class: name of a supported class.
+        model_config: its config object.
+        seed: of all draws.
+        dtype: of the blocks; weights are drawn in float32.
+    """
+
+    def __init__(self, model_class: str, model_config: Any, *, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(model_class, model_config, dtype)
+        self.seed = seed
+        original = outline(model_class, with_depth(model_class, model_config, 1))
+        adapter = adapter_named(model_class)
+        self._layers = f"{adapter.layers_path(original)}."
+        self._shared = adapter.shared_paths(original)
+
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        shared = [name for name in names if self._is_shared(name)]
+        if shared:
+            drawn = self._draw(1, "shared")
+            yield from ((name, drawn[name]) for name in shared)
+            del drawn
+        of_layers = {self._name_from(layers.start, name): name for name in names if not self._is_shared(name)}
+        if of_layers:
+            drawn = self._draw(len(layers), f"block {block}")
+            yield from ((of_layers[name], tensor) for name, tensor in drawn.items() if name in of_layers)
+
+    def _is_shared(self, name: str) -> bool:
+        return any(name == path or name.startswith(f"{path}.") for path in self._shared)
+
+    def _name_from(self, first: int, name: str) -> str:
+        """The name of a layer's tensor when the layer `first` is counted as 0."""
+        place, _, rest = name.removeprefix(self._layers).partition(".")
+        return f"{self._layers}{int(place) - first}.{rest}"
+
+    def _draw(self, layers: int, purpose: str) -> dict[str, Tensor]:
+        digest = hashlib.blake2b(f"{self.seed}/{purpose}".encode(), digest_size=8).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+            # `instantiate` forks from here, so the weights depend on this seed alone.
+            return instantiate(self.model_class, with_depth(self.model_class, self.model_config, layers)).state_dict()
+
+
+class InFiles(WeightSource):
+    """A pretrained model's weights, read from its safetensors files as they are asked for.
+
+    Files are mapped into memory. What they lack of the head (a new classifier) is drawn afresh.
+
+    Args:
+        model_class: name of a supported class.
+        path: the folder or hub name of a model of its library.
+        values: config values to override.
+        seed: of what is drawn afresh.
+
+    Raises:
+        CannotReadInParts: only the library itself can read it; the message says why.
+    """
+
+    def __init__(self, model_class: str, path: str | Path, values: dict[str, Any], *, seed: int) -> None:
+        found = checkpoint(model_class, path, values)
+        super().__init__(model_class, found.config, found.dtype)
+        adapter = adapter_named(model_class)
+        head = tuple(f"{part}." for part in adapter.head_paths(outline(model_class, found.config)))
+        lost = sorted(name for name in found.missing if not name.startswith(head))
+        if lost:
+            raise CannotReadInParts(f"its files lack {', '.join(lost[:3])}")
+        self._places = found.places
+        self._fresh = Fresh(model_class, found.config, seed=seed)
+
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        stored: dict[Path, dict[str, str]] = {}
+        for name in names:
+            if name in self._places:
+                file, key = self._places[name]
+                stored.setdefault(file, {})[name] = key
+        for path, keys in stored.items():
+            with safe_open(path, "pt") as file:
+                for name, key in keys.items():
+                    yield name, file.get_tensor(key).clone()  # what is mapped would be shared by blocks
+        yield from self._fresh.tensors(block, layers, [name for name in names if name not in self._places])
+
+
+class InMemory(WeightSource):
+    """A pretrained model that is loaded whole on the host, by its own library.
+
+    Args:
+        model_class: name of a supported class.
+        path: the folder or hub name of a model of its library.
+        values: config values to override.
+        seed: of what the library draws afresh.
+    """
+
+    def __init__(self, model_class: str, path: str | Path, values: dict[str, Any], *, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any = pretrained(model_class, path, values)
+        super().__init__(model_class, model.config, next(model.parameters()).dtype)
+        self._tensors: dict[str, Tensor] = model.state_dict()
+
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        yield from ((name, self._tensors[name].clone()) for name in names)
+
+
+def pretrained_source(model_class: str, path: str | Path, values: dict[str, Any], *, seed: int) -> WeightSource:
+    """The weights of a folder or hub name: read in parts where possible, else loaded whole on the host by the library.
+
+    Which road was taken is logged.
+
+    Args:
+        model_class: name of a supported class.
+        path: the folder or hub name of a model of its library.
+        values: config values to override.
+        seed: of weights that the model has and the files have not.
+
+    Raises:
+        OSError, ValueError: what the library's `from_pretrained` refuses.
+    """
+    try:
+        source = InFiles(model_class, path, values, seed=seed)
+    except (CannotReadInParts, OSError, ValueError) as reason:
+        # Whatever is wrong, the library reads it in its own way, or says it in its own words.
+        _log.info("%s is loaded whole on the host: %s", path, reason)
+        return InMemory(model_class, path, values, seed=seed)
+    _log.info("%s is read block by block from its safetensors files", path)
+    return source

@@ -1,0 +1,450 @@
+"""The benchmarks' parts, at toy size on the CPU: what is built, what is counted, what rivals move, how depth is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusionblocks.bench.depth import bytes_from, largest_depth
+from diffusionblocks.bench.figures import draw_memory
+from diffusionblocks.bench.measure import dwelling_times, measure_memory, steady_times, warm_up
+from diffusionblocks.bench.methods import METHODS, Spec, rows_of
+from diffusionblocks.bench.models import MODELS, build, recipe_of, split_layers, splits_of
+from diffusionblocks.bench.rivals import BAdamRunner, Plain, rival
+from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain, runner_of
+from diffusionblocks.bench.speed import ratios_of
+from diffusionblocks.bench.table import gather, shard
+from diffusionblocks.bench.worker import answer
+from diffusionblocks.model import DiffusionBlocks
+from diffusionblocks.sources import build_model
+
+#: 8-bit AdamW compiles its step, which takes a C++ compiler and about a minute on a CPU.
+EIGHT_BIT = [name for name, method in METHODS.items() if method.train.get("optimizer") == "adamw-8bit"]
+ON_GPU = ["end-to-end-cpu-offload"]
+ON_CPU = [name for name in METHODS if name not in (*EIGHT_BIT, *ON_GPU)]
+MODEL_NAMES = ("dit-l-2", "vit-h")
+
+
+def spec(model: str = "dit-l-2", method: str = "end-to-end", blocks: int = 1, **changes: Any) -> Spec:
+    values: dict[str, Any] = {"device": "cpu", "tiny": True, "compile": False, "windows": 1, "iterations": 1}
+    return Spec(model, method, blocks, **(values | changes))
+
+
+def blocks_of(method: str) -> int:
+    return 2 if METHODS[method].kind in ("short", "blocks") else 1
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_its_rows_for_every_number_of_blocks() -> None:
+    rows = rows_of(["dit-l-2", "vit-h"], [2, 3], list(METHODS), spec())
+    for model in MODEL_NAMES:
+        for method in METHODS:
+            found = [row.blocks for row in rows if row.model == model and row.method == method]
+            assert found == ([2, 3] if blocks_of(method) == 2 else [1])
+    assert len({row.key for row in rows}) == len(rows)
+
+
+def test_a_specification_survives_json() -> None:
+    given = spec(method="resident-active", blocks=3, dwells=(1, 7), budget=5)
+    assert Spec.from_dict(json.loads(json.dumps(given.to_dict()))) == given
+
+
+def test_shards_share_all_rows() -> None:
+    rows = rows_of(["dit-l-2"], [2, 3], list(METHODS), spec())
+    parts = [shard(rows, f"{i}/3") for i in range(3)]
+    assert sorted((row.key for part in parts for row in part)) == sorted(row.key for row in rows)
+    for text in ("3/3", "1", "-1/2", "a/b", "0/0"):
+        with pytest.raises(ValueError, match="0/2"):
+            shard(rows, text)
+
+
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_layers_are_split_evenly(layers: int, blocks: int) -> None:
+    if blocks <= layers:
+        parts = split_layers(layers, blocks)
+        assert sum(parts) == layers
+        assert len(parts) == blocks
+        assert max(parts) - min(parts) <= 1
+
+
+def test_unknown_names_and_too_many_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown method badma; allowed: .*end-to-end-badam"):
+        rows_of(["dit-l-2"], [2], ["badma"], spec())
+    with pytest.raises(ValueError, match="unknown model dit-xl"):
+        recipe_of(spec("dit-xl"))
+    with pytest.raises(ValueError, match="blocks = 13: dit-l-2 has 12 layers"):
+        recipe_of(spec(method="resident-all", blocks=13))
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODEL_NAMES)
+@pytest.mark.parametrize("method", ["end-to-end", "end-to-end-short", "resident-all"])
+def test_the_model_is_the_recipes_but_for_its_weights(model: str, method: str) -> None:
+    recipe = recipe_of(spec(model, method, blocks_of(method)))
+    built, reference = build(recipe, torch.device("cpu")), build_model(recipe)
+    shapes = [{n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (built, reference)]
+    assert shapes[0] == shapes[1]
+    assert type(built) is type(reference)
+    assert [p.requires_grad for p in built.parameters()] == [p.requires_grad for p in reference.parameters()]
+    for parameter in built.parameters():
+        assert parameter.isfinite().all()
+        assert bool(parameter.any())
+
+
+@pytest.mark.parametrize("model", MODEL_NAMES)
+def test_models_have_the_size_that_they_are_named_for(model: str) -> None:
+    with torch.device("meta"):
+        found = build(recipe_of(Spec(model, device="cpu")), torch.device("meta"))
+    count = sum(p.numel() for p in found.parameters())
+    assert count == pytest.approx({"dit-l-2": 457e6, "vit-h": 632e6}[model], rel=0.01)
+
+
+def test_layers_that_do_not_divide_make_unequal_blocks() -> None:
+    model = build(recipe_of(spec("vit-h", "resident-all", 3)), torch.device("cpu"))
+    assert isinstance(model, DiffusionBlocks)
+    assert model.partition.layers == (3, 3, 2)
+    short = build(recipe_of(spec("vit-h", "end-to-end-short", 3)), torch.device("cpu"))
+    assert len(short.get_submodule("model.vit.layers")._modules) == 3  # the largest block's
+
+
+# ---- rows run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODEL_NAMES)
+@pytest.mark.parametrize("method", ON_CPU)
+def test_every_row_runs(model: str, method: str) -> None:
+    row = answer(spec(model, method, blocks_of(method)))
+    assert "error" not in row
+    assert sum(row["bytes"].values()) == row["peak_bytes"]
+    assert all(value >= 0 for value in row["bytes"].values())
+    assert row["bytes"]["gradients"] > 0
+    assert row["bytes"]["activations"] > 0
+    assert row["step_ms"]["min"] <= row["step_ms"]["median"] <= row["step_ms"]["max"]
+    share = blocks_of(method) if METHODS[method].kind == "blocks" else 1
+    assert row["epoch_samples_per_second"] == pytest.approx(row["samples_per_second"] / share)
+    assert (row["host_bytes"] > 0) == method.startswith("resident-active")
+    json.dumps(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", EIGHT_BIT)
+def test_rows_of_8_bits_run(method: str) -> None:
+    row = answer(spec("dit-l-2", method, blocks_of(method)))
+    assert "error" not in row
+    full = answer(spec("dit-l-2", "end-to-end" if blocks_of(method) == 1 else "resident-active", blocks_of(method)))
+    assert row["bytes"]["optimizer"] < 0.6 * full["bytes"]["optimizer"]
+    # One parameter's gradient at a time.
+    assert row["most_gradients_bytes"] < 0.1 * full["most_gradients_bytes"]
+
+
+def test_what_is_held_is_what_the_arithmetic_says() -> None:
+    with runner_of(spec(method="end-to-end")) as runner:
+        warm_up(runner)
+        weights = sum(4 * p.numel() for p in runner.parameters())
+        steps = 4 * len(runner.parameters())  # AdamW counts the steps of each parameter
+        memory = measure_memory(runner)
+    assert memory.kinds["parameters"] == weights
+    assert memory.kinds["optimizer"] == 2 * weights + steps
+    assert memory.most_gradients == weights
+
+
+def test_blocks_and_savers_need_less() -> None:
+    peaks = {}
+    methods = ("end-to-end", "end-to-end-checkpointing", "resident-all", "resident-active", "end-to-end-short")
+    for method in methods:
+        peaks[method] = answer(spec(method=method, blocks=3 if blocks_of(method) == 2 else 1))["peak_bytes"]
+    assert peaks["end-to-end-checkpointing"] < peaks["end-to-end"]
+    assert peaks["resident-active"] < 0.5 * peaks["resident-all"]
+    assert peaks["resident-active"] == pytest.approx(peaks["end-to-end-short"], rel=0.02)
+
+
+def test_a_bigger_batch_has_bigger_activations_alone() -> None:
+    small, large = (answer(spec(batch_size=size))["bytes"] for size in (4, 8))
+    assert {k: v for k, v in small.items() if k != "activations"} == {
+        k: v for k, v in large.items() if k != "activations"
+    }
+    assert large["activations"] == pytest.approx(2 * small["activations"], rel=0.2)
+
+
+# ---- rivals ------------------------------------------------------------------------------------------------
+
+
+def moved_by(runner: Runner, turn: int, module: torch.nn.Module) -> set[str]:
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    runner.step(turn)
+    return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("model", MODEL_NAMES)
+def test_badam_moves_one_layer_at_a_time_and_all_in_the_end(model: str) -> None:
+    runner = BAdamRunner(spec(model, "end-to-end-badam"))
+    names = [name for name, _ in runner.module.named_parameters()]
+    layers = {"dit-l-2": "network.layers.", "vit-h": "model.vit.layers."}[model]
+    assert {p.dtype for p in runner.parameters()} == {torch.bfloat16}
+    depth = runner.turns - 1
+    assert depth == MODELS[model].tiny_layers
+    seen: set[str] = set()
+    for turn in range(runner.turns):
+        trained = {name for name, p in runner.module.named_parameters() if p.requires_grad} if turn == 0 else None
+        moved = moved_by(runner, turn, runner.module)
+        wanted = f"{layers}{turn}."
+        assert moved
+        if turn < depth:
+            assert all(name.startswith(wanted) for name in moved)
+            assert trained is None or trained == {name for name in names if name.startswith(wanted)}
+        else:
+            assert not any(name.startswith(layers) for name in moved)
+        seen |= {name for name, p in runner.module.named_parameters() if p.requires_grad}
+    assert seen == set(names)
+
+
+def test_badam_keeps_a_float32_copy_and_moments_of_one_layer() -> None:
+    runner = BAdamRunner(spec(method="end-to-end-badam"))
+    runner.step(1)
+    own = [p for p in runner.parameters() if p.requires_grad]
+    numbers, steps = sum(p.numel() for p in own), len(own)
+    assert runner.held()["optimizer"] == 3 * 4 * numbers + 4 * steps
+    assert runner.held()["parameters"] == sum(2 * p.numel() for p in runner.parameters())
+
+
+@pytest.mark.parametrize("model", MODEL_NAMES)
+def test_apollo_mini_keeps_little_for_the_layers_matrices(model: str) -> None:
+    runner: Any = rival(spec(model, "end-to-end-apollo-mini"))
+    runner.step(0)
+    rest, low_rank = runner.optimizer.param_groups
+    assert (low_rank["rank"], low_rank["scale"], low_rank["scale_type"]) == (1, 128, "tensor")
+    matrices = MODELS[model].tiny_layers * {"dit-l-2": 5, "vit-h": 6}[model]
+    assert len(low_rank["params"]) == matrices
+    assert len(rest["params"]) + matrices == len(runner.parameters())
+    full = 2 * bytes_of(rest["params"])
+    # Two moments and a projection of one row or column a matrix.
+    assert full < runner.held()["optimizer"] < full + 0.2 * bytes_of(low_rank["params"])
+    assert moved_by(runner, 0, runner.module) == {name for name, _ in runner.module.named_parameters()}
+
+
+@pytest.mark.parametrize("model", MODEL_NAMES)
+def test_rivals_and_trainer_see_the_same_first_loss_scale(model: str) -> None:
+    """The loop of the rivals trains the same model on the same data: its loss falls like the trainer's."""
+    chosen = spec(model)
+    bare = Plain(chosen)
+    optimizer = torch.optim.AdamW(bare.units[0].own, lr=1e-3)
+    losses = []
+    for step in range(30):
+        loss = bare.loss(0, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("method", "module"),
+    [("end-to-end-badam", "badam"), ("end-to-end-apollo-mini", "apollo_torch")],
+)
+def test_a_missing_package_is_named(method: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, module, None)  # as Python marks what cannot be imported
+    row = answer(spec(method=method))
+    assert set(row) == {"error"}
+    assert f"{module} is missing" in row["error"]
+    assert "diffusionblocks[bench]" in row["error"]
+
+
+def test_offload_to_the_cpu_needs_a_gpu() -> None:
+    assert "from a GPU" in answer(spec(method="end-to-end-cpu-offload"))["error"]
+
+
+def test_out_of_memory_is_an_answer() -> None:
+    row = answer(spec(batch_size=10**12))
+    assert row["error"] == "out of memory"
+    assert "allocate" in row["detail"]
+
+
+def test_tensors_made_of_others_are_counted_as_those() -> None:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    state = OptimState8bit.zeros((256, 4))
+    parts = list(plain(state))
+    assert all(type(part) is torch.Tensor for part in parts)
+    assert 1024 <= bytes_of([state]) < 4096
+    assert bytes_of([parts[0], parts[0]]) == parts[0].numel() * parts[0].element_size()
+
+
+# ---- time --------------------------------------------------------------------------------------------------
+
+
+class Recorder(Runner):
+    """Notes its steps."""
+
+    def __init__(self, turns: int, switches: bool) -> None:
+        self.turns, self.switches, self.device = turns, switches, torch.device("cpu")
+        self.steps: list[tuple[int, int | None]] = []
+
+    def step(self, turn: int, following: int | None = None) -> None:
+        self.steps.append((turn, following))
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return []
+
+    def held(self) -> dict[str, int]:
+        return {}
+
+    def check(self) -> None: ...
+
+
+def test_steady_windows_do_not_time_switches_and_dwelling_ones_do() -> None:
+    runner = Recorder(2, switches=True)
+    steady_times(runner, windows=1, iterations=3)
+    assert [turn for turn, _ in runner.steps] == [0] * 4 + [1] * 4  # the first of each brings it in
+    free = Recorder(2, switches=False)
+    steady_times(free, windows=2, iterations=2)
+    assert [turn for turn, _ in free.steps] == [0, 1] * 4
+    runner.steps.clear()
+    dwelling_times(runner, windows=1, dwell=5)
+    assert runner.steps == ([(0, 1)] * 5 + [(1, 0)] * 5) * 2
+
+
+def test_blocks_take_turns_in_the_trainer() -> None:
+    with runner_of(spec(method="resident-active", blocks=3)) as runner:
+        assert isinstance(runner, TrainerRunner)
+        warm_up(runner)
+        measure_memory(runner)
+        counts = {name: owned.steps for name, owned in runner.trainer.sets.items()}
+    assert len(set(counts.values())) == 1
+    assert min(counts.values()) >= 5
+
+
+def test_overhead_compares_two_loops() -> None:
+    row = answer(spec(method="resident-all", blocks=2, task="overhead", iterations=2))
+    assert "error" not in row
+    assert row["trainer_ms"]["median"] > 0
+    assert row["trainer_over_bare"] == pytest.approx(row["trainer_ms"]["median"] / row["bare_ms"]["median"], rel=1e-6)
+
+
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_dwells_are_measured(offload: str) -> None:
+    row = answer(spec(method="resident-active", blocks=2, task="dwell", dwells=(1, 3), offload=offload))
+    assert "error" not in row
+    assert [entry["dwell"] for entry in row["dwells"]] == [1, 3]
+
+
+def test_ratios_are_of_equal_epochs() -> None:
+    common = {"model": "m", "task": "row"}
+    times = {"median": 30.0}
+    rows = [
+        common | {"method": "end-to-end", "blocks": 1, "step_ms": {"median": 100.0}},
+        common | {"method": "resident-all", "blocks": 3, "step_ms": times},
+        common
+        | {"method": "resident-active", "blocks": 3, "task": "dwell", "offload": "host", "step_ms": {"median": 32.0}}
+        | {"dwells": [{"dwell": 10, "step_ms": {"median": 48.0}}]},
+        common | {"method": "end-to-end-badam", "blocks": 1, "error": "x"},
+    ]
+    found = {(r["what"]): r["ratio"] for r in ratios_of(rows)}
+    assert found == {
+        "blocks over end to end": pytest.approx(0.9),
+        "dwell 10, host, over no switch": pytest.approx(1.5),
+        "dwell 10, host, over resident all": pytest.approx(1.6),
+    }
+
+
+# ---- depth -------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(0, 2000),
+    st.integers(1, 60),
+    st.integers(1, 5000),
+    st.sampled_from([1, 4]),
+    st.none() | st.integers(-9, 9999),
+)
+def test_the_deepest_model_is_found(fixed: int, slope: int, budget: int, stride: int, guess: int | None) -> None:
+    def fits(depth: int) -> dict[str, Any]:
+        peak = fixed + slope * depth
+        return {"depth": depth, "fits": peak <= budget} | ({"peak_bytes": peak} if peak <= budget else {})
+
+    found, trials = largest_depth(fits, stride, budget, guess)
+    best = max(0, (budget - fixed) // slope if budget >= fixed else 0)
+    assert found == min(best, 4096) // stride * stride
+    assert len({trial["depth"] for trial in trials}) == len(trials)
+    if guess is None and found >= 4 * stride:
+        assert len(trials) <= 5  # two that fit, and the line through them
+
+
+def test_a_good_guess_takes_two_trials_more_than_it_must() -> None:
+    def fits(depth: int) -> dict[str, Any]:
+        return {"depth": depth, "fits": depth <= 100, "peak_bytes": 10 * depth}
+
+    found, trials = largest_depth(fits, 4, 1000, guess=101)
+    assert (found, [trial["depth"] for trial in trials]) == (
+        100,
+        [100, 200, 148, 104][:1] + [t["depth"] for t in trials[1:]],
+    )
+    assert len(trials) <= 4
+
+
+@pytest.mark.parametrize(("text", "size"), [("16GiB", 16 * 2**30), ("512 mib", 2**29), ("0.5KiB", 512), ("77", 77)])
+def test_budgets_are_read(text: str, size: int) -> None:
+    assert bytes_from(text) == size
+
+
+@pytest.mark.parametrize("text", ["16GB", "", "-1GiB", "0"])
+def test_bad_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="16GiB"):
+        bytes_from(text)
+
+
+def test_a_model_that_is_too_big_for_the_budget_does_not_fit() -> None:
+    fitting, failing = (answer(spec(task="fits", budget=size)) for size in (2**30, 2**20))
+    assert (fitting["fits"], failing["fits"]) == (True, False)
+    assert fitting["peak_bytes"] == failing["peak_bytes"]
+
+
+# ---- tables and figures ------------------------------------------------------------------------------------
+
+
+def test_gather_takes_the_row_without_an_error(tmp_path: Path) -> None:
+    about = {"device": "A", "torch": "2", "commit": "c"}
+    first = [
+        {"key": "b", "model": "m", "method": "resident-all", "blocks": 2, "error": "x"},
+        {"key": "a", "model": "m", "method": "end-to-end", "blocks": 1, "peak_bytes": 5},
+    ]
+    second = [{"key": "b", "model": "m", "method": "resident-all", "blocks": 2, "peak_bytes": 3}]
+    parts = []
+    for name, rows in (("1", first), ("2", second)):
+        parts.append(tmp_path / f"{name}.json")
+        parts[-1].write_text(json.dumps(about | {"command": name, "rows": rows}))
+    found = gather(parts, tmp_path / "all.json")
+    assert [(row["key"], row.get("peak_bytes")) for row in found] == [("a", 5), ("b", 3)]
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert (written["command"], written["rows"]) == ("1 && 2", found)
+
+
+def test_the_figure_shows_rows_and_errors(tmp_path: Path) -> None:
+    row = answer(spec())
+    failed = {"model": "dit-l-2", "method": "end-to-end-badam", "blocks": 1, "error": "out of memory"}
+    draw_memory([row, row | {"predicted_bytes": 10**6}, failed], tmp_path / "figure.png")
+    content = (tmp_path / "figure.png").read_bytes()
+    assert content[:4] == b"\x89PNG"
+    assert len(content) < 100_000
+
+
+def test_the_data_fit_the_recipe() -> None:
+    for model in MODEL_NAMES:
+        recipe = recipe_of(dataclasses.replace(spec(model), tiny=False, batch_size=2))
+        data = splits_of(recipe)["train"]
+        assert len(data) == 4
+        assert data.image_shape == {"dit-l-2": (4, 32, 32), "vit-h": (3, 224, 224)}[model]
+        assert data.num_classes == 1000
