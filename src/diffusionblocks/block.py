@@ -97,6 +97,11 @@ class Block(nn.Module):
                 (places if isinstance(child, Namespace) else found).append(child)
         return found
 
+    def compile_parts(self, **options: Any) -> None:
+        """torch.compile each of `parts` by itself: all layers share one graph."""
+        for part in self.parts():
+            part.compile(**options)
+
     def forward(self, inputs: Batch, z: Tensor, level: Tensor) -> Tensor:
         """Denoise: D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7), and what is read off it.
 

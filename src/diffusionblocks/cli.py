@@ -21,6 +21,8 @@ _EXAMPLES = """\
 examples:
   diffusionblocks inspect recipes/vit/cifar100.yaml
       what each block holds: layers, noise levels, parameters, bytes; trains nothing
+  diffusionblocks plan recipes/dit/imagenet-latents.yaml --budget 24GiB
+      bytes of a training step by kind, predicted on any machine, and how many blocks or how large a batch fits
   diffusionblocks train recipes/vit/digits.yaml --out runs/digits
       train block by block; run it again to resume after an interruption
   diffusionblocks evaluate recipes/vit/digits.yaml --model runs/digits/model --set 'evaluate.steps=[1,2,4]'
@@ -116,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", _inspect, "show the blocks of a recipe before any training")
     inspect.add_argument("--figure", type=Path, help="draw the noise partition to this PNG")
+
+    plan = _command(commands, "plan", _plan, "predict the memory of a recipe's training step, and what fits a budget")
+    plan.add_argument("--budget", help="device memory, as 12GiB, 16GB, 800MiB or bytes (default: only the ledger)")
+    plan.add_argument("--vary", choices=("blocks", "batch"), help="fit only the number of blocks or the batch size")
+    plan.add_argument("--examples", type=int, metavar="N", help="count N examples of the data as kept on the device")
+    plan.add_argument("--json", type=Path, help="also write the plan to this file")
 
     compare = _command(commands, "compare", _compare, "train a recipe and its end-to-end controls; table and figure")
     compare.add_argument("--out", type=Path, help="folder (default runs/<name>-compare)")
@@ -288,6 +296,25 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
     if options.figure:
         draw_partition(model.partition, model.noise, options.figure)
         print(f"partition drawn to {options.figure}")
+
+
+def _plan(recipe: Recipe, options: argparse.Namespace) -> None:
+    from .evaluation.tables import write_results
+    from .planning import parse_budget, plan, predict
+    from .planning.report import describe, ledger_table
+
+    if options.budget is None:
+        if options.vary:
+            raise ValueError(f"--vary {options.vary} needs a budget to fit: give --budget, as 12GiB")
+        ledger, more = predict(recipe, num_examples=options.examples), {}
+        print(ledger_table(recipe, ledger))
+    else:
+        made = plan(recipe, parse_budget(options.budget), vary=options.vary, num_examples=options.examples)
+        ledger, more = made.ledger, {"plan": made.to_dict()}
+        print(ledger_table(recipe, ledger))
+        print(describe(made, options.vary))
+    if options.json:
+        write_results(options.json, [ledger.to_dict()], **more)
 
 
 def _compare(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -270,8 +270,7 @@ class DiffusionBlocks(nn.Module):
         blocks; stem and head as well. For sampling; training compiles a block whole, which is a tenth faster and takes
         longer to prepare."""
         for b in range(self.partition.num_blocks):
-            for part in self.block(b).parts():
-                part.compile()
+            self.block(b).compile_parts()
 
     def save_pretrained(self, path: str | Path, blocks: Sequence[int] | None = None) -> None:
         """Write the model to a folder: safetensors and JSON (see `diffusionblocks.saving`).

@@ -1,7 +1,5 @@
-"""Building block by block: what a block starts from depends on nothing else, equals conversion, and is all that is held."""
+"""Building block by block: a block depends on nothing else, equals what conversion makes, and is all that is held."""
 
-import json
-import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from building_helpers import CLASSES, LAYERS, each_family, fresh, policies_of, reference, same, saved, tensors
 from helpers import (
     DIT_FAMILIES,
     FAMILIES,
-    HIDDEN,
-    IMAGE,
-    NUM_LABELS,
     POLICIES,
     noise_batch,
     same_states,
@@ -25,7 +21,6 @@ from helpers import (
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTModel
 
 import diffusionblocks as db
 from diffusionblocks import adapters
@@ -35,39 +30,7 @@ from diffusionblocks.convert import assemble
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.sources import blocks_config, build_model, weight_source
 from diffusionblocks.training import EndToEnd
-from diffusionblocks.weights import Fresh, InFiles, InMemory, WeightSource, pretrained_source
-
-ALL = (*FAMILIES, *DIT_FAMILIES)
-CLASSES = {
-    "vit": "ViTForImageClassification",
-    "deit": "DeiTForImageClassification",
-    "dinov2": "Dinov2ForImageClassification",
-    "dit": "DiT",
-    "diffusers-dit": "DiTTransformer2DModel",
-}
-LAYERS = 6
-
-each_family = pytest.mark.parametrize("family", ALL)
-
-
-def fresh(family: str, seed: int = 0, layers: int = LAYERS, **overrides: Any) -> Fresh:
-    return Fresh(CLASSES[family], tiny(family, layers=layers, **overrides).config, seed=seed)
-
-
-def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every alias of every parameter and buffer, those that no file holds included."""
-    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    left, right = tensors(a), tensors(b)
-    return same_states(left, right) and all(left[n].requires_grad == right[n].requires_grad for n in left)
-
-
-def policies_of(family: str) -> list[str]:
-    # A fresh DiT's head is zero, so freezing it is refused.
-    return [policy for policy in POLICIES if (family, policy) != ("dit", "frozen")]
-
+from diffusionblocks.weights import Fresh, WeightSource, pretrained_source
 
 # ---- a block depends on nothing else ------------------------------------------------------------------------
 
@@ -178,12 +141,11 @@ def test_what_conversion_adds_and_computes_is_the_same(family: str, policy: str)
     converted = db.convert(tiny(family, layers=LAYERS), config)
     mine, theirs = tensors(built), tensors(converted)
     assert mine.keys() == theirs.keys()
-    persistent = built.state_dict().keys()
+    drawn = {f"blocks.{b}.{name}" for b in range(3) for name in built.block(b).state_dict() if "network." in name}
     for name in mine:
         assert mine[name].dtype == theirs[name].dtype
         assert mine[name].requires_grad == theirs[name].requires_grad
-        if ".network." not in name or (name not in persistent and name not in dict(built.named_parameters())):
-            assert torch.equal(mine[name], theirs[name]), name
+        assert name in drawn or torch.equal(mine[name], theirs[name]), name
     converted.load_state_dict(built.state_dict())
     batch = noise_batch()
     for b in range(3):
@@ -255,7 +217,7 @@ def test_blocks_may_take_the_models_own_layers(family: str, policy: str) -> None
 
 @each_family
 def test_initialisation_depends_neither_on_depth_nor_on_place(family: str) -> None:
-    """What `Fresh` relies on: the spread of each weight in the one layer of a shallow model, and in those of a deep one."""
+    """What `Fresh` relies on: a weight has the same spread in a model of one layer and in all layers of a deep one."""
     config = tiny(family, hidden_size=64) if family in (*FAMILIES, "dit") else tiny(family, attention_head_dim=32)
     shallow, deep = (
         adapters.instantiate(CLASSES[family], adapters.with_depth(CLASSES[family], config.config, n)) for n in (1, 8)
@@ -267,8 +229,8 @@ def test_initialisation_depends_neither_on_depth_nor_on_place(family: str) -> No
         for (name, a), (other, b) in zip(one.named_parameters(), layer.named_parameters(), strict=True):
             assert name == other
             if a.numel() >= 1000:  # enough for a standard deviation to a few per cent
-                assert float(b.std()) == pytest.approx(float(a.std()), rel=0.15), name
-            elif float(a.std()) == 0:
+                assert float(b.detach().std()) == pytest.approx(float(a.detach().std()), rel=0.15), name
+            elif float(a.detach().std()) == 0:
                 assert torch.equal(a, b), name
     for part in adapter.shared_paths(shallow):
         if part.startswith(path):
@@ -277,7 +239,7 @@ def test_initialisation_depends_neither_on_depth_nor_on_place(family: str) -> No
             shallow.get_submodule(part).named_parameters(), deep.get_submodule(part).named_parameters(), strict=True
         ):
             if a.numel() >= 1000:
-                assert float(b.std()) == pytest.approx(float(a.std()), rel=0.15), name
+                assert float(b.detach().std()) == pytest.approx(float(a.detach().std()), rel=0.15), name
 
 
 def test_a_zero_head_cannot_be_frozen() -> None:
@@ -288,159 +250,6 @@ def test_a_zero_head_cannot_be_frozen() -> None:
 def test_blocks_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="block must be an integer from 0 to 2, got 3"):
         build(fresh("vit"), db.BlocksConfig(), blocks=[0, 3])
-
-
-# ---- pretrained weights ------------------------------------------------------------------------------------
-
-
-def saved(path: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    model: Any = nn.Module.to(tiny(family, layers=LAYERS, seed=4), dtype=dtype)
-    model.save_pretrained(path, **options)
-    return model  # type: ignore[no-any-return]
-
-
-def reference(family: str, path: Path, config: db.BlocksConfig, **values: Any) -> db.DiffusionBlocks:
-    return db.convert(adapters.pretrained(CLASSES[family], path, values), config)
-
-
-@each_family
-@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "40KB"}], ids=["one-file", "shards"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pretrained_weights_are_read_block_by_block(
-    family: str, shards: dict[str, str], dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved(tmp_path, family, dtype, **shards)
-    assert bool(shards) == any(path.name.endswith(".index.json") for path in tmp_path.iterdir())
-    with caplog.at_level(logging.INFO, "diffusionblocks"):
-        source = pretrained_source(CLASSES[family], tmp_path, {}, seed=0)
-    assert isinstance(source, InFiles)
-    assert "is read block by block" in caplog.text
-    for policy in POLICIES:
-        config = db.BlocksConfig(shared=policy)
-        built, expected = build(source, config), reference(family, tmp_path, config)
-        assert same(built, expected)
-        assert adapters.config_values(CLASSES[family], built.config) == adapters.config_values(
-            CLASSES[family], expected.config
-        )
-    some = build(source, db.BlocksConfig(), blocks=[1])
-    assert same(some.block(1), reference(family, tmp_path, db.BlocksConfig()).block(1))
-
-
-def test_what_was_read_is_not_the_file(tmp_path: Path) -> None:
-    """Files are mapped: training must not write to them, nor one block into another's copy of a shared part."""
-    saved(tmp_path, "dit")
-    before = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
-    source = pretrained_source("DiT", tmp_path, {}, seed=0)
-    model = build(source, db.BlocksConfig())
-    again = build(source, db.BlocksConfig())
-    with torch.no_grad():
-        for parameter in model.block(0).parameters():
-            parameter.add_(1.0)
-    assert same(model.block(1), again.block(1))
-    assert same(build(source, db.BlocksConfig()), again)
-    assert (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes() == before
-
-
-def test_a_new_head_is_drawn_afresh_from_the_seed(tmp_path: Path) -> None:
-    """The files are a backbone's, whose names lack the prefix, and which has no classifier."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        ViTModel(
-            ViTConfig(
-                image_size=IMAGE,
-                patch_size=4,
-                hidden_size=HIDDEN,
-                intermediate_size=64,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=2,
-            )
-        ).save_pretrained(tmp_path)
-    values = {"num_labels": NUM_LABELS}
-    source = pretrained_source(CLASSES["vit"], tmp_path, values, seed=0)
-    assert isinstance(source, InFiles)
-    built = build(source, db.BlocksConfig())
-    expected = tensors(reference("vit", tmp_path, db.BlocksConfig(), **values))
-    mine = tensors(built)
-    assert mine.keys() == expected.keys()
-    differ = {n.split(".", 3)[-1] for n in mine if not torch.equal(mine[n], expected[n])}
-    assert differ == {"classifier.weight"}
-    heads = [built.block(b).network.get_parameter("classifier.weight") for b in range(3)]
-    assert float(heads[0].detach().std()) == pytest.approx(0.02, rel=0.3)
-    assert torch.equal(heads[0], heads[1])
-    assert torch.equal(heads[0], heads[2])
-    again = build(pretrained_source(CLASSES["vit"], tmp_path, values, seed=0), db.BlocksConfig())
-    assert same(built, again)
-    other = build(pretrained_source(CLASSES["vit"], tmp_path, values, seed=1), db.BlocksConfig())
-    assert not torch.equal(other.block(0).network.get_parameter("classifier.weight"), heads[0])
-
-
-def test_weights_that_the_library_changes_are_loaded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """DINOv2's SwiGLU is stored as one matrix that the library splits."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        Dinov2ForImageClassification(
-            Dinov2Config(
-                image_size=IMAGE,
-                patch_size=4,
-                hidden_size=HIDDEN,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=2,
-                use_swiglu_ffn=True,
-                num_labels=NUM_LABELS,
-            )
-        ).save_pretrained(tmp_path)
-    with caplog.at_level(logging.INFO, "diffusionblocks"):
-        source = pretrained_source(CLASSES["dinov2"], tmp_path, {}, seed=0)
-    assert isinstance(source, InMemory)
-    assert "is loaded whole on the host" in caplog.text
-    assert same(build(source, db.BlocksConfig()), reference("dinov2", tmp_path, db.BlocksConfig()))
-    assert same(build(source, db.BlocksConfig(), blocks=[2]).block(2), build(source, db.BlocksConfig()).block(2))
-
-
-def test_a_stated_dtype_is_the_librarys_affair(tmp_path: Path) -> None:
-    saved(tmp_path, "vit")
-    source = pretrained_source(CLASSES["vit"], tmp_path, {"dtype": "bfloat16"}, seed=0)
-    assert isinstance(source, InMemory)
-    assert source.dtype == torch.bfloat16
-    config = db.BlocksConfig()
-    assert same(build(source, config), reference("vit", tmp_path, config, dtype="bfloat16"))
-
-
-@pytest.mark.parametrize(("config_dtype", "road"), [("absent", InFiles), ("float32", InFiles)])
-def test_the_configs_dtype_counts(config_dtype: str, road: type[WeightSource], tmp_path: Path) -> None:
-    saved(tmp_path, "vit", torch.bfloat16)
-    described = json.loads((tmp_path / "config.json").read_text())
-    assert described.pop("dtype") == "bfloat16"
-    if config_dtype != "absent":
-        described["dtype"] = config_dtype
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    source = pretrained_source(CLASSES["vit"], tmp_path, {}, seed=0)
-    assert type(source) is road
-    assert source.dtype == (torch.bfloat16 if config_dtype == "absent" else torch.float32)
-    assert same(build(source, db.BlocksConfig()), reference("vit", tmp_path, db.BlocksConfig()))
-
-
-@pytest.mark.parametrize("spoil", ["no-file", "other-shape", "lost-layer"])
-def test_what_cannot_be_read_is_left_to_the_library(spoil: str, tmp_path: Path) -> None:
-    """It refuses, in its own words, what it refused before; or fills the gap."""
-    model = saved(tmp_path, "vit")
-    values: dict[str, Any] = {}
-    if spoil == "no-file":
-        (tmp_path / "model.safetensors").unlink()
-    elif spoil == "other-shape":
-        values = {"num_labels": NUM_LABELS + 1}
-    else:
-        state = {n: t for n, t in model.state_dict().items() if not n.startswith("vit.layers.5.")}
-        model.save_pretrained(tmp_path, state_dict=state)  # type: ignore[operator]
-    if spoil == "lost-layer":
-        source = pretrained_source(CLASSES["vit"], tmp_path, values, seed=0)
-        assert isinstance(source, InMemory)
-        assert same(build(source, db.BlocksConfig()).block(0), reference("vit", tmp_path, db.BlocksConfig()).block(0))
-        return
-    with pytest.raises((OSError, RuntimeError)):
-        adapters.pretrained(CLASSES["vit"], tmp_path, values)
-    with pytest.raises((OSError, RuntimeError)):
-        pretrained_source(CLASSES["vit"], tmp_path, values, seed=0)
 
 
 # ---- host memory -------------------------------------------------------------------------------------------
@@ -509,7 +318,7 @@ def test_only_the_blocks_asked_for_are_held(family: str) -> None:
 
 
 _MEASURE = """
-import resource, torch
+import torch
 import diffusionblocks as db
 from diffusionblocks.building import build, empty, materialise
 from diffusionblocks.weights import Fresh
@@ -521,7 +330,9 @@ def source(hidden, layers):
     return Fresh("DiT", rebuild_config("DiT", values), seed=0)
 
 def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage: its maximum counts the process that started this one.
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * int(status["VmHWM"].split()[0])
 
 config = db.BlocksConfig(num_blocks=4)
 build(source(64, 4), config)  # all that is imported and allocated once
@@ -536,12 +347,14 @@ print(peak() - before, block)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_the_process_grows_by_about_one_block() -> None:
     """A model of 240 MB in four blocks, each handed away before the next."""
     out = subprocess.run([sys.executable, "-c", _MEASURE], capture_output=True, text=True, check=True).stdout
     grown, block = map(int, out.split())
     assert 55e6 < block < 70e6
-    assert 0.5 * block < grown < 1.7 * block
+    assert 0.8 * block < grown < 1.5 * block
 
 
 # ---- recipes -----------------------------------------------------------------------------------------------
@@ -554,13 +367,15 @@ def recipe(family: str = "vit", **changes: Any) -> Recipe:
         "dit": {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "num_layers": 6}
         | {"num_attention_heads": 2, "num_classes": 10},
     }[family]
-    values = {
+    values: dict[str, Any] = {
         "name": "tiny",
         "data": {"kind": "digits"},
         "model": {"type": CLASSES[family], "config": config},
         "train": {"steps": 2, "seed": 3},
         "device": "cpu",
     }
+    if family == "dit":
+        values["evaluate"] = {"kind": "samples"}
     return Recipe.model_validate(values | changes)
 
 
@@ -568,10 +383,8 @@ def recipe(family: str = "vit", **changes: Any) -> Recipe:
 def test_a_recipes_blocks_are_the_same_alone(family: str) -> None:
     whole = build_model(recipe(family))
     assert isinstance(whole, db.DiffusionBlocks)
-    for chosen in (
-        build_model(recipe(family), blocks=[1]),
-        build_model(recipe(family, train={"blocks": [1], "seed": 3})),
-    ):
+    asked = recipe(family, train={"steps": 2, "seed": 3, "blocks": [1]})
+    for chosen in (build_model(recipe(family), blocks=[1]), build_model(asked)):
         assert isinstance(chosen, db.DiffusionBlocks)
         assert same(chosen.block(1), whole.block(1))
         assert all(t.is_meta for b in (0, 2) for t in tensors(chosen.block(b)).values())

@@ -32,6 +32,7 @@ from diffusionblocks import runs
 from diffusionblocks.branching import trunk_name
 from diffusionblocks.data import ImageBatches, ImageData, digits
 from diffusionblocks.recipes import Recipe, parse_recipe
+from diffusionblocks.sources import build_model
 from diffusionblocks.training import TrainConfig, Trainer
 from diffusionblocks.training.checkpoint import checkpoints
 from diffusionblocks.training.logging import Logger
@@ -518,7 +519,7 @@ def test_a_run_is_the_trunk_then_the_blocks(
     assert alone.train.seed == made.train.seed
     assert alone.train.lr == options.get("lr", 3e-3)
     assert alone.train.lr_schedule == options.get("lr_schedule", "constant")
-    trunk = Trainer(runs.build_model(alone), batches(), alone.train, progress=False)
+    trunk = Trainer(build_model(alone), batches(), alone.train, progress=False)
     assert isinstance(trunk.model, db.DiffusionBlocks)
     assert trunk.model.partition.layers == (2,)
     assert trunk.model.partition.training_interval(0) == (0.002, 80.0)

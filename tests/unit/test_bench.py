@@ -1,4 +1,4 @@
-"""The benchmarks' parts, at toy size on the CPU: what is built, what is counted, what rivals move, how depth is found."""
+"""The benchmarks' parts, at toy size on the CPU: what is built and counted, what rivals move, how depth is found."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from diffusionblocks.bench.depth import bytes_from, largest_depth
 from diffusionblocks.bench.figures import draw_memory
-from diffusionblocks.bench.measure import dwelling_times, measure_memory, steady_times, warm_up
+from diffusionblocks.bench.measure import at_peak, dwelling_times, measure_memory, steady_times, warm_up
 from diffusionblocks.bench.methods import METHODS, Spec, rows_of
 from diffusionblocks.bench.models import MODELS, build, recipe_of, split_layers, splits_of
-from diffusionblocks.bench.rivals import BAdamRunner, Plain, rival
+from diffusionblocks.bench.rivals import BAdamRunner, RivalRunner, rival
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain, runner_of
 from diffusionblocks.bench.speed import ratios_of
 from diffusionblocks.bench.table import gather, shard
-from diffusionblocks.bench.worker import answer
+from diffusionblocks.bench.worker import answer, isolated
 from diffusionblocks.model import DiffusionBlocks
 from diffusionblocks.sources import build_model
 
@@ -61,7 +61,7 @@ def test_a_specification_survives_json() -> None:
 def test_shards_share_all_rows() -> None:
     rows = rows_of(["dit-l-2"], [2, 3], list(METHODS), spec())
     parts = [shard(rows, f"{i}/3") for i in range(3)]
-    assert sorted((row.key for part in parts for row in part)) == sorted(row.key for row in rows)
+    assert sorted(row.key for part in parts for row in part) == sorted(row.key for row in rows)
     for text in ("3/3", "1", "-1/2", "a/b", "0/0"):
         with pytest.raises(ValueError, match="0/2"):
             shard(rows, text)
@@ -104,8 +104,7 @@ def test_the_model_is_the_recipes_but_for_its_weights(model: str, method: str) -
 
 @pytest.mark.parametrize("model", MODEL_NAMES)
 def test_models_have_the_size_that_they_are_named_for(model: str) -> None:
-    with torch.device("meta"):
-        found = build(recipe_of(Spec(model, device="cpu")), torch.device("meta"))
+    found = build(recipe_of(Spec(model, device="cpu")), torch.device("meta"))
     count = sum(p.numel() for p in found.parameters())
     assert count == pytest.approx({"dit-l-2": 457e6, "vit-h": 632e6}[model], rel=0.01)
 
@@ -159,6 +158,27 @@ def test_what_is_held_is_what_the_arithmetic_says() -> None:
     assert memory.most_gradients == weights
 
 
+def test_gradients_at_the_peak_are_read_off_the_allocators_history() -> None:
+    def events(*entries: tuple[str, int, int]) -> list[dict[str, Any]]:
+        return [{"action": action, "addr": addr, "size": size} for action, addr, size in entries]
+
+    # Activations 1 and 2, the gradient of 2 at address 30, activation 2 freed, a smaller gradient, all freed.
+    backward = events(
+        ("alloc", 10, 4 * 2**20),
+        ("segment_alloc", 0, 2**30),
+        ("alloc", 20, 4 * 2**20),
+        ("alloc", 30, 2**20),
+        ("free_requested", 20, 4 * 2**20),
+        ("free_completed", 20, 4 * 2**20),
+        ("alloc", 40, 2**19),
+    )
+    places = {30: 2**20 - 100, 40: 2**19}
+    assert at_peak(backward, places) == 2**20 - 100
+    assert at_peak([*backward, *events(("alloc", 50, 8 * 2**20))], places) == 2**20 - 100 + 2**19
+    # The address once held something of another size, which was no gradient.
+    assert at_peak(events(("alloc", 30, 64 * 2**20), ("free_requested", 30, 64 * 2**20)), places) == 0
+
+
 def test_blocks_and_savers_need_less() -> None:
     peaks = {}
     methods = ("end-to-end", "end-to-end-checkpointing", "resident-all", "resident-active", "end-to-end-short")
@@ -169,12 +189,22 @@ def test_blocks_and_savers_need_less() -> None:
     assert peaks["resident-active"] == pytest.approx(peaks["end-to-end-short"], rel=0.02)
 
 
-def test_a_bigger_batch_has_bigger_activations_alone() -> None:
+def test_a_bigger_batch_has_bigger_activations_and_data() -> None:
     small, large = (answer(spec(batch_size=size))["bytes"] for size in (4, 8))
-    assert {k: v for k, v in small.items() if k != "activations"} == {
-        k: v for k, v in large.items() if k != "activations"
-    }
-    assert large["activations"] == pytest.approx(2 * small["activations"], rel=0.2)
+    grows = {"activations", "data"}
+    assert {k: v for k, v in small.items() if k not in grows} == {k: v for k, v in large.items() if k not in grows}
+    assert large["data"] == 2 * small["data"]
+    assert large["activations"] > 1.5 * small["activations"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", [True, False])
+def test_measurements_are_processes_of_their_own(fork: bool) -> None:
+    """A fork, and the fresh process that takes its place where a library has started CUDA at its import."""
+    reply = isolated({"spec": spec(method="resident-active", blocks=2).to_dict(), "limit": 120.0}, fork)
+    assert "error" not in reply
+    assert reply["process_seconds"] > reply["seconds"]
+    assert reply["method"] == "resident-active"
 
 
 # ---- rivals ------------------------------------------------------------------------------------------------
@@ -233,20 +263,21 @@ def test_apollo_mini_keeps_little_for_the_layers_matrices(model: str) -> None:
     assert moved_by(runner, 0, runner.module) == {name for name, _ in runner.module.named_parameters()}
 
 
-@pytest.mark.parametrize("model", MODEL_NAMES)
-def test_rivals_and_trainer_see_the_same_first_loss_scale(model: str) -> None:
-    """The loop of the rivals trains the same model on the same data: its loss falls like the trainer's."""
-    chosen = spec(model)
-    bare = Plain(chosen)
-    optimizer = torch.optim.AdamW(bare.units[0].own, lr=1e-3)
-    losses = []
-    for step in range(30):
-        loss = bare.loss(0, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert sum(losses[-5:]) < sum(losses[:5])
+@pytest.mark.parametrize("method", ["end-to-end-badam", "end-to-end-apollo-mini"])
+def test_rivals_learn(method: str) -> None:
+    runner = rival(spec(method=method))
+    assert isinstance(runner, RivalRunner)
+
+    def loss() -> float:
+        runner.plain.generator.manual_seed(0)
+        with torch.no_grad():
+            return sum(runner.plain.loss(0, step).item() for step in range(4))
+
+    before = loss()
+    for turn in range(runner.turns):
+        for _ in range(30 // runner.turns + 1):
+            runner.step(turn)
+    assert loss() < before
 
 
 @pytest.mark.parametrize(
@@ -324,7 +355,7 @@ def test_blocks_take_turns_in_the_trainer() -> None:
         measure_memory(runner)
         counts = {name: owned.steps for name, owned in runner.trainer.sets.items()}
     assert len(set(counts.values())) == 1
-    assert min(counts.values()) >= 5
+    assert min(counts.values()) >= 4
 
 
 def test_overhead_compares_two_loops() -> None:
@@ -383,15 +414,13 @@ def test_the_deepest_model_is_found(fixed: int, slope: int, budget: int, stride:
         assert len(trials) <= 5  # two that fit, and the line through them
 
 
-def test_a_good_guess_takes_two_trials_more_than_it_must() -> None:
+def test_a_good_guess_takes_few_trials() -> None:
     def fits(depth: int) -> dict[str, Any]:
-        return {"depth": depth, "fits": depth <= 100, "peak_bytes": 10 * depth}
+        return {"depth": depth, "fits": depth <= 103, "peak_bytes": 10 * depth}
 
-    found, trials = largest_depth(fits, 4, 1000, guess=101)
-    assert (found, [trial["depth"] for trial in trials]) == (
-        100,
-        [100, 200, 148, 104][:1] + [t["depth"] for t in trials[1:]],
-    )
+    found, trials = largest_depth(fits, 4, 1030, guess=102)
+    assert found == 100
+    assert trials[0]["depth"] == 100
     assert len(trials) <= 4
 
 

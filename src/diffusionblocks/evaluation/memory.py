@@ -56,7 +56,7 @@ def step_memory(trainer: Trainer) -> list[StepMemory]:
     for index, unit in enumerate(trainer.units):
         trainer.step(index)
         trainer.step(index)
-        transient = _transient_peak(functools.partial(trainer.step, index), trainer.device)
+        transient = transient_peak(functools.partial(trainer.step, index), trainer.device)
         names = [unit.name, *({"shared"} & trainer.sets.keys())]
         sets = [trainer.sets[name] for name in names]
         optimizer = (value for group in sets for moments in group.moments for value in moments.values())
@@ -77,7 +77,8 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
-def _transient_peak(step: Callable[[], None], device: torch.device) -> int:
+def transient_peak(step: Callable[[], None], device: torch.device) -> int:
+    """Bytes that a step allocates at its peak, beyond what is there before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -4,10 +4,10 @@ A unit never computes in its own module. It computes in a `Skeleton`: a copy of 
 the tensors of any unit of the same shape can be mounted; so units of one shape share one compiled step.
 
 - `all`: every unit's tensors are on the device, and mounted in turn.
-- `active`: for every shape there is one `Slot` on the device, a stretch of memory that holds the weights, optimizer
-  state and averages of one unit. The other units wait at home (`homes.py`). At a switch both directions of the bus work
-  at once: while one chunk of the next unit comes in, a chunk of the last one goes out. The next forward pass waits
-  for the weights alone; optimizer state and averages follow while it computes.
+- `active`: on the device there is memory for the weights, optimizer state and averages of one unit, the largest; a
+  `Slot` is how units of one shape use it. The other units wait at home (`homes.py`). At a switch both directions of the
+  bus work at once: while one chunk of the next unit comes in, a chunk of the last one goes out. The next forward pass
+  waits for the weights alone; optimizer state and averages follow while it computes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .arena import Arena, Layout
 from .config import TrainConfig
-from .homes import DiskHomes, Homes, HostHomes, Luggage
+from .homes import DiskHomes, Homes, HostHomes, Layouts, Luggage
 from .optim import ParameterSet, Updater
 from .schedules import lr_factor
 from .skeleton import Skeleton, in_several, move, places_of, shape_of, tensors_of
@@ -177,21 +177,19 @@ class AllResident(Residency):
         return self._places[unit]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Slot:
-    """The place on the device of the units of one shape.
+    """How units of one shape use the memory on the device that all units share, one after another.
 
     Attributes:
-        luggage: what the unit that is there has brought.
+        luggage: the memory, as a unit of this shape uses it.
         tensors: mounted in the skeleton, in the order of `tensors_of`.
-        occupant: place of that unit in the list.
     """
 
     skeleton: Skeleton
     luggage: Luggage
     updater: Updater
     tensors: list[Tensor]
-    occupant: int | None = None
 
 
 class ActiveResident(Residency):
@@ -209,21 +207,27 @@ class ActiveResident(Residency):
         on_gpu = self.device.type == "cuda"
         self._out, self._into = (torch.cuda.Stream(self.device) if on_gpu else None for _ in range(2))
         self._state_came: Any = None
-        self._slots = {
-            shape: self._make_slot(self.units[self._shapes.index(shape)], skeleton)
-            for shape, skeleton in self._skeletons.items()
-        }
-        slots = [self._slots[shape] for shape in self._shapes]
-        layouts = [(slot.luggage.weights.layout, slot.luggage.state.layout) for slot in slots]
+        self._occupant: int | None = None
+        self._places: dict[int, Place] = {}
+
+        layouts = {shape: self._measure(self.units[self._shapes.index(shape)]) for shape in self._skeletons}
+        of_units = [layouts[shape] for shape in self._shapes]
+        self._memory = [
+            torch.zeros(max(both[part].bytes for both in of_units), dtype=torch.uint8, device=self.device)
+            for part in range(2)
+        ]
         self._homes: Homes
         if self.config.offload == "disk":
-            self._homes = DiskHomes(layouts, folder, pinned=on_gpu)
+            self._homes = DiskHomes(of_units, folder, pinned=on_gpu)
         else:
-            self._homes = HostHomes(layouts, pinned=on_gpu)
+            self._homes = HostHomes(of_units, pinned=on_gpu)
         self.host_bytes = self._homes.host_bytes
-        for place, (unit, slot) in enumerate(zip(self.units, slots, strict=True)):
-            self._move_in(unit, slot, self._homes.home(place))
-        self._places: dict[int, Place] = {}
+        self._slots: dict[tuple[Any, ...], Slot] = {}
+        for shape, skeleton in self._skeletons.items():
+            alike = [place for place, other in enumerate(self._shapes) if other == shape]
+            self._slots[shape] = slot = self._make_slot(self.units[alike[0]], skeleton, layouts[shape])
+            for place in alike:
+                self._move_in(self.units[place], slot, self._homes.home(place))
 
     # ---- making -------------------------------------------------------------------------------------------
 
@@ -232,35 +236,42 @@ class ActiveResident(Residency):
         distinct = {id(t): t for t in tensors_of(unit.module) if id(t) not in self._common}
         return list(distinct.values())
 
-    def _make_slot(self, unit: Unit, skeleton: Skeleton) -> Slot:
-        """Weights and state for units of this shape, uninitialised but for what is the same in all of them."""
-        own = self._own_tensors(unit)
-        weights = self._on_device({str(i): t for i, t in enumerate(own)})
-        mounted: dict[int, Tensor] = {}
-        for i, tensor in enumerate(own):
-            view = weights[str(i)]
-            is_parameter = isinstance(tensor, nn.Parameter)
-            mounted[id(tensor)] = nn.Parameter(view.data, tensor.requires_grad) if is_parameter else view
-        tensors = [mounted.get(id(t), t) for t in tensors_of(unit.module)]
-        skeleton.mount(unit, tensors)
-        parameters = [p for p in (mounted[id(p)] for p in unit.own) if isinstance(p, nn.Parameter)]
-
-        lengths, averages = self.lengths, parameters if self.config.keeps_average else []
-        updater = Updater(parameters, lengths.steps, lengths.warmup, self.config, [])
+    def _measure(self, unit: Unit) -> Layouts:
+        """What a unit of this shape brings: its weights, and the state that the optimizer makes for them."""
+        weights = Layout({str(i): t for i, t in enumerate(self._own_tensors(unit))})
+        trial = Arena(weights, torch.zeros(weights.bytes, dtype=torch.uint8, device=self.device))
+        _, parameters = self._mounted(unit, trial)
         state: dict[str, Tensor] = {}
 
         def note(i: int, name: str, fresh: Tensor) -> Tensor:
             return state.setdefault(f"{i}.{name}", torch.empty_like(fresh, device="meta"))
 
-        updater.allocate(note)
-        kept = self._on_device(state | {f"{i}.ema": p for i, p in enumerate(averages)})
-        updater.allocate(lambda i, name, fresh: kept[f"{i}.{name}"])
-        updater.ema = [kept[f"{i}.ema"] for i in range(len(averages))]
-        return Slot(skeleton, Luggage(weights, kept), updater, tensors)
+        Updater(parameters, 1, 0, self.config, []).allocate(note)
+        averages = parameters if self.config.keeps_average else []
+        return weights, Layout(state | {f"{i}.ema": p for i, p in enumerate(averages)})
 
-    def _on_device(self, tensors: dict[str, Tensor]) -> Arena:
-        layout = Layout(tensors)
-        return Arena(layout, torch.zeros(layout.bytes, dtype=torch.uint8, device=self.device))
+    def _mounted(self, unit: Unit, weights: Arena) -> tuple[list[Tensor], list[nn.Parameter]]:
+        """The tensors to mount for a unit whose weights lie there, and which of them are trained."""
+        lying: dict[int, Tensor] = {}
+        for i, tensor in enumerate(self._own_tensors(unit)):
+            view = weights[str(i)]
+            # Without `.data`, a step of one parameter would count as a change of all that lie in the same memory.
+            lying[id(tensor)] = (
+                nn.Parameter(view.data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
+            )
+        parameters = [p for p in (lying[id(p)] for p in unit.own) if isinstance(p, nn.Parameter)]
+        return [lying.get(id(t), t) for t in tensors_of(unit.module)], parameters
+
+    def _make_slot(self, unit: Unit, skeleton: Skeleton, layouts: Layouts) -> Slot:
+        weights, state = (
+            Arena(layout, memory[: layout.bytes]) for layout, memory in zip(layouts, self._memory, strict=True)
+        )
+        tensors, parameters = self._mounted(unit, weights)
+        skeleton.mount(unit, tensors)
+        ema = [state[f"{i}.ema"] for i in range(len(parameters))] if self.config.keeps_average else []
+        updater = Updater(parameters, self.lengths.steps, self.lengths.warmup, self.config, ema)
+        updater.allocate(lambda i, name, fresh: state[f"{i}.{name}"])
+        return Slot(skeleton, Luggage(weights, state), updater, tensors)
 
     def _move_in(self, unit: Unit, slot: Slot, home: Luggage) -> None:
         """Let the unit's own tensors lie in its home, and start its optimizer state afresh."""
@@ -293,8 +304,9 @@ class ActiveResident(Residency):
     def activate(self, unit: int, following: int | None) -> Place:
         """See `Residency`."""
         slot = self._slots[self._shapes[unit]]
-        if slot.occupant != unit:
-            self._switch(slot, unit)
+        if self._occupant != unit:
+            self._switch(unit)
+            slot.skeleton.mount(self.units[unit], slot.tensors)
             if following is not None:
                 self._homes.prefetch(following)
         if unit not in self._places:
@@ -303,19 +315,19 @@ class ActiveResident(Residency):
             self._places[unit] = Place(slot.skeleton.module, updaters, owners)
         return self._places[unit]
 
-    def _switch(self, slot: Slot, unit: int | None) -> None:
-        """Bring the slot's unit home, and another one in; with `unit` None it only goes home, and stays as well."""
-        left = slot.occupant
+    def _switch(self, unit: int | None) -> None:
+        """Bring the unit that is there home, and another one in; with None it only goes home, and stays as well."""
+        left = self._occupant
         coming = None if unit is None else self._homes.coming(unit)
         leaving = None if left is None else self._homes.leaving(left)
         if self._out is not None and self._into is not None:
             for stream in (self._out, self._into):  # after the last step of the unit that leaves
                 stream.wait_stream(torch.cuda.current_stream(self.device))
-        here = slot.luggage
-        self._exchange(here.weights, leaving.weights if leaving else None, coming.weights if coming else None)
+        weights, state = self._memory
+        self._exchange(weights, leaving.weights if leaving else None, coming.weights if coming else None)
         if self._into is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._into)
-        self._exchange(here.state, leaving.state if leaving else None, coming.state if coming else None)
+        self._exchange(state, leaving.state if leaving else None, coming.state if coming else None)
         self._state_came = None if self._into is None else self._into.record_event()
         went = None if self._out is None else self._out.record_event()
 
@@ -326,21 +338,22 @@ class ActiveResident(Residency):
 
         self._homes.switched(left, unit, copied)
         if unit is not None:
-            slot.occupant = unit
-            slot.skeleton.mount(self.units[unit], slot.tensors)
+            self._occupant = unit
 
-    def _exchange(self, here: Arena, leaving: Arena | None, coming: Arena | None) -> None:
+    def _exchange(self, here: Tensor, leaving: Arena | None, coming: Arena | None) -> None:
         """Chunk by chunk, so that both directions are under way at once."""
-        for start in range(0, here.layout.bytes, _CHUNK):
-            piece = slice(start, min(start + _CHUNK, here.layout.bytes))
+        for start in range(0, len(here), _CHUNK):
+            piece = slice(start, start + _CHUNK)
             if leaving is not None:
+                part = leaving.memory[piece]
                 with torch.cuda.stream(self._out):
-                    leaving.memory[piece].copy_(here.memory[piece], non_blocking=True)
+                    part.copy_(here[start : start + len(part)], non_blocking=True)
             if coming is not None:
+                part = coming.memory[piece]
                 if self._into is not None and self._out is not None:
                     self._into.wait_event(self._out.record_event())
                 with torch.cuda.stream(self._into):
-                    here.memory[piece].copy_(coming.memory[piece], non_blocking=True)
+                    here[start : start + len(part)].copy_(part, non_blocking=True)
 
     def wait_for_state(self) -> None:
         """See `Residency`."""
@@ -350,16 +363,14 @@ class ActiveResident(Residency):
 
     def flush(self) -> None:
         """See `Residency`."""
-        for slot in self._slots.values():
-            if slot.occupant is not None:
-                self._switch(slot, None)
+        if self._occupant is not None:
+            self._switch(None)
         self.settle()
 
     def refresh(self) -> None:
         """See `Residency`."""
         self.settle()
-        for slot in self._slots.values():
-            slot.occupant = None
+        self._occupant = None
 
     def settle(self) -> None:
         """See `Residency`."""

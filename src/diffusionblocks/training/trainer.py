@@ -27,6 +27,7 @@ from .keys import DataOrder, key
 from .logging import JsonLines, Logger
 from .residency import Lengths, make_residency
 from .schedules import block_schedule, next_others
+from .skeleton import compile_modules, compile_options
 from .step import BatchMaker, Stepper
 from .units import units_of
 
@@ -93,18 +94,11 @@ class Trainer:
         self.iteration = 0
         self.seconds = 0.0
         self._signal: int | None = None
+        self._log_file: JsonLines | None = None
         if config.compile:
             batches.compile()
-            # Each shape of block is a graph of its own; past the limit torch would quietly run the others eagerly.
-            dynamo: Any = torch._dynamo.config
-            dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(self.residency.skeletons))
-            # Adaptive norms note a layer's noise level while it runs; a traced layer that runs again needs none.
-            if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-                dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-            # A block has many small kernels of one kind (casts, reductions of biases): combined, they launch once.
-            options = {"combo_kernels": True} if self.device.type == "cuda" else None
-            for skeleton in self.residency.skeletons:
-                skeleton.module.compile(options=options)
+            modules = [skeleton.module for skeleton in self.residency.skeletons]
+            compile_modules(modules, config, options=compile_options(self.device))
 
     # ---- the loop ------------------------------------------------------------------------------------
 
@@ -128,7 +122,7 @@ class Trainer:
                 saved = []
             if saved:
                 self.load_checkpoint(saved[-1])
-            self.loggers.insert(0, JsonLines(self.folder / "log.jsonl", self.iteration if saved else None))
+            self._log_file = JsonLines(self.folder / "log.jsonl", self.iteration if saved else None)
         end = min(len(self.schedule), until if until is not None else len(self.schedule))
         self.model.train()
         bar = tqdm(total=len(self.schedule), initial=self.iteration, disable=not self.progress, unit="it")
@@ -138,8 +132,9 @@ class Trainer:
             self.residency.flush()  # the model is whole again
         finally:
             bar.close()
-            for logger in self.loggers:
+            for logger in self._receivers():
                 logger.close()
+            self._log_file = None
 
     def step(self, unit: int, following: int | None = None) -> None:
         """Step one unit on the data and randomness of its own next step (the loop's body; no wait for the device).
@@ -214,8 +209,11 @@ class Trainer:
                 "lr": self.residency.learning_rate(index),
                 "iterations_per_second": speed,
             }
-            for logger in self.loggers:
+            for logger in self._receivers():
                 logger.log(record)
+
+    def _receivers(self) -> list[Logger]:
+        return [*([] if self._log_file is None else [self._log_file]), *self.loggers]
 
     # ---- branching -----------------------------------------------------------------------------------
 

@@ -1,0 +1,144 @@
+"""`bench depth`: the deepest model that trains within a budget of memory, end to end and block by block.
+
+The peak grows linearly with the number of layers, so two models that fit tell where the end is; the search tries there,
+and is done when a depth fits and the next one does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.tables import format_bytes
+from .methods import Spec
+from .table import LIMIT, Server, prediction, server, with_method, write_table
+
+#: Deepest model that is tried.
+_DEEPEST = 4096
+_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+Trial = dict[str, Any]
+
+
+def bytes_from(text: str) -> int:
+    """Bytes of `16GiB`, `512MiB` or a plain number.
+
+    Raises:
+        ValueError: not of that form, or not above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    if size <= 0:
+        raise ValueError(f"budget = {text!r}: give a size such as 16GiB, 512MiB or a number of bytes")
+    return size
+
+
+def largest_depth(
+    fits: Callable[[int], Trial], stride: int, budget: int, guess: int | None = None
+) -> tuple[int, list[Trial]]:
+    """The largest multiple of `stride` that fits, and all trials.
+
+    Args:
+        fits: tries a depth; the trial has `depth`, `fits`, and where it fits `peak_bytes`.
+        stride: depths are multiples of it.
+        budget: bytes.
+        guess: where to try first.
+
+    Returns:
+        The depth, 0 if not even `stride` fits; and the trials in their order.
+    """
+    trials: list[Trial] = []
+    fitting, failing = 0, _DEEPEST // stride * stride + stride
+    while failing - fitting > stride:
+        depth = _next(trials, fitting, failing, stride, budget, guess)
+        trials.append(fits(depth))
+        if trials[-1]["fits"]:
+            fitting = depth
+        else:
+            failing = depth
+    return fitting, trials
+
+
+def _next(trials: list[Trial], fitting: int, failing: int, stride: int, budget: int, guess: int | None) -> int:
+    fitted = sorted((t["depth"], t["peak_bytes"]) for t in trials if t["fits"])
+    if len(trials) > 8:
+        wanted = (fitting + failing) // 2  # the peak is no line, then
+    elif not trials:
+        wanted = 2 * stride if guess is None else guess
+    elif len(fitted) > 1:
+        wanted = line_end(fitted[-2], fitted[-1], budget)
+    elif fitted:  # through the origin, as if nothing but layers took memory: not too deep, then
+        wanted = line_end((0, 0), fitted[0], budget)
+    else:
+        wanted = failing // 2
+    return min(max(wanted // stride * stride, fitting + stride), failing - stride)
+
+
+def line_end(a: tuple[int, int], b: tuple[int, int], budget: int) -> int:
+    """The depth at which the line through two (depth, bytes) reaches the budget; the deepest one, if it never does."""
+    slope = (b[1] - a[1]) / (b[0] - a[0])
+    return _DEEPEST if slope <= 0 else min(_DEEPEST, int(b[0] + (budget - b[1]) / slope))
+
+
+def depth(base: Spec, blocks: int, out: Path, limit: float = LIMIT, *, predict: bool = True) -> list[dict[str, Any]]:
+    """Search end to end and with one block resident, each plainly and with all savers; write and return the rows.
+
+    Args:
+        base: model, device and budget.
+        blocks: B; the depths of blocks are multiples of it.
+        out: the JSON file, written after every search.
+        limit: seconds for each trial.
+        predict: begin where the planner says that the end is.
+    """
+    assert base.budget is not None
+    rows: list[dict[str, Any]] = []
+    # Fragments of memory would decide otherwise; the same for all.
+    segments = "expandable_segments:True"
+    with server({"PYTORCH_ALLOC_CONF": segments, "PYTORCH_CUDA_ALLOC_CONF": segments}) as asked:
+        for savers in ("", "-all-savers"):
+            for method, count in ((f"end-to-end{savers}", 1), (f"resident-active{savers}", blocks)):
+                spec = with_method(base, method, count, task="fits")
+                rows.append(search(asked, spec, limit, guess_of(spec) if predict else None))
+                write_table(out, rows, budget_bytes=base.budget)
+    return rows
+
+
+def search(asked: Server, spec: Spec, limit: float, guess: int | None = None) -> dict[str, Any]:
+    """The row of one method: `layers` of the deepest model within `spec.budget`, and the trials that found it."""
+    assert spec.budget is not None
+    about = {"key": spec.key, "model": spec.model, "method": spec.method, "blocks": spec.blocks, "task": "depth"}
+
+    def fits(layers: int) -> Trial:
+        found = asked.ask(with_method(spec, spec.method, spec.blocks, depth=layers), limit)
+        if "error" in found and found["error"] != "out of memory":
+            raise _Stopped(f"at {layers} layers: {found['error']}")
+        names = ("fits", "peak_bytes", "reserved_bytes", "host_bytes", "device", "detail", "process_seconds")
+        trial = {"depth": layers, "fits": False} | {name: found[name] for name in names if name in found}
+        size = format_bytes(trial["peak_bytes"]) if "peak_bytes" in trial else "out of memory"
+        print(f"{spec.key}: {layers} layers {'fit' if trial['fits'] else 'do not fit'} ({size})", flush=True)
+        return trial
+
+    try:
+        layers, trials = largest_depth(fits, spec.blocks, spec.budget, guess)
+    except _Stopped as stopped:
+        return about | {"guess": guess, "error": str(stopped)}
+    device = next((trial["device"] for trial in trials if "device" in trial), None)
+    return about | {"layers": layers, "guess": guess, "trials": trials} | ({"device": device} if device else {})
+
+
+class _Stopped(RuntimeError):
+    """A trial ended without an answer."""
+
+
+def guess_of(spec: Spec) -> int | None:
+    """Where the planner says the end is."""
+    points = []
+    for factor in (2, 4):
+        layers = max(4, spec.blocks) * factor // spec.blocks * spec.blocks
+        found = prediction(with_method(spec, spec.method, spec.blocks, depth=layers))
+        if "predicted_bytes" not in found:
+            return None
+        points.append((layers, int(found["predicted_bytes"])))
+    return line_end(points[0], points[1], spec.budget or 0)

@@ -1,0 +1,142 @@
+"""What is compared: the methods, and the specification of one measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+_SAVERS = {"activation_checkpointing": True, "optimizer": "adamw-8bit", "optimizer_in_backward": True}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        kind: `whole` model end to end; a `short` model of one block's layers end to end; a `rival`, the whole model
+            with an optimizer of another package; `blocks`.
+        train: what it changes in the recipe's `train` section.
+        about: what a reader must know about it.
+    """
+
+    kind: Literal["whole", "short", "rival", "blocks"]
+    about: str
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "end-to-end": Method("whole", "AdamW, float32 weights, bfloat16 autocast"),
+    "end-to-end-checkpointing": Method("whole", "each layer is computed again", {"activation_checkpointing": True}),
+    "end-to-end-8bit-in-backward": Method(
+        "whole",
+        "8-bit AdamW, which steps inside the backward pass",
+        {"optimizer": "adamw-8bit", "optimizer_in_backward": True},
+    ),
+    "end-to-end-all-savers": Method("whole", "checkpointing and 8-bit AdamW in the backward pass", _SAVERS),
+    "end-to-end-cpu-offload": Method("rival", "torchao's CPUOffloadOptimizer: AdamW and gradients on the host"),
+    "end-to-end-badam": Method(
+        "rival",
+        "BAdam: a layer at a time; weights in bfloat16 without float32 copies, but for the layer that trains",
+    ),
+    "end-to-end-apollo-mini": Method("rival", "APOLLO-Mini: rank 1 for the layers' matrices, AdamW for the rest"),
+    "end-to-end-short": Method("short", "a model of one block's layers, end to end"),
+    "resident-all": Method("blocks", "every block stays on the device"),
+    "resident-active": Method("blocks", "only the block that trains is on the device", {"resident": "active"}),
+    "resident-active-checkpointing": Method(
+        "blocks", "and each layer is computed again", {"resident": "active", "activation_checkpointing": True}
+    ),
+    "resident-active-all-savers": Method(
+        "blocks", "and 8-bit AdamW in the backward pass", {"resident": "active", **_SAVERS}
+    ),
+}
+
+Task = Literal["row", "dwell", "overhead", "fits"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One measurement, done in a process of its own.
+
+    Attributes:
+        model: a name of `models.MODELS`.
+        method: a name of `METHODS`.
+        blocks: B; of `end-to-end-short` the B that its depth is the block of; else 1.
+        task: a `row` of memory and speed; total time at several dwells (`dwell`); the trainer's loop against a bare
+            one (`overhead`); or only whether it `fits` a budget.
+        depth: number of layers instead of the model's own.
+        batch_size: instead of the model's own.
+        device: `cuda` or `cpu`.
+        tiny: shrink the model to toy size.
+        compile: torch.compile, as the trainer does it.
+        windows: timed windows, of which the median is reported.
+        iterations: steps of each block in a window.
+        dwell: steps over which a row spreads the cost of a switch of blocks.
+        dwells: those of the task `dwell`.
+        offload: where blocks wait, `host` or `disk`.
+        budget: bytes that the allocator may take; None: all there are.
+    """
+
+    model: str
+    method: str = "end-to-end"
+    blocks: int = 1
+    task: Task = "row"
+    depth: int | None = None
+    batch_size: int | None = None
+    device: str = "cuda"
+    tiny: bool = False
+    compile: bool = True
+    windows: int = 5
+    iterations: int = 5
+    dwell: int = 10
+    dwells: tuple[int, ...] = (1, 10, 50)
+    offload: str = "host"
+    budget: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Names a row within a table, so that a later run finds it."""
+        parts = [self.model, self.method, f"blocks={self.blocks}"]
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("task", "depth", "batch_size", "tiny", "device", "compile", "offload", "budget"):
+            if getattr(self, name) != defaults[name]:
+                parts.append(f"{name}={getattr(self, name)}")
+        return " ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self) | {"dwells": list(self.dwells)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Spec:
+        """The inverse of `to_dict`."""
+        return cls(**(values | {"dwells": tuple(values["dwells"])}))
+
+
+def check_names(what: str, given: list[str], allowed: list[str]) -> None:
+    """Refuse a name that is not allowed."""
+    unknown = [name for name in given if name not in allowed]
+    if unknown:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+
+
+def rows_of(models: list[str], blocks: list[int], methods: list[str], base: Spec) -> list[Spec]:
+    """The rows of a table, in an order in which neighbours share compiled code.
+
+    Args:
+        models: names of models.
+        blocks: values of B, for the methods that have several blocks and for the short model.
+        methods: names of methods.
+        base: all else.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    check_names("method", methods, list(METHODS))
+    rows = []
+    for model in models:
+        for count in [1, *blocks]:
+            for name, method in METHODS.items():
+                if name in methods and (method.kind in ("short", "blocks")) == (count > 1):
+                    rows.append(dataclasses.replace(base, model=model, method=name, blocks=count))
+    return rows

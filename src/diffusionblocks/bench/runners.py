@@ -1,0 +1,158 @@
+"""What a measurement steps: our trainer, behind the interface that rivals share."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runs import make_trainer
+from ..sources import device_of
+from ..training import Diverged, Trainer
+from .methods import METHODS, Spec
+from .models import build, bytes_of_data, recipe_of, splits_of
+
+
+class Runner(abc.ABC):
+    """Trains, one step at a call.
+
+    Attributes:
+        turns: how many parts take turns: blocks, or layers where those train one at a time; else 1.
+        switches: whether going over to another part takes time of its own.
+        dwell: steps after which the method itself goes over to the next part; None leaves it to the caller.
+        device: where it trains.
+        host_bytes: bytes of training state in host memory.
+        data_bytes: bytes of the examples, which are on the device.
+    """
+
+    turns: int = 1
+    switches: bool = False
+    dwell: int | None = None
+    device: torch.device
+    host_bytes: int = 0
+    data_bytes: int = 0
+
+    @abc.abstractmethod
+    def step(self, turn: int, following: int | None = None) -> None:
+        """Step a part; no wait for the device.
+
+        Args:
+            turn: which part.
+            following: which part comes after it, where known.
+        """
+
+    @abc.abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters on the device."""
+
+    @abc.abstractmethod
+    def held(self) -> dict[str, int]:
+        """Bytes on the device between steps: of `parameters`, `optimizer`, `ema` and `buffers`."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise `Diverged` if a loss was not finite."""
+
+
+class TrainerRunner(Runner):
+    """Our trainer."""
+
+    def __init__(self, trainer: Trainer, data_bytes: int) -> None:
+        trainer.model.train()
+        self.data_bytes = data_bytes
+        self.trainer = trainer
+        self.turns = len(trainer.units)
+        self.switches = trainer.config.resident == "active" and self.turns > 1
+        self.device = trainer.device
+        self.host_bytes = trainer.residency.host_bytes
+
+    def step(self, turn: int, following: int | None = None) -> None:
+        """See `Runner`."""
+        self.trainer.step(turn, following)
+
+    def _modules(self) -> list[nn.Module]:
+        """The modules whose tensors are on the device."""
+        if self.trainer.config.resident == "all":
+            return [self.trainer.model]
+        return [skeleton.module for skeleton in self.trainer.residency.skeletons]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """See `Runner`."""
+        return [p for module in self._modules() for p in module.parameters()]
+
+    def held(self) -> dict[str, int]:
+        """See `Runner`."""
+        sets = [self.trainer.sets[unit.name] for unit in self.trainer.units]
+        if self.trainer.config.resident == "active":  # there is room for one unit of every shape
+            sets = list({tuple(p.shape for p in owned.parameters): owned for owned in sets}.values())
+        sets += [self.trainer.sets[name] for name in {"shared"} & self.trainer.sets.keys()]
+        return {
+            "parameters": bytes_of(self.parameters()),
+            "optimizer": bytes_of(t for owned in sets for moments in owned.moments for t in moments.values()),
+            "ema": bytes_of(t for owned in sets for t in owned.ema),
+            "buffers": bytes_of(t for module in self._modules() for t in module.buffers()),
+        }
+
+    def check(self) -> None:
+        """See `Runner`."""
+        if self.trainer.stepper.first_bad_step() is not None:
+            raise Diverged("a loss was not finite, so the figures are of no use")
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each counted once; of a tensor made of others (an 8-bit state), those."""
+    return sum({id(part): part.numel() * part.element_size() for t in tensors for part in plain(t)}.values())
+
+
+def plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The ordinary tensors that a tensor subclass is made of."""
+    inner: Any = getattr(tensor, "__tensor_flatten__", None)
+    if inner is None:
+        yield tensor
+        return
+    for name in inner()[0]:
+        yield from plain(getattr(tensor, name))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in an optimizer's state, also those in objects of its own."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))
+
+
+@contextlib.contextmanager
+def runner_of(spec: Spec) -> Iterator[Runner]:
+    """What a specification asks for, ready to step.
+
+    Raises:
+        ImportError: a rival's package is missing; the message says how to install it.
+        ValueError: what the specification asks for cannot be.
+    """
+    if METHODS[spec.method].kind == "rival":
+        from .rivals import rival
+
+        yield rival(spec)
+        return
+    recipe = recipe_of(spec)
+    waits_on_host = recipe.train.resident == "active"
+    model = build(recipe, torch.device("cpu") if waits_on_host else device_of(recipe))
+    with tempfile.TemporaryDirectory(prefix="diffusionblocks-bench-") as temporary:
+        # With a folder, the trainer's loop would also save checkpoints.
+        folder = Path(temporary) if recipe.train.offload == "disk" else None
+        splits = splits_of(recipe)
+        trainer = make_trainer(recipe, folder=folder, progress=False, splits=splits, model=model)
+        yield TrainerRunner(trainer, bytes_of_data(splits["train"]))

@@ -1,0 +1,166 @@
+"""What a measuring process does: one of four tasks."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..training import Trainer
+from .measure import Clock, Times, dwelling_times, measure_memory, steady_times, warm_up
+from .methods import METHODS, Spec
+from .models import batch_size_of, layers_of, split_layers
+from .rivals import Plain, compiled
+from .runners import Runner, TrainerRunner, runner_of
+
+
+def _row(spec: Spec) -> dict[str, Any]:
+    """Memory and speed of a method."""
+    started = time.perf_counter()
+    with runner_of(spec) as runner:
+        built = time.perf_counter()
+        warm_up(runner)
+        Clock(runner.device).wait()
+        warm = time.perf_counter()
+        memory = measure_memory(runner)
+        steady = steady_times(runner, spec.windows, spec.iterations)
+        switch = _switch_ms(runner, spec, steady)
+        runner.check()
+        dwell = runner.dwell or spec.dwell
+        step_ms = steady.median + (switch or 0.0) / dwell
+        batch = batch_size_of(spec)
+        per_second = 1000.0 * batch / step_ms
+        return {
+            **_about(spec),
+            **memory.to_dict(),
+            "step_ms": steady.to_dict(),
+            "switch_ms": switch,
+            "dwell": dwell if runner.switches else None,
+            "samples_per_second": per_second,
+            "epoch_samples_per_second": per_second / (spec.blocks if METHODS[spec.method].kind == "blocks" else 1),
+            "host_bytes": runner.host_bytes,
+            "start_seconds": built - started,
+            "warm_up_seconds": warm - built,
+        }
+
+
+def _about(spec: Spec) -> dict[str, Any]:
+    layers, method = layers_of(spec), METHODS[spec.method]
+    parts = split_layers(layers, spec.blocks)
+    return {
+        "model": spec.model,
+        "method": spec.method,
+        "about": method.about,
+        "blocks": spec.blocks,
+        "layers": parts[0] if method.kind == "short" else layers,
+        "block_layers": parts if method.kind == "blocks" else None,
+        "batch_size": batch_size_of(spec),
+        "tiny": spec.tiny,
+        "compile": spec.compile,
+        "device": torch.cuda.get_device_name() if spec.device == "cuda" else "CPU",
+    }
+
+
+def _switch_ms(runner: Runner, spec: Spec, steady: Times) -> float | None:
+    """What a switch adds to a step, from steps that all switch; an upper bound, as a longer stay hides more of it."""
+    if not runner.switches:
+        return None
+    return dwelling_times(runner, spec.windows, 1).median - steady.median
+
+
+def _dwell(spec: Spec) -> dict[str, Any]:
+    """Milliseconds of a step, switches included, for several dwells, beside steps without switches."""
+    with runner_of(spec) as runner:
+        warm_up(runner)
+        steady = steady_times(runner, spec.windows, spec.iterations)
+        dwells = {dwell: dwelling_times(runner, spec.windows, dwell) for dwell in spec.dwells}
+        runner.check()
+        return {
+            **_about(spec),
+            "offload": spec.offload,
+            "host_bytes": runner.host_bytes,
+            "step_ms": steady.to_dict(),
+            "dwells": [{"dwell": dwell, "step_ms": times.to_dict()} for dwell, times in dwells.items()],
+        }
+
+
+def _overhead(spec: Spec) -> dict[str, Any]:
+    """Milliseconds of a step in the trainer's loop and in a bare loop, in windows that take turns."""
+    with runner_of(spec) as runner:
+        assert isinstance(runner, TrainerRunner)
+        bare = _bare_loop(spec)
+        count = 4 * spec.iterations * runner.turns  # a call of `train` has its own small cost
+        loops: dict[str, Callable[[int], None]] = {"trainer": _trainer_loop(runner.trainer), "bare": bare}
+        clock = Clock(runner.device)
+        times: dict[str, list[float]] = {name: [] for name in loops}
+        for loop in loops.values():
+            loop(3 * runner.turns)
+        for window in range(spec.windows):
+            for name in sorted(loops, reverse=window % 2 == 1):
+                clock.wait()
+                start = clock.now()
+                loops[name](count)
+                end = clock.now()
+                clock.wait()
+                times[name].append(clock.between(start, end) / count)
+        runner.check()
+        ratios = [a / b for a, b in zip(times["trainer"], times["bare"], strict=True)]
+        return {
+            **_about(spec),
+            "trainer_ms": Times.of(times["trainer"]).to_dict(),
+            "bare_ms": Times.of(times["bare"]).to_dict(),
+            "trainer_over_bare": statistics.median(ratios),
+        }
+
+
+def _trainer_loop(trainer: Trainer) -> Callable[[int], None]:
+    def run(count: int) -> None:
+        trainer.train(resume=False, until=trainer.iteration + count)
+
+    return run
+
+
+def _bare_loop(spec: Spec) -> Callable[[int], None]:
+    """What one would write by hand for the same model: batch, loss, backward, AdamW; units take turns."""
+    plain = Plain(spec)
+    if spec.compile:
+        plain.batches.compile()
+        compiled(plain)
+    optimizers = [torch.optim.AdamW(unit.own, fused=True, **plain.adamw()) for unit in plain.units]
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            step, turn = divmod(done, len(optimizers))
+            plain.loss(turn, step).backward()
+            optimizers[turn].step()
+            optimizers[turn].zero_grad(set_to_none=True)
+            done += 1
+
+    return run
+
+
+def _fits(spec: Spec) -> dict[str, Any]:
+    """Whether a model trains within a budget of the allocator's memory; on a CPU, whether its peak is below it."""
+    assert spec.budget is not None
+    if spec.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, spec.budget / total))
+    with runner_of(spec) as runner:
+        warm_up(runner)
+        memory = measure_memory(runner)
+        runner.check()
+        fits = spec.device == "cuda" or memory.peak <= spec.budget
+        return {**_about(spec), **memory.to_dict(), "fits": fits, "host_bytes": runner.host_bytes}
+
+
+TASKS: dict[str, Callable[[Spec], dict[str, Any]]] = {
+    "row": _row,
+    "dwell": _dwell,
+    "overhead": _overhead,
+    "fits": _fits,
+}

@@ -1,0 +1,67 @@
+"""What stays on the device between steps: weights, optimizer state and averages, counted on a model without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..training import TrainConfig, Unit
+from ..training.skeleton import in_several, tensors_of
+
+# 8-bit AdamW (torchao): tensors of at least so many elements are kept in codes of one byte, with a float32 scale for
+# every block of elements and a table of 256 float32 values for each moment.
+_QUANTIZED_FROM = 4096
+_QUANTIZED_BLOCK = 256
+_TABLE_BYTES = 256 * 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that stay on the device between steps."""
+
+    parameters: int
+    buffers: int
+    optimizer: int
+    ema: int
+
+
+def kept_on_device(units: Sequence[Unit], shared: Sequence[nn.Parameter], train: TrainConfig) -> Kept:
+    """Count what training keeps on the device.
+
+    With `resident: all` it is all units. With `active` it is the largest (see `training/residency.py`), and what several
+    units hold in common; a single unit is always there.
+
+    Args:
+        units: what is trained; their modules may be on the meta device.
+        shared: parameters that all units move.
+        train: residency, optimizer and average.
+    """
+    present = list(units)
+    if train.resident == "active":
+        present = [max(units, key=lambda unit: _bytes(tensors_of(unit.module)))]
+    common = in_several([unit.module for unit in units])
+    held = {id(t): t for unit in present for t in tensors_of(unit.module)}
+    held |= {id(t): t for unit in units for t in tensors_of(unit.module) if id(t) in common}
+    moved = [*(p for unit in present for p in unit.own), *shared]
+    return Kept(
+        parameters=_bytes(t for t in held.values() if isinstance(t, nn.Parameter)),
+        buffers=_bytes(t for t in held.values() if not isinstance(t, nn.Parameter)),
+        optimizer=sum(optimizer_bytes(p, train.optimizer) for p in moved),
+        ema=_bytes(moved) if train.keeps_average else 0,
+    )
+
+
+def optimizer_bytes(parameter: Tensor, optimizer: str) -> int:
+    """Bytes of AdamW's state on the device for one parameter: two moments, and for `adamw` a float32 count of steps."""
+    elements = parameter.numel()
+    if optimizer == "adamw":
+        return 2 * elements * parameter.element_size() + 4
+    if elements < _QUANTIZED_FROM or elements % _QUANTIZED_BLOCK:
+        return 2 * elements * parameter.element_size()
+    return 2 * (elements + 4 * (elements // _QUANTIZED_BLOCK) + _TABLE_BYTES)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,235 @@
+"""What fits into a budget of device memory: the fewest blocks, the largest batch, or the memory savers it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..recipes import Recipe, parse_recipe
+from ..runs import depth_of
+from .ledger import Forecast, Ledger, forecast
+from .timeline import Moment
+from .tracing import StepMoments
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{kind}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for kind, base in (("iB", 1024), ("B", 1000))
+}
+
+#: Settings that save memory, in the order in which they are tried when nothing fits: checkpointing costs about a third
+#: more time, 8-bit state its precision, the optimizer in the backward pass clipping and accumulation.
+_SAVERS: tuple[dict[str, Any], ...] = (
+    {"train.activation_checkpointing": True},
+    {"train.optimizer": "adamw-8bit", "train.cuda_graph": False},
+    {"train.optimizer_in_backward": True, "train.gradient_clip": None, "train.accumulation": 1},
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A change of the recipe that fits, and what it takes then.
+
+    Attributes:
+        changes: fields of the recipe and their values.
+        ledger: with them.
+    """
+
+    changes: dict[str, Any]
+    ledger: Ledger
+
+    @property
+    def options(self) -> str:
+        """The changes as options of the command line."""
+        return " ".join(f"--set {shlex.quote(f'{name}={_yaml(value)}')}" for name, value in self.changes.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"changes": self.changes, "options": self.options, "ledger": self.ledger.to_dict()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fits into a budget.
+
+    Attributes:
+        budget: bytes.
+        ledger: of the recipe as it stands.
+        blocks: the fewest blocks that fit at the recipe's batch size, one on the device at a time; None: no number
+            does, or it was not asked for.
+        batch: the largest batch that fits with the recipe's blocks; None: not even one example does, or it was not
+            asked for.
+        savers: where nothing that was asked for fits, the first combination of memory savers that does; None if
+            something fits, or if nothing does.
+    """
+
+    budget: int
+    ledger: Ledger
+    blocks: Fit | None
+    batch: Fit | None
+    savers: Fit | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        fits = {name: getattr(self, name) for name in ("blocks", "batch", "savers")}
+        answers = {name: None if fit is None else fit.to_dict() for name, fit in fits.items()}
+        return {"budget": self.budget, "ledger": self.ledger.to_dict(), **answers}
+
+
+def parse_budget(text: str) -> int:
+    """Bytes of a budget like `12GiB`, `16GB`, `800MiB` or plain bytes.
+
+    Raises:
+        ValueError: it is none of these, or not above zero.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2] not in _UNITS or not float(found[1]) * _UNITS[found[2]] >= 1:
+        raise ValueError(f"budget = {text!r}: must be bytes above zero, as 12GiB, 16GB, 800MiB or 12884901888")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def plan(recipe: Recipe, budget_bytes: int, *, vary: str | None = None, num_examples: int | None = None) -> Plan:
+    """Find what fits into a budget of device memory.
+
+    Args:
+        recipe: where to start from.
+        budget_bytes: bytes on the device, which the predicted peak must not exceed.
+        vary: only the number of `blocks`, or only the `batch` size; None tries both.
+        num_examples: see `predict`.
+
+    Raises:
+        ValueError: a budget below one byte, an unknown `vary`, or what `predict` refuses.
+    """
+    if budget_bytes < 1:
+        raise ValueError(f"budget_bytes must be >= 1, got {budget_bytes}")
+    if vary not in (None, "blocks", "batch"):
+        raise ValueError(f"vary = {vary!r}: must be blocks or batch, or left out for both")
+    search = _Search(recipe, budget_bytes, num_examples)
+    blocks = search.fewest_blocks() if vary != "batch" else None
+    batch = search.largest_batch() if vary != "blocks" else None
+    savers = search.first_savers() if blocks is None and batch is None else None
+    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, savers)
+
+
+class _Search:
+    """Forecasts of a recipe with changes, each made once."""
+
+    def __init__(self, recipe: Recipe, budget: int, num_examples: int | None) -> None:
+        self.recipe = recipe
+        self.budget = budget
+        self._num_examples = num_examples
+        self._made: dict[str, Forecast] = {}
+
+    def at(self, changes: Mapping[str, Any]) -> Forecast:
+        """The forecast with the changes."""
+        key = repr(sorted(changes.items()))
+        if key not in self._made:
+            self._made[key] = forecast(changed(self.recipe, changes), num_examples=self._num_examples)
+        return self._made[key]
+
+    def fit(self, changes: dict[str, Any]) -> Fit | None:
+        """The changes if they fit."""
+        ledger = self.at(changes).ledger
+        return Fit(changes, ledger) if ledger.peak <= self.budget else None
+
+    def fewest_blocks(self, savers: Mapping[str, Any] | None = None) -> Fit | None:
+        """The fewest blocks that fit, with one of them on the device at a time."""
+        return next((fit for changes in self._splits() if (fit := self.fit({**changes, **(savers or {})}))), None)
+
+    def _splits(self) -> Iterator[dict[str, Any]]:
+        """The divisors of the layers, ascending; one block is always on the device."""
+        depth = depth_of(self.recipe)
+        for many in (n for n in range(1, depth + 1) if depth % n == 0):
+            changes: dict[str, Any] = {"blocks.num_blocks": many, "train.resident": "active"}
+            if self.recipe.method == "end-to-end":
+                changes = {"method": "diffusionblocks", **changes}
+            if self.recipe.blocks.layers is not None:
+                changes["blocks.layers"] = None
+            if self.recipe.train.blocks is not None:
+                changes["train.blocks"] = None
+            yield changes
+
+    def largest_batch(self) -> Fit | None:
+        """The largest batch that fits, with the blocks as they are."""
+
+        def at(size: int) -> Forecast:
+            return self.at({"train.batch_size": size})
+
+        if at(1).ledger.peak > self.budget:
+            return None
+        # Both candidate moments of a step are affine in the batch size once it is not tiny.
+        low, high = 8, 16
+        size = _largest(lambda n: _affine(at(low), at(high), low, high, n).ledger.peak <= self.budget)
+        while size > 1 and at(size).ledger.peak > self.budget:
+            size -= max(1, size // 64)
+        return self.fit({"train.batch_size": size})
+
+    def first_savers(self) -> Fit | None:
+        """The first combination of savers, then of smaller batches with all of them, that fits; with fewest blocks."""
+        for count in range(1, len(_SAVERS) + 1):
+            savers = {name: value for saver in _SAVERS[:count] for name, value in saver.items()}
+            if fit := self.fewest_blocks(savers):
+                return fit
+        *_, deepest = self._splits()
+        size = self.recipe.train.batch_size // 2
+        while size >= 1:
+            if fit := self.fit({**deepest, **savers, "train.batch_size": size}):
+                return fit
+            size //= 2
+        return None
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values in some fields, checked.
+
+    Raises:
+        ValueError: a value that is not allowed.
+    """
+    values = recipe.model_dump(mode="json")
+    for name, value in changes.items():
+        *sections, last = name.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return parse_recipe(values, "the recipe with " + ", ".join(f"{n} = {_yaml(v)}" for n, v in changes.items()))
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest n >= 1 that fits (1 is taken to), for what does not fit again once it has stopped."""
+    high = 2
+    while fits(high) and high < 2**30:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _affine(low: Forecast, high: Forecast, at_low: int, at_high: int, size: int) -> Forecast:
+    """The forecast of another batch size from those of two."""
+
+    def between(a: int, b: int) -> int:
+        return math.ceil(a + (b - a) * (size - at_low) / (at_high - at_low))
+
+    def moment(a: Moment, b: Moment) -> Moment:
+        return Moment(between(a.activations, b.activations), between(a.gradients, b.gradients))
+
+    moments = {
+        name: StepMoments(moment(a.early, b.early), moment(a.late, b.late))
+        for (name, a), b in zip(low.moments.items(), high.moments.values(), strict=True)
+    }
+    return dataclasses.replace(low, moments=moments)
+
+
+def _yaml(value: Any) -> str:
+    """A value as --set reads it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,146 @@
+"""One training step of one unit on fake tensors: what it holds at its worst moments."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..block import Block
+from ..training import TrainConfig, Unit, trainable
+from ..training.optim import _AVERAGED_AT_ONCE
+from ..training.skeleton import Skeleton, compile_modules, tensors_of
+from .fused import simulating_backend
+from .timeline import Moment, Timeline
+
+_MANY = 2**20
+
+
+@dataclass(frozen=True)
+class StepMoments:
+    """The two candidates for a step's peak, beside what is there before the step (see `Timeline`)."""
+
+    early: Moment
+    late: Moment
+
+    @property
+    def peak(self) -> Moment:
+        """The one of more bytes."""
+        return max(self.early, self.late, key=lambda moment: moment.total)
+
+
+def trace_step(unit: Unit, train: TrainConfig, image_shape: tuple[int, int, int], *, on_gpu: bool) -> StepMoments:
+    """Run a step of a unit on fake tensors: forward, backward and update, as `training/step.py` does.
+
+    Args:
+        unit: its module may be on the meta device; it is not changed.
+        train: batch size, precision, compilation, and what else decides on memory.
+        image_shape: (channels, height, width) of the batch's `pixel_values`.
+        on_gpu: choose the GPU's kernels where they keep other things than the CPU's.
+    """
+    skeleton = Skeleton(unit, train)
+    module = skeleton.module
+    if on_gpu:
+        _drop_as_a_gpu(module, train)
+    parameters = trainable(unit.module)
+    timeline = Timeline(sum(p.numel() * p.element_size() for p in parameters), on_gpu=on_gpu)
+    if train.compile:
+        backend = simulating_backend(timeline, {p.shape for p in parameters})
+        compile_modules([module], train, backend=backend, dynamic=False)
+    with FakeTensorMode():
+        mounted = _without_memory(tensors_of(unit.module))
+        skeleton.mount(unit, mounted)
+        timeline.is_kept(mounted)
+        for parameter in trainable(module):
+            parameter.register_post_accumulate_grad_hook(lambda p: _gradient_is_whole(p, train, timeline))
+        with timeline:
+            if train.compile:
+                with _recompiling():
+                    _step(module, train, image_shape, timeline)  # compiles, which makes fake tensors of its own
+                gc.collect()  # a traced graph is full of cycles, and holds what the first step made
+                timeline.restart()
+            _step(module, train, image_shape, timeline)
+    return StepMoments(timeline.early, timeline.late)
+
+
+def _without_memory(tensors: list[Tensor]) -> list[Tensor]:
+    """Fake tensors of the same shapes, tied alike; inside a FakeTensorMode."""
+    made: dict[int, Tensor] = {}
+    for tensor in tensors:
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return [made[id(tensor)] for tensor in tensors]
+
+
+def _step(module: nn.Module, train: TrainConfig, image_shape: tuple[int, int, int], timeline: Timeline) -> None:
+    size = train.batch_size
+    for _ in range(min(train.accumulation, 2)):  # the second finds the gradients of the first; others are like it
+        timeline.forward_begins()
+        batch = {"pixel_values": torch.empty(size, *image_shape), "labels": torch.empty(size, dtype=torch.int64)}
+        # The level is given: drawing one looks at values, which fake tensors have not.
+        level = {"level": torch.empty(size)} if isinstance(module, Block) else {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bfloat16"):
+            losses: Tensor = module.loss(batch, None, **level)  # type: ignore[operator]
+        loss = losses.mean() / train.accumulation
+        loss.backward()
+    # Fused AdamW needs no memory of its own, nor does clipping; the moving average does.
+    if train.keeps_average and not train.optimizer_in_backward:
+        torch.empty(_averaged_at_once(trainable(module)))
+    for parameter in trainable(module):
+        parameter.grad = None
+
+
+def _gradient_is_whole(parameter: Tensor, train: TrainConfig, timeline: Timeline) -> None:
+    assert parameter.grad is not None
+    timeline.is_gradient(parameter.grad)
+    if train.optimizer_in_backward:
+        if train.keeps_average:
+            torch.empty_like(parameter)
+        parameter.grad = None
+
+
+def _averaged_at_once(parameters: list[nn.Parameter]) -> int:
+    """Most elements that the moving average handles at a time (see `Updater.update`)."""
+    most = size = 0
+    for parameter in parameters:
+        size += parameter.numel()
+        most = max(most, size)
+        if size >= _AVERAGED_AT_ONCE:
+            size = 0
+    return most
+
+
+@contextlib.contextmanager
+def _recompiling() -> Iterator[None]:
+    """Every traced unit is compiled anew; past its limits torch would quietly run them eagerly."""
+    with torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
+        yield
+
+
+class _Masked(nn.Module):
+    """Dropout that keeps a mask of one byte an element, as a GPU's kernel does; a CPU's keeps float factors."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0]
+
+
+def _drop_as_a_gpu(module: nn.Module, train: TrainConfig) -> None:
+    """Let dropout keep what it keeps on a GPU; flash attention draws its own again, and keeps nothing."""
+    for part in list(module.modules()):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float) and not isinstance(part, (nn.Dropout, _Masked)):
+                setattr(part, name, 0.0)
+        for name, child in part.named_children():
+            if isinstance(child, nn.Dropout) and child.p and not train.compile:  # the compiler makes masks of its own
+                setattr(part, name, _Masked(child.p))

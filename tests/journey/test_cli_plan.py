@@ -1,0 +1,61 @@
+"""`diffusionblocks plan` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from commands import DIGITS, VIT, sets
+
+from diffusionblocks.cli import main
+
+CPU = sets(device="cpu")
+
+
+def test_the_ledger_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    assert main(["plan", VIT, *CPU, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "vit-digits: ViTForImageClassification, diffusionblocks, batch 64, float32; predicted for block 0" in printed
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["peak"] == sum(value for name, value in row.items() if name not in ("unit", "peak"))
+    assert re.search(rf"peak of a step +{row['peak'] / 2**20:.1f} MiB", printed)
+    assert "budget" not in printed
+
+
+def test_a_plan_can_be_pasted_and_then_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    small = [*CPU, *sets(model__config__hidden_size=32)]
+    assert main(["plan", DIGITS, *small, "--budget", "6MiB", "--vary", "blocks", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "the recipe as it stands does not fit" in printed
+    made = json.loads(path.read_text())["plan"]
+    assert made["budget"] == 6 * 2**20 < made["ledger"]["peak"]
+    options = made["blocks"]["options"]
+    assert options in printed
+    assert main(["plan", DIGITS, *small, *options.split(), "--budget", "6MiB", "--vary", "blocks"]) == 0
+    assert "the recipe as it stands fits" in capsys.readouterr().out
+
+
+def test_it_says_plainly_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--budget", "9000", "--vary", "batch", *sets(model__config__num_hidden_layers=2)]
+    assert main(["plan", VIT, *CPU, *sets(blocks__num_blocks=2), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "not even one example fits" in printed
+    assert "nothing fits" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "lots"], "budget = 'lots': must be bytes above zero"),
+        (["--vary", "batch"], "--vary batch needs a budget"),
+        (["--examples", "-1"], "num_examples must be >= 0, got -1"),
+        (["--set", "blocks.num_blocks=5"], "5"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", VIT, *CPU, *arguments]) == 2
+    assert message in capsys.readouterr().err
