@@ -30,8 +30,8 @@ class Kept:
 def kept_on_device(units: Sequence[Unit], shared: Sequence[nn.Parameter], train: TrainConfig) -> Kept:
     """Count what training keeps on the device.
 
-    With `resident: all` it is all units. With `active` it is the largest (see `training/residency.py`), and what several
-    units hold in common; a single unit is always there.
+    With `resident: all` it is all units. With `active` it is the largest (see `training/residency.py`), and what
+    several units hold in common; a single unit is always there.
 
     Args:
         units: what is trained; their modules may be on the meta device.
