@@ -88,15 +88,15 @@ class TrainerRunner(Runner):
 
     def held(self) -> dict[str, int]:
         """See `Runner`."""
-        sets = [self.trainer.sets[unit.name] for unit in self.trainer.units]
-        if self.trainer.config.resident == "active":  # there is room for one unit of every shape
-            sets = list({tuple(p.shape for p in owned.parameters): owned for owned in sets}.values())
-        sets += [self.trainer.sets[name] for name in {"shared"} & self.trainer.sets.keys()]
+        present = self.trainer.units
+        if self.switches:  # there is room for the largest
+            present = [max(present, key=lambda unit: bytes_of(unit.module.parameters()))]
+        sets = [self.trainer.sets[name] for name in self.trainer.sets.keys() & {"shared", *(u.name for u in present)}]
         return {
-            "parameters": bytes_of(self.parameters()),
+            "parameters": bytes_of(p for unit in present for p in unit.module.parameters()),
             "optimizer": bytes_of(t for owned in sets for moments in owned.moments for t in moments.values()),
             "ema": bytes_of(t for owned in sets for t in owned.ema),
-            "buffers": bytes_of(t for module in self._modules() for t in module.buffers()),
+            "buffers": bytes_of(t for unit in present for t in unit.module.buffers()),
         }
 
     def check(self) -> None:

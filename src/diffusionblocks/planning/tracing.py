@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..block import Block
 from ..training import TrainConfig, Unit, trainable
-from ..training.optim import _AVERAGED_AT_ONCE
+from ..training.optim import AVERAGED_AT_ONCE
 from ..training.skeleton import Skeleton, compile_modules, tensors_of
 from .fused import simulating_backend
 from .timeline import Moment, Timeline
@@ -112,7 +112,7 @@ def _averaged_at_once(parameters: list[nn.Parameter]) -> int:
     for parameter in parameters:
         size += parameter.numel()
         most = max(most, size)
-        if size >= _AVERAGED_AT_ONCE:
+        if size >= AVERAGED_AT_ONCE:
             size = 0
     return most
 

@@ -13,7 +13,7 @@ from .config import TrainConfig
 from .schedules import lr_factor
 
 #: Elements that the moving average handles at once: bounds the memory of its temporaries.
-_AVERAGED_AT_ONCE = 2**24
+AVERAGED_AT_ONCE = 2**24
 
 
 class ParameterSet:
@@ -134,7 +134,8 @@ class Updater:
             optimizer = self._optimizers[i if self.config.optimizer_in_backward else 0]
             optimizer.state.pop(parameter, None)
             parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()  # gradient 0, at learning rate 0: nothing moves; the others have no gradient
+            with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, for every shape anew
+                optimizer.step()  # gradient 0, at learning rate 0: nothing moves; the others have no gradient
             parameter.grad = None
             state = self._state(i)
             state["step"].zero_()
@@ -174,7 +175,7 @@ class Updater:
         start = size = 0
         for stop, parameter in enumerate(self.parameters if self.ema else [], start=1):
             size += parameter.numel()
-            if size >= _AVERAGED_AT_ONCE or stop == len(self.parameters):
+            if size >= AVERAGED_AT_ONCE or stop == len(self.parameters):
                 self._average(slice(start, stop))
                 start, size = stop, 0
 
