@@ -98,8 +98,9 @@ class Block(nn.Module):
         return found
 
     def compile_parts(self, **options: Any) -> None:
-        """torch.compile each of `parts` by itself: all layers share one graph."""
-        for part in self.parts():
+        """torch.compile each of `parts`, a layer together with its adaptive norms: all layers share one graph."""
+        layers = self.layers() if len(self.adaptive) else []
+        for part in [*self.adaptive, *(part for part in self.parts() if part not in layers)]:
             part.compile(**options)
 
     def forward(self, inputs: Batch, z: Tensor, level: Tensor) -> Tensor:
