@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from transformers import (
 )
 
 import diffusionblocks as db
+from diffusionblocks.saving import INDEX
 
 FAMILIES = ("vit", "deit", "dinov2")
 DIT_FAMILIES = ("dit", "diffusers-dit")
@@ -129,6 +133,33 @@ def train_blocks(model: db.DiffusionBlocks, steps: int = 80, *, seed: int = 0, l
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
+
+@contextmanager
+def without_generated_code(backend: str = "aot_eager") -> Iterator[None]:
+    """torch.compile captures graphs as ever, and runs them without generating code for a CPU, which takes long.
+
+    Args:
+        backend: `eager` runs what dynamo captured, `aot_eager` also traces its backward pass.
+    """
+    torch._dynamo.reset()
+    try:
+        with torch.compiler.set_stance("default", force_backend=backend):
+            yield
+    finally:
+        torch._dynamo.reset()
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Path below the folder -> content, of all files in it."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def edit_index(folder: Path, change: Callable[[dict], None]) -> None:
+    """Change the index of a saved model in place."""
+    values = json.loads((folder / INDEX).read_text())
+    change(values)
+    (folder / INDEX).write_text(json.dumps(values))
 
 
 def same_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .adapters import adapter_named, config_values, instantiate, rebuild_config
+from .adapters import instantiate, with_depth
 from .config import BlocksConfig
 from .convert import assemble
 from .model import DiffusionBlocks
@@ -40,12 +40,10 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
     config = BlocksConfig.model_validate(
         trunk.blocks_config.model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
     )
-    adapter = adapter_named(trunk.model_class)
-    values = config_values(trunk.model_class, trunk.config) | {adapter.depth_field: depth * num_blocks}
-    original = instantiate(trunk.model_class, rebuild_config(trunk.model_class, values))
+    original = instantiate(trunk.model_class, with_depth(trunk.model_class, trunk.config, depth * num_blocks))
     first = trunk.block(0)
     parameter = next(first.parameters())
-    branched = assemble(original, config).to(device=parameter.device, dtype=parameter.dtype)
+    branched = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
     weights = first.state_dict()
     for b in range(num_blocks):
         block = branched.block(b)

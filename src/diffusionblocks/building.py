@@ -64,9 +64,7 @@ def empty(source: WeightSource, config: BlocksConfig) -> DiffusionBlocks:
     Raises:
         ValueError: what `convert` refuses, weights that cannot be trained with this config included.
     """
-    original = outline(source.model_class, source.model_config)
-    nn.Module.to(original, dtype=source.dtype)  # diffusers overrides `to`, and nags
-    model = assemble(original, config, take=True)
+    model = assemble(source.outline(), config, take=True)
     _check_weights(source, model)
     return model
 

@@ -280,14 +280,14 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
-    from .convert import convert
+    from .building import empty
     from .evaluation.figures import draw_partition
     from .evaluation.tables import block_table, format_table, partition_sketch
-    from .sources import build_original
+    from .sources import weight_source
 
-    original = build_original(recipe)
-    model = convert(original, recipe.blocks)
-    total = sum(p.numel() for p in original.parameters())
+    source = weight_source(recipe)
+    model = empty(source, recipe.blocks)
+    total = sum(p.numel() for p in source.outline().parameters())
     print(f"{recipe.name}: {recipe.model.type}, {model.partition.num_layers} layers, {total:,} parameters")
     print(f"blocks: {json.dumps(model.blocks_config.model_dump(mode='json', exclude={'noise'}))}")
     print(format_table(block_table(model)))

@@ -83,7 +83,7 @@ def _no_model(folder: Path, error: Exception) -> ValueError:
     return ValueError(f"{folder / INDEX} does not describe a model: {type(error).__name__}: {error}")
 
 
-def skeleton(saved: SavedModel) -> DiffusionBlocks:
+def outline_saved(saved: SavedModel) -> DiffusionBlocks:
     """The described model on the meta device: its structure, names and shapes, without memory for its weights.
 
     Raises:
@@ -122,7 +122,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBl
             f"are missing: merge it with the folders that hold them, diffusionblocks merge {saved.folder} OTHER ... "
             "--out MODEL, and load that"
         )
-    model = skeleton(saved)
+    model = outline_saved(saved)
     joint = bool(model.shared_parameters())
     common = _copied(saved.folder / SHARED, model.block(0), device) if joint else {}
     for b in saved.blocks:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from .adapters import config_values
 from .files import replaced_folder, write_json
-from .loading import SavedModel, read_saved, skeleton
+from .loading import SavedModel, outline_saved, read_saved
 from .model import DiffusionBlocks
 from .saving import INDEX, OURS, SHARED, block_file
 
@@ -76,7 +76,7 @@ def merge(
             f"they cannot be merged: {_list(models)}; convert with shared: replicated or frozen to train blocks apart"
         )
     origins = _origins(models, [_model_folder(folder) for folder in preferred])
-    files = _checked_files(skeleton(first), origins)
+    files = _checked_files(outline_saved(first), origins)
     with replaced_folder(Path(out), OURS) as temporary:
         for file in files:
             shutil.copyfile(file, temporary / file.name)

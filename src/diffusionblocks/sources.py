@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapters import adapter_named, config_fields, instantiate, pretrained, rebuild_config
 from .building import build, empty, materialise
 from .config import BlocksConfig
+from .convert import assemble
 from .data import ImageBatches, ImageData, LatentBatches, LatentData, digits, image_classification, latent_folder
 from .evaluation.pictures import to_uint8
 from .files import read_json
@@ -187,9 +188,24 @@ def unfilled_model(recipe: Recipe) -> tuple[nn.Module, Callable[[int], None] | N
     return model, lambda index: materialise(model, index, source)
 
 
+def outline_of(recipe: Recipe) -> nn.Module:
+    """As `build_model`, on the meta device: structure, names, shapes and dtypes, without memory for the weights.
+
+    Raises:
+        ValueError: a class or config that is not supported.
+    """
+    original = weight_source(recipe).outline()
+    return EndToEnd(original) if is_end_to_end(recipe) else assemble(original, blocks_config(recipe), take=True)
+
+
+def config_of(model: nn.Module) -> Any:
+    """The config object of the original, of a model that `build_model` or `outline_of` made."""
+    return model.config if isinstance(model, DiffusionBlocks) else model.model.config  # type: ignore[union-attr]
+
+
 def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
     """Refuse images that the model does not take, before any GPU work."""
-    config: Any = model.config if isinstance(model, DiffusionBlocks) else model.model.config  # type: ignore[union-attr]
+    config = config_of(model)
     adapter = adapter_named(recipe.model.type)
     shape = adapter.image_shape(config)
     if shape != data.image_shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters import CannotReadInParts, adapter_named, checkpoint, instantiate, outline, pretrained, with_depth
 
@@ -31,6 +32,11 @@ class WeightSource(abc.ABC):
         self.model_class = model_class
         self.model_config = model_config
         self.dtype = dtype
+
+    def outline(self) -> nn.Module:
+        """The original model on the meta device, in the source's dtype: structure, names and shapes, without memory."""
+        # diffusers overrides `to`, and nags
+        return nn.Module.to(outline(self.model_class, self.model_config), dtype=self.dtype)
 
     @abc.abstractmethod
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -63,10 +69,13 @@ class Fresh(WeightSource):
     def __init__(self, model_class: str, model_config: Any, *, seed: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(model_class, model_config, dtype)
         self.seed = seed
-        original = outline(model_class, with_depth(model_class, model_config, 1))
-        adapter = adapter_named(model_class)
-        self._layers = f"{adapter.layers_path(original)}."
-        self._shared = adapter.shared_paths(original)
+
+    @functools.cached_property
+    def _layers_and_shared(self) -> tuple[str, tuple[str, ...]]:
+        """The prefix of the layers' names, and the paths of the shared parts."""
+        original = outline(self.model_class, with_depth(self.model_class, self.model_config, 1))
+        adapter = adapter_named(self.model_class)
+        return f"{adapter.layers_path(original)}.", adapter.shared_paths(original)
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """See `WeightSource`."""
@@ -81,12 +90,14 @@ class Fresh(WeightSource):
             yield from ((of_layers[name], tensor) for name, tensor in drawn.items() if name in of_layers)
 
     def _is_shared(self, name: str) -> bool:
-        return any(name == path or name.startswith(f"{path}.") for path in self._shared)
+        _, shared = self._layers_and_shared
+        return any(name == path or name.startswith(f"{path}.") for path in shared)
 
     def _name_from(self, first: int, name: str) -> str:
         """The name of a layer's tensor when the layer `first` is counted as 0."""
-        place, _, rest = name.removeprefix(self._layers).partition(".")
-        return f"{self._layers}{int(place) - first}.{rest}"
+        layers, _ = self._layers_and_shared
+        place, _, rest = name.removeprefix(layers).partition(".")
+        return f"{layers}{int(place) - first}.{rest}"
 
     def _draw(self, layers: int, purpose: str) -> dict[str, Tensor]:
         digest = hashlib.blake2b(f"{self.seed}/{purpose}".encode(), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""The small diffusion model that the tests of the command line train, and its commands."""
+"""The small models that the tests of the command line train, and their commands."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ TINY = sets(
     evaluate__steps="[3]",
     evaluate__batch_size=25,
     evaluate__features="null",
+)
+
+
+#: the digits' classifier, without a number of steps
+TINY_VIT = sets(
+    device="cpu",
+    model__config__hidden_size=16,
+    model__config__num_hidden_layers=3,
+    train__batch_size=16,
+    train__warmup_steps=0,
+    evaluate__steps="[1, 3]",
+    evaluate__seeds="[2]",
 )
 
 

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY_VIT, VIT, sets
 from safetensors.torch import load_file
 
 from diffusionblocks.cli import main
 
-ROOT = Path(__file__).parents[2]
-SHORT = ["--quiet", "--set", "train.steps=6", "--set", "train.lr=1e-3", "--set", "device=cpu"]
+SMALL = [*TINY_VIT, *sets(train__steps=6, train__lr=1e-3, evaluate__limit=20)]
 
 
-def train(recipe: str, out: Path, *changes: str) -> int:
-    options = [part for change in changes for part in ("--set", change)]
-    return main(["train", str(ROOT / recipe), "--out", str(out), *SHORT, *options])
+def train(out: Path, **changes: object) -> int:
+    return main(["train", VIT, "--out", str(out), "--quiet", *SMALL, *sets(**changes)])
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
@@ -25,13 +24,12 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("shared", ["replicated", "frozen"])
 def test_merged_jobs_are_one_run(shared: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, policy = "recipes/vit/digits.yaml", f"blocks.shared={shared}"
-    quick = ["evaluate.limit=20", policy]
-    assert train(recipe, tmp_path / "whole", *quick) == 0
-    active = ["train.resident=active", "train.schedule=sequential"]
-    assert train(recipe, tmp_path / "a", *quick, "train.blocks=[1]") == 0
+    policy = {"blocks__shared": shared}
+    assert train(tmp_path / "whole", **policy) == 0
+    active = {"train__resident": "active", "train__schedule": "sequential"}
+    assert train(tmp_path / "a", **policy, train__blocks=[1]) == 0
     assert "only blocks 1; join them with the others: diffusionblocks merge" in capsys.readouterr().out
-    assert train(recipe, tmp_path / "b", *quick, "train.blocks=[0, 2]", *active) == 0
+    assert train(tmp_path / "b", **policy, **active, train__blocks=[0, 2]) == 0
     assert not (tmp_path / "b" / "resident").exists()
     parts = [str(tmp_path / name) for name in ("a", "b")]
     assert main(["merge", *parts, "--out", str(tmp_path / "merged")]) == 0
@@ -39,17 +37,14 @@ def test_merged_jobs_are_one_run(shared: str, tmp_path: Path, capsys: pytest.Cap
     whole = weights(tmp_path / "whole" / "model")
     assert merged.keys() == whole.keys()
     assert all(torch.equal(merged[name], whole[name]) for name in whole)
-    assert (
-        main(["evaluate", str(ROOT / recipe), "--model", str(tmp_path / "merged"), "--set", "evaluate.limit=20"]) == 0
-    )
+    assert main(["evaluate", VIT, "--model", str(tmp_path / "merged"), *SMALL]) == 0
 
 
 def test_compare_and_evaluate_want_all_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(ROOT / "recipes/vit/digits.yaml")
-    assert main(["compare", recipe, "--out", str(tmp_path), "--set", "train.blocks=[0]"]) == 2
+    assert main(["compare", VIT, "--out", str(tmp_path), "--set", "train.blocks=[0]"]) == 2
     assert "compare trains all blocks" in capsys.readouterr().err
-    assert train("recipes/vit/digits.yaml", tmp_path / "part", "train.blocks=[0]") == 0
-    assert main(["evaluate", recipe, "--model", str(tmp_path / "part" / "model")]) == 2
+    assert train(tmp_path / "part", train__blocks=[0]) == 0
+    assert main(["evaluate", VIT, "--model", str(tmp_path / "part" / "model"), *SMALL]) == 2
     assert "merge" in capsys.readouterr().err
-    assert train("recipes/vit/digits.yaml", tmp_path / "none", "train.blocks=[7]") == 2
+    assert train(tmp_path / "none", train__blocks=[7]) == 2
     assert "the model has blocks 0 to" in capsys.readouterr().err

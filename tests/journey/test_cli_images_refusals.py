@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import DIGITS, LATENTS, TINY, VIT, sample, sets
+from commands import DIGITS, LATENTS, TINY, TINY_VIT, VIT, sample, sets
 
 from diffusionblocks.cli import main
 from diffusionblocks.files import read_json, write_json
@@ -177,15 +177,7 @@ def test_missing_inception_is_noticed_before_training(
 def test_a_model_of_another_family_is_refused(
     method: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = sets(
-        method=method,
-        model__config__hidden_size=16,
-        model__config__num_hidden_layers=3,
-        train__steps=1,
-        train__warmup_steps=0,
-        evaluate__steps="[1]",
-        evaluate__seeds="[1]",
-    )
+    small = [*TINY_VIT, *sets(method=method, train__steps=1)]
     assert main(["train", VIT, "--out", str(tmp_path / "vit"), "--quiet", *small]) == 0
     capsys.readouterr()
     fix = "give the recipe that the model was trained with"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import DIGITS, VIT, sets
+from commands import DIGITS, TINY_VIT, VIT, sets
+from helpers import listing
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
@@ -15,16 +16,7 @@ from diffusionblocks.recipes import load_recipe
 from diffusionblocks.runs import make_trainer
 from diffusionblocks.sources import build_model, save_model
 
-SMALL = sets(
-    device="cpu",
-    model__config__hidden_size=16,
-    model__config__num_hidden_layers=3,
-    train__steps=3,
-    train__batch_size=16,
-    train__warmup_steps=0,
-    evaluate__steps="[1, 3]",
-    evaluate__seeds="[2]",
-)
+SMALL = [*TINY_VIT, *sets(train__steps=3)]
 
 
 def overrides(arguments: list[str]) -> list[str]:
@@ -56,16 +48,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in folder.iterdir()}
-
-
 def test_blocks_trained_by_jobs_apart_are_those_of_one_run(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "whole"
     assert main(["merge", str(runs / "first"), str(runs / "second"), "--out", str(out)]) == 0
-    assert files(out) == files(runs / "all" / "model")
+    assert listing(out) == listing(runs / "all" / "model")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["block", "layers", "taken", "from", "size", "passed", "over"]
     taken = [line.split()[:3] for line in printed[2:5]]

@@ -50,9 +50,11 @@ def policies_of(family: str) -> list[str]:
     return [policy for policy in POLICIES if (family, policy) != ("dit", "frozen")]
 
 
-def saved(path: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    model: Any = nn.Module.to(tiny(family, layers=LAYERS, seed=4), dtype=dtype)
-    model.save_pretrained(path, **options)
+def saved(
+    path: Path, family: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", **overrides: Any
+) -> nn.Module:
+    model: Any = nn.Module.to(tiny(family, layers=LAYERS, seed=4, **overrides), dtype=dtype)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
     return model  # type: ignore[no-any-return]
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DIT_FAMILIES, FAMILIES, convert, noise_batch, same_states, seeded, tiny
+from helpers import DIT_FAMILIES, FAMILIES, convert, edit_index, listing, noise_batch, same_states, seeded, tiny
 from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
-
-INDEX = "diffusionblocks.json"
+from diffusionblocks.saving import INDEX
 
 
 def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBlocks:
@@ -25,16 +24,6 @@ def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBl
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
     return model.eval()
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def edit(folder: Path, change: Callable[[dict], None]) -> None:
-    values = json.loads((folder / INDEX).read_text())
-    change(values)
-    (folder / INDEX).write_text(json.dumps(values))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -119,11 +108,11 @@ def test_the_folder_of_a_run_stands_for_its_model(parts: list[Path], tmp_path: P
 
 
 def test_a_folder_that_does_not_list_its_blocks_holds_all(parts: list[Path], tmp_path: Path) -> None:
-    edit(tmp_path / "whole", lambda values: values.pop("blocks"))
+    edit_index(tmp_path / "whole", lambda values: values.pop("blocks"))
     db.merge([tmp_path / "whole"], tmp_path / "out")
     assert json.loads((tmp_path / "out" / INDEX).read_text())["blocks"] == [0, 1, 2]
     refused("block 0 is in", [tmp_path / "whole", parts[0]])
-    edit(parts[0], lambda values: values.pop("blocks"))
+    edit_index(parts[0], lambda values: values.pop("blocks"))
     refused(r"a.block-01\.safetensors is missing, though", parts, FileNotFoundError)
 
 
@@ -233,14 +222,14 @@ def test_another_original_is_named(family: str, overrides: dict, message: str, p
 
 def test_who_wrote_a_folder_does_not_matter(parts: list[Path], tmp_path: Path) -> None:
     change = {"transformers_version": "5.0.0", "_name_or_path": "elsewhere", "architectures": ["ViT"]}
-    edit(parts[1], lambda values: values["model_config"].update(change))
+    edit_index(parts[1], lambda values: values["model_config"].update(change))
     db.merge(parts, tmp_path / "out")
     assert same_states(db.load(tmp_path / "out").state_dict(), db.load(tmp_path / "whole").state_dict())
 
 
 def test_a_partition_that_does_not_follow_is_refused(parts: list[Path]) -> None:
     for folder in parts:
-        edit(folder, lambda values: values["partition"]["boundaries"].__setitem__(1, 0.3))
+        edit_index(folder, lambda values: values["partition"]["boundaries"].__setitem__(1, 0.3))
     refused("partition does not follow from the blocks_config", parts)
 
 

@@ -14,7 +14,7 @@ from helpers import (
     NUM_LABELS,
     POLICIES,
 )
-from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTModel
+from transformers import ViTConfig, ViTModel
 
 import diffusionblocks as db
 from diffusionblocks import adapters
@@ -95,19 +95,7 @@ def test_a_new_head_is_drawn_afresh_from_the_seed(tmp_path: Path) -> None:
 
 def test_weights_that_the_library_changes_are_loaded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """DINOv2's SwiGLU is stored as one matrix that the library splits."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        Dinov2ForImageClassification(
-            Dinov2Config(
-                image_size=IMAGE,
-                patch_size=4,
-                hidden_size=HIDDEN,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=2,
-                use_swiglu_ffn=True,
-                num_labels=NUM_LABELS,
-            )
-        ).save_pretrained(tmp_path)
+    saved(tmp_path, "dinov2", use_swiglu_ffn=True)
     with caplog.at_level(logging.INFO, "diffusionblocks"):
         source = pretrained_source(CLASSES["dinov2"], tmp_path, {}, seed=0)
     assert isinstance(source, InMemory)

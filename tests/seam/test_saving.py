@@ -17,6 +17,8 @@ from helpers import (
     FAMILIES,
     POLICIES,
     convert,
+    edit_index,
+    listing,
     noise_batch,
     randomise_adaptive,
     same_states,
@@ -27,8 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
 from diffusionblocks import files
-
-INDEX = "diffusionblocks.json"
+from diffusionblocks.saving import INDEX
 
 
 def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBlocks:
@@ -40,16 +41,6 @@ def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBl
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=g))
     return model.eval()
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def edit(folder: Path, change: Callable[[dict], None]) -> None:
-    values = json.loads((folder / INDEX).read_text())
-    change(values)
-    (folder / INDEX).write_text(json.dumps(values))
 
 
 # ---- round trips ------------------------------------------------------------------------------------------------
@@ -178,7 +169,7 @@ def peak(action):
     return memory("VmHWM") - before
 
 path, small = sys.argv[1:]
-config = ViTConfig(hidden_size=256, intermediate_size=8192, num_hidden_layers=16, image_size=8, patch_size=4)
+config = ViTConfig(hidden_size=256, intermediate_size=4096, num_hidden_layers=16, image_size=8, patch_size=4)
 model = db.convert(ViTForImageClassification(config), db.BlocksConfig(num_blocks=4))
 size = sum(p.numel() * 4 for p in model.parameters())
 saving = peak(lambda: model.save_pretrained(path))
@@ -234,14 +225,14 @@ def test_some_blocks_are_not_loaded_as_a_model(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_list_its_blocks_holds_all(tmp_path: Path) -> None:
     model = made()
     model.save_pretrained(tmp_path / "m")
-    edit(tmp_path / "m", lambda values: values.pop("blocks"))
+    edit_index(tmp_path / "m", lambda values: values.pop("blocks"))
     assert same_states(db.load(tmp_path / "m").state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("blocks", [[], [0, 3], [0, 0], [1, 0], ["0"], [True], 1, None, {"0": 1}])
 def test_a_tampered_list_of_blocks_is_refused(tmp_path: Path, blocks: Any) -> None:
     made().save_pretrained(tmp_path / "m")
-    edit(tmp_path / "m", lambda values: values.update(blocks=blocks))
+    edit_index(tmp_path / "m", lambda values: values.update(blocks=blocks))
     with pytest.raises(ValueError, match=rf"{INDEX}: blocks = .*indices from 0 to 2"):
         db.load(tmp_path / "m")
 
@@ -391,14 +382,14 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 2, "1.0", None])
 def test_another_format_is_refused(folder: Path, number: Any) -> None:
-    edit(folder, lambda values: values.update(format=number))
+    edit_index(folder, lambda values: values.update(format=number))
     with pytest.raises(ValueError, match=rf"format {number!r}.* reads format 1"):
         db.load(folder)
 
 
 @pytest.mark.parametrize("key", ["format", "model_class", "model_config", "blocks_config", "partition"])
 def test_an_incomplete_index_is_refused(folder: Path, key: str) -> None:
-    edit(folder, lambda values: values.pop(key))
+    edit_index(folder, lambda values: values.pop(key))
     with pytest.raises(ValueError, match=key):
         db.load(folder)
 
@@ -412,7 +403,7 @@ def test_an_index_that_is_no_object_is_refused(folder: Path, content: str) -> No
 
 @pytest.mark.parametrize("name", ["os.system", "system", "builtins.eval", "ViTModel", "torch.nn.Linear", "", "../x"])
 def test_a_class_outside_the_registry_is_refused(folder: Path, name: str) -> None:
-    edit(folder, lambda values: values.update(model_class=name))
+    edit_index(folder, lambda values: values.update(model_class=name))
     with pytest.raises(ValueError, match="unknown model class") as error:
         db.load(folder)
     assert repr(name) in str(error.value)
@@ -431,7 +422,7 @@ def test_a_class_outside_the_registry_is_refused(folder: Path, name: str) -> Non
     ],
 )
 def test_a_tampered_partition_is_refused(folder: Path, change: Callable[[dict], None]) -> None:
-    edit(folder, lambda values: change(values["partition"]))
+    edit_index(folder, lambda values: change(values["partition"]))
     with pytest.raises(ValueError, match=r"partition|boundaries"):
         db.load(folder)
 
@@ -448,7 +439,7 @@ def test_a_tampered_partition_is_refused(folder: Path, change: Callable[[dict], 
     ],
 )
 def test_a_tampered_config_is_refused(folder: Path, change: Callable[[dict], None]) -> None:
-    edit(folder, lambda values: change(values["blocks_config"]))
+    edit_index(folder, lambda values: change(values["blocks_config"]))
     with pytest.raises(ValueError, match=r"private|unknown|p_std|rho|num_blocks|partition"):
         db.load(folder)
 
@@ -496,7 +487,7 @@ def test_nothing_in_the_folder_is_run(folder: Path, tmp_path: Path, monkeypatch:
         values["model_config"]["_target_"] = "os.mkdir"
         values["auto_map"] = {"AutoModel": "modeling.M"}
 
-    edit(folder, plant)
+    edit_index(folder, plant)
     monkeypatch.chdir(folder)
     db.load(folder)
     assert not marker.exists()
@@ -562,7 +553,7 @@ def test_the_attention_implementation_survives_saving(tmp_path: Path) -> None:
 )
 def test_an_index_of_the_wrong_shape_is_refused_clearly(folder: Path, change: Callable[[dict], None]) -> None:
     # Regression: KeyError, TypeError or AttributeError instead of the promised ValueError that names the file.
-    edit(folder, change)
+    edit_index(folder, change)
     with pytest.raises(ValueError, match=INDEX):
         db.load(folder)
 

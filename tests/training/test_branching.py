@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import (
     DIT_FAMILIES,
+    HIDDEN,
     IMAGE,
     NUM_LABELS,
     POLICIES,
@@ -57,7 +58,7 @@ def trunk_of(family: str, shared: str = "replicated", **config: Any) -> db.Diffu
 
 
 @pytest.mark.parametrize("shared", POLICIES)
-@pytest.mark.parametrize("family", ["vit", *DIT_FAMILIES])
+@pytest.mark.parametrize("family", ["vit", "dinov2", *DIT_FAMILIES])
 def test_every_block_computes_what_the_trunk_does(family: str, shared: str) -> None:
     trunk = trunk_of(family, shared)
     state = copy.deepcopy(trunk.state_dict())
@@ -65,7 +66,7 @@ def test_every_block_computes_what_the_trunk_does(family: str, shared: str) -> N
     assert model.partition.layers == (DEPTH,) * BLOCKS
     assert not model.training
     batch = noise_batch()
-    shape = (6, 32) if family == "vit" else (6, 3, IMAGE, IMAGE)
+    shape = (6, 3, IMAGE, IMAGE) if family in DIT_FAMILIES else (6, HIDDEN)
     inputs = {name: batch[name] for name in model.block(0).input_names}
     for b, block in enumerate(model.blocks):
         level = torch.linspace(*model.partition.interval(b), 7)[1:]
@@ -148,7 +149,7 @@ def test_branch_keeps_the_trunks_settings_and_changes_the_levels_alone() -> None
 
 
 @pytest.mark.parametrize("shared", POLICIES)
-@pytest.mark.parametrize("family", ["vit", *DIT_FAMILIES])
+@pytest.mark.parametrize("family", ["vit", "dinov2", *DIT_FAMILIES])
 def test_a_branch_saves_loads_and_exports(family: str, shared: str, tmp_path: Path) -> None:
     model = db.branch(trunk_of(family, shared), BLOCKS)
     model.save_pretrained(tmp_path / "m")
@@ -157,6 +158,14 @@ def test_a_branch_saves_loads_and_exports(family: str, shared: str, tmp_path: Pa
     assert loaded.partition == model.partition
     exported = model.export()
     assert len(db.convert(exported, db.BlocksConfig(num_blocks=6)).blocks) == 6
+
+
+def test_a_branchs_config_is_one_of_its_depth() -> None:
+    """DINOv2's config lists a stage for every layer."""
+    model = db.branch(trunk_of("dinov2"), BLOCKS)
+    values, expected = (m.config.to_dict() for m in (model, tiny("dinov2", layers=DEPTH * BLOCKS)))
+    assert len(values["stage_names"]) == DEPTH * BLOCKS + 1
+    assert all(values[name] == expected[name] for name in ("stage_names", "out_features", "out_indices"))
 
 
 def test_branching_leaves_the_global_generator_alone() -> None:

@@ -13,8 +13,8 @@ from torchao.optim import AdamW8bit
 from diffusionblocks.evaluation.memory import size_of, step_memory
 from diffusionblocks.planning import WORKSPACE_BYTES, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
-from diffusionblocks.planning.ledger import _unit_of_depth
-from diffusionblocks.planning.planner import _SAVERS, changed
+from diffusionblocks.planning.ledger import unit_of_depth
+from diffusionblocks.planning.planner import SAVERS, changed
 from diffusionblocks.planning.tracing import trace_step
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.runs import make_trainer
@@ -22,8 +22,8 @@ from diffusionblocks.training.skeleton import tensors_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
-    "vit": ["model.config.num_hidden_layers=6", "model.config.hidden_size=96", "model.config.intermediate_size=192"],
-    "dit": ["model.config.num_layers=6", "model.config.hidden_size=96"],
+    "vit": ["model.config.num_hidden_layers=3", "model.config.hidden_size=96", "model.config.intermediate_size=192"],
+    "dit": ["model.config.num_layers=3", "model.config.hidden_size=96"],
 }
 
 
@@ -59,14 +59,15 @@ def test_what_stays_is_what_a_real_trainer_keeps(family: str, overrides: list[st
     assert ledger.data == trainer.stepper.batches.num_examples * (8 * 8 + 8)
 
 
-def test_active_residency_keeps_one_block_of_each_shape_and_what_blocks_share() -> None:
+def test_active_residency_keeps_the_largest_block_and_what_blocks_share() -> None:
     every, active = (predict(small("dit", f"train.resident={kind}")) for kind in ("all", "active"))
     assert (every.parameters, every.optimizer, every.ema) == tuple(
         3 * n for n in (active.parameters, active.optimizer, active.ema)
     )
-    shapes = predict(small("dit", "train.resident=active", "blocks.layers=[1, 1, 4]", "trunk=null"))
-    one, four = (predict(small("dit", f"model.config.num_layers={n}", "method=end-to-end")) for n in (1, 4))
-    assert shapes.parameters == one.parameters + four.parameters
+    unequal = ["model.config.num_layers=4", "blocks.layers=[1, 1, 2]", "trunk=null"]
+    shapes = predict(small("dit", "train.resident=active", *unequal))
+    two = predict(small("dit", "model.config.num_layers=2", "method=end-to-end"))
+    assert shapes.parameters == two.parameters
 
     joint = small("dit", "blocks.shared=joint", "train.resident=active")
     trainer = make_trainer(joint, folder=None, progress=False)
@@ -128,7 +129,7 @@ def _trained(recipe: Recipe) -> Sequence[torch.Tensor]:
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_step_is_affine_in_the_batch(compile: bool) -> None:
     def early(size: int) -> int:
-        recipe = small("dit", f"train.batch_size={size}", f"train.compile={compile}", "model.config.num_layers=3")
+        recipe = small("dit", f"train.batch_size={size}", f"train.compile={compile}")
         (moments,) = forecast(recipe).moments.values()
         return moments.early.total
 
@@ -139,26 +140,25 @@ def test_a_step_is_affine_in_the_batch(compile: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_deep_compiled_blocks_are_extrapolated_to_what_they_are(checkpointing: bool) -> None:
-    overrides = ["train.compile=true", "train.precision=bfloat16", "method=end-to-end", "model.config.num_layers=8"]
+    overrides = ["train.compile=true", "train.precision=bfloat16", "method=end-to-end", "model.config.num_layers=7"]
     recipe = small("dit", *overrides, f"train.activation_checkpointing={checkpointing}", device="cuda")
     (extrapolated,) = forecast(recipe).moments.values()
-    traced = trace_step(_unit_of_depth(recipe, 8), recipe.train, (1, 8, 8), on_gpu=True)
+    traced = trace_step(unit_of_depth(recipe, 7), recipe.train, (1, 8, 8), on_gpu=True)
     # With checkpointing nearly equal moments of a layer compete, and which one wins changes with the depth.
     assert extrapolated.peak.total == pytest.approx(traced.peak.total, rel=1e-2 if checkpointing else 1e-3)
     assert extrapolated.peak.gradients == pytest.approx(traced.peak.gradients, rel=1e-2)
 
 
-def test_a_compiled_step_saves_less_and_holds_a_blocks_gradients_until_its_graph_ends() -> None:
+def test_a_compiled_step_saves_less_and_holds_gradients_until_their_graph_ends() -> None:
     eager, compiled = (
         predict(small("dit", "train.precision=bfloat16", f"train.compile={on}", device="cuda")) for on in (False, True)
     )
     assert 0.5 * eager.activations < compiled.activations < 0.95 * eager.activations
-    # So an optimizer in the backward pass saves memory only without compilation.
-    few = ["train.batch_size=1", "train.gradient_clip=null"]
+    # With an optimizer in the backward pass each of the two layers is a graph of its own.
+    few = ["train.batch_size=1", "train.gradient_clip=null", "model.config.num_layers=2", "method=end-to-end"]
     whole = predict(small("dit", "train.compile=true", *few))
-    assert predict(small("dit", "train.compile=true", "train.optimizer_in_backward=true", *few)).gradients > (
-        0.8 * whole.gradients
-    )
+    parts = predict(small("dit", "train.compile=true", "train.optimizer_in_backward=true", *few))
+    assert 0.3 * whole.gradients < parts.gradients < 0.6 * whole.gradients
     assert predict(small("dit", "train.optimizer_in_backward=true", *few)).gradients < 0.3 * whole.gradients
 
 
@@ -172,7 +172,7 @@ def test_what_saves_memory_saves_it() -> None:
     assert peak("train.optimizer=adamw-8bit", "train.compile=false") < plain
     assert peak("train.ema_half_life=null") < plain
     assert plain < peak("train.batch_size=65") < peak("method=end-to-end", "train.batch_size=65")
-    assert peak("train.resident=active", "blocks.num_blocks=6") < peak("train.resident=active")
+    assert peak("train.resident=active") < peak("train.resident=active", "blocks.num_blocks=1")
 
 
 def test_kinds_add_up_and_a_gpu_has_a_workspace() -> None:
@@ -197,15 +197,15 @@ def test_dropout_keeps_a_byte_an_element_on_a_gpu_and_attentions_keeps_nothing()
     plain = early()
     assert early(attention_probs=0.1) == plain
     tokens = 64 * 5 * 96  # batch, tokens, width: dropped after the stem and twice in each layer
-    # 13 masks, and what the dropout that runs at the peak makes; float factors would be four times as much
-    assert 13 * tokens <= early(hidden=0.1) - plain < 20 * tokens
+    # 7 masks, and what the dropout that runs at the peak makes; float factors would be four times as much
+    assert 7 * tokens <= early(hidden=0.1) - plain < 14 * tokens
 
 
 # ---- the planner --------------------------------------------------------------------------------------------
 
 
 def test_the_plan_is_the_fewest_blocks_and_the_largest_batch() -> None:
-    recipe = small("dit")
+    recipe = small("dit", "model.config.num_layers=4", "blocks.num_blocks=4")
     two = predict(changed(recipe, {"blocks.num_blocks": 2, "train.resident": "active"})).peak
     budget = two + 1000
     made = plan(recipe, budget)
@@ -234,8 +234,8 @@ def test_an_end_to_end_recipe_is_told_of_blocks_that_can_be_pasted() -> None:
 
 
 def test_savers_are_tried_in_their_order() -> None:
-    recipe = small("dit")
-    most = {"blocks.num_blocks": 6, "train.resident": "active"}
+    recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
+    most = {"blocks.num_blocks": 2, "train.resident": "active"}
     plain, checked = (
         predict(changed(recipe, {**most, **more})).peak for more in ({}, {"train.activation_checkpointing": True})
     )
@@ -246,7 +246,7 @@ def test_savers_are_tried_in_their_order() -> None:
     assert "train.optimizer" not in made.savers.changes
     every = {
         **most,
-        **{name: value for saver in _SAVERS for name, value in saver.items()},
+        **{name: value for saver in SAVERS for name, value in saver.items()},
         "train.batch_size": 4,
     }
     tight = plan(recipe, predict(changed(recipe, every)).peak, vary="blocks")

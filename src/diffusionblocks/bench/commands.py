@@ -150,9 +150,10 @@ def _depth(options: argparse.Namespace) -> None:
     import dataclasses
 
     from ..evaluation.tables import format_table
-    from .depth import bytes_from, depth
+    from ..planning import parse_budget
+    from .depth import depth
 
-    budget = bytes_from(options.budget)
+    budget = parse_budget(options.budget)
     base = dataclasses.replace(_base(options, [options.model], [options.blocks]), budget=budget)
     rows = depth(base, options.blocks, options.out, options.limit, predict=options.predict)
     shown = [{"method": r["method"], "B": r["blocks"], "layers": r.get("layers", r.get("error"))} for r in rows]

@@ -6,33 +6,18 @@ and is done when a depth fits and the next one does not.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.tables import format_bytes
 from .methods import Spec
-from .table import LIMIT, Server, prediction, server, with_method, write_table
+from .table import LIMIT, Measures, prediction, server, with_method, write_table
 
 #: Deepest model that is tried.
 _DEEPEST = 4096
-_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Trial = dict[str, Any]
-
-
-def bytes_from(text: str) -> int:
-    """Bytes of `16GiB`, `512MiB` or a plain number.
-
-    Raises:
-        ValueError: not of that form, or not above 0.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB)?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
-    if size <= 0:
-        raise ValueError(f"budget = {text!r}: give a size such as 16GiB, 512MiB or a number of bytes")
-    return size
 
 
 def largest_depth(
@@ -105,7 +90,7 @@ def depth(base: Spec, blocks: int, out: Path, limit: float = LIMIT, *, predict: 
     return rows
 
 
-def search(asked: Server, spec: Spec, limit: float, guess: int | None = None) -> dict[str, Any]:
+def search(asked: Measures, spec: Spec, limit: float, guess: int | None = None) -> dict[str, Any]:
     """The row of one method: `layers` of the deepest model within `spec.budget`, and the trials that found it."""
     assert spec.budget is not None
     about = {"key": spec.key, "model": spec.model, "method": spec.method, "blocks": spec.blocks, "task": "depth"}

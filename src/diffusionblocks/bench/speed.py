@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods import Spec
-from .table import LIMIT, measure_all, with_method, write_table
+from .table import LIMIT, Measures, measure_all, with_method, write_table
 
 
 def specs_of(models: Sequence[str], blocks: Sequence[int], offloads: Sequence[str], base: Spec) -> list[Spec]:
@@ -32,9 +32,11 @@ def specs_of(models: Sequence[str], blocks: Sequence[int], offloads: Sequence[st
     return specs
 
 
-def speed(specs: Sequence[Spec], out: Path, limit: float = LIMIT) -> list[dict[str, Any]]:
-    """Measure, and write rows and ratios to `out`; returns the ratios."""
-    rows = measure_all(specs, out, limit)
+def speed(
+    specs: Sequence[Spec], out: Path, limit: float = LIMIT, *, asked: Measures | None = None
+) -> list[dict[str, Any]]:
+    """Measure (see `measure_all`), and write rows and ratios to `out`; returns the ratios."""
+    rows = measure_all(specs, out, limit, asked=asked)
     ratios = ratios_of(rows)
     write_table(out, rows, ratios=ratios)
     return ratios

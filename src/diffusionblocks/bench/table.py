@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import shlex
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +22,18 @@ from .models import examples_of, recipe_of
 
 #: Seconds that a measurement may take.
 LIMIT = 180.0
+
+
+class Measures(Protocol):
+    """Where measurements are made."""
+
+    def ask(self, spec: Spec, limit: float) -> dict[str, Any]:
+        """The measurement's answer, an `error` if there is none.
+
+        Args:
+            spec: what to measure.
+            limit: seconds that it may take.
+        """
 
 
 class Server:
@@ -37,7 +48,7 @@ class Server:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, spec: Spec, limit: float) -> dict[str, Any]:
-        """The measurement's answer, an `error` if there is none."""
+        """See `Measures`."""
         if self._process is None:
             command = [sys.executable, "-m", "diffusionblocks.bench.worker"]
             self._process = subprocess.Popen(
@@ -94,14 +105,16 @@ def shard(rows: Sequence[Spec], text: str) -> list[Spec]:
     return list(rows)[int(first) :: int(count)]
 
 
-def measure_all(specs: Sequence[Spec], out: Path, limit: float = LIMIT, **more: Any) -> list[dict[str, Any]]:
+def measure_all(
+    specs: Sequence[Spec], out: Path, limit: float = LIMIT, *, asked: Measures | None = None
+) -> list[dict[str, Any]]:
     """Measure every specification that `out` does not hold yet, and write it after each.
 
     Args:
         specs: what to measure; their order is that of the rows.
         out: the JSON file. Rows that an earlier run left there without an error are kept.
         limit: seconds for each.
-        more: further values for the file.
+        asked: who measures; default a `Server`.
 
     Returns:
         The rows of `specs`, and others that the file had.
@@ -110,18 +123,18 @@ def measure_all(specs: Sequence[Spec], out: Path, limit: float = LIMIT, **more: 
     if out.exists():
         rows = {row["key"]: row for row in read_json(out)["rows"] if "error" not in row}
     kept = set(rows)
-    with server() as asked:
+    with server() if asked is None else contextlib.nullcontext(asked) as measures:
         for number, spec in enumerate(specs, start=1):
             if spec.key in kept:
                 print(f"[{number}/{len(specs)}] {spec.key}: measured before", flush=True)
                 continue
             about = {"key": spec.key, "model": spec.model, "method": spec.method, "blocks": spec.blocks}
-            found = asked.ask(spec, limit)
+            found = measures.ask(spec, limit)
             rows[spec.key] = about | {"task": spec.task} | found | {"spec": spec.to_dict()}
             print(f"[{number}/{len(specs)}] {spec.key}: {summary(found)}", flush=True)
-            write_table(out, _ordered(rows, specs), **more)
+            write_table(out, _ordered(rows, specs))
     ordered = _ordered(rows, specs)
-    write_table(out, ordered, **more)
+    write_table(out, ordered)
     return ordered
 
 
@@ -153,9 +166,10 @@ def prediction(spec: Spec) -> dict[str, Any]:
     if METHODS[spec.method].kind == "rival" or spec.task not in ("row", "fits"):
         return {}
     try:
-        planning: Any = importlib.import_module("diffusionblocks.planning")
+        from ..planning import predict  # brings torch's compiler, whose inner parts change
+
         recipe = recipe_of(spec)
-        ledger = planning.predict(recipe, num_examples=examples_of(recipe))
+        ledger = predict(recipe, num_examples=examples_of(recipe))
     except Exception as error:  # what was measured must not be lost to its prediction
         return {"prediction_error": f"{type(error).__name__}: {error}"}
     return {"predicted_bytes": ledger.peak, "predicted": ledger.to_dict()}

@@ -14,16 +14,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ..adapters import adapter_named
 from ..block import Block
 from ..data import digits
-from ..model import DiffusionBlocks
 from ..recipes import DigitsConfig, LatentsConfig, Recipe
 from ..runs import with_depth
+from ..sources import config_of, outline_of
 from ..training import Unit, units_of
 from ..training.skeleton import shape_of
 from .counting import kept_on_device
-from .outline import outline_of
 from .timeline import Moment
 from .tracing import StepMoments, trace_step
 
@@ -130,9 +131,8 @@ def _on_gpu(recipe: Recipe) -> bool:
     return recipe.device != "cpu"
 
 
-def _image_shape(recipe: Recipe, model: Any) -> tuple[int, int, int]:
-    config = model.config if isinstance(model, DiffusionBlocks) else model.model.config
-    return adapter_named(recipe.model.type).image_shape(config)
+def _image_shape(recipe: Recipe, model: nn.Module) -> tuple[int, int, int]:
+    return adapter_named(recipe.model.type).image_shape(config_of(model))
 
 
 def _data_bytes(recipe: Recipe, image_shape: tuple[int, int, int], num_examples: int | None) -> int:
@@ -157,13 +157,12 @@ def _moments(recipe: Recipe, unit: Unit, image_shape: tuple[int, int, int]) -> S
     if not whole_graph or layers <= _TRACED_WHOLE:
         return trace_step(unit, recipe.train, image_shape, on_gpu=_on_gpu(recipe))
     low, high = (
-        trace_step(_unit_of_depth(recipe, depth), recipe.train, image_shape, on_gpu=_on_gpu(recipe))
-        for depth in _DEPTHS
+        trace_step(unit_of_depth(recipe, depth), recipe.train, image_shape, on_gpu=_on_gpu(recipe)) for depth in _DEPTHS
     )
     return StepMoments(_extrapolated(low.early, high.early, layers), _extrapolated(low.late, high.late, layers))
 
 
-def _unit_of_depth(recipe: Recipe, layers: int) -> Unit:
+def unit_of_depth(recipe: Recipe, layers: int) -> Unit:
     """A block like the recipe's, of another number of layers."""
     shallow = with_depth(recipe, layers)
     model = outline_of(shallow.model_copy(update={"blocks": recipe.blocks.as_one_block()}))

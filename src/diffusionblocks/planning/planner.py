@@ -24,7 +24,7 @@ _UNITS = {"": 1, "B": 1} | {
 
 #: Settings that save memory, in the order in which they are tried when nothing fits: checkpointing costs about a third
 #: more time, 8-bit state its precision, the optimizer in the backward pass clipping and accumulation.
-_SAVERS: tuple[dict[str, Any], ...] = (
+SAVERS: tuple[dict[str, Any], ...] = (
     {"train.activation_checkpointing": True},
     {"train.optimizer": "adamw-8bit", "train.cuda_graph": False},
     {"train.optimizer_in_backward": True, "train.gradient_clip": None, "train.accumulation": 1},
@@ -171,8 +171,8 @@ class _Search:
 
     def first_savers(self) -> Fit | None:
         """The first combination of savers, then of smaller batches with all of them, that fits; with fewest blocks."""
-        for count in range(1, len(_SAVERS) + 1):
-            savers = {name: value for saver in _SAVERS[:count] for name, value in saver.items()}
+        for count in range(1, len(SAVERS) + 1):
+            savers = {name: value for saver in SAVERS[:count] for name, value in saver.items()}
             if fit := self.fewest_blocks(savers):
                 return fit
         *_, deepest = self._splits()
