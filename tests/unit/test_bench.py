@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -121,9 +122,16 @@ def test_layers_that_do_not_divide_make_unequal_blocks() -> None:
 # ---- rows run ----------------------------------------------------------------------------------------------
 
 
+def needs_apollo() -> None:
+    if importlib.util.find_spec("apollo_torch") is None:
+        pytest.skip("apollo-torch is not installed (extra: bench); it brings bitsandbytes, which is large")
+
+
 @pytest.mark.parametrize("model", MODEL_NAMES)
 @pytest.mark.parametrize("method", ON_CPU)
 def test_every_row_runs(model: str, method: str) -> None:
+    if "apollo" in method:
+        needs_apollo()
     row = answer(spec(model, method, blocks_of(method)))
     assert "error" not in row
     assert sum(row["bytes"].values()) == row["peak_bytes"]
@@ -258,6 +266,7 @@ def test_badam_keeps_a_float32_copy_and_moments_of_one_layer() -> None:
 
 @pytest.mark.parametrize("model", MODEL_NAMES)
 def test_apollo_mini_keeps_little_for_the_layers_matrices(model: str) -> None:
+    needs_apollo()
     runner: Any = rival(spec(model, "end-to-end-apollo-mini"))
     runner.step(0)
     rest, low_rank = runner.optimizer.param_groups
@@ -273,6 +282,8 @@ def test_apollo_mini_keeps_little_for_the_layers_matrices(model: str) -> None:
 
 @pytest.mark.parametrize("method", ["end-to-end-badam", "end-to-end-apollo-mini"])
 def test_rivals_learn(method: str) -> None:
+    if "apollo" in method:
+        needs_apollo()
     runner = rival(spec(method=method))
     assert isinstance(runner, RivalRunner)
 
