@@ -80,7 +80,7 @@ class Partition:
                 raise ValueError(
                     f"{num_layers} layers do not divide into num_blocks = {num_blocks} equal blocks; choose "
                     f"num_blocks from {divisors}, or give the layers of each block, e.g. "
-                    f"layers={_uneven(num_layers, num_blocks)}"
+                    f"layers={even_layers(num_layers, num_blocks)}"
                 )
             layers = [num_layers // num_blocks] * num_blocks
         if len(layers) != num_blocks:
@@ -184,7 +184,7 @@ def within(level: Tensor, low: float, high: float) -> Tensor:
     return (level >= low * (1 - _SAME_LEVEL)) & (level <= high * (1 + _SAME_LEVEL))
 
 
-def _uneven(num_layers: int, num_blocks: int) -> list[int]:
-    """A split of the layers that is as even as can be, for error messages."""
+def even_layers(num_layers: int, num_blocks: int) -> list[int]:
+    """Layers of each block, as even as can be; the first blocks have one more."""
     small, extra = divmod(num_layers, num_blocks)
     return [small + (i < extra) for i in range(num_blocks)]

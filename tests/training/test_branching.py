@@ -300,6 +300,19 @@ def test_optimizer_and_average_are_the_trunks_or_fresh(
     assert (min(steps) == 1.0) == (not optimizer or (family, shared) == ("diffusers-dit", "frozen"))
 
 
+def test_a_subset_inherits_as_in_the_whole() -> None:
+    trunk = trainer_of(trunk_of("dit"), steps=5)
+    trunk.train()
+    whole = trainer_of(db.branch(trunk.model, BLOCKS))  # type: ignore[arg-type]
+    part = trainer_of(db.branch(trunk.model, BLOCKS), blocks=[BLOCKS - 1])  # type: ignore[arg-type]
+    for run in (whole, part):
+        run.inherit(trunk, optimizer=True, average=True)
+    (name,) = part.sets
+    found, expected = part.sets[name].state(), whole.sets[name].state()
+    assert float(found["0.step"]) == 5
+    assert differing(found, expected) == []
+
+
 def test_inherited_state_survives_a_checkpoint(tmp_path: Path) -> None:
     trunk = trainer_of(trunk_of("dit"), steps=3)
     trunk.train()

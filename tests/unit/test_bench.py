@@ -18,13 +18,14 @@ from diffusionblocks.bench.depth import largest_depth
 from diffusionblocks.bench.figures import draw_memory
 from diffusionblocks.bench.measure import at_peak, dwelling_times, measure_memory, steady_times, warm_up
 from diffusionblocks.bench.methods import METHODS, Spec, rows_of
-from diffusionblocks.bench.models import MODELS, build, recipe_of, split_layers, splits_of
+from diffusionblocks.bench.models import MODELS, build, recipe_of, splits_of
 from diffusionblocks.bench.rivals import BAdamRunner, RivalRunner, rival
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain, runner_of
 from diffusionblocks.bench.speed import ratios_of
 from diffusionblocks.bench.table import gather, shard
 from diffusionblocks.bench.worker import answer, isolated
 from diffusionblocks.model import DiffusionBlocks
+from diffusionblocks.partition import even_layers
 from diffusionblocks.sources import build_model
 
 #: 8-bit AdamW compiles its step, which takes a C++ compiler and about a minute on a CPU.
@@ -72,7 +73,7 @@ def test_shards_share_all_rows() -> None:
 @given(st.integers(1, 50), st.integers(1, 50))
 def test_layers_are_split_evenly(layers: int, blocks: int) -> None:
     if blocks <= layers:
-        parts = split_layers(layers, blocks)
+        parts = even_layers(layers, blocks)
         assert sum(parts) == layers
         assert len(parts) == blocks
         assert max(parts) - min(parts) <= 1

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import adapter_named, instantiate, rebuild_config
+from ..adapters import adapter_named, outline, rebuild_config
 from ..convert import assemble
 from ..data import ImageData, LatentData
+from ..partition import even_layers
 from ..recipes import Recipe, parse_recipe
-from ..sources import Data
+from ..sources import Data, blocks_config, is_end_to_end
 from ..training import EndToEnd
 from .methods import METHODS, Spec, check_names
 
@@ -99,12 +100,6 @@ def layers_of(spec: Spec) -> int:
     return spec.depth or (model.tiny_layers if spec.tiny else model.layers)
 
 
-def split_layers(layers: int, blocks: int) -> list[int]:
-    """Layers of each block, as even as can be; the first blocks have one more."""
-    small, extra = divmod(layers, blocks)
-    return [small + (i < extra) for i in range(blocks)]
-
-
 def batch_size_of(spec: Spec) -> int:
     """Samples of a step."""
     return spec.batch_size or (_TINY_BATCH if spec.tiny else MODELS[spec.model].batch_size)
@@ -123,7 +118,7 @@ def recipe_of(spec: Spec) -> Recipe:
     layers = layers_of(spec)
     if not 1 <= spec.blocks <= layers:
         raise ValueError(f"blocks = {spec.blocks}: {spec.model} has {layers} layers; choose from 1 to {layers}")
-    parts = split_layers(layers, spec.blocks)
+    parts = even_layers(layers, spec.blocks)
     config = model.config | (model.tiny if spec.tiny else {})
     values = {
         "name": f"bench-{spec.model}",
@@ -199,15 +194,8 @@ def splits_of(recipe: Recipe) -> dict[str, Data]:
 def build(recipe: Recipe, device: torch.device) -> nn.Module:
     """The recipe's model on a device, as `sources.build_model` makes it but for its weights (see above)."""
     class_name = recipe.model.type
-    with torch.device("meta"):
-        original = instantiate(class_name, rebuild_config(class_name, recipe.model.config))
-    model: nn.Module
-    if recipe.method == "diffusionblocks":
-        model = assemble(original, recipe.blocks)
-    elif adapter_named(class_name).target == "label":
-        model = EndToEnd(original)
-    else:
-        model = assemble(original, recipe.blocks.as_one_block())
+    original = outline(class_name, rebuild_config(class_name, recipe.model.config))
+    model = EndToEnd(original) if is_end_to_end(recipe) else assemble(original, blocks_config(recipe), take=True)
     return fill(model, device).train()
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..adapters import adapter_for
 from ..block import Block
@@ -26,20 +25,10 @@ from ..sources import device_of, make_batches
 from ..training import BatchMaker, Diverged, EndToEnd, Unit, units_of
 from ..training.keys import DataOrder
 from ..training.skeleton import compile_modules, compile_options
+from ..training.step import arithmetic
 from .methods import Spec
 from .models import build, bytes_of_data, recipe_of, splits_of
 from .runners import Runner, bytes_of, tensors_in
-
-
-@contextlib.contextmanager
-def arithmetic(device: torch.device) -> Iterator[None]:
-    """bfloat16 autocast and the attention kernels, as in the trainer's step."""
-    with torch.autocast(device.type, torch.bfloat16):
-        if device.type != "cuda":
-            yield
-            return
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            yield
 
 
 def compiled(plain: Plain) -> None:
@@ -74,7 +63,7 @@ class Plain:
     def loss(self, unit: int, step: int) -> Tensor:
         """The mean loss of a unit on its step's batch."""
         batch = self.batches(self.order(unit, step)[0], self.generator)
-        with arithmetic(self.device):
+        with arithmetic(self.device, self.recipe.train.precision):
             losses: Tensor = self.units[unit].module.loss(batch, self.generator)  # type: ignore[operator]
         return losses.mean()
 

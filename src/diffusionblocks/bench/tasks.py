@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ..partition import even_layers
 from ..training import Trainer
 from .measure import Clock, Times, dwelling_times, measure_memory, steady_times, warm_up
 from .methods import METHODS, Spec
-from .models import batch_size_of, layers_of, split_layers
+from .models import batch_size_of, layers_of
 from .rivals import Plain, compiled
 from .runners import Runner, TrainerRunner, runner_of
 
@@ -49,7 +50,7 @@ def _row(spec: Spec) -> dict[str, Any]:
 
 def _about(spec: Spec) -> dict[str, Any]:
     layers, method = layers_of(spec), METHODS[spec.method]
-    parts = split_layers(layers, spec.blocks)
+    parts = even_layers(layers, spec.blocks)
     return {
         "model": spec.model,
         "method": spec.method,

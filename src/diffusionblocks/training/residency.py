@@ -82,6 +82,7 @@ class Residency(abc.ABC):
                 self._skeletons[shape] = Skeleton(unit, config)
         self._shared: list[tuple[Updater, ParameterSet]] = []
         self._shared_parameters = shared
+        self._places: dict[int, Place] = {}
         self._common = in_several([unit.module for unit in units])
         self._fill = fill
         if fill is not None and self._common:  # what they have in common is on the device before the first of them
@@ -111,6 +112,12 @@ class Residency(abc.ABC):
         """Give a unit that was never built its initial weights."""
         if self._fill is not None and any(tensor.is_meta for tensor in tensors_of(unit.module)):
             self._fill(unit.index)
+
+    def _place(self, unit: int, skeleton: Skeleton, updater: Updater) -> Place:
+        if unit not in self._places:
+            pairs = [(updater, self.sets[self.units[unit].name]), *self._shared]
+            self._places[unit] = Place(skeleton.module, [u for u, _ in pairs], [owner for _, owner in pairs])
+        return self._places[unit]
 
     @property
     def skeletons(self) -> list[Skeleton]:
@@ -162,7 +169,6 @@ class AllResident(Residency):
             self._updaters.append(updater)
         self._add_shared()
         self._tensors = [tensors_of(unit.module) for unit in self.units]
-        self._places: dict[int, Place] = {}
 
     def activate(self, unit: int, following: int | None) -> Place:
         """See `Residency`."""
@@ -170,11 +176,7 @@ class AllResident(Residency):
         skeleton = self._skeletons[self._shapes[unit]]
         if skeleton.unit is not chosen:
             skeleton.mount(chosen, self._tensors[unit])
-        if unit not in self._places:
-            updaters = [self._updaters[unit], *(updater for updater, _ in self._shared)]
-            owners = [self.sets[chosen.name], *(owner for _, owner in self._shared)]
-            self._places[unit] = Place(skeleton.module, updaters, owners)
-        return self._places[unit]
+        return self._place(unit, skeleton, self._updaters[unit])
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,6 @@ class ActiveResident(Residency):
         self._out, self._into = (torch.cuda.Stream(self.device) if on_gpu else None for _ in range(2))
         self._state_came: Any = None
         self._occupant: int | None = None
-        self._places: dict[int, Place] = {}
 
         layouts = {shape: self._measure(self.units[self._shapes.index(shape)]) for shape in self._skeletons}
         of_units = [layouts[shape] for shape in self._shapes]
@@ -309,11 +310,7 @@ class ActiveResident(Residency):
             slot.skeleton.mount(self.units[unit], slot.tensors)
             if following is not None:
                 self._homes.prefetch(following)
-        if unit not in self._places:
-            updaters = [slot.updater, *(updater for updater, _ in self._shared)]
-            owners = [self.sets[self.units[unit].name], *(owner for _, owner in self._shared)]
-            self._places[unit] = Place(slot.skeleton.module, updaters, owners)
-        return self._places[unit]
+        return self._place(unit, slot.skeleton, slot.updater)
 
     def _switch(self, unit: int | None) -> None:
         """Bring the unit that is there home, and another one in; with None it only goes home, and stays as well."""

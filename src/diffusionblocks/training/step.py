@@ -28,6 +28,17 @@ class BatchMaker(Protocol):
         """torch.compile what can be."""
 
 
+@contextlib.contextmanager
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """Autocast, and on a GPU flash attention before cuDNN's, which is slower on a ViT's short sequences."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        if device.type != "cuda":
+            yield
+            return
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            yield
+
+
 class Stepper:
     """Runs steps of units on one device, with no host sync.
 
@@ -112,7 +123,7 @@ class Stepper:
         total = torch.zeros((), device=self.device)
         for micro in range(config.accumulation):
             batch = self.batches(self.indices[micro], self.generator)
-            with self._kernels():
+            with arithmetic(self.device, config.precision):
                 losses: Tensor = place.module.loss(batch, self.generator)  # type: ignore[operator]
             loss = losses.mean() / config.accumulation
             loss.backward()
@@ -133,16 +144,6 @@ class Stepper:
         self.loss_sum[index] += total
         first_bad = (self.bad_step[index] < 0) & ~finite
         self.bad_step[index] = torch.where(first_bad, self.step_now, self.bad_step[index])
-
-    @contextlib.contextmanager
-    def _kernels(self) -> Iterator[None]:
-        """Autocast, and on a GPU flash attention before cuDNN's, which is slower on a ViT's short sequences."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            if self.device.type != "cuda":
-                yield
-                return
-            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-                yield
 
     def first_bad_step(self) -> tuple[int, int] | None:
         """(unit, step) whose loss or gradient was first not finite, or None. Waits for the device."""

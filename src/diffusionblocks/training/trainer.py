@@ -233,10 +233,10 @@ class Trainer:
         named = dict(trunk.model.block(0).named_parameters())
         sources = {
             parameter: places[source]
-            for b in range(len(self.units))
-            for name, parameter in self.model.block(b).named_parameters()
+            for unit in self.units
+            for name, parameter in unit.module.named_parameters()
             # A part that is frozen in the trunk can be trained as part of a layer of a later block.
-            if parameter.requires_grad and (source := named[trunk_name(self.model, b, name)]) in places
+            if parameter.requires_grad and (source := named[trunk_name(self.model, unit.index, name)]) in places
         }
         for group in self.sets.values():
             group.inherit(sources, optimizer=optimizer, average=average)
