@@ -24,6 +24,8 @@ from diffusionblocks.saving import INDEX
 
 FAMILIES = ("vit", "deit", "dinov2")
 DIT_FAMILIES = ("dit", "diffusers-dit")
+VOCAB = 27
+LENGTH = 12
 POLICIES = ("joint", "replicated", "frozen")
 NUM_LABELS = 4
 HIDDEN = 32
@@ -33,7 +35,7 @@ IMAGE = 8
 def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
     """A tiny model whose every parameter is random, as in a pretrained model (none zero, none one).
 
-    `family` is a classifier of `FAMILIES` or a diffusion transformer of `DIT_FAMILIES`.
+    `family` is a classifier of `FAMILIES`, a diffusion transformer of `DIT_FAMILIES`, or `masked`.
     """
     common = {
         "image_size": IMAGE,
@@ -54,6 +56,8 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
             model = Dinov2ForImageClassification(Dinov2Config(**({"mlp_ratio": 2} | common)))
         elif family in DIT_FAMILIES:
             model = fresh_dit(family, layers=layers, **overrides)
+        elif family == "masked":
+            model = fresh_masked(layers=layers, **overrides)
         else:
             raise ValueError(family)
         with torch.no_grad():
@@ -74,6 +78,20 @@ def fresh_dit(family: str = "dit", *, layers: int = 3, **overrides: Any) -> nn.M
         return DiT(**(common | ours | overrides)).eval()
     theirs = {"attention_head_dim": HIDDEN // 2, "num_embeds_ada_norm": NUM_LABELS}
     return DiTTransformer2DModel(**(common | theirs | overrides)).eval()  # type: ignore[no-any-return]
+
+
+def fresh_masked(*, layers: int = 3, **overrides: Any) -> nn.Module:
+    """A tiny masked text model as its class initialises it, with a zero head and zero modulations."""
+    from diffusionblocks.models import MaskedTransformer
+
+    common = {"vocab_size": VOCAB, "sequence_length": LENGTH, "num_layers": layers, "num_attention_heads": 2}
+    sizes = {"hidden_size": HIDDEN, "embedding_size": 16, "mlp_size": 48}
+    return MaskedTransformer(**(common | sizes | overrides)).eval()
+
+
+def token_batch(size: int = 6, seed: int = 0) -> dict[str, Tensor]:
+    """Random sequences."""
+    return {"input_ids": torch.randint(VOCAB, (size, LENGTH), generator=seeded(seed))}
 
 
 def convert(family: str = "vit", *, layers: int = 3, seed: int = 0, **config: Any) -> db.DiffusionBlocks:

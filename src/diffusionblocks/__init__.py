@@ -2,12 +2,12 @@
 
 from .block import Block
 from .branching import branch
-from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig
+from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, TokenTargetConfig
 from .convert import convert
 from .loading import load
 from .merging import merge
 from .model import BlocksOutput, DiffusionBlocks
-from .noise import EDM
+from .noise import EDM, Masking
 from .partition import Partition
 from .saving import export
 
@@ -21,7 +21,9 @@ __all__ = [
     "DiffusionBlocks",
     "ImageTargetConfig",
     "LabelTargetConfig",
+    "Masking",
     "Partition",
+    "TokenTargetConfig",
     "__version__",
     "branch",
     "convert",

@@ -13,8 +13,7 @@ from .adapters import Adapter
 from .adapters.base import Namespace
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig
-from .noise import EDM
-from .noise.edm import match
+from .noise import NoiseProcess
 from .targets import Batch, Target
 
 
@@ -67,9 +66,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         assert config.target is not None, "conversion resolves the target"
+        assert config.noise is not None, "and the noise process"
         self.index = index
         self.adapter = adapter
-        self.noise: EDM = config.noise
+        self.noise: NoiseProcess = config.noise
         self.weight = config.target.weight
         self.layer_paths = layer_paths
         self.network = network
@@ -104,29 +104,34 @@ class Block(nn.Module):
             part.compile(**options)
 
     def forward(self, inputs: Batch, z: Tensor, level: Tensor) -> Tensor:
-        """Denoise: D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7), and what is read off it.
+        """Denoise, and read off what the task wants.
+
+        Under EDM D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7); under masking D = F(z, t, x), logits.
 
         Args:
             inputs: the model's inputs x: `pixel_values` (batch, channels, height, width) of a classifier, `labels`
                 (batch,) of a class-conditional diffusion model.
-            z: noised target, float32: (batch, dim) of a label, (batch, channels, height, width) of an image.
+            z: noised target: float32 (batch, dim) of a label, float32 (batch, channels, height, width) of an image,
+                int64 (batch, length) of tokens.
             level: noise levels, float32, shape (batch,), all of this block.
 
         Returns:
-            Logits (batch, num_classes) of a classifier; D, float32, of the shape of z, of a diffusion model.
+            Logits (batch, num_classes) of a classifier, float32 (batch, length, vocab_size) of a masked text model; D,
+            float32, of the shape of z, of a diffusion model.
         """
-        c = self.noise.precondition(level)
         embedding = self.shared.noise_embedding
-        condition = c.c_noise if embedding is None else embedding(c.c_noise)
+        condition = self.noise.condition(level)
+        if embedding is not None:
+            condition = embedding(condition)
         hidden, raw = self.adapter.hidden(
             self.network,
             self._callable_layers(),
             self.shared.added,
             inputs,
-            match(c.c_in, z) * z,
+            self.noise.scaled(z, level),
             condition,
         )
-        denoised = match(c.c_skip, z) * z + match(c.c_out, z) * raw.float()
+        denoised = self.noise.combine(z, raw, level)
         return self.adapter.readout(self.network, self.shared.final_norms, hidden, denoised, condition)
 
     def _callable_layers(self) -> list[tuple[Any, Any]]:
@@ -144,7 +149,8 @@ class Block(nn.Module):
         """Training loss of each sample at a level drawn in the block's interval (paper, section 3.2).
 
         Args:
-            batch: the entries of `input_names` and of the target's `names`: `pixel_values` and `labels`.
+            batch: the entries of `input_names` and of the target's `names`: `pixel_values` and `labels`,
+                or `input_ids`.
             generator: source of level, noise and label dropout, on the batch's device; default the global one.
             level: use these levels, shape (batch,), instead of drawing them.
 
@@ -154,12 +160,12 @@ class Block(nn.Module):
         y = self.target.encode(batch)
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
-        noise = torch.randn(y.shape, generator=generator, device=y.device)
+        draws = self.noise.draws(y.shape, generator=generator, device=y.device)
         inputs = self.target.training_inputs({name: batch[name] for name in self.input_names}, generator)
-        output = self(inputs, self.noise.corrupt(y, level, noise), level)
-        loss = self.target.loss(output, batch)
-        if self.weight == "edm":
-            loss = loss * self.noise.weight(level).float()
+        z = self.noise.corrupt(y, level, draws)
+        loss = self.target.loss(self(inputs, z, level), batch, z)
+        if self.weight != "none":
+            loss = loss * self.noise.training_weight(level).float()
         assert loss.shape == (len(y),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -16,6 +16,12 @@ from . import __version__
 from .bench.commands import add_bench
 from .noise.edm import PARTITION_STRATEGIES
 from .recipes import Recipe, explain, load_recipe
+
+if TYPE_CHECKING:
+    from .model import DiffusionBlocks
+
+#: Options of `sample` that only one kind of model has.
+_SAMPLE_OPTIONS = {"images": ("labels", "solver", "guidance"), "text": ("temperature", "infill")}
 
 _EXAMPLES = """\
 examples:
@@ -29,6 +35,8 @@ examples:
       test accuracy for every pair of denoising steps and noise seeds
   diffusionblocks sample recipes/dit/digits.yaml --model runs/dit-digits/model --out samples --labels 3 --count 16
       images of a trained diffusion model: PNG files, a grid, a chain over its steps
+  diffusionblocks sample recipes/text/masked_topics.yaml --model runs/masked-topics/model --infill 'the _____ of'
+      texts of a trained text model, or the gaps of one filled in
   diffusionblocks branch runs/trunk/model --blocks 3 --out runs/branched
       copy a trained trunk (one block on all levels) into three blocks
   diffusionblocks merge runs/first runs/second --out runs/whole
@@ -93,27 +101,37 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="also log to <out>/tensorboard (extra: tensorboard)")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    evaluate = _command(commands, "evaluate", _evaluate, "measure a trained model: accuracy, or its samples")
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "measure a trained model: accuracy, samples, or bits a character"
+    )
     evaluate.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
     evaluate.add_argument("--json", type=Path, help="also write the rows to this file")
     evaluate.add_argument(
         "--by-level", action="store_true", help="of a classifier, also each block's accuracy by level"
     )
 
-    sample = _command(commands, "sample", _sample, "draw samples of a trained diffusion model")
+    sample = _command(commands, "sample", _sample, "samples of a trained diffusion model: images or text")
     sample.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
-    sample.add_argument("--out", type=Path, help="folder of the pictures (default runs/<name>/samples)")
+    sample.add_argument("--out", type=Path, help="folder of the files (default runs/<name>/samples)")
     sample.add_argument(
-        "--count", type=int, help="number of images (default: one for each of --labels, or evaluate.grid_images)"
+        "--count", type=int, help="number of samples (default: one for each of --labels, or what evaluate says)"
     )
-    sample.add_argument("--labels", type=int, nargs="+", help="class labels, in turn (default: all classes)")
-    sample.add_argument("--seed", type=int, help="seed of the first image (default: evaluate.seed); the next count up")
+    sample.add_argument("--labels", type=int, nargs="+", help="images: class labels, in turn (default: all classes)")
+    sample.add_argument("--seed", type=int, help="seed of the first sample (default: evaluate.seed); the next count up")
     sample.add_argument(
-        "--solver", choices=("euler", "heun", "dpmpp-2m"), help="default: the recipe's first; euler is the paper's"
+        "--solver",
+        choices=("euler", "heun", "dpmpp-2m"),
+        help="images (default: the recipe's first; euler is the paper's)",
     )
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's first)")
-    sample.add_argument("--grid", choices=("karras", "equal-mass"), help="levels (default: the recipe's first)")
-    sample.add_argument("--guidance", type=float, help="classifier-free guidance (default: the recipe's first)")
+    sample.add_argument(
+        "--grid",
+        choices=("karras", "equal-mass", "cosine", "uniform"),
+        help="levels: of images the first two, of text the last three (default: the recipe's)",
+    )
+    sample.add_argument("--guidance", type=float, help="images: classifier-free guidance (default: the recipe's first)")
+    sample.add_argument("--temperature", type=float, help="text: divides the logits (default: the recipe's)")
+    sample.add_argument("--infill", metavar="TEXT", help="text: fill in the gaps of this, as in 'the _____ of'")
     sample.add_argument("--quiet", action="store_true", help="no progress bar")
 
     inspect = _command(commands, "inspect", _inspect, "show the blocks of a recipe before any training")
@@ -188,15 +206,15 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
 def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from .evaluation.tables import format_table, write_results
     from .model import DiffusionBlocks
-    from .recipes import SamplesConfig
+    from .recipes import AccuracyConfig
     from .scores import check_evaluation, diagnose, evaluate
     from .sources import check_data, load_data, load_model
 
     model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
     if options.by_level and not isinstance(model, DiffusionBlocks):
         raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
-    if options.by_level and isinstance(recipe.evaluate, SamplesConfig):
-        raise ValueError(f"--by-level is for classifiers; {recipe.model.type} generates images")
+    if options.by_level and not isinstance(recipe.evaluate, AccuracyConfig):
+        raise ValueError(f"--by-level is for classifiers; {recipe.model.type} generates {_made(recipe)}")
     splits = {"test": load_data(recipe, "test")}
     check_data(recipe, model, splits["test"])
     check_evaluation(recipe, model, splits["test"])
@@ -211,27 +229,59 @@ def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+    def shown(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return " ".join(map(str, map(shown, value)))
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    return {name: shown(value) for name, value in row.items()}
+
+
+def _made(recipe: Recipe) -> str:
+    from .recipes import BitsConfig
+
+    return "text" if isinstance(recipe.evaluate, BitsConfig) else "images"
 
 
 def _sample(recipe: Recipe, options: argparse.Namespace) -> None:
+    from .model import DiffusionBlocks
+    from .recipes import AccuracyConfig
+    from .sources import load_model
+
+    if isinstance(recipe.evaluate, AccuracyConfig):
+        raise ValueError(f"sample is for diffusion models; {recipe.model.type} classifies images: use evaluate")
+    made = _made(recipe)
+    for name in _SAMPLE_OPTIONS["images" if made == "text" else "text"]:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is not for {recipe.model.type}, which generates {made}; leave it out")
+    model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
+    assert isinstance(model, DiffusionBlocks)
+    folder = options.out or Path("runs") / recipe.name / "samples"
+    (_sample_text if made == "text" else _sample_images)(recipe, model, folder, options)
+
+
+def _sample_text(recipe: Recipe, model: DiffusionBlocks, folder: Path, options: argparse.Namespace) -> None:
+    from .texts import write_texts
+
+    names = ("count", "seed", "steps", "grid", "temperature", "infill")
+    given = {name: getattr(options, name) for name in names}
+    path = write_texts(recipe, model, folder, **given, progress=not options.quiet)
+    print(path.read_text(), end="")
+    print(path)
+
+
+def _sample_images(recipe: Recipe, model: DiffusionBlocks, folder: Path, options: argparse.Namespace) -> None:
     import dataclasses
 
-    from .model import DiffusionBlocks
     from .recipes import SamplesConfig
     from .samples import draw_samples
     from .scores import settings_of
-    from .sources import load_model
 
-    if not isinstance(recipe.evaluate, SamplesConfig):
-        raise ValueError(f"sample is for diffusion models; {recipe.model.type} classifies images: use evaluate")
-    model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
-    assert isinstance(model, DiffusionBlocks)
+    assert isinstance(recipe.evaluate, SamplesConfig)
     given = {name: getattr(options, name) for name in ("solver", "steps", "grid", "guidance")}
     setting = dataclasses.replace(
         settings_of(recipe.evaluate)[0], **{name: value for name, value in given.items() if value is not None}
     )
-    folder = options.out or Path("runs") / recipe.name / "samples"
     written = draw_samples(
         recipe,
         model,

@@ -15,15 +15,17 @@ from typing import Any
 from torch import nn
 
 from .evaluation.accuracy import AccuracyRow
+from .evaluation.bits import Bits
 from .evaluation.figures import draw_run
 from .evaluation.memory import step_memory
 from .evaluation.tables import format_bytes, format_table, write_results
 from .model import DiffusionBlocks
-from .recipes import AccuracyConfig, Recipe
+from .recipes import BitsConfig, Recipe, SamplesConfig
 from .runs import RunResult, depth_of, layers_of_a_block, make_trainer, train, trunk_options, trunk_recipe, with_depth
 from .samples import draw_samples
 from .scores import headline
 from .sources import load_data
+from .texts import write_texts
 from .training import trainable, units_of
 
 
@@ -143,6 +145,8 @@ def _score(result: RunResult) -> dict[str, Any]:
             "standard_error": best.standard_error,
             "accuracies": rows,
         }
+    if isinstance(best, Bits):
+        return {"bits_per_character": best.bits, **best.to_dict()}
     return {**best.to_dict(), "samples_measured": rows}
 
 
@@ -152,6 +156,9 @@ def _printed(row: dict[str, Any]) -> dict[str, str]:
     if "test_accuracy" in row:
         accuracy = f"{100 * row['test_accuracy']:.2f} +- {100 * row['standard_error']:.2f} %"
         shown |= {"denoising steps": row["steps"], "seeds": row["seeds"], "test accuracy": accuracy}
+    elif "bits_per_character" in row:
+        shown["bits per character"] = f"{row['bits_per_character']:.4f} +- {row['standard_error']:.4f}"
+        shown["of each block"] = " + ".join(f"{bits:.3f}" for bits in row["block_bits"])
     else:
         for split in ("train", "test"):
             distance = row[f"fd_{split}"]
@@ -165,10 +172,11 @@ def _printed(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _draw(recipe: Recipe, table: list[dict[str, Any]], results: dict[str, RunResult], folder: Path) -> None:
-    if not isinstance(recipe.evaluate, AccuracyConfig):
+    if isinstance(recipe.evaluate, (SamplesConfig, BitsConfig)):
         for key, result in results.items():
             assert isinstance(result.model, DiffusionBlocks)
-            draw_samples(recipe, result.model, folder / key / "samples")
+            draw = write_texts if isinstance(recipe.evaluate, BitsConfig) else draw_samples
+            draw(recipe, result.model, folder / key / "samples")
         return
     if "diffusionblocks" not in results:
         return
@@ -180,7 +188,7 @@ def _draw(recipe: Recipe, table: list[dict[str, Any]], results: dict[str, RunRes
         if row["name"] == "end-to-end"
     ]
     rows = [row for row in results["diffusionblocks"].rows if isinstance(row, AccuracyRow)]
-    draw_run(rows, controls, model.partition, recipe.blocks.noise, folder / "figure.png")
+    draw_run(rows, controls, model.partition, model.noise, folder / "figure.png")
 
 
 def executed(recipe: Recipe, *, fast: bool) -> Recipe:

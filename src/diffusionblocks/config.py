@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from .noise import EDM
+from .noise import EDM, Masking
 
 
 class LabelTargetConfig(BaseModel):
@@ -47,14 +48,36 @@ class ImageTargetConfig(BaseModel):
     label_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
 
 
-def _kind(values: Any) -> str:
-    """Which target a mapping or config describes; without `kind`, a label (the first family's recipes name none)."""
-    return str(values.get("kind", "label") if isinstance(values, dict) else getattr(values, "kind", values))
+class TokenTargetConfig(BaseModel):
+    """What a masked text model's blocks denoise: the tokens themselves, under the cross-entropy of the masked ones.
+
+    Attributes:
+        weight: weight of the cross-entropy at each level: `elbo` (that of the evidence lower bound: MD4), or `none`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["tokens"] = "tokens"
+    weight: Literal["elbo", "none"] = "elbo"
+
+
+def _kind(default: str) -> Callable[[Any], str]:
+    """What tells the members of a union apart; without `kind` the first that there was, whose recipes name none."""
+
+    def kind(values: Any) -> str:
+        return str(values.get("kind", default) if isinstance(values, dict) else getattr(values, "kind", values))
+
+    return kind
 
 
 TargetConfig = Annotated[
-    Annotated[LabelTargetConfig, Tag("label")] | Annotated[ImageTargetConfig, Tag("image")], Discriminator(_kind)
+    Annotated[LabelTargetConfig, Tag("label")]
+    | Annotated[ImageTargetConfig, Tag("image")]
+    | Annotated[TokenTargetConfig, Tag("tokens")],
+    Discriminator(_kind("label")),
 ]
+
+NoiseConfig = Annotated[Annotated[EDM, Tag("edm")] | Annotated[Masking, Tag("masking")], Discriminator(_kind("edm"))]
 
 
 class BlocksConfig(BaseModel):
@@ -63,9 +86,10 @@ class BlocksConfig(BaseModel):
     Attributes:
         num_blocks: B >= 1; must divide the model's layers unless `layers` is given.
         layers: number of layers of each block, input side first.
-        partition: how noise levels are split: `equi-probability` (paper, section 3.3), `log-uniform`, `uniform`.
+        partition: how noise levels are split: `equi-probability` (paper, section 3.3), `log-uniform` (not for
+            masking), `uniform`.
         overlap: gamma in [0, 1): how far the levels a block trains on reach into its neighbours'.
-        noise: the EDM noise process.
+        noise: the noise process, `EDM` or `Masking` (`kind: masking`); None takes the family's default.
         shared: policy for the shared parts (stem, positions, noise embedder, final norm, head): `joint` (one copy,
             updated by whichever block steps: the released code), `replicated` (each block owns its copies, so
             blocks are independent) or `frozen` (fixed).
@@ -84,7 +108,7 @@ class BlocksConfig(BaseModel):
     layers: tuple[int, ...] | None = None
     partition: Literal["equi-probability", "log-uniform", "uniform"] = "equi-probability"
     overlap: float = Field(default=0.05, ge=0.0, lt=1.0)
-    noise: EDM = EDM()
+    noise: NoiseConfig | None = None
     shared: Literal["joint", "replicated", "frozen"] = "replicated"
     target: TargetConfig | None = None
     conditioning_dim: int | None = Field(default=None, ge=1)

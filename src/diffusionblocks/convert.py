@@ -14,10 +14,9 @@ from .adapters import Adapter, adapter_for
 from .adapters.base import Namespace, extract
 from .block import Block, SharedParts
 from .conditioning import AdaptiveNorms, NoiseEmbedding
-from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig
+from .config import BlocksConfig, LabelTargetConfig
 from .model import DiffusionBlocks
 from .partition import Partition
-from .targets import ImageTarget, LabelTarget, Target
 
 
 def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBlocks:
@@ -41,7 +40,7 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     adapter = adapter_for(model)
     if config is not None and not isinstance(config, BlocksConfig):
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
-    config = resolve(config or BlocksConfig(), adapter)
+    config = resolve(config or BlocksConfig(), adapter, model.config)
     if not _on_meta(model):
         adapter.check_weights(model, config)
     return assemble(model, config)
@@ -57,7 +56,8 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
             model is of no use afterwards.
     """
     adapter = adapter_for(model)
-    config = resolve(config, adapter)
+    config = resolve(config, adapter, model.config)
+    assert config.noise is not None
     adapter.check_config(model, config)
     layers_path = adapter.layers_path(model)
     layer_list = model.get_submodule(layers_path)
@@ -89,32 +89,29 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     return converted.to(device=parameter.device, dtype=parameter.dtype).train()
 
 
-def resolve(config: BlocksConfig, adapter: Adapter) -> BlocksConfig:
+def resolve(config: BlocksConfig, adapter: Adapter, model_config: Any) -> BlocksConfig:
     """Fill in the defaults that depend on other fields, or on the family.
 
     Raises:
-        ValueError: a target of another family.
+        ValueError: a target or noise process of another family.
     """
-    target = config.target or (LabelTargetConfig() if adapter.target == "label" else ImageTargetConfig())
-    if target.kind != adapter.target:
+    known = adapter.default_noise(model_config)
+    noise = config.noise or known
+    if noise.kind != known.kind:
         raise ValueError(
-            f"blocks.target.kind = {target.kind}, but {'/'.join(adapter.classes)} denoises {adapter.target}s; "
+            f"blocks.noise.kind = {noise.kind}, but {'/'.join(adapter.classes)} needs {known.kind}; leave noise out, "
+            "or set its kind"
+        )
+    target = config.target or adapter.default_target()
+    if target.kind != adapter.target:
+        what = f"{adapter.target.removesuffix('s')}s"
+        raise ValueError(
+            f"blocks.target.kind = {target.kind}, but {'/'.join(adapter.classes)} denoises {what}; "
             "leave target out, or set its kind"
         )
     if isinstance(target, LabelTargetConfig) and target.embedding is None:
         target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else "frozen"})
-    return config.model_copy(update={"target": target})
-
-
-def _make_target(model: nn.Module, adapter: Adapter, config: BlocksConfig) -> Target:
-    num_classes = adapter.num_classes(model.config)
-    if isinstance(config.target, ImageTargetConfig):
-        return ImageTarget(
-            adapter.image_shape(model.config), num_classes=num_classes, label_dropout=config.target.label_dropout
-        )
-    assert config.target is not None
-    learned = config.target.embedding == "learned"
-    return LabelTarget(num_classes, adapter.hidden_size(model), learned=learned, seed=config.seed)
+    return config.model_copy(update={"target": target, "noise": noise})
 
 
 def _build_blocks(
@@ -138,7 +135,7 @@ def _build_blocks(
         added = SharedParts(
             None if adapter.knows_noise_level else NoiseEmbedding(condition_dim),
             None if adapter.knows_noise_level else adaptive_norms(adapter.final_norms(foreign)),
-            _make_target(model, adapter, config),
+            adapter.make_target(model, config),
             adapter.add_parts(model, config),
         )
         if config.shared == "frozen":

@@ -14,11 +14,14 @@ from transformers.utils import ModelOutput
 from .adapters import Adapter
 from .block import Block
 from .config import BlocksConfig, LabelTargetConfig
-from .noise import EDM
+from .noise import EDM, Masking, NoiseProcess
 from .partition import Partition, within
-from .sampling import Callback, Prediction, guided, predict_labels, prior_of_seeds, sample_images
+from .sampling import Callback, Prediction, guided, predict_labels, prior_of_seeds, sample_images, sample_tokens
 from .saving import export, save
-from .targets import Batch, ImageTarget, LabelTarget, Target, check_labels
+from .targets import Batch, ImageTarget, LabelTarget, Target, TokenTarget, check_labels
+
+#: The batch entries of which each family has one, that of its examples.
+_EXAMPLES = ("pixel_values", "input_ids")
 
 
 @dataclass
@@ -63,8 +66,9 @@ class DiffusionBlocks(nn.Module):
         self.register_load_state_dict_pre_hook(_restore_repeated)
 
     @property
-    def noise(self) -> EDM:
+    def noise(self) -> NoiseProcess:
         """The noise process."""
+        assert self.blocks_config.noise is not None, "conversion resolves it"
         return self.blocks_config.noise
 
     @property
@@ -93,7 +97,8 @@ class DiffusionBlocks(nn.Module):
         """Training loss of one block, per sample; differentiable only in that block (and shared parts by policy).
 
         Args:
-            batch: inputs and `labels` (batch,), int64 in [0, num_classes).
+            batch: the family's entries: `pixel_values` and (but for an unconditional model) `labels` (batch,), int64;
+                or `input_ids` (batch, length), int64.
             block: index of the block to train.
             generator: source of level and noise.
             level: levels (batch,) to use instead of drawing them; all within the block's training interval.
@@ -112,26 +117,30 @@ class DiffusionBlocks(nn.Module):
 
     def denoise(self, inputs: Batch, z: Tensor, level: float) -> Tensor:
         """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level."""
-        return self.block(self.partition.block_of(level))(inputs, z, z.new_full((len(z),), level))  # type: ignore[no-any-return]
+        dtype = z.dtype if z.is_floating_point() else torch.float32
+        levels = torch.full((len(z),), level, dtype=dtype, device=z.device)
+        return self.block(self.partition.block_of(level))(inputs, z, levels)  # type: ignore[no-any-return]
 
     def forward(
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
+        input_ids: Tensor | None = None,
     ) -> BlocksOutput:
         """For plain loops and transformers.Trainer.
 
         In training mode a block is drawn uniformly and `loss` is its mean loss. In evaluation mode: a classifier's
-        `logits` are log-probabilities after one denoising step per block, and `loss` their cross-entropy; a diffusion
-        model's `loss` is the mean of all blocks' losses, each at levels drawn in its interval.
+        `logits` are log-probabilities after one denoising step per block, and `loss` their cross-entropy; of other
+        models `loss` is the mean of all blocks' losses, each at levels drawn in its interval.
 
         Args:
             pixel_values: images (batch, channels, height, width).
             labels: (batch,), int64; a classifier needs them in training mode, an unconditional model never.
             generator: source of all draws; default the global one.
+            input_ids: tokens (batch, length), int64, of a text model.
         """
-        given = {"pixel_values": pixel_values, "labels": labels}
+        given = {"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}
         batch = {name: value for name, value in given.items() if value is not None}
         if self.training:
             self._check_batch(batch)
@@ -167,7 +176,8 @@ class DiffusionBlocks(nn.Module):
         """
         target, options = self.target, self.blocks_config.target
         if not isinstance(target, LabelTarget) or not isinstance(options, LabelTargetConfig):
-            raise ValueError(f"predict is for classifiers; this {self.model_class} generates images: use sample")
+            raise ValueError(f"predict is for classifiers; this {self.model_class} {self._what_to_use()}")
+        assert isinstance(self.noise, EDM)
         inputs = {"pixel_values": pixel_values}
         self._check_batch(inputs, with_target=False)
         was_training = self.training
@@ -224,7 +234,8 @@ class DiffusionBlocks(nn.Module):
         """
         target = self.target
         if not isinstance(target, ImageTarget):
-            raise ValueError(f"sample is for diffusion models; this {self.model_class} classifies: use predict")
+            raise ValueError(f"sample is for diffusion models; this {self.model_class} {self._what_to_use()}")
+        assert isinstance(self.noise, EDM)
         if labels is not None and not isinstance(labels, Tensor):
             labels = torch.tensor(labels)
         if seeds is None:
@@ -247,6 +258,63 @@ class DiffusionBlocks(nn.Module):
             return sample_images(denoiser, z, levels, solver=solver, callback=callback, progress=progress)
         finally:
             self.train(was_training)
+
+    def generate(
+        self,
+        seeds: Sequence[int] = (0,),
+        *,
+        steps: int = 64,
+        grid: str = "equal-mass",
+        temperature: float = 1.0,
+        given: Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Generate text by unmasking, in evaluation mode: at every level only the block that owns it runs.
+
+        Args:
+            seeds: one a sequence; a sequence depends on its seed and what is given alone.
+            steps: network calls, >= 1; more than tokens are of no use.
+            grid: levels, see `Masking.levels`.
+            temperature: divides the logits, >= 0; 0 takes the most probable token.
+            given: known tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill.
+            callback: called once a step with (step, level, z, logits).
+            progress: show a progress bar.
+
+        Returns:
+            Tokens, int64, shape (len(seeds), length), on the model's device.
+
+        Raises:
+            ValueError: the model generates no text, or an argument is out of range.
+        """
+        target, noise = self.target, self.noise
+        if not isinstance(target, TokenTarget) or not isinstance(noise, Masking):
+            raise ValueError(f"generate is for text models; this {self.model_class} {self._what_to_use()}")
+        levels = noise.levels(steps, grid)
+        was_training = self.training
+        self.eval()
+        try:
+            return sample_tokens(
+                lambda z, level: self.denoise({}, z, level),
+                noise,
+                target.length,
+                levels,
+                seeds,
+                given=given,
+                temperature=temperature,
+                device=self.device,
+                callback=callback,
+                progress=progress,
+            )
+        finally:
+            self.train(was_training)
+
+    def _what_to_use(self) -> str:
+        if isinstance(self.target, LabelTarget):
+            return "classifies: use predict"
+        return (
+            "generates text: use generate" if isinstance(self.target, TokenTarget) else "generates images: use sample"
+        )
 
     def _sample_labels(self, labels: Tensor | None, target: ImageTarget, count: int) -> Tensor | None:
         if labels is not None and not target.num_classes:
@@ -305,7 +373,7 @@ class DiffusionBlocks(nn.Module):
         missing = [name for name in needed if name not in batch]
         if missing:
             raise ValueError(f"the batch lacks {missing}; it has {sorted(batch)}")
-        size = len(batch["pixel_values"])
+        size = len(next(batch[name] for name in _EXAMPLES if name in needed))
         if with_target:
             self.target.check(batch, size)
         if isinstance(self.target, ImageTarget) and "labels" in names:

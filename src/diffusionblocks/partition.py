@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .noise import EDM
+from .noise import NoiseProcess
 
 # A level this close (relative) to a boundary *is* that boundary: float32 copies of a level and levels that
 # two formulas computed may differ in the last bits, and must not change block.
@@ -49,7 +49,7 @@ class Partition:
     @classmethod
     def build(
         cls,
-        noise: EDM,
+        noise: NoiseProcess,
         num_layers: int,
         num_blocks: int,
         *,
@@ -63,7 +63,7 @@ class Partition:
             noise: the noise process that defines the levels.
             num_layers: depth of the network, >= 1.
             num_blocks: B, from 1 to num_layers.
-            strategy: how levels are split, see `EDM.boundaries`.
+            strategy: how levels are split, see the process's `boundaries`.
             layers: layers of each block, block 0 first; default an even split.
             overlap: gamma >= 0; training intervals are widened by it (paper, section 3.3).
 

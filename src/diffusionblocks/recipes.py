@@ -5,7 +5,6 @@ No imports, interpolation or code in YAML. `--set a.b=v` overrides a field; its 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,11 +13,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from .adapters import supported_classes
 from .config import BlocksConfig
-from .data.augment import AugmentConfig
+from .data.config import DataConfig, LatentsConfig
 from .training import TrainConfig
-
-#: Folder that holds local data sets, one sub-folder each (see `resolved_source`).
-DATA_VARIABLE = "DIFFUSIONBLOCKS_DATA"
 
 
 class _Section(BaseModel):
@@ -37,89 +33,6 @@ class ModelConfig(_Section):
     type: str
     config: dict[str, Any] = Field(default_factory=dict)
     pretrained: str | None = None
-
-
-class _Normalised(_Section):
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: AugmentConfig = AugmentConfig()
-    placement: Literal["auto", "device", "host"] = "auto"
-
-
-class DigitsConfig(_Normalised):
-    """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,437 train and 360 test images."""
-
-    kind: Literal["digits"]
-    mean: tuple[float, ...] = (0.3,)
-    std: tuple[float, ...] = (0.376,)
-
-
-class ImageFilesConfig(_Normalised):
-    """Image-classification parquet in the hub's schema.
-
-    Attributes:
-        source: a local folder or a hub name.
-        folder: name below the folder in the environment variable DIFFUSIONBLOCKS_DATA; where that variable is set
-            and `source` was not overridden, the local copy is used.
-        split_files: split name -> file pattern below a local folder.
-        train_split, test_split: names of the splits.
-        image_column, label_column: column names; null finds them.
-        image_size: height and width in pixels; other sizes are refused.
-        cache: folder for decoded images; null decodes at every start.
-    """
-
-    kind: Literal["images"]
-    source: str | None = None
-    folder: str | None = None
-    split_files: dict[str, str] | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: int = Field(ge=1)
-    channels: Literal[1, 3] = 3
-    num_classes: int | None = Field(default=None, ge=2)
-    cache: Path | None = None
-
-
-class LatentsConfig(_Section):
-    """Latents of an autoencoder, in shards that `python -m diffusionblocks.data.encode` wrote.
-
-    Attributes:
-        source: folder of the shards.
-        folder: as for `images`.
-        train_split, test_split: names of the splits.
-        scale: factor that brings the latents to a standard deviation of about sigma_data.
-        sample_posterior: draw each latent from the encoder's posterior, instead of taking its mean.
-        vae: folder or hub name of the autoencoder that decodes samples; null keeps samples as latents.
-    """
-
-    kind: Literal["latents"]
-    source: str | None = None
-    folder: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    scale: float = Field(default=0.5, gt=0, allow_inf_nan=False)
-    sample_posterior: bool = True
-    vae: str | None = None
-    placement: Literal["auto", "device", "host"] = "auto"
-
-
-def resolved_source(data: ImageFilesConfig | LatentsConfig) -> str:
-    """The folder or hub name to read.
-
-    Raises:
-        ValueError: neither source nor folder leads anywhere.
-    """
-    root = os.environ.get(DATA_VARIABLE)
-    if data.folder is not None and root and (Path(root) / data.folder).is_dir():
-        return str(Path(root) / data.folder)
-    if data.source is None:
-        raise ValueError(
-            f"data.source is not set; give a folder or hub name (--set data.source=...), or set {DATA_VARIABLE} to "
-            f"a folder that holds {data.folder!r}"
-        )
-    return data.source
 
 
 class AccuracyConfig(_Section):
@@ -178,6 +91,29 @@ class SamplesConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
+class BitsConfig(_Section):
+    """Bits a character of a masked text model: the evidence bound, each level by the block that owns it.
+
+    Attributes:
+        batch_size: sequences at a time.
+        limit: only the first so many sequences of the test text; null takes all.
+        times: levels drawn for each sequence and block.
+        seed: of levels and masks, and of the first generated text.
+        samples: how many texts are generated to be looked at.
+        steps, grid, temperature: of the generated texts, see `DiffusionBlocks.generate`.
+    """
+
+    kind: Literal["bits"]
+    batch_size: int = Field(default=256, ge=1)
+    limit: int | None = Field(default=None, ge=2)
+    times: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    samples: int = Field(default=16, ge=1)
+    steps: int = Field(default=64, ge=1)
+    grid: Literal["equal-mass", "cosine", "uniform"] = "equal-mass"
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+
 class TrunkConfig(_Section):
     """Train one block's worth of layers on all levels first, then branch it into the blocks.
 
@@ -202,7 +138,16 @@ class TrunkConfig(_Section):
 
 
 #: The tags of unions in a recipe: part of pydantic's location of an error, but not of the YAML.
-_TAGS = {"data": ("digits", "images", "latents"), "evaluate": ("accuracy", "samples"), "target": ("label", "image")}
+_TAGS = {
+    "data": ("digits", "images", "latents", "topics", "text"),
+    "evaluate": ("accuracy", "samples", "bits"),
+    "target": ("label", "image", "tokens"),
+    "noise": ("edm", "masking"),
+}
+
+#: What each family is measured by, and the data that it takes, by what it denoises.
+_MEASURES = {"label": "accuracy", "image": "samples", "tokens": "bits"}
+_DATA = {"label": ("digits", "images"), "image": ("digits", "images", "latents"), "tokens": ("topics", "text")}
 
 
 def _evaluation_kind(values: Any) -> str:
@@ -211,7 +156,9 @@ def _evaluation_kind(values: Any) -> str:
 
 
 EvaluateConfig = Annotated[
-    Annotated[AccuracyConfig, Tag("accuracy")] | Annotated[SamplesConfig, Tag("samples")],
+    Annotated[AccuracyConfig, Tag("accuracy")]
+    | Annotated[SamplesConfig, Tag("samples")]
+    | Annotated[BitsConfig, Tag("bits")],
     Discriminator(_evaluation_kind),
 ]
 
@@ -221,10 +168,11 @@ class Recipe(_Section):
 
     Attributes:
         name: names the default output folder, runs/<name>.
-        method: `diffusionblocks` or `end-to-end` (the control: the same class, unconverted; for a diffusion model one
-            block on all levels, which is the same thing).
+        method: `diffusionblocks` or `end-to-end` (the control: the same class, unconverted; for a model that denoises
+            anyway, of images or text, one block on all levels, which is the same thing).
         trunk: train a trunk first and branch it into the blocks; null trains the blocks from scratch.
-        evaluate: `accuracy` of a classifier, or measures of a diffusion model's `samples`.
+        evaluate: `accuracy` of a classifier, measures of a diffusion model's `samples`, or `bits` a character of a text
+            model.
         device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
     """
 
@@ -232,7 +180,7 @@ class Recipe(_Section):
     method: Literal["diffusionblocks", "end-to-end"] = "diffusionblocks"
     model: ModelConfig
     blocks: BlocksConfig = BlocksConfig()
-    data: DigitsConfig | ImageFilesConfig | LatentsConfig = Field(discriminator="kind")
+    data: DataConfig
     trunk: TrunkConfig | None = None
     train: TrainConfig
     evaluate: EvaluateConfig = AccuracyConfig()
@@ -259,18 +207,24 @@ class Recipe(_Section):
         name = model.get("type") if isinstance(model, dict) else getattr(model, "type", None)
         known = supported_classes()
         if isinstance(name, str) and name in known:  # an unknown one is refused where it is looked up, with the list
-            wanted = "accuracy" if known[name].target == "label" else "samples"
+            wanted = _MEASURES[known[name].target]
             kind = _evaluation_kind(values.get("evaluate", {}))
             if kind != wanted:
                 raise ValueError(f"evaluate.kind must be {wanted} for {name}, got {kind}")
         return values
 
     @model_validator(mode="after")
-    def _images_to_classify(self) -> Self:
+    def _data_of_the_family(self) -> Self:
         adapter = supported_classes().get(self.model.type)
-        if adapter is not None and adapter.target == "label" and isinstance(self.data, LatentsConfig):
-            raise ValueError(f"{self.model.type} classifies images; data.kind: latents is for diffusion models")
-        return self
+        if adapter is None or self.data.kind in _DATA[adapter.target]:
+            return self
+        does = {"label": "classifies images", "image": "generates images", "tokens": "generates text"}[adapter.target]
+        others = {"latents": "diffusion models", "topics": "text models", "text": "text models"}
+        wanted = others.get(self.data.kind, "image models")
+        raise ValueError(
+            f"{self.model.type} {does}; data.kind: {self.data.kind} is for {wanted}; "
+            f"allowed: {', '.join(_DATA[adapter.target])}"
+        )
 
     @model_validator(mode="after")
     def _features_of_latents(self) -> Self:

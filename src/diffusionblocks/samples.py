@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .data.config import PixelsConfig
 from .evaluation.generation import Setting, generated
 from .evaluation.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
 from .model import DiffusionBlocks
-from .recipes import LatentsConfig, Recipe, SamplesConfig
+from .noise import EDM
+from .recipes import Recipe, SamplesConfig
 from .scores import precision, settings_of
 from .sources import pixels_of
 from .targets import ImageTarget
@@ -53,7 +55,8 @@ def draw_samples(
     """
     options, target = recipe.evaluate, model.target
     if not isinstance(options, SamplesConfig) or not isinstance(target, ImageTarget):
-        raise ValueError(f"only diffusion models make samples; {recipe.model.type} classifies images")
+        raise ValueError(f"only diffusion models of images make pictures, and {recipe.model.type} is none")
+    assert isinstance(model.noise, EDM)
     count = count if count is not None else len(labels) if labels is not None else options.grid_images
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
@@ -92,7 +95,7 @@ def draw_samples(
     levels = model.noise.sampling_levels(setting.steps, setting.grid)
     draw_routing(model.partition, model.noise, levels, routing, solver=setting.solver)
     written = [grid, routing]
-    if not isinstance(recipe.data, LatentsConfig):  # a chain of latents would have to be decoded step by step
+    if isinstance(recipe.data, PixelsConfig):  # a chain of latents would have to be decoded step by step
         names = [f"seed {first + i}" for i in range(len(final))]
         draw_chain(
             chain,

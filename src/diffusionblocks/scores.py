@@ -1,4 +1,5 @@
-"""What a recipe measures of a trained model: a classifier's accuracy, or a diffusion model's samples."""
+"""What a recipe measures of a trained model: a classifier's accuracy, a diffusion model's samples, or a text model's
+bits a character."""
 
 from __future__ import annotations
 
@@ -13,20 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import ImageData, LatentData, evaluation_batches
+from .data import ImageData, LatentData, TextChunks, evaluation_batches, evaluation_chunks
+from .data.config import LatentsConfig, PixelsConfig
 from .evaluation.accuracy import AccuracyRow, accuracy_grid
+from .evaluation.bits import Bits, bits_per_character
 from .evaluation.diagnostics import LevelRow, accuracy_by_level
 from .evaluation.features import ClassifierFeatures, Features, InceptionFeatures, train_classifier
 from .evaluation.frechet import FeatureStatistics
 from .evaluation.generation import SampleRow, Setting, measure_samples, statistics
 from .model import DiffusionBlocks
-from .recipes import AccuracyConfig, LatentsConfig, Recipe, SamplesConfig
+from .noise import Masking
+from .recipes import AccuracyConfig, BitsConfig, Recipe, SamplesConfig
 from .sources import Data, device_of, load_data, pixels_of
 from .targets import ImageTarget
 
 #: Data by split, where the caller has loaded it already.
 Splits = Mapping[str, Data]
-Row = AccuracyRow | SampleRow
+Row = AccuracyRow | SampleRow | Bits
 
 
 def evaluate(recipe: Recipe, model: nn.Module, splits: Splits | None = None) -> list[Row]:
@@ -34,6 +38,8 @@ def evaluate(recipe: Recipe, model: nn.Module, splits: Splits | None = None) -> 
     if isinstance(recipe.evaluate, AccuracyConfig):
         return list(_accuracy(recipe, recipe.evaluate, model, splits or {}))
     assert isinstance(model, DiffusionBlocks)
+    if isinstance(recipe.evaluate, BitsConfig):
+        return [_bits(recipe, recipe.evaluate, model, splits or {})]
     return list(_samples(recipe, recipe.evaluate, model, splits or {}))
 
 
@@ -51,7 +57,7 @@ def diagnose(recipe: Recipe, model: DiffusionBlocks, splits: Splits | None = Non
     """Accuracy of every block on test images at levels of its own, beside what z gives away."""
     options = recipe.evaluate
     if not isinstance(options, AccuracyConfig):
-        raise ValueError(f"accuracy by level is for classifiers; {recipe.model.type} generates images")
+        raise ValueError(f"accuracy by level is for classifiers, and {recipe.model.type} is none")
     with precision(recipe, model):
         return accuracy_by_level(model, _test_batches(recipe, options, model, splits or {}), seed=options.seed)
 
@@ -89,7 +95,7 @@ def _test_batches(
 ) -> Callable[[], Iterator[dict[str, Tensor]]]:
     images = splits["test"] if "test" in splits else load_data(recipe, "test")
     assert isinstance(images, ImageData), "recipes of classifiers have images"
-    assert not isinstance(recipe.data, LatentsConfig)
+    assert isinstance(recipe.data, PixelsConfig)
     if options.limit is not None:
         images = dataclasses.replace(
             images, images=images.images[: options.limit], labels=images.labels[: options.limit]
@@ -102,6 +108,25 @@ def _test_batches(
         batch_size=options.batch_size,
         device=next(model.parameters()).device,
     )
+
+
+# ---- text models -------------------------------------------------------------------------------------------
+
+
+def _bits(recipe: Recipe, options: BitsConfig, model: DiffusionBlocks, splits: Splits) -> Bits:
+    data = splits["test"] if "test" in splits else load_data(recipe, "test")
+    assert isinstance(data, TextChunks), "recipes of text models have text"
+    assert isinstance(model.noise, Masking)
+    text = data.text
+    if options.limit is not None:
+        text = dataclasses.replace(text, ids=text.ids[: options.limit * data.length])
+    batches = evaluation_chunks(text, data.length, batch_size=options.batch_size, device=model.device)
+    model.eval()
+    networks = {b: functools.partial(model.block(b), {}) for b in range(model.partition.num_blocks)}
+    with precision(recipe, model):
+        return bits_per_character(
+            networks, model.noise, batches, model.partition, times=options.times, seed=options.seed
+        )
 
 
 # ---- diffusion models --------------------------------------------------------------------------------------
@@ -141,7 +166,7 @@ def features_of(recipe: Recipe, options: SamplesConfig, real: Splits) -> Feature
     if options.features == "inception":
         return InceptionFeatures(device)
     train, test = real["train"], real["test"]
-    if not isinstance(train, ImageData) or not isinstance(test, ImageData) or isinstance(recipe.data, LatentsConfig):
+    if not isinstance(train, ImageData) or not isinstance(test, ImageData) or not isinstance(recipe.data, PixelsConfig):
         raise ValueError("evaluate.features: classifier needs images; for latents use inception and data.vae, or null")
     kept = _kept_classifier(recipe, options, train)
     if kept is not None:
@@ -172,10 +197,10 @@ def _kept_classifier(recipe: Recipe, options: SamplesConfig, data: Data) -> Clas
     if not folder.is_dir():
         return None
     kept = ClassifierFeatures.load(folder, device_of(recipe))
-    if kept.dataset != dataset or kept.image_shape != data.image_shape:
+    if kept.dataset != dataset or kept.image_shape != data.example_shape:
         raise ValueError(
             f"{folder} holds a classifier of {kept.dataset} {kept.image_shape}, the data are {dataset} "
-            f"{data.image_shape}; set evaluate.features_folder"
+            f"{data.example_shape}; set evaluate.features_folder"
         )
     return kept
 
@@ -208,8 +233,8 @@ def check_evaluation(recipe: Recipe, model: nn.Module, data: Data) -> None:
 def data_name(recipe: Recipe) -> str:
     """A short name of the recipe's data."""
     data: Any = recipe.data
-    if data.kind == "digits":
-        return "digits"
+    if data.kind in ("digits", "topics"):
+        return str(data.kind)
     return str(data.folder or Path(str(data.source)).name)
 
 
@@ -225,4 +250,5 @@ def _real_images(
             rows = torch.arange(start, stop)
             yield pixels(data.rows("mean", rows).to(device).float() * recipe.data.scale)
         else:
+            assert isinstance(data, ImageData)
             yield data.images[start:stop].to(device)

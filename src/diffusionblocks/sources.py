@@ -13,17 +13,35 @@ from .adapters import adapter_named, config_fields, instantiate, pretrained, reb
 from .building import build, empty, materialise
 from .config import BlocksConfig
 from .convert import assemble
-from .data import ImageBatches, ImageData, LatentBatches, LatentData, digits, image_classification, latent_folder
+from .data import (
+    ImageBatches,
+    ImageData,
+    LatentBatches,
+    LatentData,
+    TextBatches,
+    TextChunks,
+    characters,
+    digits,
+    image_classification,
+    latent_folder,
+    python_topics,
+)
+from .data.config import DigitsConfig, LatentsConfig, PixelsConfig, TextConfig, TopicsConfig, resolved_source
 from .evaluation.pictures import to_uint8
 from .files import read_json
 from .loading import load
 from .model import DiffusionBlocks
-from .recipes import DigitsConfig, LatentsConfig, Recipe, resolved_source
+from .recipes import Recipe
 from .saving import INDEX
 from .training import BatchMaker, EndToEnd
 from .weights import Fresh, WeightSource, pretrained_source
 
-Data = ImageData | LatentData
+#: All have `example_shape`, `num_classes` (labels, or different tokens) and a length.
+Data = ImageData | LatentData | TextChunks
+
+
+#: What an example is, by what the family denoises.
+_EXAMPLES = {"label": "images", "image": "images", "tokens": "texts"}
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -48,9 +66,15 @@ def load_data(recipe: Recipe, split: str) -> Data:
     data = recipe.data
     if isinstance(data, DigitsConfig):
         return digits(split)
+    if isinstance(data, TopicsConfig):
+        return TextChunks(python_topics(split), data.length)
     name = {"train": data.train_split, "test": data.test_split}[split]
     if isinstance(data, LatentsConfig):
         return latent_folder(resolved_source(data), name)
+    if isinstance(data, TextConfig):
+        source = resolved_source(data)
+        text = characters(source, name, split_files=data.split_files, fractions=data.fractions, cache_dir=data.cache)
+        return TextChunks(text, data.length)
     return image_classification(
         resolved_source(data),
         data.split_files,
@@ -76,7 +100,9 @@ def make_batches(recipe: Recipe, data: Data, device: torch.device) -> BatchMaker
             sample_posterior=options.sample_posterior,
             placement=options.placement,
         )
-    assert not isinstance(options, LatentsConfig)
+    if isinstance(data, TextChunks):
+        return TextBatches(data.text, data.length, device=device, placement=options.placement)
+    assert isinstance(options, PixelsConfig)
     return ImageBatches(
         data,
         mean=options.mean,
@@ -94,8 +120,9 @@ def pixels_of(recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor
         ValueError: the samples are latents and no autoencoder is named.
     """
     data = recipe.data
-    if not isinstance(data, LatentsConfig):
+    if isinstance(data, PixelsConfig):
         return lambda samples: to_uint8(samples, data.mean, data.std)
+    assert isinstance(data, LatentsConfig), "text has no pixels"
     if data.vae is None:
         raise ValueError("samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME")
     from .data.encode import decode, load_vae
@@ -155,7 +182,8 @@ def is_end_to_end(recipe: Recipe) -> bool:
 def blocks_config(recipe: Recipe) -> BlocksConfig:
     """How the recipe's model is split.
 
-    A diffusion model's end-to-end training is that of one block on all levels: nothing is added to it or taken away.
+    The end-to-end training of a model that denoises anyway, of images or text, is that of one block on all levels:
+    nothing is added to it or taken away.
     """
     return recipe.blocks if recipe.method == "diffusionblocks" else recipe.blocks.as_one_block()
 
@@ -204,17 +232,19 @@ def config_of(model: nn.Module) -> Any:
 
 
 def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
-    """Refuse images that the model does not take, before any GPU work."""
+    """Refuse examples that the model does not take, before any GPU work."""
     config = config_of(model)
     adapter = adapter_named(recipe.model.type)
-    shape = adapter.image_shape(config)
-    if shape != data.image_shape:
-        taken, found = ("x".join(map(str, s)) for s in (shape, data.image_shape))
-        raise ValueError(f"the model takes images of {taken}, the data has {found}; set their size in model.config")
+    shape = adapter.example_shape(config)
+    if shape != data.example_shape:
+        taken, found = ("x".join(map(str, s)) for s in (shape, data.example_shape))
+        what = _EXAMPLES[adapter.target]
+        raise ValueError(f"the model takes {what} of {taken}, the data has {found}; set their size in model.config")
     count = adapter.num_classes(config)
     if count not in (data.num_classes, 0):
+        what = "different tokens" if isinstance(data, TextChunks) else "classes"
         raise ValueError(
-            f"the model has {adapter.class_count_field} = {count}, the data has {data.num_classes} classes; "
+            f"the model has {adapter.class_count_field} = {count}, the data has {data.num_classes} {what}; "
             f"--set model.config.{adapter.class_count_field}={data.num_classes}"
         )
 
@@ -250,7 +280,7 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
             f"{path} holds a {class_name}, the recipe describes a {recipe.model.type}: give the recipe that the model "
             "was trained with"
         )
-    if in_our_format != (recipe.method == "diffusionblocks" or family == "image"):
+    if in_our_format != (recipe.method == "diffusionblocks" or family != "label"):
         method = "diffusionblocks" if in_our_format else "end-to-end"
         raise ValueError(f"{path} holds a model of method {method}, the recipe says method: {recipe.method}")
     device = device_of(recipe)
@@ -262,14 +292,14 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
                 "block on all levels"
             )
         if recipe.model.pretrained is None:
-            described = adapter.image_shape(rebuild_config(recipe.model.type, recipe.model.config))
-            found = adapter.image_shape(model.config)
+            described = adapter.example_shape(rebuild_config(recipe.model.type, recipe.model.config))
+            found = adapter.example_shape(model.config)
             if found != described:
                 raise ValueError(
-                    f"{path} holds a model of images {found}, the recipe describes one of {described}: give the recipe "
-                    "that the model was trained with"
+                    f"{path} holds a model of {_EXAMPLES[family]} {found}, the recipe describes one of {described}: "
+                    "give the recipe that the model was trained with"
                 )
-        if recipe.train.compile and device.type == "cuda" and family == "image":
+        if recipe.train.compile and device.type == "cuda" and family != "label":
             model.compile_layers()
         return model
     return EndToEnd(pretrained(class_name, path, {}).to(device))

@@ -20,11 +20,11 @@ class Target(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode(self, batch: Batch) -> Tensor:
-        """The clean target y, float32, shape (batch, ...)."""
+        """The clean target y, shape (batch, ...): float32, or int64 tokens."""
 
     @abc.abstractmethod
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Loss of a block's output, float32, shape (batch,)."""
+    def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
+        """Loss of a block's output for z, float32, shape (batch,). Targets that are wholly hidden need no z."""
 
     @abc.abstractmethod
     def check(self, batch: Batch, size: int) -> None:
@@ -67,7 +67,7 @@ class LabelTarget(Target):
         """`labels` (batch,) -> y (batch, dim)."""
         return F.normalize(F.embedding(batch["labels"], self.embedding).float(), dim=-1)
 
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
         """Cross-entropy of logits (batch, num_classes)."""
         return F.cross_entropy(output.float(), batch["labels"], reduction="none")
 
@@ -128,7 +128,7 @@ class ImageTarget(Target):
         drop = torch.rand(labels.shape, generator=generator, device=labels.device) < self.label_dropout
         return {**inputs, "labels": torch.where(drop, self.null_class, labels)}
 
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
         """Mean squared error over the image's elements (EDM eq. 3)."""
         return (output.float() - batch["pixel_values"].float()).square().flatten(1).mean(dim=1)
 
@@ -138,6 +138,58 @@ class ImageTarget(Target):
         if not isinstance(images, Tensor) or images.shape != (size, *self.shape) or not images.is_floating_point():
             found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"pixel_values must be a float tensor of shape {(size, *self.shape)}, got {found}")
+
+
+class TokenTarget(Target):
+    """The tokens themselves as the target of masked diffusion (paper, masked text; MD4, arXiv 2406.04329).
+
+    Args:
+        vocab_size: number of tokens; the mask is the id after them.
+        length: of a sequence.
+    """
+
+    names = ("input_ids",)
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.length = length
+
+    @property
+    def mask_id(self) -> int:
+        """The id that stands for a masked token."""
+        return self.vocab_size
+
+    def encode(self, batch: Batch) -> Tensor:
+        """`input_ids` (batch, length), int64."""
+        return batch["input_ids"]
+
+    def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
+        """Cross-entropy of logits (batch, length, vocab_size), summed over the tokens that z hides, over the length.
+
+        In nats a token of the whole sequence, so that under the ELBO's weight its mean over all levels is the bound.
+        Without z every token counts.
+        """
+        nats = F.cross_entropy(output.float().transpose(1, 2), batch["input_ids"], reduction="none")
+        if z is not None:
+            nats = nats * (z == self.mask_id)
+        return nats.sum(dim=1) / nats.shape[1]
+
+    def check(self, batch: Batch, size: int) -> None:
+        """See `Target`."""
+        check_tokens(batch["input_ids"], self.vocab_size, (size, self.length))
+
+
+def check_tokens(tokens: Tensor, vocab_size: int, shape: tuple[int, ...], *, mask: bool = False) -> None:
+    """Raise ValueError unless tokens are int64, of that shape, in [0, vocab_size) (or the mask)."""
+    if not isinstance(tokens, Tensor) or tokens.shape != shape or tokens.dtype != torch.int64:
+        found = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"input_ids must be an int64 tensor of shape {shape}, got {found}")
+    if tokens.device.type == "cpu" and tokens.numel():  # on a GPU the check would stall the queue
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size + mask:
+            name = f" ({vocab_size}: the mask)" if mask else ""
+            raise ValueError(f"input_ids must be in [0, {vocab_size - 1 + mask}]{name}, got {low} to {high}")
 
 
 def check_labels(labels: Tensor, size: int, num_classes: int, *, null_class: bool = False) -> None:

@@ -21,7 +21,7 @@ from diffusionblocks.sources import weight_source
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
-LAYERS = {"vit/tiny-imagenet": 12, "dit/digits": 6, "dit/imagenet-latents": 24}  # else 12
+LAYERS = {"vit/tiny-imagenet": 12, "dit/digits": 6, "dit/imagenet-latents": 24, "text/masked_topics": 6}  # else 12
 
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
 
@@ -41,6 +41,8 @@ def test_recipes_have_names_of_their_own() -> None:
         "dit/digits",
         "dit/cifar10",
         "dit/imagenet-latents",
+        "text/masked_topics",
+        "text/masked_text8",
     }
 
 
@@ -112,6 +114,9 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
     }
     if recipe.trunk is not None:
         changes["trunk.steps"] = 2
+    if recipe.evaluate.kind == "bits":
+        length = {"model.config.sequence_length": 16, "model.config.mlp_size": 16, "data.length": 16}
+        return changes | length | {"evaluate.steps": 4, "evaluate.limit": 8}
     if recipe.evaluate.kind == "accuracy":
         return changes | {"model.config.intermediate_size": 16, "evaluate.seeds": "[1, 2]"}
     return changes | {
@@ -124,6 +129,8 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
 def settings(recipe: Recipe) -> int:
     """How many rows the evaluation of a tiny recipe has."""
     options = recipe.evaluate
+    if options.kind == "bits":
+        return 1
     if options.kind == "samples":
         return len(options.solver) * len(options.steps) * len(options.grid) * len(options.guidance)
     return len(options.steps) * len(options.seeds) if recipe.method == "diffusionblocks" else 1
@@ -153,6 +160,9 @@ def test_recipe_trains_at_tiny_size(
         # 16x16 images of 8x8 latents
         changes |= {"data.source": latents[0], "data.vae": latents[1], "evaluate.features": "null"}
         changes |= {"model.config.sample_size": 8, "model.config.num_classes": 10}
+    elif kind == "text":
+        (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 100)
+        changes["data.source"] = tmp_path / "text.txt"
     elif values["evaluate"].get("kind") == "samples":
         changes["evaluate.features"] = "null"  # test_cli_images.py measures the digits
     sets = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
@@ -170,12 +180,15 @@ def test_recipe_trains_at_tiny_size(
     assert timeless[0] == timeless[1], "a saved model measures as the trained one did"
     assert json.loads((out / "recipe.json").read_text())["method"] == method
     assert (out / "log.jsonl").is_file()
-    if recipe.evaluate.kind != "samples":
+    if recipe.evaluate.kind == "accuracy":
+        return
+    arguments = ["sample", str(path), "--model", str(out / "model"), "--out", str(out / "s"), "--count", "3", *sets]
+    assert main([*arguments, "--quiet"]) == 0
+    if recipe.evaluate.kind == "bits":
+        assert [len(line) for line in (out / "s" / "samples.txt").read_text().splitlines()] == [16] * 3
         return
     measured = recipe.evaluate.features is not None
     assert all((row["fd_train"] is not None and row["fd_train"] > 0) == measured for row in results)
-    arguments = ["sample", str(path), "--model", str(out / "model"), "--out", str(out / "s"), "--count", "3", *sets]
-    assert main([*arguments, "--quiet"]) == 0
     (size, *_) = {Image.open(file).size for file in sorted((out / "s" / "images").iterdir())}
     assert size == {"images": (32, 32), "latents": (16, 16), "digits": (8, 8)}[kind]
     # Of latents there is no chain: every step would have to be decoded.

@@ -106,11 +106,11 @@ def test_predicting_with_a_fresh_branch_is_predicting_with_the_trunk() -> None:
         assert torch.equal(ours.logits, theirs.logits)
 
 
-@pytest.mark.parametrize("family", ["vit", *DIT_FAMILIES])
+@pytest.mark.parametrize("family", ["vit", *DIT_FAMILIES, "masked"])
 def test_names_map_to_the_trunks(family: str) -> None:
     trunk = trunk_of(family)
     model = db.branch(trunk, BLOCKS)
-    path = {"vit": "vit.layers", "dit": "layers", "diffusers-dit": "transformer_blocks"}[family]
+    path = {"vit": "vit.layers", "dit": "layers", "diffusers-dit": "transformer_blocks", "masked": "layers"}[family]
     theirs = trunk.block(0).state_dict()
     for b, block in enumerate(model.blocks):
         mapped = {name: trunk_name(model, b, name) for name in block.state_dict()}
@@ -149,7 +149,7 @@ def test_branch_keeps_the_trunks_settings_and_changes_the_levels_alone() -> None
 
 
 @pytest.mark.parametrize("shared", POLICIES)
-@pytest.mark.parametrize("family", ["vit", "dinov2", *DIT_FAMILIES])
+@pytest.mark.parametrize("family", ["vit", "dinov2", *DIT_FAMILIES, "masked"])
 def test_a_branch_saves_loads_and_exports(family: str, shared: str, tmp_path: Path) -> None:
     model = db.branch(trunk_of(family, shared), BLOCKS)
     model.save_pretrained(tmp_path / "m")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import IMAGE, NUM_LABELS, seeded, tiny, without_generated_code
+from helpers import IMAGE, LENGTH, NUM_LABELS, VOCAB, seeded, tiny, without_generated_code
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import diffusionblocks as db
-from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData
-from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
+from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData, TextBatches, TextData
+from diffusionblocks.training import BatchMaker, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.arena import Arena, Layout, host_memory, mapped_file
 from diffusionblocks.training.checkpoint import checkpoints
 from diffusionblocks.training.residency import ActiveResident, AllResident
@@ -36,10 +36,17 @@ def blocks_of(family: str = "dit", shared: str = "replicated", layers: int = 3, 
 
 def trainer(model: nn.Module, folder: Path | None = None, **changes: Any) -> Trainer:
     values: dict[str, Any] = {"steps": 5, "batch_size": 6, "lr": 3e-3, "warmup_steps": 2, "ema_decay": 0.9}
-    batches = ImageBatches(
-        images(), mean=(0.5,) * 3, std=(0.5,) * 3, augment=AugmentConfig(flip=True), device=torch.device("cpu")
-    )
-    return Trainer(model, batches, TrainConfig.model_validate(values | changes), folder=folder, progress=False)
+    settings = TrainConfig.model_validate(values | changes)
+    return Trainer(model, batches_for(model), settings, folder=folder, progress=False)
+
+
+def batches_for(model: nn.Module) -> BatchMaker:
+    cpu = torch.device("cpu")
+    if isinstance(model, db.DiffusionBlocks) and model.model_class == "MaskedTransformer":
+        ids = torch.randint(VOCAB, (30 * LENGTH,), generator=seeded(), dtype=torch.uint8)
+        return TextBatches(TextData(ids, VOCAB), LENGTH, device=cpu)
+    augment = AugmentConfig(flip=True)
+    return ImageBatches(images(), mean=(0.5,) * 3, std=(0.5,) * 3, augment=augment, device=cpu)
 
 
 def everything(run: Trainer) -> dict[str, Tensor]:
@@ -101,7 +108,7 @@ def test_the_next_other_unit_is_known_ahead() -> None:
 
 
 @pytest.mark.parametrize("shared", ["replicated", "frozen"])
-@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit"])
+@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked"])
 def test_schedule_and_residency_do_not_matter(family: str, shared: str, tmp_path: Path) -> None:
     reference = trained(blocks_of(family, shared))
     start = everything(trainer(blocks_of(family, shared)))
@@ -152,12 +159,15 @@ def test_a_subset_trains_as_in_the_whole(where: dict[str, str], tmp_path: Path) 
 
 @pytest.mark.parametrize("shared", ["replicated", "joint"])
 @pytest.mark.parametrize("where", RESIDENCIES)
-def test_resume_is_exact_and_may_change_the_residency(where: dict[str, str], shared: str, tmp_path: Path) -> None:
-    reference = trained(blocks_of(shared=shared), schedule="random", dwell=2)
-    first = trainer(blocks_of(shared=shared), tmp_path, schedule="random", dwell=2, **where)
+@pytest.mark.parametrize("family", ["dit", "masked"])
+def test_resume_is_exact_and_may_change_the_residency(
+    family: str, where: dict[str, str], shared: str, tmp_path: Path
+) -> None:
+    reference = trained(blocks_of(family, shared), schedule="random", dwell=2)
+    first = trainer(blocks_of(family, shared), tmp_path, schedule="random", dwell=2, **where)
     first.train(until=7)
     for number, other in enumerate(RESIDENCIES):
-        second = trainer(blocks_of(shared=shared), tmp_path / f"again-{number}", schedule="random", dwell=2, **other)
+        second = trainer(blocks_of(family, shared), tmp_path / f"again-{number}", schedule="random", dwell=2, **other)
         second.load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
         second.train()
         assert same(everything(second), reference), other
@@ -233,7 +243,7 @@ def test_arena_and_mapped_file(tmp_path: Path) -> None:
 # ---- savers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "end-to-end"])
+@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked", "end-to-end"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_checkpointing_computes_the_same(family: str, accumulation: int) -> None:
     def model() -> nn.Module:

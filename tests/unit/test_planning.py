@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torchao.optim import AdamW8bit
 
+from diffusionblocks.adapters import adapter_named, rebuild_config
 from diffusionblocks.evaluation.memory import size_of, step_memory
 from diffusionblocks.planning import WORKSPACE_BYTES, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
@@ -143,7 +145,9 @@ def test_deep_compiled_blocks_are_extrapolated_to_what_they_are(checkpointing: b
     overrides = ["train.compile=true", "train.precision=bfloat16", "method=end-to-end", "model.config.num_layers=7"]
     recipe = small("dit", *overrides, f"train.activation_checkpointing={checkpointing}", device="cuda")
     (extrapolated,) = forecast(recipe).moments.values()
-    traced = trace_step(unit_of_depth(recipe, 7), recipe.train, (1, 8, 8), on_gpu=True)
+    config = rebuild_config(recipe.model.type, recipe.model.config)
+    make_batch = functools.partial(adapter_named(recipe.model.type).empty_batch, config)
+    traced = trace_step(unit_of_depth(recipe, 7), recipe.train, make_batch, on_gpu=True)
     # With checkpointing nearly equal moments of a layer compete, and which one wins changes with the depth.
     assert extrapolated.peak.total == pytest.approx(traced.peak.total, rel=1e-2 if checkpointing else 1e-3)
     assert extrapolated.peak.gradients == pytest.approx(traced.peak.gradients, rel=1e-2)

@@ -7,9 +7,13 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..conditioning import AdaptiveNorms
+from ..config import BlocksConfig, NoiseConfig, TargetConfig
+from ..noise import EDM
+from ..targets import Target
 from .libraries import Library
 
 
@@ -21,13 +25,13 @@ class Adapter(abc.ABC):
 
     #: names of the public classes the adapter converts -> the library that has them
     classes: ClassVar[dict[str, Library]]
-    #: what the family's blocks denoise: `label` or `image`
+    #: what the family's blocks denoise: `label`, `image` or `tokens`
     target: ClassVar[str]
     #: whether the model knows the noise level by itself; if not, conversion adds a noise embedding and adaptive norms
     knows_noise_level: ClassVar[bool] = False
     #: the config value that holds the number of layers
     depth_field: ClassVar[str]
-    #: the config value that holds the number of labels
+    #: the config value that holds the number of labels, or of different tokens
     class_count_field: ClassVar[str]
 
     @abc.abstractmethod
@@ -56,11 +60,30 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def num_classes(self, config: Any) -> int:
-        """Number of labels of a model with that config; 0 for a model that knows none."""
+        """Number of labels (or of different tokens) of a model with that config; 0 for a model that knows none."""
 
     @abc.abstractmethod
-    def image_shape(self, config: Any) -> tuple[int, int, int]:
-        """(channels, height, width) of the images of a model with that config."""
+    def example_shape(self, config: Any) -> tuple[int, ...]:
+        """(channels, height, width) of the images, or (length,) of the texts, of a model with that config."""
+
+    @abc.abstractmethod
+    def default_target(self) -> TargetConfig:
+        """What the blocks denoise where their config does not say; its `kind` is the family's `target`."""
+
+    def default_noise(self, config: Any) -> NoiseConfig:
+        """The noise process where the blocks' config does not say; no process of another kind will do."""
+        return EDM()
+
+    @abc.abstractmethod
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> Target:
+        """The target of a model's blocks, of a config whose `target` is resolved."""
+
+    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
+        """A training batch of `size` examples whose values are whatever was in memory: for its shapes and dtypes."""
+        return {
+            "pixel_values": torch.empty(size, *self.example_shape(config)),
+            "labels": torch.empty(size, dtype=torch.int64),
+        }
 
     @abc.abstractmethod
     def input_names(self, config: Any) -> tuple[str, ...]:
@@ -69,10 +92,10 @@ class Adapter(abc.ABC):
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ValueError if this very model cannot be converted, saying why."""
 
-    def check_config(self, model: nn.Module, config: Any) -> None:  # noqa: B027
+    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:  # noqa: B027
         """Raise ValueError if it cannot be converted with this BlocksConfig, saying why."""
 
-    def check_weights(self, model: nn.Module, config: Any) -> None:  # noqa: B027
+    def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:  # noqa: B027
         """Raise ValueError if its very weights cannot be trained with this BlocksConfig, saying why."""
 
     def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
@@ -92,25 +115,28 @@ class Adapter(abc.ABC):
         z: Tensor,
         condition: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Run stem and layers on the input and the scaled target c_in * z.
+        """Run stem and layers on the input and the scaled target.
 
         Args:
             network: the block's part of the model, under the original names.
             layers: the block's layers, each with its adaptive norms (None where the model knows the noise level).
             added: what `add_parts` made.
             inputs: the batch entries `input_names`.
-            z: c_in * z.
-            condition: the noise embedding (batch, dim); c_noise (batch,) where the model knows the noise level.
+            z: what the noise process shows of z: c_in * z under EDM, z itself under masking.
+            condition: the noise embedding (batch, dim); where the model knows the noise level, what the process
+                tells of it (batch,): c_noise under EDM, t under masking.
 
         Returns:
-            (hidden states, F): F has the shape of z and is what EDM preconditioning combines with z.
+            (hidden states, F): F is what the noise process combines with z: of its shape under EDM, logits
+            (batch, length, vocab_size) under masking.
         """
 
     @abc.abstractmethod
     def readout(
         self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
     ) -> Tensor:
-        """What the block returns, from D (float32): label logits (batch, num_classes), or D itself."""
+        """What the block returns, from D (float32): label logits (batch, num_classes), or D
+        itself."""
 
 
 class Namespace(nn.Module):

@@ -10,26 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..conditioning import AdaptiveNorms
+from ..config import BlocksConfig, ImageTargetConfig
+from ..targets import ImageTarget
 from .base import Adapter
 from .libraries import DIFFUSERS, OURS, Library
 
 
-class _DenoisingTransformer(Adapter):
-    """What the two classes have in common: F is the whole network on the noised image, given c_noise and the label."""
+class DenoisingTransformer(Adapter):
+    """A transformer that knows the noise level by itself and is one block's whole network: F is what it returns."""
 
-    target = "image"
     knows_noise_level = True
     depth_field = "num_layers"
+    #: path of the last linear layer
+    _read_out: ClassVar[str]
 
-    def image_shape(self, config: Any) -> tuple[int, int, int]:
-        """See `Adapter`."""
-        return config.in_channels, config.sample_size, config.sample_size
-
-    def input_names(self, config: Any) -> tuple[str, ...]:
-        """See `Adapter`."""
-        return ("labels",) if self.num_classes(config) else ()
-
-    def check_config(self, model: nn.Module, config: Any) -> None:
+    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
         """See `Adapter`."""
         if config.conditioning_dim is not None:
             raise ValueError(
@@ -37,7 +32,7 @@ class _DenoisingTransformer(Adapter):
                 "itself, so none is added; leave it out"
             )
 
-    def check_weights(self, model: nn.Module, config: Any) -> None:
+    def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:
         """See `Adapter`."""
         head = model.get_submodule(self._read_out)
         if config.shared == "frozen" and not any(bool(p.any()) for p in head.parameters()):
@@ -46,9 +41,6 @@ class _DenoisingTransformer(Adapter):
                 "could never learn; use shared: replicated, or start from trained weights"
             )
 
-    #: path of the last linear layer
-    _read_out: ClassVar[str]
-
     def readout(
         self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
     ) -> Tensor:
@@ -56,7 +48,31 @@ class _DenoisingTransformer(Adapter):
         return denoised
 
 
-class DiTAdapter(_DenoisingTransformer):
+class _ImageTransformer(DenoisingTransformer):
+    """What the two classes have in common: F is of the noised image, given c_noise and the label."""
+
+    target = "image"
+
+    def example_shape(self, config: Any) -> tuple[int, int, int]:
+        """See `Adapter`."""
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def input_names(self, config: Any) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("labels",) if self.num_classes(config) else ()
+
+    def default_target(self) -> ImageTargetConfig:
+        """See `Adapter`."""
+        return ImageTargetConfig()
+
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> ImageTarget:
+        """See `Adapter`."""
+        assert isinstance(config.target, ImageTargetConfig)
+        shape, count = self.example_shape(model.config), self.num_classes(model.config)
+        return ImageTarget(shape, num_classes=count, label_dropout=config.target.label_dropout)
+
+
+class DiTAdapter(_ImageTransformer):
     """Converts `diffusionblocks.models.DiT`."""
 
     classes: ClassVar[dict[str, Library]] = {"DiT": OURS}
@@ -106,7 +122,7 @@ class DiTAdapter(_DenoisingTransformer):
         return tokens, raw
 
 
-class DiffusersDiTAdapter(_DenoisingTransformer):
+class DiffusersDiTAdapter(_ImageTransformer):
     """Converts diffusers' `DiTTransformer2DModel`.
 
     Every layer has a time and label embedder of its own; that of layer 0 also conditions the head, so it is a shared

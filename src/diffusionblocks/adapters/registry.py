@@ -10,9 +10,10 @@ from torch import nn
 from .base import Adapter
 from .dit import DiffusersDiTAdapter, DiTAdapter
 from .libraries import Checkpoint, Library
+from .masked_lm import MaskedTransformerAdapter
 from .vit import ViTAdapter
 
-_ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(), DiTAdapter(), DiffusersDiTAdapter())
+_ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(), DiTAdapter(), DiffusersDiTAdapter(), MaskedTransformerAdapter())
 
 
 def supported_classes() -> dict[str, Adapter]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning import AdaptiveNorms
+from ..config import BlocksConfig, LabelTargetConfig
+from ..targets import LabelTarget
 from .base import Adapter
 from .libraries import TRANSFORMERS, Library
 
@@ -93,7 +95,17 @@ class ViTAdapter(Adapter):
         """See `Adapter`."""
         return int(config.num_labels)
 
-    def image_shape(self, config: Any) -> tuple[int, int, int]:
+    def default_target(self) -> LabelTargetConfig:
+        """See `Adapter`."""
+        return LabelTargetConfig()
+
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> LabelTarget:
+        """See `Adapter`."""
+        assert isinstance(config.target, LabelTargetConfig)
+        learned = config.target.embedding == "learned"
+        return LabelTarget(self.num_classes(model.config), self.hidden_size(model), learned=learned, seed=config.seed)
+
+    def example_shape(self, config: Any) -> tuple[int, int, int]:
         """See `Adapter`."""
         return int(config.num_channels), int(config.image_size), int(config.image_size)
 

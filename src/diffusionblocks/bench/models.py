@@ -14,7 +14,7 @@ from torch import nn
 
 from ..adapters import adapter_named, outline, rebuild_config
 from ..convert import assemble
-from ..data import ImageData, LatentData
+from ..data import ImageData, LatentData, TextChunks
 from ..partition import even_layers
 from ..recipes import Recipe, parse_recipe
 from ..sources import Data, blocks_config, is_end_to_end
@@ -172,6 +172,7 @@ def examples_of(recipe: Recipe) -> int:
 
 def bytes_of_data(data: Data) -> int:
     """Bytes of the data where they are kept, in whatever form they have there."""
+    assert not isinstance(data, TextChunks), "no text model is measured here"
     parts = [data.images] if isinstance(data, ImageData) else [*data.mean, *data.std]
     return sum(t.numel() * t.element_size() for t in [*parts, data.labels])
 

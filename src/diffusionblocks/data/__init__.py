@@ -1,9 +1,11 @@
-"""Images in memory or their latents on disk, and the batches made from them."""
+"""Images in memory, their latents on disk, and text; and the batches made from them."""
 
 from .augment import Augment, AugmentConfig
 from .batches import ImageBatches, evaluation_batches
 from .images import ImageData, digits, image_classification
 from .latents import LatentBatches, LatentData, latent_folder
+from .text import TextData, characters, normalise, python_topics
+from .text_batches import TextBatches, TextChunks, evaluation_chunks
 
 __all__ = [
     "Augment",
@@ -12,8 +14,15 @@ __all__ = [
     "ImageData",
     "LatentBatches",
     "LatentData",
+    "TextBatches",
+    "TextChunks",
+    "TextData",
+    "characters",
     "digits",
     "evaluation_batches",
+    "evaluation_chunks",
     "image_classification",
     "latent_folder",
+    "normalise",
+    "python_topics",
 ]

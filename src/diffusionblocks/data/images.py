@@ -75,6 +75,11 @@ class ImageData:
         _, c, h, w = self.images.shape
         return c, h, w
 
+    @property
+    def example_shape(self) -> tuple[int, int, int]:
+        """`image_shape`: of every example."""
+        return self.image_shape
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -97,6 +97,11 @@ class LatentData:
         _, c, h, w = self.mean[0].shape
         return c, h, w
 
+    @property
+    def example_shape(self) -> tuple[int, int, int]:
+        """`image_shape`: of every example."""
+        return self.image_shape
+
     def __len__(self) -> int:
         return len(self.labels)
 

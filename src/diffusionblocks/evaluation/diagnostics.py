@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import DiffusionBlocks
+from ..noise import EDM
 from ..targets import LabelTarget
 
 
@@ -49,7 +50,8 @@ def accuracy_by_level(
     """
     target = model.target
     if not isinstance(target, LabelTarget):
-        raise ValueError(f"accuracy by level is for classifiers; {model.model_class} generates images")
+        raise ValueError(f"accuracy by level is for classifiers, and {model.model_class} is none")
+    assert isinstance(model.noise, EDM)
     if levels is None:
         levels = model.noise.levels(12)[:-1]
     model.eval()

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..files import renamed
-from ..noise import EDM
+from ..noise import NoiseProcess
 from ..partition import Partition
 from .accuracy import AccuracyRow
+from .tables import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +30,8 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def draw_partition(partition: Partition, noise: EDM, path: Path) -> None:
-    """Write the partition over the density of log sigma as a PNG."""
+def draw_partition(partition: Partition, noise: NoiseProcess, path: Path) -> None:
+    """Write the partition over the density of the training levels as a PNG."""
     figure, (axes,) = _axes(1)
     _draw_partition(axes, partition, noise)
     save_figure(figure, path)
@@ -42,7 +41,7 @@ def draw_run(
     rows: Sequence[AccuracyRow],
     controls: Sequence[tuple[str, float]],
     partition: Partition,
-    noise: EDM,
+    noise: NoiseProcess,
     path: Path,
 ) -> None:
     """Write a PNG: accuracy against steps, a line a number of seeds, controls as levels; and the partition.
@@ -76,25 +75,24 @@ def draw_run(
     save_figure(figure, path)
 
 
-def _draw_partition(axes: Axes, partition: Partition, noise: EDM) -> None:
+def _draw_partition(axes: Axes, partition: Partition, noise: NoiseProcess) -> None:
     def curve(low: float, high: float) -> tuple[Any, Any]:
-        sigma = torch.logspace(
-            torch.tensor(low).log10().item(), torch.tensor(high).log10().item(), 200, dtype=torch.float64
-        )
-        return sigma.numpy(), noise.density(sigma).numpy()
+        levels = spread(noise, low, high, 200)
+        return levels.numpy(), noise.density(levels).numpy()
 
     axes.plot(*curve(noise.level_min, noise.level_max), color="black", linewidth=1)
     for block in range(partition.num_blocks):
-        sigma, density = curve(*partition.interval(block))
+        levels, density = curve(*partition.interval(block))
         label = f"block {block}: layers {_span(partition.layer_range(block))}"
-        patch = axes.fill_between(sigma, density, alpha=0.55, label=label)
+        patch = axes.fill_between(levels, density, alpha=0.55, label=label)
         low, high = partition.training_interval(block)
         height = -0.012 * (1 + block)
         axes.plot([low, high], [height, height], linewidth=3, color=patch.get_facecolor()[0], solid_capstyle="butt")
-    axes.set_xscale("log")
+    if noise.logarithmic:
+        axes.set_xscale("log")
     axes.set(
-        xlabel="noise level sigma (bars below: trained on, with overlap)",
-        ylabel="training density per unit of log sigma",
+        xlabel=f"noise level {noise.symbol} (bars below: trained on, with overlap)",
+        ylabel=f"training density per unit of {'log ' * noise.logarithmic}{noise.symbol}",
         title="Noise partition",
     )
     axes.legend(fontsize=8, loc="upper left")

@@ -17,7 +17,7 @@ import torch
 from ..block import Block
 from ..files import write_json
 from ..model import DiffusionBlocks
-from ..noise import EDM
+from ..noise import NoiseProcess
 from ..partition import Partition
 from ..training import trainable
 from .memory import size_of
@@ -67,10 +67,16 @@ def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
     return rows
 
 
-def partition_sketch(partition: Partition, noise: EDM, width: int = 72) -> str:
-    """The training density over log sigma as a line of bars, and below it the block that owns each level."""
-    levels = torch.logspace(math.log10(noise.level_min), math.log10(noise.level_max), width, dtype=torch.float64)
-    levels = levels.clamp(noise.level_min, noise.level_max)
+def spread(noise: NoiseProcess, low: float, high: float, count: int) -> torch.Tensor:
+    """Levels from low to high, evenly over what the process spreads them over (their logarithm, or themselves)."""
+    if not noise.logarithmic:
+        return torch.linspace(low, high, count, dtype=torch.float64)
+    return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).clamp(low, high)
+
+
+def partition_sketch(partition: Partition, noise: NoiseProcess, width: int = 72) -> str:
+    """The training density over log sigma (or t) as a line of bars, and below it the block that owns each level."""
+    levels = spread(noise, noise.level_min, noise.level_max, width)
     density = noise.density(levels)
     heights = (density / density.max() * 8).round().int().tolist()
     owners = partition.block_of(levels).tolist()
@@ -79,7 +85,7 @@ def partition_sketch(partition: Partition, noise: EDM, width: int = 72) -> str:
         [
             "density  " + "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights),
             "block    " + "".join(str(owner % 10) for owner in owners),
-            "sigma    " + ends[0] + ends[1].rjust(width - len(ends[0])),
+            f"{noise.symbol:<9}" + ends[0] + ends[1].rjust(width - len(ends[0])),
         ]
     )
 

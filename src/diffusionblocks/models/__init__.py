@@ -1,5 +1,6 @@
 """Models that no library has in the form the paper needs; each the smallest faithful module."""
 
 from .dit import DiT
+from .masked import MaskedTransformer
 
-__all__ = ["DiT"]
+__all__ = ["DiT", "MaskedTransformer"]

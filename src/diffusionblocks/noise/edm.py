@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict
@@ -38,11 +38,14 @@ class EDM:
         sigma_min: lowest level, > 0 (default 0.002).
         sigma_max: highest level, > sigma_min (default 80).
         sigma_data: standard deviation of the data that the preconditioning assumes, > 0 (default 0.5).
+        kind: tells the noise processes apart in a config.
 
     Raises:
         ValueError: a parameter out of its range.
     """
 
+    symbol: ClassVar[str] = "sigma"
+    logarithmic: ClassVar[bool] = True
     # pydantic reads this when the process is a field of a config: unknown keys are refused there.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -51,6 +54,7 @@ class EDM:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
+    kind: Literal["edm"] = "edm"
 
     def __post_init__(self) -> None:
         for name in ("p_std", "sigma_min", "sigma_data"):
@@ -223,6 +227,16 @@ class EDM:
 
     # ---- corruption, preconditioning, weight ---------------------------------------------------------
 
+    def draws(
+        self,
+        shape: tuple[int, ...],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The randomness that `corrupt` takes: eps, standard normal, float32."""
+        return torch.randn(shape, generator=generator, device=device)
+
     def corrupt(self, target: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """z = y + sigma * eps (EDM eq. 2), in float32 or better; `level` (batch,) broadcasts over the rest."""
         target = target if target.dtype == torch.float64 else target.float()
@@ -243,6 +257,23 @@ class EDM:
             c_in=total.rsqrt(),
             c_noise=0.25 * sigma.log(),
         )
+
+    def condition(self, level: Tensor) -> Tensor:
+        """c_noise, which the network is told of levels (batch,)."""
+        return self.precondition(level).c_noise
+
+    def scaled(self, z: Tensor, level: Tensor) -> Tensor:
+        """c_in * z, which the network is shown; `level` (batch,) broadcasts over the rest."""
+        return match(self.precondition(level).c_in, z) * z
+
+    def combine(self, z: Tensor, raw: Tensor, level: Tensor) -> Tensor:
+        """D = c_skip * z + c_out * F (EDM eq. 7), in float32."""
+        c = self.precondition(level)
+        return match(c.c_skip, z) * z + match(c.c_out, z) * raw.float()
+
+    def training_weight(self, level: Tensor) -> Tensor:
+        """`weight`: levels are drawn as EDM draws them."""
+        return self.weight(level)
 
     def weight(self, level: Tensor) -> Tensor:
         """w(sigma) = (sigma^2 + sd^2) / (sigma * sd)^2 = 1 / c_out^2 (EDM eq. 144), shape of `level`."""

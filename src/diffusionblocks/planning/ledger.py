@@ -10,23 +10,22 @@ What stays between steps is counted on the model's outline; what a step makes is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from ..adapters import adapter_named
 from ..block import Block
-from ..data import digits
-from ..recipes import DigitsConfig, LatentsConfig, Recipe
+from ..data.config import DigitsConfig, LatentsConfig, TextConfig, TopicsConfig
+from ..recipes import Recipe
 from ..runs import with_depth
-from ..sources import config_of, outline_of
+from ..sources import config_of, load_data, outline_of
 from ..training import Unit, units_of
 from ..training.skeleton import shape_of
 from .counting import kept_on_device
 from .timeline import Moment
-from .tracing import StepMoments, trace_step
+from .tracing import MakeBatch, StepMoments, trace_step
 
 #: What cuBLAS keeps on a Hopper GPU: torch gives each host thread that calls it 32 MiB from the caching allocator, and
 #: the forward and the backward pass run in one thread each. (Other GPUs: 8 MiB.)
@@ -107,7 +106,7 @@ def predict(recipe: Recipe, *, num_examples: int | None = None) -> Ledger:
     Args:
         recipe: what would be trained; a trunk is not looked at.
         num_examples: how many examples of the data are kept on the device (with `data.placement: host`: none). None
-            counts the digits, which are at hand, and no others.
+            counts the digits and the topics, which are at hand, and no others.
 
     Raises:
         ValueError: what building the recipe's model refuses, num_examples < 0, or nothing to train.
@@ -120,10 +119,12 @@ def forecast(recipe: Recipe, *, num_examples: int | None = None) -> Forecast:
     model = outline_of(recipe)
     units, shared = units_of(model, recipe.train.blocks)
     kept = dataclasses.asdict(kept_on_device(units, shared, recipe.train))
-    shape = _image_shape(recipe, model)
-    kept |= {"data": _data_bytes(recipe, shape, num_examples), "workspace": WORKSPACE_BYTES if _on_gpu(recipe) else 0}
+    adapter, config = adapter_named(recipe.model.type), config_of(model)
+    make_batch = functools.partial(adapter.empty_batch, config)
+    data = _data_bytes(recipe, adapter.example_shape(config), num_examples)
+    kept |= {"data": data, "workspace": WORKSPACE_BYTES if _on_gpu(recipe) else 0}
     distinct = {shape_of(unit): unit for unit in reversed(units)}
-    moments = {unit.name: _moments(recipe, unit, shape) for unit in distinct.values()}
+    moments = {unit.name: _moments(recipe, unit, make_batch) for unit in distinct.values()}
     return Forecast(kept, moments)
 
 
@@ -131,33 +132,31 @@ def _on_gpu(recipe: Recipe) -> bool:
     return recipe.device != "cpu"
 
 
-def _image_shape(recipe: Recipe, model: nn.Module) -> tuple[int, int, int]:
-    return adapter_named(recipe.model.type).image_shape(config_of(model))
-
-
-def _data_bytes(recipe: Recipe, image_shape: tuple[int, int, int], num_examples: int | None) -> int:
+def _data_bytes(recipe: Recipe, example_shape: tuple[int, ...], num_examples: int | None) -> int:
     data = recipe.data
     if num_examples is not None and num_examples < 0:
         raise ValueError(f"num_examples must be >= 0, got {num_examples}")
     if data.placement == "host" and _on_gpu(recipe):
         return 0
     if num_examples is None:
-        num_examples = len(digits("train")) if isinstance(data, DigitsConfig) else 0
+        num_examples = len(load_data(recipe, "train")) if isinstance(data, (DigitsConfig, TopicsConfig)) else 0
+    if isinstance(data, (TopicsConfig, TextConfig)):
+        return num_examples * math.prod(example_shape)  # uint8 characters
     # uint8 images, or float16 latents: means, and deviations if latents are drawn; and int64 labels
     per_element = 2 * (1 + data.sample_posterior) if isinstance(data, LatentsConfig) else 1
-    return num_examples * (math.prod(image_shape) * per_element + 8)
+    return num_examples * (math.prod(example_shape) * per_element + 8)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------
 
 
-def _moments(recipe: Recipe, unit: Unit, image_shape: tuple[int, int, int]) -> StepMoments:
+def _moments(recipe: Recipe, unit: Unit, make_batch: MakeBatch) -> StepMoments:
     whole_graph = recipe.train.compile is True and isinstance(unit.module, Block)
     layers = len(unit.module.layers()) if isinstance(unit.module, Block) else 0
     if not whole_graph or layers <= _TRACED_WHOLE:
-        return trace_step(unit, recipe.train, image_shape, on_gpu=_on_gpu(recipe))
+        return trace_step(unit, recipe.train, make_batch, on_gpu=_on_gpu(recipe))
     low, high = (
-        trace_step(unit_of_depth(recipe, depth), recipe.train, image_shape, on_gpu=_on_gpu(recipe)) for depth in _DEPTHS
+        trace_step(unit_of_depth(recipe, depth), recipe.train, make_batch, on_gpu=_on_gpu(recipe)) for depth in _DEPTHS
     )
     return StepMoments(_extrapolated(low.early, high.early, layers), _extrapolated(low.late, high.late, layers))
 

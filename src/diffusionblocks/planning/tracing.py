@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from .timeline import Moment, Timeline
 
 _MANY = 2**20
 
+MakeBatch = Callable[[int], Mapping[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class StepMoments:
@@ -34,13 +36,13 @@ class StepMoments:
         return max(self.early, self.late, key=lambda moment: moment.total)
 
 
-def trace_step(unit: Unit, train: TrainConfig, image_shape: tuple[int, int, int], *, on_gpu: bool) -> StepMoments:
+def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu: bool) -> StepMoments:
     """Run a step of a unit on fake tensors: forward, backward and update, as `training/step.py` does.
 
     Args:
         unit: its module may be on the meta device; it is not changed.
         train: batch size, precision, compilation, and what else decides on memory.
-        image_shape: (channels, height, width) of the batch's `pixel_values`.
+        make_batch: number of examples -> a batch of them, whose values do not matter (`Adapter.empty_batch`).
         on_gpu: choose the GPU's kernels where they keep other things than the CPU's.
     """
     skeleton = Skeleton(unit, train)
@@ -61,10 +63,10 @@ def trace_step(unit: Unit, train: TrainConfig, image_shape: tuple[int, int, int]
         with timeline:
             if train.compile:
                 with _recompiling():
-                    _step(module, train, image_shape, timeline)  # compiles, which makes fake tensors of its own
+                    _step(module, train, make_batch, timeline)  # compiles, which makes fake tensors of its own
                 gc.collect()  # a traced graph is full of cycles, and holds what the first step made
                 timeline.restart()
-            _step(module, train, image_shape, timeline)
+            _step(module, train, make_batch, timeline)
     return StepMoments(timeline.early, timeline.late)
 
 
@@ -79,11 +81,11 @@ def _without_memory(tensors: list[Tensor]) -> list[Tensor]:
     return [made[id(tensor)] for tensor in tensors]
 
 
-def _step(module: nn.Module, train: TrainConfig, image_shape: tuple[int, int, int], timeline: Timeline) -> None:
+def _step(module: nn.Module, train: TrainConfig, make_batch: MakeBatch, timeline: Timeline) -> None:
     size = train.batch_size
     for _ in range(min(train.accumulation, 2)):  # the second finds the gradients of the first; others are like it
         timeline.forward_begins()
-        batch = {"pixel_values": torch.empty(size, *image_shape), "labels": torch.empty(size, dtype=torch.int64)}
+        batch = make_batch(size)
         # The level is given: drawing one looks at values, which fake tensors have not.
         level = {"level": torch.empty(size)} if isinstance(module, Block) else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bfloat16"):

@@ -3,6 +3,7 @@
 from .images import guided, prior_of_seeds, sample_images
 from .labels import Prediction, predict_labels
 from .solvers import SOLVERS, Callback, Denoiser, Solver, calls, dpmpp_2m, euler, heun
+from .tokens import sample_tokens
 
 __all__ = [
     "SOLVERS",
@@ -18,4 +19,5 @@ __all__ = [
     "predict_labels",
     "prior_of_seeds",
     "sample_images",
+    "sample_tokens",
 ]
