@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -103,21 +104,23 @@ class Block(nn.Module):
         for part in [*self.adaptive, *(part for part in self.parts() if part not in layers)]:
             part.compile(**options)
 
-    def forward(self, inputs: Batch, z: Tensor, level: Tensor) -> Tensor:
+    def forward(self, inputs: Mapping[str, Any], z: Tensor, level: Tensor) -> Tensor:
         """Denoise, and read off what the task wants.
 
         Under EDM D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7); under masking D = F(z, t, x), logits.
 
         Args:
             inputs: the model's inputs x: `pixel_values` (batch, channels, height, width) of a classifier, `labels`
-                (batch,) of a class-conditional diffusion model.
-            z: noised target: float32 (batch, dim) of a label, float32 (batch, channels, height, width) of an image,
-                int64 (batch, length) of tokens.
+                (batch,) of a class-conditional diffusion model, `input_ids` (batch, length) of an autoregressive one
+                (where it generates, new tokens and the `past` that holds those before them).
+            z: noised target: float32 (batch, dim) of a label, (batch, length, dim) of next tokens, (batch, channels,
+                height, width) of an image; int64 (batch, length) of masked tokens.
             level: noise levels, float32, shape (batch,), all of this block.
 
         Returns:
-            Logits (batch, num_classes) of a classifier, float32 (batch, length, vocab_size) of a masked text model; D,
-            float32, of the shape of z, of a diffusion model.
+            Logits (batch, num_classes) of a classifier, (batch, length, vocab_size) of a text model (in training under
+            `clean_weight` with those of the clean stream behind them); D, float32, of the shape of z, of a diffusion
+            model.
         """
         embedding = self.shared.noise_embedding
         condition = self.noise.condition(level)
@@ -132,7 +135,11 @@ class Block(nn.Module):
             condition,
         )
         denoised = self.noise.combine(z, raw, level)
-        return self.adapter.readout(self.network, self.shared.final_norms, hidden, denoised, condition)
+        shared = self.shared
+        output = self.adapter.readout(self.network, shared.final_norms, shared.added, hidden, denoised, condition)
+        if self.training and getattr(self.target, "clean_weight", 0) > 0:
+            output = torch.cat([output, self.adapter.clean_logits(self.network, shared.added, hidden)], dim=1)
+        return output
 
     def _callable_layers(self) -> list[tuple[Any, Any]]:
         """Each layer with its adaptive norms (None where the model knows the noise level by itself)."""

@@ -92,6 +92,7 @@ def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> Non
         ValueError: no such block.
     """
     block = model.block(index)
+    empty_target = any(parameter.is_meta for parameter in block.target.parameters())
     materialise_added(model, index)
     waiting = {
         name.removeprefix("network."): tensor
@@ -102,6 +103,8 @@ def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> Non
     for name, value in source.tensors(index, layers, list(waiting)):
         _fill(waiting.pop(name), value)
     assert not waiting, f"the source has no {sorted(waiting)}"
+    if empty_target:
+        model.adapter.fill_target(block.network, block.target, model.blocks_config)
 
 
 def materialise_added(model: DiffusionBlocks, index: int) -> None:

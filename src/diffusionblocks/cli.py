@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from .model import DiffusionBlocks
 
 #: Options of `sample` that only one kind of model has.
-_SAMPLE_OPTIONS = {"images": ("labels", "solver", "guidance"), "text": ("temperature", "infill")}
+_SAMPLE_OPTIONS = {
+    "images": ("labels", "solver", "guidance"),
+    "masked text": ("infill",),
+    "continued text": ("prompt", "new_tokens", "top_p", "bridge"),
+    "text": ("temperature",),
+}
 
 _EXAMPLES = """\
 examples:
@@ -131,6 +136,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--guidance", type=float, help="images: classifier-free guidance (default: the recipe's first)")
     sample.add_argument("--temperature", type=float, help="text: divides the logits (default: the recipe's)")
+    sample.add_argument("--prompt", action="append", metavar="TEXT", help="continued text: go on from this; repeatable")
+    sample.add_argument("--new-tokens", type=int, help="continued text: how many tokens (default: the recipe's)")
+    sample.add_argument("--top-p", type=float, help="continued text: draw from this share only (default: the recipe's)")
+    sample.add_argument(
+        "--bridge",
+        choices=("soft", "hard", "sampled", "top-k"),
+        help="continued text: what a prediction feeds to the next step (default: the model's)",
+    )
     sample.add_argument("--infill", metavar="TEXT", help="text: fill in the gaps of this, as in 'the _____ of'")
     sample.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -238,9 +251,10 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _made(recipe: Recipe) -> str:
-    from .recipes import BitsConfig
+    from .recipes import BitsConfig, LanguageConfig
 
-    return "text" if isinstance(recipe.evaluate, BitsConfig) else "images"
+    kinds = {BitsConfig: "masked text", LanguageConfig: "continued text"}
+    return kinds.get(type(recipe.evaluate), "images")
 
 
 def _sample(recipe: Recipe, options: argparse.Namespace) -> None:
@@ -251,13 +265,34 @@ def _sample(recipe: Recipe, options: argparse.Namespace) -> None:
     if isinstance(recipe.evaluate, AccuracyConfig):
         raise ValueError(f"sample is for diffusion models; {recipe.model.type} classifies images: use evaluate")
     made = _made(recipe)
-    for name in _SAMPLE_OPTIONS["images" if made == "text" else "text"]:
+    allowed = {*_SAMPLE_OPTIONS[made], *(_SAMPLE_OPTIONS["text"] if made != "images" else ())}
+    for name in {name for names in _SAMPLE_OPTIONS.values() for name in names} - allowed:
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name} is not for {recipe.model.type}, which generates {made}; leave it out")
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is not for {recipe.model.type}, which generates {made}; leave it out")
     model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
-    assert isinstance(model, DiffusionBlocks)
     folder = options.out or Path("runs") / recipe.name / "samples"
-    (_sample_text if made == "text" else _sample_images)(recipe, model, folder, options)
+    if made == "continued text":
+        _continue_text(recipe, model, folder, options)
+        return
+    assert isinstance(model, DiffusionBlocks)
+    (_sample_text if made == "masked text" else _sample_images)(recipe, model, folder, options)
+
+
+def _continue_text(recipe: Recipe, model: Any, folder: Path, options: argparse.Namespace) -> None:
+    from .data import TextChunks
+    from .language import write_continuations
+    from .sources import load_data
+
+    data = None if options.prompt else load_data(recipe, "test")
+    assert data is None or isinstance(data, TextChunks)
+    names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "bridge")
+    given = {name: getattr(options, name) for name in names}
+    path = write_continuations(
+        recipe, model, folder, prompts=options.prompt, data=data, progress=not options.quiet, **given
+    )
+    print(path.read_text(encoding="utf-8"), end="")
+    print(path)
 
 
 def _sample_text(recipe: Recipe, model: DiffusionBlocks, folder: Path, options: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 Rows: end to end with L layers; end to end with L/B layers, which has the memory of one block, at equal steps and at
 B times the steps, which is equal compute (the control to beat); DiffusionBlocks from scratch; and, where the recipe
-has a trunk, trunk and branch. All rows but the second have the same number of layer-updates.
+has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there once more
+without. All rows but the second have the same number of layer-updates.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any
 
 from torch import nn
 
+from .data import TextChunks
 from .evaluation.accuracy import AccuracyRow
 from .evaluation.bits import Bits
 from .evaluation.figures import draw_run
 from .evaluation.memory import step_memory
 from .evaluation.tables import format_bytes, format_table, write_results
+from .language import LanguageResult, write_continuations
 from .model import DiffusionBlocks
-from .recipes import BitsConfig, Recipe, SamplesConfig
-from .runs import RunResult, depth_of, layers_of_a_block, make_trainer, train, trunk_options, trunk_recipe, with_depth
+from .recipes import BitsConfig, LanguageConfig, Recipe, SamplesConfig
+from .runs import RunResult, depth_of, layers_of_a_block, make_trainer, train, trunk_recipe, with_depth
 from .samples import draw_samples
 from .scores import headline
 from .sources import load_data
@@ -48,6 +51,11 @@ class Variant:
         """Whether the blocks start from a trunk."""
         return self.recipe.trunk is not None
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the levels are fitted first."""
+        return self.recipe.fit is not None
+
 
 def variants(recipe: Recipe) -> list[Variant]:
     """The rows that a recipe of method `diffusionblocks` is compared in.
@@ -60,22 +68,30 @@ def variants(recipe: Recipe) -> list[Variant]:
     depth, many = depth_of(recipe), recipe.blocks.num_blocks
     short = layers_of_a_block(recipe)
     field = "steps" if recipe.train.steps is not None else "epochs"
-    length: Any = getattr(recipe.train, field)
-    if recipe.trunk is not None:  # what every block would have had, had they shared the trunk's updates
-        length += getattr(trunk_options(recipe), field) / many
-        length = round(length) if field == "steps" else length
-    scratch = recipe.model_copy(update={"trunk": None, "train": recipe.train.model_copy(update={field: length})})
+    trunk, fit = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
+    # What every block would have had, had they shared the updates of trunk and fit.
+    without_fit = _longer(recipe, fit / many, field).model_copy(update={"fit": None})
+    scratch = _longer(recipe, trunk / many, field).model_copy(update={"trunk": None})
+    ordinary = _longer(recipe, (trunk + fit) / many, field).model_copy(update={"trunk": None, "fit": None})
     rows = [
-        Variant(f"end-to-end-{depth}", _end_to_end(scratch, depth, 1, field), depth, 1),
-        Variant(f"end-to-end-{short}", _end_to_end(scratch, short, 1, field), short, 1),
+        Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),
+        Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1),
     ]
     if many > 1:
-        rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(scratch, short, many, field), short, 1))
+        rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
     rows.append(Variant("diffusionblocks", scratch, depth, many))
     if recipe.trunk is not None:
         trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
         rows.append(Variant("diffusionblocks-branched", recipe, depth, many))
+    if recipe.fit is not None:
+        rows.append(Variant(f"{rows[-1].key}-unfitted", without_fit, depth, many))
     return rows
+
+
+def _longer(recipe: Recipe, more: float, field: str) -> Recipe:
+    length = getattr(recipe.train, field) + more
+    update = {field: round(length) if field == "steps" else length}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
 
 
 def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
@@ -120,6 +136,7 @@ def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, 
                 "layers": variant.layers,
                 "blocks": variant.blocks,
                 "branched": variant.branched,
+                "fitted": variant.fitted,
                 "iterations": result.iterations,
                 "layer_updates": result.iterations * variant.layers // variant.blocks,
                 **_score(result),
@@ -145,17 +162,26 @@ def _score(result: RunResult) -> dict[str, Any]:
             "standard_error": best.standard_error,
             "accuracies": rows,
         }
+    if isinstance(best, LanguageResult):
+        return best.to_dict()
     if isinstance(best, Bits):
         return {"bits_per_character": best.bits, **best.to_dict()}
     return {**best.to_dict(), "samples_measured": rows}
 
 
 def _printed(row: dict[str, Any]) -> dict[str, str]:
-    name = row["name"] + ", branched" * row["branched"]
+    name = row["name"] + ", branched" * row["branched"] + ", levels fitted" * row["fitted"]
     shown = {"name": name, "layers": row["layers"], "blocks": row["blocks"], "iterations": row["iterations"]}
     if "test_accuracy" in row:
         accuracy = f"{100 * row['test_accuracy']:.2f} +- {100 * row['standard_error']:.2f} %"
         shown |= {"denoising steps": row["steps"], "seeds": row["seeds"], "test accuracy": accuracy}
+    elif "context_gap" in row:
+        shown["cross-entropy"] = f"{row['cross_entropy']:.4f} +- {row['standard_error']:.4f}"
+        shown["context gap"] = "-" if row["context_gap"] is None else f"{row['context_gap']:.3f}"
+        shown["distinct-2"] = "-" if row["distinct_2"] is None else f"{row['distinct_2']:.3f}"
+        if row["perplexity"] is not None:
+            shown["perplexity under teacher"] = f"{row['perplexity']['perplexity']:.2f}"
+        shown["tokens/s"] = f"{row['tokens_per_second']:.0f}"
     elif "bits_per_character" in row:
         shown["bits per character"] = f"{row['bits_per_character']:.4f} +- {row['standard_error']:.4f}"
         shown["of each block"] = " + ".join(f"{bits:.3f}" for bits in row["block_bits"])
@@ -172,6 +198,12 @@ def _printed(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _draw(recipe: Recipe, table: list[dict[str, Any]], results: dict[str, RunResult], folder: Path) -> None:
+    if isinstance(recipe.evaluate, LanguageConfig):
+        for key, result in results.items():
+            data = load_data(recipe, "test")
+            assert isinstance(data, TextChunks)
+            write_continuations(recipe, result.model, folder / key / "samples", data=data)
+        return
     if isinstance(recipe.evaluate, (SamplesConfig, BitsConfig)):
         for key, result in results.items():
             assert isinstance(result.model, DiffusionBlocks)

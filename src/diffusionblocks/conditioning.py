@@ -54,22 +54,36 @@ class AdaptiveNorms(nn.Module):
         nn.init.zeros_(self.linear.bias)
         # Set only while `forward` runs the module (again under activation checkpointing, which re-runs it).
         self._modulation: list[tuple[Tensor, Tensor]] | None = None
+        self._leading: int | None = None
         for index, norm in enumerate(norms):
             norm.register_forward_hook(functools.partial(self._modulate, index))
 
     def _modulate(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._modulation is None:  # the norm is used outside a converted model
             return output
+        if self._leading is not None:
+            noisy, clean = output[:, : self._leading], output[:, self._leading :]
+            return torch.cat([self._scaled(index, noisy), clean], dim=1)
+        return self._scaled(index, output)
+
+    def _scaled(self, index: int, output: Tensor) -> Tensor:
+        assert self._modulation is not None
         scale, shift = self._modulation[index]
         shape = (output.shape[0], *([1] * (output.dim() - 2)), output.shape[-1])
         modulated = output.float() * (1.0 + scale.float().view(shape)) + shift.float().view(shape)
         return modulated.to(output.dtype)
 
-    def forward(self, module: nn.Module, condition: Tensor, *args: Any) -> Any:
-        """Call `module(*args)` with its norms adapted to `condition` (batch, condition_dim)."""
+    def forward(
+        self, module: nn.Module, condition: Tensor, *args: Any, leading: int | None = None, **options: Any
+    ) -> Any:
+        """Call `module(*args, **options)` with its norms adapted to `condition` (batch, condition_dim).
+
+        `leading`: adapt only so many positions, the first; the others see the norms as they were. None adapts all.
+        """
         parts = self.linear(nn.functional.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
         self._modulation = [tuple(part.chunk(2, dim=-1)) for part in parts]
+        self._leading = leading
         try:
-            return module(*args)
+            return module(*args, **options)
         finally:
-            self._modulation = None
+            self._modulation = self._leading = None

@@ -61,6 +61,37 @@ class TokenTargetConfig(BaseModel):
     weight: Literal["elbo", "none"] = "elbo"
 
 
+class NextTokenTargetConfig(BaseModel):
+    """What an autoregressive model's blocks denoise: the next token's L2-normalised embedding (paper, section 4.3).
+
+    Attributes:
+        embedding: `given` (the unit rows of the model's own input embedding as it is at conversion, fixed), `frozen`
+            (fixed random unit rows) or `learned` (needs `shared: joint`); default: learned under `joint`, else given.
+        weight: weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2, which spans five orders of
+            magnitude and collapses training to copying.
+        bridge: what a prediction feeds to the next denoising step: `soft` (the probabilities times the embedding rows),
+            `hard` (the most probable token's row), `sampled` (the row of a token drawn from the probabilities) or
+            `top-k` (the mixture of the `top_k` most probable rows, rescaled to unit norm).
+        top_k: of the bridge `top-k`.
+        logit_scale: start of a learnable factor on the logits; 1 keeps the function of a pretrained head. A fresh head
+            needs more where the model is narrow: hidden_size * initializer_range * logit_scale should be about 16.
+        previous: add the clean token before it to a noisy position's input, as an ordinary language model has it; where
+            z tells nothing the position is then one of such a model.
+        clean_weight: weight of an extra term, the plain next-token loss of the clean stream through the same head.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["next-token"] = "next-token"
+    embedding: Literal["given", "frozen", "learned"] | None = None
+    weight: Literal["none", "edm"] = "none"
+    bridge: Literal["soft", "hard", "sampled", "top-k"] = "sampled"
+    top_k: int = Field(default=8, ge=1)
+    logit_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    previous: bool = True
+    clean_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
 def _kind(default: str) -> Callable[[Any], str]:
     """What tells the members of a union apart; without `kind` the first that there was, whose recipes name none."""
 
@@ -73,7 +104,8 @@ def _kind(default: str) -> Callable[[Any], str]:
 TargetConfig = Annotated[
     Annotated[LabelTargetConfig, Tag("label")]
     | Annotated[ImageTargetConfig, Tag("image")]
-    | Annotated[TokenTargetConfig, Tag("tokens")],
+    | Annotated[TokenTargetConfig, Tag("tokens")]
+    | Annotated[NextTokenTargetConfig, Tag("next-token")],
     Discriminator(_kind("label")),
 ]
 
@@ -120,10 +152,10 @@ class BlocksConfig(BaseModel):
 
     @model_validator(mode="after")
     def _learned_target_needs_joint(self) -> Self:
-        learned = isinstance(self.target, LabelTargetConfig) and self.target.embedding == "learned"
+        learned = getattr(self.target, "embedding", None) == "learned"
         if learned and self.shared != "joint":
             raise ValueError(
                 f"target.embedding = learned needs shared = joint, got shared = {self.shared}: blocks that "
-                "train apart would each learn another space for z; use embedding: frozen"
+                "train apart would each learn another space for z; use embedding: frozen, or leave it out"
             )
         return self

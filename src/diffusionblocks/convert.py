@@ -14,7 +14,7 @@ from .adapters import Adapter, adapter_for
 from .adapters.base import Namespace, extract
 from .block import Block, SharedParts
 from .conditioning import AdaptiveNorms, NoiseEmbedding
-from .config import BlocksConfig, LabelTargetConfig
+from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from .model import DiffusionBlocks
 from .partition import Partition
 
@@ -71,6 +71,7 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         overlap=config.overlap,
     )
     model_config = model.config if take else copy.deepcopy(model.config)
+    adapter.settle_config(model_config)
     # What is added to a model without memory has none either.
     place = torch.device("meta") if _on_meta(model) else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), place:
@@ -104,13 +105,14 @@ def resolve(config: BlocksConfig, adapter: Adapter, model_config: Any) -> Blocks
         )
     target = config.target or adapter.default_target()
     if target.kind != adapter.target:
-        what = f"{adapter.target.removesuffix('s')}s"
+        what = f"{adapter.target.removesuffix('s').replace('-', ' ')}s"
         raise ValueError(
             f"blocks.target.kind = {target.kind}, but {'/'.join(adapter.classes)} denoises {what}; "
             "leave target out, or set its kind"
         )
-    if isinstance(target, LabelTargetConfig) and target.embedding is None:
-        target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else "frozen"})
+    if isinstance(target, (LabelTargetConfig, NextTokenTargetConfig)) and target.embedding is None:
+        fixed = "frozen" if isinstance(target, LabelTargetConfig) else "given"
+        target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else fixed})
     return config.model_copy(update={"target": target, "noise": noise})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,22 @@ from transformers.utils import ModelOutput
 
 from .adapters import Adapter
 from .block import Block
-from .config import BlocksConfig, LabelTargetConfig
+from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from .noise import EDM, Masking, NoiseProcess
 from .partition import Partition, within
-from .sampling import Callback, Prediction, guided, predict_labels, prior_of_seeds, sample_images, sample_tokens
+from .sampling import (
+    Callback,
+    Continuations,
+    Prediction,
+    continue_texts,
+    guided,
+    predict_labels,
+    prior_of_seeds,
+    sample_images,
+    sample_tokens,
+)
 from .saving import export, save
-from .targets import Batch, ImageTarget, LabelTarget, Target, TokenTarget, check_labels
+from .targets import Batch, ImageTarget, LabelTarget, NextTokenTarget, Target, TokenTarget, check_labels
 
 #: The batch entries of which each family has one, that of its examples.
 _EXAMPLES = ("pixel_values", "input_ids")
@@ -115,7 +125,7 @@ class DiffusionBlocks(nn.Module):
             self._check_levels(level, chosen, size)
         return chosen.loss(batch, generator, level)
 
-    def denoise(self, inputs: Batch, z: Tensor, level: float) -> Tensor:
+    def denoise(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
         """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level."""
         dtype = z.dtype if z.is_floating_point() else torch.float32
         levels = torch.full((len(z),), level, dtype=dtype, device=z.device)
@@ -272,6 +282,8 @@ class DiffusionBlocks(nn.Module):
     ) -> Tensor:
         """Generate text by unmasking, in evaluation mode: at every level only the block that owns it runs.
 
+        For masked text models; autoregressive ones go on from prompts: `continue_texts`.
+
         Args:
             seeds: one a sequence; a sequence depends on its seed and what is given alone.
             steps: network calls, >= 1; more than tokens are of no use.
@@ -289,7 +301,7 @@ class DiffusionBlocks(nn.Module):
         """
         target, noise = self.target, self.noise
         if not isinstance(target, TokenTarget) or not isinstance(noise, Masking):
-            raise ValueError(f"generate is for text models; this {self.model_class} {self._what_to_use()}")
+            raise ValueError(f"generate is for masked text models; this {self.model_class} {self._what_to_use()}")
         levels = noise.levels(steps, grid)
         was_training = self.training
         self.eval()
@@ -309,7 +321,69 @@ class DiffusionBlocks(nn.Module):
         finally:
             self.train(was_training)
 
+    def continue_texts(
+        self,
+        prompts: Sequence[Tensor | Sequence[int]],
+        max_new_tokens: int,
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        grid: str = "equal-mass",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        bridge: str | None = None,
+        stop_tokens: Sequence[int] = (),
+        progress: bool = False,
+    ) -> Continuations:
+        """Generate text token by token, in evaluation mode: at every level only the block that owns it runs.
+
+        For autoregressive models; see `diffusionblocks.sampling.continue_texts` for what is not said here.
+
+        Args:
+            prompts: tokens of each row, of any lengths.
+            max_new_tokens: >= 1.
+            seeds: one a row; default 0, 1, 2, ...
+            steps: network calls a token; default one for each block, the cost of the unconverted model.
+            grid: levels, `equal-mass` or `karras`.
+            temperature, top_p, stop_tokens, progress: see there.
+            bridge: what a prediction feeds to the next step; default the model's.
+
+        Raises:
+            ValueError: the model is not autoregressive, or an argument is out of range.
+        """
+        target, options, noise = self.target, self.blocks_config.target, self.noise
+        if not isinstance(target, NextTokenTarget) or not isinstance(options, NextTokenTargetConfig):
+            raise ValueError(
+                f"continue_texts is for autoregressive models; this {self.model_class} {self._what_to_use()}"
+            )
+        assert isinstance(noise, EDM)
+        was_training = self.training
+        self.eval()
+        try:
+            return continue_texts(
+                self.denoise,
+                self.adapter.past,
+                self.partition.block_of,
+                target,
+                noise,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                levels=noise.levels(self.partition.num_blocks if steps is None else steps, grid),
+                seeds=range(len(prompts)) if seeds is None else seeds,
+                temperature=temperature,
+                top_p=top_p,
+                bridge=bridge or options.bridge,
+                top_k=options.top_k,
+                stop_tokens=stop_tokens,
+                device=self.device,
+                progress=progress,
+            )
+        finally:
+            self.train(was_training)
+
     def _what_to_use(self) -> str:
+        if isinstance(self.target, NextTokenTarget):
+            return "goes on from prompts: use continue_texts"
         if isinstance(self.target, LabelTarget):
             return "classifies: use predict"
         return (

@@ -114,6 +114,46 @@ class BitsConfig(_Section):
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
 
+class LanguageConfig(_Section):
+    """An autoregressive text model: cross-entropy of the test text by level, and measures of what it writes.
+
+    Attributes:
+        batch_size: sequences at a time.
+        limit: only the first so many sequences of the test text; null takes all.
+        seed: of the noise, and of the first continuation; continuation i has seed `seed` + i.
+        levels: at how many levels the cross-entropy is measured.
+        samples: how many continuations are written, of as many prompts, the first of the test text.
+        prompt_length: tokens of a prompt; 0 writes from nothing.
+        new_tokens: tokens of a continuation.
+        steps: denoising steps a token; null: one a block.
+        grid: level grid, `equal-mass` or `karras`.
+        bridge: `soft`, `hard`, `sampled` or `top-k`; null takes the model's.
+        temperature: of the tokens' distribution; 0 takes the likeliest.
+        top_p: draw from the likeliest tokens of this total probability only; 1 draws from all.
+        teacher: folder or hub name of a causal language model, for generative perplexity; null: none.
+        teacher_tokens: whether the teacher has the tokenizer of the data; else it is given the text.
+        mauve: folder or hub name of the model whose features MAUVE compares (the reference takes gpt2-large); null:
+            none.
+    """
+
+    kind: Literal["language"]
+    batch_size: int = Field(default=32, ge=1)
+    limit: int | None = Field(default=None, ge=2)
+    seed: int = Field(default=0, ge=0)
+    levels: int = Field(default=16, ge=2)
+    samples: int = Field(default=16, ge=1)
+    prompt_length: int = Field(default=50, ge=0)
+    new_tokens: int = Field(default=50, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    grid: Literal["equal-mass", "karras"] = "equal-mass"
+    bridge: Literal["soft", "hard", "sampled", "top-k"] | None = None
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    teacher: str | None = None
+    teacher_tokens: bool = True
+    mauve: str | None = None
+
+
 class TrunkConfig(_Section):
     """Train one block's worth of layers on all levels first, then branch it into the blocks.
 
@@ -137,17 +177,53 @@ class TrunkConfig(_Section):
     average: Literal["copied", "fresh"] = "fresh"
 
 
+class FitConfig(_Section):
+    """Fit the noise levels first: equal mass is equal rise of the cross-entropy, as one block's worth of layers has it.
+
+    Attributes:
+        steps, epochs: length of the fit's training, in the unit that `train` uses; its learning rate and schedule are
+            `train`'s, over this length.
+        rounds: the levels are refitted after each of so many equal parts of it.
+        grid: at how many levels, even over log sigma, the cross-entropy is measured.
+        examples: of so many training examples.
+        batch_size: examples at a time in the measurement; null takes train.batch_size.
+        floor: the share of the training that stays spread evenly over log sigma, in (0, 1].
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    rounds: int = Field(default=3, ge=1)
+    grid: int = Field(default=33, ge=3)
+    examples: int = Field(default=512, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    floor: float = Field(default=0.05, gt=0, le=1)
+
+
 #: The tags of unions in a recipe: part of pydantic's location of an error, but not of the YAML.
 _TAGS = {
-    "data": ("digits", "images", "latents", "topics", "text"),
-    "evaluate": ("accuracy", "samples", "bits"),
-    "target": ("label", "image", "tokens"),
+    "data": ("digits", "images", "latents", "topics", "text", "tokens"),
+    "evaluate": ("accuracy", "samples", "bits", "language"),
+    "target": ("label", "image", "tokens", "next-token"),
     "noise": ("edm", "masking"),
 }
 
+#: What families denoise whose levels can be fitted.
+_FITTED = ("label", "next-token")
+
 #: What each family is measured by, and the data that it takes, by what it denoises.
-_MEASURES = {"label": "accuracy", "image": "samples", "tokens": "bits"}
-_DATA = {"label": ("digits", "images"), "image": ("digits", "images", "latents"), "tokens": ("topics", "text")}
+_MEASURES = {"label": "accuracy", "image": "samples", "tokens": "bits", "next-token": "language"}
+_DATA = {
+    "label": ("digits", "images"),
+    "image": ("digits", "images", "latents"),
+    "tokens": ("topics", "text"),
+    "next-token": ("topics", "text", "tokens"),
+}
+_DOES = {
+    "label": "classifies images",
+    "image": "generates images",
+    "tokens": "generates text",
+    "next-token": "generates text",
+}
 
 
 def _evaluation_kind(values: Any) -> str:
@@ -158,7 +234,8 @@ def _evaluation_kind(values: Any) -> str:
 EvaluateConfig = Annotated[
     Annotated[AccuracyConfig, Tag("accuracy")]
     | Annotated[SamplesConfig, Tag("samples")]
-    | Annotated[BitsConfig, Tag("bits")],
+    | Annotated[BitsConfig, Tag("bits")]
+    | Annotated[LanguageConfig, Tag("language")],
     Discriminator(_evaluation_kind),
 ]
 
@@ -170,9 +247,11 @@ class Recipe(_Section):
         name: names the default output folder, runs/<name>.
         method: `diffusionblocks` or `end-to-end` (the control: the same class, unconverted; for a model that denoises
             anyway, of images or text, one block on all levels, which is the same thing).
+        fit: fit the noise levels to the task before all else (classifiers and autoregressive text); null takes those
+            of blocks.noise as they are.
         trunk: train a trunk first and branch it into the blocks; null trains the blocks from scratch.
-        evaluate: `accuracy` of a classifier, measures of a diffusion model's `samples`, or `bits` a character of a text
-            model.
+        evaluate: `accuracy` of a classifier, measures of a diffusion model's `samples`, `bits` a character of a masked
+            text model, or `language`: cross-entropies and continuations of an autoregressive one.
         device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
     """
 
@@ -181,6 +260,7 @@ class Recipe(_Section):
     model: ModelConfig
     blocks: BlocksConfig = BlocksConfig()
     data: DataConfig
+    fit: FitConfig | None = None
     trunk: TrunkConfig | None = None
     train: TrainConfig
     evaluate: EvaluateConfig = AccuracyConfig()
@@ -197,6 +277,27 @@ class Recipe(_Section):
             raise ValueError("trunk and train must both be given in steps, or both in epochs")
         if trunk is not None and self.blocks.layers is not None and len(set(self.blocks.layers)) > 1:
             raise ValueError(f"a trunk branches into blocks of equal layers, not blocks.layers = {self.blocks.layers}")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_of_the_family(self) -> Self:
+        fit = self.fit
+        if fit is None:
+            return self
+        if (fit.steps is None) != (self.train.steps is None) or (fit.epochs is None) != (self.train.epochs is None):
+            raise ValueError("fit and train must both be given in steps, or both in epochs")
+        if fit.steps is not None and fit.steps < fit.rounds:
+            raise ValueError(f"fit.rounds = {fit.rounds} needs as many fit.steps at least, got {fit.steps}")
+        adapter = supported_classes().get(self.model.type)
+        if adapter is not None and adapter.target not in _FITTED:
+            raise ValueError(
+                f"fit is for models with a cross-entropy over log sigma, classifiers and autoregressive text; "
+                f"{self.model.type} is neither: leave fit out"
+            )
+        if getattr(self.blocks.noise, "quantiles", None) is not None:
+            raise ValueError("blocks.noise.quantiles are fitted levels already: leave them out, or fit")
+        if self.blocks.layers is not None and len(set(self.blocks.layers)) > 1:
+            raise ValueError(f"a fit trains one of equal blocks, not blocks.layers = {self.blocks.layers}")
         return self
 
     @model_validator(mode="before")
@@ -218,8 +319,13 @@ class Recipe(_Section):
         adapter = supported_classes().get(self.model.type)
         if adapter is None or self.data.kind in _DATA[adapter.target]:
             return self
-        does = {"label": "classifies images", "image": "generates images", "tokens": "generates text"}[adapter.target]
-        others = {"latents": "diffusion models", "topics": "text models", "text": "text models"}
+        does = _DOES[adapter.target]
+        others = {
+            "latents": "diffusion models",
+            "topics": "text models",
+            "text": "text models",
+            "tokens": "autoregressive models",
+        }
         wanted = others.get(self.data.kind, "image models")
         raise ValueError(
             f"{self.model.type} {does}; data.kind: {self.data.kind} is for {wanted}; "

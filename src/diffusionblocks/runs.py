@@ -14,18 +14,19 @@ from torch import nn
 from .adapters import adapter_named
 from .branching import branch
 from .files import read_json, write_json
+from .fitting import Fit, fit_levels, with_noise
 from .model import DiffusionBlocks
-from .recipes import Recipe, TrunkConfig
+from .recipes import FitConfig, Recipe, TrunkConfig
 from .scores import Row, Splits, check_evaluation, evaluate
 from .sources import check_data, device_of, load_data, load_model, make_batches, save_model, unfilled_model
 from .training import Trainer
-from .training.checkpoint import checkpoints
+from .training.checkpoint import checkpoints, remove
 from .training.logging import Logger
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: the model, its measures, and what training took (a trunk included)."""
+    """What a run left: the model, its measures, and what training took (a fit of its levels and a trunk included)."""
 
     model: nn.Module
     rows: list[Row]
@@ -85,7 +86,8 @@ def train(
     """Train a recipe, save the model (with averaged weights, where kept) to `folder`/model, and evaluate it.
 
     Args:
-        recipe: what to do; with a `trunk`, that is trained first, below `folder`/trunk, and branched.
+        recipe: what to do; with a `fit`, the levels are fitted first, below `folder`/fit, and are those of the saved
+            model; with a `trunk`, that is trained then, below `folder`/trunk, and branched.
         folder: of the run; an unfinished run there is resumed.
         loggers: further receivers of the log.
         resume: False starts anew.
@@ -93,21 +95,28 @@ def train(
         splits: the recipe's data, where the caller has loaded them already.
         measure: whether to evaluate; else `rows` is empty.
     """
-    with_trunk = recipe.trunk is not None and recipe.method == "diffusionblocks"
+    of_blocks = recipe.method == "diffusionblocks"
+    with_trunk = recipe.trunk is not None and of_blocks
     device_of(recipe)  # what can be refused at once is, before the data are read
     if with_trunk and resume:
         _check_same_branch(recipe, folder)
+    if of_blocks and resume:
+        _check_same_fit(recipe, folder)
     splits = splits if splits is not None else {"train": load_data(recipe, "train")}
     prepare = functools.partial(make_trainer, loggers=loggers, progress=progress, splits=splits)
-    seconds, iterations = 0.0, 0
+    given, seconds, iterations = recipe, 0.0, 0
+    if recipe.fit is not None and of_blocks:
+        fit = _fitted(recipe, folder, resume, progress, splits)
+        seconds, iterations = fit.seconds, fit.iterations
+        recipe = with_noise(recipe, fit.noise)
     if with_trunk:
-        trunk = _trained_trunk(recipe, folder, resume, progress, splits)
-        seconds, iterations = trunk.seconds, trunk.iteration
+        trunk = _trained_trunk(recipe, given, folder, resume, progress, splits)
+        seconds, iterations = seconds + trunk.seconds, iterations + trunk.iteration
         trainer = _branched_trainer(recipe, folder, trunk, prepare)
         del trunk  # and its memory, before the blocks train
     else:
         trainer = prepare(recipe, folder=folder)
-        write_recipe(recipe, folder)
+        write_recipe(given, folder)
     trainer.train(resume=resume)
     seconds, iterations = seconds + trainer.seconds, iterations + trainer.iteration
     with trainer.averaged() as model:
@@ -132,10 +141,26 @@ def train(
     return RunResult(model, rows, seconds, iterations)
 
 
-def _trained_trunk(recipe: Recipe, folder: Path, resume: bool, progress: bool, splits: Splits) -> Trainer:
-    """The trunk at its end; one that has ended is only read back."""
+def _fitted(recipe: Recipe, folder: Path, resume: bool, progress: bool, splits: Splits) -> Fit:
+    """The fit of the recipe's levels at its end; one that has ended is only read back."""
+
+    def prepare(of_round: Recipe, below: Path) -> Trainer:
+        trainer = make_trainer(of_round, folder=below, progress=progress, splits=splits)
+        if not resume:  # killed now, the run must not go on from blocks that trained on older levels
+            remove([*checkpoints(folder / "trunk" / "checkpoints"), *checkpoints(folder / "checkpoints")])
+        return trainer
+
+    if recipe.trunk is not None:
+        trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
+    return fit_levels(fit_options(recipe), fit_recipe(recipe), folder / "fit", prepare, resume=resume)
+
+
+def _trained_trunk(
+    recipe: Recipe, given: Recipe, folder: Path, resume: bool, progress: bool, splits: Splits
+) -> Trainer:
+    """The trunk at its end; one that has ended is only read back. `given` is what the run was asked for."""
     trunk = make_trainer(trunk_recipe(recipe), folder=folder / "trunk", progress=progress, splits=splits)
-    write_recipe(recipe, folder)
+    write_recipe(given, folder)
     trunk.train(resume=resume)
     with trunk.averaged() as model:
         save_model(model, folder / "trunk" / "model")
@@ -166,13 +191,52 @@ def _check_same_branch(recipe: Recipe, folder: Path) -> None:
         )
 
 
+def _check_same_fit(recipe: Recipe, folder: Path) -> None:
+    """Nor do they tell how their levels were fitted."""
+    file = folder / "recipe.json"
+    if not checkpoints(folder / "checkpoints") or not file.is_file():
+        return
+    before = read_json(file).get("fit")
+    now = None if recipe.fit is None else recipe.fit.model_dump(mode="json")
+    if before != now:
+        raise ValueError(
+            f"the levels of the blocks in {folder} were fitted with fit = {before}, this run has {now}: set it back, "
+            "start anew with --restart, or choose another folder"
+        )
+
+
 def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Leave the recipe, overrides applied, beside the run's results."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
 
 
-# ---- trunk and branch --------------------------------------------------------------------------------------
+# ---- fit, trunk and branch ---------------------------------------------------------------------------------
+
+
+def fit_options(recipe: Recipe) -> FitConfig:
+    """The recipe's `fit` section, which it must have."""
+    assert recipe.fit is not None
+    return recipe.fit
+
+
+def fit_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of what the levels are fitted to: one block of L/B layers on all levels, without averages.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has, or they do not divide.
+    """
+    options = fit_options(recipe)
+    length = {"steps": options.steps, "epochs": options.epochs}
+    none = {"blocks": None, "ema_decay": None, "ema_half_life": None, "snapshot_every": None}
+    return with_depth(recipe, layers_of_a_block(recipe)).model_copy(
+        update={
+            "fit": None,
+            "trunk": None,
+            "blocks": recipe.blocks.as_one_block(),
+            "train": recipe.train.model_copy(update=length | none),
+        }
+    )
 
 
 def trunk_options(recipe: Recipe) -> TrunkConfig:
@@ -229,8 +293,8 @@ def layers_of_a_block(recipe: Recipe) -> int:
     if depth % many:
         divisors = [n for n in range(1, depth + 1) if depth % n == 0]
         raise ValueError(
-            f"a trunk, or a control of one block's layers, needs layers that divide: {depth} layers, {many} blocks; "
-            f"set blocks.num_blocks to one of {divisors}"
+            f"a fit, a trunk, or a control of one block's layers, needs layers that divide: {depth} layers, {many} "
+            f"blocks; set blocks.num_blocks to one of {divisors}"
         )
     return depth // many
 

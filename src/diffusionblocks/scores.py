@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import language
 from .data import ImageData, LatentData, TextChunks, evaluation_batches, evaluation_chunks
 from .data.config import LatentsConfig, PixelsConfig
 from .evaluation.accuracy import AccuracyRow, accuracy_grid
@@ -22,19 +23,25 @@ from .evaluation.diagnostics import LevelRow, accuracy_by_level
 from .evaluation.features import ClassifierFeatures, Features, InceptionFeatures, train_classifier
 from .evaluation.frechet import FeatureStatistics
 from .evaluation.generation import SampleRow, Setting, measure_samples, statistics
+from .evaluation.mauve import require_mauve
 from .model import DiffusionBlocks
 from .noise import Masking
-from .recipes import AccuracyConfig, BitsConfig, Recipe, SamplesConfig
+from .recipes import AccuracyConfig, BitsConfig, LanguageConfig, Recipe, SamplesConfig
 from .sources import Data, device_of, load_data, pixels_of
 from .targets import ImageTarget
 
 #: Data by split, where the caller has loaded it already.
 Splits = Mapping[str, Data]
-Row = AccuracyRow | SampleRow | Bits
+Row = AccuracyRow | SampleRow | Bits | language.LanguageResult
 
 
 def evaluate(recipe: Recipe, model: nn.Module, splits: Splits | None = None) -> list[Row]:
     """Measure a model as the recipe's `evaluate` section says: one row a combination of its settings."""
+    if isinstance(recipe.evaluate, LanguageConfig):
+        data = (splits or {}).get("test") or load_data(recipe, "test")
+        assert isinstance(data, TextChunks), "recipes of text models have text"
+        with precision(recipe, model):
+            return [language.measure(recipe, recipe.evaluate, model, data)]
     if isinstance(recipe.evaluate, AccuracyConfig):
         return list(_accuracy(recipe, recipe.evaluate, model, splits or {}))
     assert isinstance(model, DiffusionBlocks)
@@ -213,6 +220,8 @@ def check_evaluation(recipe: Recipe, model: nn.Module, data: Data) -> None:
         ImportError: Inception's features without the package that has them.
     """
     options = recipe.evaluate
+    if isinstance(options, LanguageConfig) and options.mauve is not None:
+        require_mauve()
     if not isinstance(options, SamplesConfig) or not isinstance(model, DiffusionBlocks):
         return
     assert isinstance(model.target, ImageTarget)

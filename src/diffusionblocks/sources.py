@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from .adapters import adapter_named, config_fields, instantiate, pretrained, rebuild_config
@@ -14,19 +15,31 @@ from .building import build, empty, materialise
 from .config import BlocksConfig
 from .convert import assemble
 from .data import (
+    CharacterCodec,
     ImageBatches,
     ImageData,
     LatentBatches,
     LatentData,
     TextBatches,
     TextChunks,
+    TextCodec,
+    TokenCodec,
     characters,
     digits,
     image_classification,
     latent_folder,
     python_topics,
 )
-from .data.config import DigitsConfig, LatentsConfig, PixelsConfig, TextConfig, TopicsConfig, resolved_source
+from .data.config import (
+    DigitsConfig,
+    LatentsConfig,
+    PixelsConfig,
+    TextConfig,
+    TokensConfig,
+    TopicsConfig,
+    resolved_source,
+)
+from .data.tokenized import corpus_tokenizer, encoded_split, load_tokenizer, split_files
 from .evaluation.pictures import to_uint8
 from .files import read_json
 from .loading import load
@@ -41,7 +54,7 @@ Data = ImageData | LatentData | TextChunks
 
 
 #: What an example is, by what the family denoises.
-_EXAMPLES = {"label": "images", "image": "images", "tokens": "texts"}
+_EXAMPLES = {"label": "images", "image": "images", "tokens": "texts", "next-token": "texts"}
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -75,6 +88,11 @@ def load_data(recipe: Recipe, split: str) -> Data:
         source = resolved_source(data)
         text = characters(source, name, split_files=data.split_files, fractions=data.fractions, cache_dir=data.cache)
         return TextChunks(text, data.length)
+    if isinstance(data, TokensConfig):
+        files = split_files(Path(resolved_source(data)), name, data.split_files)
+        tokenizer = _tokenizer(data)
+        text = encoded_split(files, tokenizer, data.cache_folder, name, separator=data.separator, progress=True)
+        return TextChunks(text, data.length)
     return image_classification(
         resolved_source(data),
         data.split_files,
@@ -86,6 +104,30 @@ def load_data(recipe: Recipe, split: str) -> Data:
         data.num_classes,
         data.cache,
     )
+
+
+def text_codec(recipe: Recipe) -> TextCodec:
+    """What turns text into the recipe's ids and back.
+
+    Of `tokens` this reads the tokenizer, or trains it where it is not there yet, for which the train split must be at
+    hand; with `data.tokenizer` no data are needed.
+
+    Raises:
+        FileNotFoundError, ValueError: what reading or training the tokenizer refuses; or a recipe without text.
+    """
+    data = recipe.data
+    if isinstance(data, (TopicsConfig, TextConfig)):
+        return CharacterCodec()
+    if isinstance(data, TokensConfig):
+        return TokenCodec(_tokenizer(data))
+    raise ValueError(f"data.kind: {data.kind} has no text; text has data.kind: topics, text or tokens")
+
+
+def _tokenizer(data: TokensConfig) -> Tokenizer:
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer)
+    files = split_files(Path(resolved_source(data)), data.train_split, data.split_files)
+    return corpus_tokenizer(files, data.vocab_size, data.cache_folder, limit=data.train_characters, progress=True)
 
 
 def make_batches(recipe: Recipe, data: Data, device: torch.device) -> BatchMaker:
@@ -175,8 +217,13 @@ def _model_config(recipe: Recipe) -> Any:
 
 
 def is_end_to_end(recipe: Recipe) -> bool:
-    """Whether the recipe's model stays whole, as an unconverted classifier."""
-    return recipe.method == "end-to-end" and adapter_named(recipe.model.type).target == "label"
+    """Whether the recipe's model stays whole, as an unconverted classifier or language model."""
+    return recipe.method == "end-to-end" and has_plain_training(recipe)
+
+
+def has_plain_training(recipe: Recipe) -> bool:
+    """Whether the recipe's class has an end-to-end training of its own; else it denoises anyway, all levels at once."""
+    return adapter_named(recipe.model.type).target in ("label", "next-token")
 
 
 def blocks_config(recipe: Recipe) -> BlocksConfig:
@@ -236,7 +283,8 @@ def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
     config = config_of(model)
     adapter = adapter_named(recipe.model.type)
     shape = adapter.example_shape(config)
-    if shape != data.example_shape:
+    shorter = adapter.target == "next-token" and data.example_shape <= shape
+    if shape != data.example_shape and not shorter:
         taken, found = ("x".join(map(str, s)) for s in (shape, data.example_shape))
         what = _EXAMPLES[adapter.target]
         raise ValueError(f"the model takes {what} of {taken}, the data has {found}; set their size in model.config")
@@ -280,7 +328,7 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
             f"{path} holds a {class_name}, the recipe describes a {recipe.model.type}: give the recipe that the model "
             "was trained with"
         )
-    if in_our_format != (recipe.method == "diffusionblocks" or family != "label"):
+    if in_our_format == is_end_to_end(recipe):
         method = "diffusionblocks" if in_our_format else "end-to-end"
         raise ValueError(f"{path} holds a model of method {method}, the recipe says method: {recipe.method}")
     device = device_of(recipe)
@@ -299,7 +347,7 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
                     f"{path} holds a model of {_EXAMPLES[family]} {found}, the recipe describes one of {described}: "
                     "give the recipe that the model was trained with"
                 )
-        if recipe.train.compile and device.type == "cuda" and family != "label":
+        if recipe.train.compile and device.type == "cuda" and family not in ("label", "next-token"):
             model.compile_layers()
         return model
     return EndToEnd(pretrained(class_name, path, {}).to(device))

@@ -35,37 +35,53 @@ class Target(nn.Module, abc.ABC):
         return inputs
 
 
-class LabelTarget(Target):
-    """The label's L2-normalised embedding as the target of a classifier (paper, section 4.1).
+class EmbeddingTarget(Target):
+    """A row of a table of unit vectors as the target: that of a label, or of a token (paper, section 4.1).
 
     Normalisation keeps learned embeddings from collapsing. Initial rows are random directions drawn from `seed`,
     so every block, on whatever machine, has the same space for z.
 
     Args:
-        num_classes: number of labels, >= 2.
-        dim: size of the embedding (the model's hidden size).
-        learned: whether the embedding is trained.
+        count: number of rows.
+        dim: size of a row (the model's hidden size).
+        learned: whether the rows are trained.
         seed: seed of the rows.
+    """
+
+    def __init__(self, count: int, dim: int, *, learned: bool, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        rows = F.normalize(torch.randn(count, dim, generator=generator), dim=-1)
+        self.embedding = nn.Parameter(rows, requires_grad=learned)
+
+    @property
+    def table(self) -> Tensor:
+        """All targets: unit rows, float32, shape (count, dim)."""
+        return F.normalize(self.embedding.float(), dim=-1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Unit rows, float32: int64 ids (...) -> (..., dim)."""
+        return F.normalize(F.embedding(ids, self.embedding).float(), dim=-1)
+
+
+class LabelTarget(EmbeddingTarget):
+    """The label's L2-normalised embedding as the target of a classifier (paper, section 4.1).
+
+    Args:
+        num_classes: number of labels, >= 2.
+        dim, learned, seed: see `EmbeddingTarget`.
     """
 
     names = ("labels",)
 
     def __init__(self, num_classes: int, dim: int, *, learned: bool, seed: int) -> None:
-        super().__init__()
         if num_classes < 2:
             raise ValueError(f"a classifier needs at least 2 labels, got {num_classes}")
-        generator = torch.Generator().manual_seed(seed)
-        rows = F.normalize(torch.randn(num_classes, dim, generator=generator), dim=-1)
-        self.embedding = nn.Parameter(rows, requires_grad=learned)
-
-    @property
-    def table(self) -> Tensor:
-        """All targets: unit rows, float32, shape (num_classes, dim)."""
-        return F.normalize(self.embedding.float(), dim=-1)
+        super().__init__(num_classes, dim, learned=learned, seed=seed)
 
     def encode(self, batch: Batch) -> Tensor:
         """`labels` (batch,) -> y (batch, dim)."""
-        return F.normalize(F.embedding(batch["labels"], self.embedding).float(), dim=-1)
+        return self.rows(batch["labels"])
 
     def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
         """Cross-entropy of logits (batch, num_classes)."""
@@ -178,6 +194,66 @@ class TokenTarget(Target):
     def check(self, batch: Batch, size: int) -> None:
         """See `Target`."""
         check_tokens(batch["input_ids"], self.vocab_size, (size, self.length))
+
+
+class NextTokenTarget(EmbeddingTarget):
+    """The next token's L2-normalised embedding as the target of an autoregressive model (paper, section 4.3).
+
+    Args:
+        vocab_size: number of tokens.
+        dim, learned, seed: see `EmbeddingTarget`.
+        shift: 0 where a position of its own denoises each token, given the tokens before it (two streams); 1 where
+            the position of a token denoises the one after it (one stream).
+        clean_weight: weight of the clean stream's plain next-token loss; 0 leaves it out.
+    """
+
+    names = ("input_ids",)
+
+    def __init__(
+        self, vocab_size: int, dim: int, *, learned: bool, seed: int, shift: int = 0, clean_weight: float = 0.0
+    ) -> None:
+        super().__init__(vocab_size, dim, learned=learned, seed=seed)
+        self.shift = shift
+        self.clean_weight = clean_weight
+
+    @torch.no_grad()
+    def take_rows(self, embedding: Tensor) -> None:
+        """Let the rows be the directions of an embedding (vocab_size, dim)."""
+        self.embedding.copy_(F.normalize(embedding.float(), dim=-1))
+
+    def encode(self, batch: Batch) -> Tensor:
+        """`input_ids` (batch, length) -> y (batch, length - shift, dim)."""
+        return self.rows(batch["input_ids"][:, self.shift :])
+
+    def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy over the tokens of each sequence, in nats.
+
+        `output` has logits (batch, length - shift, vocab_size), and under `clean_weight` those of the clean stream
+        behind them, (batch, length, vocab_size).
+        """
+        tokens = batch["input_ids"]
+        many = tokens.shape[1] - self.shift
+        loss = mean_cross_entropy(output[:, :many], tokens[:, self.shift :])
+        if output.shape[1] > many:
+            loss = loss + self.clean_weight * mean_cross_entropy(output[:, many:-1], tokens[:, 1:])
+        return loss
+
+    def check(self, batch: Batch, size: int) -> None:
+        """See `Target`."""
+        tokens = batch["input_ids"]
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] <= self.shift:
+            found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"input_ids must have shape (batch, length), length > {self.shift}, got {found}")
+        check_tokens(tokens, len(self.embedding), (size, tokens.shape[1]))
+
+
+def mean_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over the positions of each sequence: logits (batch, length, vocab_size), tokens (batch, length) -> (batch,).
+
+    In float32, whatever the logits' dtype.
+    """
+    nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+    return nats.view(tokens.shape).mean(dim=1)
 
 
 def check_tokens(tokens: Tensor, vocab_size: int, shape: tuple[int, ...], *, mask: bool = False) -> None:

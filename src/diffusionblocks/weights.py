@@ -54,10 +54,12 @@ class Fresh(WeightSource):
 
     A block's layers are those of an instance with as many layers, seeded by (seed, block); its shared parts those of an
     instance of one layer, seeded by the seed alone, so they are equal in all blocks. This needs an initialisation that
-    depends neither on the depth of the model nor on a layer's place in it. So it is for all supported classes: ViT,
-    DeiT and DINOv2 draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT with torch's defaults, and
-    DINOv2's layer scale and drop path are the same in all layers. Where a class makes layers that differ in their
-    attributes, these are right all the same, because the modules are those of the model at its full depth.
+    depends neither on the depth of the model nor on a layer's place in it. So it is for all supported classes but one:
+    ViT, DeiT, DINOv2 and language models draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT with
+    torch's defaults, and DINOv2's layer scale and drop path are the same in all layers. The one is our
+    `RecurrentDepth`, which has one block: its shared parts are those of an instance of full depth. Where a class makes
+    layers that differ in their attributes, these are right all the same, because the modules are those of the model at
+    its full depth.
 
     Args:
         model_class: name of a supported class.
@@ -81,7 +83,8 @@ class Fresh(WeightSource):
         """See `WeightSource`."""
         shared = [name for name in names if self._is_shared(name)]
         if shared:
-            drawn = self._draw(1, "shared")
+            depends = adapter_named(self.model_class).depth_dependent_weights
+            drawn = self._draw(layers.stop if depends else 1, "shared")
             yield from ((name, drawn[name]) for name in shared)
             del drawn
         of_layers = {self._name_from(layers.start, name): name for name in names if not self._is_shared(name)}

@@ -1,6 +1,9 @@
 """EDM noise: quantiles against the standard library's normal, sampling, boundaries, grids, preconditioning."""
 
+import copy
+import dataclasses
 import itertools
+import json
 import math
 from statistics import NormalDist
 
@@ -10,7 +13,7 @@ from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionblocks import EDM
+from diffusionblocks import EDM, BlocksConfig
 
 DEFAULT = EDM()
 PROCESSES = st.builds(
@@ -310,3 +313,142 @@ def test_prior_has_the_highest_noise() -> None:
 def test_to_dict_rebuilds_the_process() -> None:
     noise = EDM(p_mean=-0.4, p_std=1.0, sigma_min=0.01, sigma_max=50.0, sigma_data=1.0)
     assert EDM(**noise.to_dict()) == noise
+
+
+# ---- quantiles that were fitted ------------------------------------------------------------------------------
+
+KNOTS = (0.002, 0.05, 0.3, 0.4, 2.0, 80.0)
+FITTED = EDM(quantiles=KNOTS)
+
+
+def ascending_levels(low: float, high: float) -> st.SearchStrategy[tuple[float, ...]]:
+    """2 to 12 levels from low to high, at least a hundredth part of the range in log sigma apart."""
+    inner = st.lists(st.integers(1, 99), max_size=10, unique=True).map(sorted)
+    return inner.map(lambda places: (low, *(low * (high / low) ** (place / 100) for place in places), high))
+
+
+def test_the_quantiles_are_levels_at_equal_steps_of_mass() -> None:
+    masses = torch.linspace(0.0, 1.0, 6, dtype=torch.float64)
+    torch.testing.assert_close(FITTED.mass_of(double(*KNOTS)), masses, rtol=0, atol=1e-12)
+    torch.testing.assert_close(FITTED.level_of(masses), double(*KNOTS), rtol=1e-12, atol=0)
+    assert FITTED.boundaries(5) == pytest.approx(KNOTS, rel=1e-12)
+    assert FITTED.levels(5) == pytest.approx(KNOTS[::-1], rel=1e-12)
+    # Between them mass is even over log sigma: the middle of the mass is the geometric mean of its neighbours.
+    assert FITTED.level_of(double(0.3)).item() == pytest.approx(math.sqrt(0.05 * 0.3))
+    assert FITTED.level_of(double(0.98)).item() == pytest.approx(2.0 * 40.0**0.9)
+
+
+def test_two_quantiles_are_levels_even_over_log_sigma() -> None:
+    noise = EDM(quantiles=(0.002, 80.0))
+    assert noise.boundaries(7) == pytest.approx(noise.boundaries(7, "log-uniform"), rel=1e-12)
+    levels = torch.logspace(-2, 1, 50, dtype=torch.float64)
+    torch.testing.assert_close(noise.density(levels), torch.full_like(levels, 1 / math.log(80.0 / 0.002)))
+
+
+def test_the_normals_quantiles_are_the_normal() -> None:
+    """Parity: at 4,000 steps of mass the interpolation and the closed form differ by little."""
+    fine = EDM(quantiles=tuple(DEFAULT.boundaries(4000)))
+    masses = torch.linspace(0.01, 0.99, 500, dtype=torch.float64)
+    torch.testing.assert_close(fine.level_of(masses), DEFAULT.level_of(masses), rtol=1e-4, atol=0)
+    levels = DEFAULT.level_of(masses)
+    torch.testing.assert_close(fine.mass_of(levels), masses, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fine.density(levels), DEFAULT.density(levels), rtol=0.02, atol=0)
+    assert torch.equal(fine.weight(levels), DEFAULT.weight(levels))
+    assert all(torch.equal(a, b) for a, b in zip(fine.precondition(levels), DEFAULT.precondition(levels), strict=True))
+
+
+@given(ascending_levels(0.002, 80.0), st.lists(st.floats(0.0, 1.0), min_size=1, max_size=20))
+def test_mass_and_level_invert_each_other_between_any_quantiles(knots: tuple[float, ...], masses: list[float]) -> None:
+    noise = EDM(quantiles=knots)
+    levels = noise.level_of(double(*sorted(masses)))
+    assert bool((levels.diff() >= 0).all())
+    assert 0.002 <= levels.min() <= levels.max() <= 80.0
+    torch.testing.assert_close(noise.mass_of(levels), double(*sorted(masses)), rtol=0, atol=1e-9)
+    grid = torch.linspace(math.log(0.002), math.log(80.0), 100_001, dtype=torch.float64)
+    middle = (grid[1:] + grid[:-1]) / 2
+    assert noise.density(middle.exp()).mean().item() * (grid[-1] - grid[0]).item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("interval", [(0.002, 80.0), (0.1, 0.35), (0.3, 0.4), (1.0, 80.0)])
+def test_levels_are_drawn_with_uniform_mass_of_the_quantiles(interval: tuple[float, float]) -> None:
+    n = 20_000
+    sigma = FITTED.sample(n, interval, generator=seeded(7))
+    assert sigma.dtype == torch.float32
+    assert sigma.min().item() >= interval[0] * (1 - 1e-6)
+    assert sigma.max().item() <= interval[1] * (1 + 1e-6)
+    low, high = FITTED.mass_of(double(*interval)).tolist()
+    assert kolmogorov_smirnov((FITTED.mass_of(sigma) - low) / (high - low)) < 1.63 / math.sqrt(n)  # 1% level
+    of_the_normal = DEFAULT.sample(n, interval, generator=seeded(7))
+    assert (kolmogorov_smirnov((FITTED.mass_of(of_the_normal) - low) / (high - low)) > 1.63 / math.sqrt(n)) == (
+        interval != (0.3, 0.4)  # where both are all but even over log sigma
+    )
+
+
+def test_levels_outside_the_range_are_clamped_and_masses_outside_refused() -> None:
+    assert FITTED.mass_of(double(1e-6, 1e6)).tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"mass must be in \[0, 1\]"):
+        FITTED.level_of(double(1.2))
+
+
+def test_quantiles_keep_dtype_shape_and_the_graph_whole() -> None:
+    u = torch.rand(2, 3, generator=seeded())
+    assert FITTED.level_of(u).dtype == torch.float64
+    assert FITTED.level_of(u).shape == FITTED.mass_of(u).shape == (2, 3)
+    compiled = torch.compile(lambda levels: FITTED.density(levels) * FITTED.mass_of(levels), backend="eager")
+    levels = torch.tensor([0.01, 0.35, 5.0])
+    assert torch.equal(compiled(levels), FITTED.density(levels) * FITTED.mass_of(levels))
+
+
+def test_quantiles_survive_json_and_copies() -> None:
+    FITTED.sample(4, generator=seeded())  # what it keeps beside its fields goes nowhere
+    assert EDM(**json.loads(json.dumps(FITTED.to_dict()))) == FITTED
+    assert hash(EDM(quantiles=list(KNOTS))) == hash(FITTED)  # type: ignore[arg-type]
+    config = BlocksConfig(noise=FITTED)
+    again = BlocksConfig.model_validate_json(config.model_dump_json())
+    assert again == config
+    assert again.noise == FITTED
+    assert again.noise != EDM(quantiles=(*KNOTS[:-2], 3.0, 80.0))
+    assert torch.equal(copy.deepcopy(FITTED).level_of(double(0.3)), FITTED.level_of(double(0.3)))
+    # A replaced distribution has knots of its own, not those kept for the old one.
+    other = dataclasses.replace(FITTED, quantiles=(0.002, 80.0))
+    assert other.level_of(double(0.5)).item() == pytest.approx(math.sqrt(0.002 * 80.0))
+
+
+@pytest.mark.parametrize(
+    ("knots", "words"),
+    [
+        ((), "at least 2 finite levels"),
+        ((0.002,), "at least 2 finite levels"),
+        ((0.002, 1.0, 1.0, 80.0), "ascend strictly"),
+        ((0.002, 2.0, 1.0, 80.0), "ascend strictly"),
+        ((0.002, math.nan, 80.0), "ascend strictly"),
+        ((0.002, 1.0, math.inf), "finite levels"),
+        ((0.003, 1.0, 80.0), "start at sigma_min = 0.002 and end at sigma_max = 80.0, got 0.003 to 80.0"),
+        ((0.002, 1.0, 79.0), "got 0.002 to 79.0"),
+    ],
+)
+def test_wrong_quantiles_are_refused(knots: tuple[float, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EDM(quantiles=knots)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_drawing_fitted_levels_waits_for_no_gpu_and_fits_in_a_graph() -> None:
+    noise = EDM(quantiles=KNOTS)
+    generator = torch.Generator("cuda").manual_seed(3)
+    noise.sample(64, generator=generator, device="cuda")  # the knots go there once
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            noise.sample(64, (0.1, 1.0), generator=generator, device="cuda")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            levels = noise.sample(64, (0.1, 1.0), generator=generator, device="cuda")
+        generator.manual_seed(3)
+        graph.replay()
+    torch.cuda.synchronize()
+    expected = noise.sample(64, (0.1, 1.0), generator=generator.manual_seed(3), device="cuda")
+    torch.testing.assert_close(levels, expected)

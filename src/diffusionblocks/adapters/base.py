@@ -25,10 +25,12 @@ class Adapter(abc.ABC):
 
     #: names of the public classes the adapter converts -> the library that has them
     classes: ClassVar[dict[str, Library]]
-    #: what the family's blocks denoise: `label`, `image` or `tokens`
+    #: what the family's blocks denoise: `label`, `image`, `tokens` or `next-token`
     target: ClassVar[str]
     #: whether the model knows the noise level by itself; if not, conversion adds a noise embedding and adaptive norms
     knows_noise_level: ClassVar[bool] = False
+    #: whether shared parts are initialised by the number of layers (then a model has one block)
+    depth_dependent_weights: ClassVar[bool] = False
     #: the config value that holds the number of layers
     depth_field: ClassVar[str]
     #: the config value that holds the number of labels, or of different tokens
@@ -105,13 +107,19 @@ class Adapter(abc.ABC):
     def settle(self, network: nn.Module) -> None:  # noqa: B027
         """Adjust a block's own copy of its layers, where the original does something that conversion does itself."""
 
+    def settle_config(self, config: Any) -> None:  # noqa: B027
+        """Adjust the converted model's own copy of the original's config, where conversion changes what it says."""
+
+    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:  # noqa: B027
+        """Give the target what it takes from the model's weights, once `network` has them."""
+
     @abc.abstractmethod
     def hidden(
         self,
         network: nn.Module,
         layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
         added: nn.ModuleDict,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         z: Tensor,
         condition: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -128,15 +136,41 @@ class Adapter(abc.ABC):
 
         Returns:
             (hidden states, F): F is what the noise process combines with z: of its shape under EDM, logits
-            (batch, length, vocab_size) under masking.
+            (batch, length, vocab_size) under masking. Hidden states are what `readout` or `clean_logits` looks at.
         """
 
     @abc.abstractmethod
     def readout(
-        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
+        self,
+        network: nn.Module,
+        final: AdaptiveNorms | None,
+        added: nn.ModuleDict,
+        hidden: Tensor,
+        denoised: Tensor,
+        condition: Tensor,
     ) -> Tensor:
-        """What the block returns, from D (float32): label logits (batch, num_classes), or D
-        itself."""
+        """What the block returns, from D (float32): logits (batch, num_classes) of labels or (batch, length,
+        vocab_size) of tokens, or D itself."""
+
+    def past(self, batch: int, capacity: int, device: torch.device) -> Any:
+        """What is kept of `batch` sequences of at most `capacity` tokens while they are generated token by token."""
+        raise NotImplementedError(f"{type(self).__name__} does not generate token by token")
+
+    def clean_logits(self, network: nn.Module, added: nn.ModuleDict, hidden: Tensor) -> Tensor:
+        """Logits (batch, length, vocab_size) that the clean stream gives by itself, for families that have one."""
+        raise NotImplementedError(f"{type(self).__name__} has no clean stream")
+
+
+class LogitScale(nn.Module):
+    """A learnable factor on the logits, kept as its logarithm."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(float(start)).log())
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Same shape and dtype."""
+        return logits * self.log.exp().to(logits.dtype)
 
 
 class Namespace(nn.Module):

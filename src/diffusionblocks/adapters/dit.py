@@ -42,7 +42,13 @@ class DenoisingTransformer(Adapter):
             )
 
     def readout(
-        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
+        self,
+        network: nn.Module,
+        final: AdaptiveNorms | None,
+        added: nn.ModuleDict,
+        hidden: Tensor,
+        denoised: Tensor,
+        condition: Tensor,
     ) -> Tensor:
         """See `Adapter`."""
         return denoised

@@ -128,8 +128,8 @@ class Library(abc.ABC):
 class Transformers(Library):
     """transformers: a config class beside each model class."""
 
-    # The stages of a model that can serve as a backbone (DINOv2): one a layer.
-    depth_dependent = frozenset({"stage_names", "out_features", "out_indices"})
+    # The stages of a model that can serve as a backbone (DINOv2), the kinds of layers (Qwen): one a layer.
+    depth_dependent = frozenset({"stage_names", "out_features", "out_indices", "layer_types"})
 
     def fields(self, model_class: Any) -> set[str]:
         """See `Library`."""

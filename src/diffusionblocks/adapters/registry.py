@@ -8,12 +8,21 @@ from typing import Any
 from torch import nn
 
 from .base import Adapter
+from .causal_lm import CausalLMAdapter
 from .dit import DiffusersDiTAdapter, DiTAdapter
 from .libraries import Checkpoint, Library
 from .masked_lm import MaskedTransformerAdapter
+from .recurrent import RecurrentDepthAdapter
 from .vit import ViTAdapter
 
-_ADAPTERS: tuple[Adapter, ...] = (ViTAdapter(), DiTAdapter(), DiffusersDiTAdapter(), MaskedTransformerAdapter())
+_ADAPTERS: tuple[Adapter, ...] = (
+    ViTAdapter(),
+    DiTAdapter(),
+    DiffusersDiTAdapter(),
+    MaskedTransformerAdapter(),
+    CausalLMAdapter(),
+    RecurrentDepthAdapter(),
+)
 
 
 def supported_classes() -> dict[str, Adapter]:

@@ -163,7 +163,13 @@ class ViTAdapter(Adapter):
         return tokens, tokens[:, 0]
 
     def readout(
-        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
+        self,
+        network: nn.Module,
+        final: AdaptiveNorms | None,
+        added: nn.ModuleDict,
+        hidden: Tensor,
+        denoised: Tensor,
+        condition: Tensor,
     ) -> Tensor:
         """See `Adapter`."""
         assert final is not None

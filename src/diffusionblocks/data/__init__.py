@@ -6,17 +6,21 @@ from .images import ImageData, digits, image_classification
 from .latents import LatentBatches, LatentData, latent_folder
 from .text import TextData, characters, normalise, python_topics
 from .text_batches import TextBatches, TextChunks, evaluation_chunks
+from .tokenized import CharacterCodec, TextCodec, TokenCodec
 
 __all__ = [
     "Augment",
     "AugmentConfig",
+    "CharacterCodec",
     "ImageBatches",
     "ImageData",
     "LatentBatches",
     "LatentData",
     "TextBatches",
     "TextChunks",
+    "TextCodec",
     "TextData",
+    "TokenCodec",
     "characters",
     "digits",
     "evaluation_batches",

@@ -124,7 +124,41 @@ class TextConfig(_ChunksConfig):
     cache: Path | None = None
 
 
-def resolved_source(data: ImageFilesConfig | LatentsConfig | TextConfig) -> str:
+class TokensConfig(_ChunksConfig):
+    """A corpus as byte-level BPE tokens, of a tokenizer that is trained on its train split; encoded once, then mapped.
+
+    Attributes:
+        length: tokens of an example, which overlap in training.
+        source: a folder with text files for each split (plain, .xz, .gz or .bz2).
+        folder: as for `images`.
+        split_files: split name -> file pattern; null: train*.txt*, valid*.txt*, test*.txt*.
+        train_split, test_split: names of the splits.
+        separator: what stands between documents within a file; null: a file is a document.
+        vocab_size: tokens of the tokenizer that is trained, the end of a document among them.
+        tokenizer: a ready tokenizer.json, which has a size of its own; null trains one.
+        train_characters: train the tokenizer on only so many characters, the first of the train split; null takes all.
+        cache: folder for the tokenizer and the ids; null: runs/tokens-<name of the folder>.
+    """
+
+    kind: Literal["tokens"]
+    source: str | None = None
+    folder: str | None = None
+    split_files: dict[str, str] | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    separator: str | None = Field(default=None, min_length=1)
+    vocab_size: int = Field(default=8192, ge=257)
+    tokenizer: Path | None = None
+    train_characters: int | None = Field(default=None, ge=1)
+    cache: Path | None = None
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenizer and ids are kept."""
+        return self.cache or Path("runs") / f"tokens-{self.folder or Path(str(self.source)).name}"
+
+
+def resolved_source(data: ImageFilesConfig | LatentsConfig | TextConfig | TokensConfig) -> str:
     """The folder or hub name to read.
 
     Raises:
@@ -142,5 +176,6 @@ def resolved_source(data: ImageFilesConfig | LatentsConfig | TextConfig) -> str:
 
 
 DataConfig = Annotated[
-    DigitsConfig | ImageFilesConfig | LatentsConfig | TopicsConfig | TextConfig, Field(discriminator="kind")
+    DigitsConfig | ImageFilesConfig | LatentsConfig | TopicsConfig | TextConfig | TokensConfig,
+    Field(discriminator="kind"),
 ]

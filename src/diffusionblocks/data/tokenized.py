@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
 
 from ..files import read_json, renamed, write_json
-from .text import TextData, fingerprint, mapped, open_text
+from .text import SYMBOLS, TextData, decode, encode, fingerprint, mapped, open_text
 
-__all__ = ["END", "encoded_corpus", "load_tokenizer", "train_tokenizer"]
+__all__ = [
+    "END",
+    "CharacterCodec",
+    "TextCodec",
+    "TokenCodec",
+    "corpus_tokenizer",
+    "encoded_corpus",
+    "encoded_split",
+    "load_tokenizer",
+    "split_files",
+    "train_tokenizer",
+]
 
 END = "<|endoftext|>"
 """The special token after each document (GPT-2's name); id 0."""
@@ -23,22 +39,28 @@ _BATCH = 16  # passages encoded at once
 _PASSAGE = 1 << 16  # characters after which a passage ends at the next empty line
 
 
-def train_tokenizer(files: Sequence[Path], vocab_size: int, path: Path) -> Tokenizer:
+def train_tokenizer(
+    files: Sequence[Path], vocab_size: int, path: Path, *, limit: int | None = None, progress: bool = False
+) -> Tokenizer:
     """Train a byte-level BPE tokenizer (GPT-2's kind) and write it as `tokenizer.json`.
 
-    It loses nothing: every text is decoded to itself.
+    It loses nothing: every text is decoded to itself. The same text gives the same tokenizer.
 
     Args:
         files: UTF-8 text, plain or packed (.xz, .gz, .bz2).
         vocab_size: tokens, >= 257 (256 bytes and `END`). Where the text does not have as many, there are fewer.
         path: file to write, through a temporary name.
+        limit: train on the first so many characters only, >= 1; None: on all.
+        progress: show the library's progress bars, on a terminal.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no files, or vocab_size too small.
+        ValueError: no files, vocab_size or limit too small.
     """
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < _SMALLEST:
         raise ValueError(f"vocab_size = {vocab_size!r}: must be a whole number >= {_SMALLEST} (256 bytes and {END})")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit = {limit!r}: must be at least 1, or None for all characters")
     _check_files(files)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,9 +69,9 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int, path: Path) -> Token
         vocab_size=vocab_size,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=progress and sys.stdout.isatty(),  # elsewhere the bars leave empty lines
     )
-    passages = itertools.chain.from_iterable(_passages(_read(file)) for file in files)
+    passages = itertools.chain.from_iterable(_passages(text) for text in _texts(files, limit))
     tokenizer.train_from_iterator(passages, trainer)
     path.parent.mkdir(parents=True, exist_ok=True)
     with renamed(path) as temporary:
@@ -74,7 +96,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def encoded_corpus(
-    files: Sequence[Path], tokenizer: Tokenizer, path: Path, *, separator: str | None = None
+    files: Sequence[Path], tokenizer: Tokenizer, path: Path, *, separator: str | None = None, progress: bool = False
 ) -> TextData:
     """A corpus as tokens, encoded once: a later call with the same files and tokenizer only maps the file.
 
@@ -86,6 +108,7 @@ def encoded_corpus(
         path: file of the raw little-endian ids, uint16, or uint32 for more than 65,536 tokens; beside it `PATH.json`
             says what it holds. Both are written under temporary names.
         separator: what stands between documents within a file, such as "\\n\\n\\n"; None: a file is a document.
+        progress: show a progress bar over the files' characters, on a terminal.
 
     Returns:
         The ids, mapped.
@@ -100,9 +123,8 @@ def encoded_corpus(
     _end(tokenizer)
     vocab_size = tokenizer.get_vocab_size()
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    signature = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     index = {
-        "source": fingerprint(files, [signature, separator]),
+        "source": _fingerprint(files, tokenizer, separator),
         "dtype": dtype.name,
         "vocab_size": vocab_size,
     }
@@ -112,13 +134,151 @@ def encoded_corpus(
         sidecar.unlink(missing_ok=True)  # from here to the end the file is nobody's
         count = 0
         with renamed(path) as temporary, temporary.open("wb") as out:
-            for ids in _ids(files, tokenizer, separator):
+            for ids in _ids(files, tokenizer, separator, progress):
                 count += len(ids)
                 out.write(np.asarray(ids, dtype=dtype).tobytes())
             if not count:
                 raise ValueError(f"no text in {[str(file) for file in files]}")
         write_json(sidecar, index | {"count": count})
     return TextData(mapped(path, dtype), vocab_size)
+
+
+def corpus_tokenizer(
+    files: Sequence[Path], vocab_size: int, folder: Path, *, limit: int | None = None, progress: bool = False
+) -> Tokenizer:
+    """The tokenizer of a corpus: trained once, and kept in `folder` as `tokenizer-FINGERPRINT.json`.
+
+    The name changes with the files (name, size, time of change), vocab_size and limit; so jobs that share a folder
+    never find another's. Jobs that train it at once write the same.
+
+    Args:
+        files, vocab_size, limit, progress: see `train_tokenizer`.
+        folder: made if need be.
+
+    Raises:
+        FileNotFoundError, ValueError: see `train_tokenizer`.
+    """
+    _check_files(files)
+    path = folder / f"tokenizer-{fingerprint(files, [END, vocab_size, limit])}.json"
+    if path.is_file():
+        return load_tokenizer(path)
+    return train_tokenizer(files, vocab_size, path, limit=limit, progress=progress)
+
+
+def encoded_split(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    folder: Path,
+    name: str,
+    *,
+    separator: str | None = None,
+    progress: bool = False,
+) -> TextData:
+    """As `encoded_corpus`, kept in `folder` as `NAME-FINGERPRINT.ids`.
+
+    The name changes with the files, the tokenizer and the separator; so jobs that share a folder never find another's.
+    Jobs that encode it at once write the same.
+    """
+    _check_files(files)
+    path = folder / f"{name}-{_fingerprint(files, tokenizer, separator)}.ids"
+    return encoded_corpus(files, tokenizer, path, separator=separator, progress=progress)
+
+
+def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = None) -> list[Path]:
+    """The text files of a split, in the order of their names.
+
+    Args:
+        source: a folder.
+        split: "train", "valid" or "test", or a name in `patterns`.
+        patterns: split name -> glob relative to the folder; None: {"train": "train*.txt*", ...}.
+
+    Raises:
+        FileNotFoundError: no such folder, or no file for the split.
+        ValueError: unknown split, or a file where a folder is needed.
+    """
+    source = source.expanduser()
+    if source.is_file():
+        raise ValueError(f"{source} is a file: name a folder that holds files for each split")
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is missing: name a folder that holds files for each split")
+    patterns = patterns or {name: f"{name}*.txt*" for name in ("train", "valid", "test")}
+    if split not in patterns:
+        raise ValueError(f"split = {split!r}: must be one of {list(patterns)}")
+    files = sorted(source.glob(patterns[split]))
+    if not files:
+        raise FileNotFoundError(f"no file {patterns[split]} in {source} for split {split!r}: set split_files")
+    return files
+
+
+# ---- text to ids and back --------------------------------------------------------------------------------
+
+
+class TextCodec(Protocol):
+    """Text to ids and back; `decode(encode(text)) == text`.
+
+    Attributes:
+        vocab_size: number of different ids.
+        end: the id that ends a document and can stand before a text's first token; None where there is none.
+    """
+
+    vocab_size: int
+    end: int | None
+
+    def encode(self, text: str) -> Tensor:
+        """Ids, int64, shape (n,); ValueError where the text cannot be encoded."""
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of ids (n,), any integer dtype; ValueError for an id that is none."""
+
+
+class CharacterCodec:
+    """The 27 characters."""
+
+    def __init__(self) -> None:
+        self.vocab_size = len(SYMBOLS)
+        self.end: int | None = None
+
+    def encode(self, text: str) -> Tensor:
+        """Ids, int64, shape (n,); ValueError for a character that is not among the 27."""
+        return encode(text).long()
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of ids (n,); `_` for the mask."""
+        return decode(ids)
+
+
+class TokenCodec:
+    """The tokens of a tokenizer that has `END`.
+
+    Args:
+        tokenizer: it is copied.
+
+    Attributes:
+        tokenizer: the copy, of which the letters of `END` in a text are letters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.end: int | None = _end(tokenizer)
+        self.tokenizer = _with_plain_letters(tokenizer)
+        self.vocab_size: int = tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> Tensor:
+        """Ids, int64, shape (n,)."""
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of ids (n,), with the letters of `END` where a document ends; bytes that are no UTF-8 become �.
+
+        Raises:
+            ValueError: an id that is none, such as a mask's, or ids of another shape.
+        """
+        values = ids.tolist()
+        if ids.dim() != 1 or not all(0 <= value < self.vocab_size for value in values):
+            raise ValueError(f"ids: {tuple(ids.shape)}: must be (n,), each from 0 to {self.vocab_size - 1}")
+        return str(self.tokenizer.decode(values, skip_special_tokens=False))
+
+
+# ---- the parts -------------------------------------------------------------------------------------------
 
 
 def _is_there(path: Path, sidecar: Path, index: dict[str, object], dtype: np.dtype[np.unsignedinteger]) -> bool:
@@ -129,19 +289,31 @@ def _is_there(path: Path, sidecar: Path, index: dict[str, object], dtype: np.dty
     return found == index and isinstance(count, int) and path.stat().st_size == count * dtype.itemsize
 
 
-def _ids(files: Sequence[Path], tokenizer: Tokenizer, separator: str | None) -> Iterator[list[int]]:
+def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, separator: str | None) -> str:
+    return fingerprint(files, [hashlib.sha256(tokenizer.to_str().encode()).hexdigest(), separator])
+
+
+def _ids(files: Sequence[Path], tokenizer: Tokenizer, separator: str | None, progress: bool) -> Iterator[list[int]]:
     end = _end(tokenizer)
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, for the next line changes it
-    tokenizer.encode_special_tokens = True  # where the text has the letters of END, they are letters
-    for file in files:
-        text = _read(file)
-        for document in text.split(separator) if separator else [text]:
-            if not document:
-                continue
-            for passages in _grouped(_passages(document)):
-                for encoding in tokenizer.encode_batch(passages, add_special_tokens=False):
-                    yield encoding.ids
-            yield [end]
+    tokenizer = _with_plain_letters(tokenizer)
+    for file, text in zip(files, _texts(files), strict=True):
+        hidden = None if progress else True  # None shows it on terminals only
+        with tqdm(total=len(text), desc=file.name, disable=hidden, unit="character", unit_scale=True) as bar:
+            for document in text.split(separator) if separator else [text]:
+                if not document:
+                    continue
+                for passages in _grouped(_passages(document)):
+                    for encoding in tokenizer.encode_batch(passages, add_special_tokens=False):
+                        yield encoding.ids
+                    bar.update(sum(map(len, passages)))
+                yield [end]
+
+
+def _with_plain_letters(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy for which the letters of `END` in a text are letters."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy
 
 
 def _passages(text: str) -> Iterator[str]:
@@ -159,9 +331,16 @@ def _grouped(passages: Iterator[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _read(file: Path) -> str:
-    with open_text(file) as stream:
-        return stream.read()
+def _texts(files: Sequence[Path], limit: int | None = None) -> Iterator[str]:
+    """The text of each file; of all together no more than `limit` characters."""
+    for file in files:
+        with open_text(file) as stream:
+            text = stream.read(-1 if limit is None else limit)
+        yield text
+        if limit is not None:
+            limit -= len(text)
+            if limit == 0:
+                return
 
 
 def _check_files(files: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Figures: accuracy against denoising steps, and the partition over the density of noise levels."""
+"""Figures: accuracy against denoising steps, the partition over the density of noise levels, and how it was fitted."""
 
 from __future__ import annotations
 
@@ -72,6 +72,38 @@ def draw_run(
     left.margins(y=0.25)  # room for the legend
     left.legend(fontsize=8, framealpha=0.9, ncols=2, loc="lower center")
     _draw_partition(right, partition, noise)
+    save_figure(figure, path)
+
+
+def draw_fit(levels: Sequence[float], curves: Sequence[Sequence[float]], noise: NoiseProcess, path: Path) -> None:
+    """Write a PNG: the mean cross-entropy that each round of a fit measured, and the density fitted to the last.
+
+    Args:
+        levels: where it was measured.
+        curves: for each round, the cross-entropy at every level, in nats.
+        noise: the fitted process.
+        path: the PNG.
+    """
+    figure, (axes,) = _axes(1)
+    for index, losses in enumerate(curves):
+        shade = f"{0.75 * (1 - (index + 1) / len(curves)):.2f}"
+        axes.plot(levels, losses, marker=".", color=shade, label=f"cross-entropy after round {index + 1}")
+    beside = axes.twinx()
+    spreads = spread(noise, noise.level_min, noise.level_max, 400)
+    beside.fill_between(spreads.numpy(), noise.density(spreads).numpy(), alpha=0.4, label="fitted density")
+    beside.set(ylabel=f"training density per unit of {'log ' * noise.logarithmic}{noise.symbol}", ylim=(0, None))
+    axes.set_zorder(beside.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    if noise.logarithmic:
+        axes.set_xscale("log")
+    axes.set(
+        xlabel=f"noise level {noise.symbol}",
+        ylabel="cross-entropy (nats)",
+        ylim=(0, None),
+        title="Levels fitted to the rise of the cross-entropy",
+    )
+    handles = [*axes.get_legend_handles_labels()[0], *beside.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, fontsize=8)
     save_figure(figure, path)
 
 

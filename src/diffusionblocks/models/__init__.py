@@ -2,5 +2,6 @@
 
 from .dit import DiT
 from .masked import MaskedTransformer
+from .recurrent import RecurrentDepth
 
-__all__ = ["DiT", "MaskedTransformer"]
+__all__ = ["DiT", "MaskedTransformer", "RecurrentDepth"]

@@ -55,11 +55,13 @@ class RotaryPositions(nn.Module):
         self.head_dim = head_dim
         self.base = base
 
-    def forward(self, tokens: Tensor) -> Rotation:
-        """ids (batch, length) -> two of (length, head_dim)."""
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Rotation:
+        """ids (batch, length) -> two of (length, head_dim); at positions (..., length) -> (..., length, head_dim)."""
         exponent = torch.arange(0, self.head_dim, 2, device=tokens.device, dtype=torch.float32) / self.head_dim
-        positions = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
-        angle = torch.outer(positions, self.base**-exponent).repeat(1, 2)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        half = positions[..., None].float() * self.base**-exponent
+        angle = torch.cat([half, half], dim=-1)
         return angle.cos(), angle.sin()
 
 

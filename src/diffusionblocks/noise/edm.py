@@ -2,12 +2,14 @@
 
 A *level* is sigma, the standard deviation of the noise added to the target. Its *mass* u in [0, 1] is its
 quantile under the training distribution, log sigma ~ N(P_mean, P_std^2) truncated to
-[sigma_min, sigma_max]; u = 0 is the cleanest level. "EDM eq. n" refers to the EDM paper.
+[sigma_min, sigma_max]; u = 0 is the cleanest level. `quantiles` puts a distribution in its place that was fitted to
+measured losses (`fitting.py`). "EDM eq. n" refers to the EDM paper.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -38,6 +40,9 @@ class EDM:
         sigma_min: lowest level, > 0 (default 0.002).
         sigma_max: highest level, > sigma_min (default 80).
         sigma_data: standard deviation of the data that the preconditioning assumes, > 0 (default 0.5).
+        quantiles: levels at equal steps of mass, ascending from sigma_min to sigma_max inclusive. Where given, they
+            are the training distribution, with mass even over log sigma between neighbours; p_mean and p_std then
+            mean nothing. Default None, the normal distribution.
         kind: tells the noise processes apart in a config.
 
     Raises:
@@ -54,6 +59,7 @@ class EDM:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
+    quantiles: tuple[float, ...] | None = None
     kind: Literal["edm"] = "edm"
 
     def __post_init__(self) -> None:
@@ -65,12 +71,27 @@ class EDM:
             raise ValueError(f"p_mean must be finite, got {self.p_mean}")
         if not (math.isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
             raise ValueError(f"sigma_max must be finite and > sigma_min = {self.sigma_min}, got {self.sigma_max}")
+        if self.quantiles is not None:
+            object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list, from JSON, would have no hash
+            self._check_quantiles()
+            return
 
         q_min, q_max = self._normal_cdf_ends
         if q_max - q_min < 1e-4:
             raise ValueError(
                 f"log sigma ~ N({self.p_mean}, {self.p_std}^2) has almost no mass in [{self.sigma_min}, "
                 f"{self.sigma_max}]: p_mean must lie about within the logarithms of that range"
+            )
+
+    def _check_quantiles(self) -> None:
+        found = self.quantiles or ()
+        ascends = all(low < high for low, high in itertools.pairwise(found))
+        if len(found) < 2 or not ascends or not all(math.isfinite(level) for level in found):
+            raise ValueError(f"quantiles must be at least 2 finite levels that ascend strictly, got {list(found)}")
+        if (found[0], found[-1]) != (self.sigma_min, self.sigma_max):
+            raise ValueError(
+                f"quantiles must start at sigma_min = {self.sigma_min} and end at sigma_max = {self.sigma_max}, got "
+                f"{found[0]} to {found[-1]}"
             )
 
     # ---- the training distribution -------------------------------------------------------------------
@@ -91,10 +112,28 @@ class EDM:
         q_min, q_max = _normal_cdf((ends.log() - self.p_mean) / self.p_std).tolist()
         return q_min, q_max
 
+    @functools.cached_property
+    def _knots_on(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _knots(self, device: torch.device) -> Tensor:
+        """Logarithms of the quantiles, float64, made once a device: a CUDA graph can hold no copy from the host."""
+        if device not in self._knots_on:
+            assert self.quantiles is not None
+            self._knots_on[device] = torch.tensor(self.quantiles, dtype=torch.float64).log().to(device)
+        return self._knots_on[device]
+
     def mass_of(self, level: Tensor) -> Tensor:
         """Mass u in [0, 1] below each level, float64, shape of `level` (levels outside the range are clamped)."""
-        q_min, q_max = self._normal_cdf_ends
         sigma = level.double().clamp(self.sigma_min, self.sigma_max)
+        if self.quantiles is not None:
+            knots = self._knots(level.device)
+            place = sigma.log().clamp(knots[0], knots[-1])
+            below = _interval_of(place, knots)
+            within = (place - knots[below]) / (knots[below + 1] - knots[below])
+            fitted: Tensor = (below + within) / (len(knots) - 1)
+            return fitted
+        q_min, q_max = self._normal_cdf_ends
         q = _normal_cdf((sigma.log() - self.p_mean) / self.p_std)
         mass: Tensor = ((q - q_min) / (q_max - q_min)).clamp(0.0, 1.0)
         return mass
@@ -107,6 +146,12 @@ class EDM:
         """
         if mass.device.type == "cpu" and not bool(((mass >= -1e-9) & (mass <= 1 + 1e-9)).all()):
             raise ValueError(f"mass must be in [0, 1], got {mass.min().item():g} to {mass.max().item():g}")
+        if self.quantiles is not None:
+            knots = self._knots(mass.device)
+            steps = mass.double().clamp(0.0, 1.0) * (len(knots) - 1)
+            below = steps.floor().clamp(max=len(knots) - 2).long()
+            place = knots[below] + (steps - below) * (knots[below + 1] - knots[below])
+            return place.exp().clamp(self.sigma_min, self.sigma_max)
         q_min, q_max = self._normal_cdf_ends
         q = q_min + mass.double().clamp(0.0, 1.0) * (q_max - q_min)
         sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(q))
@@ -142,6 +187,10 @@ class EDM:
 
     def density(self, level: Tensor) -> Tensor:
         """Density of the training distribution per unit of log sigma, float64, shape of `level`."""
+        if self.quantiles is not None:
+            knots = self._knots(level.device)
+            below = _interval_of(level.double().log(), knots)
+            return 1.0 / ((len(knots) - 1) * (knots[below + 1] - knots[below]))
         q_min, q_max = self._normal_cdf_ends
         x = (level.double().log() - self.p_mean) / self.p_std
         density: Tensor = torch.exp(-0.5 * x * x) / (math.sqrt(2 * math.pi) * self.p_std * (q_max - q_min))
@@ -285,6 +334,11 @@ class EDM:
     def to_dict(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""
         return asdict(self)
+
+
+def _interval_of(place: Tensor, knots: Tensor) -> Tensor:
+    """Index of the knot at or below each place, at most the last but one; int64, shape of `place`."""
+    return torch.searchsorted(knots, place, right=True).sub(1).clamp(0, len(knots) - 2)
 
 
 def _normal_cdf(x: Tensor) -> Tensor:

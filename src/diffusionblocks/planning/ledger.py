@@ -17,7 +17,7 @@ from typing import Any
 
 from ..adapters import adapter_named
 from ..block import Block
-from ..data.config import DigitsConfig, LatentsConfig, TextConfig, TopicsConfig
+from ..data.config import DigitsConfig, LatentsConfig, TextConfig, TokensConfig, TopicsConfig
 from ..recipes import Recipe
 from ..runs import with_depth
 from ..sources import config_of, load_data, outline_of
@@ -121,7 +121,7 @@ def forecast(recipe: Recipe, *, num_examples: int | None = None) -> Forecast:
     kept = dataclasses.asdict(kept_on_device(units, shared, recipe.train))
     adapter, config = adapter_named(recipe.model.type), config_of(model)
     make_batch = functools.partial(adapter.empty_batch, config)
-    data = _data_bytes(recipe, adapter.example_shape(config), num_examples)
+    data = _data_bytes(recipe, adapter.example_shape(config), num_examples, adapter.num_classes(config))
     kept |= {"data": data, "workspace": WORKSPACE_BYTES if _on_gpu(recipe) else 0}
     distinct = {shape_of(unit): unit for unit in reversed(units)}
     moments = {unit.name: _moments(recipe, unit, make_batch) for unit in distinct.values()}
@@ -132,7 +132,7 @@ def _on_gpu(recipe: Recipe) -> bool:
     return recipe.device != "cpu"
 
 
-def _data_bytes(recipe: Recipe, example_shape: tuple[int, ...], num_examples: int | None) -> int:
+def _data_bytes(recipe: Recipe, example_shape: tuple[int, ...], num_examples: int | None, num_classes: int) -> int:
     data = recipe.data
     if num_examples is not None and num_examples < 0:
         raise ValueError(f"num_examples must be >= 0, got {num_examples}")
@@ -142,6 +142,8 @@ def _data_bytes(recipe: Recipe, example_shape: tuple[int, ...], num_examples: in
         num_examples = len(load_data(recipe, "train")) if isinstance(data, (DigitsConfig, TopicsConfig)) else 0
     if isinstance(data, (TopicsConfig, TextConfig)):
         return num_examples * math.prod(example_shape)  # uint8 characters
+    if isinstance(data, TokensConfig):  # uint16 or uint32, see data/tokenized.py
+        return num_examples * math.prod(example_shape) * (2 if num_classes <= 1 << 16 else 4)
     # uint8 images, or float16 latents: means, and deviations if latents are drawn; and int64 labels
     per_element = 2 * (1 + data.sample_posterior) if isinstance(data, LatentsConfig) else 1
     return num_examples * (math.prod(example_shape) * per_element + 8)

@@ -1,5 +1,6 @@
 """Samplers: stateless solvers, and what each task makes of them."""
 
+from .continuation import Continuations, continue_plainly, continue_texts
 from .images import guided, prior_of_seeds, sample_images
 from .labels import Prediction, predict_labels
 from .solvers import SOLVERS, Callback, Denoiser, Solver, calls, dpmpp_2m, euler, heun
@@ -8,10 +9,13 @@ from .tokens import sample_tokens
 __all__ = [
     "SOLVERS",
     "Callback",
+    "Continuations",
     "Denoiser",
     "Prediction",
     "Solver",
     "calls",
+    "continue_plainly",
+    "continue_texts",
     "dpmpp_2m",
     "euler",
     "guided",

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from ..adapters import adapter_for
 from ..model import DiffusionBlocks
 from ..sampling import Prediction
+from ..targets import mean_cross_entropy
 
 
 class EndToEnd(nn.Module):
-    """The control: an unconverted classifier of transformers, with the interface of a block.
+    """The control: an unconverted classifier or language model of transformers, with the interface of a block.
 
     Args:
         model: the model; it is trained in place.
@@ -42,9 +43,19 @@ class EndToEnd(nn.Module):
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Images -> logits (batch, num_classes)."""
-        return self.model(pixel_values=pixel_values).logits  # type: ignore[no-any-return]
+    @property
+    def _trains_itself(self) -> bool:
+        """Whether the class brings a training loss of its own (`RecurrentDepth`); none of a library does."""
+        return hasattr(type(self.model), "loss")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) -> logits (batch, num_classes); or tokens (batch, length) -> logits
+        (batch, length, vocab_size) of those after them."""
+        if inputs.is_floating_point():
+            return self.model(pixel_values=inputs).logits  # type: ignore[no-any-return]
+        if self._trains_itself:
+            return self.model(inputs)  # type: ignore[no-any-return]
+        return self.model(input_ids=inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile layer by layer: all layers share one compiled graph, so it takes seconds at any depth."""
@@ -53,7 +64,12 @@ class EndToEnd(nn.Module):
             layer.compile(*args, **kwargs)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Cross-entropy of each sample, float32, shape (batch,)."""
+        """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens."""
+        if self._trains_itself:
+            return self.model.loss(batch, generator)  # type: ignore[operator, no-any-return]
+        if "input_ids" in batch:
+            tokens = batch["input_ids"]
+            return mean_cross_entropy(self(tokens)[:, :-1], tokens[:, 1:])
         loss = F.cross_entropy(self(batch["pixel_values"]).float(), batch["labels"], reduction="none")
         assert loss.shape == batch["labels"].shape
         return loss

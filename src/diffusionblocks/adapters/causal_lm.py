@@ -1,0 +1,266 @@
+"""Causal language models of transformers, of the Llama kind: Llama, Mistral, Qwen2 and Qwen3.
+
+A block sees every sequence twice: noisy positions, which denoise one token each, and clean ones, which are their
+context (paper, section 4.3; `attention.py`). Both run through the same layers, with the same rotary positions; only the
+noisy ones are told the noise level, so the clean stream of a pretrained model's first block is the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from ..attention import KERNELS, Past, Streams, library_attention
+from ..conditioning import AdaptiveNorms
+from ..config import BlocksConfig, NextTokenTargetConfig
+from ..targets import NextTokenTarget, Target
+from .base import Adapter, LogitScale
+from .libraries import TRANSFORMERS, Library
+
+_PREFIX = "diffusionblocks_"
+for _kernel in KERNELS:
+    AttentionInterface.register(f"{_PREFIX}{_kernel}", functools.partial(library_attention, kernel=_kernel))
+
+
+class NoisyToken(nn.Module):
+    """How a noised embedding enters a noisy position: a linear map, and what stands for "a token is wanted here".
+
+    The map lets a block that owns high noise, where z tells nothing, keep z out of the residual stream.
+
+    Args:
+        dim: size of an embedding.
+        std: of the initial weights.
+        previous: whether the clean token before it is added to a noisy position, as in an ordinary language model.
+    """
+
+    def __init__(self, dim: int, std: float, *, previous: bool) -> None:
+        super().__init__()
+        self.previous = previous
+        self.linear = nn.Linear(dim, dim)
+        nn.init.normal_(self.linear.weight, std=std)
+        nn.init.normal_(self.linear.bias, std=std)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (batch, length, dim) -> hidden (batch, length, dim)."""
+        return self.linear(z.to(self.linear.weight.dtype))  # type: ignore[no-any-return]
+
+
+class CausalLMAdapter(Adapter):
+    """Converts `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` and `Qwen3ForCausalLM`.
+
+    A head that is tied to the input embedding is untied, for blocks that train apart have one copy of each; its weights
+    start as they were.
+    """
+
+    classes: ClassVar[dict[str, Library]] = {
+        "LlamaForCausalLM": TRANSFORMERS,
+        "MistralForCausalLM": TRANSFORMERS,
+        "Qwen2ForCausalLM": TRANSFORMERS,
+        "Qwen3ForCausalLM": TRANSFORMERS,
+    }
+    target = "next-token"
+    depth_field = "num_hidden_layers"
+    class_count_field = "vocab_size"
+
+    def layers_path(self, model: nn.Module) -> str:
+        """See `Adapter`."""
+        return "model.layers"
+
+    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("model.embed_tokens", "model.rotary_emb", *self.head_paths(model))
+
+    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("model.norm", "lm_head")
+
+    def layer_norms(self, layer: nn.Module) -> list[nn.Module]:
+        """See `Adapter`."""
+        return [layer.get_submodule("input_layernorm"), layer.get_submodule("post_attention_layernorm")]
+
+    def final_norms(self, network: nn.Module) -> list[nn.Module]:
+        """See `Adapter`."""
+        return [network.get_submodule("model.norm")]
+
+    def hidden_size(self, model: nn.Module) -> int:
+        """See `Adapter`."""
+        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def num_classes(self, config: Any) -> int:
+        """See `Adapter`."""
+        return int(config.vocab_size)
+
+    def example_shape(self, config: Any) -> tuple[int]:
+        """See `Adapter`. Texts may be shorter."""
+        return (int(config.max_position_embeddings),)
+
+    def input_names(self, config: Any) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("input_ids",)
+
+    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
+        """See `Adapter`."""
+        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
+
+    def check(self, model: nn.Module) -> None:
+        """See `Adapter`."""
+        config: Any = model.config
+        name = type(model).__name__
+        kernel = config._attn_implementation
+        if kernel not in (*KERNELS, None):
+            raise ValueError(
+                f"{name} has attn_implementation = {kernel}, which knows no two streams; allowed: {', '.join(KERNELS)}"
+            )
+        if kernel == "flex_attention" and config.attention_dropout > 0:
+            raise ValueError(f"{name}: flex_attention has no dropout; set attention_dropout to 0, or use sdpa")
+        rope = (config.rope_parameters or {}).get("rope_type", "default")
+        if rope in ("dynamic", "longrope"):
+            raise ValueError(f"{name} has rotary positions of rope_type {rope}, which change with the text's length")
+
+    def default_target(self) -> NextTokenTargetConfig:
+        """See `Adapter`."""
+        return NextTokenTargetConfig()
+
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> NextTokenTarget:
+        """See `Adapter`."""
+        options = config.target
+        assert isinstance(options, NextTokenTargetConfig)
+        target = NextTokenTarget(
+            self.num_classes(model.config),
+            self.hidden_size(model),
+            learned=options.embedding == "learned",
+            seed=config.seed,
+            clean_weight=options.clean_weight,
+        )
+        if not next(model.parameters()).is_meta:
+            self.fill_target(model, target, config)
+        return target
+
+    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:
+        """See `Adapter`."""
+        assert isinstance(target, NextTokenTarget)
+        assert isinstance(config.target, NextTokenTargetConfig)
+        if config.target.embedding != "frozen":
+            target.take_rows(network.get_parameter("model.embed_tokens.weight"))
+
+    def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
+        """See `Adapter`."""
+        std = float(getattr(model.config, "initializer_range", 0.02))
+        return nn.ModuleDict(
+            {
+                "noisy_token": NoisyToken(self.hidden_size(model), std, previous=config.target.previous),
+                "logit_scale": LogitScale(config.target.logit_scale),
+            }
+        )
+
+    def settle(self, network: nn.Module) -> None:
+        """Untie the head, and let the layers attend in two streams."""
+        head, embedding = network.get_submodule("lm_head"), network.get_submodule("model.embed_tokens")
+        tied = embedding.get_parameter("weight")
+        if head.weight is tied:
+            head.weight = nn.Parameter(tied.detach().clone(), tied.requires_grad)
+        for layer in network.get_submodule("model.layers").children():
+            attention: Any = layer.get_submodule("self_attn")
+            kernel = (attention.config._attn_implementation or "sdpa").removeprefix(_PREFIX)
+            # A config of its own: the model's says what the user chose.
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation = f"{_PREFIX}{kernel}"
+
+    def settle_config(self, config: Any) -> None:
+        """See `Adapter`."""
+        config.tie_word_embeddings = False
+
+    def past(self, batch: int, capacity: int, device: torch.device) -> Past:
+        """See `Adapter`: a block's keys and values of the clean stream."""
+        return Past(batch, capacity, device)
+
+    def hidden(
+        self,
+        network: nn.Module,
+        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
+        added: nn.ModuleDict,
+        inputs: Mapping[str, Any],
+        z: Tensor,
+        condition: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Adapter`.
+
+        Args:
+            network, layers, added, condition: as there.
+            inputs: `input_ids` (batch, length), the clean tokens; where text is generated the new ones only (none, or
+                right-padded), with `past` and `counts` (batch,), see `Streams`.
+            z: (batch, length, dim), or (batch, 1, dim) of the one token that is wanted next.
+
+        Returns:
+            (clean stream (batch, length, dim), F (batch, noisy length, dim)).
+        """
+        tokens, past = inputs["input_ids"], inputs.get("past")
+        noisy = z.shape[1]
+        embed, rotary = network.get_submodule("model.embed_tokens"), network.get_submodule("model.rotary_emb")
+        streams = Streams(noisy, tokens.shape[1], z.device, past=past, counts=inputs.get("counts"))
+        self._check_length(network, noisy if past is None else past.most + tokens.shape[1] + noisy)
+        clean = embed(tokens)
+        wanted = added["noisy_token"](z).to(clean.dtype)
+        if added["noisy_token"].previous:
+            wanted = wanted + _before(clean, streams)
+        states = torch.cat([wanted, clean], dim=1)
+        rotation = rotary(states, streams.positions)
+        for layer, adaptive in layers:
+            assert adaptive is not None
+            states = adaptive(layer, condition, states, leading=noisy, position_embeddings=rotation, streams=streams)
+        if past is not None:
+            past.advance(streams.counts, tokens.shape[1])
+        return states[:, noisy:], states[:, :noisy]
+
+    @staticmethod
+    def _check_length(network: nn.Module, length: int) -> None:
+        config: Any = network.get_submodule("model.rotary_emb").config
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"{length} tokens, but the model takes {config.max_position_embeddings} (max_position_embeddings)"
+            )
+        window = getattr(config, "sliding_window", None)
+        slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+        if window is not None and slides and length > window:
+            raise ValueError(f"{length} tokens, but the model's attention slides over {window}, which is not supported")
+
+    def readout(
+        self,
+        network: nn.Module,
+        final: AdaptiveNorms | None,
+        added: nn.ModuleDict,
+        hidden: Tensor,
+        denoised: Tensor,
+        condition: Tensor,
+    ) -> Tensor:
+        """See `Adapter`."""
+        assert final is not None
+        head = network.get_submodule("lm_head")
+        states = final(network.get_submodule("model.norm"), condition, denoised.to(next(head.parameters()).dtype))
+        return added["logit_scale"](head(states))  # type: ignore[no-any-return]
+
+    def clean_logits(self, network: nn.Module, added: nn.ModuleDict, hidden: Tensor) -> Tensor:
+        """See `Adapter`."""
+        states = network.get_submodule("model.norm")(hidden)
+        return added["logit_scale"](network.get_submodule("lm_head")(states))  # type: ignore[no-any-return]
+
+
+def _before(clean: Tensor, streams: Streams) -> Tensor:
+    """The embedding of the clean token before each noisy position; zero before the first of all."""
+    past = streams.past
+    if past is None:
+        return F.pad(clean, (0, 0, 1, 0))[:, :-1]
+    if past.last is None:
+        past.last = clean.new_zeros(len(clean), clean.shape[-1])
+    if clean.shape[1]:
+        rows = torch.arange(len(clean), device=clean.device)
+        last = clean[rows, (streams.counts - 1).clamp(min=0)]
+        past.last = torch.where(streams.counts[:, None] > 0, last, past.last)
+    return past.last[:, None]

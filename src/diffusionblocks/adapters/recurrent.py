@@ -1,0 +1,193 @@
+"""Recurrent depth (Huginn) as one denoiser (paper, section 4.4): the state of the recurrence is the noised target.
+
+Position i reads token i and denoises the embedding of token i + 1. What it sees of earlier positions are their states,
+whose targets it knows already, so one causal stream leaks nothing. A training step is one pass of the core at one noise
+level, instead of some thirty with truncated backpropagation; inference takes any number of Euler steps. There is
+nothing to split: one block owns all levels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import Past, Streams, two_streams
+from ..conditioning import AdaptiveNorms
+from ..config import BlocksConfig, NextTokenTargetConfig
+from ..targets import NextTokenTarget, Target
+from .base import Adapter, LogitScale
+from .libraries import OURS, Library
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """What the layers need to know of the positions of one forward pass."""
+
+    rotation: tuple[Tensor, Tensor]
+    streams: Streams | None
+
+    def attend(self, layer: int) -> Attend | None:
+        """The attention of a layer over what `streams.past` holds for that number; None: plainly causal."""
+        if self.streams is None:
+            return None
+        return functools.partial(two_streams, streams=self.streams, layer=layer)
+
+
+class RecurrentDepthAdapter(Adapter):
+    """Converts our `RecurrentDepth`. The layers of the block are those of the core."""
+
+    classes: ClassVar[dict[str, Library]] = {"RecurrentDepth": OURS}
+    target = "next-token"
+    depth_dependent_weights = True
+    depth_field = "num_core_layers"
+    class_count_field = "vocab_size"
+
+    def layers_path(self, model: nn.Module) -> str:
+        """See `Adapter`."""
+        return "core"
+
+    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("embedding", "positions", "prelude", "adapter", *self.head_paths(model))
+
+    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("coda", "final_norm")
+
+    def layer_norms(self, layer: nn.Module) -> list[nn.Module]:
+        """See `Adapter`."""
+        return [layer.get_submodule("norm1"), layer.get_submodule("norm3")]
+
+    def final_norms(self, network: nn.Module) -> list[nn.Module]:
+        """See `Adapter`."""
+        return [network.get_submodule("final_norm")]
+
+    def hidden_size(self, model: nn.Module) -> int:
+        """See `Adapter`."""
+        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def num_classes(self, config: Any) -> int:
+        """See `Adapter`."""
+        return int(config.vocab_size)
+
+    def example_shape(self, config: Any) -> tuple[int]:
+        """See `Adapter`."""
+        return (int(config.sequence_length),)
+
+    def input_names(self, config: Any) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("input_ids",)
+
+    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
+        """See `Adapter`."""
+        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
+
+    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
+        """See `Adapter`."""
+        assert isinstance(config.target, NextTokenTargetConfig)
+        if config.num_blocks != 1:
+            raise ValueError(
+                f"blocks.num_blocks = {config.num_blocks}: a {type(model).__name__} has one core, the denoiser at "
+                "every level; set num_blocks to 1"
+            )
+        if config.target.clean_weight:
+            raise ValueError(
+                f"target.clean_weight = {config.target.clean_weight}: a {type(model).__name__} has no clean stream; "
+                "leave it out"
+            )
+
+    def default_target(self) -> NextTokenTargetConfig:
+        """See `Adapter`."""
+        return NextTokenTargetConfig()
+
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> NextTokenTarget:
+        """See `Adapter`."""
+        options = config.target
+        assert isinstance(options, NextTokenTargetConfig)
+        count, dim = self.num_classes(model.config), self.hidden_size(model)
+        target = NextTokenTarget(count, dim, learned=options.embedding == "learned", seed=config.seed, shift=1)
+        if not next(model.parameters()).is_meta:
+            self.fill_target(model, target, config)
+        return target
+
+    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:
+        """See `Adapter`."""
+        assert isinstance(target, NextTokenTarget)
+        assert isinstance(config.target, NextTokenTargetConfig)
+        if config.target.embedding != "frozen":
+            target.take_rows(network.get_parameter("embedding.weight"))
+
+    def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
+        """See `Adapter`."""
+        return nn.ModuleDict({"logit_scale": LogitScale(config.target.logit_scale)})
+
+    def past(self, batch: int, capacity: int, device: torch.device) -> Past:
+        """See `Adapter`: keys and values of all layers at one denoising step."""
+        return Past(batch, capacity, device)
+
+    def hidden(
+        self,
+        network: nn.Module,
+        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
+        added: nn.ModuleDict,
+        inputs: Mapping[str, Any],
+        z: Tensor,
+        condition: Tensor,
+    ) -> tuple[Any, Tensor]:
+        """See `Adapter`.
+
+        Args:
+            network, layers, added, condition: as there.
+            inputs: `input_ids` (batch, length), of which the last one is not read: nothing comes after it; where text
+                is generated the new tokens (right-padded), with `past` and `counts` (batch,), see `Streams`.
+            z: (batch, length - 1, dim), or one state for each new token.
+
+        Returns:
+            (what the coda needs to know of the positions, F of the shape of z).
+        """
+        tokens, past = inputs["input_ids"], inputs.get("past")
+        positions = network.get_submodule("positions")
+        if past is None:
+            tokens = tokens[:, :-1]
+            places = _Places(positions(tokens), None)
+        else:
+            streams = Streams(0, tokens.shape[1], z.device, past=past, counts=inputs.get("counts"))
+            cos, sin = positions(tokens, streams.positions)
+            places = _Places((cos[:, None], sin[:, None]), streams)
+        context = network.get_submodule("embedding")(tokens)
+        prelude = list(network.get_submodule("prelude").children())
+        for number, layer in enumerate(prelude):
+            context = layer(context, places.rotation, places.attend(number))
+        adapter = network.get_submodule("adapter")
+        state = adapter(torch.cat([z.to(context.dtype), context], dim=-1)).to(context.dtype)
+        for number, (layer, adaptive) in enumerate(layers, len(prelude)):
+            assert adaptive is not None
+            state = adaptive(layer, condition, state, places.rotation, places.attend(number))
+        return (places, len(prelude) + len(layers)), state
+
+    def readout(
+        self,
+        network: nn.Module,
+        final: AdaptiveNorms | None,
+        added: nn.ModuleDict,
+        hidden: Any,
+        denoised: Tensor,
+        condition: Tensor,
+    ) -> Tensor:
+        """See `Adapter`: the coda and the tied head, of the normalised D."""
+        assert final is not None
+        places, before = hidden
+        norm, embedding = network.get_submodule("final_norm"), network.get_submodule("embedding")
+        x = final(norm, condition, denoised.to(next(norm.parameters()).dtype))
+        for number, layer in enumerate(network.get_submodule("coda").children(), before):
+            x = layer(x, places.rotation, places.attend(number))
+        if places.streams is not None:
+            places.streams.past.advance(places.streams.counts, x.shape[1])
+        return added["logit_scale"](embedding.logits(norm(x)))  # type: ignore[operator, no-any-return]

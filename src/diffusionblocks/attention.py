@@ -1,0 +1,250 @@
+"""Attention of two streams in one sequence: noisy positions first, then the clean ones (Block Diffusion, arXiv
+2503.09573, with blocks of one token).
+
+Clean position i sees clean positions <= i: an ordinary causal model. Noisy position i sees clean positions < i, its
+past, and itself; never the clean token that it is to predict. Clean positions never see noisy ones, so what they give
+does not depend on the noise level, and their keys and values can be kept while text is generated (`Past`).
+
+Three kernels give the same: `sdpa` (no mask for the clean half, boolean masks of some hundred rows for the noisy half),
+`flex_attention` (one call under a block mask: what a GPU wants at long lengths) and `eager` (plain matrix products
+under the whole mask: the reference).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+KERNELS = ("sdpa", "flex_attention", "eager")
+
+#: Noisy rows of one call under `sdpa`: the mask has so many rows, and keys beyond the last of them are left out.
+_ROWS = 512
+
+
+class Past:
+    """Keys and values of the clean tokens that a block's layers have seen, while text is generated.
+
+    Rows may hold different numbers of tokens: each is filled from its start.
+
+    Args:
+        batch: rows.
+        capacity: most tokens of a row.
+        device: where they are kept.
+
+    Attributes:
+        lengths: tokens that each row holds, int64, shape (batch,).
+        most: an upper bound of `lengths`, known to the host.
+        last: whatever a model keeps of each row's last token.
+    """
+
+    def __init__(self, batch: int, capacity: int, device: torch.device | str | None = None) -> None:
+        self.capacity = capacity
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.most = 0
+        self.last: Tensor | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new tokens behind those that a layer holds; all of them, and room for shorter rows.
+
+        Args:
+            layer: the layer's number.
+            key: (batch, heads, new, dim); `new` may be 0.
+            value: likewise.
+
+        Returns:
+            Keys and values (batch, heads, most + new, dim): row r holds tokens in its first lengths[r] + new places;
+            what is behind them has no meaning.
+        """
+        new = key.shape[2]
+        if self.most + new > self.capacity:
+            raise ValueError(f"{self.most} + {new} tokens do not fit: the past was made for {self.capacity}")
+        if layer not in self._kept:
+            shape = (key.shape[0], key.shape[1], self.capacity, key.shape[3])
+            self._kept[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        if new:
+            places = (self.lengths[:, None] + torch.arange(new, device=key.device))[:, None, :, None]
+            for kept, fresh in zip(self._kept[layer], (key, value), strict=True):
+                kept.scatter_(2, places.expand_as(fresh), fresh)
+        keys, values = self._kept[layer]
+        end = self.most + new
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, counts: Tensor, new: int) -> None:
+        """After all layers: `counts` (batch,) of the `new` places given to each row were tokens, the others padding."""
+        self.lengths = self.lengths + counts
+        self.most += new
+
+
+class Streams:
+    """What the positions of one forward pass are.
+
+    Args:
+        noisy: how many positions, the first, are noisy.
+        clean: how many positions, the others, are clean.
+        device: of the masks.
+        past: clean tokens seen before; with it there is at most one noisy position, behind all clean ones.
+        counts: how many of the clean positions of each row are tokens, (batch,), with `past`; None: all.
+    """
+
+    def __init__(
+        self,
+        noisy: int,
+        clean: int,
+        device: torch.device,
+        *,
+        past: Past | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        self.noisy, self.clean, self.past = noisy, clean, past
+        places = torch.arange(max(noisy, clean), device=device)
+        if past is None:
+            assert noisy == clean
+            self.positions = torch.cat([places, places])[None]
+            return
+        assert noisy <= 1
+        start = past.lengths[:, None]
+        self.counts = torch.full_like(past.lengths, clean) if counts is None else counts
+        behind = start + self.counts[:, None]
+        self.positions = torch.cat([behind[:, :noisy], start + places[:clean]], dim=1)
+        # Keys are the places of `past`, then the noisy position itself.
+        keys = torch.arange(past.most + clean, device=device)
+        seen = keys <= self.positions[:, :, None]
+        # A noisy position stands where the next token will be: that place in `past` is still empty.
+        seen[:, :noisy] = keys < behind[:, None]
+        itself = torch.zeros(*self.positions.shape, noisy, dtype=torch.bool, device=device)
+        itself[:, :noisy] = True
+        self._over_past = torch.cat([seen, itself], dim=2)[:, None]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """What noisy rows start..stop see of clean keys 0..stop, and of their own: bool (rows, stop + rows)."""
+        query = self.positions[0, start:stop, None]
+        key = self.positions[0, :stop]
+        own = torch.eye(stop - start, dtype=torch.bool, device=key.device)
+        return torch.cat([key < query, own], dim=1)
+
+    def whole(self) -> Tensor:
+        """Everything at once: bool (noisy + clean, noisy + clean). For the reference."""
+        at = self.positions[0]
+        noisy = torch.arange(len(at), device=at.device) < self.noisy
+        query, key = at[:, None], at[None, :]
+        to_clean = ~noisy[None, :] & torch.where(noisy[:, None], key < query, key <= query)
+        own = noisy[:, None] & noisy[None, :] & (key == query)
+        return to_clean | own
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """`whole` for FlexAttention, which never makes it."""
+        if torch.compiler.is_compiling():
+            return _block_mask(self.noisy, device)
+        return _cached_block_mask(self.noisy, device)
+
+
+def _block_mask(length: int, device: torch.device) -> BlockMask:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        from_noisy, to_noisy = query < length, key < length
+        i = torch.where(from_noisy, query, query - length)
+        j = torch.where(to_noisy, key, key - length)
+        seen = ~to_noisy & torch.where(from_noisy, j < i, j <= i)
+        return seen | (query == key)
+
+    return create_block_mask(visible, None, None, 2 * length, 2 * length, device=str(device))
+
+
+_cached_block_mask = functools.lru_cache(maxsize=16)(_block_mask)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def two_streams(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    streams: Streams,
+    *,
+    layer: int = 0,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    kernel: str = "sdpa",
+) -> Tensor:
+    """Attention of noisy and clean positions.
+
+    Args:
+        query: (batch, heads, noisy + clean, dim).
+        key: (batch, key heads, noisy + clean, dim); key heads divide heads.
+        value: likewise.
+        streams: what the positions are.
+        layer: the layer's number, for `streams.past`.
+        scale: of the scores; None is 1 / sqrt(dim).
+        dropout: of the weights (not under `flex_attention`).
+        kernel: one of `KERNELS`.
+
+    Returns:
+        (batch, heads, noisy + clean, dim).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and (kernel != "flex_attention" or streams.past is not None):
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    n = streams.noisy
+    if streams.past is not None:
+        keys, values = streams.past.update(layer, key[:, :, n:], value[:, :, n:])
+        keys, values = torch.cat([keys, key[:, :, :n]], dim=2), torch.cat([values, value[:, :, :n]], dim=2)
+        return F.scaled_dot_product_attention(query, keys, values, streams._over_past, scale=scale)
+    if kernel == "flex_attention":
+        attend = flex_attention if query.device.type == "cpu" or torch.compiler.is_compiling() else _compiled_flex()
+        mask = streams.block_mask(query.device)
+        return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[no-any-return]
+    if kernel == "eager":
+        return _reference(query, key, value, streams.whole(), scale, dropout)
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
+    (noisy_q, clean_q), (noisy_k, clean_k), (noisy_v, clean_v) = (t.split(n, dim=2) for t in (query, key, value))
+    parts = []
+    for start in range(0, n, _ROWS):
+        stop = min(start + _ROWS, n)
+        keys = torch.cat([clean_k[:, :, :stop], noisy_k[:, :, start:stop]], dim=2)
+        values = torch.cat([clean_v[:, :, :stop], noisy_v[:, :, start:stop]], dim=2)
+        parts.append(attend(noisy_q[:, :, start:stop], keys, values, streams.rows(start, stop)))
+    parts.append(attend(clean_q, clean_k, clean_v, is_causal=True))
+    return torch.cat(parts, dim=2)
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, dropout: float) -> Tensor:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def library_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    kernel: str,
+    streams: Streams,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`two_streams` as an attention function of transformers (`AttentionInterface`): (batch, length, heads, dim)."""
+    assert attention_mask is None, "the streams say what is seen"
+    out = two_streams(
+        query,
+        key,
+        value,
+        streams,
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        scale=scaling,
+        dropout=dropout,
+        kernel=kernel,
+    )
+    return out.transpose(1, 2).contiguous(), None

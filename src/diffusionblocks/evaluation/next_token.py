@@ -1,0 +1,183 @@
+"""What an autoregressive model knows of a text: cross-entropy of the next token, by noise level.
+
+The figure to rank by is the cross-entropy at sigma_max, where z tells nothing: it is a next-token cross-entropy, and
+stands beside an unconverted model's. A mean over levels would rank models backwards: most levels are low, where the
+target can be read off z.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model import DiffusionBlocks
+from ..noise import EDM, NoiseProcess
+from ..noise.edm import match
+from ..targets import NextTokenTarget
+from .teachers import evaluating
+
+#: Makes the batches {"input_ids": int64 (n, length)} anew.
+Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
+
+_TOKENS = 4096  # whose similarity to every row is computed at once
+_QUANTILES = 64  # levels of equal mass, over which the decodable share is averaged
+
+
+@dataclass(frozen=True)
+class Level:
+    """At one noise level.
+
+    Attributes:
+        level: sigma.
+        block: that owns it.
+        cross_entropy: nats a token.
+        scrambled: the same where the context is that of another sequence.
+        decodable: share of the tokens whose own row is the nearest to z.
+    """
+
+    level: float
+    block: int
+    cross_entropy: float
+    scrambled: float
+    decodable: float
+
+
+@dataclass(frozen=True)
+class LanguageRow:
+    """A row: the cross-entropy of a text's tokens, each sequence's first left out, for nothing stands before it.
+
+    Attributes:
+        cross_entropy: nats a token; of blocks at sigma_max.
+        standard_error: of it, over sequences.
+        tokens: how many were counted.
+        context_gap: how much worse it is with another sequence's context; 0 for a model that ignores its context. None
+            for an unconverted model.
+        decodable_mass: the share of the training mass of levels at which z alone gives the token away.
+        by_level: blocks: over the whole range, from the highest level.
+    """
+
+    cross_entropy: float
+    standard_error: float
+    tokens: int
+    context_gap: float | None = None
+    decodable_mass: float | None = None
+    by_level: tuple[Level, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, seed: int = 0) -> LanguageRow:
+    """Measure an autoregressive model, in evaluation mode, each level by the block that owns it.
+
+    Args:
+        model: with a `NextTokenTarget`.
+        batches: the text, in sequences of at least two tokens, two sequences at least.
+        levels: how many, >= 2: even in log sigma over the whole range, sigma_max first.
+        seed: of the noise; a token has the same noise at all levels.
+
+    Raises:
+        ValueError: another target, levels < 2, or fewer than two sequences.
+    """
+    target, noise = model.target, model.noise
+    if not isinstance(target, NextTokenTarget) or not isinstance(noise, EDM):
+        raise ValueError(f"cross-entropy by level is for autoregressive models, not for a {model.model_class}")
+    if levels < 2:
+        raise ValueError(f"levels must be >= 2, got {levels}")
+    grid = torch.linspace(math.log(noise.sigma_max), math.log(noise.sigma_min), levels, dtype=torch.float64).exp()
+    grid[0], grid[-1] = noise.sigma_max, noise.sigma_min  # free of rounding
+    matched: list[list[Tensor]] = [[] for _ in grid]
+    scrambled: list[list[Tensor]] = [[] for _ in grid]
+    table = target.table
+    decoded = torch.zeros(levels, dtype=torch.float64)
+    count, first = 0, 1 - target.shift  # a token without context is left out
+    with torch.no_grad(), evaluating(model):
+        for index, batch in enumerate(batches()):
+            tokens = batch["input_ids"]
+            y, eps = target.encode(batch), _noise(target.encode(batch), seed, index)
+            wanted = tokens[:, target.shift :]
+            other = {"input_ids": tokens.roll(1, dims=0)}
+            for place, level in enumerate(grid.tolist()):
+                z = y + match(torch.full((len(y),), level, device=y.device), y) * eps
+                for inputs, kept in ((batch, matched), (other, scrambled)):
+                    logits = model.denoise({"input_ids": inputs["input_ids"]}, z, level)
+                    kept[place].append(_nats(logits[:, first:], wanted[:, first:]))
+                decoded[place] += float(_decoded(z, wanted, table).sum())
+            count += wanted.numel()
+    rows = [torch.cat(kept) for kept in matched]
+    others = [torch.cat(kept) for kept in scrambled]
+    if len(rows[0]) < 2:
+        raise ValueError("cross-entropy needs at least two sequences: a longer text, or shorter sequences")
+    by_level = tuple(
+        Level(level, model.partition.block_of(level), float(a.mean()), float(b.mean()), share)
+        for level, a, b, share in zip(grid.tolist(), rows, others, (decoded / count).tolist(), strict=True)
+    )
+    return LanguageRow(
+        float(rows[0].mean()),
+        float(rows[0].std() / math.sqrt(len(rows[0]))),
+        len(rows[0]) * (tokens.shape[1] - 1),
+        context_gap=float((others[0] - rows[0]).mean()),
+        decodable_mass=decodable_mass(noise, target, wanted, seed=seed),
+        by_level=by_level,
+    )
+
+
+def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> LanguageRow:
+    """The same of an unconverted model, which maps tokens (n, length) to logits (n, length, vocab_size)."""
+    nats = []
+    with torch.no_grad():
+        for batch in batches():
+            tokens = batch["input_ids"]
+            nats.append(_nats(model(tokens)[:, :-1], tokens[:, 1:]))
+    rows = torch.cat(nats)
+    if len(rows) < 2:
+        raise ValueError("cross-entropy needs at least two sequences: a longer text, or shorter sequences")
+    return LanguageRow(float(rows.mean()), float(rows.std() / math.sqrt(len(rows))), len(rows) * (tokens.shape[1] - 1))
+
+
+def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor, *, seed: int = 0) -> float:
+    """The share of the training mass at which z alone decodes the target: its own row is nearer than all others.
+
+    Args:
+        noise: says how levels are drawn in training.
+        target: has the rows.
+        tokens: int64, any shape, of the text: frequent ones count as often as they come.
+        seed: of the noise.
+
+    Returns:
+        Mean over the mass and over the tokens, in [0, 1].
+    """
+    table, y = target.table, target.rows(tokens.flatten())
+    middles = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+    eps = _noise(y, seed, 0)
+    with torch.no_grad():
+        shares = [
+            _decoded(y + level * eps, tokens.flatten(), table).mean() for level in noise.level_of(middles).tolist()
+        ]
+    return float(torch.stack(shares).mean())
+
+
+def _decoded(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+    """1 where the nearest of unit rows is the token's own, float32, flat."""
+    flat, wanted = z.flatten(0, -2), tokens.flatten()
+    found = [(some @ table.T).argmax(dim=-1) for some in flat.split(_TOKENS)]
+    return (torch.cat(found) == wanted).float()
+
+
+def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean nats a token of each sequence, float64 (n,)."""
+    nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+    return nats.double().mean(dim=1)
+
+
+def _noise(like: Tensor, seed: int, index: int) -> Tensor:
+    generator = torch.Generator(device=like.device).manual_seed(seed * 1_000_003 + index)
+    return torch.randn(like.shape, generator=generator, device=like.device)

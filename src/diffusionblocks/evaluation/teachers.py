@@ -1,0 +1,106 @@
+"""Causal language models of others that judge generated text: loading them, and texts as their tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Ids of a text: a tensor (n,), or whole numbers.
+Ids = Tensor | Sequence[int]
+
+
+def load_teacher(name: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """A causal language model of transformers, for evaluation, in the dtype of its file.
+
+    Only safetensors are read, and no code that comes with a model is run.
+
+    Args:
+        name: folder or hub name.
+        device: where it goes.
+    """
+    from transformers import AutoModelForCausalLM  # takes seconds to import
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def load_teacher_tokenizer(name: str | Path) -> Any:
+    """The tokenizer beside a teacher (`AutoTokenizer`); no code that comes with it is run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def teacher_tokens(
+    tokenizer: Any, prompts: Sequence[str], continuations: Sequence[str]
+) -> tuple[list[list[int]], list[int]]:
+    """Texts as a teacher's tokens, where the generator has others.
+
+    Prompt and continuation are tokenised together, as they would stand in a text. A token that reaches from the prompt
+    into the continuation belongs to the continuation.
+
+    Args:
+        tokenizer: the teacher's, a fast one of transformers. Where it has a token for the beginning of a text, that
+            stands before each, as part of the prompt.
+        prompts: n texts, which may be empty.
+        continuations: n texts.
+
+    Returns:
+        Ids of each text, and how many of them are prompt: for `generative_perplexity`.
+
+    Raises:
+        ValueError: not as many prompts as continuations, or a tokenizer that cannot say where its tokens are.
+    """
+    check_counts("prompts", len(prompts), len(continuations))
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} gives no offsets of its tokens: use a fast tokenizer")
+    begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    tokens, lengths = [], []
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        found = tokenizer(prompt + continuation, add_special_tokens=False, return_offsets_mapping=True)
+        tokens.append(begin + list(found["input_ids"]))
+        lengths.append(len(begin) + sum(end <= len(prompt) for _, end in found["offset_mapping"]))
+    return tokens, lengths
+
+
+def as_ids(text: Ids) -> Tensor:
+    """int64 (n,) on the CPU; ValueError for anything but whole numbers."""
+    ids = text.detach().cpu() if isinstance(text, Tensor) else torch.tensor(list(text), dtype=torch.int64)
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise ValueError(f"a text must be whole numbers (n,), got {ids.dtype} {tuple(ids.shape)}")
+    return ids.long()
+
+
+def check_ids(model: Any, texts: Sequence[Tensor]) -> None:
+    """Refuse ids and lengths that would fail in the middle of a GPU kernel."""
+    size = model.get_input_embeddings().num_embeddings
+    low, high = min(int(text.min()) for text in texts), max(int(text.max()) for text in texts)
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"ids from {low} to {high}: the model has 0 to {size - 1}; give it texts of its own tokenizer's ids"
+        )
+    most, longest = getattr(model.config, "max_position_embeddings", None), max(len(text) for text in texts)
+    if most is not None and longest > most:
+        raise ValueError(f"a text has {longest} tokens, the model takes at most {most}: give shorter texts")
+
+
+def check_counts(name: str, found: int, wanted: int) -> None:
+    """Refuse lists of different lengths."""
+    if found != wanted:
+        raise ValueError(f"{name}: {found} for {wanted} texts; give one for each")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the context."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,212 @@
+"""What a recipe measures of an autoregressive model, converted or not, and the texts that it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import TextChunks, evaluation_chunks
+from .evaluation.language import GeneratedText, Perplexity, generated_text, generative_perplexity
+from .evaluation.mauve import HiddenFeatures, Mauve, mauve_score
+from .evaluation.next_token import LanguageRow, language_row, plain_language_row
+from .evaluation.teachers import Ids, load_teacher_tokenizer, teacher_tokens
+from .files import renamed
+from .model import DiffusionBlocks
+from .recipes import LanguageConfig, Recipe
+from .sampling import Continuations, continue_plainly
+from .sources import device_of, text_codec
+from .training import EndToEnd
+
+
+@dataclass(frozen=True)
+class LanguageResult:
+    """A row of the table: what the model knows of the test text, and what it writes.
+
+    Attributes:
+        known: cross-entropies.
+        written: measures of its continuations.
+        tokens_per_second: of writing them, in batches of `evaluate.batch_size`.
+    """
+
+    known: LanguageRow
+    written: GeneratedText
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        written = {name: value for name, value in self.written.to_dict().items() if name != "name"}
+        return {**self.known.to_dict(), **written, "tokens_per_second": self.tokens_per_second}
+
+
+def measure(recipe: Recipe, options: LanguageConfig, model: nn.Module, data: TextChunks) -> LanguageResult:
+    """Cross-entropies on the test text, and measures of continuations of its first sequences.
+
+    Args:
+        recipe: of an autoregressive model.
+        options: its `evaluate` section.
+        model: a `DiffusionBlocks`, or an `EndToEnd`.
+        data: the test text.
+    """
+    text = data.text
+    if options.limit is not None:
+        text = dataclasses.replace(text, ids=text.ids[: options.limit * data.length])
+    device = next(model.parameters()).device
+    batches = functools.partial(evaluation_chunks, text, data.length, batch_size=options.batch_size, device=device)
+    model.eval()
+    if isinstance(model, DiffusionBlocks):
+        known = language_row(model, batches, levels=options.levels, seed=options.seed)
+    else:
+        known = plain_language_row(model, batches)
+    made = write(recipe, options, model, prompts_of(options, data))
+    return LanguageResult(known, _of_texts(recipe, options, made, data), made.tokens_per_second)
+
+
+def prompts_of(options: LanguageConfig, data: TextChunks) -> list[Tensor]:
+    """The starts of the test text's first sequences."""
+    count, length = options.samples, options.prompt_length
+    return [row[:length] for row in _sequences(data, count, length + options.new_tokens)]
+
+
+def _sequences(data: TextChunks, count: int, length: int) -> list[Tensor]:
+    """The first `count` pieces of the text of a length, int64."""
+    available = len(data.text) // length
+    if available < count:
+        raise ValueError(
+            f"evaluate.samples = {count} prompts with {length} tokens each: the test text has only {available} of them"
+        )
+    (batch,) = evaluation_chunks(
+        dataclasses.replace(data.text, ids=data.text.ids[: count * length]),
+        length,
+        batch_size=count,
+        device=torch.device("cpu"),
+    )
+    return list(batch["input_ids"])
+
+
+def write(
+    recipe: Recipe,
+    options: LanguageConfig,
+    model: nn.Module,
+    prompts: list[Tensor],
+    *,
+    seed: int | None = None,
+    progress: bool = False,
+) -> Continuations:
+    """Continue prompts as the recipe's `evaluate` section says; continuation i has seed `seed` + i."""
+    codec = text_codec(recipe)
+    stops = () if codec.end is None else (codec.end,)
+    first = options.seed if seed is None else seed
+    whole: list[Continuations] = []
+    for start in range(0, len(prompts), options.batch_size):
+        some = prompts[start : start + options.batch_size]
+        seeds = range(first + start, first + start + len(some))
+        common: dict[str, Any] = {
+            "seeds": seeds,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "stop_tokens": stops,
+            "progress": progress,
+        }
+        if isinstance(model, DiffusionBlocks):
+            more: dict[str, Any] = {"steps": options.steps, "grid": options.grid, "bridge": options.bridge}
+            whole.append(model.continue_texts(some, options.new_tokens, **common, **more))
+        else:
+            assert isinstance(model, EndToEnd)
+            whole.append(continue_plainly(model.model, some, max_new_tokens=options.new_tokens, **common))
+    return Continuations(
+        [row for part in whole for row in part.tokens],
+        [length for part in whole for length in part.prompt_lengths],
+        sum(part.seconds for part in whole),
+    )
+
+
+def _of_texts(recipe: Recipe, options: LanguageConfig, made: Continuations, data: TextChunks) -> GeneratedText:
+    codec = text_codec(recipe)
+    after = [row[length:] for row, length in zip(made.tokens, made.prompt_lengths, strict=True)]
+    perplexity: Perplexity | None = None
+    device = device_of(recipe)
+    if options.teacher is not None:
+        tokens: Sequence[Ids] = made.tokens
+        lengths = made.prompt_lengths
+        if not options.teacher_tokens:
+            prompts = [codec.decode(row[:length]) for row, length in zip(made.tokens, lengths, strict=True)]
+            tokenizer = load_teacher_tokenizer(options.teacher)
+            tokens, lengths = teacher_tokens(tokenizer, prompts, [codec.decode(row) for row in after])
+        start = codec.end if options.teacher_tokens else None
+        perplexity = generative_perplexity(
+            options.teacher, tokens, lengths, start=start, batch_size=options.batch_size, device=device
+        )
+    mauve: tuple[Mauve, ...] = ()
+    if options.mauve is not None:
+        features = HiddenFeatures(options.mauve, batch_size=options.batch_size, device=device)
+        real = _sequences(data, options.samples, options.prompt_length + options.new_tokens)
+        references = [codec.decode(row) for row in real]
+        mauve = mauve_score(features(references), features([codec.decode(row) for row in made.tokens]))
+    return generated_text(
+        recipe.name, after, teacher=options.teacher, perplexity=perplexity, features=options.mauve, mauve=mauve
+    )
+
+
+def write_continuations(
+    recipe: Recipe,
+    model: nn.Module,
+    folder: Path,
+    *,
+    prompts: list[str] | None = None,
+    count: int | None = None,
+    seed: int | None = None,
+    data: TextChunks | None = None,
+    progress: bool = False,
+    **changes: Any,
+) -> Path:
+    """Write continuations to `folder`/samples.txt, each after its prompt, an empty line between them.
+
+    Args:
+        recipe: of an autoregressive model; says all that is not given.
+        model: a `DiffusionBlocks`, or an `EndToEnd`.
+        folder: where the file goes.
+        prompts: texts to go on from, in turn; None takes the starts of the test text's sequences.
+        count: how many continuations; None: one a prompt, or `evaluate.samples`.
+        seed: of the first continuation; the next count up.
+        data: the test text, where no prompts are given.
+        progress: show a progress bar.
+        changes: other values for the fields of `LanguageConfig` (temperature, top_p, bridge, steps, ...).
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no autoregressive model, count < 1, or a value out of range.
+    """
+    if not isinstance(recipe.evaluate, LanguageConfig):
+        raise ValueError(f"only autoregressive models go on from prompts; {recipe.model.type} is none")
+    given = {name: value for name, value in changes.items() if value is not None}
+    if count is not None and count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    if prompts is None and count is not None:
+        given["samples"] = count
+    options = LanguageConfig.model_validate(recipe.evaluate.model_dump() | given)
+    codec = text_codec(recipe)
+    if prompts is None:
+        assert data is not None, "without prompts the test text is needed"
+        starts = prompts_of(options, data)
+    else:
+        starts = [codec.encode(prompts[i % len(prompts)]) for i in range(count or len(prompts))]
+    made = write(recipe, options, model, starts, seed=seed, progress=progress)
+    path = folder / "samples.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with renamed(path) as temporary:
+        temporary.write_text("\n\n".join(_shown(made, codec)) + "\n", encoding="utf-8")
+    return path
+
+
+def _shown(made: Continuations, codec: Any) -> Iterator[str]:
+    for row, length in zip(made.tokens, made.prompt_lengths, strict=True):
+        yield f"{codec.decode(row[:length])}|{codec.decode(row[length:])}"
