@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     DeiTConfig,
@@ -24,6 +25,13 @@ from diffusionblocks.saving import INDEX
 
 FAMILIES = ("vit", "deit", "dinov2")
 DIT_FAMILIES = ("dit", "diffusers-dit")
+CAUSAL_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+CAUSAL_FAMILIES = tuple(CAUSAL_CLASSES)
 VOCAB = 27
 LENGTH = 12
 POLICIES = ("joint", "replicated", "frozen")
@@ -35,7 +43,8 @@ IMAGE = 8
 def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
     """A tiny model whose every parameter is random, as in a pretrained model (none zero, none one).
 
-    `family` is a classifier of `FAMILIES`, a diffusion transformer of `DIT_FAMILIES`, or `masked`.
+    `family` is a classifier of `FAMILIES`, a diffusion transformer of `DIT_FAMILIES`, a language model of
+    `CAUSAL_FAMILIES`, or `masked`.
     """
     common = {
         "image_size": IMAGE,
@@ -58,6 +67,8 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
             model = fresh_dit(family, layers=layers, **overrides)
         elif family == "masked":
             model = fresh_masked(layers=layers, **overrides)
+        elif family in CAUSAL_FAMILIES:
+            model = fresh_causal(family, layers=layers, **overrides)
         else:
             raise ValueError(family)
         with torch.no_grad():
@@ -89,9 +100,18 @@ def fresh_masked(*, layers: int = 3, **overrides: Any) -> nn.Module:
     return MaskedTransformer(**(common | sizes | overrides)).eval()
 
 
-def token_batch(size: int = 6, seed: int = 0) -> dict[str, Tensor]:
+def fresh_causal(family: str = "llama", *, layers: int = 3, **overrides: Any) -> nn.Module:
+    """A tiny causal language model as its class initialises it: two queries share a key; untied unless overridden."""
+    common = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HIDDEN // 4}
+    rest = {"max_position_embeddings": 64, "tie_word_embeddings": False}
+    found = getattr(transformers, CAUSAL_CLASSES[family])
+    return found(found.config_class(**(common | heads | rest | overrides))).eval()  # type: ignore[no-any-return]
+
+
+def token_batch(size: int = 6, seed: int = 0, length: int = LENGTH) -> dict[str, Tensor]:
     """Random sequences."""
-    return {"input_ids": torch.randint(VOCAB, (size, LENGTH), generator=seeded(seed))}
+    return {"input_ids": torch.randint(VOCAB, (size, length), generator=seeded(seed))}
 
 
 def convert(family: str = "vit", *, layers: int = 3, seed: int = 0, **config: Any) -> db.DiffusionBlocks:

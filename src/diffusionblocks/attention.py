@@ -33,7 +33,7 @@ class Past:
 
     Args:
         batch: rows.
-        capacity: most tokens of a row.
+        capacity: most tokens of a row, where each call counts as many as its longest row.
         device: where they are kept.
 
     Attributes:
@@ -184,11 +184,13 @@ def two_streams(
         layer: the layer's number, for `streams.past`.
         scale: of the scores; None is 1 / sqrt(dim).
         dropout: of the weights (not under `flex_attention`).
-        kernel: one of `KERNELS`.
+        kernel: one of `KERNELS`; `flex_attention` trains on a GPU only, and is `sdpa` where it cannot.
 
     Returns:
         (batch, heads, noisy + clean, dim).
     """
+    if kernel == "flex_attention" and query.device.type == "cpu" and query.requires_grad:
+        kernel = "sdpa"  # FlexAttention has no backward pass there
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and (kernel != "flex_attention" or streams.past is not None):
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -217,7 +219,7 @@ def two_streams(
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, dropout: float) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query @ key.transpose(-1, -2)).float() * scale
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
@@ -242,7 +244,8 @@ def library_attention(
         key,
         value,
         streams,
-        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        # Read only where it counts: compiled layers that ask for their numbers share no graph.
+        layer=0 if streams.past is None else int(module.layer_idx),  # type: ignore[arg-type]
         scale=scaling,
         dropout=dropout,
         kernel=kernel,

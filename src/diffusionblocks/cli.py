@@ -233,6 +233,9 @@ def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     check_evaluation(recipe, model, splits["test"])
     rows = [row.to_dict() for row in evaluate(recipe, model, splits)]
     print(format_table([_rounded(row) for row in rows]))
+    for row in rows:
+        if row.get("by_level"):
+            print(format_table([_rounded(level) for level in row["by_level"]]))
     more = {}
     if isinstance(model, DiffusionBlocks) and options.by_level:
         more["by_level"] = [row.to_dict() for row in diagnose(recipe, model, splits)]
@@ -245,9 +248,11 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     def shown(value: Any) -> Any:
         if isinstance(value, tuple):
             return " ".join(map(str, map(shown, value)))
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
         return f"{value:.4g}" if isinstance(value, float) else value
 
-    return {name: shown(value) for name, value in row.items()}
+    return {name: shown(value) for name, value in row.items() if name != "by_level"}  # that is a table of its own
 
 
 def _made(recipe: Recipe) -> str:

@@ -1,7 +1,7 @@
 """The comparison every claim needs: DiffusionBlocks beside its end-to-end controls, in one table.
 
 Rows: end to end with L layers; end to end with L/B layers, which has the memory of one block, at equal steps and at
-B times the steps, which is equal compute (the control to beat); DiffusionBlocks from scratch; and, where the recipe
+B times the steps, which is equal compute (the control to beat), both only where B > 1; DiffusionBlocks from scratch; and, where the recipe
 has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there once more
 without. All rows but the second have the same number of layer-updates.
 """
@@ -23,7 +23,7 @@ from .evaluation.memory import step_memory
 from .evaluation.tables import format_bytes, format_table, write_results
 from .language import LanguageResult, write_continuations
 from .model import DiffusionBlocks
-from .recipes import BitsConfig, LanguageConfig, Recipe, SamplesConfig
+from .recipes import DEPTH_ON_HOST, BitsConfig, LanguageConfig, Recipe, SamplesConfig
 from .runs import RunResult, depth_of, layers_of_a_block, make_trainer, train, trunk_recipe, with_depth
 from .samples import draw_samples
 from .scores import headline
@@ -75,9 +75,9 @@ def variants(recipe: Recipe) -> list[Variant]:
     ordinary = _longer(recipe, (trunk + fit) / many, field).model_copy(update={"trunk": None, "fit": None})
     rows = [
         Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),
-        Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1),
     ]
-    if many > 1:
+    if many > 1:  # else one block is the whole model
+        rows.append(Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1))
         rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
     rows.append(Variant("diffusionblocks", scratch, depth, many))
     if recipe.trunk is not None:
@@ -96,7 +96,10 @@ def _longer(recipe: Recipe, more: float, field: str) -> Recipe:
 
 def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
     shallow = with_depth(recipe, layers)
-    train = recipe.train.model_copy(update={field: getattr(recipe.train, field) * factor})
+    changes = {field: getattr(recipe.train, field) * factor}
+    if recipe.model.type in DEPTH_ON_HOST:
+        changes["cuda_graph"] = False
+    train = recipe.train.model_copy(update=changes)
     return shallow.model_copy(update={"method": "end-to-end", "train": train})
 
 

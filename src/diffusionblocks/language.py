@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .evaluation.next_token import LanguageRow, language_row, plain_language_row
 from .evaluation.teachers import Ids, load_teacher_tokenizer, teacher_tokens
 from .files import renamed
 from .model import DiffusionBlocks
+from .models import RecurrentDepth
 from .recipes import LanguageConfig, Recipe
 from .sampling import Continuations, continue_plainly
 from .sources import device_of, text_codec
@@ -63,9 +64,17 @@ def measure(recipe: Recipe, options: LanguageConfig, model: nn.Module, data: Tex
     if isinstance(model, DiffusionBlocks):
         known = language_row(model, batches, levels=options.levels, seed=options.seed)
     else:
-        known = plain_language_row(model, batches)
+        assert isinstance(model, EndToEnd)
+        known = plain_language_row(_repeatable(model, options.seed, device), batches)
     made = write(recipe, options, model, prompts_of(options, data))
     return LanguageResult(known, _of_texts(recipe, options, made, data), made.tokens_per_second)
+
+
+def _repeatable(model: EndToEnd, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The model as a function of tokens; the states that a recurrence starts from come from the seed."""
+    if isinstance(model.model, RecurrentDepth):
+        return functools.partial(model.model, generator=torch.Generator(device).manual_seed(seed))
+    return model
 
 
 def prompts_of(options: LanguageConfig, data: TextChunks) -> list[Tensor]:

@@ -207,6 +207,9 @@ _TAGS = {
     "noise": ("edm", "masking"),
 }
 
+#: Classes whose own training draws its depth on the host, anew each step: a captured step would repeat the first one.
+DEPTH_ON_HOST = ("RecurrentDepth",)
+
 #: What families denoise whose levels can be fitted.
 _FITTED = ("label", "next-token")
 
@@ -331,6 +334,15 @@ class Recipe(_Section):
             f"{self.model.type} {does}; data.kind: {self.data.kind} is for {wanted}; "
             f"allowed: {', '.join(_DATA[adapter.target])}"
         )
+
+    @model_validator(mode="after")
+    def _no_graph_of_a_drawn_depth(self) -> Self:
+        if self.method == "end-to-end" and self.train.cuda_graph and self.model.type in DEPTH_ON_HOST:
+            raise ValueError(
+                f"train.cuda_graph = true captures one step, but {self.model.type} end to end draws its number of "
+                "iterations anew each step: set train.cuda_graph to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _features_of_latents(self) -> Self:

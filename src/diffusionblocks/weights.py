@@ -85,7 +85,12 @@ class Fresh(WeightSource):
         if shared:
             depends = adapter_named(self.model_class).depth_dependent_weights
             drawn = self._draw(layers.stop if depends else 1, "shared")
-            yield from ((name, drawn[name]) for name in shared)
+            taken: set[int] = set()
+            for name in shared:
+                tensor = drawn[name]
+                # A tied parameter has several names, and blocks that untie it train each by itself.
+                yield name, tensor.clone() if tensor.data_ptr() in taken else tensor
+                taken.add(tensor.data_ptr())
             del drawn
         of_layers = {self._name_from(layers.start, name): name for name in names if not self._is_shared(name)}
         if of_layers:

@@ -21,7 +21,10 @@ from diffusionblocks.sources import weight_source
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
-LAYERS = {"vit/tiny-imagenet": 12, "dit/digits": 6, "dit/imagenet-latents": 24, "text/masked_topics": 6}  # else 12
+LAYERS = {"vit/tiny-imagenet": 12, "dit/digits": 6, "dit/imagenet-latents": 24, "text/masked_topics": 6}
+LAYERS |= {"text/autoregressive_topics": 4, "text/recurrent_topics": 2, "text/recurrent_prose": 4}  # else 12
+
+SPEEDS = ("images_per_second", "tokens_per_second")
 
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
 
@@ -43,6 +46,10 @@ def test_recipes_have_names_of_their_own() -> None:
         "dit/imagenet-latents",
         "text/masked_topics",
         "text/masked_text8",
+        "text/autoregressive_topics",
+        "text/autoregressive_prose",
+        "text/recurrent_topics",
+        "text/recurrent_prose",
     }
 
 
@@ -110,6 +117,7 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
         "train.steps": 2,
         "train.batch_size": 4,
         "train.compile": "false",
+        "train.cuda_graph": "false",
         "evaluate.steps": "[1, 2]",
     }
     if recipe.trunk is not None:
@@ -117,6 +125,16 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
     if recipe.evaluate.kind == "bits":
         length = {"model.config.sequence_length": 16, "model.config.mlp_size": 16, "data.length": 16}
         return changes | length | {"evaluate.steps": 4, "evaluate.limit": 8}
+    if recipe.evaluate.kind == "language":
+        counts = {"evaluate.samples": 3, "evaluate.prompt_length": 4, "evaluate.new_tokens": 5, "evaluate.levels": 2}
+        sizes: dict[str, Any] = {"data.length": 16, "evaluate.steps": 2, "evaluate.limit": 8, **counts}
+        if recipe.data.kind == "tokens":
+            sizes |= {"data.vocab_size": 280, "model.config.vocab_size": 280, "data.cache": tmp_path / "cache"}
+        if recipe.model.type == "RecurrentDepth":
+            shape = {"num_prelude_layers": 1, "num_coda_layers": 1, "mlp_size": 16, "mean_recurrence": 2}
+        else:
+            shape = {"intermediate_size": 16, "num_key_value_heads": 2}
+        return changes | sizes | {f"model.config.{name}": value for name, value in shape.items()}
     if recipe.evaluate.kind == "accuracy":
         return changes | {"model.config.intermediate_size": 16, "evaluate.seeds": "[1, 2]"}
     return changes | {
@@ -129,7 +147,7 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
 def settings(recipe: Recipe) -> int:
     """How many rows the evaluation of a tiny recipe has."""
     options = recipe.evaluate
-    if options.kind == "bits":
+    if options.kind in ("bits", "language"):
         return 1
     if options.kind == "samples":
         return len(options.solver) * len(options.steps) * len(options.grid) * len(options.guidance)
@@ -160,6 +178,12 @@ def test_recipe_trains_at_tiny_size(
         # 16x16 images of 8x8 latents
         changes |= {"data.source": latents[0], "data.vae": latents[1], "evaluate.features": "null"}
         changes |= {"model.config.sample_size": 8, "model.config.num_classes": 10}
+    elif kind == "tokens":
+        (tmp_path / "prose").mkdir()
+        for split, many in (("train", 200), ("valid", 20), ("test", 20)):
+            text = "the quick brown fox jumps over the lazy dog\n\n\n" * many
+            (tmp_path / "prose" / f"{split}.txt").write_text(text)
+        changes["data.source"] = tmp_path / "prose"
     elif kind == "text":
         (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 100)
         changes["data.source"] = tmp_path / "text.txt"
@@ -172,11 +196,10 @@ def test_recipe_trains_at_tiny_size(
     capsys.readouterr()
     assert main(["evaluate", str(path), "--model", str(out / "model"), "--json", str(out / "e.json"), *sets]) == 0
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == 2 + settings(recipe)
+    by_level = recipe.evaluate.kind == "language" and method == "diffusionblocks"
+    assert len(table.splitlines()) == 2 + settings(recipe) + (4 if by_level else 0)
     (results, again) = (json.loads((out / name).read_text())["rows"] for name in ("result.json", "e.json"))
-    timeless = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows] for rows in (results, again)
-    ]
+    timeless = [[{k: v for k, v in row.items() if k not in SPEEDS} for row in rows] for rows in (results, again)]
     assert timeless[0] == timeless[1], "a saved model measures as the trained one did"
     assert json.loads((out / "recipe.json").read_text())["method"] == method
     assert (out / "log.jsonl").is_file()
@@ -186,6 +209,11 @@ def test_recipe_trains_at_tiny_size(
     assert main([*arguments, "--quiet"]) == 0
     if recipe.evaluate.kind == "bits":
         assert [len(line) for line in (out / "s" / "samples.txt").read_text().splitlines()] == [16] * 3
+        return
+    if recipe.evaluate.kind == "language":
+        texts = (out / "s" / "samples.txt").read_text().rstrip("\n").split("\n\n")
+        assert len(texts) == 3
+        assert all("|" in text for text in texts)
         return
     measured = recipe.evaluate.features is not None
     assert all((row["fd_train"] is not None and row["fd_train"] > 0) == measured for row in results)

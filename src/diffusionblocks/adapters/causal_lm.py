@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +50,37 @@ class NoisyToken(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z (batch, length, dim) -> hidden (batch, length, dim)."""
         return self.linear(z.to(self.linear.weight.dtype))  # type: ignore[no-any-return]
+
+
+class ExactRotation(nn.Module):
+    """The library's rotary positions; their frequencies stay float32 when a block is cast to another dtype.
+
+    The library loads a bfloat16 model with float32 frequencies, too: rounded ones are off by whole turns at some
+    hundred tokens.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+        for name, buffer in rotary.named_buffers():
+            setattr(rotary, name, buffer.float())
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.rotary.config
+
+    def forward(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (1 or batch, length, dim of a head), of the dtype of `states`."""
+        return self.rotary(states, positions)  # type: ignore[no-any-return]
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ExactRotation:
+        exact = dict(self.rotary.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.rotary.named_buffers():
+            if buffer.dtype != torch.float32:
+                setattr(self.rotary, name, exact[name].to(buffer.device))
+        return self
 
 
 class CausalLMAdapter(Adapter):
@@ -161,11 +192,13 @@ class CausalLMAdapter(Adapter):
         )
 
     def settle(self, network: nn.Module) -> None:
-        """Untie the head, and let the layers attend in two streams."""
+        """Untie the head, keep the positions exact, and let the layers attend in two streams."""
         head, embedding = network.get_submodule("lm_head"), network.get_submodule("model.embed_tokens")
         tied = embedding.get_parameter("weight")
         if head.weight is tied:
             head.weight = nn.Parameter(tied.detach().clone(), tied.requires_grad)
+        trunk = network.get_submodule("model")
+        trunk.add_module("rotary_emb", ExactRotation(trunk.get_submodule("rotary_emb")))
         for layer in network.get_submodule("model.layers").children():
             attention: Any = layer.get_submodule("self_attn")
             kernel = (attention.config._attn_implementation or "sdpa").removeprefix(_PREFIX)

@@ -34,7 +34,8 @@ class Checkpoint:
     Attributes:
         config: the model's config object.
         dtype: in which the library would load it.
-        places: parameter's name in the model -> file and name there; parameters that the files lack are left out.
+        places: parameter's name in the model -> file and name there. Tied parameters, of which files hold one, have
+            the same place; parameters that the files lack are left out.
         missing: the names of those.
     """
 
@@ -112,6 +113,10 @@ class Library(abc.ABC):
             if name in places or shapes[key] != expected[name].shape:
                 raise CannotReadInParts(f"{key} does not fit {name}")
             places[name] = found[key], key
+        for names in self._tied(model):
+            stored = next((places[name] for name in names if name in places), None)
+            if stored is not None:
+                places |= {name: stored for name in names if name not in places}
         return Checkpoint(config, dtype, places, frozenset(expected.keys() - places.keys()))
 
     @abc.abstractmethod
@@ -119,6 +124,10 @@ class Library(abc.ABC):
         self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str]
     ) -> tuple[Any, torch.dtype]:
         """Config and dtype as `from_pretrained` finds them; `stored` are the safetensors names of the files' dtypes."""
+
+    def _tied(self, model: nn.Module) -> list[tuple[str, str]]:
+        """Pairs of parameters that this very model has as one."""
+        return []
 
     @abc.abstractmethod
     def _names(self, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
@@ -173,6 +182,9 @@ class Transformers(Library):
             raise CannotReadInParts(f"the library keeps parts of a {dtype} model in float32")
         config.dtype, config.name_or_path = dtype, str(path)
         return config, dtype
+
+    def _tied(self, model: nn.Module) -> list[tuple[str, str]]:
+        return list(model.all_tied_weights_keys.items())  # type: ignore[union-attr, operator]
 
     def _names(self, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
         try:

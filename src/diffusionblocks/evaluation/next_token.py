@@ -8,8 +8,9 @@ target can be read off z.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,15 @@ from torch.nn import functional as F
 
 from ..model import DiffusionBlocks
 from ..noise import EDM, NoiseProcess
-from ..noise.edm import match
 from ..targets import NextTokenTarget
+from ..training.keys import key
 from .teachers import evaluating
 
 #: Makes the batches {"input_ids": int64 (n, length)} anew.
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 
-_TOKENS = 4096  # whose similarity to every row is computed at once
+_TOKENS = 1024  # whose similarity to every row is computed at once
+_SAMPLE = 4096  # tokens, the first of the text, over which the decodable mass is averaged
 _QUANTILES = 64  # levels of equal mass, over which the decodable share is averaged
 
 
@@ -38,7 +40,7 @@ class Level:
         level: sigma.
         block: that owns it.
         cross_entropy: nats a token.
-        scrambled: the same where the context is that of another sequence.
+        scrambled: the same where the context is that of another sequence: the one before, for the first the second.
         decodable: share of the tokens whose own row is the nearest to z.
     """
 
@@ -59,7 +61,8 @@ class LanguageRow:
         tokens: how many were counted.
         context_gap: how much worse it is with another sequence's context; 0 for a model that ignores its context. None
             for an unconverted model.
-        decodable_mass: the share of the training mass of levels at which z alone gives the token away.
+        decodable_mass: the share of the training mass of levels at which z alone gives the token away, of the text's
+            first tokens.
         by_level: blocks: over the whole range, from the highest level.
     """
 
@@ -82,10 +85,10 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
         model: with a `NextTokenTarget`.
         batches: the text, in sequences of at least two tokens, two sequences at least.
         levels: how many, >= 2: even in log sigma over the whole range, sigma_max first.
-        seed: of the noise; a token has the same noise at all levels.
+        seed: of the noise, keyed by (seed, batch); a token has the same noise at all levels.
 
     Raises:
-        ValueError: another target, levels < 2, or fewer than two sequences.
+        ValueError: another target, levels < 2, or sequences as `_checked` refuses them.
     """
     target, noise = model.target, model.noise
     if not isinstance(target, NextTokenTarget) or not isinstance(noise, EDM):
@@ -99,23 +102,27 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     table = target.table
     decoded = torch.zeros(levels, dtype=torch.float64)
     count, first = 0, 1 - target.shift  # a token without context is left out
+    sample: list[Tensor] = []
+    # The second sequence stands before the first one; so batches of one have another context, too.
+    before = torch.cat(list(itertools.islice(_checked(batches), 2)))[1:2]
     with torch.no_grad(), evaluating(model):
-        for index, batch in enumerate(batches()):
-            tokens = batch["input_ids"]
-            y, eps = target.encode(batch), _noise(target.encode(batch), seed, index)
+        for index, tokens in enumerate(_checked(batches)):
+            y = target.encode({"input_ids": tokens})
+            eps = _noise(y, seed, index)
             wanted = tokens[:, target.shift :]
-            other = {"input_ids": tokens.roll(1, dims=0)}
+            other = torch.cat([before, tokens[:-1]])
+            before = tokens[-1:]
             for place, level in enumerate(grid.tolist()):
-                z = y + match(torch.full((len(y),), level, device=y.device), y) * eps
-                for inputs, kept in ((batch, matched), (other, scrambled)):
-                    logits = model.denoise({"input_ids": inputs["input_ids"]}, z, level)
+                z = noise.corrupt(y, torch.full((len(y),), level, device=y.device), eps)
+                for inputs, kept in ((tokens, matched), (other, scrambled)):
+                    logits = model.denoise({"input_ids": inputs}, z, level)
                     kept[place].append(_nats(logits[:, first:], wanted[:, first:]))
                 decoded[place] += float(_decoded(z, wanted, table).sum())
+            if count < _SAMPLE:
+                sample.append(wanted.flatten())
             count += wanted.numel()
     rows = [torch.cat(kept) for kept in matched]
     others = [torch.cat(kept) for kept in scrambled]
-    if len(rows[0]) < 2:
-        raise ValueError("cross-entropy needs at least two sequences: a longer text, or shorter sequences")
     by_level = tuple(
         Level(level, model.partition.block_of(level), float(a.mean()), float(b.mean()), share)
         for level, a, b, share in zip(grid.tolist(), rows, others, (decoded / count).tolist(), strict=True)
@@ -125,7 +132,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
         float(rows[0].std() / math.sqrt(len(rows[0]))),
         len(rows[0]) * (tokens.shape[1] - 1),
         context_gap=float((others[0] - rows[0]).mean()),
-        decodable_mass=decodable_mass(noise, target, wanted, seed=seed),
+        decodable_mass=decodable_mass(noise, target, torch.cat(sample)[:_SAMPLE], seed=seed),
         by_level=by_level,
     )
 
@@ -134,12 +141,9 @@ def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> L
     """The same of an unconverted model, which maps tokens (n, length) to logits (n, length, vocab_size)."""
     nats = []
     with torch.no_grad():
-        for batch in batches():
-            tokens = batch["input_ids"]
+        for tokens in _checked(batches):
             nats.append(_nats(model(tokens)[:, :-1], tokens[:, 1:]))
     rows = torch.cat(nats)
-    if len(rows) < 2:
-        raise ValueError("cross-entropy needs at least two sequences: a longer text, or shorter sequences")
     return LanguageRow(float(rows.mean()), float(rows.std() / math.sqrt(len(rows))), len(rows) * (tokens.shape[1] - 1))
 
 
@@ -165,10 +169,27 @@ def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor,
     return float(torch.stack(shares).mean())
 
 
+def _checked(batches: Batches) -> Iterator[Tensor]:
+    """The tokens of each batch; ValueError for fewer than two sequences, of several lengths, or of a single token."""
+    count, length = 0, None
+    for batch in batches():
+        tokens = batch["input_ids"]
+        length = length or tokens.shape[1]
+        if tokens.shape[1] != length:
+            raise ValueError(f"all sequences must have one length; got {tokens.shape[1]} after {length}")
+        if length < 2:
+            raise ValueError("sequences have 1 token, and the first is not counted: make them longer")
+        count += len(tokens)
+        yield tokens
+    if count < 2:
+        raise ValueError(f"a standard error needs at least two sequences, got {count}: give more text")
+
+
 def _decoded(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     """1 where the nearest of unit rows is the token's own, float32, flat."""
     flat, wanted = z.flatten(0, -2), tokens.flatten()
-    found = [(some @ table.T).argmax(dim=-1) for some in flat.split(_TOKENS)]
+    with torch.autocast(z.device.type, enabled=False):  # in bfloat16 neighbouring rows are one
+        found = [(some @ table.T).argmax(dim=-1) for some in flat.split(_TOKENS)]
     return (torch.cat(found) == wanted).float()
 
 
@@ -179,5 +200,5 @@ def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _noise(like: Tensor, seed: int, index: int) -> Tensor:
-    generator = torch.Generator(device=like.device).manual_seed(seed * 1_000_003 + index)
+    generator = torch.Generator(device=like.device).manual_seed(key(seed, 0, index, "next token"))
     return torch.randn(like.shape, generator=generator, device=like.device)

@@ -309,7 +309,10 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if tokens.dim() != 2 or tokens.shape[1] < 2:
             raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {tuple(tokens.shape)}")
         check_tokens(tokens, self.vocab_size, tuple(tokens.shape))
-        iterations = draw_depth(self.mean_recurrence, depth_generator(generator))
+        return self.loss_after(draw_depth(self.mean_recurrence, depth_generator(generator)), tokens, generator)
+
+    def loss_after(self, iterations: int, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """As `loss`, after a given number of iterations; no value of the tokens (batch, length) is looked at."""
         # The last position has nothing to predict, and the model is causal: it need not run.
         return mean_cross_entropy(self(tokens[:, :-1], iterations, generator), tokens[:, 1:])
 

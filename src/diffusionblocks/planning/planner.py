@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapters import adapter_named
 from ..recipes import Recipe, parse_recipe
 from ..runs import depth_of
 from .ledger import Forecast, Ledger, forecast
@@ -142,8 +143,9 @@ class _Search:
         return next((fit for changes in self._splits() if (fit := self.fit({**changes, **(savers or {})}))), None)
 
     def _splits(self) -> Iterator[dict[str, Any]]:
-        """The divisors of the layers, ascending; one block is always on the device."""
-        depth = depth_of(self.recipe)
+        """The divisors of the layers, ascending; one block is always on the device. Some families have one block."""
+        one = adapter_named(self.recipe.model.type).depth_dependent_weights
+        depth = 1 if one else depth_of(self.recipe)
         for many in (n for n in range(1, depth + 1) if depth % n == 0):
             changes: dict[str, Any] = {"blocks.num_blocks": many, "train.resident": "active"}
             if self.recipe.method == "end-to-end":

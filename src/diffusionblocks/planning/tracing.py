@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..block import Block
-from ..training import TrainConfig, Unit, trainable
+from ..training import EndToEnd, TrainConfig, Unit, trainable
 from ..training.optim import AVERAGED_AT_ONCE
 from ..training.skeleton import Skeleton, compile_modules, tensors_of
 from .fused import simulating_backend
@@ -86,10 +86,8 @@ def _step(module: nn.Module, train: TrainConfig, make_batch: MakeBatch, timeline
     for _ in range(min(train.accumulation, 2)):  # the second finds the gradients of the first; others are like it
         timeline.forward_begins()
         batch = make_batch(size)
-        # The level is given: drawing one looks at values, which fake tensors have not.
-        level = {"level": torch.empty(size)} if isinstance(module, Block) else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bfloat16"):
-            losses: Tensor = module.loss(batch, None, **level)  # type: ignore[operator]
+            losses = _losses(module, batch, size)
         loss = losses.mean() / train.accumulation
         loss.backward()
     # Fused AdamW needs no memory of its own, nor does clipping; the moving average does.
@@ -97,6 +95,14 @@ def _step(module: nn.Module, train: TrainConfig, make_batch: MakeBatch, timeline
         torch.empty(_averaged_at_once(trainable(module)))
     for parameter in trainable(module):
         parameter.grad = None
+
+
+def _losses(module: nn.Module, batch: Mapping[str, Tensor], size: int) -> Tensor:
+    """Level and depth are given: drawing them looks at values, which fake tensors have not."""
+    if isinstance(module, Block):
+        return module.loss(batch, None, level=torch.empty(size))
+    assert isinstance(module, EndToEnd)
+    return module.heaviest_loss(batch)
 
 
 def _gradient_is_whole(parameter: Tensor, train: TrainConfig, timeline: Timeline) -> None:

@@ -10,6 +10,7 @@ wanted position, and at a block's first call for a token the token before it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,7 +108,9 @@ def continue_texts(
     _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, bridge, top_k)
     device, lengths = torch.device(device), [len(row) for row in rows]
     longest = max(lengths)
-    chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    known = _known_noise(generators, lengths, target).to(device)
+    chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, known, device)
     choose = _Chooser(target, temperature, top_p, bridge, top_k)
     new = torch.zeros(len(rows), longest, dtype=torch.int64)
     for row, place in zip(rows, new, strict=True):
@@ -119,7 +122,7 @@ def continue_texts(
     started = time.perf_counter()
     with torch.no_grad():
         for draws in tqdm(
-            _draws(seeds, max_new_tokens, target, len(levels) - 1, device),
+            _draws(generators, max_new_tokens, target, len(levels) - 1, device),
             total=max_new_tokens,
             disable=not progress,
             unit="token",
@@ -151,8 +154,9 @@ def continue_plainly(
     """The same by an ordinary language model: the control.
 
     Args:
-        model: a causal language model of transformers, which keeps keys and values, or one that maps tokens (n, length)
-            to logits (n, length, vocab_size), which reads everything anew for each token.
+        model: a causal language model of transformers, which keeps keys and values, or a `RecurrentDepth`, which reads
+            everything anew for each token. The states that its recurrence starts from are drawn for the batch, from
+            the first seed: there a row depends, a little, on its batch.
         prompts, max_new_tokens, seeds, temperature, top_p, stop_tokens, progress: see `continue_texts`; no prompt may
             be empty, and a row draws one uniform a token.
 
@@ -163,7 +167,9 @@ def continue_plainly(
     _check_options(rows, max_new_tokens, seeds, temperature, top_p)
     if not all(len(row) for row in rows):
         raise ValueError("an empty prompt: an ordinary language model needs at least one token to go on from")
+    _check_tokens(rows, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     device = next(model.parameters()).device
+    states = torch.Generator(device).manual_seed(seeds[0])
     uniforms = torch.stack(
         [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     ).to(device)
@@ -190,7 +196,7 @@ def continue_plainly(
                 output = model(input_ids=text[:, first:end], **options)
                 logits, past = output.logits[:, -1], output.past_key_values
             else:
-                logits = model(text[:, :end])[places, at + step - 1]
+                logits = model(text[:, :end], generator=states)[places, at + step - 1]
             token = _quantile(filtered(logits, temperature, top_p), uniforms[:, step])
             made.append(token)
             text[places, torch.full_like(at, end) if library else at + step] = token
@@ -265,17 +271,18 @@ class _Chain:
         noise: EDM,
         levels: list[float],
         capacity: int,
+        known_noise: Tensor,
         device: torch.device,
     ) -> None:
         self.network, self.target, self.noise, self.levels = network, target, noise, levels
-        self.make_past, self.capacity, self.device = make_past, capacity, device
+        self.make_past, self.capacity, self.known_noise, self.device = make_past, capacity, known_noise, device
         self.two_streams = target.shift == 0
         self.keys = [owner(level) if self.two_streams else step for step, level in enumerate(levels[:-1])]
         self.pasts: dict[int, Any] = {}
 
-    def next(self, clean: Tensor, counts: Tensor, draws: tuple[Tensor, Tensor, Tensor], choose: _Chooser) -> Tensor:
+    def next(self, clean: Tensor, counts: Tensor, draws: tuple[Tensor, Tensor], choose: _Chooser) -> Tensor:
         """The token (n,) after clean tokens (n, new), of which the first `counts` of each row are no padding."""
-        prior, known_noise, uniforms = draws
+        prior, uniforms = draws
         z = self.levels[0] * prior
         told: set[int] = set()
         token = counts
@@ -290,36 +297,45 @@ class _Chain:
             if self.two_streams:
                 logits = self.network(inputs, z[:, None], level)[:, 0]
             else:
-                logits = self._one_stream(inputs, z, level, known_noise)
+                logits = self._one_stream(inputs, z, level)
             token, denoised = choose(logits, uniforms[:, step])
             z = euler(lambda *_, known=denoised: known, z, [level, following])
         return token
 
-    def _one_stream(self, inputs: dict[str, Any], z: Tensor, level: float, noise: Tensor) -> Tensor:
+    def _one_stream(self, inputs: dict[str, Any], z: Tensor, level: float) -> Tensor:
         """Of the new positions the last wants its token; those before it have theirs, noised as in training."""
         clean, last = inputs["input_ids"], inputs["counts"] - 1
         states = z[:, None]
         if clean.shape[1] > 1:
             rows = self.target.rows(clean[:, 1:])
             levels = torch.full((len(clean),), level, device=z.device)
-            states = torch.cat([rows + match(levels, rows) * noise[:, None], states], dim=1)
+            states = torch.cat([rows + match(levels, rows) * self.known_noise, states], dim=1)
             states = states.index_put((torch.arange(len(z), device=z.device), last), z)
         logits = self.network(inputs, states, level)
         return logits[torch.arange(len(z), device=z.device), last]
 
 
+def _known_noise(generators: Sequence[torch.Generator], lengths: Sequence[int], target: NextTokenTarget) -> Tensor:
+    """Noise of the prompts' own tokens, each but the first (n, longest - 1, dim); none where there are two streams."""
+    dim = target.embedding.shape[-1]
+    noise = torch.zeros(len(lengths), max(0, max(lengths) - 1) if target.shift else 0, dim)
+    for row, length, generator in zip(noise, lengths, generators, strict=True):
+        if target.shift:
+            row[: length - 1] = torch.randn(length - 1, dim, generator=generator)
+    return noise
+
+
 def _draws(
-    seeds: Sequence[int], count: int, target: NextTokenTarget, steps: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each token: noise of its chain (n, dim), of known tokens (n, dim), and uniforms (n, steps)."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators: Sequence[torch.Generator], count: int, target: NextTokenTarget, steps: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each token: noise of its chain (n, dim), and uniforms (n, steps)."""
     dim = target.embedding.shape[-1]
     for start in range(0, count, _AHEAD):
-        prior = torch.stack([torch.randn(_AHEAD, 2, dim, generator=g) for g in generators]).to(device)
+        prior = torch.stack([torch.randn(_AHEAD, dim, generator=g) for g in generators]).to(device)
         uniforms = torch.stack([torch.rand(_AHEAD, steps, generator=g, dtype=torch.float64) for g in generators])
         uniforms = uniforms.to(device)
         for i in range(min(_AHEAD, count - start)):
-            yield prior[:, i, 0], prior[:, i, 1], uniforms[:, i]
+            yield prior[:, i], uniforms[:, i]
 
 
 def _until(tokens: Tensor, stops: Sequence[int]) -> Tensor:
@@ -342,18 +358,21 @@ def _check(
     top_k: int,
 ) -> None:
     _check_options(rows, max_new_tokens, seeds, temperature, top_p)
-    vocabulary = len(target.embedding)
-    for row in rows:
-        if len(row) and not (int(row.min()) >= 0 and int(row.max()) < vocabulary):
-            raise ValueError(f"prompt tokens must be in [0, {vocabulary - 1}], got {row.tolist()}")
-        if target.shift and not len(row):
-            raise ValueError("an empty prompt: this model needs at least one token to go on from")
-    if len(levels) < 2:
+    _check_tokens(rows, len(target.embedding))
+    if target.shift and not all(len(row) for row in rows):
+        raise ValueError("an empty prompt: this model needs at least one token to go on from")
+    if len(levels) < 2 or any(low >= high for high, low in itertools.pairwise(levels)):
         raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
     if bridge not in BRIDGES:
         raise ValueError(f"unknown bridge {bridge!r}; allowed: {', '.join(BRIDGES)}")
     if top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
+
+
+def _check_tokens(rows: list[Tensor], vocabulary: int) -> None:
+    for row in rows:
+        if len(row) and not (int(row.min()) >= 0 and int(row.max()) < vocabulary):
+            raise ValueError(f"prompt tokens must be in [0, {vocabulary - 1}], got {row.tolist()}")
 
 
 def _check_options(

@@ -35,6 +35,13 @@ class EndToEnd(nn.Module):
     @activation_checkpointing.setter
     def activation_checkpointing(self, value: bool) -> None:
         model: Any = self.model
+        if self._trains_itself:
+            if value:
+                raise ValueError(
+                    f"train.activation_checkpointing = true: a {type(model).__name__} trained end to end has no "
+                    "checkpointing of its layers; set it to false, and backprop_depth lower to save memory"
+                )
+            return
         options = {"use_reentrant": False}
         if not value:
             model.gradient_checkpointing_disable()
@@ -73,6 +80,17 @@ class EndToEnd(nn.Module):
         loss = F.cross_entropy(self(batch["pixel_values"]).float(), batch["labels"], reduction="none")
         assert loss.shape == batch["labels"].shape
         return loss
+
+    def heaviest_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """As `loss`, of the step that takes most memory, whatever the batch's values: for predicting that memory.
+
+        A class that draws how much of itself it runs (`RecurrentDepth`) runs as many iterations as the gradient goes
+        through and one before them: more of those take time, and no memory.
+        """
+        if self._trains_itself:
+            model: Any = self.model
+            return model.loss_after(model.backprop_depth + 1, batch["input_ids"])  # type: ignore[no-any-return]
+        return self.loss(batch)
 
     def predict(self, pixel_values: Tensor, **_: Any) -> Prediction:
         """Class probabilities of one forward pass; denoising options do not apply and are ignored."""
