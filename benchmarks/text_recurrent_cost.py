@@ -62,15 +62,19 @@ def step_of(module: torch.nn.Module, loss: Callable[[], Tensor], bfloat16: bool)
 
 
 def best_seconds(steps: dict[int, Callable[[], None]], device: torch.device, repeats: int) -> dict[int, float]:
-    """Least seconds of each step, taken in turns, so that whatever else the machine does falls on all of them."""
+    """Least seconds of each step, taken in turns, so that whatever else the machine does falls on all of them.
+
+    Of a CPU it is the processor time of all threads: other processes lengthen that least.
+    """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     best = dict.fromkeys(steps, float("inf"))
     for _ in range(repeats):
         for name, step in steps.items():
             wait(device)
-            start = time.perf_counter()
+            start = clock()
             step()
             wait(device)
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], clock() - start)
     return best
 
 

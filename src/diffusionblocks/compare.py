@@ -1,9 +1,10 @@
 """The comparison every claim needs: DiffusionBlocks beside its end-to-end controls, in one table.
 
-Rows: end to end with L layers; end to end with L/B layers, which has the memory of one block, at equal steps and at
-B times the steps, which is equal compute (the control to beat), both only where B > 1; DiffusionBlocks from scratch; and, where the recipe
-has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there once more
-without. All rows but the second have the same number of layer-updates.
+Rows: L layers end to end; where B > 1 L/B layers end to end, which have the memory of one block, at equal steps
+and at B times the steps, which is equal compute (the control to beat); DiffusionBlocks from scratch; and, where the
+recipe has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there
+once more without. All rows but the one of L/B layers at equal steps have the same number of layer-updates (recurrent
+depth end to end runs its core many times a step, which is not counted).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .data import TextChunks
 from .evaluation.accuracy import AccuracyRow
 from .evaluation.bits import Bits
 from .evaluation.figures import draw_run
+from .evaluation.level_figure import draw_levels
 from .evaluation.memory import step_memory
 from .evaluation.tables import format_bytes, format_table, write_results
 from .language import LanguageResult, write_continuations
@@ -206,6 +208,17 @@ def _draw(recipe: Recipe, table: list[dict[str, Any]], results: dict[str, RunRes
             data = load_data(recipe, "test")
             assert isinstance(data, TextChunks)
             write_continuations(recipe, result.model, folder / key / "samples", data=data)
+        controls = [
+            (f"{row['key']} ({row['iterations']} steps)", row["cross_entropy"])
+            for row in table
+            if row["name"] == "end-to-end"
+        ]
+        for key in ("diffusionblocks", "diffusionblocks-branched"):
+            if key in results:
+                model, (row, *_) = results[key].model, results[key].rows
+                assert isinstance(model, DiffusionBlocks)
+                assert isinstance(row, LanguageResult)
+                draw_levels(row.known, model.partition, folder / key / "levels.png", controls)
         return
     if isinstance(recipe.evaluate, (SamplesConfig, BitsConfig)):
         for key, result in results.items():

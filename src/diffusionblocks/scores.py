@@ -220,8 +220,15 @@ def check_evaluation(recipe: Recipe, model: nn.Module, data: Data) -> None:
         ImportError: Inception's features without the package that has them.
     """
     options = recipe.evaluate
-    if isinstance(options, LanguageConfig) and options.mauve is not None:
-        require_mauve()
+    if isinstance(options, LanguageConfig):
+        if options.mauve is not None:
+            require_mauve()
+        if options.prompt_length == 0 and not (
+            isinstance(model, DiffusionBlocks) and getattr(model.target, "shift", 1) == 0
+        ):
+            raise ValueError(
+                "evaluate.prompt_length = 0: only blocks of two streams write from nothing; this model needs at least 1"
+            )
     if not isinstance(options, SamplesConfig) or not isinstance(model, DiffusionBlocks):
         return
     assert isinstance(model.target, ImageTarget)

@@ -163,14 +163,14 @@ def test_the_real_corpus(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[list[str], str]] = [
-    (["sample", "--labels", "3"], "--labels is not for MaskedTransformer, which generates text"),
+    (["sample", "--labels", "3"], "--labels is not for MaskedTransformer, which generates masked text"),
     (["sample", "--solver", "heun"], "--solver is not for MaskedTransformer"),
     (["sample", "--infill", "the End_"], "must be of letters a to z, spaces and gaps (_), has ['E']"),
     (["sample", "--infill", "no gap"], "must have a gap (_)"),
     (["sample", "--infill", "_" * 17], "at most 16 characters, has 17"),
     (["sample", "--count", "0"], "count must be >= 1, got 0"),
     (["sample", "--grid", "karras"], "unknown level grid 'karras' for masking"),
-    (["evaluate", "--by-level"], "--by-level is for classifiers; MaskedTransformer generates text"),
+    (["evaluate", "--by-level"], "--by-level is for classifiers; MaskedTransformer generates masked text"),
     (["evaluate", *sets(data__length=8)], "takes texts of 16, the data has 8"),
     (["evaluate", *sets(model__config__sequence_length=8, data__length=8)], "holds a model of texts (16,)"),
     (["evaluate", *sets(evaluate__limit=1)], "evaluate.limit"),

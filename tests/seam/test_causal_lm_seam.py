@@ -107,8 +107,9 @@ def test_blocks_in_the_wrong_order_say_other_things() -> None:
     assert model.loss({"input_ids": torch.full((4, LENGTH), 1)}, 0, seeded(), torch.full((4,), 0.1)).mean() > 1
 
 
-def test_training_levels_are_the_blocks_own() -> None:
-    model = convert("llama", overlap=0.1)
+@pytest.mark.parametrize("overlap", [0.0, 0.1])
+def test_training_levels_are_the_blocks_own(overlap: float) -> None:
+    model = convert("llama", overlap=overlap)
     for b, block in enumerate(model.blocks):
         levels: list[Tensor] = []
         block.register_forward_pre_hook(lambda _, args, levels=levels: levels.append(args[2]))
@@ -118,7 +119,7 @@ def test_training_levels_are_the_blocks_own() -> None:
         low, high = model.partition.training_interval(b)
         assert low <= drawn.min() <= drawn.max() <= high
         owned = [model.partition.block_of(level) == b for level in drawn.tolist()]
-        assert 0.85 < sum(owned) / len(owned) <= 1
+        assert all(owned) if overlap == 0 else 0.5 < sum(owned) / len(owned) < 1
     with pytest.raises(ValueError, match="block 2 owns it"):
         model.loss(token_batch(), 0, level=torch.full((6,), 0.05))
 
@@ -201,7 +202,7 @@ def test_a_compiled_block_computes_the_same_in_one_graph(whole: bool, kernel: st
         if whole:
             block.compile(fullgraph=True)
         else:
-            block.compile_parts(fullgraph=True)
+            block.compile_parts()
         compiled, again = loss_and_gradients(block, block.loss)
         graphs = int(counters["stats"]["unique_graphs"])
         assert not counters["graph_break"]
@@ -210,20 +211,6 @@ def test_a_compiled_block_computes_the_same_in_one_graph(whole: bool, kernel: st
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     # By layers: all three share one; then the embedding, the positions, the final norm's and the head's.
     assert graphs == 1 if whole else graphs <= 5
-
-
-@pytest.mark.slow
-def test_generated_code_computes_the_same() -> None:
-    model = db.convert(tiny("llama", layers=2), db.BlocksConfig(num_blocks=2))
-    randomise_adaptive(model)
-    block = model.block(1)
-    plain, gradients = loss_and_gradients(block, block.loss)
-    torch._dynamo.reset()
-    block.compile(fullgraph=True)
-    compiled, again = loss_and_gradients(block, block.loss)
-    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(again, gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 # ---- end to end ---------------------------------------------------------------------------------------------------------
@@ -294,6 +281,7 @@ def test_transformers_trainer_trains_a_converted_model_unchanged(shared: str, tm
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
+        label_names=["input_ids"],  # what it takes for labels when it evaluates
         seed=0,
     )
     examples = [{"input_ids": row} for row in counting(64, 0)]

@@ -42,7 +42,7 @@ def trainer(model: nn.Module, folder: Path | None = None, **changes: Any) -> Tra
 
 def batches_for(model: nn.Module) -> BatchMaker:
     cpu = torch.device("cpu")
-    if isinstance(model, db.DiffusionBlocks) and model.model_class == "MaskedTransformer":
+    if isinstance(model, db.DiffusionBlocks) and model.model_class in ("MaskedTransformer", "LlamaForCausalLM"):
         ids = torch.randint(VOCAB, (30 * LENGTH,), generator=seeded(), dtype=torch.uint8)
         return TextBatches(TextData(ids, VOCAB), LENGTH, device=cpu)
     augment = AugmentConfig(flip=True)
@@ -108,7 +108,7 @@ def test_the_next_other_unit_is_known_ahead() -> None:
 
 
 @pytest.mark.parametrize("shared", ["replicated", "frozen"])
-@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked"])
+@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked", "llama"])
 def test_schedule_and_residency_do_not_matter(family: str, shared: str, tmp_path: Path) -> None:
     reference = trained(blocks_of(family, shared))
     start = everything(trainer(blocks_of(family, shared)))
@@ -159,7 +159,7 @@ def test_a_subset_trains_as_in_the_whole(where: dict[str, str], tmp_path: Path) 
 
 @pytest.mark.parametrize("shared", ["replicated", "joint"])
 @pytest.mark.parametrize("where", RESIDENCIES)
-@pytest.mark.parametrize("family", ["dit", "masked"])
+@pytest.mark.parametrize("family", ["dit", "masked", "llama"])
 def test_resume_is_exact_and_may_change_the_residency(
     family: str, where: dict[str, str], shared: str, tmp_path: Path
 ) -> None:
@@ -243,7 +243,7 @@ def test_arena_and_mapped_file(tmp_path: Path) -> None:
 # ---- savers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked", "end-to-end"])
+@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked", "llama", "end-to-end"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_checkpointing_computes_the_same(family: str, accumulation: int) -> None:
     def model() -> nn.Module:
