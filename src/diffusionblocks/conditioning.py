@@ -62,7 +62,8 @@ class AdaptiveNorms(nn.Module):
         if self._modulation is None:  # the norm is used outside a converted model
             return output
         if self._leading is not None:
-            noisy, clean = output[:, : self._leading], output[:, self._leading :]
+            # Split, not sliced: the gradient of a slice is filled up with zeros, and the two are added.
+            noisy, clean = output.split([self._leading, output.shape[1] - self._leading], dim=1)
             return torch.cat([self._scaled(index, noisy), clean], dim=1)
         return self._scaled(index, output)
 

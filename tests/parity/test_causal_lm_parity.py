@@ -294,7 +294,7 @@ def assert_kernels_agree(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -
 @pytest.mark.parametrize("rows", [512, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_agree(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusionblocks.attention._ROWS", rows)
+    monkeypatch.setattr("diffusionblocks.attention._ROWS_ON_CPU", rows)
     expected = outputs_and_gradients("eager", dtype)
     for kernel in ("sdpa", "flex_attention"):
         assert_kernels_agree(outputs_and_gradients(kernel, dtype), expected, dtype)

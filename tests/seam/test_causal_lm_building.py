@@ -1,4 +1,4 @@
-"""Language models built block by block: tied weights, the target's rows and exact positions, from a seed or from files."""
+"""Language models built block by block, from a seed or from files: tied weights, the target's rows, exact positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Language models through the whole seam: one order of blocks, one loss on every road, and loops that know no blocks."""
+"""Language models through the whole seam: one order of blocks, one loss on every road, loops that know no blocks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def train_a_little(model: db.DiffusionBlocks, steps: int = 3) -> None:
     model.eval()
 
 
-# ---- one order of blocks ------------------------------------------------------------------------------------------
+# ---- one order of blocks -------------------------------------------------------------------------------------
 
 
 def letters(overlap: float = 0.0) -> db.DiffusionBlocks:
@@ -124,7 +124,7 @@ def test_training_levels_are_the_blocks_own(overlap: float) -> None:
         model.loss(token_batch(), 0, level=torch.full((6,), 0.05))
 
 
-# ---- the whole journey ----------------------------------------------------------------------------------------------
+# ---- the whole journey ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", POLICIES)
@@ -158,7 +158,7 @@ def test_branching_copies_the_trunk() -> None:
         assert torch.equal(ours, theirs)
 
 
-# ---- savers of memory and time ------------------------------------------------------------------------------------------
+# ---- savers of memory and time -------------------------------------------------------------------------------
 
 
 def loss_and_gradients(block: nn.Module, run: Any) -> tuple[Tensor, list[Tensor]]:
@@ -213,7 +213,7 @@ def test_a_compiled_block_computes_the_same_in_one_graph(whole: bool, kernel: st
     assert graphs == 1 if whole else graphs <= 5
 
 
-# ---- end to end ---------------------------------------------------------------------------------------------------------
+# ---- end to end ----------------------------------------------------------------------------------------------
 
 
 @each_family
@@ -239,7 +239,7 @@ def test_end_to_end_checkpointing_computes_the_same(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
 
 
-# ---- loops that know nothing of blocks ------------------------------------------------------------------------------------
+# ---- loops that know nothing of blocks -----------------------------------------------------------------------
 
 
 @each_family

@@ -98,7 +98,7 @@ def test_a_position_sees_its_past_and_itself_alone(family: str, kernel: str, pre
 
 
 def test_in_chunks_of_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_ROWS", 5)
+    monkeypatch.setattr(attention, "_ROWS_ON_CPU", 5)
     assert leaks(block_of()) == []
 
 
@@ -181,7 +181,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_mask_of_all_positions_by_all_is_made() -> None:
-    n, rows = 3072, attention._ROWS
+    n, rows = 3072, attention._ROWS_ON_CPU
     q, k, v = (torch.randn(1, 1, 2 * n, 8, generator=seeded(i), requires_grad=True) for i in range(3))
     with Largest() as sdpa:
         two_streams(q, k, v, Streams(n, n, CPU)).sum().backward()
