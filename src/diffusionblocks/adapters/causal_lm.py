@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from ..attention import KERNELS, Past, Streams, library_attention
+from ..attention import KERNELS, Streams, library_attention
 from ..conditioning import AdaptiveNorms
-from ..config import BlocksConfig, NextTokenTargetConfig
-from ..targets import NextTokenTarget, Target
-from .base import Adapter, LogitScale
+from .base import LogitScale
 from .libraries import TRANSFORMERS, Library
+from .next_token import NextTokenAdapter
 
 _PREFIX = "diffusionblocks_"
 for _kernel in KERNELS:
@@ -83,7 +82,7 @@ class ExactRotation(nn.Module):
         return self
 
 
-class CausalLMAdapter(Adapter):
+class CausalLMAdapter(NextTokenAdapter):
     """Converts `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` and `Qwen3ForCausalLM`.
 
     A head that is tied to the input embedding is untied, for blocks that train apart have one copy of each; its weights
@@ -96,9 +95,9 @@ class CausalLMAdapter(Adapter):
         "Qwen2ForCausalLM": TRANSFORMERS,
         "Qwen3ForCausalLM": TRANSFORMERS,
     }
-    target = "next-token"
+    embedding_path = "model.embed_tokens.weight"
+    shift = 0  # a noisy position of its own for each token
     depth_field = "num_hidden_layers"
-    class_count_field = "vocab_size"
 
     def layers_path(self, model: nn.Module) -> str:
         """See `Adapter`."""
@@ -120,25 +119,9 @@ class CausalLMAdapter(Adapter):
         """See `Adapter`."""
         return [network.get_submodule("model.norm")]
 
-    def hidden_size(self, model: nn.Module) -> int:
-        """See `Adapter`."""
-        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-
-    def num_classes(self, config: Any) -> int:
-        """See `Adapter`."""
-        return int(config.vocab_size)
-
     def example_shape(self, config: Any) -> tuple[int]:
         """See `Adapter`. Texts may be shorter."""
         return (int(config.max_position_embeddings),)
-
-    def input_names(self, config: Any) -> tuple[str, ...]:
-        """See `Adapter`."""
-        return ("input_ids",)
-
-    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
-        """See `Adapter`."""
-        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
 
     def check(self, model: nn.Module) -> None:
         """See `Adapter`."""
@@ -154,32 +137,6 @@ class CausalLMAdapter(Adapter):
         rope = (config.rope_parameters or {}).get("rope_type", "default")
         if rope in ("dynamic", "longrope"):
             raise ValueError(f"{name} has rotary positions of rope_type {rope}, which change with the text's length")
-
-    def default_target(self) -> NextTokenTargetConfig:
-        """See `Adapter`."""
-        return NextTokenTargetConfig()
-
-    def make_target(self, model: nn.Module, config: BlocksConfig) -> NextTokenTarget:
-        """See `Adapter`."""
-        options = config.target
-        assert isinstance(options, NextTokenTargetConfig)
-        target = NextTokenTarget(
-            self.num_classes(model.config),
-            self.hidden_size(model),
-            learned=options.embedding == "learned",
-            seed=config.seed,
-            clean_weight=options.clean_weight,
-        )
-        if not next(model.parameters()).is_meta:
-            self.fill_target(model, target, config)
-        return target
-
-    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:
-        """See `Adapter`."""
-        assert isinstance(target, NextTokenTarget)
-        assert isinstance(config.target, NextTokenTargetConfig)
-        if config.target.embedding != "frozen":
-            target.take_rows(network.get_parameter("model.embed_tokens.weight"))
 
     def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
         """See `Adapter`."""
@@ -209,10 +166,6 @@ class CausalLMAdapter(Adapter):
     def settle_config(self, config: Any) -> None:
         """See `Adapter`."""
         config.tie_word_embeddings = False
-
-    def past(self, batch: int, capacity: int, device: torch.device) -> Past:
-        """See `Adapter`: a block's keys and values of the clean stream."""
-        return Past(batch, capacity, device)
 
     def hidden(
         self,

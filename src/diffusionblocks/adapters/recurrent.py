@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import Past, Streams, two_streams
+from ..attention import Streams, two_streams
 from ..conditioning import AdaptiveNorms
 from ..config import BlocksConfig, NextTokenTargetConfig
-from ..targets import NextTokenTarget, Target
-from .base import Adapter, LogitScale
+from .base import LogitScale
 from .libraries import OURS, Library
+from .next_token import NextTokenAdapter
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -40,14 +40,14 @@ class _Places:
         return functools.partial(two_streams, streams=self.streams, layer=layer)
 
 
-class RecurrentDepthAdapter(Adapter):
+class RecurrentDepthAdapter(NextTokenAdapter):
     """Converts our `RecurrentDepth`. The layers of the block are those of the core."""
 
     classes: ClassVar[dict[str, Library]] = {"RecurrentDepth": OURS}
-    target = "next-token"
+    embedding_path = "embedding.weight"
+    shift = 1  # the position of a token denoises the one after it
     depth_dependent_weights = True
     depth_field = "num_core_layers"
-    class_count_field = "vocab_size"
 
     def layers_path(self, model: nn.Module) -> str:
         """See `Adapter`."""
@@ -69,25 +69,9 @@ class RecurrentDepthAdapter(Adapter):
         """See `Adapter`."""
         return [network.get_submodule("final_norm")]
 
-    def hidden_size(self, model: nn.Module) -> int:
-        """See `Adapter`."""
-        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-
-    def num_classes(self, config: Any) -> int:
-        """See `Adapter`."""
-        return int(config.vocab_size)
-
     def example_shape(self, config: Any) -> tuple[int]:
         """See `Adapter`."""
         return (int(config.sequence_length),)
-
-    def input_names(self, config: Any) -> tuple[str, ...]:
-        """See `Adapter`."""
-        return ("input_ids",)
-
-    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
-        """See `Adapter`."""
-        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
 
     def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
         """See `Adapter`."""
@@ -103,34 +87,9 @@ class RecurrentDepthAdapter(Adapter):
                 "leave it out"
             )
 
-    def default_target(self) -> NextTokenTargetConfig:
-        """See `Adapter`."""
-        return NextTokenTargetConfig()
-
-    def make_target(self, model: nn.Module, config: BlocksConfig) -> NextTokenTarget:
-        """See `Adapter`."""
-        options = config.target
-        assert isinstance(options, NextTokenTargetConfig)
-        count, dim = self.num_classes(model.config), self.hidden_size(model)
-        target = NextTokenTarget(count, dim, learned=options.embedding == "learned", seed=config.seed, shift=1)
-        if not next(model.parameters()).is_meta:
-            self.fill_target(model, target, config)
-        return target
-
-    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:
-        """See `Adapter`."""
-        assert isinstance(target, NextTokenTarget)
-        assert isinstance(config.target, NextTokenTargetConfig)
-        if config.target.embedding != "frozen":
-            target.take_rows(network.get_parameter("embedding.weight"))
-
     def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
         """See `Adapter`."""
         return nn.ModuleDict({"logit_scale": LogitScale(config.target.logit_scale)})
-
-    def past(self, batch: int, capacity: int, device: torch.device) -> Past:
-        """See `Adapter`: keys and values of all layers at one denoising step."""
-        return Past(batch, capacity, device)
 
     def hidden(
         self,

@@ -1,0 +1,71 @@
+"""What all families that denoise the next token have in common."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import Past
+from ..config import BlocksConfig, NextTokenTargetConfig
+from ..targets import NextTokenTarget, Target
+from .base import Adapter
+
+
+class NextTokenAdapter(Adapter):
+    """A language model: tokens in, the embedding of a token each out."""
+
+    target = "next-token"
+    class_count_field = "vocab_size"
+    #: path of the input embedding's weight, whose rows the target can take
+    embedding_path: ClassVar[str]
+    #: see `NextTokenTarget`
+    shift: ClassVar[int]
+
+    def hidden_size(self, model: nn.Module) -> int:
+        """See `Adapter`."""
+        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def num_classes(self, config: Any) -> int:
+        """See `Adapter`."""
+        return int(config.vocab_size)
+
+    def input_names(self, config: Any) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("input_ids",)
+
+    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
+        """See `Adapter`."""
+        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
+
+    def default_target(self) -> NextTokenTargetConfig:
+        """See `Adapter`."""
+        return NextTokenTargetConfig()
+
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> NextTokenTarget:
+        """See `Adapter`."""
+        options = config.target
+        assert isinstance(options, NextTokenTargetConfig)
+        target = NextTokenTarget(
+            self.num_classes(model.config),
+            self.hidden_size(model),
+            learned=options.embedding == "learned",
+            seed=config.seed,
+            shift=self.shift,
+            clean_weight=options.clean_weight,
+        )
+        if not next(model.parameters()).is_meta:
+            self.fill_target(model, target, config)
+        return target
+
+    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:
+        """See `Adapter`."""
+        assert isinstance(target, NextTokenTarget)
+        assert isinstance(config.target, NextTokenTargetConfig)
+        if config.target.embedding != "frozen":
+            target.take_rows(network.get_parameter(self.embedding_path))
+
+    def past(self, batch: int, capacity: int, device: torch.device) -> Past:
+        """See `Adapter`: keys and values of all layers, of one block's clean stream or at one denoising step."""
+        return Past(batch, capacity, device)
