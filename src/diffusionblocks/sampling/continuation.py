@@ -116,28 +116,15 @@ def continue_texts(
     for row, place in zip(rows, new, strict=True):
         place[: len(row)] = row
     clean, counts = new.to(device), torch.tensor(lengths, device=device)
-    one, stops = torch.ones_like(counts), torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    made: list[Tensor] = []
-    started = time.perf_counter()
-    with torch.no_grad():
-        for draws in tqdm(
-            _draws(generators, max_new_tokens, target, len(levels) - 1, device),
-            total=max_new_tokens,
-            disable=not progress,
-            unit="token",
-        ):
-            token = chain.next(clean, counts, draws, choose)
-            made.append(token)
-            clean, counts = token[:, None], one
-            if len(stops):
-                ended |= torch.isin(token, stops)
-                if bool(ended.all()):
-                    break
-    grown = torch.stack(made, dim=1).cpu()  # waits for the device
-    seconds = time.perf_counter() - started
-    tokens = [torch.cat([row, _until(after, stop_tokens)]) for row, after in zip(rows, grown, strict=True)]
-    return Continuations(tokens, lengths, seconds)
+
+    def tokens() -> Iterator[Tensor]:
+        news, many = clean, counts
+        for draws in _draws(generators, max_new_tokens, target, len(levels) - 1, device):
+            token = chain.next(news, many, draws, choose)
+            yield token
+            news, many = token[:, None], torch.ones_like(counts)
+
+    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, progress)
 
 
 def continue_plainly(
@@ -174,19 +161,18 @@ def continue_plainly(
         [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     ).to(device)
     lengths, library = [len(row) for row in rows], hasattr(model, "generate")
-    longest, stops = max(lengths), torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+    longest = max(lengths)
     text = torch.zeros(len(rows), longest + max_new_tokens, dtype=torch.int64)
     seen = torch.zeros_like(text)
     for r, row in enumerate(rows):  # a library's cache wants padding on the left, the other reading on the right
         start = longest - len(row) if library else 0
         text[r, start : start + len(row)], seen[r, start : longest + max_new_tokens] = row, 1
-    text, seen, ended = text.to(device), seen.to(device), torch.zeros(len(rows), dtype=torch.bool, device=device)
+    text, seen = text.to(device), seen.to(device)
     places, at = torch.arange(len(rows), device=device), torch.tensor(lengths, device=device)
-    made: list[Tensor] = []
-    past: Any = None
-    started = time.perf_counter()
-    with torch.no_grad():
-        for step in tqdm(range(max_new_tokens), disable=not progress, unit="token"):
+
+    def tokens() -> Iterator[Tensor]:
+        past: Any = None
+        for step in range(max_new_tokens):
             end = longest + step
             if library:
                 first = 0 if past is None else end - 1
@@ -198,16 +184,36 @@ def continue_plainly(
             else:
                 logits = model(text[:, :end], generator=states)[places, at + step - 1]
             token = _quantile(filtered(logits, temperature, top_p), uniforms[:, step])
-            made.append(token)
+            yield token
             text[places, torch.full_like(at, end) if library else at + step] = token
+
+    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, progress)
+
+
+def _grown(
+    tokens: Iterator[Tensor],
+    rows: list[Tensor],
+    count: int,
+    stop_tokens: Sequence[int],
+    device: torch.device,
+    progress: bool,
+) -> Continuations:
+    """Rows with `count` tokens (n,) each behind them, fewer where they stop; taken without gradients, and timed."""
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    made: list[Tensor] = []
+    started = time.perf_counter()
+    with torch.no_grad():
+        for token in tqdm(tokens, total=count, disable=not progress, unit="token"):
+            made.append(token)
             if len(stops):
                 ended |= torch.isin(token, stops)
                 if bool(ended.all()):
                     break
-    grown = torch.stack(made, dim=1).cpu()
+    grown = torch.stack(made, dim=1).cpu()  # waits for the device
     seconds = time.perf_counter() - started
-    tokens = [torch.cat([row, _until(after, stop_tokens)]) for row, after in zip(rows, grown, strict=True)]
-    return Continuations(tokens, lengths, seconds)
+    whole = [torch.cat([row, _until(after, stop_tokens)]) for row, after in zip(rows, grown, strict=True)]
+    return Continuations(whole, [len(row) for row in rows], seconds)
 
 
 class _Chooser:
