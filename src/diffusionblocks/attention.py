@@ -130,6 +130,10 @@ class Streams:
         own = torch.eye(stop - start, dtype=torch.bool, device=key.device)
         return torch.cat([key < query, own], dim=1)
 
+    def over_past(self, queries: int) -> Tensor:
+        """What the first `queries` positions see of `past` and of the noisy one: bool (batch, 1, queries, keys)."""
+        return self._over_past[:, :, :queries]
+
     def whole(self) -> Tensor:
         """Everything at once: bool (noisy + clean, noisy + clean). For the reference."""
         at = self.positions[0]
@@ -139,14 +143,13 @@ class Streams:
         own = noisy[:, None] & noisy[None, :] & (key == query)
         return to_clean | own
 
-    def block_mask(self, device: torch.device) -> BlockMask:
-        """`whole` for FlexAttention, which never makes it."""
-        if torch.compiler.is_compiling():
-            return _block_mask(self.noisy, device)
-        return _cached_block_mask(self.noisy, device)
+    def block_mask(self, queries: int, device: torch.device) -> BlockMask:
+        """`whole` of the first `queries` positions for FlexAttention, which never makes it."""
+        make = _block_mask if torch.compiler.is_compiling() else _cached_block_mask
+        return make(self.noisy, queries, device)
 
 
-def _block_mask(length: int, device: torch.device) -> BlockMask:
+def _block_mask(length: int, queries: int, device: torch.device) -> BlockMask:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         from_noisy, to_noisy = query < length, key < length
         i = torch.where(from_noisy, query, query - length)
@@ -154,7 +157,7 @@ def _block_mask(length: int, device: torch.device) -> BlockMask:
         seen = ~to_noisy & torch.where(from_noisy, j < i, j <= i)
         return seen | (query == key)
 
-    return create_block_mask(visible, None, None, 2 * length, 2 * length, device=str(device))
+    return create_block_mask(visible, None, None, queries, 2 * length, device=str(device))
 
 
 _cached_block_mask = functools.lru_cache(maxsize=16)(_block_mask)
@@ -179,7 +182,7 @@ def two_streams(
     """Attention of noisy and clean positions.
 
     Args:
-        query: (batch, heads, noisy + clean, dim).
+        query: (batch, heads, noisy + clean, dim), or of the noisy positions alone.
         key: (batch, key heads, noisy + clean, dim); key heads divide heads.
         value: likewise.
         streams: what the positions are.
@@ -189,26 +192,27 @@ def two_streams(
         kernel: one of `KERNELS`; `flex_attention` trains on a GPU only, and is `sdpa` where it cannot.
 
     Returns:
-        (batch, heads, noisy + clean, dim).
+        Of the shape of `query`.
     """
     if kernel == "flex_attention" and query.device.type == "cpu" and query.requires_grad:
         kernel = "sdpa"  # FlexAttention has no backward pass there
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and (kernel != "flex_attention" or streams.past is not None):
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    n = streams.noisy
+    n, queries = streams.noisy, query.shape[2]
     if streams.past is not None:
         keys, values = streams.past.update(layer, key[:, :, n:], value[:, :, n:])
         keys, values = torch.cat([keys, key[:, :, :n]], dim=2), torch.cat([values, value[:, :, :n]], dim=2)
-        return F.scaled_dot_product_attention(query, keys, values, streams._over_past, scale=scale)
+        return F.scaled_dot_product_attention(query, keys, values, streams.over_past(queries), scale=scale)
     if kernel == "flex_attention":
         attend = flex_attention if query.device.type == "cpu" or torch.compiler.is_compiling() else _compiled_flex()
-        mask = streams.block_mask(query.device)
+        mask = streams.block_mask(queries, query.device)
         return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[no-any-return]
     if kernel == "eager":
-        return _reference(query, key, value, streams.whole(), scale, dropout)
+        return _reference(query, key, value, streams.whole()[:queries], scale, dropout)
     attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
-    (noisy_q, clean_q), (noisy_k, clean_k), (noisy_v, clean_v) = (t.split(n, dim=2) for t in (query, key, value))
+    (noisy_k, clean_k), (noisy_v, clean_v) = (t.split(n, dim=2) for t in (key, value))
+    noisy_q, *clean_q = query.split(n, dim=2)
     parts, start = [], 0
     rows = _ROWS_ON_CPU if query.device.type == "cpu" else _ROWS
     for q, k, v in zip(*(t.split(rows, dim=2) for t in (noisy_q, noisy_k, noisy_v)), strict=True):
@@ -217,7 +221,7 @@ def two_streams(
         values = torch.cat([clean_v[:, :, :stop], v], dim=2)
         parts.append(attend(q, keys, values, streams.rows(start, stop)))
         start = stop
-    parts.append(attend(clean_q, clean_k, clean_v, is_causal=True))
+    parts += [attend(q, clean_k, clean_v, is_causal=True) for q in clean_q]  # one, or none
     return torch.cat(parts, dim=2)
 
 
@@ -237,12 +241,18 @@ def library_attention(
     *,
     kernel: str,
     streams: Streams,
+    clean: tuple[Tensor, Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """`two_streams` as an attention function of transformers (`AttentionInterface`): (batch, length, heads, dim)."""
+    """`two_streams` as an attention function of transformers (`AttentionInterface`): (batch, length, heads, dim).
+
+    `clean`: keys and values of the clean positions, where the layer runs at the noisy ones alone.
+    """
     assert attention_mask is None, "the streams say what is seen"
+    if clean is not None:
+        key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), clean, strict=True))
     out = two_streams(
         query,
         key,

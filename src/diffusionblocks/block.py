@@ -123,6 +123,8 @@ class Block(nn.Module):
             model.
         """
         embedding = self.shared.noise_embedding
+        # A text model's clean stream is a context: what its last layer makes of it is wanted by that loss alone.
+        clean_wanted = self.training and getattr(self.target, "clean_weight", 0) > 0
         condition = self.noise.condition(level)
         if embedding is not None:
             condition = embedding(condition)
@@ -130,14 +132,14 @@ class Block(nn.Module):
             self.network,
             self._callable_layers(),
             self.shared.added,
-            inputs,
+            {**inputs, "clean_wanted": clean_wanted},
             self.noise.scaled(z, level),
             condition,
         )
         denoised = self.noise.combine(z, raw, level)
         shared = self.shared
         output = self.adapter.readout(self.network, shared.final_norms, shared.added, hidden, denoised, condition)
-        if self.training and getattr(self.target, "clean_weight", 0) > 0:
+        if clean_wanted:
             output = torch.cat([output, self.adapter.clean_logits(self.network, shared.added, hidden)], dim=1)
         return output
 

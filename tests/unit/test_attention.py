@@ -51,10 +51,14 @@ def leaks(block: Block) -> list[str]:
         """Logits of the noisy positions, and the clean stream."""
         hidden = block.adapter.hidden
 
-        def spy(*args: Any) -> tuple[Tensor, Tensor]:
-            found = hidden(*args)
-            clean.append(norm(found[0]))
-            return found
+        def spy(network: Any, layers: Any, added: Any, inputs: Any, *args: Any) -> tuple[Tensor, Tensor]:
+            # The last layer runs at the noisy positions alone, unless the clean stream is wanted.
+            nothing, lean = hidden(network, layers, added, inputs, *args)
+            assert nothing.shape == (3, 0, HIDDEN)
+            states, raw = hidden(network, layers, added, {**inputs, "clean_wanted": True}, *args)
+            torch.testing.assert_close(lean, raw, rtol=1e-5, atol=1e-5)
+            clean.append(norm(states))
+            return nothing, lean
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(block.adapter, "hidden", spy)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import rotate_half
 
 from ..attention import KERNELS, Streams, library_attention
 from ..conditioning import AdaptiveNorms
@@ -181,11 +182,12 @@ class CausalLMAdapter(NextTokenAdapter):
         Args:
             network, layers, added, condition: as there.
             inputs: `input_ids` (batch, length), the clean tokens; where text is generated the new ones only (none, or
-                right-padded), with `past` and `counts` (batch,), see `Streams`.
+                right-padded), with `past` and `counts` (batch,), see `Streams`. `clean_wanted` (bool): whether the
+                clean stream's last states are wanted; without it they are, as far as they go.
             z: (batch, length, dim), or (batch, 1, dim) of the one token that is wanted next.
 
         Returns:
-            (clean stream (batch, length, dim), F (batch, noisy length, dim)).
+            (clean stream (batch, length, dim), or (batch, 0, dim) where it is not wanted; F (batch, noisy length, dim)).
         """
         tokens, past = inputs["input_ids"], inputs.get("past")
         noisy = z.shape[1]
@@ -198,9 +200,15 @@ class CausalLMAdapter(NextTokenAdapter):
             wanted = wanted + _before(clean, streams)
         states = torch.cat([wanted, clean], dim=1)
         rotation = rotary(states, streams.positions)
-        for layer, adaptive in layers:
+        with_clean = len(layers) if inputs.get("clean_wanted", True) else len(layers) - 1
+        for i, (layer, adaptive) in enumerate(layers):
             assert adaptive is not None
-            states = adaptive(layer, condition, states, leading=noisy, position_embeddings=rotation, streams=streams)
+            if i < with_clean:
+                states = adaptive(
+                    layer, condition, states, leading=noisy, position_embeddings=rotation, streams=streams
+                )
+            else:
+                states = adaptive(_noisy_alone, condition, layer, states, rotation, streams)
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
@@ -236,6 +244,27 @@ class CausalLMAdapter(NextTokenAdapter):
         """See `Adapter`."""
         states = network.get_submodule("model.norm")(hidden)
         return added["logit_scale"](network.get_submodule("lm_head")(states))  # type: ignore[no-any-return]
+
+
+def _noisy_alone(layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], streams: Streams) -> Tensor:
+    """A layer at the noisy positions; of the clean ones only keys and values, which is all that is read of the last."""
+    noisy = streams.noisy
+    wanted, clean = states.split([noisy, streams.clean], dim=1)
+    rotations = [part.split([noisy, streams.clean], dim=1) for part in rotation]
+    cosine, sine = (part[1][:, None] for part in rotations)
+    attention = layer.self_attn
+    # Not called but run: as a call it would be adapted to the noise level.
+    normed = layer.input_layernorm.forward(clean)
+    key, value = (
+        project(normed).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "k_norm"):
+        key = attention.k_norm(key)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    key = key * cosine + rotate_half(key) * sine
+    return layer(  # type: ignore[no-any-return]
+        wanted, position_embeddings=tuple(part[0] for part in rotations), streams=streams, clean=(key, value)
+    )
 
 
 def _before(clean: Tensor, streams: Streams) -> Tensor:
