@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .adapters import Adapter
 from .adapters.base import Namespace
+from .adapters.text import TextAdapter
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig
 from .noise import NoiseProcess
-from .targets import Batch, Target
+from .targets import Batch, Target, TextTarget, check_loss_chunk, cross_entropies, in_chunks
 
 
 class SharedParts(nn.Module):
@@ -79,6 +80,25 @@ class Block(nn.Module):
         self.interval = interval
         self.input_names = input_names
         self.activation_checkpointing = False
+        self._loss_chunk: int | None = None
+
+    @property
+    def loss_chunk(self) -> int | None:
+        """Positions of each sequence whose logits `loss` has in memory at a time; None: all at once.
+
+        Raises:
+            ValueError: set below 1, or for a block that denoises no text.
+        """
+        return self._loss_chunk
+
+    @loss_chunk.setter
+    def loss_chunk(self, value: int | None) -> None:
+        check_loss_chunk(
+            value,
+            f"a block that denoises a {type(self.target).__name__}",
+            of_text=isinstance(self.adapter, TextAdapter),
+        )
+        self._loss_chunk = value
 
     @property
     def target(self) -> Target:
@@ -104,10 +124,12 @@ class Block(nn.Module):
         for part in [*self.adaptive, *(part for part in self.parts() if part not in layers)]:
             part.compile(**options)
 
-    def forward(self, inputs: Mapping[str, Any], z: Tensor, level: Tensor) -> Tensor:
+    def forward(
+        self, inputs: Mapping[str, Any], z: Tensor, level: Tensor, *, states_only: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
         """Denoise, and read off what the task wants.
 
-        Under EDM D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7); under masking D = F(z, t, x), logits.
+        Under EDM D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7); under masking D = F(z, t, x).
 
         Args:
             inputs: the model's inputs x: `pixel_values` (batch, channels, height, width) of a classifier, `labels`
@@ -116,11 +138,13 @@ class Block(nn.Module):
             z: noised target: float32 (batch, dim) of a label, (batch, length, dim) of next tokens, (batch, channels,
                 height, width) of an image; int64 (batch, length) of masked tokens.
             level: noise levels, float32, shape (batch,), all of this block.
+            states_only: of a text model, stop before the logits.
 
         Returns:
             Logits (batch, num_classes) of a classifier, (batch, length, vocab_size) of a text model (in training under
             `clean_weight` with those of the clean stream behind them); D, float32, of the shape of z, of a diffusion
-            model.
+            model. With `states_only` what the logits are made of: states (batch, length, dim) and what is told of each
+            sample (batch, dim), see `TextAdapter.states`; in training under `clean_weight` the clean stream as well.
         """
         embedding = self.shared.noise_embedding
         # A text model's clean stream is a context: what its last layer makes of it is wanted by that loss alone.
@@ -128,16 +152,20 @@ class Block(nn.Module):
         condition = self.noise.condition(level)
         if embedding is not None:
             condition = embedding(condition)
+        shared = self.shared
         hidden, raw = self.adapter.hidden(
             self.network,
             self._callable_layers(),
-            self.shared.added,
+            shared.added,
             {**inputs, "clean_wanted": clean_wanted},
             self.noise.scaled(z, level),
             condition,
         )
         denoised = self.noise.combine(z, raw, level)
-        shared = self.shared
+        if states_only:
+            assert isinstance(self.adapter, TextAdapter), "no states of positions"
+            found = self.adapter.states(self.network, shared.final_norms, hidden, denoised, condition)
+            return (*found, hidden) if clean_wanted else found
         output = self.adapter.readout(self.network, shared.final_norms, shared.added, hidden, denoised, condition)
         if clean_wanted:
             output = torch.cat([output, self.adapter.clean_logits(self.network, shared.added, hidden)], dim=1)
@@ -172,11 +200,32 @@ class Block(nn.Module):
         draws = self.noise.draws(y.shape, generator=generator, device=y.device)
         inputs = self.target.training_inputs({name: batch[name] for name in self.input_names}, generator)
         z = self.noise.corrupt(y, level, draws)
-        loss = self.target.loss(self(inputs, z, level), batch, z)
+        if self.loss_chunk is None:
+            loss = self.target.loss(self(inputs, z, level), batch, z)
+        else:
+            loss = self._loss_in_chunks(inputs, z, level, batch, self.loss_chunk)
         if self.weight != "none":
             loss = loss * self.noise.training_weight(level).float()
         assert loss.shape == (len(y),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
+
+    def _loss_in_chunks(self, inputs: Batch, z: Tensor, level: Tensor, batch: Batch, chunk: int) -> Tensor:
+        """As the target's loss of what `forward` gives, without all logits in memory together."""
+        target = self.target
+        assert isinstance(target, TextTarget)
+        states, told, *clean = self(inputs, z, level, states_only=True)
+        readers: list[Callable[[Tensor, Tensor], Tensor]] = [functools.partial(self._nats, told), self._clean_nats]
+        streams = zip(readers, [states, *clean], target.wanted(batch), strict=False)  # the clean one need not be there
+        return target.reduced([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], z)
+
+    def _nats(self, told: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
+        shared = self.shared
+        assert isinstance(self.adapter, TextAdapter)
+        logits = self.adapter.logits(self.network, shared.final_norms, shared.added, states, told)
+        return cross_entropies(logits, tokens)
+
+    def _clean_nats(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return cross_entropies(self.adapter.clean_logits(self.network, self.shared.added, states), tokens)
 
     def extra_repr(self) -> str:
         """Shown by print(block)."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from .adapters import supported_classes
 from .config import BlocksConfig
 from .data.config import DataConfig, LatentsConfig
+from .targets import check_loss_chunk
 from .training import TrainConfig
 
 
@@ -166,6 +167,8 @@ class TrunkConfig(_Section):
         optimizer: AdamW's state, `copied` from the trunk or `fresh`.
         average: the blocks' moving average, `fresh` from the weights at the branch, or `copied` from the trunk's (then
             its ramp-up counts the trunk's steps). Fresh was clearly better on CIFAR-10 (docs/results.md).
+        warmup: of the learning rate after the branch: `none`, for the trunk is warm, or `again` as `train` says (for a
+            fresh optimizer).
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -175,6 +178,7 @@ class TrunkConfig(_Section):
     weights: Literal["raw", "averaged"] = "raw"
     optimizer: Literal["copied", "fresh"] = "copied"
     average: Literal["copied", "fresh"] = "fresh"
+    warmup: Literal["none", "again"] = "none"
 
 
 class FitConfig(_Section):
@@ -334,6 +338,15 @@ class Recipe(_Section):
             f"{self.model.type} {does}; data.kind: {self.data.kind} is for {wanted}; "
             f"allowed: {', '.join(_DATA[adapter.target])}"
         )
+
+    @model_validator(mode="after")
+    def _chunks_of_text(self) -> Self:
+        adapter = supported_classes().get(self.model.type)
+        if adapter is not None:
+            of_text = adapter.target in ("tokens", "next-token")
+            model = f"{self.model.type} {_DOES[adapter.target]} and"
+            check_loss_chunk(self.train.loss_chunk, model, of_text=of_text, name="train.loss_chunk")
+        return self
 
     @model_validator(mode="after")
     def _no_graph_of_a_drawn_depth(self) -> Self:

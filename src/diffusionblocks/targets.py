@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Batch = Mapping[str, Tensor]
 
@@ -33,6 +34,28 @@ class Target(nn.Module, abc.ABC):
     def training_inputs(self, inputs: Batch, generator: torch.Generator | None) -> Batch:
         """The inputs x as they are shown in training."""
         return inputs
+
+
+class TextTarget(Target):
+    """A target whose loss is made of the cross-entropies of positions, of one stream of them or of several."""
+
+    @abc.abstractmethod
+    def wanted(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The tokens (batch, length) that the logits of each stream are of, of its first `length` positions."""
+
+    @abc.abstractmethod
+    def reduced(self, nats: Sequence[Tensor], z: Tensor | None) -> Tensor:
+        """The loss (batch,) from the cross-entropies (batch, length) of each stream that there is, in order."""
+
+    def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
+        """`reduced` of logits (batch, positions, vocab_size), those of a second stream behind those of the first."""
+        wanted = self.wanted(batch)
+        lengths = [tokens.shape[1] for tokens in wanted]
+        parts: Sequence[Tensor] = [output]
+        if output.shape[1] > lengths[0]:
+            # Split, not sliced: the gradient of a slice is filled up with zeros, once more as large as the logits.
+            parts = output.split([*lengths, output.shape[1] - sum(lengths)], dim=1)
+        return self.reduced([cross_entropies(*pair) for pair in zip(parts, wanted, strict=False)], z)
 
 
 class EmbeddingTarget(Target):
@@ -156,7 +179,7 @@ class ImageTarget(Target):
             raise ValueError(f"pixel_values must be a float tensor of shape {(size, *self.shape)}, got {found}")
 
 
-class TokenTarget(Target):
+class TokenTarget(TextTarget):
     """The tokens themselves as the target of masked diffusion (paper, masked text; MD4, arXiv 2406.04329).
 
     Args:
@@ -180,23 +203,27 @@ class TokenTarget(Target):
         """`input_ids` (batch, length), int64."""
         return batch["input_ids"]
 
-    def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
-        """Cross-entropy of logits (batch, length, vocab_size), summed over the tokens that z hides, over the length.
+    def wanted(self, batch: Batch) -> tuple[Tensor, ...]:
+        """See `TextTarget`."""
+        return (batch["input_ids"],)
+
+    def reduced(self, nats: Sequence[Tensor], z: Tensor | None) -> Tensor:
+        """The sum over the tokens that z hides, over the length.
 
         In nats a token of the whole sequence, so that under the ELBO's weight its mean over all levels is the bound.
         Without z every token counts.
         """
-        nats = F.cross_entropy(output.float().transpose(1, 2), batch["input_ids"], reduction="none")
+        (each,) = nats
         if z is not None:
-            nats = nats * (z == self.mask_id)
-        return nats.sum(dim=1) / nats.shape[1]
+            each = each * (z == self.mask_id)
+        return each.sum(dim=1) / each.shape[1]
 
     def check(self, batch: Batch, size: int) -> None:
         """See `Target`."""
         check_tokens(batch["input_ids"], self.vocab_size, (size, self.length))
 
 
-class NextTokenTarget(EmbeddingTarget):
+class NextTokenTarget(EmbeddingTarget, TextTarget):
     """The next token's L2-normalised embedding as the target of an autoregressive model (paper, section 4.3).
 
     Args:
@@ -225,18 +252,15 @@ class NextTokenTarget(EmbeddingTarget):
         """`input_ids` (batch, length) -> y (batch, length - shift, dim)."""
         return self.rows(batch["input_ids"][:, self.shift :])
 
-    def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy over the tokens of each sequence, in nats.
-
-        `output` has logits (batch, length - shift, vocab_size), and under `clean_weight` those of the clean stream
-        behind them, (batch, length, vocab_size).
-        """
+    def wanted(self, batch: Batch) -> tuple[Tensor, ...]:
+        """See `TextTarget`: of the noisy positions, and of the clean ones, of which the last has nothing to predict."""
         tokens = batch["input_ids"]
-        many = tokens.shape[1] - self.shift
-        loss = mean_cross_entropy(output[:, :many], tokens[:, self.shift :])
-        if output.shape[1] > many:
-            loss = loss + self.clean_weight * mean_cross_entropy(output[:, many:-1], tokens[:, 1:])
-        return loss
+        return tokens[:, self.shift :], tokens[:, 1:]
+
+    def reduced(self, nats: Sequence[Tensor], z: Tensor | None) -> Tensor:
+        """The mean over the tokens of each sequence, in nats; and `clean_weight` times that of the clean stream."""
+        noisy, *clean = (each.mean(dim=1) for each in nats)
+        return noisy + self.clean_weight * clean[0] if clean else noisy
 
     def check(self, batch: Batch, size: int) -> None:
         """See `Target`."""
@@ -247,13 +271,49 @@ class NextTokenTarget(EmbeddingTarget):
         check_tokens(tokens, len(self.embedding), (size, tokens.shape[1]))
 
 
-def mean_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean over the positions of each sequence: logits (batch, length, vocab_size), tokens (batch, length) -> (batch,).
+def cross_entropies(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of every position, in nats: logits (batch, length, vocab_size), tokens (batch, length) -> (batch, length).
 
     In float32, whatever the logits' dtype.
     """
     nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
-    return nats.view(tokens.shape).mean(dim=1)
+    return nats.view(tokens.shape)
+
+
+def mean_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean of `cross_entropies` over the positions of each sequence: (batch,)."""
+    return cross_entropies(logits, tokens).mean(dim=1)
+
+
+def in_chunks(nats: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: Tensor, chunk: int | None) -> Tensor:
+    """Cross-entropies (batch, length), with the logits of at most `chunk` positions of a sequence in memory at a time.
+
+    The backward pass makes them again, chunk after chunk, so read-out and cross-entropy must draw nothing at random.
+
+    Args:
+        nats: read-out and cross-entropy of any of the positions: states (batch, some, dim), tokens (batch, some) ->
+            (batch, some).
+        states: (batch, length or more, dim); the first `length` positions count.
+        tokens: (batch, length).
+        chunk: positions, >= 1; None: all.
+    """
+    length = tokens.shape[1]
+    if states.shape[1] > length:
+        states = states[:, :length]
+    if chunk is None or length <= chunk:
+        return nats(states, tokens)
+    # Split, not sliced: the gradients of all chunks are put together once.
+    pairs = zip(states.split(chunk, dim=1), tokens.split(chunk, dim=1), strict=True)
+    made = [checkpoint(nats, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+    return torch.cat(made, dim=1)
+
+
+def check_loss_chunk(chunk: int | None, model: str, *, of_text: bool, name: str = "loss_chunk") -> None:
+    """Raise ValueError unless `chunk` is None, or >= 1 and for a model of text; the message has both names."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{name} must be >= 1 (positions), or null for all at once; got {chunk}")
+    if chunk is not None and not of_text:
+        raise ValueError(f"{name} = {chunk} is for text models: {model} has no logits at each position; leave it out")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int, shape: tuple[int, ...], *, mask: bool = False) -> None:

@@ -13,6 +13,7 @@ from torchao.optim import AdamW8bit
 
 from diffusionblocks.adapters import adapter_named, rebuild_config
 from diffusionblocks.evaluation.memory import size_of, step_memory
+from diffusionblocks.placement import tensors_of
 from diffusionblocks.planning import WORKSPACE_BYTES, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
 from diffusionblocks.planning.ledger import unit_of_depth
@@ -20,7 +21,6 @@ from diffusionblocks.planning.planner import SAVERS, changed
 from diffusionblocks.planning.tracing import trace_step
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.runs import make_trainer
-from diffusionblocks.training.skeleton import tensors_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {

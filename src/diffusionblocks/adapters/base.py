@@ -135,8 +135,8 @@ class Adapter(abc.ABC):
                 tells of it (batch,): c_noise under EDM, t under masking.
 
         Returns:
-            (hidden states, F): F is what the noise process combines with z: of its shape under EDM, logits
-            (batch, length, vocab_size) under masking. Hidden states are what `readout` or `clean_logits` looks at.
+            (hidden states, F): F is what the noise process combines with z: of its shape under EDM, the states (batch,
+            length, dim) of all positions under masking. Hidden states are whatever else the read-out looks at.
         """
 
     @abc.abstractmethod

@@ -187,7 +187,7 @@ class CausalLMAdapter(NextTokenAdapter):
             z: (batch, length, dim), or (batch, 1, dim) of the one token that is wanted next.
 
         Returns:
-            (clean stream (batch, length, dim), or (batch, 0, dim) where it is not wanted; F (batch, noisy length, dim)).
+            (clean stream (batch, length or, where it is not wanted, 0, dim), F (batch, noisy length, dim)).
         """
         tokens, past = inputs["input_ids"], inputs.get("past")
         noisy = z.shape[1]
@@ -225,20 +225,14 @@ class CausalLMAdapter(NextTokenAdapter):
         if window is not None and slides and length > window:
             raise ValueError(f"{length} tokens, but the model's attention slides over {window}, which is not supported")
 
-    def readout(
-        self,
-        network: nn.Module,
-        final: AdaptiveNorms | None,
-        added: nn.ModuleDict,
-        hidden: Tensor,
-        denoised: Tensor,
-        condition: Tensor,
+    def logits(
+        self, network: nn.Module, final: AdaptiveNorms | None, added: nn.ModuleDict, states: Tensor, told: Tensor
     ) -> Tensor:
-        """See `Adapter`."""
+        """See `TextAdapter`: norm and head, of D."""
         assert final is not None
         head = network.get_submodule("lm_head")
-        states = final(network.get_submodule("model.norm"), condition, denoised.to(next(head.parameters()).dtype))
-        return added["logit_scale"](head(states))  # type: ignore[no-any-return]
+        normed = final(network.get_submodule("model.norm"), told, states.to(next(head.parameters()).dtype))
+        return added["logit_scale"](head(normed))  # type: ignore[no-any-return]
 
     def clean_logits(self, network: nn.Module, added: nn.ModuleDict, hidden: Tensor) -> Tensor:
         """See `Adapter`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..conditioning import AdaptiveNorms
@@ -14,14 +13,14 @@ from ..noise import Masking
 from ..targets import TokenTarget
 from .dit import DenoisingTransformer
 from .libraries import OURS, Library
+from .text import TextAdapter
 
 
-class MaskedTransformerAdapter(DenoisingTransformer):
+class MaskedTransformerAdapter(TextAdapter, DenoisingTransformer):
     """Converts `diffusionblocks.models.MaskedTransformer`: z is the partly masked sequence, and there is no other x."""
 
     classes: ClassVar[dict[str, Library]] = {"MaskedTransformer": OURS}
     target = "tokens"
-    class_count_field = "vocab_size"
     _read_out = "head.linear"
 
     def layers_path(self, model: nn.Module) -> str:
@@ -36,14 +35,6 @@ class MaskedTransformerAdapter(DenoisingTransformer):
         """See `Adapter`."""
         return ("head",)
 
-    def hidden_size(self, model: nn.Module) -> int:
-        """See `Adapter`."""
-        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-
-    def num_classes(self, config: Any) -> int:
-        """See `Adapter`."""
-        return int(config.vocab_size)
-
     def example_shape(self, config: Any) -> tuple[int]:
         """See `Adapter`."""
         return (int(config.sequence_length),)
@@ -51,10 +42,6 @@ class MaskedTransformerAdapter(DenoisingTransformer):
     def input_names(self, config: Any) -> tuple[str, ...]:
         """See `Adapter`."""
         return ()
-
-    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
-        """See `Adapter`."""
-        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
 
     def default_target(self) -> TokenTargetConfig:
         """See `Adapter`."""
@@ -88,10 +75,23 @@ class MaskedTransformerAdapter(DenoisingTransformer):
         z: Tensor,
         condition: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """See `Adapter`."""
+        """See `Adapter`: what the head is told of t, and what it is given."""
         c = network.get_submodule("time_embedder")(condition)
         rotation = network.get_submodule("positions")(z)
         tokens = network.get_submodule("token_embedder")(z)
         for layer, _ in layers:
             tokens = layer(tokens, c, rotation)
-        return tokens, network.get_submodule("head")(tokens, c)
+        return c, tokens
+
+    def states(
+        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `TextAdapter`."""
+        return denoised, hidden
+
+    def logits(
+        self, network: nn.Module, final: AdaptiveNorms | None, added: nn.ModuleDict, states: Tensor, told: Tensor
+    ) -> Tensor:
+        """See `TextAdapter`."""
+        head = network.get_submodule("head")
+        return head(states.to(next(head.parameters()).dtype), told).float()  # type: ignore[no-any-return]

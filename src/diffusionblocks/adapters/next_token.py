@@ -5,39 +5,26 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention import Past
 from ..config import BlocksConfig, NextTokenTargetConfig
 from ..targets import NextTokenTarget, Target
-from .base import Adapter
+from .text import TextAdapter
 
 
-class NextTokenAdapter(Adapter):
+class NextTokenAdapter(TextAdapter):
     """A language model: tokens in, the embedding of a token each out."""
 
     target = "next-token"
-    class_count_field = "vocab_size"
     #: path of the input embedding's weight, whose rows the target can take
     embedding_path: ClassVar[str]
     #: see `NextTokenTarget`
     shift: ClassVar[int]
 
-    def hidden_size(self, model: nn.Module) -> int:
-        """See `Adapter`."""
-        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-
-    def num_classes(self, config: Any) -> int:
-        """See `Adapter`."""
-        return int(config.vocab_size)
-
     def input_names(self, config: Any) -> tuple[str, ...]:
         """See `Adapter`."""
         return ("input_ids",)
-
-    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
-        """See `Adapter`."""
-        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
 
     def default_target(self) -> NextTokenTargetConfig:
         """See `Adapter`."""

@@ -131,22 +131,22 @@ class RecurrentDepthAdapter(NextTokenAdapter):
             state = adaptive(layer, condition, state, places.rotation, places.attend(number))
         return (places, len(prelude) + len(layers)), state
 
-    def readout(
-        self,
-        network: nn.Module,
-        final: AdaptiveNorms | None,
-        added: nn.ModuleDict,
-        hidden: Any,
-        denoised: Tensor,
-        condition: Tensor,
-    ) -> Tensor:
-        """See `Adapter`: the coda and the tied head, of the normalised D."""
+    def states(
+        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Any, denoised: Tensor, condition: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `TextAdapter`: the coda, of the normalised D."""
         assert final is not None
         places, before = hidden
-        norm, embedding = network.get_submodule("final_norm"), network.get_submodule("embedding")
+        norm = network.get_submodule("final_norm")
         x = final(norm, condition, denoised.to(next(norm.parameters()).dtype))
         for number, layer in enumerate(network.get_submodule("coda").children(), before):
             x = layer(x, places.rotation, places.attend(number))
         if places.streams is not None:
             places.streams.past.advance(places.streams.counts, x.shape[1])
-        return added["logit_scale"](embedding.logits(norm(x)))  # type: ignore[operator, no-any-return]
+        return norm(x), condition
+
+    def logits(
+        self, network: nn.Module, final: AdaptiveNorms | None, added: nn.ModuleDict, states: Tensor, told: Tensor
+    ) -> Tensor:
+        """See `TextAdapter`: the tied head."""
+        return added["logit_scale"](network.get_submodule("embedding").logits(states))  # type: ignore[operator, no-any-return]

@@ -25,7 +25,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..targets import check_tokens, mean_cross_entropy
+from ..targets import check_tokens, cross_entropies, in_chunks
 from .masked import RotaryPositions, Rotation, rotate
 
 _CUT = 3.0  # standard deviations at which the normal draws of state and weights are cut
@@ -276,6 +276,12 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: iterations < 1.
         """
+        return self.head(self.states(input_ids, iterations, generator))
+
+    def states(
+        self, input_ids: Tensor, iterations: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """As `forward`, before the head: (batch, length, d)."""
         iterations = self.mean_recurrence if iterations is None else iterations
         if iterations < 1:
             raise ValueError(f"iterations must be >= 1, got {iterations}")
@@ -287,9 +293,11 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = self.core_norm(self.recur(state, context, rotation, iterations))
         for layer in self.coda:
             x = layer(x, rotation)
-        return self.head(self.final_norm(x))
+        return self.final_norm(x)  # type: ignore[no-any-return]
 
-    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def loss(
+        self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None, chunk: int | None = None
+    ) -> Tensor:
         """The model's own training: cross-entropy of the next tokens after a random number of iterations.
 
         The number is drawn once for the batch, on the host, from a generator of its own that is keyed by the state of
@@ -298,6 +306,7 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             batch: {"input_ids": int64 (batch, length)}, length >= 2.
             generator: of depth and initial state, on the tokens' device; None: the global ones.
+            chunk: positions whose logits are in memory at a time; None: all.
 
         Returns:
             Mean over positions 1 to length - 1, in nats, float32, shape (batch,).
@@ -309,12 +318,22 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if tokens.dim() != 2 or tokens.shape[1] < 2:
             raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {tuple(tokens.shape)}")
         check_tokens(tokens, self.vocab_size, tuple(tokens.shape))
-        return self.loss_after(draw_depth(self.mean_recurrence, depth_generator(generator)), tokens, generator)
+        return self.loss_after(draw_depth(self.mean_recurrence, depth_generator(generator)), tokens, generator, chunk)
 
-    def loss_after(self, iterations: int, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss_after(
+        self,
+        iterations: int,
+        tokens: Tensor,
+        generator: torch.Generator | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
         """As `loss`, after a given number of iterations; no value of the tokens (batch, length) is looked at."""
         # The last position has nothing to predict, and the model is causal: it need not run.
-        return mean_cross_entropy(self(tokens[:, :-1], iterations, generator), tokens[:, 1:])
+        states = self.states(tokens[:, :-1], iterations, generator)
+        return in_chunks(self._nats, states, tokens[:, 1:], chunk).mean(dim=1)
+
+    def _nats(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return cross_entropies(self.head(states), tokens)
 
 
 def draw_depth(mean: float, generator: torch.Generator) -> int:

@@ -267,7 +267,7 @@ class Masking:
         return z
 
     def combine(self, z: Tensor, raw: Tensor, level: Tensor) -> Tensor:
-        """The network's logits, float32: there is nothing of z to mix in."""
+        """F itself, float32: there is nothing of z to mix in."""
         return raw.float()
 
     def training_weight(self, level: Tensor) -> Tensor:

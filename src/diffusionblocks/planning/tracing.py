@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..block import Block
+from ..placement import tensors_of
 from ..training import EndToEnd, TrainConfig, Unit, trainable
 from ..training.optim import AVERAGED_AT_ONCE
-from ..training.skeleton import Skeleton, compile_modules, tensors_of
+from ..training.skeleton import Skeleton, compile_modules
 from .fused import simulating_backend
 from .timeline import Moment, Timeline
 

@@ -39,6 +39,8 @@ class TrainConfig(BaseModel):
         offload: where `resident: active` keeps the other blocks: in (pinned) `host` memory, or on `disk`, in files
             below the run's folder that are mapped into memory; then the host holds about two blocks.
         activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
+        loss_chunk: of a text model, positions of each sequence whose logits are in memory at a time; the backward pass
+            makes them again, which is the head's matrix product once more. null: all at once.
         optimizer: `adamw`, or `adamw-8bit` with its state in 8 bits (torchao; extra: savers).
         optimizer_in_backward: step each parameter as soon as its gradient is there, so that gradients of all
             parameters never exist together. Rules out gradient_clip and accumulation, which need them all.
@@ -74,6 +76,7 @@ class TrainConfig(BaseModel):
     resident: Literal["all", "active"] = "all"
     offload: Literal["host", "disk"] = "host"
     activation_checkpointing: bool = False
+    loss_chunk: int | None = Field(default=None, ge=1)
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     optimizer_in_backward: bool = False
     seed: int = Field(default=0, ge=0)
@@ -153,7 +156,7 @@ class TrainConfig(BaseModel):
 
 
 #: Fields that may differ between a checkpoint and the run that resumes it: they do not change what is computed
-#: (compile and cuda_graph change rounding only).
+#: (compile, cuda_graph and loss_chunk change rounding only).
 RESUME_MAY_DIFFER = frozenset(
     {
         "compile",
@@ -161,6 +164,7 @@ RESUME_MAY_DIFFER = frozenset(
         "resident",
         "offload",
         "activation_checkpointing",
+        "loss_chunk",
         "log_every",
         "checkpoint_every",
         "snapshot_every",

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..placement import places_of, tensors_of
 from .arena import Arena, Layout
 from .config import TrainConfig
 from .homes import DiskHomes, Homes, HostHomes, Layouts, Luggage
 from .optim import ParameterSet, Updater
 from .schedules import lr_factor
-from .skeleton import Skeleton, in_several, move, places_of, shape_of, tensors_of
+from .skeleton import Skeleton, in_several, move, shape_of
 from .units import Unit
 
 _CHUNK = 2**26  # bytes that move at once

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..block import Block
+from ..placement import places_of, tensors_of
 from .config import TrainConfig
 from .units import Unit
 
@@ -34,6 +34,8 @@ class Skeleton:
         self.module.train()
         if config.activation_checkpointing:
             self.module.activation_checkpointing = True  # type: ignore[assignment]
+        if config.loss_chunk is not None:
+            self.module.loss_chunk = config.loss_chunk  # type: ignore[assignment]
         self._places = list(places_of(self.module))
 
     def mount(self, unit: Unit, tensors: list[Tensor]) -> None:
@@ -44,20 +46,6 @@ class Skeleton:
         if isinstance(self.module, Block) and isinstance(unit.module, Block):
             # What a block of the same shape has of its own, beside tensors.
             self.module.index, self.module.interval = unit.module.index, unit.module.interval
-
-
-def places_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every place of a parameter or buffer, in a fixed order: the dictionary that holds it, and its name there."""
-    for part in module.modules():
-        for entries in (part._parameters, part._buffers):
-            for name, tensor in entries.items():
-                if tensor is not None:
-                    yield entries, name
-
-
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers in a fixed order, one that is used twice named twice."""
-    return [entries[name] for entries, name in places_of(module)]
 
 
 def shape_of(unit: Unit) -> tuple[Any, ...]:

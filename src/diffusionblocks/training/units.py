@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..adapters import adapter_for
 from ..model import DiffusionBlocks
 from ..sampling import Prediction
-from ..targets import mean_cross_entropy
+from ..targets import check_loss_chunk, cross_entropies, in_chunks
 
 
 class EndToEnd(nn.Module):
@@ -26,6 +26,7 @@ class EndToEnd(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._loss_chunk: int | None = None
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -51,6 +52,18 @@ class EndToEnd(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     @property
+    def loss_chunk(self) -> int | None:
+        """As of a block: positions of each sequence whose logits `loss` has in memory at a time; None: all at once."""
+        return self._loss_chunk
+
+    @loss_chunk.setter
+    def loss_chunk(self, value: int | None) -> None:
+        if value is not None:
+            of_text = adapter_for(self.model).target == "next-token"
+            check_loss_chunk(value, f"a {type(self.model).__name__}", of_text=of_text)
+        self._loss_chunk = value
+
+    @property
     def _trains_itself(self) -> bool:
         """Whether the class brings a training loss of its own (`RecurrentDepth`); none of a library does."""
         return hasattr(type(self.model), "loss")
@@ -73,13 +86,22 @@ class EndToEnd(nn.Module):
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens."""
         if self._trains_itself:
-            return self.model.loss(batch, generator)  # type: ignore[operator, no-any-return]
+            return self.model.loss(batch, generator, self.loss_chunk)  # type: ignore[operator, no-any-return]
         if "input_ids" in batch:
             tokens = batch["input_ids"]
-            return mean_cross_entropy(self(tokens)[:, :-1], tokens[:, 1:])
+            return in_chunks(self._nats, self._states(tokens), tokens[:, 1:], self.loss_chunk).mean(dim=1)
         loss = F.cross_entropy(self(batch["pixel_values"]).float(), batch["labels"], reduction="none")
         assert loss.shape == batch["labels"].shape
         return loss
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        """What the head of a language model is given: tokens (batch, length) -> (batch, length, dim)."""
+        model: Any = self.model
+        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def _nats(self, states: Tensor, tokens: Tensor) -> Tensor:
+        model: Any = self.model
+        return cross_entropies(model.get_output_embeddings()(states), tokens)
 
     def heaviest_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """As `loss`, of the step that takes most memory, whatever the batch's values: for predicting that memory.
@@ -89,7 +111,7 @@ class EndToEnd(nn.Module):
         """
         if self._trains_itself:
             model: Any = self.model
-            return model.loss_after(model.backprop_depth + 1, batch["input_ids"])  # type: ignore[no-any-return]
+            return model.loss_after(model.backprop_depth + 1, batch["input_ids"], chunk=self.loss_chunk)  # type: ignore[no-any-return]
         return self.loss(batch)
 
     def predict(self, pixel_values: Tensor, **_: Any) -> Prediction:
