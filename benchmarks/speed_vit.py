@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from diffusionblocks.compare import executed, variants
 from diffusionblocks.evaluation.tables import format_table, write_results
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.runs import make_trainer
 from diffusionblocks.sources import load_data
+from diffusionblocks.variants import executed, variants
 
 
 def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[str, float]:

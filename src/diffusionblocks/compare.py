@@ -4,15 +4,15 @@ Rows: L layers end to end; where B > 1 L/B layers end to end, which have the mem
 and at B times the steps, which is equal compute (the control to beat); DiffusionBlocks from scratch; and, where the
 recipe has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there
 once more without. All rows but the one of L/B layers at equal steps have the same number of layer-updates (recurrent
-depth end to end runs its core many times a step, which is not counted).
+depth end to end runs its core many times a step, which `layer_passes` counts). With `equal="seconds"` the controls
+train as long as the blocks did instead, by the clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -25,93 +25,33 @@ from .evaluation.memory import step_memory
 from .evaluation.tables import format_bytes, format_table, write_results
 from .language import LanguageResult, write_continuations
 from .model import DiffusionBlocks
-from .recipes import DEPTH_ON_HOST, BitsConfig, LanguageConfig, Recipe, SamplesConfig
-from .runs import RunResult, depth_of, layers_of_a_block, make_trainer, train, trunk_recipe, with_depth
+from .models.recurrent import RecurrentDepth, layer_passes
+from .recipes import BitsConfig, LanguageConfig, Recipe, SamplesConfig
+from .runs import RunResult, make_trainer, train
 from .samples import draw_samples
-from .scores import headline
+from .scores import Splits, headline
 from .sources import load_data
 from .texts import write_texts
-from .training import trainable, units_of
+from .training import EndToEnd, trainable, units_of
+from .variants import Variant, executed, of_equal_time, variants
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One row of the comparison: a recipe and what is particular about it."""
-
-    key: str
-    recipe: Recipe
-    layers: int
-    blocks: int
-
-    @property
-    def name(self) -> str:
-        """The method: `end-to-end` or `diffusionblocks`."""
-        return self.recipe.method
-
-    @property
-    def branched(self) -> bool:
-        """Whether the blocks start from a trunk."""
-        return self.recipe.trunk is not None
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the levels are fitted first."""
-        return self.recipe.fit is not None
-
-
-def variants(recipe: Recipe) -> list[Variant]:
-    """The rows that a recipe of method `diffusionblocks` is compared in.
-
-    Raises:
-        ValueError: the recipe does not say how many layers its model has, or they do not divide.
-    """
-    if recipe.train.blocks is not None:
-        raise ValueError(f"compare trains all blocks, not train.blocks = {list(recipe.train.blocks)}; leave it out")
-    depth, many = depth_of(recipe), recipe.blocks.num_blocks
-    short = layers_of_a_block(recipe)
-    field = "steps" if recipe.train.steps is not None else "epochs"
-    trunk, fit = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
-    # What every block would have had, had they shared the updates of trunk and fit.
-    without_fit = _longer(recipe, fit / many, field).model_copy(update={"fit": None})
-    scratch = _longer(recipe, trunk / many, field).model_copy(update={"trunk": None})
-    ordinary = _longer(recipe, (trunk + fit) / many, field).model_copy(update={"trunk": None, "fit": None})
-    rows = [
-        Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),
-    ]
-    if many > 1:  # else one block is the whole model
-        rows.append(Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1))
-        rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
-    rows.append(Variant("diffusionblocks", scratch, depth, many))
-    if recipe.trunk is not None:
-        trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
-        rows.append(Variant("diffusionblocks-branched", recipe, depth, many))
-    if recipe.fit is not None:
-        rows.append(Variant(f"{rows[-1].key}-unfitted", without_fit, depth, many))
-    return rows
-
-
-def _longer(recipe: Recipe, more: float, field: str) -> Recipe:
-    length = getattr(recipe.train, field) + more
-    update = {field: round(length) if field == "steps" else length}
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
-
-
-def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
-    shallow = with_depth(recipe, layers)
-    changes = {field: getattr(recipe.train, field) * factor}
-    if recipe.model.type in DEPTH_ON_HOST:
-        changes["cuda_graph"] = False
-    train = recipe.train.model_copy(update=changes)
-    return shallow.model_copy(update={"method": "end-to-end", "train": train})
-
-
-def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, progress: bool = True) -> str:
+def compare(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    equal: Literal["updates", "seconds"] = "updates",
+    progress: bool = True,
+) -> str:
     """Train and evaluate every row; leave `folder`/table.json and figures; return the printed table.
 
     Args:
         recipe: of method `diffusionblocks`.
         folder: each row's run goes to a sub-folder; finished rows are not trained again.
         rows: keys of the rows to run (see `variants`); default all.
+        equal: what the rows have in common, `updates` of layers or `seconds` of training. Of `seconds` the rows are
+            those of blocks, and the controls for as long as the last of these took.
         progress: show progress bars.
 
     Raises:
@@ -120,6 +60,8 @@ def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, 
     if recipe.method != "diffusionblocks":
         raise ValueError(f"compare starts from method: diffusionblocks, got {recipe.method}")
     chosen = variants(recipe)
+    if equal == "seconds":
+        chosen = [variant for variant in chosen if variant.name == "diffusionblocks"]
     if rows is not None:
         unknown = sorted(set(rows) - {variant.key for variant in chosen})
         if unknown:
@@ -128,32 +70,58 @@ def compare(recipe: Recipe, folder: Path, *, rows: Sequence[str] | None = None, 
     splits = {split: load_data(recipe, split) for split in ("train", "test")}
     table: list[dict[str, Any]] = []
     results: dict[str, RunResult] = {}
+
+    def add(variant: Variant) -> None:
+        row, results[variant.key] = _run(variant, folder / variant.key, splits, progress)
+        table.append(row)
+        write_results(folder / "table.json", table)
+
     for variant in chosen:
-        probe = executed(variant.recipe, fast=False)
-        memory = step_memory(make_trainer(probe, folder=None, progress=False, splits=splits))
-        result = train(variant.recipe, folder / variant.key, progress=progress, splits=splits)
-        results[variant.key] = result
-        largest = max(memory, key=lambda unit: unit.peak)
-        table.append(
-            {
-                "name": variant.name,
-                "key": variant.key,
-                "layers": variant.layers,
-                "blocks": variant.blocks,
-                "branched": variant.branched,
-                "fitted": variant.fitted,
-                "iterations": result.iterations,
-                "layer_updates": result.iterations * variant.layers // variant.blocks,
-                **_score(result),
-                "parameters_trained": _trained(result.model),
-                "peak_memory_bytes": largest.peak,
-                "memory": largest.to_dict(),
-                "seconds": result.seconds,
-            }
-        )
-    write_results(folder / "table.json", table)
+        add(variant)
+    if equal == "seconds":
+        for variant in of_equal_time(variants(recipe), table[-1]["seconds"], folder, splits):
+            add(variant)
     _draw(recipe, table, results, folder)
     return format_table([_printed(row) for row in table])
+
+
+def _run(variant: Variant, folder: Path, splits: Splits, progress: bool) -> tuple[dict[str, Any], RunResult]:
+    """Train and evaluate a row."""
+    probe = executed(variant.recipe, fast=False)
+    memory = step_memory(make_trainer(probe, folder=None, progress=False, splits=splits))
+    result = train(variant.recipe, folder, progress=progress, splits=splits)
+    largest = max(memory, key=lambda unit: unit.peak)
+    row = {
+        "name": variant.name,
+        "key": variant.key,
+        "layers": variant.layers,
+        "blocks": variant.blocks,
+        "branched": variant.branched,
+        "fitted": variant.fitted,
+        "iterations": result.iterations,
+        "layer_updates": result.iterations * variant.layers // variant.blocks,
+        **_score(result),
+        **_passes(result),
+        "parameters_trained": _trained(result.model),
+        "peak_memory_bytes": largest.peak,
+        "memory": largest.to_dict(),
+        "seconds": result.seconds,
+    }
+    return row, result
+
+
+def _passes(result: RunResult) -> dict[str, float]:
+    """Of recurrent depth: layers that the whole training ran forward, by their mean number where it is drawn."""
+    model = result.model.model if isinstance(result.model, EndToEnd) else None
+    if isinstance(model, RecurrentDepth):
+        iterations, config = model.mean_recurrence + 1, model.config
+    elif isinstance(result.model, DiffusionBlocks) and result.model.model_class == RecurrentDepth.__name__:
+        iterations, config = 1, result.model.config
+    else:
+        return {}
+    sizes = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
+    forward, _ = layer_passes(*sizes, iterations, iterations)
+    return {"layer_passes": forward * result.iterations}
 
 
 def _score(result: RunResult) -> dict[str, Any]:
@@ -195,6 +163,8 @@ def _printed(row: dict[str, Any]) -> dict[str, str]:
             distance = row[f"fd_{split}"]
             shown[f"FD {split}"] = "-" if distance is None else f"{distance:.3f}"
         shown["images/s"] = f"{row['images_per_second']:.0f}"
+    if "layer_passes" in row:
+        shown["layer passes"] = f"{row['layer_passes']:,}"
     return shown | {
         "trained at a time": f"{row['parameters_trained']:,}",
         "peak memory of a step": format_bytes(row["peak_memory_bytes"]),
@@ -237,11 +207,6 @@ def _draw(recipe: Recipe, table: list[dict[str, Any]], results: dict[str, RunRes
     ]
     rows = [row for row in results["diffusionblocks"].rows if isinstance(row, AccuracyRow)]
     draw_run(rows, controls, model.partition, model.noise, folder / "figure.png")
-
-
-def executed(recipe: Recipe, *, fast: bool) -> Recipe:
-    """The same steps with torch.compile and CUDA graphs, or without either."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": fast, "cuda_graph": fast})})
 
 
 def _trained(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import diffusionblocks as db
 from diffusionblocks import runs
-from diffusionblocks.compare import compare, variants
+from diffusionblocks.compare import compare
 from diffusionblocks.data import ImageBatches, ImageData, digits
 from diffusionblocks.fitting import measured
 from diffusionblocks.noise import fitted_quantiles
@@ -30,6 +30,7 @@ from diffusionblocks.training.checkpoint import checkpoints
 from diffusionblocks.training.keys import key
 from diffusionblocks.training.step import Stepper
 from diffusionblocks.training.trainer import Interrupted
+from diffusionblocks.variants import variants
 
 FIT = {"steps": 7, "rounds": 3, "grid": 9, "examples": 40, "batch_size": 16}
 TRUNK = {"steps": 2}

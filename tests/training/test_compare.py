@@ -1,0 +1,83 @@
+"""Rows that train for the same time, and what a row of recurrent depth counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusionblocks.compare import compare
+from diffusionblocks.recipes import Recipe, load_recipe
+from diffusionblocks.variants import seconds_a_step
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+VIT = {
+    "model.config.num_hidden_layers": 4,
+    "model.config.hidden_size": 16,
+    "blocks.num_blocks": 2,
+    "train.batch_size": 16,
+    "train.warmup_steps": 0,
+    "evaluate.steps": [2],
+    "evaluate.seeds": [1],
+}
+
+
+def recipe(name: str, changes: dict[str, Any]) -> Recipe:
+    return load_recipe(RECIPES / name, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in json.loads((folder / "table.json").read_text())["rows"]}
+
+
+def test_controls_train_as_long_as_the_blocks(tmp_path: Path) -> None:
+    made = recipe("vit/digits.yaml", VIT | {"train.steps": 60})
+    compare(made, tmp_path, equal="seconds", progress=False)
+    rows = rows_of(tmp_path)
+    assert list(rows) == ["diffusionblocks", "end-to-end-4-same-time", "end-to-end-2-same-time"]
+    blocks, whole, short = rows.values()
+    for row in (whole, short):  # as near as a shared machine's clock allows
+        assert blocks["seconds"] / 4 < row["seconds"] < 4 * blocks["seconds"]
+    assert short["iterations"] > whole["iterations"]  # its steps are shorter
+    assert whole["layer_updates"] == 4 * whole["iterations"]
+
+    # Again: nothing is trained or timed anew.
+    compare(made, tmp_path, equal="seconds", progress=False)
+    assert {key: row["iterations"] for key, row in rows_of(tmp_path).items()} == {
+        key: row["iterations"] for key, row in rows.items()
+    }
+
+
+def test_a_step_of_more_examples_takes_longer() -> None:
+    small, large = (recipe("vit/digits.yaml", VIT | {"train.steps": 3, "train.batch_size": n}) for n in (4, 512))
+    from diffusionblocks.sources import load_data
+
+    splits = {"train": load_data(small, "train")}
+    assert 3 * seconds_a_step(small, splits) < seconds_a_step(large, splits)
+
+
+def test_rows_of_recurrent_depth_count_their_layer_passes(tmp_path: Path) -> None:
+    values = {
+        "train.steps": 2,
+        "train.batch_size": 4,
+        "train.warmup_steps": 0,
+        "evaluate.limit": 4,
+        "evaluate.samples": 2,
+        "evaluate.steps": 2,
+        "evaluate.new_tokens": 2,
+        "evaluate.levels": 2,
+    }
+    shown = compare(recipe("text/recurrent_topics.yaml", values), tmp_path, progress=False)
+    rows = {row["name"]: row for row in rows_of(tmp_path).values()}
+    # One prelude layer, two of the core, one coda layer; 8 + 1 iterations on average, or one.
+    assert rows["end-to-end"]["layer_passes"] == 2 * (1 + 2 * 9 + 1)
+    assert rows["diffusionblocks"]["layer_passes"] == 2 * (1 + 2 + 1)
+    assert "layer passes" in shown
+
+
+def test_only_rows_of_blocks_can_be_chosen_for_equal_time(tmp_path: Path) -> None:
+    made = recipe("vit/digits.yaml", VIT | {"train.steps": 2})
+    with pytest.raises(ValueError, match=r"unknown rows \['end-to-end-4'\]; allowed: \['diffusionblocks'\]"):
+        compare(made, tmp_path, rows=["end-to-end-4"], equal="seconds", progress=False)
