@@ -159,6 +159,12 @@ def _parser() -> argparse.ArgumentParser:
     compare = _command(commands, "compare", _compare, "train a recipe and its end-to-end controls; table and figure")
     compare.add_argument("--out", type=Path, help="folder (default runs/<name>-compare)")
     compare.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, for example end-to-end-4")
+    compare.add_argument(
+        "--equal",
+        choices=["updates", "seconds"],
+        default="updates",
+        help="what the rows have in common: updates of layers, or seconds of training",
+    )
     compare.add_argument("--quiet", action="store_true", help="no progress bar")
 
     text = "copy a trained trunk, a model of one block on all levels, into several blocks"
@@ -221,9 +227,11 @@ def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from .model import DiffusionBlocks
     from .recipes import AccuracyConfig
     from .scores import check_evaluation, diagnose, evaluate
-    from .sources import check_data, load_data, load_model
+    from .sources import check_data, load_data, load_model, with_saved_tokenizer
 
-    model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
+    place = options.model or Path("runs") / recipe.name / "model"
+    recipe = with_saved_tokenizer(recipe, place)
+    model = load_model(recipe, place)
     if options.by_level and not isinstance(model, DiffusionBlocks):
         raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
     if options.by_level and not isinstance(recipe.evaluate, AccuracyConfig):
@@ -265,7 +273,7 @@ def _made(recipe: Recipe) -> str:
 def _sample(recipe: Recipe, options: argparse.Namespace) -> None:
     from .model import DiffusionBlocks
     from .recipes import AccuracyConfig
-    from .sources import load_model
+    from .sources import load_model, with_saved_tokenizer
 
     if isinstance(recipe.evaluate, AccuracyConfig):
         raise ValueError(f"sample is for diffusion models; {recipe.model.type} classifies images: use evaluate")
@@ -275,7 +283,9 @@ def _sample(recipe: Recipe, options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is not for {recipe.model.type}, which generates {made}; leave it out")
-    model = load_model(recipe, options.model or Path("runs") / recipe.name / "model")
+    place = options.model or Path("runs") / recipe.name / "model"
+    recipe = with_saved_tokenizer(recipe, place)
+    model = load_model(recipe, place)
     folder = options.out or Path("runs") / recipe.name / "samples"
     if made == "continued text":
         _continue_text(recipe, model, folder, options)
@@ -341,11 +351,14 @@ def _branch(options: argparse.Namespace) -> None:
     from .branching import branch
     from .evaluation.tables import block_table, format_table
     from .loading import load
+    from .saving import save
+    from .tokenizer_file import tokenizer_in
 
     given = {name: getattr(options, name) for name in ("overlap", "partition")}
     trunk = load(options.model)
     model = branch(trunk, options.blocks, **{name: value for name, value in given.items() if value is not None})
-    model.save_pretrained(options.out)
+    tokenizer = tokenizer_in(options.model)
+    save(model, options.out, tokenizer=None if tokenizer is None else tokenizer.read_bytes())
     print(format_table(block_table(model)))
     print(f"{options.blocks} blocks of {trunk.partition.num_layers} layers in {options.out}")
 
@@ -411,7 +424,7 @@ def _compare(recipe: Recipe, options: argparse.Namespace) -> None:
     from .compare import compare
 
     folder = options.out or Path("runs") / f"{recipe.name}-compare"
-    print(compare(recipe, folder, rows=options.rows, progress=not options.quiet))
+    print(compare(recipe, folder, rows=options.rows, equal=options.equal, progress=not options.quiet))
     print(f"table: {folder / 'table.json'}")
     for figure in [folder / "figure.png", *sorted(folder.glob("*/samples/grid.png"))]:
         if figure.is_file():

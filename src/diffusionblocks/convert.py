@@ -15,7 +15,7 @@ from .adapters.base import Namespace, extract
 from .block import Block, SharedParts
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
-from .model import DiffusionBlocks
+from .model import DiffusionBlocks, UnlabelledBlocks
 from .partition import Partition
 
 
@@ -78,7 +78,8 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         # What conversion adds depends on config.seed alone, not on what ran before.
         torch.manual_seed(config.seed)
         blocks = _build_blocks(model, adapter, config, partition, layers_path, model_config, take)
-    converted = DiffusionBlocks(
+    labelled = "labels" in (*blocks[0].input_names, *blocks[0].target.names)
+    converted = (DiffusionBlocks if labelled else UnlabelledBlocks)(
         blocks,
         partition=partition,
         config=config,

@@ -20,6 +20,7 @@ from .evaluation.teachers import Ids, load_teacher_tokenizer, teacher_tokens
 from .files import renamed
 from .model import DiffusionBlocks
 from .models import RecurrentDepth
+from .placement import computes_on
 from .recipes import LanguageConfig, Recipe
 from .sampling import Continuations, continue_plainly
 from .sources import device_of, text_codec
@@ -58,7 +59,7 @@ def measure(recipe: Recipe, options: LanguageConfig, model: nn.Module, data: Tex
     text = data.text
     if options.limit is not None:
         text = dataclasses.replace(text, ids=text.ids[: options.limit * data.length])
-    device = next(model.parameters()).device
+    device = computes_on(model)
     batches = functools.partial(evaluation_chunks, text, data.length, batch_size=options.batch_size, device=device)
     model.eval()
     if isinstance(model, DiffusionBlocks):

@@ -21,7 +21,8 @@ from .adapters import config_values
 from .files import replaced_folder, write_json
 from .loading import SavedModel, outline_saved, read_saved
 from .model import DiffusionBlocks
-from .saving import INDEX, OURS, SHARED, block_file
+from .saving import INDEX, SHARED, WITH_TOKENIZER, block_file
+from .tokenizer_file import same_tokenizer, tokenizer_in
 
 #: entries of a model's config that say where it came from, and change nothing
 _WRITERS = ("transformers_version", "_name_or_path", "_diffusers_version", "architectures")
@@ -51,6 +52,8 @@ def merge(
 ) -> tuple[Origin, ...]:
     """Make one saved model of folders that hold its blocks. Nothing is written before all is checked.
 
+    The tokenizer of a language model goes with it.
+
     Args:
         folders: saved models, or folders of runs (whose `model/` is taken); together they hold every block. One that
             holds all blocks may stand alone, and is copied.
@@ -63,7 +66,8 @@ def merge(
     Raises:
         FileNotFoundError: a folder holds no model, or lacks a file that its index lists.
         ValueError: configurations that differ, a block that no folder or more than one holds, a file that does not
-            match the model, shared parts that are not the same where they must be, or an `out` that is an input.
+            match the model, shared parts or tokenizers that are not the same where they must be, or an `out` that is
+            an input.
     """
     given, preferred = _paths(folders), _paths(prefer)
     models = [read_saved(_model_folder(folder)) for folder in given]
@@ -77,7 +81,8 @@ def merge(
         )
     origins = _origins(models, [_model_folder(folder) for folder in preferred])
     files = _checked_files(outline_saved(first), origins)
-    with replaced_folder(Path(out), OURS) as temporary:
+    files += _tokenizer(models)
+    with replaced_folder(Path(out), WITH_TOKENIZER) as temporary:
         for file in files:
             shutil.copyfile(file, temporary / file.name)
         write_json(temporary / INDEX, first.index | {"blocks": [origin.block for origin in origins]})
@@ -130,6 +135,18 @@ def _check_configs(models: list[SavedModel]) -> None:
                 f"{first.folder} and {other.folder} hold parts of different models: {name} is {ours} in the first and "
                 f"{theirs} in the second; merge only blocks that were trained from one recipe"
             )
+
+
+def _tokenizer(models: list[SavedModel]) -> list[Path]:
+    """The one tokenizer of a language model's folders, where any has one."""
+    found = [path for model in models if (path := tokenizer_in(model.folder)) is not None]
+    for other in found[1:]:
+        if not same_tokenizer(found[0], other):
+            raise ValueError(
+                f"{found[0]} and {other} are different tokenizers, so the blocks beside them learned different tokens; "
+                "merge only blocks that were trained from one recipe on one corpus"
+            )
+    return found[:1]
 
 
 def _description(model: SavedModel) -> dict[str, Any]:

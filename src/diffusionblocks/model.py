@@ -16,6 +16,7 @@ from .block import Block
 from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from .noise import EDM, Masking, NoiseProcess
 from .partition import Partition, within
+from .placement import OneAtATime
 from .sampling import (
     Callback,
     Continuations,
@@ -71,6 +72,7 @@ class DiffusionBlocks(nn.Module):
         self.adapter = adapter
         self.model_class = model_class
         self.config = model_config
+        self._turns: OneAtATime | None = None
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
         self.register_state_dict_post_hook(_drop_repeated)
         self.register_load_state_dict_pre_hook(_restore_repeated)
@@ -83,8 +85,14 @@ class DiffusionBlocks(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of block 0."""
-        return next(self.blocks[0].parameters()).device
+        """Where the blocks run: the device of block 0, or the one that they take turns on."""
+        return self._turns.device if self._turns else next(self.blocks[0].parameters()).device
+
+    def run_one_at_a_time(self, device: torch.device | str) -> None:
+        """For evaluation and sampling of a model that does not fit: its blocks stay where they are, and each is copied
+        to `device` when it runs, in place of the one before it. Inputs are then wanted on `device`.
+        """
+        self._turns = OneAtATime((self.block(b) for b in range(self.partition.num_blocks)), torch.device(device))
 
     @property
     def target(self) -> Target:
@@ -150,8 +158,11 @@ class DiffusionBlocks(nn.Module):
             generator: source of all draws; default the global one.
             input_ids: tokens (batch, length), int64, of a text model.
         """
-        given = {"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}
+        return self._output({"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}, generator)
+
+    def _output(self, given: Mapping[str, Tensor | None], generator: torch.Generator | None) -> BlocksOutput:
         batch = {name: value for name, value in given.items() if value is not None}
+        labels = batch.get("labels")
         if self.training:
             self._check_batch(batch)
             device = generator.device if generator is not None else None
@@ -466,6 +477,44 @@ class DiffusionBlocks(nn.Module):
                 f"level {wrong:g} is not of block {block.index}, which trains on [{low:g}, {high:g}]; block {owner} "
                 "owns it: a batch holds levels of one block only"
             )
+
+
+class UnlabelledBlocks(DiffusionBlocks):
+    """The blocks of a model whose batches have no labels: of text, and of images without classes.
+
+    Only `forward` differs, for transformers.Trainer, which reads from its parameters whether there is a loss to report:
+    one named `labels` makes it report none without them, and `return_loss` (CLIP's name) that there is one.
+    """
+
+    #: Else `others` would tell Trainer that the model itself divides its loss by the labels of all accumulated batches.
+    accepts_loss_kwargs = False
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        input_ids: Tensor | None = None,
+        return_loss: bool = True,
+        **others: Any,
+    ) -> BlocksOutput:
+        """For plain loops and transformers.Trainer: see `DiffusionBlocks.forward`.
+
+        Args:
+            pixel_values, generator, input_ids: see there.
+            return_loss: False computes nothing, as a loss is all that there is.
+            others: `labels`, which some loops give every model: the targets are in the other entries, and they are
+                ignored.
+
+        Raises:
+            TypeError: an entry that no model takes.
+        """
+        unknown = sorted(set(others) - {"labels"})
+        if unknown:
+            raise TypeError(f"{self.model_class}: forward takes no {unknown}; leave them out of the batch")
+        if not return_loss:
+            return BlocksOutput()
+        return self._output({"pixel_values": pixel_values, "input_ids": input_ids}, generator)
 
 
 def _repeated(model: nn.Module) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,16 @@ from .fitting import Fit, fit_levels, with_noise
 from .model import DiffusionBlocks
 from .recipes import FitConfig, Recipe, TrunkConfig
 from .scores import Row, Splits, check_evaluation, evaluate
-from .sources import check_data, device_of, load_data, load_model, make_batches, save_model, unfilled_model
+from .sources import (
+    check_data,
+    device_of,
+    load_data,
+    load_model,
+    make_batches,
+    save_model,
+    unfilled_model,
+    with_saved_tokenizer,
+)
 from .training import Trainer
 from .training.checkpoint import checkpoints, remove
 from .training.logging import Logger
@@ -58,7 +68,7 @@ def make_trainer(
 
     def keep(model: nn.Module, iteration: int) -> None:
         if folder is not None:
-            save_model(model, folder / "snapshots" / f"iteration-{iteration:09d}", recipe.train.blocks)
+            save_model(model, folder / "snapshots" / f"iteration-{iteration:09d}", recipe.train.blocks, data=data)
 
     return Trainer(
         model,
@@ -120,12 +130,13 @@ def train(
     trainer.train(resume=resume)
     seconds, iterations = seconds + trainer.seconds, iterations + trainer.iteration
     with trainer.averaged() as model:
-        save_model(model, folder / "model", recipe.train.blocks)
+        save_model(model, folder / "model", recipe.train.blocks, data=splits["train"])
     if recipe.train.blocks is not None:  # the others are trained elsewhere: there is nothing whole to measure yet
         return RunResult(trainer.model, [], seconds, iterations)
     # What is measured is what was saved; the trainer's memory is free by then.
     del trainer
     model = load_model(recipe, folder / "model")
+    recipe = with_saved_tokenizer(recipe, folder / "model")
     started = perf_counter()
     rows = evaluate(recipe, model, splits) if measure else []
     evaluation_seconds = perf_counter() - started
@@ -163,7 +174,7 @@ def _trained_trunk(
     write_recipe(given, folder)
     trunk.train(resume=resume)
     with trunk.averaged() as model:
-        save_model(model, folder / "trunk" / "model")
+        save_model(model, folder / "trunk" / "model", data=splits["train"])
     return trunk
 
 
@@ -171,7 +182,10 @@ def _branched_trainer(recipe: Recipe, folder: Path, trunk: Trainer, prepare: Cal
     """The blocks at the branch."""
     options = trunk_options(recipe)
     # Blocks must not see the trunk's draws of data and noise again.
-    after = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": recipe.train.seed + 1})})
+    changes: dict[str, Any] = {"seed": recipe.train.seed + 1}
+    if options.warmup == "none":
+        changes |= {"warmup_steps": 0, "warmup_epochs": 0.0}
+    after = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
     trainer = prepare(after, folder=folder, model=branched(recipe, trunk))
     trainer.inherit(trunk, optimizer=options.optimizer == "copied", average=options.average == "copied")
     return trainer

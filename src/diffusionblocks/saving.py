@@ -5,6 +5,7 @@ A saved model is a folder:
     diffusionblocks.json        format, original class and config, BlocksConfig, partition, the blocks in the folder
     block-00.safetensors ...    everything block b owns, original names under `network.`
     shared.safetensors          the shared parts, under the `joint` policy only
+    tokenizer.json              of a language model that a recipe trained on tokens (see `tokenizer_file`)
 
 A folder may hold some of the blocks only, for machines that share the training; `merging.py` makes one model of them.
 No code from the folder is run; the original class is looked up by name in the adapter registry.
@@ -22,6 +23,7 @@ from torch import nn
 
 from .adapters import config_values, instantiate
 from .files import replaced_folder, write_json, write_tensors
+from .tokenizer_file import TOKENIZER, write_tokenizer
 
 if TYPE_CHECKING:
     from .model import DiffusionBlocks
@@ -31,9 +33,13 @@ INDEX = "diffusionblocks.json"
 SHARED = "shared.safetensors"
 #: names of the files of a saved model
 OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
+#: and with the tokenizer beside them, where that is replaced as well
+WITH_TOKENIZER = re.compile(rf"{OURS.pattern}|{re.escape(TOKENIZER)}")
 
 
-def save(model: DiffusionBlocks, path: Path, blocks: Sequence[int] | None = None) -> None:
+def save(
+    model: DiffusionBlocks, path: Path, blocks: Sequence[int] | None = None, tokenizer: bytes | None = None
+) -> None:
     """Write `model` to the folder `path`; an older save there is replaced only once the new one is whole.
 
     One file is written after another, so the host holds at most one block beside the model.
@@ -42,12 +48,15 @@ def save(model: DiffusionBlocks, path: Path, blocks: Sequence[int] | None = None
         model: what to save.
         path: the folder.
         blocks: write only these blocks; None writes all.
+        tokenizer: the bytes of a language model's `tokenizer.json`; None leaves one that is there as it is.
 
     Raises:
         ValueError: no such block, some blocks of a model with `joint` shared parts, or a block on the meta device.
     """
     chosen = _chosen(model, blocks)
-    with replaced_folder(path, OURS) as folder:
+    with replaced_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer)
         shared = {id(p) for p in model.shared_parameters()}
         for index in chosen:
             tensors = model.block(index).state_dict(keep_vars=True)

@@ -26,6 +26,7 @@ from .evaluation.generation import SampleRow, Setting, measure_samples, statisti
 from .evaluation.mauve import require_mauve
 from .model import DiffusionBlocks
 from .noise import Masking
+from .placement import computes_on
 from .recipes import AccuracyConfig, BitsConfig, LanguageConfig, Recipe, SamplesConfig
 from .sources import Data, device_of, load_data, pixels_of
 from .targets import ImageTarget
@@ -71,8 +72,7 @@ def diagnose(recipe: Recipe, model: DiffusionBlocks, splits: Splits | None = Non
 
 def precision(recipe: Recipe, model: nn.Module) -> torch.autocast:
     """The training's precision, for evaluation."""
-    device = next(model.parameters()).device
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bfloat16")
+    return torch.autocast(computes_on(model).type, torch.bfloat16, enabled=recipe.train.precision == "bfloat16")
 
 
 def settings_of(options: SamplesConfig) -> list[Setting]:
@@ -113,7 +113,7 @@ def _test_batches(
         mean=recipe.data.mean,
         std=recipe.data.std,
         batch_size=options.batch_size,
-        device=next(model.parameters()).device,
+        device=computes_on(model),
     )
 
 

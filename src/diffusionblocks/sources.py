@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from .adapters import adapter_named, config_fields, instantiate, pretrained, rebuild_config
@@ -39,13 +39,14 @@ from .data.config import (
     TopicsConfig,
     resolved_source,
 )
-from .data.tokenized import corpus_tokenizer, encoded_split, load_tokenizer, split_files
+from .data.tokenized import corpus_tokenizer, corpus_tokenizer_path, encoded_split, load_tokenizer, split_files
 from .evaluation.pictures import to_uint8
 from .files import read_json
 from .loading import load
 from .model import DiffusionBlocks
 from .recipes import Recipe
-from .saving import INDEX
+from .saving import INDEX, save
+from .tokenizer_file import same_tokenizer, tokenizer_in, write_tokenizer
 from .training import BatchMaker, EndToEnd
 from .weights import Fresh, WeightSource, pretrained_source
 
@@ -90,9 +91,10 @@ def load_data(recipe: Recipe, split: str) -> Data:
         return TextChunks(text, data.length)
     if isinstance(data, TokensConfig):
         files = split_files(Path(resolved_source(data)), name, data.split_files)
-        tokenizer = _tokenizer(data)
+        file = _tokenizer_file(data)
+        tokenizer = load_tokenizer(file)
         text = encoded_split(files, tokenizer, data.cache_folder, name, separator=data.separator, progress=True)
-        return TextChunks(text, data.length)
+        return TextChunks(dataclasses.replace(text, tokenizer=file.read_bytes()), data.length)
     return image_classification(
         resolved_source(data),
         data.split_files,
@@ -119,15 +121,54 @@ def text_codec(recipe: Recipe) -> TextCodec:
     if isinstance(data, (TopicsConfig, TextConfig)):
         return CharacterCodec()
     if isinstance(data, TokensConfig):
-        return TokenCodec(_tokenizer(data))
+        return TokenCodec(load_tokenizer(_tokenizer_file(data)))
     raise ValueError(f"data.kind: {data.kind} has no text; text has data.kind: topics, text or tokens")
 
 
-def _tokenizer(data: TokensConfig) -> Tokenizer:
+def with_saved_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the tokenizer that lies in a model's folder, if one does: no corpus is needed to make it then.
+
+    Args:
+        recipe: of any model; one without tokens is returned as it is.
+        folder: of the saved model.
+
+    Raises:
+        ValueError: the recipe's own tokenizer (`data.tokenizer`, or the one trained on its corpus, where that is at
+            hand and in the cache) is another one, or the file is no tokenizer.
+    """
+    data, saved = recipe.data, tokenizer_in(folder)
+    if not isinstance(data, TokensConfig) or saved is None:
+        return recipe
+    own = data.tokenizer or _trained_tokenizer(data)
+    if own is not None and own.is_file() and not same_tokenizer(saved, own):
+        raise ValueError(
+            f"{saved}, which the model learned, and {own}, the recipe's own, are different tokenizers: give the recipe "
+            f"and the corpus that the model was trained with, or go by the model's: --set data.tokenizer={saved}"
+        )
+    return recipe.model_copy(update={"data": data.model_copy(update={"tokenizer": saved})})
+
+
+def _trained_tokenizer(data: TokensConfig) -> Path | None:
+    """Where the tokenizer of the recipe's corpus is kept, or would be; None without a corpus."""
+    try:
+        return corpus_tokenizer_path(
+            _tokenizer_source(data), data.vocab_size, data.cache_folder, limit=data.train_characters
+        )
+    except (FileNotFoundError, ValueError):  # of the corpus: whoever reads it is told why it cannot be
+        return None
+
+
+def _tokenizer_file(data: TokensConfig) -> Path:
+    """The recipe's tokenizer, which is trained where it is not there yet."""
     if data.tokenizer is not None:
-        return load_tokenizer(data.tokenizer)
-    files = split_files(Path(resolved_source(data)), data.train_split, data.split_files)
-    return corpus_tokenizer(files, data.vocab_size, data.cache_folder, limit=data.train_characters, progress=True)
+        return data.tokenizer
+    files, limit = _tokenizer_source(data), data.train_characters
+    corpus_tokenizer(files, data.vocab_size, data.cache_folder, limit=limit, progress=True)
+    return corpus_tokenizer_path(files, data.vocab_size, data.cache_folder, limit=limit)
+
+
+def _tokenizer_source(data: TokensConfig) -> list[Path]:
+    return split_files(Path(resolved_source(data)), data.train_split, data.split_files)
 
 
 def make_batches(recipe: Recipe, data: Data, device: torch.device) -> BatchMaker:
@@ -297,16 +338,26 @@ def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
         )
 
 
-def save_model(model: nn.Module, path: Path, blocks: Sequence[int] | None = None) -> None:
-    """Save blocks (all, or only some) in our format, an end-to-end classifier in its own library's."""
+def save_model(model: nn.Module, path: Path, blocks: Sequence[int] | None = None, *, data: Data | None = None) -> None:
+    """Save a model to a folder: blocks in our format, an end-to-end control in its own library's.
+
+    Args:
+        model: a `DiffusionBlocks`, or an `EndToEnd`.
+        path: the folder.
+        blocks: only these; None saves all.
+        data: what it was trained on: the tokenizer of text in tokens goes with it, as `tokenizer.json`.
+    """
+    tokenizer = data.text.tokenizer if isinstance(data, TextChunks) else None
     if isinstance(model, DiffusionBlocks):
-        model.save_pretrained(path, blocks)
+        save(model, path, blocks, tokenizer)
     elif isinstance(model, EndToEnd):
         model.model.save_pretrained(path)  # type: ignore[operator]
+        if tokenizer is not None:
+            write_tokenizer(path, tokenizer)
 
 
 def load_model(recipe: Recipe, path: Path) -> nn.Module:
-    """Load what `save_model` wrote, on the recipe's device.
+    """Load what `save_model` wrote, on the recipe's device; of blocks under `resident: active` the one that runs.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -333,7 +384,8 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
         raise ValueError(f"{path} holds a model of method {method}, the recipe says method: {recipe.method}")
     device = device_of(recipe)
     if in_our_format:
-        model = load(path, device=device)
+        one_at_a_time = recipe.train.resident == "active" and device.type == "cuda"
+        model = load(path, device="cpu" if one_at_a_time else device)
         if recipe.method == "end-to-end" and model.partition.num_blocks > 1:
             raise ValueError(
                 f"{path} holds {model.partition.num_blocks} blocks, the recipe says method: end-to-end, which is one "
@@ -347,7 +399,9 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
                     f"{path} holds a model of {_EXAMPLES[family]} {found}, the recipe describes one of {described}: "
                     "give the recipe that the model was trained with"
                 )
-        if recipe.train.compile and device.type == "cuda" and family not in ("label", "next-token"):
+        if one_at_a_time:  # what was too large to train at once may be too large to stand there at once
+            model.run_one_at_a_time(device)
+        elif recipe.train.compile and device.type == "cuda" and family not in ("label", "next-token"):
             model.compile_layers()
         return model
     return EndToEnd(pretrained(class_name, path, {}).to(device))

@@ -295,7 +295,6 @@ def test_transformers_trainer_trains_a_converted_model_unchanged(shared: str, tm
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        label_names=["input_ids"],  # what it takes for labels when it evaluates
         seed=0,
     )
     examples = [{"input_ids": row} for row in counting(64, 0)]

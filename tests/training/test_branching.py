@@ -515,7 +515,7 @@ def left_by(folder: Path) -> dict[str, Tensor]:
         ("diffusers-dit", "frozen", {"average": "fresh"}),
         ("diffusers-dit", "replicated", {"weights": "averaged", "optimizer": "fresh", "average": "fresh"}),
         ("vit", "replicated", {}),
-        ("vit", "joint", {"optimizer": "fresh"}),
+        ("vit", "joint", {"optimizer": "fresh", "warmup": "again"}),
     ],
 )
 def test_a_run_is_the_trunk_then_the_blocks(
@@ -552,7 +552,9 @@ def test_a_run_is_the_trunk_then_the_blocks(
             model = db.branch(trunk.model, 2)
     else:
         model = db.branch(trunk.model, 2)
-    after = made.train.model_copy(update={"seed": 12})
+    assert made.train.warmup_steps == 2
+    warmup = 2 if options.get("warmup") == "again" else 0
+    after = made.train.model_copy(update={"seed": 12, "warmup_steps": warmup})
     blocks = Trainer(model, batches(), after, progress=False)
     blocks.inherit(
         trunk,

@@ -17,7 +17,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -48,6 +48,7 @@ class TextData:
     Attributes:
         ids: uint8, uint16 or uint32, shape (N,), N >= 1, on the CPU, each from 0 to vocab_size - 1.
         vocab_size: number of different ids; 27 for characters.
+        tokenizer: the bytes of the `tokenizer.json` whose ids these are, where that is known; None for characters.
 
     Raises:
         ValueError: a dtype, a shape or an id is not as above.
@@ -55,6 +56,7 @@ class TextData:
 
     ids: Tensor
     vocab_size: int
+    tokenizer: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.ids.dtype not in _DTYPES or self.ids.dim() != 1 or len(self.ids) == 0:
@@ -161,13 +163,7 @@ def characters(
     """
     source = Path(source).expanduser()
     if source.is_dir():
-        patterns = split_files or {name: f"{name}*.txt*" for name in _SPLITS}
-        if split not in patterns:
-            raise ValueError(f"split = {split!r}: must be one of {list(patterns)}")
-        files = sorted(source.glob(patterns[split]))
-        if not files:
-            raise FileNotFoundError(f"no file {patterns[split]} in {source} for split {split!r}: set split_files")
-        ids = _corpus(files, cache_dir)
+        ids = _corpus(files_of_split(source, split, split_files), cache_dir)
     elif source.is_file():
         start, end = _part(split, fractions)
         whole = _corpus([source], cache_dir)
@@ -218,6 +214,27 @@ def _topics() -> dict[str, list[str]]:
 
 
 # ---- files -----------------------------------------------------------------------------------------------
+
+
+def files_of_split(folder: Path, split: str, patterns: Mapping[str, str] | None = None) -> list[Path]:
+    """The text files of a split in a folder that is there, in the order of their names.
+
+    Args:
+        folder: where they are.
+        split: "train", "valid" or "test", or a name in `patterns`.
+        patterns: split name -> glob relative to the folder; None: {"train": "train*.txt*", ...}.
+
+    Raises:
+        FileNotFoundError: no file for the split.
+        ValueError: unknown split.
+    """
+    patterns = patterns or {name: f"{name}*.txt*" for name in _SPLITS}
+    if split not in patterns:
+        raise ValueError(f"split = {split!r}: must be one of {list(patterns)}")
+    files = sorted(folder.glob(patterns[split]))
+    if not files:
+        raise FileNotFoundError(f"no file {patterns[split]} in {folder} for split {split!r}: set split_files")
+    return files
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import read_json, renamed, write_json
-from .text import SYMBOLS, TextData, decode, encode, fingerprint, mapped, open_text
+from ..tokenizer_file import read_tokenizer
+from .text import SYMBOLS, TextData, decode, encode, files_of_split, fingerprint, mapped, open_text
 
 __all__ = [
     "END",
@@ -24,6 +25,7 @@ __all__ = [
     "TextCodec",
     "TokenCodec",
     "corpus_tokenizer",
+    "corpus_tokenizer_path",
     "encoded_corpus",
     "encoded_split",
     "load_tokenizer",
@@ -85,12 +87,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         FileNotFoundError, ValueError: it is missing, is no tokenizer, or has no `END`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: make it with train_tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+    tokenizer = read_tokenizer(path)
     _end(tokenizer)
     return tokenizer
 
@@ -158,11 +155,20 @@ def corpus_tokenizer(
     Raises:
         FileNotFoundError, ValueError: see `train_tokenizer`.
     """
-    _check_files(files)
-    path = folder / f"tokenizer-{fingerprint(files, [END, vocab_size, limit])}.json"
+    path = corpus_tokenizer_path(files, vocab_size, folder, limit=limit)
     if path.is_file():
         return load_tokenizer(path)
     return train_tokenizer(files, vocab_size, path, limit=limit, progress=progress)
+
+
+def corpus_tokenizer_path(files: Sequence[Path], vocab_size: int, folder: Path, *, limit: int | None = None) -> Path:
+    """Where `corpus_tokenizer` keeps the tokenizer of a corpus; it need not be there yet.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or there are none.
+    """
+    _check_files(files)
+    return folder / f"tokenizer-{fingerprint(files, [END, vocab_size, limit])}.json"
 
 
 def encoded_split(
@@ -201,13 +207,7 @@ def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = N
         raise ValueError(f"{source} is a file: name a folder that holds files for each split")
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is missing: name a folder that holds files for each split")
-    patterns = patterns or {name: f"{name}*.txt*" for name in ("train", "valid", "test")}
-    if split not in patterns:
-        raise ValueError(f"split = {split!r}: must be one of {list(patterns)}")
-    files = sorted(source.glob(patterns[split]))
-    if not files:
-        raise FileNotFoundError(f"no file {patterns[split]} in {source} for split {split!r}: set split_files")
-    return files
+    return files_of_split(source, split, patterns)
 
 
 # ---- text to ids and back --------------------------------------------------------------------------------
