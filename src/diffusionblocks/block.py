@@ -115,7 +115,7 @@ class Block(nn.Module):
         places = [self.network]
         while places:
             for child in places.pop().children():
-                (places if isinstance(child, Namespace) else found).append(child)
+                (places if isinstance(child, (Namespace, nn.ModuleList)) else found).append(child)
         return found
 
     def compile_parts(self, **options: Any) -> None:

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HIDDEN, LENGTH, POLICIES, VOCAB, randomise_adaptive, same_states, seeded, token_batch
+from helpers import (
+    HIDDEN,
+    LENGTH,
+    POLICIES,
+    VOCAB,
+    randomise_adaptive,
+    same_states,
+    seeded,
+    token_batch,
+    without_generated_code,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -422,3 +432,20 @@ def test_a_plan_tries_one_block_alone() -> None:
     assert tight.blocks is None
     assert tight.batch is not None
     assert 1 <= tight.batch.changes["train.batch_size"] < 4
+
+
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_compiled_by_parts_every_layer_is(end_to_end: bool) -> None:
+    model = original()
+    layers = [*model.prelude, *model.core, *model.coda]
+    if end_to_end:
+        EndToEnd(model).compile()
+        assert all(layer._compiled_call_impl is not None for layer in layers)
+        return
+    block = db.convert(model, db.BlocksConfig(num_blocks=1)).block(0)
+    with without_generated_code():
+        plain = block.loss(token_batch(), seeded())
+        block.compile_parts()
+        torch.testing.assert_close(block.loss(token_batch(), seeded()), plain, rtol=1e-5, atol=1e-5)
+    stem = [block.network.get_submodule(f"{place}.{i}") for place in ("prelude", "coda") for i in range(1)]
+    assert all(layer._compiled_call_impl is not None for layer in stem)

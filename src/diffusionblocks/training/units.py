@@ -79,9 +79,13 @@ class EndToEnd(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile layer by layer: all layers share one compiled graph, so it takes seconds at any depth."""
-        layers = self.model.get_submodule(adapter_for(self.model).layers_path(self.model))
-        for layer in layers.children():
-            layer.compile(*args, **kwargs)
+        adapter = adapter_for(self.model)
+        for path in (adapter.layers_path(self.model), *adapter.shared_paths(self.model)):
+            owner, _, name = path.rpartition(".")
+            part = getattr(self.model.get_submodule(owner), name)
+            if isinstance(part, nn.ModuleList):  # the layers, and what recurrent depth has before and behind them
+                for layer in part:
+                    layer.compile(*args, **kwargs)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens."""
