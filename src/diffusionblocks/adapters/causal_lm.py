@@ -32,11 +32,12 @@ for _kernel in KERNELS:
 class NoisyToken(nn.Module):
     """How a noised embedding enters a noisy position: a linear map, and what stands for "a token is wanted here".
 
-    The map lets a block that owns high noise, where z tells nothing, keep z out of the residual stream.
+    The map starts at zero: most of z is noise, and at the scale of ordinary weights it would drown the embeddings, which
+    are a tenth as large. Each block lets in as much as is of use at its levels.
 
     Args:
         dim: size of an embedding.
-        std: of the initial weights.
+        std: of the initial bias.
         previous: whether the clean token before it is added to a noisy position, as in an ordinary language model.
     """
 
@@ -44,7 +45,7 @@ class NoisyToken(nn.Module):
         super().__init__()
         self.previous = previous
         self.linear = nn.Linear(dim, dim)
-        nn.init.normal_(self.linear.weight, std=std)
+        nn.init.zeros_(self.linear.weight)
         nn.init.normal_(self.linear.bias, std=std)
 
     def forward(self, z: Tensor) -> Tensor:
