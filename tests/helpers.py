@@ -148,11 +148,11 @@ def toy_batch(size: int, seed: int, spread: float = 2.0) -> dict[str, Tensor]:
 
 
 def randomise_adaptive(model: nn.Module, std: float = 0.3, seed: int = 5) -> None:
-    """Give the zero-initialised adaptive norms random weights, so that the noise level matters."""
+    """Give what starts at zero random weights: adaptive norms, so that the level matters, and the way in for z."""
     g = seeded(seed)
     done: set[int] = set()
     for module in model.modules():
-        if type(module).__name__ == "AdaptiveNorms":
+        if type(module).__name__ in ("AdaptiveNorms", "NoisyToken"):
             for parameter in module.linear.parameters():
                 if id(parameter) not in done:
                     done.add(id(parameter))

@@ -103,6 +103,19 @@ def test_every_position_of_both_streams_is_one_of_an_ordinary_causal_pass(family
                 torch.testing.assert_close(raw[:, i], states[:, -1], rtol=1e-5, atol=1e-5)
 
 
+@each_family
+def test_at_conversion_a_position_does_not_look_at_z(family: str) -> None:
+    """It enters through a map that starts at zero: until then all of F is of the context."""
+    model = db.convert(original_of(family), db.BlocksConfig(num_blocks=2)).eval()
+    other = torch.randn(noise().shape, generator=seeded(9))
+    with torch.no_grad():
+        (_, first), (_, second) = (streams_of(model.block(1), IDS, z, LEVEL) for z in (noise(), other))
+        assert torch.equal(first, second)
+        randomise_adaptive(model)  # the positive control
+        (_, first), (_, second) = (streams_of(model.block(1), IDS, z, LEVEL) for z in (noise(), other))
+    assert not torch.allclose(first, second, atol=1e-2)
+
+
 def test_an_adapted_layer_scales_and_shifts_noisy_positions_alone() -> None:
     model = db.convert(original_of(), db.BlocksConfig(num_blocks=2)).eval()
     randomise_adaptive(model)
