@@ -32,8 +32,8 @@ for _kernel in KERNELS:
 class NoisyToken(nn.Module):
     """How a noised embedding enters a noisy position: a linear map, and what stands for "a token is wanted here".
 
-    The map starts at zero: most of z is noise, and at the scale of ordinary weights it would drown the embeddings, which
-    are a tenth as large. Each block lets in as much as is of use at its levels.
+    The map starts at zero: most of z is noise, and at the scale of ordinary weights it would drown the embeddings,
+    which are a tenth as large. Each block lets in as much as is of use at its levels.
 
     Args:
         dim: size of an embedding.
