@@ -160,6 +160,28 @@ def randomise_adaptive(model: nn.Module, std: float = 0.3, seed: int = 5) -> Non
                         parameter.copy_(std * torch.randn(parameter.shape, generator=g))
 
 
+def record_calls(model: db.DiffusionBlocks) -> list[tuple[int, float]]:
+    """(place in the list of blocks, level) of every call of a block."""
+    calls: list[tuple[int, float]] = []
+    for place, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda _, args, place=place: calls.append((place, args[2][0].item())))
+    return calls
+
+
+def train_a_little(
+    model: db.DiffusionBlocks, batch_of: Callable[..., dict[str, Tensor]] = token_batch, steps: int = 3
+) -> None:
+    """Each block in turn, on batches of `batch_of(size, seed=step)`."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for step in range(steps):
+        for b in range(model.partition.num_blocks):
+            model.loss(batch_of(8, seed=step), block=b, generator=seeded(step)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+
+
 def train_blocks(model: db.DiffusionBlocks, steps: int = 80, *, seed: int = 0, lr: float = 3e-3) -> None:
     """Train every block for `steps` real AdamW steps on the toy problem, the blocks taking turns."""
     model.train()

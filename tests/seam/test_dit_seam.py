@@ -22,6 +22,7 @@ from helpers import (
     same_states,
     seeded,
     tiny,
+    train_a_little,
 )
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -57,17 +58,6 @@ def record_calls(model: db.DiffusionBlocks) -> list[tuple[int, float, int, list[
     return calls
 
 
-def train_a_little(model: db.DiffusionBlocks, steps: int = 3) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for step in range(steps):
-        for b in range(model.partition.num_blocks):
-            model.loss(image_batch(8, seed=step), block=b, generator=seeded(step)).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    model.eval()
-
-
 # ---- the whole journey --------------------------------------------------------------------------------------
 
 
@@ -76,7 +66,7 @@ def train_a_little(model: db.DiffusionBlocks, steps: int = 3) -> None:
 def test_convert_train_save_load_sample(family: str, shared: str, tmp_path: Path) -> None:
     model = made(family, shared=shared)
     start = copy.deepcopy(model.state_dict())
-    train_a_little(model)
+    train_a_little(model, image_batch)
     moved = {name.split(".")[1] for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
     assert moved == {"0", "1", "2"}
     model.save_pretrained(tmp_path / "m")
@@ -106,7 +96,7 @@ def test_convert_train_save_load_sample(family: str, shared: str, tmp_path: Path
 @pytest.mark.parametrize("shared", ["replicated", "joint"])
 def test_a_fresh_dit_trains_saves_and_loads(shared: str, tmp_path: Path) -> None:
     model = db.convert(fresh_dit(), db.BlocksConfig(shared=shared))
-    train_a_little(model)
+    train_a_little(model, image_batch)
     model.save_pretrained(tmp_path / "m")
     assert same_states(db.load(tmp_path / "m").state_dict(), model.state_dict())
 

@@ -18,10 +18,12 @@ from helpers import (
     convert,
     fresh_masked,
     image_batch,
+    record_calls,
     same_states,
     seeded,
     tiny,
     token_batch,
+    train_a_little,
 )
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -58,25 +60,6 @@ def recipe_of(**changes: Any) -> Recipe:
         "device": "cpu",
     }
     return parse_recipe(values | changes, "a test")
-
-
-def record_calls(model: db.DiffusionBlocks) -> list[tuple[int, float]]:
-    """(place in the list of blocks, level) of every call of a block."""
-    calls: list[tuple[int, float]] = []
-    for place, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda _, args, place=place: calls.append((place, args[2][0].item())))
-    return calls
-
-
-def train_a_little(model: db.DiffusionBlocks, steps: int = 3) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for step in range(steps):
-        for b in range(model.partition.num_blocks):
-            model.loss(token_batch(8, seed=step), block=b, generator=seeded(step)).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    model.eval()
 
 
 # ---- the whole journey --------------------------------------------------------------------------------------
