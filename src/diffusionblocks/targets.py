@@ -280,11 +280,6 @@ def cross_entropies(logits: Tensor, tokens: Tensor) -> Tensor:
     return nats.view(tokens.shape)
 
 
-def mean_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The mean of `cross_entropies` over the positions of each sequence: (batch,)."""
-    return cross_entropies(logits, tokens).mean(dim=1)
-
-
 def in_chunks(nats: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: Tensor, chunk: int | None) -> Tensor:
     """Cross-entropies (batch, length), with the logits of at most `chunk` positions of a sequence in memory at a time.
 

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..model import DiffusionBlocks
 from ..noise import EDM, NoiseProcess
-from ..targets import NextTokenTarget
+from ..targets import NextTokenTarget, cross_entropies
 from ..training.keys import key
 from .teachers import evaluating
 
@@ -195,8 +194,7 @@ def _decoded(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
 
 def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean nats a token of each sequence, float64 (n,)."""
-    nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-    return nats.double().mean(dim=1)
+    return cross_entropies(logits, tokens).double().mean(dim=1)
 
 
 def _noise(like: Tensor, seed: int, index: int) -> Tensor:
