@@ -56,7 +56,7 @@ def test_shards_are_measured_resumed_and_gathered(tmp_path: Path, capsys: pytest
     parts = [tmp_path / "a.json", tmp_path / "b.json"]
     shards = [shard(rows_of(["dit-l-2"], [2], METHODS, tiny("dit-l-2")), f"{i}/2") for i in range(2)]
     for specs, part in zip(shards, parts, strict=True):
-        measure_all(specs, part, asked=Here())
+        measure_all(specs, part, 60.0, Here())
     rows = {row["method"]: row for part in parts for row in read(part)["rows"]}
     assert set(rows) == set(METHODS)
     assert "from a GPU" in rows["end-to-end-cpu-offload"]["error"]
@@ -69,7 +69,7 @@ def test_shards_are_measured_resumed_and_gathered(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     again = next(i for i, part in enumerate(parts) if "cpu-offload" in part.read_text())
     before = read(parts[again])["rows"]
-    measure_all(shards[again], parts[again], asked=Here())
+    measure_all(shards[again], parts[again], 60.0, Here())
     printed = capsys.readouterr().out
     assert printed.count("measured before") == len(before) - 1
     after = read(parts[again])["rows"]
@@ -91,21 +91,24 @@ def test_speed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     written = read(out)
     assert [row["task"] for row in written["rows"]] == ["overhead", "dwell"]
     assert not [row for row in written["rows"] if "error" in row]
-    assert {ratio["what"] for ratio in written["ratios"]} == {"trainer over bare loop", "dwell 1, host, over no switch"}
+    assert {ratio["what"] for ratio in written["ratios"]} == {
+        "trainer over bare loop",
+        "resident-active, dwell 1, host, over no switch",
+    }
     assert "trainer over bare loop" in capsys.readouterr().out
 
 
 def test_speed_of_blocks_switches_and_trainer(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
-    specs = specs_of(["vit-h"], [2], ["host", "disk"], tiny("vit-h", dwells=(1, 3)))
-    speed(specs, out, asked=Here())
+    specs = specs_of(["vit-h"], [2], ["resident-active"], ["host", "disk"], tiny("vit-h", dwells=(1, 3)))
+    speed(specs, out, 60.0, Here())
     written = read(out)
     assert not [row for row in written["rows"] if "error" in row]
     whats = [ratio["what"] for ratio in written["ratios"]]
     assert whats.count("trainer over bare loop") == 2
     assert whats.count("blocks over end to end") == 1
     for home in ("host", "disk"):
-        assert {f"dwell {n}, {home}, over no switch" for n in (1, 3)} <= set(whats)
+        assert {f"resident-active, dwell {n}, {home}, over no switch" for n in (1, 3)} <= set(whats)
     assert all(ratio["ratio"] > 0 for ratio in written["ratios"])
 
 

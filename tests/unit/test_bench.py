@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from diffusionblocks.bench.depth import largest_depth
 from diffusionblocks.bench.figures import draw_memory
-from diffusionblocks.bench.measure import at_peak, dwelling_times, measure_memory, steady_times, warm_up
+from diffusionblocks.bench.measure import LOCK, alone, at_peak, dwelling_times, measure_memory, steady_times, warm_up
 from diffusionblocks.bench.methods import METHODS, Spec, rows_of
 from diffusionblocks.bench.models import MODELS, build, recipe_of, splits_of
 from diffusionblocks.bench.rivals import BAdamRunner, RivalRunner, rival
@@ -224,6 +225,29 @@ def test_a_measurement_that_takes_too_long_is_ended() -> None:
     assert time.perf_counter() - started < 30
 
 
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("row", {}),
+        ("overhead", {}),
+        ("fits", {"budget": 2**30}),
+        ("dwell", {"method": "resident-active", "blocks": 2, "dwells": (1,)}),
+    ],
+)
+def test_benches_of_one_gpu_take_turns(
+    task: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOCK, str(tmp_path / "lock"))
+    rows: list[dict[str, Any]] = []
+    other = threading.Thread(target=lambda: rows.append(answer(spec(task=task, **changes))))
+    with alone():
+        other.start()
+        other.join(timeout=3)
+        assert other.is_alive()
+    other.join(timeout=60)
+    assert "error" not in rows[0]
+
+
 # ---- rivals ------------------------------------------------------------------------------------------------
 
 
@@ -385,6 +409,13 @@ def test_overhead_compares_two_loops() -> None:
     assert row["trainer_over_bare"] == pytest.approx(row["trainer_ms"]["median"] / row["bare_ms"]["median"], rel=1e-6)
 
 
+def test_of_captured_steps_only_the_time_is_told() -> None:
+    row = answer(spec(cuda_graph=True))  # where there is no GPU nothing is captured
+    assert "peak_bytes" not in row
+    assert row["step_ms"]["median"] > 0
+    assert spec(cuda_graph=True).key != spec().key
+
+
 @pytest.mark.parametrize("offload", ["host", "disk"])
 def test_dwells_are_measured(offload: str) -> None:
     row = answer(spec(method="resident-active", blocks=2, task="dwell", dwells=(1, 3), offload=offload))
@@ -406,8 +437,8 @@ def test_ratios_are_of_equal_epochs() -> None:
     found = {(r["what"]): r["ratio"] for r in ratios_of(rows)}
     assert found == {
         "blocks over end to end": pytest.approx(0.9),
-        "dwell 10, host, over no switch": pytest.approx(1.5),
-        "dwell 10, host, over resident all": pytest.approx(1.6),
+        "resident-active, dwell 10, host, over no switch": pytest.approx(1.5),
+        "resident-active, dwell 10, host, over resident all": pytest.approx(1.6),
     }
 
 

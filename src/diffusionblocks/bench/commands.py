@@ -30,6 +30,14 @@ def add_bench(commands: Any) -> None:
     speed.add_argument(
         "--offload", nargs="+", choices=("host", "disk"), default=["host"], help="where the other blocks wait"
     )
+    speed.add_argument(
+        "--methods",
+        nargs="+",
+        default=["resident-active"],
+        choices=[name for name, method in METHODS.items() if method.train.get("resident") == "active"],
+        help="whose switches are timed (default resident-active)",
+    )
+    speed.add_argument("--cuda-graph", action="store_true", help="capture steps, but not those of the bare loop")
     speed.add_argument("--dwells", type=int, nargs="+", default=[1, 10, 50], help="steps that a block stays")
     speed.add_argument("--shard", default="0/1", metavar="I/N", help="only rows I, I + N, ...: several GPUs share")
     _windows(speed)
@@ -63,6 +71,12 @@ def _measuring(kinds: Any, name: str, run: Any, text: str) -> argparse.ArgumentP
     )
     command.add_argument("--tiny", action="store_true", help="models of toy size")
     # Every depth is a graph of its own, which takes longer to compile than to try.
+    command.add_argument(
+        "--lock",
+        type=Path,
+        metavar="FILE",
+        help="benches of one GPU that name the same file take turns on it: each prepares while another measures",
+    )
     compile_it = name != "depth"
     text = f"torch.compile (default: {'yes' if compile_it else 'no'})"
     command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compile_it, help=text)
@@ -104,7 +118,7 @@ def _base(options: argparse.Namespace, models: list[str], blocks: list[int]) -> 
         raise ValueError(f"--limit must be above 0 seconds, got {options.limit}")
     if min(blocks) < 2:
         raise ValueError(f"--blocks must be at least 2, got {min(blocks)}: one block is the row end-to-end")
-    names = ("batch_size", "device", "tiny", "compile", "windows", "iterations", "dwell")
+    names = ("batch_size", "device", "tiny", "compile", "cuda_graph", "windows", "iterations", "dwell")
     base = Spec(models[0], **{name: getattr(options, name) for name in names if hasattr(options, name)})
     for model in models:
         for count in blocks:
@@ -116,11 +130,12 @@ def _base(options: argparse.Namespace, models: list[str], blocks: list[int]) -> 
 
 def _memory(options: argparse.Namespace) -> None:
     from .figures import draw_memory
-    from .table import measure_all, printed, shard, with_predictions, write_table
+    from .table import measure_all, printed, server, shard, with_predictions, write_table
 
     base = _base(options, options.models, options.blocks)
     specs = shard(rows_of(options.models, options.blocks, options.methods, base), options.shard)
-    rows = measure_all(specs, options.out, options.limit)
+    with server(options.lock) as asked:
+        rows = measure_all(specs, options.out, options.limit, asked)
     if options.predict:
         rows = with_predictions(rows)
         write_table(options.out, rows)
@@ -134,14 +149,15 @@ def _speed(options: argparse.Namespace) -> None:
 
     from ..evaluation.tables import format_table
     from .speed import specs_of, speed
-    from .table import shard
+    from .table import server, shard
 
     base = _base(options, options.models, options.blocks)
     if min(options.dwells) < 1:
         raise ValueError(f"--dwells must be at least 1, got {min(options.dwells)}")
     base = dataclasses.replace(base, dwells=tuple(options.dwells))
-    specs = shard(specs_of(options.models, options.blocks, options.offload, base), options.shard)
-    ratios = speed(specs, options.out, options.limit)
+    specs = shard(specs_of(options.models, options.blocks, options.methods, options.offload, base), options.shard)
+    with server(options.lock) as asked:
+        ratios = speed(specs, options.out, options.limit, asked)
     if ratios:
         print(format_table([row | {"ratio": f"{row['ratio']:.3f}"} for row in ratios]))
 
@@ -152,10 +168,14 @@ def _depth(options: argparse.Namespace) -> None:
     from ..evaluation.tables import format_table
     from ..planning import parse_budget
     from .depth import depth
+    from .table import server
 
     budget = parse_budget(options.budget)
     base = dataclasses.replace(_base(options, [options.model], [options.blocks]), budget=budget)
-    rows = depth(base, options.blocks, options.out, options.limit, predict=options.predict)
+    # Fragments of memory would decide otherwise; the same for all.
+    segments = "expandable_segments:True"
+    with server(options.lock, {"PYTORCH_ALLOC_CONF": segments, "PYTORCH_CUDA_ALLOC_CONF": segments}) as asked:
+        rows = depth(base, options.blocks, options.out, options.limit, asked, predict=options.predict)
     shown = [{"method": r["method"], "B": r["blocks"], "layers": r.get("layers", r.get("error"))} for r in rows]
     print(format_table(shown))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..evaluation.tables import format_bytes
 from .methods import Spec
-from .table import LIMIT, Measures, prediction, server, with_method, write_table
+from .table import Measures, prediction, with_method, write_table
 
 #: Deepest model that is tried.
 _DEEPEST = 4096
@@ -67,7 +67,9 @@ def line_end(a: tuple[int, int], b: tuple[int, int], budget: int) -> int:
     return _DEEPEST if slope <= 0 else min(_DEEPEST, int(b[0] + (budget - b[1]) / slope))
 
 
-def depth(base: Spec, blocks: int, out: Path, limit: float = LIMIT, *, predict: bool = True) -> list[dict[str, Any]]:
+def depth(
+    base: Spec, blocks: int, out: Path, limit: float, asked: Measures, *, predict: bool = True
+) -> list[dict[str, Any]]:
     """Search end to end and with one block resident, each plainly and with all savers; write and return the rows.
 
     Args:
@@ -75,18 +77,16 @@ def depth(base: Spec, blocks: int, out: Path, limit: float = LIMIT, *, predict: 
         blocks: B; the depths of blocks are multiples of it.
         out: the JSON file, written after every search.
         limit: seconds for each trial.
+        asked: who tries.
         predict: begin where the planner says that the end is.
     """
     assert base.budget is not None
     rows: list[dict[str, Any]] = []
-    # Fragments of memory would decide otherwise; the same for all.
-    segments = "expandable_segments:True"
-    with server({"PYTORCH_ALLOC_CONF": segments, "PYTORCH_CUDA_ALLOC_CONF": segments}) as asked:
-        for savers in ("", "-all-savers"):
-            for method, count in ((f"end-to-end{savers}", 1), (f"resident-active{savers}", blocks)):
-                spec = with_method(base, method, count, task="fits")
-                rows.append(search(asked, spec, limit, guess_of(spec) if predict else None))
-                write_table(out, rows, budget_bytes=base.budget)
+    for savers in ("", "-all-savers"):
+        for method, count in ((f"end-to-end{savers}", 1), (f"resident-active{savers}", blocks)):
+            spec = with_method(base, method, count, task="fits")
+            rows.append(search(asked, spec, limit, guess_of(spec) if predict else None))
+            write_table(out, rows, budget_bytes=base.budget)
     return rows
 
 

@@ -6,13 +6,16 @@ held plus what the profiler saw allocated. Time is that of device events.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,8 @@ from torch import Tensor
 from ..evaluation.memory import transient_peak
 from .runners import Runner
 
+#: The environment variable that names the lock of `alone`.
+LOCK = "DIFFUSIONBLOCKS_BENCH_LOCK"
 #: Steps of every part before anything is measured: they compile, and make the optimizer's state.
 _WARM_UP = 3
 #: With more parts than this, a window is long enough to stand alone.
@@ -53,6 +58,23 @@ class Clock:
     def between(self, start: Any, end: Any) -> float:
         """Milliseconds between two marks, after `wait`."""
         return float(start.elapsed_time(end)) if self._on_gpu else 1000.0 * (end - start)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other bench with the same lock computes; none waits without a lock."""
+    path = os.environ.get(LOCK)
+    if path is None:
+        yield
+        return
+    import fcntl  # not on every system, and only this needs it
+
+    with Path(path).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # not by closing: a forked helper may have the file open, too
 
 
 def warm_up(runner: Runner) -> None:

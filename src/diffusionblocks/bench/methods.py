@@ -69,6 +69,7 @@ class Spec:
         device: `cuda` or `cpu`.
         tiny: shrink the model to toy size.
         compile: torch.compile, as the trainer does it.
+        cuda_graph: capture the trainer's steps; a row then has its speed alone.
         windows: timed windows, of which the median is reported.
         iterations: steps of each block in a window.
         dwell: steps over which a row spreads the cost of a switch of blocks.
@@ -86,6 +87,7 @@ class Spec:
     device: str = "cuda"
     tiny: bool = False
     compile: bool = True
+    cuda_graph: bool = False
     windows: int = 5
     iterations: int = 5
     dwell: int = 10
@@ -98,7 +100,7 @@ class Spec:
         """Names a row within a table, so that a later run finds it."""
         parts = [self.model, self.method, f"blocks={self.blocks}"]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ("task", "depth", "batch_size", "tiny", "device", "compile", "offload", "budget"):
+        for name in ("task", "depth", "batch_size", "tiny", "device", "compile", "cuda_graph", "offload", "budget"):
             if getattr(self, name) != defaults[name]:
                 parts.append(f"{name}={getattr(self, name)}")
         return " ".join(parts)

@@ -137,6 +137,7 @@ def recipe_of(spec: Spec) -> Recipe:
             "precision": "bfloat16",
             # Whole, a model of 24 layers takes minutes to compile, for every depth anew.
             "compile": "layers" if spec.compile else False,
+            "cuda_graph": spec.cuda_graph,
             "schedule": "round-robin",
             "dwell": spec.dwell,
             "offload": spec.offload,

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from .methods import Spec
-from .table import LIMIT, Measures, measure_all, with_method, write_table
+from .table import Measures, measure_all, with_method, write_table
 
 
-def specs_of(models: Sequence[str], blocks: Sequence[int], offloads: Sequence[str], base: Spec) -> list[Spec]:
+def specs_of(
+    models: Sequence[str], blocks: Sequence[int], methods: Sequence[str], offloads: Sequence[str], base: Spec
+) -> list[Spec]:
     """What to measure, neighbours sharing compiled code.
 
     Args:
         models: names of models.
         blocks: values of B.
+        methods: whose switches are timed.
         offloads: where blocks wait, for the cost of switching.
         base: all else.
     """
@@ -28,15 +31,13 @@ def specs_of(models: Sequence[str], blocks: Sequence[int], offloads: Sequence[st
             specs.append(with_method(whole, "resident-all", count))
             if count == blocks[0]:
                 specs.append(with_method(whole, "resident-all", count, task="overhead"))
-            specs += [with_method(whole, "resident-active", count, task="dwell", offload=o) for o in offloads]
+            specs += [with_method(whole, m, count, task="dwell", offload=o) for m in methods for o in offloads]
     return specs
 
 
-def speed(
-    specs: Sequence[Spec], out: Path, limit: float = LIMIT, *, asked: Measures | None = None
-) -> list[dict[str, Any]]:
+def speed(specs: Sequence[Spec], out: Path, limit: float, asked: Measures) -> list[dict[str, Any]]:
     """Measure (see `measure_all`), and write rows and ratios to `out`; returns the ratios."""
-    rows = measure_all(specs, out, limit, asked=asked)
+    rows = measure_all(specs, out, limit, asked)
     ratios = ratios_of(rows)
     write_table(out, rows, ratios=ratios)
     return ratios
@@ -46,7 +47,7 @@ def ratios_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the rows say, one line a comparison; rows with errors are left out.
 
     - `blocks over end to end`: B x a block's step / the end-to-end step (1: an epoch of all blocks takes as long).
-    - `dwell D`: a step with switches / the same process's step without, and / that of `resident-all`.
+    - `METHOD, dwell D`: a step with switches / the same process's step without, and / that of `resident-all`.
     - `trainer over bare loop`.
     """
     done = [row for row in rows if "error" not in row]
@@ -65,10 +66,10 @@ def ratios_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             beside = all_there.get((row["model"], row["blocks"]))
             for entry in row["dwells"]:
                 step = entry["step_ms"]["median"]
-                what = f"dwell {entry['dwell']}, {row['offload']}"
+                what = f"{row['method']}, dwell {entry['dwell']}, {row['offload']}"
                 line = about | {"what": f"{what}, over no switch", "ratio": step / row["step_ms"]["median"]}
                 found.append(line)
-                if beside is not None:
+                if beside is not None and row["method"] == "resident-active":
                     ratio = step / beside["step_ms"]["median"]
                     found.append(about | {"what": f"{what}, over resident all", "ratio": ratio})
     return found

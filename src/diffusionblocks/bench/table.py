@@ -17,11 +17,9 @@ import torch
 
 from ..evaluation.tables import commit, format_bytes, format_table
 from ..files import read_json, write_json
+from .measure import LOCK
 from .methods import METHODS, Spec
 from .models import examples_of, recipe_of
-
-#: Seconds that a measurement may take.
-LIMIT = 180.0
 
 
 class Measures(Protocol):
@@ -40,11 +38,13 @@ class Server:
     """A process that measures what it is asked, each in a process of its own (`worker.py`).
 
     Args:
+        lock: a file that benches of one GPU share: each measures while it holds it (`measure.alone`).
         environment: variables for it, beside this process's own.
     """
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
-        self._environment = {**os.environ, **(environment or {})}
+    def __init__(self, lock: Path | None = None, environment: dict[str, str] | None = None) -> None:
+        shared = {} if lock is None else {LOCK: str(lock.absolute())}
+        self._environment = {**os.environ, **(environment or {}), **shared}
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, spec: Spec, limit: float) -> dict[str, Any]:
@@ -76,9 +76,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(environment: dict[str, str] | None = None) -> Iterator[Server]:
+def server(lock: Path | None = None, environment: dict[str, str] | None = None) -> Iterator[Server]:
     """A `Server` for the length of a `with` block."""
-    found = Server(environment)
+    found = Server(lock, environment)
     try:
         yield found
     finally:
@@ -105,16 +105,14 @@ def shard(rows: Sequence[Spec], text: str) -> list[Spec]:
     return list(rows)[int(first) :: int(count)]
 
 
-def measure_all(
-    specs: Sequence[Spec], out: Path, limit: float = LIMIT, *, asked: Measures | None = None
-) -> list[dict[str, Any]]:
+def measure_all(specs: Sequence[Spec], out: Path, limit: float, asked: Measures) -> list[dict[str, Any]]:
     """Measure every specification that `out` does not hold yet, and write it after each.
 
     Args:
         specs: what to measure; their order is that of the rows.
         out: the JSON file. Rows that an earlier run left there without an error are kept.
         limit: seconds for each.
-        asked: who measures; default a `Server`.
+        asked: who measures.
 
     Returns:
         The rows of `specs`, and others that the file had.
@@ -123,16 +121,15 @@ def measure_all(
     if out.exists():
         rows = {row["key"]: row for row in read_json(out)["rows"] if "error" not in row}
     kept = set(rows)
-    with server() if asked is None else contextlib.nullcontext(asked) as measures:
-        for number, spec in enumerate(specs, start=1):
-            if spec.key in kept:
-                print(f"[{number}/{len(specs)}] {spec.key}: measured before", flush=True)
-                continue
-            about = {"key": spec.key, "model": spec.model, "method": spec.method, "blocks": spec.blocks}
-            found = measures.ask(spec, limit)
-            rows[spec.key] = about | {"task": spec.task} | found | {"spec": spec.to_dict()}
-            print(f"[{number}/{len(specs)}] {spec.key}: {summary(found)}", flush=True)
-            write_table(out, _ordered(rows, specs))
+    for number, spec in enumerate(specs, start=1):
+        if spec.key in kept:
+            print(f"[{number}/{len(specs)}] {spec.key}: measured before", flush=True)
+            continue
+        about = {"key": spec.key, "model": spec.model, "method": spec.method, "blocks": spec.blocks}
+        found = asked.ask(spec, limit)
+        rows[spec.key] = about | {"task": spec.task} | found | {"spec": spec.to_dict()}
+        print(f"[{number}/{len(specs)}] {spec.key}: {summary(found)}", flush=True)
+        write_table(out, _ordered(rows, specs))
     ordered = _ordered(rows, specs)
     write_table(out, ordered)
     return ordered

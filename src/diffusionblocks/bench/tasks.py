@@ -11,7 +11,7 @@ import torch
 
 from ..partition import even_layers
 from ..training import Trainer
-from .measure import Clock, Times, dwelling_times, measure_memory, steady_times, warm_up
+from .measure import Clock, Times, alone, dwelling_times, measure_memory, steady_times, warm_up
 from .methods import METHODS, Spec
 from .models import batch_size_of, layers_of
 from .rivals import Plain, compiled
@@ -21,12 +21,13 @@ from .runners import Runner, TrainerRunner, runner_of
 def _row(spec: Spec) -> dict[str, Any]:
     """Memory and speed of a method."""
     started = time.perf_counter()
-    with runner_of(spec) as runner:
+    with runner_of(spec) as runner, alone():
         built = time.perf_counter()
         warm_up(runner)
         Clock(runner.device).wait()
         warm = time.perf_counter()
-        memory = measure_memory(runner)
+        # Of captured steps the allocator knows the capture only.
+        memory = {} if spec.cuda_graph else measure_memory(runner).to_dict()
         steady = steady_times(runner, spec.windows, spec.iterations)
         switch = _switch_ms(runner, spec, steady)
         runner.check()
@@ -36,7 +37,7 @@ def _row(spec: Spec) -> dict[str, Any]:
         per_second = 1000.0 * batch / step_ms
         return {
             **_about(spec),
-            **memory.to_dict(),
+            **memory,
             "step_ms": steady.to_dict(),
             "switch_ms": switch,
             "dwell": dwell if runner.switches else None,
@@ -61,6 +62,7 @@ def _about(spec: Spec) -> dict[str, Any]:
         "batch_size": batch_size_of(spec),
         "tiny": spec.tiny,
         "compile": spec.compile,
+        "cuda_graph": spec.cuda_graph,
         "device": torch.cuda.get_device_name() if spec.device == "cuda" else "CPU",
     }
 
@@ -74,7 +76,7 @@ def _switch_ms(runner: Runner, spec: Spec, steady: Times) -> float | None:
 
 def _dwell(spec: Spec) -> dict[str, Any]:
     """Milliseconds of a step, switches included, for several dwells, beside steps without switches."""
-    with runner_of(spec) as runner:
+    with runner_of(spec) as runner, alone():
         warm_up(runner)
         steady = steady_times(runner, spec.windows, spec.iterations)
         dwells = {dwell: dwelling_times(runner, spec.windows, dwell) for dwell in spec.dwells}
@@ -90,7 +92,7 @@ def _dwell(spec: Spec) -> dict[str, Any]:
 
 def _overhead(spec: Spec) -> dict[str, Any]:
     """Milliseconds of a step in the trainer's loop and in a bare loop, in windows that take turns."""
-    with runner_of(spec) as runner:
+    with runner_of(spec) as runner, alone():
         assert isinstance(runner, TrainerRunner)
         bare = _bare_loop(spec)
         count = 4 * spec.iterations * runner.turns  # a call of `train` has its own small cost
@@ -151,7 +153,7 @@ def _fits(spec: Spec) -> dict[str, Any]:
     if spec.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec.budget / total))
-    with runner_of(spec) as runner:
+    with runner_of(spec) as runner, alone():
         warm_up(runner)
         memory = measure_memory(runner)
         runner.check()
