@@ -226,6 +226,20 @@ def test_end_to_end_is_the_librarys_next_token_loss(family: str) -> None:
 
 
 @each_family
+def test_end_to_end_asks_the_device_for_no_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library reads off the device whether texts share a sequence; a step must not wait for that."""
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("the library looked for sequences packed together")
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", asked)
+    model: Any = tiny(family)
+    EndToEnd(model).loss(token_batch()).mean().backward()
+    with pytest.raises(AssertionError, match="packed"):  # and it does otherwise
+        model(**token_batch(), use_cache=False)
+
+
+@each_family
 def test_end_to_end_checkpointing_computes_the_same(family: str) -> None:
     unit = EndToEnd(tiny(family).train())
     plain, gradients = loss_and_gradients(unit, lambda batch, _: unit.loss(batch))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,7 +15,7 @@ import diffusionblocks as db
 from diffusionblocks.config import NextTokenTargetConfig
 from diffusionblocks.data import TextBatches, evaluation_chunks, python_topics
 from diffusionblocks.evaluation.next_token import LanguageRow, language_row
-from diffusionblocks.training import TrainConfig, Trainer
+from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 
 CPU = torch.device("cpu")
 LENGTH = 64
@@ -30,7 +32,8 @@ def unigram_entropy() -> float:
     return float(-(frequency * frequency.log()).nansum())
 
 
-def test_blocks_learn_the_next_character_from_its_context() -> None:
+def little_llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=27,
         hidden_size=32,
@@ -41,9 +44,30 @@ def test_blocks_learn_the_next_character_from_its_context() -> None:
         max_position_embeddings=LENGTH,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, "layers"])
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_gpu_graphs_follow_eager_steps(blocks: int, compiled: Any) -> None:
+    """Blocks, and (0) the end-to-end control."""
+
+    def run(graph: bool) -> Trainer:
+        model = db.convert(little_llama(), db.BlocksConfig(num_blocks=blocks)) if blocks else EndToEnd(little_llama())
+        config = TrainConfig(steps=10, batch_size=8, lr=1e-3, compile=compiled if graph else False, cuda_graph=graph)
+        batches = TextBatches(python_topics("train"), LENGTH, device=torch.device("cuda"))
+        trained = Trainer(model.cuda(), batches, config, progress=False)
+        trained.train()
+        return trained
+
+    for a, b in zip(run(True).model.parameters(), run(False).model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_blocks_learn_the_next_character_from_its_context() -> None:
     target = NextTokenTargetConfig(logit_scale=8.0)
-    model = db.convert(LlamaForCausalLM(config), db.BlocksConfig(num_blocks=2, overlap=0.1, target=target))
+    model = db.convert(little_llama(), db.BlocksConfig(num_blocks=2, overlap=0.1, target=target))
     before = measured(model)
     train = TrainConfig(steps=150, batch_size=32, lr=4e-3, warmup_steps=20)
     Trainer(model, TextBatches(python_topics("train"), LENGTH, device=CPU), train, progress=False).train()

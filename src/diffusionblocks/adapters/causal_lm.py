@@ -27,6 +27,9 @@ from .next_token import NextTokenAdapter
 _PREFIX = "diffusionblocks_"
 for _kernel in KERNELS:
     AttentionInterface.register(f"{_PREFIX}{_kernel}", functools.partial(library_attention, kernel=_kernel))
+#: The library's own `sdpa`, under a name for which it makes no masks.
+_CAUSAL = f"{_PREFIX}causal"
+AttentionInterface.register(_CAUSAL, AttentionInterface()["sdpa"])
 
 
 class NoisyToken(nn.Module):
@@ -221,10 +224,27 @@ class CausalLMAdapter(NextTokenAdapter):
             raise ValueError(
                 f"{length} tokens, but the model takes {config.max_position_embeddings} (max_position_embeddings)"
             )
-        window = getattr(config, "sliding_window", None)
-        slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-        if window is not None and slides and length > window:
+        window = _window(config)
+        if window is not None and length > window:
             raise ValueError(f"{length} tokens, but the model's attention slides over {window}, which is not supported")
+
+    def whole_states(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """What the head of an unconverted model is given: tokens (batch, length), no padding -> (batch, length, dim).
+
+        Its layers see the past by `is_causal`, without a mask. The library would first read off the device whether
+        several texts share a sequence, which waits in every step; and captured in a CUDA graph it cannot read, and
+        gives the layers a mask that keeps them off the fast kernels.
+        """
+        whole: Any = model
+        config, window = whole.base_model.config, _window(whole.base_model.config)
+        chosen = config._attn_implementation
+        plain = chosen == "sdpa" and (window is None or tokens.shape[1] <= window)
+        try:
+            if plain:
+                config._attn_implementation = _CAUSAL
+            return whole.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        finally:
+            config._attn_implementation = chosen
 
     def logits(
         self, network: nn.Module, final: AdaptiveNorms | None, added: nn.ModuleDict, states: Tensor, told: Tensor
@@ -239,6 +259,12 @@ class CausalLMAdapter(NextTokenAdapter):
         """See `Adapter`."""
         states = network.get_submodule("model.norm")(hidden)
         return added["logit_scale"](network.get_submodule("lm_head")(states))  # type: ignore[no-any-return]
+
+
+def _window(config: Any) -> int | None:
+    """How far back attention sees, where that is not all the way."""
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 def _noisy_alone(layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], streams: Streams) -> Tensor:

@@ -100,8 +100,8 @@ class EndToEnd(nn.Module):
 
     def _states(self, tokens: Tensor) -> Tensor:
         """What the head of a language model is given: tokens (batch, length) -> (batch, length, dim)."""
-        model: Any = self.model
-        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        adapter: Any = adapter_for(self.model)  # of a library's language model, the only one that comes here
+        return adapter.whole_states(self.model, tokens)  # type: ignore[no-any-return]
 
     def _nats(self, states: Tensor, tokens: Tensor) -> Tensor:
         model: Any = self.model
