@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from diffusionblocks.bench.rivals import BAdamRunner, RivalRunner, rival
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain, runner_of
 from diffusionblocks.bench.speed import ratios_of
 from diffusionblocks.bench.table import gather, shard
-from diffusionblocks.bench.worker import answer, isolated
+from diffusionblocks.bench.worker import answer, isolated, server_command
 from diffusionblocks.model import DiffusionBlocks
 from diffusionblocks.partition import even_layers
 from diffusionblocks.sources import build_model
@@ -216,6 +217,19 @@ def test_measurements_are_processes_of_their_own(fork: bool) -> None:
     assert "error" not in reply
     assert reply["process_seconds"] > reply["seconds"]
     assert reply["method"] == "resident-active"
+
+
+def test_the_server_imports_nothing_that_starts_cuda() -> None:
+    """torchao does, and diffusers imports it: no fork could use the GPU. The rows that need it import it themselves."""
+    pytest.importorskip("torchao")
+    python, dash_c, code = server_command()
+    checks = (
+        "from diffusionblocks.bench.worker import _preload; _preload();"
+        "assert 'diffusers' in sys.modules and 'torchao' not in sys.modules;"
+        "import torchao; assert torchao.__version__"
+    )
+    code = code.replace("serve()", checks)
+    subprocess.run([python, dash_c, code], check=True, capture_output=True)
 
 
 def test_a_measurement_that_takes_too_long_is_ended() -> None:

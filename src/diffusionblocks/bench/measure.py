@@ -26,8 +26,9 @@ from .runners import Runner
 
 #: The environment variable that names the lock of `alone`.
 LOCK = "DIFFUSIONBLOCKS_BENCH_LOCK"
-#: Steps of every part before anything is measured: they compile, and make the optimizer's state.
-_WARM_UP = 3
+#: Steps of every part, twice over, before anything is measured: they compile, make the optimizer's state, and capture
+#: every part's steps where steps are captured.
+_WARM_UP = 2
 #: With more parts than this, a window is long enough to stand alone.
 _MANY = 12
 #: Steps of every part over which the peak is taken.
@@ -79,9 +80,10 @@ def alone() -> Iterator[None]:
 
 def warm_up(runner: Runner) -> None:
     """Step every part a few times."""
-    for turn in range(runner.turns):
-        for _ in range(_WARM_UP):
-            runner.step(turn)
+    for _ in range(2):
+        for turn in range(runner.turns):
+            for _ in range(_WARM_UP):
+                runner.step(turn)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------

@@ -155,4 +155,5 @@ def runner_of(spec: Spec) -> Iterator[Runner]:
         folder = Path(temporary) if recipe.train.offload == "disk" else None
         splits = splits_of(recipe)
         trainer = make_trainer(recipe, folder=folder, progress=False, splits=splits, model=model)
-        yield TrainerRunner(trainer, bytes_of_data(splits["train"]))
+        with trainer.side_stream():
+            yield TrainerRunner(trainer, bytes_of_data(splits["train"]))

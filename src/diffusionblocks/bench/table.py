@@ -20,6 +20,7 @@ from ..files import read_json, write_json
 from .measure import LOCK
 from .methods import METHODS, Spec
 from .models import examples_of, recipe_of
+from .worker import server_command
 
 
 class Measures(Protocol):
@@ -50,9 +51,8 @@ class Server:
     def ask(self, spec: Spec, limit: float) -> dict[str, Any]:
         """See `Measures`."""
         if self._process is None:
-            command = [sys.executable, "-m", "diffusionblocks.bench.worker"]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
+                server_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

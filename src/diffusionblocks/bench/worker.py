@@ -1,11 +1,11 @@
 """The processes that measure: each measurement in its own, so that none sees another's memory.
 
-    python -m diffusionblocks.bench.worker                 reads specifications, a line of JSON each; answers each
-    python -m diffusionblocks.bench.worker --once OUT      measures the one specification it reads, here
+    server_command()                                    reads specifications, a line of JSON each; answers each
+    python -m diffusionblocks.bench.worker OUT          measures the one specification it reads, here
 
 The first, the server, imports the libraries once and never touches the GPU; it forks for each measurement, which saves
 the seconds that imports take. Where a library has touched the GPU at its import, a fork cannot use it: then each
-measurement is a fresh process (`--once`).
+measurement is a fresh process, which takes about a quarter of a minute longer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from .methods import Spec
+
+#: Packages that start CUDA at their import, and that transformers and diffusers import where they are. The server is
+#: started without them (`server_command`), and its measurements import what they need.
+STARTS_CUDA = ("bitsandbytes", "torchao")
 
 #: A fork that cannot use the GPU says one of these.
 _UNUSABLE = ("Cannot re-initialize CUDA in forked subprocess", "initialization error", "CUDA driver initialization")
@@ -50,10 +54,20 @@ def answer(spec: Spec) -> dict[str, Any]:
     return result | {"seconds": time.perf_counter() - started}
 
 
+def server_command() -> list[str]:
+    """What starts the server."""
+    hide = (
+        f"import sys; sys.modules.update(dict.fromkeys({STARTS_CUDA}))"  # None: for an import there is no such package
+    )
+    return [sys.executable, "-c", f"{hide}; from {__name__} import serve; serve()"]
+
+
 def serve() -> None:
     """Answer specifications from the standard input until it ends."""
     _preload()
     forks = hasattr(os, "fork") and not sys.modules["torch"].cuda.is_initialized()
+    if not forks:
+        print("a library has started CUDA at its import: every row imports them all anew", file=sys.stderr)
     for line in sys.stdin:
         request = json.loads(line)
         reply = isolated(request, forks)
@@ -67,12 +81,15 @@ def _preload() -> None:
     """Import what measurements need, without starting CUDA or threads, which forks could not use."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for GPUs would start it
     os.environ.setdefault("TORCH_WARM_POOL", "0")  # torch's compile workers
-    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # starts CUDA; diffusers imports it if it can
     import diffusers  # noqa: F401
     from transformers import ViTForImageClassification  # noqa: F401
 
     from ..models import DiT  # noqa: F401
     from . import tasks  # noqa: F401
+
+    for name in STARTS_CUDA:
+        if name in sys.modules and sys.modules[name] is None:
+            del sys.modules[name]  # a measurement may import it
 
 
 def isolated(request: dict[str, Any], fork: bool) -> dict[str, Any]:
@@ -114,7 +131,7 @@ def _forked(request: dict[str, Any], out: Path) -> tuple[int, Callable[[], bool]
 
 
 def _fresh(request: dict[str, Any], out: Path) -> tuple[int, Callable[[], bool]]:
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--once", str(out)]
+    command = [sys.executable, "-m", __name__, str(out)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, text=True, start_new_session=True)
     assert process.stdin is not None
     process.stdin.write(json.dumps(request))
@@ -143,7 +160,4 @@ def _measure(request: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--once"]:
-        _measure(json.load(sys.stdin), Path(sys.argv[2]))
-    else:
-        serve()
+    _measure(json.load(sys.stdin), Path(sys.argv[1]))
