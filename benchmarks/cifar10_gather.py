@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 #: Equal in two rows that measure the same thing twice.
 SAME = (
-    *("name", "layers", "blocks", "branched", "epochs", "share_of_trunk", "average"),
+    *("name", "layers", "blocks", "branched", "epochs", "layer_updates", "share_of_trunk", "average"),
     *("solver", "steps", "grid", "guidance", "samples"),
 )
 
@@ -67,7 +67,7 @@ def number_runs(rows: list[Row]) -> None:
 
 def _place(row: Row) -> tuple[Any, ...]:
     ordered = ("name", "branched", "layers", "blocks")
-    return (*(row[name] for name in ordered), row.get("average", ""), row["epochs"], row.get("run", 1))
+    return (*(row[name] for name in ordered), row.get("average", ""), row["layer_updates"], row.get("run", 1))
 
 
 def label_of(row: Row) -> str | None:
@@ -106,7 +106,8 @@ def draw_curves(rows: list[Row], path: Path) -> None:
                 linestyle=line if filled else "none",
                 label=label if filled and chosen else None,
             )
-    budgets = {row["layer_updates"]: row["epochs"] for row in rows}
+    deepest = max(row["layers"] for row in rows)  # whose epochs the budgets count
+    budgets = {row["layer_updates"]: row["epochs"] for row in rows if row["layers"] == deepest}
     axes.set(xscale="log", yscale="log", ylabel="Frechet distance (train)")
     axes.set_xlabel("layer-updates (layers moved x steps); epochs of the 12-layer model")
     axes.set_xticks([*budgets], [f"{updates:,}\n{epochs}" for updates, epochs in budgets.items()])
