@@ -34,7 +34,7 @@ class LanguageResult:
     Attributes:
         known: cross-entropies.
         written: measures of its continuations.
-        tokens_per_second: of writing them, in batches of `evaluate.batch_size`.
+        tokens_per_second: of writing them, in batches of `evaluate.generation_batch_size`.
     """
 
     known: LanguageRow
@@ -114,8 +114,9 @@ def write(
     stops = () if codec.end is None else (codec.end,)
     first = options.seed if seed is None else seed
     whole: list[Continuations] = []
-    for start in range(0, len(prompts), options.batch_size):
-        some = prompts[start : start + options.batch_size]
+    together = options.generation_batch_size or options.batch_size
+    for start in range(0, len(prompts), together):
+        some = prompts[start : start + together]
         seeds = range(first + start, first + start + len(some))
         common: dict[str, Any] = {
             "seeds": seeds,

@@ -11,7 +11,7 @@ from .recipes import DEPTH_ON_HOST, Recipe
 from .runs import depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth
 from .scores import Splits
 
-#: Steps before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
+#: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
 _WARM, _TIMED = 12, 36
 
 
@@ -109,12 +109,15 @@ def of_equal_time(rows: list[Variant], seconds: float, folder: Path, splits: Spl
 
 
 def seconds_a_step(recipe: Recipe, splits: Splits) -> float:
-    """What a training step of a recipe takes once it runs, from a few of them."""
-    trainer = make_trainer(_with_steps(recipe, _WARM + _TIMED), folder=None, progress=False, splits=splits)
-    trainer.train(until=_WARM)
+    """What a training step of a recipe takes once it runs, from a few of each of its units."""
+    recipe = _with_steps(recipe, _WARM + _TIMED)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"schedule": "round-robin"})})
+    trainer = make_trainer(recipe, folder=None, progress=False, splits=splits)
+    units = len(trainer.units)
+    trainer.train(until=_WARM * units)
     before = trainer.seconds
     trainer.train()
-    return (trainer.seconds - before) / _TIMED
+    return (trainer.seconds - before) / (_TIMED * units)
 
 
 def _with_steps(recipe: Recipe, steps: int) -> Recipe:

@@ -124,6 +124,16 @@ def test_sample(llama_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(nothing) == 11
 
 
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_texts_do_not_depend_on_how_many_are_written_together(
+    llama_run: Path, plain_run: Path, tmp_path: Path, end_to_end: bool
+) -> None:
+    run, method = (plain_run, sets(method="end-to-end")) if end_to_end else (llama_run, [])
+    two = sets(evaluate__generation_batch_size=2)
+    count = ["--count", "5", "--prompt", "the import"]
+    assert sample(run, tmp_path / "a", *count, *method) == sample(run, tmp_path / "b", *count, *method, *two)
+
+
 def test_sample_end_to_end(plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = sets(method="end-to-end")
     texts = sample(plain_run, tmp_path, *plain, "--prompt", "the end of", "--prompt", "a", "--count", "3")
