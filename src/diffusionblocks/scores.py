@@ -24,6 +24,7 @@ from .evaluation.features import ClassifierFeatures, Features, InceptionFeatures
 from .evaluation.frechet import FeatureStatistics
 from .evaluation.generation import SampleRow, Setting, measure_samples, statistics
 from .evaluation.mauve import require_mauve
+from .evaluation.teachers import check_teacher
 from .model import DiffusionBlocks
 from .noise import Masking
 from .placement import computes_on
@@ -216,13 +217,17 @@ def check_evaluation(recipe: Recipe, model: nn.Module, data: Data) -> None:
     """Refuse before training what could only fail after it.
 
     Raises:
-        ValueError: guidance of a model without null class; or a kept classifier of other data.
+        ValueError: guidance of a model without null class; a kept classifier of other data; or no teacher where the
+            recipe says that one is.
         ImportError: Inception's features without the package that has them.
     """
     options = recipe.evaluate
     if isinstance(options, LanguageConfig):
         if options.mauve is not None:
             require_mauve()
+            check_teacher(options.mauve, "evaluate.mauve")
+        if options.teacher is not None:
+            check_teacher(options.teacher, "evaluate.teacher")
         if options.prompt_length == 0 and not (
             isinstance(model, DiffusionBlocks) and getattr(model.target, "shift", 1) == 0
         ):

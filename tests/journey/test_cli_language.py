@@ -227,6 +227,11 @@ REFUSED: list[tuple[list[str], str]] = [
         "data.kind: images is for",
     ),
     (["train", *sets(model__config__vocab_size=26)], "vocab_size = 26, the data has 27 different tokens"),
+    (["train", *sets(evaluate__teacher="/no/such/folder")], "evaluate.teacher = /no/such/folder: no model of"),
+    (
+        ["evaluate", *sets(evaluate__teacher=RECIPES)],
+        "no model of transformers is there; give a folder with config.json",
+    ),
     (["train", *sets(fit="{steps: 1}")], "fit.rounds = 3 needs as many fit.steps at least, got 1"),
 ]
 

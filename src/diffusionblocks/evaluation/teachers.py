@@ -29,6 +29,27 @@ def load_teacher(name: str | Path, device: torch.device | str = "cpu") -> nn.Mod
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
+def check_teacher(name: str | Path, field: str) -> None:
+    """Refuse a name under which there is no model, before work that would be lost to it; reads its config only.
+
+    Args:
+        name: folder or hub name.
+        field: what the message calls it.
+
+    Raises:
+        ValueError: neither a folder with a model nor the hub (or its cache) has it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{field} = {name}: no model of transformers is there; give a folder with config.json and "
+            f"model.safetensors, or a name on the hub ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def load_teacher_tokenizer(name: str | Path) -> Any:
     """The tokenizer beside a teacher (`AutoTokenizer`); no code that comes with it is run."""
     from transformers import AutoTokenizer
