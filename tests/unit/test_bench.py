@@ -22,9 +22,10 @@ from diffusionblocks.bench.measure import LOCK, alone, at_peak, dwelling_times, 
 from diffusionblocks.bench.methods import METHODS, Spec, rows_of
 from diffusionblocks.bench.models import MODELS, build, recipe_of, splits_of
 from diffusionblocks.bench.rivals import BAdamRunner, RivalRunner, rival
-from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain, runner_of
+from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain
 from diffusionblocks.bench.speed import ratios_of
 from diffusionblocks.bench.table import gather, shard
+from diffusionblocks.bench.tasks import runner_of
 from diffusionblocks.bench.worker import answer, isolated, server_command
 from diffusionblocks.model import DiffusionBlocks
 from diffusionblocks.partition import even_layers

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import abc
-import contextlib
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..runs import make_trainer
-from ..sources import device_of
 from ..training import Diverged, Trainer
-from .methods import METHODS, Spec
-from .models import build, bytes_of_data, recipe_of, splits_of
 
 
 class Runner(abc.ABC):
@@ -132,28 +125,3 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
     elif hasattr(value, "__dict__"):
         yield from tensors_in(vars(value))
-
-
-@contextlib.contextmanager
-def runner_of(spec: Spec) -> Iterator[Runner]:
-    """What a specification asks for, ready to step.
-
-    Raises:
-        ImportError: a rival's package is missing; the message says how to install it.
-        ValueError: what the specification asks for cannot be.
-    """
-    if METHODS[spec.method].kind == "rival":
-        from .rivals import rival
-
-        yield rival(spec)
-        return
-    recipe = recipe_of(spec)
-    waits_on_host = recipe.train.resident == "active"
-    model = build(recipe, torch.device("cpu") if waits_on_host else device_of(recipe))
-    with tempfile.TemporaryDirectory(prefix="diffusionblocks-bench-") as temporary:
-        # With a folder, the trainer's loop would also save checkpoints.
-        folder = Path(temporary) if recipe.train.offload == "disk" else None
-        splits = splits_of(recipe)
-        trainer = make_trainer(recipe, folder=folder, progress=False, splits=splits, model=model)
-        with trainer.side_stream():
-            yield TrainerRunner(trainer, bytes_of_data(splits["train"]))

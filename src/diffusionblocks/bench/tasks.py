@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..partition import even_layers
+from ..runs import make_trainer
+from ..sources import device_of
 from ..training import Trainer
 from .measure import Clock, Times, alone, dwelling_times, measure_memory, steady_times, warm_up
 from .methods import METHODS, Spec
-from .models import batch_size_of, layers_of
-from .rivals import Plain, compiled
-from .runners import Runner, TrainerRunner, runner_of
+from .models import batch_size_of, build, bytes_of_data, layers_of, recipe_of, splits_of
+from .rivals import Plain, compiled, rival
+from .runners import Runner, TrainerRunner
+
+
+@contextlib.contextmanager
+def runner_of(spec: Spec) -> Iterator[Runner]:
+    """What a specification asks for, ready to step.
+
+    Raises:
+        ImportError: a rival's package is missing; the message says how to install it.
+        ValueError: what the specification asks for cannot be.
+    """
+    if METHODS[spec.method].kind == "rival":
+        yield rival(spec)
+        return
+    recipe = recipe_of(spec)
+    waits_on_host = recipe.train.resident == "active"
+    model = build(recipe, torch.device("cpu") if waits_on_host else device_of(recipe))
+    with tempfile.TemporaryDirectory(prefix="diffusionblocks-bench-") as temporary:
+        # With a folder, the trainer's loop would also save checkpoints.
+        folder = Path(temporary) if recipe.train.offload == "disk" else None
+        splits = splits_of(recipe)
+        trainer = make_trainer(recipe, folder=folder, progress=False, splits=splits, model=model)
+        with trainer.side_stream():
+            yield TrainerRunner(trainer, bytes_of_data(splits["train"]))
 
 
 def _row(spec: Spec) -> dict[str, Any]:
