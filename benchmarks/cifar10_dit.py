@@ -35,7 +35,7 @@ from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.evaluation.tables import format_table, write_results
 from diffusionblocks.model import DiffusionBlocks
 from diffusionblocks.recipes import Recipe, SamplesConfig, TrunkConfig, load_recipe
-from diffusionblocks.runs import branched, depth_of, make_trainer, with_depth
+from diffusionblocks.runs import branched, depth_of, make_trainer, with_depth, with_train
 from diffusionblocks.samples import draw_samples
 from diffusionblocks.scores import features_of, precision, settings_of
 from diffusionblocks.sources import build_model, device_of, load_data, pixels_of
@@ -121,7 +121,7 @@ def layer_updates(trainer: Trainer) -> int:
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "epochs": None})})
+    return with_train(recipe, steps=steps, epochs=None)
 
 
 def controls(recipe: Recipe, layers: int) -> Recipe:
@@ -346,7 +346,7 @@ def step_time(recipe: Recipe, splits: Any, options: argparse.Namespace) -> dict[
     assert trainer.stepper.first_bad_step() is None, "the timed run diverged"
     result = {"step_ms": statistics.median(times), "step_ms_min": min(times), "step_ms_max": max(times)}
     # The same compiled step, not captured: a graph's memory is not the allocator's peak.
-    plain = recipe.model_copy(update={"train": recipe.train.model_copy(update={"cuda_graph": False})})
+    plain = with_train(recipe, cuda_graph=False)
     memory = step_memory(make_trainer(plain, folder=None, progress=False, splits=splits))
     return result | {"step_peak_bytes": max(unit.peak for unit in memory)}
 

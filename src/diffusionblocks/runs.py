@@ -185,7 +185,7 @@ def _branched_trainer(recipe: Recipe, folder: Path, trunk: Trainer, prepare: Cal
     changes: dict[str, Any] = {"seed": recipe.train.seed + 1}
     if options.warmup == "none":
         changes |= {"warmup_steps": 0, "warmup_epochs": 0.0}
-    after = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+    after = with_train(recipe, **changes)
     trainer = prepare(after, folder=folder, model=branched(recipe, trunk))
     trainer.inherit(trunk, optimizer=options.optimizer == "copied", average=options.average == "copied")
     return trainer
@@ -311,6 +311,11 @@ def layers_of_a_block(recipe: Recipe) -> int:
             f"blocks; set blocks.num_blocks to one of {divisors}"
         )
     return depth // many
+
+
+def with_train(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other values in its `train` section; they are not checked."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
 def with_depth(recipe: Recipe, layers: int) -> Recipe:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .files import read_json
 from .recipes import DEPTH_ON_HOST, Recipe
-from .runs import depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth
+from .runs import depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth, with_train
 from .scores import Splits
 
 #: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
@@ -74,7 +74,7 @@ def variants(recipe: Recipe) -> list[Variant]:
 def _longer(recipe: Recipe, more: float, field: str) -> Recipe:
     length = getattr(recipe.train, field) + more
     update = {field: round(length) if field == "steps" else length}
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
+    return with_train(recipe, **update)
 
 
 def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
@@ -82,8 +82,7 @@ def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
     changes = {field: getattr(recipe.train, field) * factor}
     if recipe.model.type in DEPTH_ON_HOST:
         changes["cuda_graph"] = False
-    train = recipe.train.model_copy(update=changes)
-    return shallow.model_copy(update={"method": "end-to-end", "train": train})
+    return with_train(shallow, **changes).model_copy(update={"method": "end-to-end"})
 
 
 def of_equal_time(rows: list[Variant], seconds: float, folder: Path, splits: Splits) -> list[Variant]:
@@ -104,14 +103,13 @@ def of_equal_time(rows: list[Variant], seconds: float, folder: Path, splits: Spl
             steps = int(read_json(begun)["train"]["steps"])
         else:
             steps = max(1, round(seconds / seconds_a_step(row.recipe, splits)))
-        found.append(dataclasses.replace(row, key=key, recipe=_with_steps(row.recipe, steps)))
+        found.append(dataclasses.replace(row, key=key, recipe=with_train(row.recipe, steps=steps, epochs=None)))
     return found
 
 
 def seconds_a_step(recipe: Recipe, splits: Splits) -> float:
     """What a training step of a recipe takes once it runs, from a few of each of its units."""
-    recipe = _with_steps(recipe, _WARM + _TIMED)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"schedule": "round-robin"})})
+    recipe = with_train(recipe, steps=_WARM + _TIMED, epochs=None, schedule="round-robin")
     trainer = make_trainer(recipe, folder=None, progress=False, splits=splits)
     units = len(trainer.units)
     trainer.train(until=_WARM * units)
@@ -120,10 +118,6 @@ def seconds_a_step(recipe: Recipe, splits: Splits) -> float:
     return (trainer.seconds - before) / (_TIMED * units)
 
 
-def _with_steps(recipe: Recipe, steps: int) -> Recipe:
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "epochs": None})})
-
-
 def executed(recipe: Recipe, *, fast: bool) -> Recipe:
     """The same steps with torch.compile and CUDA graphs, or without either."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": fast, "cuda_graph": fast})})
+    return with_train(recipe, compile=fast, cuda_graph=fast)

@@ -70,13 +70,13 @@ def _measuring(kinds: Any, name: str, run: Any, text: str) -> argparse.ArgumentP
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu goes with --tiny, to try it out"
     )
     command.add_argument("--tiny", action="store_true", help="models of toy size")
-    # Every depth is a graph of its own, which takes longer to compile than to try.
     command.add_argument(
         "--lock",
         type=Path,
         metavar="FILE",
         help="benches of one GPU that name the same file take turns on it: each prepares while another measures",
     )
+    # Every depth is a graph of its own, which takes longer to compile than to try.
     compile_it = name != "depth"
     text = f"torch.compile (default: {'yes' if compile_it else 'no'})"
     command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compile_it, help=text)

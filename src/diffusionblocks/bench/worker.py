@@ -55,10 +55,8 @@ def answer(spec: Spec) -> dict[str, Any]:
 
 
 def server_command() -> list[str]:
-    """What starts the server."""
-    hide = (
-        f"import sys; sys.modules.update(dict.fromkeys({STARTS_CUDA}))"  # None: for an import there is no such package
-    )
+    """What starts the server: a module that is None cannot be imported."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({STARTS_CUDA}))"
     return [sys.executable, "-c", f"{hide}; from {__name__} import serve; serve()"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def load_teacher(name: str | Path, device: torch.device | str = "cpu") -> nn.Mod
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
+@functools.cache  # every trainer of a run asks, and a name on the hub is looked up there
 def check_teacher(name: str | Path, field: str) -> None:
     """Refuse a name under which there is no model, before work that would be lost to it; reads its config only.
 

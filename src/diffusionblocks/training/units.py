@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters import adapter_for
+from ..adapters import Adapter, adapter_for
 from ..model import DiffusionBlocks
 from ..sampling import Prediction
 from ..targets import check_loss_chunk, cross_entropies, in_chunks
@@ -27,6 +28,10 @@ class EndToEnd(nn.Module):
         super().__init__()
         self.model = model
         self._loss_chunk: int | None = None
+
+    @functools.cached_property
+    def _adapter(self) -> Adapter:
+        return adapter_for(self.model)
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -59,7 +64,7 @@ class EndToEnd(nn.Module):
     @loss_chunk.setter
     def loss_chunk(self, value: int | None) -> None:
         if value is not None:
-            of_text = adapter_for(self.model).target == "next-token"
+            of_text = self._adapter.target == "next-token"
             check_loss_chunk(value, f"a {type(self.model).__name__}", of_text=of_text)
         self._loss_chunk = value
 
@@ -79,7 +84,7 @@ class EndToEnd(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile layer by layer: all layers share one compiled graph, so it takes seconds at any depth."""
-        adapter = adapter_for(self.model)
+        adapter = self._adapter
         for path in (adapter.layers_path(self.model), *adapter.shared_paths(self.model)):
             owner, _, name = path.rpartition(".")
             part = getattr(self.model.get_submodule(owner), name)
@@ -100,7 +105,7 @@ class EndToEnd(nn.Module):
 
     def _states(self, tokens: Tensor) -> Tensor:
         """What the head of a language model is given: tokens (batch, length) -> (batch, length, dim)."""
-        adapter: Any = adapter_for(self.model)  # of a library's language model, the only one that comes here
+        adapter: Any = self._adapter  # of a library's language model, the only one that comes here
         return adapter.whole_states(self.model, tokens)  # type: ignore[no-any-return]
 
     def _nats(self, states: Tensor, tokens: Tensor) -> Tensor:
