@@ -393,6 +393,12 @@ def test_gpu_steps_and_switches_do_not_wait_for_the_device(where: dict[str, str]
 
 
 @on_gpu
+def test_gpu_checkpointing_chooses_the_same_kernel_again() -> None:
+    run = gpu_trainer(None, activation_checkpointing=True, precision="bfloat16", steps=2)
+    run.train()  # torch refuses a layer whose second run keeps other tensors than its first
+
+
+@on_gpu
 def test_gpu_memory_is_that_of_one_block(tmp_path: Path) -> None:
     def held(**changes: Any) -> int:
         torch.cuda.empty_cache()

@@ -29,14 +29,23 @@ class BatchMaker(Protocol):
 
 
 @contextlib.contextmanager
+def attention_kernels(device: torch.device) -> Iterator[None]:
+    """On a GPU flash attention before cuDNN's, which is slower on a ViT's short sequences.
+
+    The backward pass belongs inside, too: activation checkpointing computes layers again there, with the same kernel.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
+
+
+@contextlib.contextmanager
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """Autocast, and on a GPU flash attention before cuDNN's, which is slower on a ViT's short sequences."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        if device.type != "cuda":
-            yield
-            return
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            yield
+    """Autocast, and the kernels of attention."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"), attention_kernels(device):
+        yield
 
 
 class Stepper:
@@ -126,7 +135,8 @@ class Stepper:
             with arithmetic(self.device, config.precision):
                 losses: Tensor = place.module.loss(batch, self.generator)  # type: ignore[operator]
             loss = losses.mean() / config.accumulation
-            loss.backward()
+            with attention_kernels(self.device):
+                loss.backward()
             total += loss.detach()
         if config.gradient_clip is not None:
             moved = [p for p in parameters if p.grad is not None]
