@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from diffusionblocks.bench.depth import search
+from diffusionblocks.bench.depth import depth, search
 from diffusionblocks.bench.methods import Spec, rows_of
 from diffusionblocks.bench.speed import specs_of, speed
-from diffusionblocks.bench.table import measure_all, shard
+from diffusionblocks.bench.table import measure_all, shard, with_method
 from diffusionblocks.bench.worker import answer
 from diffusionblocks.cli import main
+from diffusionblocks.files import write_json
 
 QUICK = ["--device", "cpu", "--tiny", "--no-compile", "--windows", "1", "--iterations", "1"]
 METHODS = ["end-to-end", "end-to-end-cpu-offload", "end-to-end-badam", "resident-all", "resident-active"]
@@ -123,6 +124,19 @@ def test_depth_within_a_budget() -> None:
         assert sizes[row["layers"]] <= budget < sizes[row["layers"] + step]
     # Two blocks of the depth that trains whole.
     assert found["resident-active"]["layers"] == 2 * found["end-to-end"]["layers"]
+
+
+def test_depth_keeps_the_searches_that_its_file_has(tmp_path: Path) -> None:
+    out = tmp_path / "depth.json"
+    base = tiny("dit-l-2", task="fits", budget=2**20)
+    methods = ("end-to-end", "resident-active", "end-to-end-all-savers", "resident-active-all-savers")
+    specs = [with_method(base, method, 2 if "active" in method else 1) for method in methods]
+    answers = iter(["error", *["layers"] * 3])
+    rows = [{"key": spec.key, "method": spec.method, next(answers): 4} for spec in specs]
+    write_json(out, {"rows": rows})
+    found = depth(base, 2, out, 180.0, Here(), predict=False)
+    assert found[1:] == rows[1:] == read(out)["rows"][1:]
+    assert found[0].keys() >= {"layers", "trials"}  # what had failed is searched again
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..evaluation.tables import format_bytes
 from .methods import Spec
-from .table import Measures, prediction, with_method, write_table
+from .table import Measures, ordered, prediction, rows_in, with_method, write_table
 
 #: Deepest model that is tried.
 _DEEPEST = 4096
@@ -75,19 +75,25 @@ def depth(
     Args:
         base: model, device and budget.
         blocks: B; the depths of blocks are multiples of it.
-        out: the JSON file, written after every search.
+        out: the JSON file, written after every search; searches that it has already are kept.
         limit: seconds for each trial.
         asked: who tries.
         predict: begin where the planner says that the end is.
     """
     assert base.budget is not None
-    rows: list[dict[str, Any]] = []
-    for savers in ("", "-all-savers"):
-        for method, count in ((f"end-to-end{savers}", 1), (f"resident-active{savers}", blocks)):
-            spec = with_method(base, method, count, task="fits")
-            rows.append(search(asked, spec, limit, guess_of(spec) if predict else None))
-            write_table(out, rows, budget_bytes=base.budget)
-    return rows
+    specs = [
+        with_method(base, f"{method}{savers}", count, task="fits")
+        for savers in ("", "-all-savers")
+        for method, count in (("end-to-end", 1), ("resident-active", blocks))
+    ]
+    rows = rows_in(out)
+    for spec in specs:
+        if spec.key in rows:
+            print(f"{spec.key}: searched before", flush=True)
+            continue
+        rows[spec.key] = search(asked, spec, limit, guess_of(spec) if predict else None)
+        write_table(out, ordered(rows, specs), budget_bytes=base.budget)
+    return [rows[spec.key] for spec in specs]
 
 
 def search(asked: Measures, spec: Spec, limit: float, guess: int | None = None) -> dict[str, Any]:

@@ -117,9 +117,7 @@ def measure_all(specs: Sequence[Spec], out: Path, limit: float, asked: Measures)
     Returns:
         The rows of `specs`, and others that the file had.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    if out.exists():
-        rows = {row["key"]: row for row in read_json(out)["rows"] if "error" not in row}
+    rows = rows_in(out)
     kept = set(rows)
     for number, spec in enumerate(specs, start=1):
         if spec.key in kept:
@@ -129,13 +127,20 @@ def measure_all(specs: Sequence[Spec], out: Path, limit: float, asked: Measures)
         found = asked.ask(spec, limit)
         rows[spec.key] = about | {"task": spec.task} | found | {"spec": spec.to_dict()}
         print(f"[{number}/{len(specs)}] {spec.key}: {summary(found)}", flush=True)
-        write_table(out, _ordered(rows, specs))
-    ordered = _ordered(rows, specs)
-    write_table(out, ordered)
-    return ordered
+        write_table(out, ordered(rows, specs))
+    write_table(out, ordered(rows, specs))
+    return ordered(rows, specs)
 
 
-def _ordered(rows: dict[str, dict[str, Any]], specs: Sequence[Spec]) -> list[dict[str, Any]]:
+def rows_in(out: Path) -> dict[str, dict[str, Any]]:
+    """The rows without an error that an earlier run left in its file, by their keys."""
+    if not out.exists():
+        return {}
+    return {row["key"]: row for row in read_json(out)["rows"] if "error" not in row}
+
+
+def ordered(rows: dict[str, dict[str, Any]], specs: Sequence[Spec]) -> list[dict[str, Any]]:
+    """The rows of the specifications, as far as they are there, and then the others."""
     wanted = [spec.key for spec in specs if spec.key in rows]
     return [rows[key] for key in [*wanted, *(key for key in rows if key not in set(wanted))]]
 
@@ -202,14 +207,14 @@ def gather(parts: Sequence[Path], out: Path, *, predict: bool = False) -> list[d
     models = list(dict.fromkeys(row["model"] for row in rows.values()))
     methods = list(METHODS)
     # As one run would have had them: by model, then B, then method.
-    ordered = sorted(rows.values(), key=lambda r: (models.index(r["model"]), r["blocks"], methods.index(r["method"])))
+    found = sorted(rows.values(), key=lambda r: (models.index(r["model"]), r["blocks"], methods.index(r["method"])))
     if predict:
-        ordered = with_predictions(ordered)
+        found = with_predictions(found)
     joined = {name: ", ".join(sorted({str(file[name]) for file in files})) for name in ("device", "torch", "commit")}
     command = " && ".join(dict.fromkeys(file["command"] for file in files))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"command": command, **joined, "rows": ordered})
-    return ordered
+    write_json(out, {"command": command, **joined, "rows": found})
+    return found
 
 
 def printed(rows: Sequence[dict[str, Any]]) -> str:
