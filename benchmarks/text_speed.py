@@ -37,6 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[])
+    for what in ("training", "generation"):
+        parser.add_argument(f"--{what}", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.set)
@@ -47,18 +49,19 @@ def main() -> None:
     for variant in variants(recipe):
         if "-x" in variant.key:
             continue  # the same step, more of them
-        seconds = seconds_a_step(variant.recipe, splits)
-        rows.append(
-            {
-                "name": variant.name,
-                "key": variant.key,
-                "layers": variant.layers,
-                "blocks": variant.blocks,
-                "ms_a_step": 1000 * seconds,
-                "training_tokens_per_second": batch * splits["train"].length / seconds,
-                "generated_tokens_per_second": generation(variant.recipe, splits),
-            }
-        )
+        row: dict[str, Any] = {
+            "name": variant.name,
+            "key": variant.key,
+            "layers": variant.layers,
+            "blocks": variant.blocks,
+        }
+        if options.training:
+            seconds = seconds_a_step(variant.recipe, splits)
+            row["ms_a_step"] = 1000 * seconds
+            row["training_tokens_per_second"] = batch * splits["train"].length / seconds
+        if options.generation:
+            row["generated_tokens_per_second"] = generation(variant.recipe, splits)
+        rows.append(row)
         print(format_table(rows[-1:]), flush=True)
         write_results(options.out, rows, setting={"recipe": options.recipe, "set": options.set})
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,12 @@ from .schedules import lr_factor
 
 #: Elements that the moving average handles at once: bounds the memory of its temporaries.
 AVERAGED_AT_ONCE = 2**24
+
+#: What torchao's update of one parameter takes, in this order.
+_UPDATE_TAKES = (
+    *("p", "grad", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    *("lr", "beta1", "beta2", "weight_decay", "eps", "IS_ADAMW", "BF16_STOCHASTIC_ROUND"),
+)
 
 
 class ParameterSet:
@@ -201,12 +210,12 @@ def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConf
     """
     if config.optimizer == "adamw-8bit":
         try:
-            from torchao.optim import AdamW8bit
+            kind = _adamw_8bit()
         except ImportError:
             raise ImportError(
                 "train.optimizer: adamw-8bit needs torchao; pip install 'diffusionblocks[savers]'"
             ) from None
-        made: Optimizer = AdamW8bit(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+        made: Optimizer = kind(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
         return made
     return torch.optim.AdamW(
         parameters,
@@ -216,6 +225,40 @@ def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConf
         fused=True,
         capturable=lr.device.type == "cuda",
     )
+
+
+@functools.cache
+def _adamw_8bit() -> Any:
+    """torchao's AdamW8bit, with a step that costs the host less.
+
+    torchao calls torch.compile anew for every parameter at every step: on a GPU the host then takes longer than the
+    arithmetic. Here its update of one parameter is compiled once; state and arithmetic stay torchao's. A torchao whose
+    update takes other arguments keeps its own step.
+    """
+    from torchao.optim import AdamW8bit
+
+    update: Any = getattr(sys.modules[AdamW8bit.__module__], "single_param_adam", None)
+    if update is None or tuple(inspect.signature(update).parameters) != _UPDATE_TAKES:
+        return AdamW8bit
+    compiled: Any = torch.compile(update, fullgraph=True, dynamic=False)
+
+    class AdamW8bitCompiledOnce(AdamW8bit):  # type: ignore[misc]
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if closure is not None or not all(self.state.get(p) for p, _ in moved):
+                return super().step(closure)  # which makes the state
+            # As in torchao: every shape is a graph of its own, and there are only so many.
+            with torch._dynamo.utils.disable_cache_limit():
+                for p, group in moved:
+                    state = self.state[p]
+                    state["step"] += 1
+                    moments = (state["step"], state["exp_avg"], state["exp_avg_sq"], None)  # no amsgrad
+                    settings = (group["lr"], *group["betas"], group["weight_decay"], group["eps"])
+                    compiled(p.detach(), p.grad, *moments, *settings, True, False)  # AdamW, rounding to nearest
+            return None
+
+    return AdamW8bitCompiledOnce
 
 
 def _parts(name: str, value: Tensor) -> dict[str, Tensor]:
