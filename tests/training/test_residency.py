@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData, TextBat
 from diffusionblocks.training import BatchMaker, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.arena import Arena, Layout, host_memory, mapped_file
 from diffusionblocks.training.checkpoint import checkpoints
+from diffusionblocks.training.optim import Updater
 from diffusionblocks.training.residency import ActiveResident, AllResident
 from diffusionblocks.training.schedules import block_schedule, next_others
 from diffusionblocks.training.skeleton import shape_of
@@ -265,6 +267,30 @@ def test_optimizer_in_backward_is_the_optimizer(
     reference = trained(blocks_of("vit"), **options)
     savers = {"optimizer_in_backward": True, "activation_checkpointing": checkpointing}
     assert same(trained(blocks_of("vit"), tmp_path, **options, **savers, **where), reference)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_parameters_go_with_their_optimizer(in_backward: bool) -> None:
+    config = TrainConfig(steps=1, batch_size=1, lr=1.0, gradient_clip=None, optimizer_in_backward=in_backward)
+
+    def made() -> tuple[nn.Parameter, Updater]:
+        parameter = nn.Parameter(torch.ones(3))
+        updater = Updater([parameter], 1, 0, config, [])
+        updater.allocate()
+        updater.lr.fill_(1.0)
+        return parameter, updater
+
+    parameter, updater = made()
+    there = weakref.ref(parameter)
+    (2 * parameter).sum().backward()
+    assert (parameter.grad is None) == in_backward == bool((parameter != 1).all())
+    del parameter, updater
+    assert there() is None  # a reference cycle would keep a block's weights on the device
+    parameter, updater = made()
+    del updater
+    (2 * parameter).sum().backward()
+    assert parameter.grad is not None
+    assert torch.equal(parameter, torch.ones(3))  # no longer trained
 
 
 @pytest.mark.parametrize("where", RESIDENCIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -130,8 +131,17 @@ class Updater:
         elif parameters:
             self._optimizers = [make_optimizer(parameters, self.lr, config)]
         if config.optimizer_in_backward:
+            me = weakref.ref(
+                self
+            )  # a hook that held this would keep the parameters for good: torch's hooks are no garbage
+
+            def step(_: Tensor, place: int) -> None:
+                updater = me()
+                if updater is not None:  # else the training is over
+                    updater._step_one(place)
+
             for i, parameter in enumerate(parameters):
-                parameter.register_post_accumulate_grad_hook(lambda _, i=i: self._step_one(i))
+                parameter.register_post_accumulate_grad_hook(functools.partial(step, place=i))
 
     def allocate(self, place: Callable[[int, str, Tensor], Tensor] = lambda i, name, fresh: fresh) -> None:
         """Make the optimizer's lazy state now: it is moved between devices, and measured.
