@@ -14,7 +14,7 @@ from torch import nn
 
 from .adapters import adapter_named
 from .branching import branch
-from .files import read_json, write_json
+from .files import RECIPE, read_json, write_json
 from .fitting import Fit, fit_levels, with_noise
 from .model import DiffusionBlocks
 from .recipes import FitConfig, Recipe, TrunkConfig
@@ -195,7 +195,7 @@ def _check_same_branch(recipe: Recipe, folder: Path) -> None:
     """The blocks' checkpoints do not tell how they branched; the recipe beside them does."""
     if not checkpoints(folder / "checkpoints"):
         return
-    before = read_json(folder / "recipe.json").get("trunk")
+    before = read_json(folder / RECIPE).get("trunk")
     now = trunk_options(recipe).model_dump(mode="json")
     changed = sorted(name for name in now if (before or {}).get(name) != now[name])
     if changed:
@@ -207,7 +207,7 @@ def _check_same_branch(recipe: Recipe, folder: Path) -> None:
 
 def _check_same_fit(recipe: Recipe, folder: Path) -> None:
     """Nor do they tell how their levels were fitted."""
-    file = folder / "recipe.json"
+    file = folder / RECIPE
     if not checkpoints(folder / "checkpoints") or not file.is_file():
         return
     before = read_json(file).get("fit")
@@ -222,7 +222,7 @@ def _check_same_fit(recipe: Recipe, folder: Path) -> None:
 def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Leave the recipe, overrides applied, beside the run's results."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
+    write_json(folder / RECIPE, recipe.model_dump(mode="json"))
 
 
 # ---- fit, trunk and branch ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import read_json
+from .files import RECIPE, read_json
 from .recipes import DEPTH_ON_HOST, Recipe
 from .runs import depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth, with_train
 from .scores import Splits
@@ -98,7 +98,7 @@ def of_equal_time(rows: list[Variant], seconds: float, folder: Path, splits: Spl
     found = []
     for row in plain.values():
         key = f"end-to-end-{row.layers}-same-time"
-        begun = folder / key / "recipe.json"
+        begun = folder / key / RECIPE
         if begun.is_file():
             steps = int(read_json(begun)["train"]["steps"])
         else:
