@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--grid",
         choices=("karras", "equal-mass", "cosine", "uniform"),
-        help="levels: of images the first two, of text the last three (default: the recipe's)",
+        help="levels: images and continued text: the first two; masked text: the last three (default: the recipe's)",
     )
     sample.add_argument("--guidance", type=float, help="images: classifier-free guidance (default: the recipe's first)")
     sample.add_argument("--temperature", type=float, help="text: divides the logits (default: the recipe's)")
@@ -426,7 +426,8 @@ def _compare(recipe: Recipe, options: argparse.Namespace) -> None:
     folder = options.out or Path("runs") / f"{recipe.name}-compare"
     print(compare(recipe, folder, rows=options.rows, equal=options.equal, progress=not options.quiet))
     print(f"table: {folder / 'table.json'}")
-    for figure in [folder / "figure.png", *sorted(folder.glob("*/samples/grid.png"))]:
+    drawn = [path for name in ("samples/grid.png", "levels.png") for path in sorted(folder.glob(f"*/{name}"))]
+    for figure in [folder / "figure.png", *drawn]:
         if figure.is_file():
             print(f"figure: {figure}")
 
