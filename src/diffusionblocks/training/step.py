@@ -42,9 +42,17 @@ def attention_kernels(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """Autocast, and the kernels of attention."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"), attention_kernels(device):
+def arithmetic(device: torch.device, precision: str, *, keep_casts: bool = True) -> Iterator[None]:
+    """Autocast, and the kernels of attention.
+
+    Args:
+        device: where to compute.
+        precision: `float32` or `bfloat16`.
+        keep_casts: whether weights cast to bfloat16 are kept until the end, for the next use or the backward pass.
+    """
+    lower = precision == "bfloat16"
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=lower, cache_enabled=keep_casts)
+    with cast, attention_kernels(device):
         yield
 
 
@@ -132,7 +140,8 @@ class Stepper:
         total = torch.zeros((), device=self.device)
         for micro in range(config.accumulation):
             batch = self.batches(self.indices[micro], self.generator)
-            with arithmetic(self.device, config.precision):
+            # Checkpointing throws a layer's casts away and makes them anew: kept ones would be a copy of all weights.
+            with arithmetic(self.device, config.precision, keep_casts=not config.activation_checkpointing):
                 losses: Tensor = place.module.loss(batch, self.generator)  # type: ignore[operator]
             loss = losses.mean() / config.accumulation
             with attention_kernels(self.device):
