@@ -175,6 +175,9 @@ class EDM:
 
         Returns:
             Levels, float32, shape (n,). The quantile is inverted in float64.
+
+        Raises:
+            ValueError: an interval that does not ascend within the range of levels.
         """
         low, high = interval if interval is not None else (self.sigma_min, self.sigma_max)
         if not self.sigma_min <= low < high <= self.sigma_max:

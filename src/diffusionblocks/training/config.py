@@ -145,7 +145,11 @@ class TrainConfig(BaseModel):
         return self.warmup_steps or round(self.warmup_epochs * self.steps_per_epoch(num_examples))
 
     def steps_per_epoch(self, num_examples: int) -> int:
-        """Whole optimizer steps that the data gives in one pass."""
+        """Whole optimizer steps that the data gives in one pass.
+
+        Raises:
+            ValueError: fewer examples than one step needs.
+        """
         needed = self.batch_size * self.accumulation
         if num_examples < needed:
             raise ValueError(
