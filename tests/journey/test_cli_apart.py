@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,26 @@ from commands import TINY_VIT, VIT, sets
 from safetensors.torch import load_file
 
 from diffusionblocks.cli import main
+from diffusionblocks.training import Trainer
 
 SMALL = [*TINY_VIT, *sets(train__steps=6, train__lr=1e-3, evaluate__limit=20)]
+
+
+def killed_at(iteration: int, monkeypatch: pytest.MonkeyPatch, out: Path, **changes: object) -> None:
+    """SIGTERM arrives in a step of a job, which saves and ends without a model."""
+    step = Trainer.step
+
+    def interrupted(run: Trainer, *args: int) -> None:
+        if run.iteration == iteration - 1:
+            signal.raise_signal(signal.SIGTERM)
+        step(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        assert train(out, **changes) == 128 + signal.SIGTERM
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "state.json").read_text())["iteration"] == iteration
+    assert not (out / "model").exists()
 
 
 def train(out: Path, **changes: object) -> int:
@@ -22,14 +42,21 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{n}": t for file in sorted(model.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("shared", ["replicated", "frozen"])
-def test_merged_jobs_are_one_run(shared: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merged_jobs_are_one_run(
+    shared: str, killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy = {"blocks__shared": shared}
     assert train(tmp_path / "whole", **policy) == 0
-    active = {"train__resident": "active", "train__schedule": "sequential"}
-    assert train(tmp_path / "a", **policy, train__blocks=[1]) == 0
+    a = policy | {"train__blocks": [1]}
+    b = policy | {"train__blocks": [0, 2], "train__resident": "active", "train__schedule": "sequential"}
+    if killed:
+        killed_at(4, monkeypatch, tmp_path / "a", **a)
+        killed_at(8, monkeypatch, tmp_path / "b", **b)  # in its second block
+    assert train(tmp_path / "a", **a) == 0
     assert "only blocks 1; join them with the others: diffusionblocks merge" in capsys.readouterr().out
-    assert train(tmp_path / "b", **policy, **active, train__blocks=[0, 2]) == 0
+    assert train(tmp_path / "b", **b) == 0
     assert not (tmp_path / "b" / "resident").exists()
     parts = [str(tmp_path / name) for name in ("a", "b")]
     assert main(["merge", *parts, "--out", str(tmp_path / "merged")]) == 0

@@ -159,11 +159,16 @@ def batches_of(vocab: int, length: int = LENGTH, device: torch.device = CPU) -> 
     return TextBatches(TextData(ids, vocab), length, device=device)
 
 
-def trained(kind: str, folder: Path | None = None, device: torch.device = CPU, **changes: Any) -> dict[str, Tensor]:
-    model = model_of(kind)
+def trained(
+    kind: str, folder: Path | None = None, device: torch.device = CPU, vocab: int = VOCAB, **changes: Any
+) -> dict[str, Tensor]:
+    model = model_of(kind, vocab)
     values: dict[str, Any] = {"steps": 3, "batch_size": 4, "lr": 3e-3, "ema_decay": 0.9, "gradient_clip": None}
     config = TrainConfig(**(values | changes))
-    Trainer(model, batches_of(VOCAB, device=device), config, device=device, folder=folder, progress=False).train()
+    run = Trainer(model, batches_of(vocab, device=device), config, device=device, folder=folder, progress=False)
+    run.train()
+    moments = [moments for group in run.sets.values() for moments in group.moments]
+    assert any("exp_avg.codes" in kept for kept in moments) == (config.optimizer == "adamw-8bit")
     return {name: tensor.detach().clone().cpu() for name, tensor in model.state_dict().items()}
 
 
@@ -181,15 +186,19 @@ def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) 
         {"resident": "active"},
         {"resident": "active", "offload": "disk", "optimizer_in_backward": True},
         {"accumulation": 2, "gradient_clip": 1.0},
+        {"optimizer": "adamw-8bit", "vocab": 256},  # makes the head large enough for 8-bit state
     ],
-    ids=["checkpointing", "active", "in-backward", "accumulation"],
+    ids=["checkpointing", "active", "in-backward", "accumulation", "8-bit"],
 )
 @pytest.mark.parametrize("kind", ["masked", "llama-clean", "recurrent"])
 def test_it_stacks_with_the_other_savers(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    expected = trained(kind, tmp_path / "plain", **options)
-    found = trained(kind, tmp_path / "chunks", loss_chunk=5, **options)
+    if "optimizer" in options:
+        pytest.importorskip("torchao")
+    with without_generated_code("eager"):
+        expected = trained(kind, tmp_path / "plain", **options)
+        found = trained(kind, tmp_path / "chunks", loss_chunk=5, **options)
     assert_trained_alike(found, expected)
-    start = model_of(kind).state_dict()
+    start = model_of(kind, options.get("vocab", VOCAB)).state_dict()
     assert any(((tensor - start[name]).abs() > 1e-3).any() for name, tensor in expected.items())  # it did train
 
 

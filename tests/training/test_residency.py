@@ -37,6 +37,20 @@ def blocks_of(family: str = "dit", shared: str = "replicated", layers: int = 3, 
     return db.convert(original, db.BlocksConfig(num_blocks=BLOCKS, shared=shared, **config))  # type: ignore[arg-type]
 
 
+def wide_blocks(optimizer: str) -> db.DiffusionBlocks:
+    """Most trained values are in parameters large enough for 8-bit state (`in_8_bits`)."""
+    if optimizer == "adamw-8bit":
+        pytest.importorskip("torchao")
+    original = tiny("vit", hidden_size=64, hidden_dropout_prob=0.1)
+    return db.convert(original, db.BlocksConfig(num_blocks=BLOCKS))
+
+
+def in_8_bits(found: dict[str, Tensor]) -> float:
+    """Share of the trained values whose optimizer state is in 8 bits."""
+    coded, plain = (sum(t.numel() for n, t in found.items() if n.endswith(e)) for e in ("exp_avg.codes", "exp_avg"))
+    return coded / (coded + plain)
+
+
 def trainer(model: nn.Module, folder: Path | None = None, **changes: Any) -> Trainer:
     values: dict[str, Any] = {"steps": 5, "batch_size": 6, "lr": 3e-3, "warmup_steps": 2, "ema_decay": 0.9}
     settings = TrainConfig.model_validate(values | changes)
@@ -144,11 +158,12 @@ def test_blocks_of_unequal_shapes(tmp_path: Path) -> None:
         assert same(everything(run), reference)
 
 
+@pytest.mark.parametrize("shared", ["replicated", "frozen"])
 @pytest.mark.parametrize("where", RESIDENCIES)
-def test_a_subset_trains_as_in_the_whole(where: dict[str, str], tmp_path: Path) -> None:
-    reference = trained(blocks_of())
-    untouched = blocks_of().state_dict()
-    model = blocks_of()
+def test_a_subset_trains_as_in_the_whole(where: dict[str, str], shared: str, tmp_path: Path) -> None:
+    reference = trained(blocks_of(shared=shared))
+    untouched = blocks_of(shared=shared).state_dict()
+    model = blocks_of(shared=shared)
     part = trained(model, tmp_path, blocks=[0, 2], **where)
     assert part.keys() == {name for name in reference if not name.startswith("block 1.")}
     assert all(torch.equal(part[name], reference[name]) for name in part)
@@ -258,16 +273,45 @@ def test_checkpointing_computes_the_same(family: str, accumulation: int) -> None
 
 @pytest.mark.parametrize("where", RESIDENCIES)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_optimizer_in_backward_is_the_optimizer(
-    where: dict[str, str], optimizer: str, checkpointing: bool, tmp_path: Path
-) -> None:
-    if optimizer == "adamw-8bit":
-        pytest.importorskip("torchao")
-    options = {"gradient_clip": None, "optimizer": optimizer}
-    reference = trained(blocks_of("vit"), **options)
-    savers = {"optimizer_in_backward": True, "activation_checkpointing": checkpointing}
-    assert same(trained(blocks_of("vit"), tmp_path, **options, **savers, **where), reference)
+def test_optimizer_in_backward_is_the_optimizer(where: dict[str, str], optimizer: str, tmp_path: Path) -> None:
+    options = {"gradient_clip": None, "optimizer": optimizer, "steps": 3}
+    with without_generated_code("eager"):
+        reference = trained(wide_blocks(optimizer), **options)
+        for checkpointing in (False, True):
+            savers = {"optimizer_in_backward": True, "activation_checkpointing": checkpointing, **where}
+            folder = tmp_path / str(checkpointing)
+            assert same(trained(wide_blocks(optimizer), folder, **options, **savers), reference), checkpointing
+    assert (in_8_bits(reference) > 0.8) == (optimizer == "adamw-8bit")
+
+
+@pytest.mark.parametrize(
+    "savers",
+    [{"resident": "active"}, {"resident": "active", "offload": "disk", "activation_checkpointing": True}],
+    ids=["active", "disk-checkpointing"],
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_accumulation_stacks_with_the_other_savers(optimizer: str, savers: dict[str, Any], tmp_path: Path) -> None:
+    options = {"accumulation": 2, "optimizer": optimizer, "steps": 3}
+    with without_generated_code("eager"):
+        reference = trained(wide_blocks(optimizer), **options)
+        assert same(trained(wide_blocks(optimizer), tmp_path, **options, **savers), reference)
+        # The positive control: the other micro-batch counts.
+        assert not same(trained(wide_blocks(optimizer), **(options | {"accumulation": 1})), reference)
+    assert (in_8_bits(reference) > 0.8) == (optimizer == "adamw-8bit")
+
+
+def test_8bit_micro_batches_are_one_large_batch() -> None:
+    pytest.importorskip("torchao")
+
+    def weights(**sizes: int) -> dict[str, Tensor]:
+        whole = EndToEnd(tiny("vit", hidden_size=64))  # draws no noise, which would differ
+        trained(whole, optimizer="adamw-8bit", ema_decay=None, **sizes)
+        return {name: p.detach() for name, p in whole.named_parameters()}
+
+    with without_generated_code("eager"):
+        micro, large, one = weights(batch_size=3, accumulation=2), weights(batch_size=6), weights(batch_size=3)
+    far = [torch.cat([(found[n] - large[n]).abs().flatten() for n in large]).mean() for found in (micro, one)]
+    assert far[0] < 0.01 * far[1]
 
 
 def test_checkpointing_keeps_no_copy_of_the_weights_in_bfloat16() -> None:
