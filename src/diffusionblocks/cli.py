@@ -151,9 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--figure", type=Path, help="draw the noise partition to this PNG")
 
     plan = _command(commands, "plan", _plan, "predict the memory of a recipe's training step, and what fits a budget")
-    plan.add_argument("--budget", help="device memory, as 12GiB, 16GB, 800MiB or bytes (default: only the ledger)")
+    plan.add_argument("--budget", help="device memory, as 12GiB, 16GB or 800MiB (default: only the ledger)")
     plan.add_argument("--vary", choices=("blocks", "batch"), help="fit only the number of blocks or the batch size")
-    plan.add_argument("--examples", type=int, metavar="N", help="count N examples of the data as kept on the device")
+    plan.add_argument(
+        "--examples", type=int, metavar="N", help="count N examples of the data (default: those of local images)"
+    )
     plan.add_argument("--json", type=Path, help="also write the plan to this file")
 
     compare = _command(commands, "compare", _compare, "train a recipe and its end-to-end controls; table and figure")
@@ -366,8 +368,11 @@ def _branch(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from .evaluation.tables import format_bytes, format_table
     from .merging import merge
+    from .runs import trained_differently
 
     origins = merge(options.folders, options.out, options.prefer)
+    for line in trained_differently(options.folders):
+        print(f"warning: {line}", file=sys.stderr)
     rows = [
         {
             "block": origin.block,
@@ -404,20 +409,22 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
 def _plan(recipe: Recipe, options: argparse.Namespace) -> None:
     from .evaluation.tables import write_results
     from .planning import parse_budget, plan, predict
-    from .planning.report import describe, ledger_table
+    from .planning.report import describe, ledger_table, remarks
 
-    if options.budget is None:
-        if options.vary:
-            raise ValueError(f"--vary {options.vary} needs a budget to fit: give --budget, as 12GiB")
-        ledger, more = predict(recipe, num_examples=options.examples), {}
-        print(ledger_table(recipe, ledger))
-    else:
+    made = None
+    if options.budget is not None:
         made = plan(recipe, parse_budget(options.budget), vary=options.vary, num_examples=options.examples)
-        ledger, more = made.ledger, {"plan": made.to_dict()}
-        print(ledger_table(recipe, ledger))
+    elif options.vary:
+        raise ValueError(f"--vary {options.vary} needs a budget to fit: give --budget, as 12GiB")
+    ledger = made.ledger if made else predict(recipe, num_examples=options.examples)
+    said = remarks(recipe, options.examples, made)
+    print(ledger_table(recipe, ledger))
+    for line in said:
+        print(line)
+    if made:
         print(describe(made, options.vary))
     if options.json:
-        write_results(options.json, [ledger.to_dict()], **more)
+        write_results(options.json, [ledger.to_dict()], remarks=said, **({"plan": made.to_dict()} if made else {}))
 
 
 def _compare(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -16,9 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-#: A run leaves its recipe, overrides applied, under this name.
-RECIPE = "recipe.json"
-
 
 @contextlib.contextmanager
 def replaced_folder(path: Path, ours: re.Pattern[str]) -> Iterator[Path]:

@@ -8,7 +8,6 @@ time.
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,20 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .adapters import config_values
-from .files import RECIPE, read_json, replaced_folder, write_json
+from .files import replaced_folder, write_json
 from .loading import SavedModel, outline_saved, read_saved
 from .model import DiffusionBlocks
 from .saving import INDEX, SHARED, WITH_TOKENIZER, block_file
 from .tokenizer_file import same_tokenizer, tokenizer_in
-from .training.config import RESUME_MAY_DIFFER
 
-#: fields of a recipe that do not change what a block learns, or that say where its data lie, by section
-_MAY_DIFFER = {
-    "train": RESUME_MAY_DIFFER | {"blocks", "schedule", "dwell", "optimizer_in_backward"},
-    "data": {"source", "folder", "cache", "placement"},
-    "fit": set[str](),
-    "trunk": set[str](),
-}
 #: entries of a model's config that say where it came from, and change nothing
 _WRITERS = ("transformers_version", "_name_or_path", "_diffusers_version", "architectures")
 
@@ -61,8 +52,7 @@ def merge(
 ) -> tuple[Origin, ...]:
     """Make one saved model of folders that hold its blocks. Nothing is written before all is checked.
 
-    The tokenizer of a language model goes with it. Folders of runs whose recipes train differently (another learning
-    rate, seed or split of the data) are merged with a warning that names the first difference: it may be meant.
+    The tokenizer of a language model goes with it.
 
     Args:
         folders: saved models, or folders of runs (whose `model/` is taken); together they hold every block. One that
@@ -92,7 +82,6 @@ def merge(
     origins = _origins(models, [_model_folder(folder) for folder in preferred])
     files = _checked_files(outline_saved(first), origins)
     files += _tokenizer(models)
-    _warn_of_recipes(models)
     with replaced_folder(Path(out), WITH_TOKENIZER) as temporary:
         for file in files:
             shutil.copyfile(file, temporary / file.name)
@@ -139,34 +128,13 @@ def _check_inputs(models: list[SavedModel], folders: list[Path], out: Path) -> N
 def _check_configs(models: list[SavedModel]) -> None:
     first = models[0]
     for other in models[1:]:
-        found = _difference(_description(first), _description(other))
+        found = difference(_description(first), _description(other))
         if found is not None:
             name, ours, theirs = found
             raise ValueError(
                 f"{first.folder} and {other.folder} hold parts of different models: {name} is {ours} in the first and "
                 f"{theirs} in the second; merge only blocks that were trained from one recipe"
             )
-
-
-def _warn_of_recipes(models: list[SavedModel]) -> None:
-    """Say where runs were trained differently, which models do not tell: a run leaves its recipe beside its model."""
-    paths = [model.folder.parent / RECIPE for model in models]
-    found = [(path, _of_training(read_json(path))) for path in paths if path.is_file()]
-    for other, values in found[1:]:
-        first, ours = found[0]
-        difference = _difference(ours, values)
-        if difference is not None:
-            name, a, b = difference
-            warnings.warn(f"blocks were trained differently: {name} is {a} in {first} and {b} in {other}", stacklevel=3)
-
-
-def _of_training(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's recipe a block learns from."""
-    sections = {name: recipe.get(name) or {} for name in _MAY_DIFFER}
-    return {
-        name: {field: value for field, value in section.items() if field not in _MAY_DIFFER[name]}
-        for name, section in sections.items()
-    }
 
 
 def _tokenizer(models: list[SavedModel]) -> list[Path]:
@@ -192,11 +160,11 @@ def _description(model: SavedModel) -> dict[str, Any]:
     }
 
 
-def _difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
+def difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """The dotted name of the first field that differs, and both values."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
-            found = _difference(a.get(key), b.get(key), f"{name}.{key}" if name else str(key))
+            found = difference(a.get(key), b.get(key), f"{name}.{key}" if name else str(key))
             if found is not None:
                 return found
         return None

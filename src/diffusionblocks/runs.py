@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +14,9 @@ from torch import nn
 
 from .adapters import adapter_named
 from .branching import branch
-from .files import RECIPE, read_json, write_json
+from .files import read_json, write_json
 from .fitting import Fit, fit_levels, with_noise
+from .merging import difference
 from .model import DiffusionBlocks
 from .recipes import FitConfig, Recipe, TrunkConfig
 from .scores import Row, Splits, check_evaluation, evaluate
@@ -31,7 +32,19 @@ from .sources import (
 )
 from .training import Trainer
 from .training.checkpoint import checkpoints, remove
+from .training.config import RESUME_MAY_DIFFER
 from .training.logging import Logger
+
+#: A run leaves its recipe, overrides applied, under this name.
+RECIPE = "recipe.json"
+
+#: Fields of a recipe that do not change what a block learns, or that say where its data lie, by section.
+_SAME_BLOCK = {
+    "train": RESUME_MAY_DIFFER | {"blocks", "schedule", "dwell", "optimizer_in_backward"},
+    "data": {"source", "folder", "cache", "placement"},
+    "fit": set[str](),
+    "trunk": set[str](),
+}
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,30 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Leave the recipe, overrides applied, beside the run's results."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECIPE, recipe.model_dump(mode="json"))
+
+
+def trained_differently(folders: Sequence[Path]) -> list[str]:
+    """Where the recipes of runs would not give the same blocks, which the saved models do not tell; a line a run.
+
+    Args:
+        folders: of runs, or their saved models; one without a recipe beside it is passed over.
+    """
+    paths = [place / RECIPE for folder in folders for place in (folder, folder.parent) if (place / RECIPE).is_file()]
+    recipes = [read_json(path) for path in paths]
+    training = [
+        {
+            name: {k: v for k, v in (recipe.get(name) or {}).items() if k not in left}
+            for name, left in _SAME_BLOCK.items()
+        }
+        for recipe in recipes
+    ]
+    found = [(path, difference(training[0], other)) for path, other in zip(paths[1:], training[1:], strict=True)]
+    return [
+        f"blocks were trained differently: {name} is {first} in {paths[0]} and {second} in {path}"
+        for path, differing in found
+        if differing is not None
+        for name, first, second in [differing]
+    ]
 
 
 # ---- fit, trunk and branch ---------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import RECIPE, read_json
+from .files import read_json
 from .recipes import DEPTH_ON_HOST, Recipe
-from .runs import depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth, with_train
+from .runs import RECIPE, depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth, with_train
 from .scores import Splits
 
 #: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.

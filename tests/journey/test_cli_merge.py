@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from helpers import listing
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
-from diffusionblocks.merging import merge
 from diffusionblocks.recipes import load_recipe
 from diffusionblocks.runs import make_trainer, write_recipe
 from diffusionblocks.sources import build_model, save_model
@@ -95,21 +93,22 @@ def test_whose_copy_wins(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert row[-1] == str(runs / "all" / "model")
 
 
-def test_jobs_that_trained_differently_are_merged_with_a_warning(runs: Path, tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("first", "second")]
-    for folder in folders:
+def test_jobs_that_trained_differently_are_merged_with_a_warning(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
         shutil.copytree(runs / folder.name, folder)
-    for seed, where in ((0, {"train__resident": "active"}), (9, {"train__schedule": "sequential"})):
-        chosen = [*SMALL, *sets(train__blocks=[1], **where)]
-        write_recipe(load_recipe(VIT, overrides([*chosen, *sets(train__seed=seed)])), folders[1])
-        write_recipe(load_recipe(VIT, overrides([*SMALL, *sets(train__blocks=[0, 2])])), folders[0])
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            merge(folders, tmp_path / "whole")
-        said = [str(one.message) for one in caught if "differently" in str(one.message)]
-        assert len(said) == (seed == 9)
-    recipes = [folder / "recipe.json" for folder in folders]
-    assert said == [f"blocks were trained differently: train.seed is 0 in {recipes[0]} and 9 in {recipes[1]}"]
+    write_recipe(load_recipe(VIT, overrides([*SMALL, *sets(train__blocks=[0, 2])])), first)
+
+    def warned(**changes: object) -> str:
+        write_recipe(load_recipe(VIT, overrides([*SMALL, *sets(train__blocks=[1], **changes)])), second)
+        assert main(["merge", str(first), str(second / "model"), "--out", str(tmp_path / "out")]) == 0
+        return capsys.readouterr().err
+
+    assert "warning" not in warned(train__resident="active", train__schedule="sequential", train__dwell=3)
+    expected = f"train.seed is 0 in {first / 'recipe.json'} and 9 in {second / 'recipe.json'}"
+    assert f"warning: blocks were trained differently: {expected}" in warned(train__seed=9)
 
 
 def test_what_cannot_be_merged_exits_with_2(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import DIGITS, VIT, sets
+from commands import DIGITS, RECIPES, VIT, sets
 
 from diffusionblocks.cli import main
 
@@ -40,16 +41,43 @@ def test_a_plan_can_be_pasted_and_then_fits(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_it_says_plainly_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--budget", "9000", "--vary", "batch", *sets(model__config__num_hidden_layers=2)]
-    assert main(["plan", VIT, *CPU, *sets(blocks__num_blocks=2), *arguments]) == 0
+    arguments = ["--budget", "1MiB", "--vary", "batch", *sets(model__config__num_hidden_layers=2)]
+    assert main(["plan", VIT, *CPU, *sets(blocks__num_blocks=2, model__config__hidden_size=256), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "not even one example fits" in printed
     assert "nothing fits" in printed
 
 
+def test_a_folder_of_images_is_counted(
+    image_folder: Callable[[int, int, str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DIFFUSIONBLOCKS_DATA", raising=False)
+    path = tmp_path / "plan.json"
+    recipe = [str(RECIPES / "vit" / "cifar100.yaml"), *sets(device="cuda", train__compile="false")]
+    folder = image_folder(32, 100, "fine_label")
+    assert main(["plan", *recipe, *sets(data__source=folder), "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"data: 16 examples in {folder}" in printed
+    assert "a graph's private pool takes some more" in printed
+    written = json.loads(path.read_text())
+    assert written["rows"][0]["data"] == 16 * (3 * 32 * 32 + 8)
+    assert written["remarks"] == printed.splitlines()[-2:]
+
+    assert main(["plan", *recipe]) == 0
+    printed = capsys.readouterr().out
+    assert "data: NOT COUNTED ('uoft-cs/cifar100' is no local folder, and a plan downloads nothing)" in printed
+    assert "--examples N counts N examples of 3,080 bytes" in printed
+    assert main(["plan", *recipe, "--examples", "50000"]) == 0
+    assert re.search(r"data +146\.9 MiB", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--budget", "12"], "budget = '12' is 12 bytes: must be at least 1MiB; did you mean 12GiB?"),
         (["--budget", "lots"], "budget = 'lots': must be bytes above zero"),
         (["--vary", "batch"], "--vary batch needs a budget"),
         (["--examples", "-1"], "num_examples must be >= 0, got -1"),

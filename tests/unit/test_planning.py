@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from torchao.optim import AdamW8bit
@@ -16,8 +21,10 @@ from diffusionblocks.evaluation.memory import size_of, step_memory
 from diffusionblocks.placement import tensors_of
 from diffusionblocks.planning import WORKSPACE_BYTES, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
-from diffusionblocks.planning.ledger import unit_of_depth
+from diffusionblocks.planning.examples import examples_at_hand
+from diffusionblocks.planning.ledger import data_bytes, unit_of_depth
 from diffusionblocks.planning.planner import SAVERS, changed
+from diffusionblocks.planning.report import describe, remarks
 from diffusionblocks.planning.tracing import trace_step
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.runs import make_trainer
@@ -89,6 +96,127 @@ def test_bytes_of_eight_bit_adamw(shape: tuple[int, ...]) -> None:
         parts = [getattr(state, name) for name in state.tensor_attrs] if hasattr(state, "tensor_attrs") else [state]
         found += size_of(parts)
     assert optimizer_bytes(parameter, "adamw-8bit") == found
+
+
+# ---- the data -----------------------------------------------------------------------------------------------
+
+
+def images(*overrides: str, device: str = "cuda") -> Recipe:
+    few = [f"device={device}", "train.compile=false", "train.cuda_graph=false", *SMALL["dit"]]
+    return load_recipe(RECIPES / "dit" / "cifar10.yaml", [*few, *overrides])
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """Two files with seven rows that are no images: a plan must not decode them."""
+    folder = tmp_path / "data" / "cifar10"
+    folder.mkdir(parents=True)
+    for name, rows in (("train-0", 4), ("train-1", 3), ("test", 2)):
+        pyarrow.parquet.write_table(pyarrow.table({"img": [b"none"] * rows}), folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No data but those of the test, and no connection."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a plan must not connect")
+
+    monkeypatch.delenv("DIFFUSIONBLOCKS_DATA", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_image_files_at_hand_are_counted(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 3 * 32 * 32 + 8
+    given = images(f"data.source={parquet}")
+    assert predict(given).data == 7 * size
+    assert predict(given, num_examples=5).data == 5 * size
+    assert predict(images(f"data.source={parquet}", "data.placement=device")).data == 7 * size
+    assert predict(images(f"data.source={parquet}", "data.placement=host")).data == 0
+    assert predict(images(f"data.source={parquet}", "data.placement=host", device="cpu")).data == 7 * size
+    assert remarks(images(f"data.source={parquet}", "data.placement=host"), None) == [
+        "data: not on the device (data.placement: host)"
+    ]
+    monkeypatch.setenv("DIFFUSIONBLOCKS_DATA", str(parquet.parent))
+    assert data_bytes(images(), None) == 7 * size
+    assert remarks(images("data.placement=device"), None) == [f"data: 7 examples in {parquet}"]
+    (line,) = remarks(images(), None)
+    assert "auto keeps them on the GPU if they take at most a quarter of its free memory" in line
+    assert remarks(images(), 5) == []
+
+
+def test_latents_at_hand_are_counted(tmp_path: Path) -> None:
+    index = {"rows": [4, 3], "shape": [4, 32, 32], "num_classes": 1, "class_names": ["a"], "vae": "v"}
+    (tmp_path / "train.json").write_text(json.dumps(index | {"format": 1, "scaling_factor": 1.0}))
+
+    def held(*overrides: str, device: str = "cuda") -> int:
+        options = [f"device={device}", f"data.source={tmp_path}", *overrides]
+        return data_bytes(load_recipe(RECIPES / "dit" / "imagenet-latents.yaml", options), None)
+
+    assert held() == 7 * (2 * 2 * 4 * 32 * 32 + 8)
+    assert held("data.sample_posterior=false") == 7 * (2 * 4 * 32 * 32 + 8)
+    assert held("data.placement=host") == 0
+    assert held(device="cpu") == 0  # mapped from the files
+    assert held("data.placement=device", device="cpu") == held()
+
+
+def test_data_that_are_not_counted_are_named(parquet: Path, tmp_path: Path) -> None:
+    def said(recipe: Recipe) -> str:
+        assert examples_at_hand(recipe).count is None
+        assert data_bytes(recipe, None) == 0
+        (line,) = remarks(recipe, None)
+        assert line.startswith("data: NOT COUNTED (")
+        assert "--examples N counts N examples of " in line
+        return line
+
+    line = said(images())
+    assert "'uoft-cs/cifar10' is no local folder, and a plan downloads nothing" in line
+    assert line.endswith("of 3,080 bytes")
+    assert "no such folder" in said(images("data.source=/no/such"))
+    assert "no file in" in said(images(f"data.source={parquet}", "data.split_files={train: 'none*'}"))
+    (parquet / "train-2.parquet").write_text("no parquet")
+    assert "train-2.parquet is not parquet" in said(images(f"data.source={parquet}"))
+    latents = load_recipe(RECIPES / "dit" / "imagenet-latents.yaml", ["train.cuda_graph=false"])
+    assert "data.source is not set" in said(latents)
+    missing = load_recipe(
+        RECIPES / "dit" / "imagenet-latents.yaml", ["train.cuda_graph=false", f"data.source={tmp_path}"]
+    )
+    assert "train.json is missing" in said(missing)
+    (tmp_path / "train.txt").write_text("a text")
+    texts = ["train.cuda_graph=false", f"data.source={tmp_path}"]
+    assert said(load_recipe(RECIPES / "text" / "masked_text8.yaml", texts)).endswith("256 characters")
+    assert said(load_recipe(RECIPES / "text" / "autoregressive_prose.yaml", texts)).endswith("256 tokens")
+
+
+def test_a_captured_step_is_said_to_need_more() -> None:
+    sentence = "train.cuda_graph: the plan is of a step that is not captured; a graph's private pool takes some more"
+    assert remarks(small("vit", "train.cuda_graph=true", device="cuda"), None) == [sentence]
+    assert remarks(small("vit", device="cuda"), None) == []
+    assert remarks(small("vit", "train.cuda_graph=true"), None) == []  # a CPU captures nothing
+
+
+def test_data_of_more_than_a_quarter_of_the_budget_stay_on_the_host(parquet: Path) -> None:
+    recipe = images(f"data.source={parquet}", "train.batch_size=4", "train.cuda_graph=true")
+    alone = predict(recipe, num_examples=0).peak
+    most = alone // 3_080  # examples as large as the step
+    moved = {"data.placement": "host", "train.cuda_graph": False}
+    made = plan(recipe, alone, vary="batch", num_examples=most)
+    assert made.always == moved
+    assert made.ledger.data == 0
+    assert made.batch is not None
+    assert made.batch.changes == {"train.batch_size": made.batch.changes["train.batch_size"]} | moved
+    assert "--set data.placement=host --set train.cuda_graph=false" in made.batch.options
+    (line,) = remarks(recipe, most, made)
+    assert "more than a quarter of the budget" in line
+    assert "without a CUDA graph" in line
+    assert "the recipe as it stands, its data on the host, fits" in describe(made, "batch")
+
+    small_part = plan(recipe, alone + 7 * 3_080, vary="batch")
+    assert (small_part.always, small_part.ledger.data) == ({}, 7 * 3_080)
+    told = changed(recipe, {"data.placement": "device"})
+    assert plan(told, alone, vary="batch", num_examples=most).always == {}
+    assert plan(changed(recipe, {"device": "cpu"}), alone, vary="batch", num_examples=most).always == {}
 
 
 # ---- the step -----------------------------------------------------------------------------------------------
@@ -261,9 +389,41 @@ def test_savers_are_tried_in_their_order() -> None:
     assert (nothing.blocks, nothing.batch, nothing.savers) == (None, None, None)
 
 
+def test_savers_are_proposed_where_only_a_smaller_batch_fits() -> None:
+    recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
+    most = {"blocks.num_blocks": 2, "train.resident": "active"}
+    plain = predict(changed(recipe, most)).peak
+    made = plan(recipe, plain - 1)
+    assert made.blocks is None
+    assert made.batch is not None
+    assert made.savers is not None
+    assert made.savers.changes["train.activation_checkpointing"] is True
+    assert "train.batch_size" not in made.savers.changes
+    said = describe(made, None)
+    assert "what fits at this batch size: " in said
+    assert made.savers.options in said
+    assert plan(recipe, plain - 1, vary="batch").savers is None  # a batch was asked for, and fits
+    assert plan(recipe, plain).savers is None  # so do two blocks
+
+    every = {**most, **{name: value for saver in SAVERS for name, value in saver.items()}}
+    one = predict(changed(recipe, {"train.batch_size": 1})).peak
+    large = changed(recipe, {"train.batch_size": 4096})
+    assert one < predict(changed(large, every)).peak
+    neither = plan(large, one)
+    assert neither.batch is not None
+    assert (neither.blocks, neither.savers) == (None, None)
+    assert "what fits at this batch size: nothing, not even all memory savers" in describe(neither, None)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("12GiB", 12 * 2**30), ("16GB", 16 * 10**9), ("800MiB", 800 * 2**20), ("1.5KiB", 1536), ("77", 77), ("5 B", 5)],
+    [
+        ("12GiB", 12 * 2**30),
+        ("16GB", 16 * 10**9),
+        ("800MiB", 800 * 2**20),
+        ("1.5 MiB", 1536 * 1024),
+        ("1048576", 2**20),
+    ],
 )
 def test_budgets(text: str, size: int) -> None:
     assert parse_budget(text) == size
@@ -272,6 +432,23 @@ def test_budgets(text: str, size: int) -> None:
 @pytest.mark.parametrize("text", ["", "12Gib", "-3GiB", "0", "0.1", "GiB", "1e9", "12 GiB free", "nan"])
 def test_bad_budgets_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"budget = .*must be bytes above zero, as 12GiB"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("12", "budget = '12' is 12 bytes: must be at least 1MiB; did you mean 12GiB?"),
+        ("1", "budget = '1' is 1 byte: must be"),
+        ("5 B", "budget = '5 B' is 5 bytes: must be at least 1MiB; did you mean 5GiB?"),
+        ("1.5KiB", "budget = '1.5KiB' is 1,536 bytes: must be at least 1MiB; did you mean 1.5GiB?"),
+        ("800", "budget = '800' is 800 bytes: must be at least 1MiB; did you mean 800MiB?"),
+        ("1048575", "budget = '1048575' is 1,048,575 bytes: must be at least 1MiB"),
+        ("1MB", "budget = '1MB' is 1,000,000 bytes: must be at least 1MiB"),
+    ],
+)
+def test_budgets_without_their_unit_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         parse_budget(text)
 
 

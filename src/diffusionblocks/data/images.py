@@ -214,16 +214,35 @@ def _split_files(folder: Path, patterns: Mapping[str, str], split: str) -> list[
     return files
 
 
-def _load_files(files: list[Path], split: str, cache: str | None) -> datasets.Dataset:
-    import datasets
+def rows_of_split(source: str, split_files: Mapping[str, str] | None, split: str) -> int | None:
+    """Examples of a split by its files' headers, or None where the source is a name on the hub.
+
+    Raises:
+        FileNotFoundError, ValueError: as `image_classification` for source and split; a file is not parquet.
+    """
+    folder = _local_folder(source, split_files)
+    return None if folder is None else _rows(_split_files(folder, split_files or _DEFAULT_FILES, split))
+
+
+def _rows(files: list[Path]) -> int:
+    import pyarrow
     import pyarrow.parquet
 
-    names = [str(path) for path in files]
     rows = 0
+    for file in files:
+        try:
+            rows += pyarrow.parquet.read_metadata(file).num_rows
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{file} is not parquet: {error}") from error
+    return rows
+
+
+def _load_files(files: list[Path], split: str, cache: str | None) -> datasets.Dataset:
+    import datasets
+
+    names = [str(path) for path in files]
     try:
-        for name in names:
-            rows += pyarrow.parquet.read_metadata(name).num_rows
-        if rows:  # `datasets` refuses no rows with an error of its own; it also reserves some split names.
+        if _rows(files):  # `datasets` refuses no rows with an error of its own; it also reserves some split names.
             return datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=cache)
     except Exception as error:  # `datasets` wraps the reader's errors in its own, one per reason.
         reason = error.__cause__ or error

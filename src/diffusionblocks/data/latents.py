@@ -196,6 +196,16 @@ def latent_folder(path: str | Path, split: str = "train") -> LatentData:
     return LatentData(tuple(means), tuple(stds), torch.cat(labels), index.class_names, index.vae, index.scaling_factor)
 
 
+def examples_of_split(path: str | Path, split: str) -> int:
+    """Examples of a split as its index says.
+
+    Raises:
+        FileNotFoundError: there is no index.
+        ValueError: it is damaged.
+    """
+    return sum(_read_index(Path(path).expanduser(), split).rows)
+
+
 def _read_index(folder: Path, split: str) -> _Index:
     file = folder / f"{split}.json"
     if not file.is_file():

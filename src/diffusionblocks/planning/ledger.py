@@ -17,13 +17,14 @@ from typing import Any
 
 from ..adapters import adapter_named
 from ..block import Block
-from ..data.config import DigitsConfig, LatentsConfig, TextConfig, TokensConfig, TopicsConfig
+from ..data.config import LatentsConfig, TextConfig, TokensConfig, TopicsConfig
 from ..recipes import Recipe
 from ..runs import with_depth
-from ..sources import config_of, load_data, outline_of
+from ..sources import config_of, outline_of
 from ..training import Unit, units_of
 from ..training.skeleton import shape_of
 from .counting import kept_on_device
+from .examples import examples_at_hand
 from .timeline import Moment
 from .tracing import MakeBatch, StepMoments, trace_step
 
@@ -105,8 +106,9 @@ def predict(recipe: Recipe, *, num_examples: int | None = None) -> Ledger:
 
     Args:
         recipe: what would be trained; a trunk is not looked at.
-        num_examples: how many examples of the data are kept on the device (with `data.placement: host`: none). None
-            counts the digits and the topics, which are at hand, and no others.
+        num_examples: how many examples of the data are kept on the device (with `data.placement: host`: none; `auto`
+            counts as `device`). None counts those of the train split where that is cheap (`examples_at_hand`), else
+            none.
 
     Raises:
         ValueError: what building the recipe's model refuses, num_examples < 0, or nothing to train.
@@ -122,24 +124,38 @@ def forecast(recipe: Recipe, *, num_examples: int | None = None) -> Forecast:
     adapter, config = adapter_named(recipe.model.type), config_of(model)
     make_batch = functools.partial(adapter.empty_batch, config)
     data = _data_bytes(recipe, adapter.example_shape(config), num_examples, adapter.num_classes(config))
-    kept |= {"data": data, "workspace": WORKSPACE_BYTES if _on_gpu(recipe) else 0}
+    kept |= {"data": data, "workspace": WORKSPACE_BYTES if on_gpu(recipe) else 0}
     distinct = {shape_of(unit): unit for unit in reversed(units)}
     moments = {unit.name: _moments(recipe, unit, make_batch) for unit in distinct.values()}
     return Forecast(kept, moments)
 
 
-def _on_gpu(recipe: Recipe) -> bool:
+def on_gpu(recipe: Recipe) -> bool:
+    """Whether the step is a GPU's."""
     return recipe.device != "cpu"
+
+
+def keeps_data(recipe: Recipe) -> bool:
+    """Whether the data are in the device's memory; `auto` is taken to keep them there."""
+    if on_gpu(recipe):
+        return recipe.data.placement != "host"
+    return not isinstance(recipe.data, LatentsConfig) or recipe.data.placement == "device"  # else mapped from files
+
+
+def data_bytes(recipe: Recipe, num_examples: int | None) -> int:
+    """Bytes of the data on the device; see `predict`."""
+    adapter, config = adapter_named(recipe.model.type), config_of(outline_of(recipe))
+    return _data_bytes(recipe, adapter.example_shape(config), num_examples, adapter.num_classes(config))
 
 
 def _data_bytes(recipe: Recipe, example_shape: tuple[int, ...], num_examples: int | None, num_classes: int) -> int:
     data = recipe.data
     if num_examples is not None and num_examples < 0:
         raise ValueError(f"num_examples must be >= 0, got {num_examples}")
-    if data.placement == "host" and _on_gpu(recipe):
+    if not keeps_data(recipe):
         return 0
     if num_examples is None:
-        num_examples = len(load_data(recipe, "train")) if isinstance(data, (DigitsConfig, TopicsConfig)) else 0
+        num_examples = examples_at_hand(recipe).count or 0
     if isinstance(data, (TopicsConfig, TextConfig)):
         return num_examples * math.prod(example_shape)  # uint8 characters
     if isinstance(data, TokensConfig):  # uint16 or uint32, see data/tokenized.py
@@ -156,9 +172,9 @@ def _moments(recipe: Recipe, unit: Unit, make_batch: MakeBatch) -> StepMoments:
     whole_graph = recipe.train.compile is True and isinstance(unit.module, Block)
     layers = len(unit.module.layers()) if isinstance(unit.module, Block) else 0
     if not whole_graph or layers <= _TRACED_WHOLE:
-        return trace_step(unit, recipe.train, make_batch, on_gpu=_on_gpu(recipe))
+        return trace_step(unit, recipe.train, make_batch, on_gpu=on_gpu(recipe))
     low, high = (
-        trace_step(unit_of_depth(recipe, depth), recipe.train, make_batch, on_gpu=_on_gpu(recipe)) for depth in _DEPTHS
+        trace_step(unit_of_depth(recipe, depth), recipe.train, make_batch, on_gpu=on_gpu(recipe)) for depth in _DEPTHS
     )
     return StepMoments(_extrapolated(low.early, high.early, layers), _extrapolated(low.late, high.late, layers))
 

@@ -14,7 +14,7 @@ from ..adapters import adapter_named
 from ..data.config import TextConfig, TokensConfig, TopicsConfig
 from ..recipes import Recipe, parse_recipe
 from ..runs import depth_of
-from .ledger import Forecast, Ledger, forecast
+from .ledger import Forecast, Ledger, data_bytes, forecast, on_gpu
 from .timeline import Moment
 from .tracing import StepMoments
 
@@ -24,8 +24,13 @@ _UNITS = {"": 1, "B": 1} | {
     for kind, base in (("iB", 1024), ("B", 1000))
 }
 
-#: Settings that save memory, in the order in which they are tried when nothing fits: checkpointing costs about a third
-#: more time, 8-bit state its precision, the optimizer in the backward pass clipping and accumulation.
+_SMALLEST = 2**20  # No training step fits less; a smaller budget lacks its unit.
+
+# `placement: auto` keeps data on a GPU where they take at most this share of its free memory.
+_SHARE_OF_DATA = 1 / 4
+
+#: Settings that save memory, in the order in which they are tried where no number of blocks fits: checkpointing costs
+#: about a third more time, 8-bit state its precision, the optimizer in the backward pass clipping and accumulation.
 SAVERS: tuple[dict[str, Any], ...] = (
     {"train.activation_checkpointing": True},
     {"train.optimizer": "adamw-8bit", "train.cuda_graph": False},
@@ -73,13 +78,16 @@ class Plan:
 
     Attributes:
         budget: bytes.
-        ledger: of the recipe as it stands.
+        ledger: of the recipe as it stands, with `always`.
         blocks: the fewest blocks that fit at the recipe's batch size, one on the device at a time; None: no number
             does, or it was not asked for.
         batch: the largest batch that fits with the recipe's blocks; None: not even one example does, or it was not
             asked for.
-        savers: where nothing that was asked for fits, the first combination of memory savers that does; None if
-            something fits, or if nothing does.
+        savers: where no number of blocks fits (of `vary="batch"`: not even one example), the first combination of
+            memory savers that does, at the recipe's batch size; at a smaller one only where `batch` is None too. None:
+            not needed, or nothing fits.
+        always: changes that are part of every answer: data that `data.placement: auto` would keep on the host of a GPU
+            with the budget's memory are kept there on a larger one too, without a CUDA graph, which cannot read them.
     """
 
     budget: int
@@ -87,24 +95,30 @@ class Plan:
     blocks: Fit | None
     batch: Fit | None
     savers: Fit | None
+    always: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         fits = {name: getattr(self, name) for name in ("blocks", "batch", "savers")}
         answers = {name: None if fit is None else fit.to_dict() for name, fit in fits.items()}
-        return {"budget": self.budget, "ledger": self.ledger.to_dict(), **answers}
+        return {"budget": self.budget, "always": self.always, "ledger": self.ledger.to_dict(), **answers}
 
 
 def parse_budget(text: str) -> int:
     """Bytes of a budget like `12GiB`, `16GB`, `800MiB` or plain bytes.
 
     Raises:
-        ValueError: it is none of these, or not above zero.
+        ValueError: it is none of these, or less than 1 MiB.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2] not in _UNITS or not float(found[1]) * _UNITS[found[2]] >= 1:
         raise ValueError(f"budget = {text!r}: must be bytes above zero, as 12GiB, 16GB, 800MiB or 12884901888")
-    return int(float(found[1]) * _UNITS[found[2]])
+    size = int(float(found[1]) * _UNITS[found[2]])
+    if size < _SMALLEST:
+        many = "1 byte" if size == 1 else f"{size:,} bytes"
+        unit = "GiB" if float(found[1]) < 256 else "MiB"
+        raise ValueError(f"budget = {text!r} is {many}: must be at least 1MiB; did you mean {found[1]}{unit}?")
+    return size
 
 
 def plan(recipe: Recipe, budget_bytes: int, *, vary: str | None = None, num_examples: int | None = None) -> Plan:
@@ -123,19 +137,31 @@ def plan(recipe: Recipe, budget_bytes: int, *, vary: str | None = None, num_exam
         raise ValueError(f"budget_bytes must be >= 1, got {budget_bytes}")
     if vary not in (None, "blocks", "batch"):
         raise ValueError(f"vary = {vary!r}: must be blocks or batch, or left out for both")
-    search = _Search(recipe, budget_bytes, num_examples)
+    always = _on_the_host(recipe, budget_bytes, num_examples)
+    search = _Search(recipe, budget_bytes, num_examples, always)
     blocks = search.fewest_blocks() if vary != "batch" else None
     batch = search.largest_batch() if vary != "blocks" else None
-    savers = search.first_savers() if blocks is None and batch is None else None
-    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, savers)
+    wanted = blocks is None and (vary != "batch" or batch is None)
+    savers = search.first_savers(smaller=batch is None) if wanted else None
+    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, savers, always)
+
+
+def _on_the_host(recipe: Recipe, budget: int, num_examples: int | None) -> dict[str, Any]:
+    """See `Plan.always`."""
+    if not on_gpu(recipe) or recipe.data.placement != "auto":
+        return {}
+    if data_bytes(recipe, num_examples) <= budget * _SHARE_OF_DATA:
+        return {}
+    return {"data.placement": "host"} | ({"train.cuda_graph": False} if recipe.train.cuda_graph else {})
 
 
 class _Search:
     """Forecasts of a recipe with changes, each made once."""
 
-    def __init__(self, recipe: Recipe, budget: int, num_examples: int | None) -> None:
+    def __init__(self, recipe: Recipe, budget: int, num_examples: int | None, always: dict[str, Any]) -> None:
         self.recipe = recipe
         self.budget = budget
+        self._always = always
         self._num_examples = num_examples
         self._made: dict[str, Forecast] = {}
 
@@ -143,17 +169,21 @@ class _Search:
         """The forecast with the changes."""
         key = repr(sorted(changes.items()))
         if key not in self._made:
-            self._made[key] = forecast(changed(self.recipe, changes), num_examples=self._num_examples)
+            recipe = changed(self.recipe, {**changes, **self._always})
+            self._made[key] = forecast(recipe, num_examples=self._num_examples)
         return self._made[key]
 
     def fit(self, changes: dict[str, Any]) -> Fit | None:
         """The changes if they fit."""
         ledger = self.at(changes).ledger
-        return Fit(changes, ledger) if ledger.peak <= self.budget else None
+        return Fit({**changes, **self._always}, ledger) if ledger.peak <= self.budget else None
 
     def fewest_blocks(self, savers: Mapping[str, Any] | None = None) -> Fit | None:
         """The fewest blocks that fit, with one of them on the device at a time."""
-        return next((fit for changes in self._splits() if (fit := self.fit({**changes, **(savers or {})}))), None)
+        splits = [{**changes, **(savers or {})} for changes in self._splits()]
+        if self.fit(splits[-1]) is None:  # then neither do fewer
+            return None
+        return next(fit for changes in splits if (fit := self.fit(changes)))
 
     def _splits(self) -> Iterator[dict[str, Any]]:
         """The divisors of the layers, ascending; one block is always on the device. Some families have one block."""
@@ -184,13 +214,15 @@ class _Search:
             size -= max(1, size // 64)
         return self.fit({"train.batch_size": size})
 
-    def first_savers(self) -> Fit | None:
-        """The first combination of savers, then of smaller batches with all of them, that fits; with fewest blocks."""
+    def first_savers(self, *, smaller: bool) -> Fit | None:
+        """The first combination of savers that fits, with fewest blocks; then of smaller batches with all of them."""
         steps = savers_of(self.recipe)
         for count in range(1, len(steps) + 1):
             savers = {name: value for saver in steps[:count] for name, value in saver.items()}
             if fit := self.fewest_blocks(savers):
                 return fit
+        if not smaller:
+            return None
         *_, deepest = self._splits()
         size = self.recipe.train.batch_size // 2
         while size >= 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ..data.config import TextConfig, TokensConfig
 from ..evaluation.tables import format_bytes, format_table
 from ..recipes import Recipe
-from .ledger import Ledger
+from .examples import examples_at_hand
+from .ledger import Ledger, data_bytes, keeps_data, on_gpu
 from .planner import Fit, Plan
 
 
@@ -18,19 +20,71 @@ def ledger_table(recipe: Recipe, ledger: Ledger) -> str:
     return f"{what}{how}; predicted for {ledger.unit}\n{format_table(rows)}"
 
 
+def remarks(recipe: Recipe, num_examples: int | None, plan: Plan | None = None) -> list[str]:
+    """What the ledger's figures do and do not hold, a line each.
+
+    Args:
+        recipe: that of the ledger.
+        num_examples: as given to `predict` or `plan`.
+        plan: with a budget.
+    """
+    lines = []
+    if about_data := _about_data(recipe, num_examples, plan):
+        lines.append(f"data: {about_data}")
+    if on_gpu(recipe) and recipe.train.cuda_graph and not (plan and plan.always):
+        lines.append(
+            "train.cuda_graph: the plan is of a step that is not captured; a graph's private pool takes some more"
+        )
+    return lines
+
+
+def _about_data(recipe: Recipe, num_examples: int | None, plan: Plan | None) -> str:
+    if not keeps_data(recipe):
+        return f"not on the device (data.placement: {recipe.data.placement})"
+    if plan and plan.always:
+        size = format_bytes(data_bytes(recipe, num_examples))
+        graph = ", without a CUDA graph, which cannot read them there" if "train.cuda_graph" in plan.always else ""
+        return (
+            f"{size} are more than a quarter of the budget, so data.placement: auto would leave them on the host of "
+            f"such a GPU; this plan has them there{graph}"
+        )
+    if num_examples is not None:
+        return ""
+    examples = examples_at_hand(recipe)
+    if examples.count is None:
+        return f"NOT COUNTED ({examples.where}); --examples N counts N examples of {_one_example(recipe)}"
+    if not examples.where:
+        return ""
+    auto = "; data.placement: auto keeps them on the GPU if they take at most a quarter of its free memory"
+    return f"{examples.count:,} examples in {examples.where}" + (
+        auto if plan is None and on_gpu(recipe) and recipe.data.placement == "auto" else ""
+    )
+
+
+def _one_example(recipe: Recipe) -> str:
+    data = recipe.data
+    if isinstance(data, (TextConfig, TokensConfig)):
+        return f"{data.length} {'tokens' if isinstance(data, TokensConfig) else 'characters'}"
+    return f"{data_bytes(recipe, 1):,} bytes"
+
+
 def describe(plan: Plan, vary: str | None) -> str:
     """What fits and what does not, a line each."""
     budget = format_bytes(plan.budget)
     fits = plan.ledger.peak <= plan.budget
-    lines = [f"budget {budget}: the recipe as it stands {'fits' if fits else 'does not fit'}"]
+    stands = "the recipe as it stands" + (", its data on the host," if plan.always else "")
+    lines = [f"budget {budget}: {stands} {'fits' if fits else 'does not fit'}"]
     if vary != "batch":
         lines.append(_line("fewest blocks", plan.blocks, f"no number of blocks fits {budget} at this batch size"))
     if vary != "blocks":
         lines.append(_line("largest batch", plan.batch, f"not even one example fits {budget} with these blocks"))
     if plan.savers is not None:
-        lines.append(_line("what fits", plan.savers, ""))
+        smaller = "train.batch_size" in plan.savers.changes
+        lines.append(_line("what fits" if smaller else "what fits at this batch size", plan.savers, ""))
     elif plan.blocks is None and plan.batch is None:
         lines.append(f"nothing fits {budget}: not even all memory savers with the most blocks and one example")
+    elif plan.blocks is None and vary != "batch":
+        lines.append("what fits at this batch size: nothing, not even all memory savers with the most blocks")
     return "\n".join(lines)
 
 
