@@ -354,14 +354,15 @@ def test_8bit_state_moves_saves_and_resumes(where: dict[str, str], tmp_path: Pat
     def model() -> db.DiffusionBlocks:
         return db.convert(tiny("dit", hidden_size=64, mlp_ratio=4.0), db.BlocksConfig(num_blocks=BLOCKS))
 
-    reference = trained(model(), optimizer="adamw-8bit")
-    assert any(name.endswith("exp_avg.codes") for name in reference)
-    assert not same(trained(model()), reference)
-    first = trainer(model(), tmp_path, optimizer="adamw-8bit", **where)
-    first.train(until=8)
-    second = trainer(model(), tmp_path, optimizer="adamw-8bit", **where)
-    second.train()
-    assert same(everything(second), reference)
+    with without_generated_code("eager"):
+        reference = trained(model(), optimizer="adamw-8bit")
+        assert any(name.endswith("exp_avg.codes") for name in reference)
+        assert not same(trained(model()), reference)
+        first = trainer(model(), tmp_path, optimizer="adamw-8bit", **where)
+        first.train(until=8)
+        second = trainer(model(), tmp_path, optimizer="adamw-8bit", **where)
+        second.train()
+        assert same(everything(second), reference)
 
 
 @pytest.mark.parametrize(
