@@ -245,21 +245,21 @@ def trained_differently(folders: Sequence[Path]) -> list[str]:
         folders: of runs, or their saved models; one without a recipe beside it is passed over.
     """
     paths = [place / RECIPE for folder in folders for place in (folder, folder.parent) if (place / RECIPE).is_file()]
-    recipes = [read_json(path) for path in paths]
-    training = [
-        {
-            name: {k: v for k, v in (recipe.get(name) or {}).items() if k not in left}
-            for name, left in _SAME_BLOCK.items()
-        }
-        for recipe in recipes
-    ]
-    found = [(path, difference(training[0], other)) for path, other in zip(paths[1:], training[1:], strict=True)]
-    return [
-        f"blocks were trained differently: {name} is {first} in {paths[0]} and {second} in {path}"
-        for path, differing in found
-        if differing is not None
-        for name, first, second in [differing]
-    ]
+    training = [_of_training(read_json(path)) for path in paths]
+    lines = []
+    for path, other in zip(paths[1:], training[1:], strict=True):
+        if (found := difference(training[0], other)) is not None:
+            name, first, second = found
+            lines.append(f"blocks were trained differently: {name} is {first} in {paths[0]} and {second} in {path}")
+    return lines
+
+
+def _of_training(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's recipe a block learns from."""
+    return {
+        name: {field: value for field, value in (recipe.get(name) or {}).items() if field not in left}
+        for name, left in _SAME_BLOCK.items()
+    }
 
 
 # ---- fit, trunk and branch ---------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from ..adapters import adapter_named
 from ..data.config import TextConfig, TokensConfig, TopicsConfig
 from ..recipes import Recipe, parse_recipe
 from ..runs import depth_of
-from .ledger import Forecast, Ledger, data_bytes, forecast, on_gpu
+from .examples import examples_at_hand
+from .ledger import Forecast, Ledger, data_bytes, forecast, keeps_data, on_gpu
 from .timeline import Moment
 from .tracing import StepMoments
 
@@ -137,6 +138,8 @@ def plan(recipe: Recipe, budget_bytes: int, *, vary: str | None = None, num_exam
         raise ValueError(f"budget_bytes must be >= 1, got {budget_bytes}")
     if vary not in (None, "blocks", "batch"):
         raise ValueError(f"vary = {vary!r}: must be blocks or batch, or left out for both")
+    if num_examples is None and keeps_data(recipe):
+        num_examples = examples_at_hand(recipe).count or 0  # once: every forecast would read the files again
     always = _on_the_host(recipe, budget_bytes, num_examples)
     search = _Search(recipe, budget_bytes, num_examples, always)
     blocks = search.fewest_blocks() if vary != "batch" else None

@@ -131,9 +131,8 @@ class Updater:
         elif parameters:
             self._optimizers = [make_optimizer(parameters, self.lr, config)]
         if config.optimizer_in_backward:
-            me = weakref.ref(
-                self
-            )  # a hook that held this would keep the parameters for good: torch's hooks are no garbage
+            # A hook that held this would keep the parameters for good: torch's hooks are no garbage.
+            me = weakref.ref(self)
 
             def step(_: Tensor, place: int) -> None:
                 updater = me()
