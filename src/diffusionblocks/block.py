@@ -119,9 +119,10 @@ class Block(nn.Module):
         return found
 
     def compile_parts(self, **options: Any) -> None:
-        """torch.compile each of `parts`, a layer together with its adaptive norms: all layers share one graph."""
+        """torch.compile each of `parts`, norms together with what adapts them: all layers share one graph."""
         layers = self.layers() if len(self.adaptive) else []
-        for part in [*self.adaptive, *(part for part in self.parts() if part not in layers)]:
+        final = [] if self.shared.final_norms is None else [self.shared.final_norms]
+        for part in [*self.adaptive, *final, *(part for part in self.parts() if part not in layers)]:
             part.compile(**options)
 
     def forward(

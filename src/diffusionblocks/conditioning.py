@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class NoiseEmbedding(nn.Module):
@@ -61,18 +62,20 @@ class AdaptiveNorms(nn.Module):
     def _modulate(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._modulation is None:  # the norm is used outside a converted model
             return output
+        scale, shift = self._modulation[index]
+        gain, shift = 1.0 + scale.float(), shift.float()
         if self._leading is not None:
             # Split, not sliced: the gradient of a slice is filled up with zeros, and the two are added.
             noisy, clean = output.split([self._leading, output.shape[1] - self._leading], dim=1)
-            return torch.cat([self._scaled(index, noisy), clean], dim=1)
-        return self._scaled(index, output)
-
-    def _scaled(self, index: int, output: Tensor) -> Tensor:
-        assert self._modulation is not None
-        scale, shift = self._modulation[index]
-        shape = (output.shape[0], *([1] * (output.dim() - 2)), output.shape[-1])
-        modulated = output.float() * (1.0 + scale.float().view(shape)) + shift.float().view(shape)
-        return modulated.to(output.dtype)
+            return torch.cat([_adapted(noisy, gain, shift), clean], dim=1)
+        if torch.compiler.is_compiling() and type(module) is nn.LayerNorm and module.elementwise_affine:
+            # The norm's weight and bias join gain and shift: then the gradients of all four are made of two sums over
+            # each sample's tokens, where there would be four. Compiled, what the norm gave is never computed.
+            plain = F.layer_norm(args[0], module.normalized_shape, eps=module.eps)
+            if module.bias is not None:
+                shift = shift + gain * module.bias
+            return _adapted(plain, gain * module.weight, shift).to(output.dtype)
+        return _adapted(output, gain, shift)
 
     def forward(
         self, module: nn.Module, condition: Tensor, *args: Any, leading: int | None = None, **options: Any
@@ -81,10 +84,16 @@ class AdaptiveNorms(nn.Module):
 
         `leading`: adapt only so many positions, the first; the others see the norms as they were. None adapts all.
         """
-        parts = self.linear(nn.functional.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
+        parts = self.linear(F.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
         self._modulation = [tuple(part.chunk(2, dim=-1)) for part in parts]
         self._leading = leading
         try:
             return module(*args, **options)
         finally:
             self._modulation = self._leading = None
+
+
+def _adapted(states: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """states (batch, ..., dim) times gain (batch, dim) plus shift (batch, dim), in float32, of the dtype of states."""
+    shape = (states.shape[0], *([1] * (states.dim() - 2)), states.shape[-1])
+    return (states.float() * gain.view(shape) + shift.view(shape)).to(states.dtype)

@@ -158,9 +158,8 @@ class ViTAdapter(Adapter):
             assert adaptive is not None
             output = adaptive(layer, condition, tokens)
             tokens = output[0] if isinstance(output, tuple) else output
-        if "label_token" in added:
-            tokens = tokens[:, :-1]  # the head sees the places it was made for
-        return tokens, tokens[:, 0]
+        # The head sees the places it was made for.
+        return tokens[:, :-1] if "label_token" in added else tokens, tokens[:, 0]
 
     def readout(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..block import Block
 from ..placement import places_of, tensors_of
 from .config import TrainConfig
+from .patches import multiply_patches
 from .units import Unit
 
 
@@ -31,6 +32,7 @@ class Skeleton:
             grad = tensor.requires_grad
             memo[id(tensor)] = nn.Parameter(empty, grad) if isinstance(tensor, nn.Parameter) else empty
         self.module: nn.Module = copy.deepcopy(unit.module, memo)
+        multiply_patches(self.module)
         self.module.train()
         if config.activation_checkpointing:
             self.module.activation_checkpointing = True  # type: ignore[assignment]

@@ -83,14 +83,15 @@ class EndToEnd(nn.Module):
         return self.model(input_ids=inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile layer by layer: all layers share one compiled graph, so it takes seconds at any depth."""
+        """Compile part by part, as blocks are: all layers share one graph, so it takes seconds at any depth."""
         adapter = self._adapter
         for path in (adapter.layers_path(self.model), *adapter.shared_paths(self.model)):
             owner, _, name = path.rpartition(".")
             part = getattr(self.model.get_submodule(owner), name)
-            if isinstance(part, nn.ModuleList):  # the layers, and what recurrent depth has before and behind them
-                for layer in part:
-                    layer.compile(*args, **kwargs)
+            # Lists: the layers, and what recurrent depth has before and behind them. A bare parameter is no part.
+            parts = part if isinstance(part, nn.ModuleList) else [part] if isinstance(part, nn.Module) else []
+            for each in parts:
+                each.compile(*args, **kwargs)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens."""
