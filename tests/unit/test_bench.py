@@ -431,6 +431,20 @@ def test_of_captured_steps_only_the_time_is_told() -> None:
     assert spec(cuda_graph=True).key != spec().key
 
 
+@pytest.mark.parametrize(
+    ("method", "too"), [("resident-active", True), ("end-to-end", True), ("end-to-end-all-savers", False)]
+)
+def test_captured_steps_are_timed_beside_the_others(method: str, too: bool) -> None:
+    if "all-savers" in method:
+        pytest.importorskip("torchao")
+    blocks = 2 if method.startswith("resident") else 1
+    row = answer(spec(method=method, blocks=blocks, captured=True, compile=False))
+    assert row["peak_bytes"] > 0
+    assert row["step_ms"]["median"] > 0
+    assert ("captured_ms" in row) == too
+    assert not too or row["captured_ms"]["median"] > 0
+
+
 @pytest.mark.parametrize("offload", ["host", "disk"])
 def test_dwells_are_measured(offload: str) -> None:
     row = answer(spec(method="resident-active", blocks=2, task="dwell", dwells=(1, 3), offload=offload))

@@ -22,6 +22,8 @@ def add_bench(commands: Any) -> None:
     memory.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     memory.add_argument("--figure", type=Path, help="draw the memory of the rows to this PNG")
     memory.add_argument("--shard", default="0/1", metavar="I/N", help="only rows I, I + N, ...: several GPUs share")
+    text = "time captured steps (CUDA graphs) as well"
+    memory.add_argument("--captured", action="store_true", help=text)
     _predict(memory, "the planner's figures beside the rows, at the end; it takes about ten seconds a row, and no GPU")
     _windows(memory)
 
@@ -118,7 +120,7 @@ def _base(options: argparse.Namespace, models: list[str], blocks: list[int]) -> 
         raise ValueError(f"--limit must be above 0 seconds, got {options.limit}")
     if min(blocks) < 2:
         raise ValueError(f"--blocks must be at least 2, got {min(blocks)}: one block is the row end-to-end")
-    names = ("batch_size", "device", "tiny", "compile", "cuda_graph", "windows", "iterations", "dwell")
+    names = ("batch_size", "device", "tiny", "compile", "cuda_graph", "captured", "windows", "iterations", "dwell")
     base = Spec(models[0], **{name: getattr(options, name) for name in names if hasattr(options, name)})
     for model in models:
         for count in blocks:

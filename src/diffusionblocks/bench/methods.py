@@ -53,6 +53,9 @@ METHODS: dict[str, Method] = {
 
 Task = Literal["row", "dwell", "overhead", "fits"]
 
+#: What tells rows of one model, method and B apart, where it is not the default.
+_IN_KEY = ("task", "depth", "batch_size", "tiny", "device", "compile", "cuda_graph", "captured", "offload", "budget")
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -70,6 +73,7 @@ class Spec:
         tiny: shrink the model to toy size.
         compile: torch.compile, as the trainer does it.
         cuda_graph: capture the trainer's steps; a row then has its speed alone.
+        captured: of a row, time captured steps too, of another trainer; not of rivals, nor of 8-bit AdamW.
         windows: timed windows, of which the median is reported.
         iterations: steps of each block in a window.
         dwell: steps over which a row spreads the cost of a switch of blocks.
@@ -88,6 +92,7 @@ class Spec:
     tiny: bool = False
     compile: bool = True
     cuda_graph: bool = False
+    captured: bool = False
     windows: int = 5
     iterations: int = 5
     dwell: int = 10
@@ -100,7 +105,7 @@ class Spec:
         """Names a row within a table, so that a later run finds it."""
         parts = [self.model, self.method, f"blocks={self.blocks}"]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ("task", "depth", "batch_size", "tiny", "device", "compile", "cuda_graph", "offload", "budget"):
+        for name in _IN_KEY:
             if getattr(self, name) != defaults[name]:
                 parts.append(f"{name}={getattr(self, name)}")
         return " ".join(parts)

@@ -33,7 +33,11 @@ from .runners import Runner, bytes_of, tensors_in
 
 def compiled(plain: Plain) -> None:
     """Compile each unit as the trainer does."""
-    compile_modules([unit.module for unit in plain.units], plain.recipe.train, options=compile_options(plain.device))
+    compile_modules(
+        [unit.module for unit in plain.units],
+        plain.recipe.train,
+        options=compile_options(plain.recipe.train, plain.device),
+    )
 
 
 class Plain:
@@ -186,7 +190,7 @@ class BAdamRunner(RivalRunner):
             # Whole, the model would be compiled anew at every switch; a layer has but few states: frozen or not, after
             # or before the one that trains.
             for path in _layer_paths(unit):
-                unit.module.get_submodule(path).compile(options=compile_options(plain.device))
+                unit.module.get_submodule(path).compile(options=compile_options(plain.recipe.train, plain.device))
         self.turns = len(prefixes)
         self._turn = 0
         with contextlib.redirect_stdout(io.StringIO()):  # it prints every switch

@@ -228,6 +228,8 @@ def printed(rows: Sequence[dict[str, Any]]) -> str:
         cell["predicted"] = None if predicted is None else format_bytes(predicted)
         cell["host"] = format_bytes(row["host_bytes"]) if done else None
         cell["step ms"] = f"{row['step_ms']['median']:.2f}" if done else None
+        captured = row.get("captured_ms")
+        cell["captured ms"] = f"{captured['median']:.2f}" if captured else None
         cell["switch ms"] = f"{row['switch_ms']:.1f}" if done and row["switch_ms"] is not None else None
         cell["samples/s"] = f"{row['samples_per_second']:.0f}" if done else None
         cell["of all layers"] = f"{row['epoch_samples_per_second']:.0f}" if done else None

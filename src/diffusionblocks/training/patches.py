@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+#: Rows of a whole number of so many bfloat16 values are what a GPU's fast products take.
+_ALIGNED = 8
+
+
 class _PatchProduct(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         n, channels, height, width = input.shape
@@ -17,7 +21,9 @@ class _PatchProduct(nn.Conv2d):
         rows, columns = height // high, width // wide
         whole = input[:, :, : rows * high, : columns * wide]  # a convolution leaves out what is less than a patch
         patches = whole.reshape(n, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(patches, weight.flatten(1), bias).permute(0, 3, 1, 2)
+        missing = -patches.shape[-1] % _ALIGNED
+        patches, matrix = F.pad(patches, (0, missing)), F.pad(weight.flatten(1), (0, missing))
+        return F.linear(patches, matrix, bias).permute(0, 3, 1, 2)
 
 
 def multiply_patches(module: nn.Module) -> None:

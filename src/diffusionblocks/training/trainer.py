@@ -98,7 +98,7 @@ class Trainer:
         if config.compile:
             batches.compile()
             modules = [skeleton.module for skeleton in self.residency.skeletons]
-            compile_modules(modules, config, options=compile_options(self.device))
+            compile_modules(modules, config, options=compile_options(config, self.device))
 
     # ---- the loop ------------------------------------------------------------------------------------
 
