@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 #: Rows of a whole number of so many bfloat16 values are what a GPU's fast products take.
 _ALIGNED = 8
 
