@@ -20,7 +20,7 @@ def test_the_product_is_the_convolution(size: tuple[int, int], kernel: int | tup
     multiply_patches(product)
     images = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     found, expected = (
-        torch.autograd.grad((out := module(images)).square().sum(), [images, *module.parameters()]) + (out,)
+        (*torch.autograd.grad((out := module(images)).square().sum(), [images, *module.parameters()]), out)
         for module in (product, conv)
     )
     torch.testing.assert_close(found, expected)
