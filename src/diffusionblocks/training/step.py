@@ -143,6 +143,7 @@ class Stepper:
             # Checkpointing throws a layer's casts away and makes them anew: kept ones would be a copy of all weights.
             with arithmetic(self.device, config.precision, keep_casts=not config.activation_checkpointing):
                 losses: Tensor = place.module.loss(batch, self.generator)  # type: ignore[operator]
+            del batch  # what the backward pass needs of it is saved; images in float32 are not
             loss = losses.mean() / config.accumulation
             with attention_kernels(self.device):
                 loss.backward()
