@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+_BUDGET = {"activation_memory_budget": 0.9}
 _SAVERS = {"activation_checkpointing": True, "optimizer": "adamw-8bit", "optimizer_in_backward": True}
 
 
@@ -27,7 +28,11 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "end-to-end": Method("whole", "AdamW, float32 weights, bfloat16 autocast"),
+    "end-to-end-memory-budget": Method("whole", "torch.compile computes what is cheap again", _BUDGET),
     "end-to-end-checkpointing": Method("whole", "each layer is computed again", {"activation_checkpointing": True}),
+    "end-to-end-checkpointing-memory-budget": Method(
+        "whole", "each layer, and in it what is cheap, is computed again", {"activation_checkpointing": True, **_BUDGET}
+    ),
     "end-to-end-8bit-in-backward": Method(
         "whole",
         "8-bit AdamW, which steps inside the backward pass",
@@ -43,8 +48,16 @@ METHODS: dict[str, Method] = {
     "end-to-end-short": Method("short", "a model of one block's layers, end to end"),
     "resident-all": Method("blocks", "every block stays on the device"),
     "resident-active": Method("blocks", "only the block that trains is on the device", {"resident": "active"}),
+    "resident-active-memory-budget": Method(
+        "blocks", "and torch.compile computes what is cheap again", {"resident": "active", **_BUDGET}
+    ),
     "resident-active-checkpointing": Method(
         "blocks", "and each layer is computed again", {"resident": "active", "activation_checkpointing": True}
+    ),
+    "resident-active-checkpointing-memory-budget": Method(
+        "blocks",
+        "and each layer, and in it what is cheap, is computed again",
+        {"resident": "active", "activation_checkpointing": True, **_BUDGET},
     ),
     "resident-active-all-savers": Method(
         "blocks", "and 8-bit AdamW in the backward pass", {"resident": "active", **_SAVERS}

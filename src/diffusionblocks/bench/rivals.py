@@ -23,8 +23,8 @@ from ..block import Block
 from ..recipes import Recipe
 from ..sources import device_of, make_batches
 from ..training import BatchMaker, Diverged, EndToEnd, Unit, units_of
+from ..training.compilation import compile_modules, compile_options
 from ..training.keys import DataOrder
-from ..training.skeleton import compile_modules, compile_options
 from ..training.step import arithmetic
 from .methods import Spec
 from .models import build, bytes_of_data, recipe_of, splits_of

@@ -38,17 +38,23 @@ SAVERS: tuple[dict[str, Any], ...] = (
     {"train.optimizer_in_backward": True, "train.gradient_clip": None, "train.accumulation": 1},
 )
 
+# Of torch.compile: norms and activation functions are computed again, and no matrix product. The cheapest saver of all.
+_BUDGET = 0.9
+
 # Chunks of the logits of a text model: so many leave little of them. It costs the head's matrix product once more, less
 # than any other saver, and is tried before them.
 _CHUNKS = 16
 
 
 def savers_of(recipe: Recipe) -> tuple[dict[str, Any], ...]:
-    """`SAVERS`, for a text model behind one that is for text alone (where the recipe does not have it already)."""
-    data = recipe.data
-    if not isinstance(data, (TopicsConfig, TextConfig, TokensConfig)) or recipe.train.loss_chunk is not None:
-        return SAVERS
-    return ({"train.loss_chunk": max(1, data.length // _CHUNKS)}, *SAVERS)
+    """`SAVERS`, behind those that not every recipe can have: torch.compile's budget, and chunks of a text's logits."""
+    data, train = recipe.data, recipe.train
+    first: list[dict[str, Any]] = []
+    if train.compile and train.activation_memory_budget > _BUDGET:
+        first.append({"train.activation_memory_budget": _BUDGET})
+    if isinstance(data, (TopicsConfig, TextConfig, TokensConfig)) and train.loss_chunk is None:
+        first.append({"train.loss_chunk": max(1, data.length // _CHUNKS)})
+    return (*first, *SAVERS)
 
 
 @dataclass(frozen=True)

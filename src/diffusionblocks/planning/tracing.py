@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..block import Block
 from ..placement import tensors_of
 from ..training import EndToEnd, TrainConfig, Unit, trainable
+from ..training.compilation import compile_modules
 from ..training.optim import AVERAGED_AT_ONCE
-from ..training.skeleton import Skeleton, compile_modules
+from ..training.skeleton import Skeleton
 from .fused import simulating_backend
 from .timeline import Moment, Timeline
 
@@ -89,6 +90,7 @@ def _step(module: nn.Module, train: TrainConfig, make_batch: MakeBatch, timeline
         batch = make_batch(size)
         with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bfloat16"):
             losses = _losses(module, batch, size)
+        del batch
         loss = losses.mean() / train.accumulation
         loss.backward()
     # Fused AdamW needs no memory of its own, nor does clipping; the moving average does.

@@ -27,6 +27,9 @@ class TrainConfig(BaseModel):
         ema_ramp_up: see `ema_half_life`.
         compile: torch.compile the augmentation and the blocks: `true` a block whole; `layers` layer by layer, which is
             ready in seconds at any depth, and a few per cent slower where layers are small.
+        activation_memory_budget: what torch.compile may keep for the backward pass, as a share of what it would (its
+            option of that name), in [0, 1]; the backward pass computes the cheapest again. At 0.9 that is norms and
+            activation functions, and no matrix product: about a third of a layer's activations less.
         cuda_graph: capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph; on CPU it
             has no effect.
         schedule: which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
@@ -69,6 +72,7 @@ class TrainConfig(BaseModel):
     ema_half_life: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     ema_ramp_up: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     compile: bool | Literal["layers"] = False
+    activation_memory_budget: float = Field(default=1.0, ge=0, le=1)
     cuda_graph: bool = False
     schedule: Literal["random", "round-robin", "sequential"] = "random"
     dwell: int = Field(default=1, ge=1)
@@ -95,6 +99,11 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _savers_agree(self) -> Self:
+        if self.activation_memory_budget < 1 and not self.compile:
+            raise ValueError(
+                f"activation_memory_budget = {self.activation_memory_budget} is kept by torch.compile; set compile to "
+                "true or layers, or activation_memory_budget to 1"
+            )
         if self.optimizer_in_backward and self.gradient_clip is not None:
             raise ValueError(
                 f"optimizer_in_backward steps before all gradients are known, so gradient_clip = {self.gradient_clip} "
@@ -160,10 +169,11 @@ class TrainConfig(BaseModel):
 
 
 #: Fields that may differ between a checkpoint and the run that resumes it: they do not change what is computed
-#: (compile, cuda_graph and loss_chunk change rounding only).
+#: (compile, its memory budget, cuda_graph and loss_chunk change rounding only).
 RESUME_MAY_DIFFER = frozenset(
     {
         "compile",
+        "activation_memory_budget",
         "cuda_graph",
         "resident",
         "offload",

@@ -60,39 +60,6 @@ def shape_of(unit: Unit) -> tuple[Any, ...]:
     return about, tuple(modules), tuple(layers)
 
 
-def compile_modules(modules: list[nn.Module], config: TrainConfig, **options: Any) -> None:
-    """torch.compile a block whole or by its parts, as `config.compile` says; an end-to-end model by its layers.
-
-    Args:
-        modules: blocks or an end-to-end model, of different shapes.
-        config: `compile`; and `optimizer_in_backward`, which needs parts, because a graph returns all its gradients
-            together: in one of the whole block none could be used up before the last.
-        options: of torch.compile.
-    """
-    dynamo: Any = torch._dynamo.config
-    # Each shape of block is a graph of its own; past the limit torch would quietly run the others eagerly.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(modules))
-    # Adaptive norms note a layer's noise level while it runs; a traced layer that runs again needs none.
-    if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-        dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    for module in modules:
-        if isinstance(module, Block) and (config.compile == "layers" or config.optimizer_in_backward):
-            module.compile_parts(**options)
-        else:
-            module.compile(**options)
-
-
-def compile_options(config: TrainConfig, device: torch.device) -> dict[str, Any] | None:
-    """A block has many small kernels of one kind (casts, reductions of biases): combined, they launch once.
-
-    Not where steps are captured, whose launches cost little, and models so large that they are compiled by layers:
-    there the combined kernels take longer than each for itself (1 to 3 % of a step of ViT-H and DiT-L/2).
-    """
-    if device.type != "cuda" or (config.cuda_graph and config.compile == "layers"):
-        return None
-    return {"combo_kernels": True}
-
-
 def in_several(modules: list[nn.Module]) -> set[int]:
     """Identities of the tensors that more than one module holds."""
     seen: set[int] = set()

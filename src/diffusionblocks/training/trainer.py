@@ -22,12 +22,12 @@ from tqdm import tqdm
 from ..branching import trunk_name
 from ..model import DiffusionBlocks
 from .checkpoint import checkpoints, read_owner, read_values, remove, write_checkpoint
+from .compilation import compile_modules, compile_options
 from .config import RESUME_MAY_DIFFER, TrainConfig
 from .keys import DataOrder, key
 from .logging import JsonLines, Logger
 from .residency import Lengths, make_residency
 from .schedules import block_schedule, next_others
-from .skeleton import compile_modules, compile_options
 from .step import BatchMaker, Stepper
 from .units import units_of
 

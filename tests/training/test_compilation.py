@@ -1,0 +1,105 @@
+"""What torch.compile keeps for the backward pass, and what it computes again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.profiler import profile
+
+from diffusionblocks.planning import predict
+from diffusionblocks.planning.planner import SAVERS, changed, savers_of
+from diffusionblocks.recipes import load_recipe
+from diffusionblocks.training import TrainConfig
+from diffusionblocks.training.compilation import within_budget
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+
+
+def run(module: nn.Module, forward: Any) -> tuple[list[Tensor], int, Counter[str]]:
+    """Gradients, bytes kept for the backward pass beside the weights, and the matrix products of a step."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    states = torch.randn(16, 8, 32, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):  # the first compiles
+        kept.clear()
+        with profile() as seen:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = forward(states).square().sum()
+            gradients = torch.autograd.grad(loss, list(module.parameters()))
+    products = Counter(event.name for event in seen.events() if event.name in ("aten::mm", "aten::addmm"))
+    return list(gradients), sum(kept.values()), products
+
+
+def test_a_budget_keeps_less_and_computes_no_matrix_product_again() -> None:
+    torch._dynamo.reset()
+    module = mlp()
+    backend = lookup_backend("aot_eager_decomp_partition")
+    expected, everything, products = run(module, torch.compile(module, backend=within_budget(1.0, backend, None)))
+    torch._dynamo.reset()
+    found, less, same = run(module, torch.compile(module, backend=within_budget(0.9, backend, None)))
+    torch.testing.assert_close(found, expected)
+    assert less <= 0.75 * everything
+    assert same == products
+    assert torch._functorch.config.activation_memory_budget == 1.0  # it is as it was
+
+
+@pytest.mark.parametrize("compile", ["layers", "true"])
+def test_the_plan_counts_what_a_budget_keeps(compile: str) -> None:
+    recipe = load_recipe(RECIPES / "dit" / "cifar10.yaml", [f"train.compile={compile}", "train.batch_size=32"])
+    every, some = (
+        predict(changed(recipe, {"train.activation_memory_budget": budget}), num_examples=0) for budget in (1.0, 0.9)
+    )
+    assert some.activations < 0.8 * every.activations
+    assert some.parameters == every.parameters
+
+
+def test_a_plan_proposes_it_first_where_it_can_be_had() -> None:
+    compiled = load_recipe(RECIPES / "dit" / "cifar10.yaml", [])
+    first, *others = savers_of(compiled)
+    assert first == {"train.activation_memory_budget": 0.9}
+    assert tuple(others) == SAVERS
+    assert savers_of(changed(compiled, first)) == SAVERS
+    assert savers_of(changed(compiled, {"train.compile": False})) == SAVERS
+
+
+def test_a_budget_needs_the_compiler() -> None:
+    with pytest.raises(ValidationError, match="set compile to true or layers, or activation_memory_budget to 1"):
+        TrainConfig(steps=1, activation_memory_budget=0.9)
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        TrainConfig(steps=1, compile=True, activation_memory_budget=1.5)
+
+
+@pytest.mark.slow
+def test_blocks_train_alike_within_a_budget() -> None:
+    """With generated code, and layers that are computed again."""
+    from diffusionblocks.bench.methods import Spec
+    from diffusionblocks.bench.tasks import runner_of
+
+    def trained(method: str, **changes: Any) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        with runner_of(Spec("vit-h", method, 2, device="cpu", tiny=True, **changes)) as runner:
+            for turn in (0, 0, 1, 1):
+                runner.step(turn)
+            runner.trainer.residency.flush()  # type: ignore[attr-defined]
+            return {name: tensor.clone() for name, tensor in runner.trainer.model.state_dict().items()}  # type: ignore[attr-defined]
+
+    expected = trained("resident-active", compile=False)
+    for method in ("resident-active-memory-budget", "resident-active-checkpointing-memory-budget"):
+        torch.testing.assert_close(trained(method), expected, atol=2e-3, rtol=1e-2)
