@@ -34,7 +34,9 @@ from diffusionblocks.sources import build_model
 #: 8-bit AdamW compiles its step, which takes a C++ compiler and about a minute on a CPU.
 EIGHT_BIT = [name for name, method in METHODS.items() if method.train.get("optimizer") == "adamw-8bit"]
 ON_GPU = ["end-to-end-cpu-offload"]
-ON_CPU = [name for name in METHODS if name not in (*EIGHT_BIT, *ON_GPU)]
+#: Options of torch.compile, which the rows of these tests do without (`test_compilation.py` runs them).
+COMPILED = [name for name, method in METHODS.items() if "activation_memory_budget" in method.train]
+ON_CPU = [name for name in METHODS if name not in (*EIGHT_BIT, *ON_GPU, *COMPILED)]
 MODEL_NAMES = ("dit-l-2", "vit-h")
 
 
@@ -51,12 +53,14 @@ def blocks_of(method: str) -> int:
 
 
 def test_every_method_has_its_rows_for_every_number_of_blocks() -> None:
-    rows = rows_of(["dit-l-2", "vit-h"], [2, 3], list(METHODS), spec())
+    rows = rows_of(["dit-l-2", "vit-h"], [2, 3], list(METHODS), spec(compile=True))
     for model in MODEL_NAMES:
         for method in METHODS:
             found = [row.blocks for row in rows if row.model == model and row.method == method]
             assert found == ([2, 3] if blocks_of(method) == 2 else [1])
     assert len({row.key for row in rows}) == len(rows)
+    eager = rows_of(["dit-l-2"], [2], list(METHODS), spec())
+    assert {row.method for row in eager} == METHODS.keys() - set(COMPILED)
 
 
 def test_a_specification_survives_json() -> None:

@@ -147,12 +147,13 @@ def rows_of(models: list[str], blocks: list[int], methods: list[str], base: Spec
         models: names of models.
         blocks: values of B, for the methods that have several blocks and for the short model.
         methods: names of methods.
-        base: all else.
+        base: all else; without torch.compile, methods that are options of it are left out.
 
     Raises:
         ValueError: an unknown method.
     """
     check_names("method", methods, list(METHODS))
+    methods = [name for name in methods if base.compile or not _BUDGET.keys() & METHODS[name].train.keys()]
     rows = []
     for model in models:
         for count in [1, *blocks]:
