@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .augment import Augment, AugmentConfig
 from .images import ImageData
+from .placement import on_device
 
 __all__ = ["ImageBatches", "evaluation_batches"]
-
-_PLACEMENTS = ("auto", "device", "host")
 
 
 class Normalise:
@@ -65,26 +64,17 @@ class ImageBatches:
         device: torch.device,
         placement: str = "auto",
     ) -> None:
-        if placement not in _PLACEMENTS:
-            raise ValueError(f"placement = {placement!r}: must be one of {list(_PLACEMENTS)}")
         channels = data.image_shape[0]
         if augment is not None and channels not in (1, 3):
             raise ValueError(f"augment: images have {channels} channels: must be 1 or 3, or set augment to None")
         self.num_examples = len(data)
         self.device = torch.device(device)
-        self.on_device = self._fits(data) if placement == "auto" else placement == "device"
-        self.on_device = self.on_device or self.device.type == "cpu"
+        self.on_device = on_device(placement, data.images.nbytes, self.device) or self.device.type == "cpu"
         home = self.device if self.on_device else torch.device("cpu")
         self._images, self._labels = data.images.to(home), data.labels.to(home)
         self._augment = None if augment is None else Augment(augment)
         self._normalise = Normalise(mean, std, channels, self.device)
         self._transform = self._eager_transform
-
-    def _fits(self, data: ImageData) -> bool:
-        if self.device.type != "cuda":
-            return True
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return data.images.numel() <= free // 4
 
     def compile(self) -> None:
         """Compiles augmentation and normalisation into few kernels; the pixels stay the same, up to rounding

@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import read_json, write_json, write_tensors
+from .placement import on_device
 
 __all__ = ["LatentBatches", "LatentData", "latent_folder", "write_shards"]
 
-_PLACEMENTS = ("auto", "device", "host")
 _MAKE = "make it with `python -m diffusionblocks.data.encode`"
 
 _Positive = Annotated[int, Field(ge=1)]
@@ -397,8 +397,6 @@ class LatentBatches:
         sample_posterior: bool = True,
         placement: str = "auto",
     ) -> None:
-        if placement not in _PLACEMENTS:
-            raise ValueError(f"placement = {placement!r}: must be one of {list(_PLACEMENTS)}")
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale = {scale!r}: must be finite and > 0")
         self.num_examples = len(data)
@@ -406,20 +404,14 @@ class LatentBatches:
         self.scale = float(scale)
         self.sample_posterior = sample_posterior
         self._data = data
-        self.on_device = self._fits() if placement == "auto" else placement == "device"
+        num_bytes = self.num_examples * math.prod(data.image_shape) * 2 * (1 + sample_posterior)
+        self.on_device = on_device(placement, num_bytes, self.device)
         self._labels = data.labels
         if self.on_device:
             self._labels = data.labels.to(self.device)
             self._mean = self._copied(data.mean)
             self._std = self._copied(data.std) if sample_posterior else None
         self._draw = self._eager_draw
-
-    def _fits(self) -> bool:
-        if self.device.type != "cuda":
-            return False
-        free, _ = torch.cuda.mem_get_info(self.device)
-        bytes_needed = self.num_examples * math.prod(self._data.image_shape) * 2 * (1 + self.sample_posterior)
-        return bytes_needed <= free // 4
 
     def _copied(self, shards: Sequence[Tensor]) -> Tensor:
         """All shards as one tensor on the device; no second copy is ever in memory."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .placement import on_device
 from .text import TextData
 
 __all__ = ["TextBatches", "TextChunks", "evaluation_chunks"]
 
-_PLACEMENTS = ("auto", "device", "host")
 _SIGNED = {torch.uint8: torch.uint8, torch.uint16: torch.int16, torch.uint32: torch.int32}
 
 
@@ -66,26 +66,18 @@ class TextBatches:
     """
 
     def __init__(self, data: TextData, length: int, *, device: torch.device, placement: str = "auto") -> None:
-        if placement not in _PLACEMENTS:
-            raise ValueError(f"placement = {placement!r}: must be one of {list(_PLACEMENTS)}")
         _check_length(length, data, (len(data) + 1) // 2)
         self.length = length
         self.num_examples = (len(data) - length + 1) // length
         self.device = torch.device(device)
         self._ids = _signed(data)
         self._highest = _all_ones(data)
-        self.on_device = self._fits() if placement == "auto" else placement == "device"
+        self.on_device = on_device(placement, self._ids.nbytes, self.device)
         if self.on_device:
             self._ids = self._ids.to(self.device, copy=True)
 
     def compile(self) -> None:
         """There is nothing to compile: a batch is one gather."""
-
-    def _fits(self) -> bool:
-        if self.device.type != "cuda":
-            return False
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return self._ids.nbytes <= free // 4
 
     def __call__(self, indices: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Makes the batch of the given examples.

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..adapters import adapter_named
 from ..data.config import TextConfig, TokensConfig, TopicsConfig
+from ..data.placement import SHARE
 from ..recipes import Recipe, parse_recipe
 from ..runs import depth_of
 from .examples import examples_at_hand
@@ -26,9 +27,6 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 _SMALLEST = 2**20  # No training step fits less; a smaller budget lacks its unit.
-
-# `placement: auto` keeps data on a GPU where they take at most this share of its free memory.
-_SHARE_OF_DATA = 1 / 4
 
 #: Settings that save memory, in the order in which they are tried where no number of blocks fits: checkpointing costs
 #: about a third more time, 8-bit state its precision, the optimizer in the backward pass clipping and accumulation.
@@ -159,7 +157,7 @@ def _on_the_host(recipe: Recipe, budget: int, num_examples: int | None) -> dict[
     """See `Plan.always`."""
     if not on_gpu(recipe) or recipe.data.placement != "auto":
         return {}
-    if data_bytes(recipe, num_examples) <= budget * _SHARE_OF_DATA:
+    if data_bytes(recipe, num_examples) <= budget * SHARE:
         return {}
     return {"data.placement": "host"} | ({"train.cuda_graph": False} if recipe.train.cuda_graph else {})
 
