@@ -193,3 +193,11 @@ def test_local_data_is_found_by_the_environment_variable(monkeypatch: pytest.Mon
     assert resolved_source(load_recipe(recipe).data) == str(tmp_path / "cifar100")  # type: ignore[union-attr]
     chosen = load_recipe(recipe, ["data.source=elsewhere"])
     assert resolved_source(chosen.data) == "elsewhere"  # type: ignore[union-attr]
+
+
+def test_help_does_not_wait_for_libraries_of_models() -> None:
+    """They take seconds to import; what converts a model of theirs does it."""
+    slow = ("transformers.models.", "diffusers", "torchao")
+    asked = f"import sys, diffusionblocks.cli; print(*(name for name in sys.modules if name.startswith({slow})))"
+    printed = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == []

@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.models.llama.modeling_llama import rotate_half
 
 from ..attention import KERNELS, Streams, library_attention
 from ..conditioning import AdaptiveNorms
@@ -25,11 +23,18 @@ from .libraries import TRANSFORMERS, Library
 from .next_token import NextTokenAdapter
 
 _PREFIX = "diffusionblocks_"
-for _kernel in KERNELS:
-    AttentionInterface.register(f"{_PREFIX}{_kernel}", functools.partial(library_attention, kernel=_kernel))
 #: The library's own `sdpa`, under a name for which it makes no masks.
 _CAUSAL = f"{_PREFIX}causal"
-AttentionInterface.register(_CAUSAL, AttentionInterface()["sdpa"])
+
+
+@functools.cache
+def _register_kernels() -> None:
+    """Make ours known to the library, once there is a model of its language models, which take seconds to import."""
+    from transformers import AttentionInterface
+
+    for kernel in KERNELS:
+        AttentionInterface.register(f"{_PREFIX}{kernel}", functools.partial(library_attention, kernel=kernel))
+    AttentionInterface.register(_CAUSAL, AttentionInterface()["sdpa"])
 
 
 class NoisyToken(nn.Module):
@@ -155,6 +160,7 @@ class CausalLMAdapter(NextTokenAdapter):
 
     def settle(self, network: nn.Module) -> None:
         """Untie the head, keep the positions exact, and let the layers attend in two streams."""
+        _register_kernels()
         head, embedding = network.get_submodule("lm_head"), network.get_submodule("model.embed_tokens")
         tied = embedding.get_parameter("weight")
         if head.weight is tied:
@@ -235,6 +241,7 @@ class CausalLMAdapter(NextTokenAdapter):
         several texts share a sequence, which waits in every step; and captured in a CUDA graph it cannot read, and
         gives the layers a mask that keeps them off the fast kernels.
         """
+        _register_kernels()
         whole: Any = model
         config, window = whole.base_model.config, _window(whole.base_model.config)
         chosen = config._attn_implementation
@@ -269,6 +276,8 @@ def _window(config: Any) -> int | None:
 
 def _noisy_alone(layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], streams: Streams) -> Tensor:
     """A layer at the noisy positions; of the clean ones only keys and values, which is all that is read of the last."""
+    from transformers.models.llama.modeling_llama import rotate_half
+
     noisy = streams.noisy
     wanted, clean = states.split([noisy, streams.clean], dim=1)
     rotations = [part.split([noisy, streams.clean], dim=1) for part in rotation]
