@@ -74,7 +74,7 @@ class AdaptiveNorms(nn.Module):
             plain = F.layer_norm(args[0], module.normalized_shape, eps=module.eps)
             if module.bias is not None:
                 shift = shift + gain * module.bias
-            return _adapted(plain, gain * module.weight, shift).to(output.dtype)
+            return _adapted(plain, gain * module.weight, shift)
         return _adapted(output, gain, shift)
 
     def forward(

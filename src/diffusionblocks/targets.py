@@ -300,8 +300,8 @@ def in_chunks(nats: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: 
     # Split, not sliced: the gradients of all chunks are put together once.
     parts, wanted = list(states.split(chunk, dim=1)), list(tokens.split(chunk, dim=1))
     # The last is filled up: a compiled read-out that met a second shape could keep other tensors when it runs again.
-    missing = -length % chunk
-    parts[-1], wanted[-1] = F.pad(parts[-1], (0, 0, 0, missing)), F.pad(wanted[-1], (0, missing))
+    if missing := -length % chunk:
+        parts[-1], wanted[-1] = F.pad(parts[-1], (0, 0, 0, missing)), F.pad(wanted[-1], (0, missing))
     pairs = zip(parts, wanted, strict=True)
     made = [checkpoint(nats, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
     return torch.cat(made, dim=1)[:, :length]

@@ -12,7 +12,7 @@ from diffusionblocks.training.patches import multiply_patches
 
 
 @pytest.mark.parametrize("size", [(28, 28), (29, 41)])
-@pytest.mark.parametrize(("kernel", "bias"), [(14, True), ((7, 4), False)])
+@pytest.mark.parametrize(("kernel", "bias"), [(14, True), ((7, 4), False), (4, True)])
 def test_the_product_is_the_convolution(size: tuple[int, int], kernel: int | tuple[int, int], bias: bool) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 10, kernel, stride=kernel, bias=bias).double()

@@ -158,8 +158,9 @@ class ViTAdapter(Adapter):
             assert adaptive is not None
             output = adaptive(layer, condition, tokens)
             tokens = output[0] if isinstance(output, tuple) else output
-        # The head sees the places it was made for.
-        return tokens[:, :-1] if "label_token" in added else tokens, tokens[:, 0]
+        # The head sees the places it was made for. F is not cut out of them: a cut's gradient is filled up with zeros.
+        known = tokens[:, :-1] if "label_token" in added else tokens
+        return known, tokens[:, 0]
 
     def readout(
         self,

@@ -22,8 +22,7 @@ def add_bench(commands: Any) -> None:
     memory.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     memory.add_argument("--figure", type=Path, help="draw the memory of the rows to this PNG")
     memory.add_argument("--shard", default="0/1", metavar="I/N", help="only rows I, I + N, ...: several GPUs share")
-    text = "time captured steps (CUDA graphs) as well"
-    memory.add_argument("--captured", action="store_true", help=text)
+    memory.add_argument("--captured", action="store_true", help="time captured steps (CUDA graphs) as well")
     _predict(memory, "the planner's figures beside the rows, at the end; it takes about ten seconds a row, and no GPU")
     _windows(memory)
 

@@ -15,6 +15,7 @@ from ..data.config import TextConfig, TokensConfig, TopicsConfig
 from ..data.placement import SHARE
 from ..recipes import Recipe, parse_recipe
 from ..runs import depth_of
+from ..training.config import LEAN_BUDGET
 from .examples import examples_at_hand
 from .ledger import Forecast, Ledger, data_bytes, forecast, keeps_data, on_gpu
 from .timeline import Moment
@@ -36,11 +37,8 @@ SAVERS: tuple[dict[str, Any], ...] = (
     {"train.optimizer_in_backward": True, "train.gradient_clip": None, "train.accumulation": 1},
 )
 
-# Of torch.compile: norms and activation functions are computed again, and no matrix product. The cheapest saver of all.
-_BUDGET = 0.9
-
 # Chunks of the logits of a text model: so many leave little of them. It costs the head's matrix product once more, less
-# than any other saver, and is tried before them.
+# than `SAVERS`, and is tried before them, behind torch.compile's budget, which costs no matrix product at all.
 _CHUNKS = 16
 
 
@@ -48,8 +46,8 @@ def savers_of(recipe: Recipe) -> tuple[dict[str, Any], ...]:
     """`SAVERS`, behind those that not every recipe can have: torch.compile's budget, and chunks of a text's logits."""
     data, train = recipe.data, recipe.train
     first: list[dict[str, Any]] = []
-    if train.compile and train.activation_memory_budget > _BUDGET:
-        first.append({"train.activation_memory_budget": _BUDGET})
+    if train.compile and train.activation_memory_budget > LEAN_BUDGET:
+        first.append({"train.activation_memory_budget": LEAN_BUDGET})
     if isinstance(data, (TopicsConfig, TextConfig, TokensConfig)) and train.loss_chunk is None:
         first.append({"train.loss_chunk": max(1, data.length // _CHUNKS)})
     return (*first, *SAVERS)

@@ -20,7 +20,7 @@ def compile_modules(
     options: dict[str, Any] | None = None,
     dynamic: bool | None = None,
 ) -> None:
-    """torch.compile a block whole or by its parts, as `config.compile` says; an end-to-end model by its layers.
+    """torch.compile a block whole or by its parts, as `config.compile` says; an end-to-end model by its parts.
 
     Args:
         modules: blocks or an end-to-end model, of different shapes.
@@ -38,7 +38,7 @@ def compile_modules(
         dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     if config.activation_memory_budget < 1:
         backend, options = within_budget(config.activation_memory_budget, backend, options), None
-    how: dict[str, Any] = {"options": options, "dynamic": dynamic} | ({} if backend is None else {"backend": backend})
+    how: dict[str, Any] = {"backend": backend or "inductor", "options": options, "dynamic": dynamic}
     for module in modules:
         if isinstance(module, Block) and (config.compile == "layers" or config.optimizer_in_backward):
             module.compile_parts(**how)
@@ -68,7 +68,7 @@ def within_budget(
         options: inductor's.
     """
 
-    def compile_graph(graph: fx.GraphModule, inputs: Any, **_: Any) -> Any:
+    def compile_graph(graph: fx.GraphModule, inputs: Any) -> Any:
         functorch: Any = torch._functorch.config
         with functorch.patch(activation_memory_budget=budget):  # read where a graph is parted into forward and backward
             if backend is not None:

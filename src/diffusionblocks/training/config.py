@@ -168,6 +168,9 @@ class TrainConfig(BaseModel):
         return num_examples // needed
 
 
+#: An `activation_memory_budget` under which norms and activation functions are computed again, and no matrix product.
+LEAN_BUDGET = 0.9
+
 #: Fields that may differ between a checkpoint and the run that resumes it: they do not change what is computed
 #: (compile, its memory budget, cuda_graph and loss_chunk change rounding only).
 RESUME_MAY_DIFFER = frozenset(

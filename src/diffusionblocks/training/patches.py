@@ -20,8 +20,9 @@ class _PatchProduct(nn.Conv2d):
         rows, columns = height // high, width // wide
         whole = input[:, :, : rows * high, : columns * wide]  # a convolution leaves out what is less than a patch
         patches = whole.reshape(n, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        missing = -patches.shape[-1] % _ALIGNED
-        patches, matrix = F.pad(patches, (0, missing)), F.pad(weight.flatten(1), (0, missing))
+        matrix = weight.flatten(1)
+        if missing := -matrix.shape[1] % _ALIGNED:  # to pad by nothing would copy both
+            patches, matrix = F.pad(patches, (0, missing)), F.pad(matrix, (0, missing))
         return F.linear(patches, matrix, bias).permute(0, 3, 1, 2)
 
 

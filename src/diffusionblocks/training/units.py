@@ -88,10 +88,11 @@ class EndToEnd(nn.Module):
         for path in (adapter.layers_path(self.model), *adapter.shared_paths(self.model)):
             owner, _, name = path.rpartition(".")
             part = getattr(self.model.get_submodule(owner), name)
-            # Lists: the layers, and what recurrent depth has before and behind them. A bare parameter is no part.
-            parts = part if isinstance(part, nn.ModuleList) else [part] if isinstance(part, nn.Module) else []
-            for each in parts:
-                each.compile(*args, **kwargs)
+            if isinstance(part, nn.ModuleList):  # the layers, and what recurrent depth has before and behind them
+                for layer in part:
+                    layer.compile(*args, **kwargs)
+            elif isinstance(part, nn.Module):  # else a bare parameter
+                part.compile(*args, **kwargs)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens."""
