@@ -39,6 +39,11 @@ class SharedParts(nn.Module):
         self.added = added
 
 
+def computed_again(part: nn.Module, *args: Any, **options: Any) -> Any:
+    """Call a module, which keeps only its inputs for the backward pass and computes the rest again there."""
+    return checkpoint(part, *args, use_reentrant=False, **options)
+
+
 class Block(nn.Module):
     """One denoiser: a group of consecutive layers with all that is needed to train it, and nothing of the others.
 
@@ -80,6 +85,7 @@ class Block(nn.Module):
         self.interval = interval
         self.input_names = input_names
         self.activation_checkpointing = False
+        self._again: Callable[..., Any] = computed_again
         self._loss_chunk: int | None = None
 
     @property
@@ -119,11 +125,17 @@ class Block(nn.Module):
         return found
 
     def compile_parts(self, **options: Any) -> None:
-        """torch.compile each of `parts`, norms together with what adapts them: all layers share one graph."""
+        """torch.compile each of `parts`, norms together with what adapts them: all layers share one graph.
+
+        Under activation checkpointing that graph holds the checkpoint, so that its backward pass computes again what it
+        needs and no more: not, as outside of it, the layer's last matrix product too.
+        """
         layers = self.layers() if len(self.adaptive) else []
         final = [] if self.shared.final_norms is None else [self.shared.final_norms]
         for part in [*self.adaptive, *final, *(part for part in self.parts() if part not in layers)]:
             part.compile(**options)
+        if self.activation_checkpointing:
+            self._again = torch.compile(computed_again, **options)
 
     def forward(
         self, inputs: Mapping[str, Any], z: Tensor, level: Tensor, *, states_only: bool = False
@@ -178,9 +190,9 @@ class Block(nn.Module):
         adaptive: list[Any] = list(self.adaptive) or [None] * len(layers)
         if self.activation_checkpointing and torch.is_grad_enabled():
             # Adaptive norms must run again with their layer, which is an argument of theirs.
-            adaptive = [norms and functools.partial(checkpoint, norms, use_reentrant=False) for norms in adaptive]
+            adaptive = [norms and functools.partial(self._again, norms) for norms in adaptive]
             if not self.adaptive:
-                layers = [functools.partial(checkpoint, layer, use_reentrant=False) for layer in layers]
+                layers = [functools.partial(self._again, layer) for layer in layers]
         return list(zip(layers, adaptive, strict=True))
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None) -> Tensor:

@@ -420,12 +420,12 @@ def test_blocks_of_one_shape_share_one_compiled_graph(family: str) -> None:
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def gpu_trainer(folder: Path | None, shared: str = "replicated", **changes: Any) -> Trainer:
+def gpu_trainer(folder: Path | None, shared: str = "replicated", family: str = "dit", **changes: Any) -> Trainer:
     device = torch.device("cuda")
     values: dict[str, Any] = {"steps": 12, "batch_size": 6, "lr": 3e-3, "ema_decay": 0.9, "dwell": 4}
     batches = ImageBatches(images(), mean=(0.5,) * 3, std=(0.5,) * 3, augment=AugmentConfig(flip=True), device=device)
     config = TrainConfig.model_validate(values | changes)
-    model = blocks_of(shared=shared, layers=6)
+    model = blocks_of(family, shared, layers=6)
     return Trainer(model, batches, config, device=device, folder=folder, progress=False)
 
 
@@ -477,6 +477,20 @@ def test_gpu_steps_and_switches_do_not_wait_for_the_device(where: dict[str, str]
 def test_gpu_checkpointing_chooses_the_same_kernel_again() -> None:
     run = gpu_trainer(None, activation_checkpointing=True, precision="bfloat16", steps=2)
     run.train()  # torch refuses a layer whose second run keeps other tensors than its first
+
+
+@on_gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_gpu_compiled_checkpointing_drops_out_the_same_again(graph: bool) -> None:
+    def weights(**changes: Any) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        run = gpu_trainer(None, family="vit", compile="layers", cuda_graph=graph, **changes)
+        run.train()
+        return everything(run)
+
+    expected, found = weights(), weights(activation_checkpointing=True)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: n + m)
 
 
 @on_gpu

@@ -32,9 +32,6 @@ METHODS: dict[str, Method] = {
     "end-to-end": Method("whole", "AdamW, float32 weights, bfloat16 autocast"),
     "end-to-end-memory-budget": Method("whole", "torch.compile computes what is cheap again", _BUDGET),
     "end-to-end-checkpointing": Method("whole", "each layer is computed again", {"activation_checkpointing": True}),
-    "end-to-end-checkpointing-memory-budget": Method(
-        "whole", "each layer, and in it what is cheap, is computed again", {"activation_checkpointing": True, **_BUDGET}
-    ),
     "end-to-end-8bit-in-backward": Method(
         "whole",
         "8-bit AdamW, which steps inside the backward pass",
@@ -55,11 +52,6 @@ METHODS: dict[str, Method] = {
     ),
     "resident-active-checkpointing": Method(
         "blocks", "and each layer is computed again", {"resident": "active", "activation_checkpointing": True}
-    ),
-    "resident-active-checkpointing-memory-budget": Method(
-        "blocks",
-        "and each layer, and in it what is cheap, is computed again",
-        {"resident": "active", "activation_checkpointing": True, **_BUDGET},
     ),
     "resident-active-all-savers": Method(
         "blocks", "and 8-bit AdamW in the backward pass", {"resident": "active", **_SAVERS}

@@ -121,6 +121,11 @@ class TrainConfig(BaseModel):
         return self
 
     @property
+    def computes_again(self) -> bool:
+        """Whether the backward pass computes anything of the forward pass again."""
+        return self.activation_checkpointing or self.activation_memory_budget < 1
+
+    @property
     def keeps_average(self) -> bool:
         """Whether a moving average of the weights is kept."""
         return self.ema_decay is not None or self.ema_half_life is not None
