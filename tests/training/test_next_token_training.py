@@ -32,8 +32,8 @@ def unigram_entropy() -> float:
     return float(-(frequency * frequency.log()).nansum())
 
 
-def little_llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def little_llama(kernel: str = "sdpa") -> LlamaForCausalLM:
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=27,
         hidden_size=32,
@@ -43,19 +43,30 @@ def little_llama(seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=False,
+        attn_implementation=kernel,
     )
     return LlamaForCausalLM(config)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compiled", [False, "layers"])
+@pytest.mark.parametrize(
+    ("compiled", "again", "kernel"),
+    [
+        (False, False, "sdpa"),
+        ("layers", False, "sdpa"),
+        ("layers", True, "sdpa"),
+        ("layers", True, "flex_attention"),
+    ],
+)
 @pytest.mark.parametrize("blocks", [0, 2])
-def test_gpu_graphs_follow_eager_steps(blocks: int, compiled: Any) -> None:
-    """Blocks, and (0) the end-to-end control."""
+def test_gpu_graphs_follow_eager_steps(blocks: int, compiled: Any, again: bool, kernel: str) -> None:
+    """Blocks, and (0) the end-to-end control; with layers that are computed again, too."""
 
     def run(graph: bool) -> Trainer:
-        model = db.convert(little_llama(), db.BlocksConfig(num_blocks=blocks)) if blocks else EndToEnd(little_llama())
-        config = TrainConfig(steps=10, batch_size=8, lr=1e-3, compile=compiled if graph else False, cuda_graph=graph)
+        original = little_llama(kernel if graph else "sdpa")
+        model = db.convert(original, db.BlocksConfig(num_blocks=blocks)) if blocks else EndToEnd(original)
+        changes = {"compile": compiled, "activation_checkpointing": again, "cuda_graph": True} if graph else {}
+        config = TrainConfig(steps=10, batch_size=8, lr=1e-3, **changes)
         batches = TextBatches(python_topics("train"), LENGTH, device=torch.device("cuda"))
         trained = Trainer(model.cuda(), batches, config, progress=False)
         trained.train()
