@@ -72,8 +72,9 @@ def test_gpu_graphs_follow_eager_steps(blocks: int, compiled: Any, again: bool, 
         trained.train()
         return trained
 
+    atol = 1e-4 if kernel == "sdpa" else 2e-3  # FlexAttention multiplies float32 in TF32
     for a, b in zip(run(True).model.parameters(), run(False).model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-3)
 
 
 def test_blocks_learn_the_next_character_from_its_context() -> None:

@@ -490,6 +490,8 @@ def test_gpu_compiled_checkpointing_drops_out_the_same_again(graph: bool) -> Non
 
     expected, found = weights(), weights(activation_checkpointing=True)
     for name, tensor in expected.items():
+        if "k_proj.bias" in name:  # softmax does not see it: its gradient is rounding, which AdamW makes large
+            continue
         torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: n + m)
 
 
