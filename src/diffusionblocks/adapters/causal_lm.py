@@ -239,13 +239,13 @@ class CausalLMAdapter(NextTokenAdapter):
 
         Its layers see the past by `is_causal`, without a mask. The library would first read off the device whether
         several texts share a sequence, which waits in every step; and captured in a CUDA graph it cannot read, and
-        gives the layers a mask that keeps them off the fast kernels.
+        gives the layers a mask that keeps them off the fast kernels (of `flex_attention` it cannot even make one).
         """
         _register_kernels()
         whole: Any = model
         config, window = whole.base_model.config, _window(whole.base_model.config)
         chosen = config._attn_implementation
-        plain = chosen == "sdpa" and (window is None or tokens.shape[1] <= window)
+        plain = chosen in ("sdpa", "flex_attention") and (window is None or tokens.shape[1] <= window)
         try:
             if plain:
                 config._attn_implementation = _CAUSAL

@@ -26,7 +26,6 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..training.backward_order import in_order, is_view
 from .timeline import CPU_ATTENTION_BACKWARD, Timeline, attention_workspace
 
 aten = torch.ops.aten
@@ -40,23 +39,19 @@ _POINTWISE = {
 _REDUCTIONS = {aten.sum, aten.mean, aten.var, aten.var_mean, aten.amax, aten.amin, aten.any, aten.prod, aten.cat}
 
 
-def simulating_backend(
-    timeline: Timeline, parameter_shapes: set[torch.Size], *, computes_again: bool
-) -> Callable[..., Any]:
+def simulating_backend(timeline: Timeline, parameter_shapes: set[torch.Size]) -> Callable[..., Any]:
     """A backend for torch.compile whose programs only allocate.
 
     Args:
         timeline: is told of gradients and of the working memory of kernels.
         parameter_shapes: tells gradients of parameters from those of activations.
-        computes_again: `TrainConfig.computes_again`.
     """
 
     def forward(graph: fx.GraphModule, inputs: Any) -> Program:
-        return Program(list(graph.graph.nodes), timeline, set())
+        return Program(graph, timeline, set())
 
     def backward(graph: fx.GraphModule, inputs: Any) -> Program:
-        nodes = list(graph.graph.nodes)
-        return Program(in_order(nodes) if computes_again else nodes, timeline, parameter_shapes)
+        return Program(graph, timeline, parameter_shapes)
 
     made: Callable[..., Any] = aot_autograd(
         fw_compiler=forward, bw_compiler=backward, partition_fn=_partition, decompositions=select_decomp_table()
@@ -73,14 +68,14 @@ class Program:
     """One compiled graph. Calling it allocates and frees what its kernels would, and returns its outputs.
 
     Args:
-        nodes: of the graph as inductor would get it, in the order in which they are computed.
+        graph: as inductor would get it.
         timeline: see `simulating_backend`.
         gradient_shapes: outputs of these shapes are gradients of parameters.
     """
 
-    def __init__(self, nodes: list[fx.Node], timeline: Timeline, gradient_shapes: set[torch.Size]) -> None:
+    def __init__(self, graph: fx.GraphModule, timeline: Timeline, gradient_shapes: set[torch.Size]) -> None:
         self._boxed_call = True  # the caller gives a list of inputs, which is emptied so that they can die inside
-        self._nodes = nodes
+        self._nodes = list(graph.graph.nodes)
         self._timeline = timeline
         outputs = self._nodes[-1].args[0]
         assert isinstance(outputs, (list, tuple))
@@ -204,7 +199,10 @@ def _packet(node: fx.Node) -> Any:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.target is operator.getitem or is_view(node)
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
 
 def _is_pointwise(node: fx.Node) -> bool:

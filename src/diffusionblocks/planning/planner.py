@@ -224,6 +224,8 @@ class _Search:
         steps = savers_of(self.recipe)
         for count in range(1, len(steps) + 1):
             savers = {name: value for saver in steps[:count] for name, value in saver.items()}
+            if "train.activation_checkpointing" in savers:  # of a layer that is computed again nothing else is kept
+                savers.pop("train.activation_memory_budget", None)
             if fit := self.fewest_blocks(savers):
                 return fit
         if not smaller:

@@ -54,7 +54,7 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
     parameters = trainable(unit.module)
     timeline = Timeline(sum(p.numel() * p.element_size() for p in parameters), on_gpu=on_gpu)
     if train.compile:
-        backend = simulating_backend(timeline, {p.shape for p in parameters}, computes_again=train.computes_again)
+        backend = simulating_backend(timeline, {p.shape for p in parameters})
         compile_modules([module], train, backend=backend, dynamic=False)
     with FakeTensorMode():
         mounted = _without_memory(tensors_of(unit.module))

@@ -9,7 +9,6 @@ import torch
 from torch import fx, nn
 
 from ..block import Block
-from .backward_order import spending_first
 from .config import TrainConfig
 
 
@@ -37,8 +36,8 @@ def compile_modules(
     # Adaptive norms note a layer's noise level while it runs; a traced layer that runs again needs none.
     if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    if config.computes_again:
-        backend, options = keeping_less(config.activation_memory_budget, backend, options), None
+    if config.activation_memory_budget < 1:
+        backend, options = within_budget(config.activation_memory_budget, backend, options), None
     how: dict[str, Any] = {"backend": backend or "inductor", "options": options, "dynamic": dynamic}
     for module in modules:
         if isinstance(module, Block) and (config.compile == "layers" or config.optimizer_in_backward):
@@ -58,14 +57,14 @@ def compile_options(config: TrainConfig, device: torch.device) -> dict[str, Any]
     return {"combo_kernels": True}
 
 
-def keeping_less(
+def within_budget(
     budget: float, backend: Callable[..., Any] | None, options: dict[str, Any] | None
 ) -> Callable[..., Any]:
-    """A backend of torch.compile whose graphs keep less for the backward pass and compute it again there.
+    """A backend of torch.compile whose graphs keep less for the backward pass, which computes the cheapest again.
 
     Args:
-        budget: torch's `activation_memory_budget`, in [0, 1]: below 1 the cheapest is computed again.
-        backend: what generates the code; None is inductor, which then computes in the order of `backward_order`.
+        budget: torch's `activation_memory_budget`, in [0, 1].
+        backend: what generates the code; None is inductor.
         options: inductor's.
     """
 
@@ -74,6 +73,6 @@ def keeping_less(
         with functorch.patch(activation_memory_budget=budget):  # read where a graph is parted into forward and backward
             if backend is not None:
                 return backend(graph, inputs)
-            return torch._inductor.compile(graph, inputs, {**(options or {}), **spending_first()})
+            return torch._inductor.compile(graph, inputs, options)
 
     return compile_graph

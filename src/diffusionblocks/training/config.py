@@ -29,7 +29,8 @@ class TrainConfig(BaseModel):
             ready in seconds at any depth, and a few per cent slower where layers are small.
         activation_memory_budget: what torch.compile may keep for the backward pass, as a share of what it would (its
             option of that name), in [0, 1]; the backward pass computes the cheapest again. At 0.9 that is norms and
-            activation functions, and no matrix product: about a third of a layer's activations less.
+            activation functions, and no matrix product: about a third of a layer's activations less. Layers under
+            activation_checkpointing keep nothing, whatever it is.
         cuda_graph: capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph; on CPU it
             has no effect.
         schedule: which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
@@ -119,11 +120,6 @@ class TrainConfig(BaseModel):
         if self.blocks is not None and list(self.blocks) != sorted(set(self.blocks)):
             raise ValueError(f"blocks must ascend without repeats, got {list(self.blocks)}")
         return self
-
-    @property
-    def computes_again(self) -> bool:
-        """Whether the backward pass computes anything of the forward pass again."""
-        return self.activation_checkpointing or self.activation_memory_budget < 1
 
     @property
     def keeps_average(self) -> bool:
