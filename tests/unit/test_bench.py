@@ -24,7 +24,7 @@ from diffusionblocks.bench.models import MODELS, build, recipe_of, splits_of
 from diffusionblocks.bench.rivals import BAdamRunner, RivalRunner, rival
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain
 from diffusionblocks.bench.speed import ratios_of
-from diffusionblocks.bench.table import gather, shard
+from diffusionblocks.bench.table import gather, printed, shard, summary
 from diffusionblocks.bench.tasks import runner_of
 from diffusionblocks.bench.worker import answer, isolated, server_command
 from diffusionblocks.model import DiffusionBlocks
@@ -447,6 +447,18 @@ def test_captured_steps_are_timed_beside_the_others(method: str, too: bool) -> N
     assert row["step_ms"]["median"] > 0
     assert ("captured_ms" in row) == too
     assert not too or row["captured_ms"]["median"] > 0
+
+
+def test_a_row_outlives_its_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Spec) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr("diffusionblocks.bench.tasks._captured_times", fails)
+    row = answer(spec(captured=True, compile=False))
+    assert row["peak_bytes"] > 0
+    assert "error" not in row
+    assert summary(row).endswith("captured: RuntimeError: operation not permitted when stream is capturing")
+    assert "failed" in printed([row | {"key": "x"}])
 
 
 @pytest.mark.parametrize("offload", ["host", "disk"])

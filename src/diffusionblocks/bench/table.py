@@ -155,6 +155,8 @@ def summary(found: dict[str, Any]) -> str:
     for name in ("step_ms", "trainer_ms", "bare_ms"):
         if name in found:
             parts.append(f"{name.removesuffix('_ms')} {found[name]['median']:.2f} ms")
+    if "captured_error" in found:
+        parts.append(f"captured: {found['captured_error'].splitlines()[0]}")
     return ", ".join(parts)
 
 
@@ -229,7 +231,7 @@ def printed(rows: Sequence[dict[str, Any]]) -> str:
         cell["host"] = format_bytes(row["host_bytes"]) if done else None
         cell["step ms"] = f"{row['step_ms']['median']:.2f}" if done else None
         captured = row.get("captured_ms")
-        cell["captured ms"] = f"{captured['median']:.2f}" if captured else None
+        cell["captured ms"] = f"{captured['median']:.2f}" if captured else "failed" if "captured_error" in row else None
         cell["switch ms"] = f"{row['switch_ms']:.1f}" if done and row["switch_ms"] is not None else None
         cell["samples/s"] = f"{row['samples_per_second']:.0f}" if done else None
         cell["of all layers"] = f"{row['epoch_samples_per_second']:.0f}" if done else None

@@ -8,6 +8,7 @@ import gc
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,11 @@ def _row(spec: Spec) -> dict[str, Any]:
     row = _launched(spec)
     method = METHODS[spec.method]
     if spec.captured and method.kind != "rival" and method.train.get("optimizer") != "adamw-8bit":
-        row["captured_ms"] = _captured_times(spec).to_dict()
+        try:
+            row["captured_ms"] = _captured_times(spec).to_dict()
+        except Exception as error:  # what was measured before must not be lost to it
+            traceback.print_exc()
+            row["captured_error"] = f"{type(error).__name__}: {error}".strip()
     return row
 
 
