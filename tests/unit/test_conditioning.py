@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from helpers import seeded
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -32,7 +33,7 @@ class Layer(nn.Module):
 
 
 def outcome(run: Any, modules: list[nn.Module], layer: nn.Module, leading: int | None) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     x = torch.randn(3, 5, DIM, generator=generator, requires_grad=True)
     condition = torch.randn(3, CONDITION, generator=generator, requires_grad=True)
     output = run(layer, condition, x, leading=leading)

@@ -25,6 +25,20 @@ from .models import batch_size_of, build, bytes_of_data, layers_of, recipe_of, s
 from .rivals import Plain, compiled, rival
 from .runners import Runner, TrainerRunner
 
+#: Allocators, of the device and of the host, say one of these when there is no more.
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What an answer says of an exception, as its `error`; the traceback of an unexpected one is printed."""
+    if isinstance(error, (ValueError, ImportError)):  # what can be told in advance: a package that is missing, say
+        return {"error": str(error)}
+    text = f"{type(error).__name__}: {error}".strip()
+    if any(part in text.lower() for part in _NO_MEMORY):
+        return {"error": "out of memory", "detail": text.splitlines()[0]}
+    traceback.print_exception(error)
+    return {"error": text}
+
 
 @contextlib.contextmanager
 def runner_of(spec: Spec) -> Iterator[Runner]:
@@ -57,8 +71,7 @@ def _row(spec: Spec) -> dict[str, Any]:
         try:
             row["captured_ms"] = _captured_times(spec).to_dict()
         except Exception as error:  # what was measured before must not be lost to it
-            traceback.print_exc()
-            row["captured_error"] = f"{type(error).__name__}: {error}".strip()
+            row["captured_error"] = failure(error)["error"]
     return row
 
 

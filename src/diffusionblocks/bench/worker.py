@@ -32,25 +32,16 @@ STARTS_CUDA = ("bitsandbytes", "torchao")
 #: A fork that cannot use the GPU says one of these.
 _UNUSABLE = ("Cannot re-initialize CUDA in forked subprocess", "initialization error", "CUDA driver initialization")
 
-#: And so do allocators, of the device and of the host, when there is no more.
-_NO_MEMORY = ("out of memory", "can't allocate memory")
-
 
 def answer(spec: Spec) -> dict[str, Any]:
     """Measure; what goes wrong becomes the answer's `error`."""
-    from .tasks import TASKS
+    from .tasks import TASKS, failure
 
     started = time.perf_counter()
     try:
         result = TASKS[spec.task](spec)
-    except (ValueError, ImportError) as error:  # what can be told in advance: a package that is missing, say
-        return {"error": str(error)}
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".strip()
-        if any(part in text.lower() for part in _NO_MEMORY):
-            return {"error": "out of memory", "detail": text.splitlines()[0]}
-        traceback.print_exc()
-        return {"error": text}
+        return failure(error)
     return result | {"seconds": time.perf_counter() - started}
 
 
