@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from diffusionblocks.evaluation.memory import size_of, transient_peak
 from diffusionblocks.training import BatchMaker, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.arena import Arena, Layout, host_memory, mapped_file
 from diffusionblocks.training.checkpoint import checkpoints
+from diffusionblocks.training.keys import key
 from diffusionblocks.training.optim import Updater
 from diffusionblocks.training.residency import ActiveResident, AllResident
-from diffusionblocks.training.schedules import block_schedule, next_others
+from diffusionblocks.training.schedules import MOST_ITERATIONS, block_schedule, next_others
 from diffusionblocks.training.skeleton import shape_of
 
 BLOCKS = 3
@@ -108,17 +111,58 @@ def test_every_unit_steps_exactly_its_steps(kind: str, dwell: int) -> None:
 
 
 def test_schedules_are_what_they_are_called() -> None:
-    assert block_schedule("round-robin", [3, 3, 3], 1, 0) == [0, 1, 2] * 3
-    assert block_schedule("round-robin", [3, 5], 2, 0) == [0, 0, 1, 1, 0, 1, 1, 1]
-    assert block_schedule("sequential", [2, 3], 1, 0) == [0, 0, 1, 1, 1]
+    assert [*block_schedule("round-robin", [3, 3, 3], 1, 0)] == [0, 1, 2] * 3
+    assert [*block_schedule("round-robin", [3, 5], 2, 0)] == [0, 0, 1, 1, 0, 1, 1, 1]
+    assert [*block_schedule("sequential", [2, 3], 1, 0)] == [0, 0, 1, 1, 1]
     dwelling = block_schedule("random", [6, 6], 3, 0)
     assert all(len(set(dwelling[i : i + 3])) == 1 for i in range(0, 12, 3))
-    assert block_schedule("random", [50, 50], 1, 0) != block_schedule("round-robin", [50, 50], 1, 0)
+    assert [*block_schedule("random", [50, 50], 1, 0)] != [*block_schedule("round-robin", [50, 50], 1, 0)]
 
 
 def test_the_next_other_unit_is_known_ahead() -> None:
-    assert next_others([0, 0, 1, 2, 2]) == [1, 1, 2, None, None]
-    assert next_others([]) == []
+    assert [*next_others([0, 0, 1, 2, 2])] == [1, 1, 2, None, None]
+    assert [*next_others([0, 0, 1, 2, 2], 2)] == [2, None, None]
+    assert [*next_others([])] == []
+
+
+def listed(kind: str, steps: list[int], dwell: int, seed: int) -> list[int]:
+    """The order of runs that began before schedules were computed: every visit in a list, which is then permuted."""
+    visits = [[min(dwell, n - start) for start in range(0, n, dwell)] for n in steps]
+    order = [(unit, length) for unit, lengths in enumerate(visits) for length in lengths]
+    if kind != "sequential":
+        rounds = itertools.zip_longest(*visits)
+        order = [(unit, length) for lengths in rounds for unit, length in enumerate(lengths) if length is not None]
+    if kind == "random":
+        generator = torch.Generator().manual_seed(key(seed, 0, 0, "schedule"))
+        order = [order[place] for place in torch.randperm(len(order), generator=generator).tolist()]
+    return [unit for unit, length in order for _ in range(length)]
+
+
+@pytest.mark.parametrize("kind", ["random", "round-robin", "sequential"])
+@pytest.mark.parametrize("dwell", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("steps", [[1], [9], [8, 8, 8], [7, 4, 9], [0, 3, 1, 3], [20, 1, 1, 13, 6, 20]])
+def test_a_computed_schedule_is_the_listed_one(kind: str, dwell: int, steps: list[int]) -> None:
+    expected, schedule = listed(kind, steps, dwell, 5), block_schedule(kind, steps, dwell, 5)
+    assert [*schedule] == expected
+    assert len(schedule) == len(expected)
+    assert schedule[-1] == expected[-1]
+    assert [*next_others(schedule)] == [*next_others(expected)]
+    assert [*next_others(schedule, len(expected) // 2)] == [*next_others(expected, len(expected) // 2)]
+
+
+@pytest.mark.parametrize("kind", ["random", "round-robin", "sequential"])
+def test_a_long_schedule_takes_neither_time_nor_memory(kind: str) -> None:
+    steps = 2 * 10**5 if kind == "random" else MOST_ITERATIONS // 4
+    started = time.perf_counter()
+    schedule = block_schedule(kind, [steps] * 4, 1, 0)
+    assert 0 <= schedule[len(schedule) // 2] < 4
+    assert next(next_others(schedule, len(schedule) // 2)) is not None
+    assert time.perf_counter() - started < 1
+
+
+def test_a_schedule_of_too_many_iterations_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 units.*3,000,000,000.*100,000,000.*train.steps"):
+        block_schedule("random", [10**9] * 3, 1, 0)
 
 
 # ---- the same blocks, whatever the schedule and the residency ------------------------------------------------

@@ -89,7 +89,9 @@ class Trainer:
         self.residency = make_residency(self.units, shared, lengths, config, self.device, folder, fill)
         self.sets = self.residency.sets
         self.stepper = Stepper(self.residency, batches, config, self.device)
-        self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.dwell, config.seed)
+        self.schedule: Sequence[int] = block_schedule(
+            config.schedule, [steps] * len(self.units), config.dwell, config.seed
+        )
         self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
         self.iteration = 0
         self.seconds = 0.0
@@ -154,10 +156,10 @@ class Trainer:
         counts = [0] * len(self.units)
         started = logged = time.perf_counter()
         before = self.seconds
-        following = next_others(self.schedule)
+        following = next_others(self.schedule, self.iteration)
         while self.iteration < end:
             unit = self.schedule[self.iteration]
-            self.step(unit, following[self.iteration])
+            self.step(unit, next(following))
             counts[unit] += 1
             self.iteration += 1
             last = self.iteration == end
