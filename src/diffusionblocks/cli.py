@@ -353,10 +353,11 @@ def _branch(options: argparse.Namespace) -> None:
     from .branching import branch
     from .evaluation.tables import block_table, format_table
     from .loading import load
-    from .saving import save
+    from .saving import check_out, save
     from .tokenizer_file import tokenizer_in
 
     given = {name: getattr(options, name) for name in ("overlap", "partition")}
+    check_out(options.out, [options.model], "branched")
     trunk = load(options.model)
     model = branch(trunk, options.blocks, **{name: value for name, value in given.items() if value is not None})
     tokenizer = tokenizer_in(options.model)

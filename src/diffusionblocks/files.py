@@ -1,13 +1,21 @@
-"""Files, whole or not at all: written under a temporary name and renamed. safetensors and JSON, never pickle."""
+"""Files, whole or not at all: written in a hidden folder and renamed. safetensors and JSON, never pickle.
+
+What is being written lies in `.NAME.OWNER.tmp` beside its place, where OWNER names the process. A process that dies
+leaves it there; the next one that writes to the same place sweeps it, and puts back what a replacement had moved away.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,64 +24,287 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+_WORKSPACE = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp")
+
+_OLD = "the-old-one"  # within a workspace: the folder that is being replaced
+
+#: Seconds after which the workspace of another machine counts as that of a dead process: it cannot be asked.
+_FOREIGN_AGE = 24 * 3600.0
+#: The same for one that has moved an older folder away without putting the new one in its place, which takes no time.
+_FOREIGN_GAP = 60.0
+
+
+# ---- replacing -------------------------------------------------------------------------------------------------
+
+
+def check_replaceable(path: Path, ours: re.Pattern[str]) -> None:
+    """Refuse a folder that must not be replaced, before anything is written or moved.
+
+    Args:
+        path: where a folder is to be written.
+        ours: names of files that such a folder holds; one that is there and holds any of them, or nothing, may be
+            replaced.
+
+    Raises:
+        ValueError: a file, a link, the current folder or one above it, a mounted disk, or a folder of other things.
+    """
+    if path.name in ("", ".."):
+        raise ValueError(f"{path} cannot be replaced by what is saved: give a folder with a name of its own")
+    if path.is_symlink():
+        raise ValueError(
+            f"{path} is a symbolic link to {os.readlink(path)}: saving there would replace the link; give the folder "
+            "itself, or another one"
+        )
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: choose a folder")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError(f"{path} is the current folder or above it, and would be replaced: choose a folder below it")
+    if path.is_mount():
+        raise ValueError(f"{path} is where a disk is mounted, and cannot be replaced: choose a folder below it")
+    names = sorted(entry.name for entry in path.iterdir())
+    if names and not any(ours.fullmatch(name) for name in names):
+        raise ValueError(
+            f"{path} holds other things ({', '.join(names[:3])}) and nothing that was saved there before, so it is not "
+            "replaced: choose a new or empty folder"
+        )
+
 
 @contextlib.contextmanager
 def replaced_folder(path: Path, ours: re.Pattern[str]) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the body ends without error.
+    """A temporary folder that takes the name `path` when the body ends without error.
 
     Files of an older folder whose names match `ours` are replaced; others are not ours and move to the new folder.
+
+    Raises:
+        ValueError: see `check_replaceable`; nothing was moved.
+        OSError: it cannot be written; what was at `path` is there as before.
     """
+    check_replaceable(path, ours)
+    recover(path, ours)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        temporary.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-            kept = old / path.name
-            path.replace(kept)
-            try:
-                temporary.replace(path)
-            except OSError:
-                kept.replace(path)  # the older folder takes its place again
-                old.rmdir()
-                raise
-            for file in kept.iterdir():
-                if not ours.fullmatch(file.name):
-                    file.replace(path / file.name)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    if file.is_file():
-        descriptor = os.open(file, os.O_RDONLY)
+    with _workspace(path) as workspace:
+        new, old = workspace / "new", workspace / _OLD
+        new.mkdir()
+        with naming(path):
+            yield new
+        mode = _mode_of_new_files(workspace)
+        for file in new.iterdir():
+            if file.is_file():
+                file.chmod(mode)
+                _sync(file)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            if path.exists():
+                path.replace(old)
+            new.replace(path)
+        except BaseException:
+            _put_back(old, path)  # the older folder takes its place again
+            raise
+        _move_others(old, path, ours)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    if old.exists() and not os.path.lexists(path):
+        old.replace(path)
+
+
+def _move_others(old: Path, path: Path, ours: re.Pattern[str]) -> None:
+    if old.is_dir():
+        for file in old.iterdir():
+            if not ours.fullmatch(file.name) and not os.path.lexists(path / file.name):
+                file.replace(path / file.name)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder: it is there whole or not at all, also where the process is killed meanwhile."""
+    with _workspace(path) as workspace:
+        path.replace(workspace / "deleted")
+
+
+def recover(path: Path, ours: re.Pattern[str]) -> None:
+    """Finish what a process was doing that died while it replaced a folder, and sweep what it left.
+
+    Does nothing where nothing was left, or where it cannot (a read-only disk).
+
+    Args:
+        path: the folder.
+        ours: see `replaced_folder`.
+    """
+    with contextlib.suppress(OSError):
+        for workspace in _workspaces(path.parent):
+            if _replaced_name(workspace) != path.name:
+                continue
+            old, new = workspace / _OLD, workspace / "new"
+            gap = old.exists() and not os.path.lexists(path)
+            if not _is_dead(workspace, _FOREIGN_GAP if gap else _FOREIGN_AGE):
+                continue
+            if gap:
+                (new if new.exists() else old).replace(path)  # the new one was whole before the older one moved
+            if path.is_dir():
+                _move_others(old, path, ours)
+            shutil.rmtree(workspace, ignore_errors=True)
+        if not os.path.lexists(path):  # as version 0.1.0 moved it away
+            for kept in sorted(path.parent.glob(f".{_literal(path.name)}-old-????????/{_literal(path.name)}")):
+                kept.replace(path)
+                kept.parent.rmdir()
+                break
+
+
+def recover_in(folder: Path, ours: re.Pattern[str]) -> None:
+    """`recover` every folder in a folder of such."""
+    for name in {_replaced_name(workspace) for workspace in _workspaces(folder)}:
+        recover(folder / name, ours)
+
+
+def _replaced_name(workspace: Path) -> str:
+    found = _WORKSPACE.fullmatch(workspace.name)
+    return "" if found is None else found["name"]
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what dead processes were writing in a folder; an older folder that one moved away is left to `recover`."""
+    with contextlib.suppress(OSError):
+        for workspace in _workspaces(folder):
+            if not (workspace / _OLD).exists() and _is_dead(workspace, _FOREIGN_AGE):
+                shutil.rmtree(workspace, ignore_errors=True)
+
+
+_swept = functools.cache(sweep)  # where many files are written, once is enough
 
 
 @contextlib.contextmanager
 def renamed(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path`. Processes that write it at once use their own; the last one names it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary name that becomes `path`. Whoever writes it at once uses another one; the last one names it.
+
+    Raises:
+        OSError: it cannot be written; it names `path`, and what was there stays.
+    """
+    with _workspace(path) as workspace, naming(path):
+        yield workspace / path.name
+        (workspace / path.name).replace(path)
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Let errors of the system that name no file, or a temporary one, name `path`."""
     try:
-        yield temporary
-        temporary.replace(path)
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or ".tmp/" in str(error.filename)):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+# ---- workspaces ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _workspace(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` that no other process or thread has; it goes at the end."""
+    _swept(path.parent)
+    owner = f"{_machine()}-{os.getpid()}-{_started(os.getpid()) or 0}-{secrets.token_hex(4)}"
+    workspace = path.with_name(f".{path.name}.{owner}.tmp")
+    with naming(path):
+        workspace.mkdir()
+    try:
+        yield workspace
     finally:
-        temporary.unlink(missing_ok=True)
+        if os.path.lexists(path) or not (workspace / _OLD).exists():  # else it holds the only copy
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in `parent`, for files that will be renamed into it; it goes at the end."""
+    with _workspace(parent / name) as workspace:
+        yield workspace
+
+
+def _workspaces(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _WORKSPACE.fullmatch(path.name) and path.is_dir())
+
+
+def _is_dead(workspace: Path, age: float) -> bool:
+    """Whether the process that made it has ended; of another machine, whether it is older than `age` seconds."""
+    found = _WORKSPACE.fullmatch(workspace.name)
+    assert found is not None
+    if found["machine"] != _machine():
+        parts = [workspace, *workspace.rglob("*")]
+        return time.time() - max(part.stat().st_mtime for part in parts) > age
+    return not process_runs(int(found["pid"]), int(found["started"]))
+
+
+def process_runs(pid: int, started: int) -> bool:
+    """Whether a process of this machine is the one that started then (ids are given again)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    now = _started(pid)
+    return now is None or not started or now == started
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in ticks since the machine did; None where the system does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+@functools.cache
+def _machine() -> str:
+    """Names the machine, or container, within which ids of processes mean something."""
+    space = "/proc/self/ns/pid"
+    names = [socket.gethostname(), os.readlink(space) if os.path.lexists(space) else ""]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mode_of_new_files(workspace: Path) -> int:
+    """The mode that the umask leaves a new file: safetensors makes files for their owner alone."""
+    probe = workspace / "mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors, and text beside them, to a safetensors file, through a temporary name."""
+    """Write tensors, and text beside them, to a safetensors file, through a temporary name.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; it names the file.
+    """
     with renamed(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        mode = _mode_of_new_files(temporary.parent)
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise ValueError(f"{path} cannot be written: {error}") from None
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        temporary.chmod(mode)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -88,6 +319,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return dict(load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not safetensors: {error}") from None
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -105,8 +339,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # not JSON, not text, a number too long, nested too deep
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")

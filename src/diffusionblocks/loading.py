@@ -14,10 +14,10 @@ from .adapters import outline, rebuild_config
 from .building import materialise_buffers
 from .config import BlocksConfig
 from .convert import assemble
-from .files import read_json, read_tensors
+from .files import read_json, read_tensors, recover
 from .model import DiffusionBlocks
 from .partition import Partition
-from .saving import FORMAT, INDEX, SHARED, block_file
+from .saving import FORMAT, INDEX, SHARED, WITH_TOKENIZER, block_file
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def read_saved(path: str | Path) -> SavedModel:
         ValueError: the index is damaged, of another format, or describes no model.
     """
     folder = Path(path)
+    recover(folder, WITH_TOKENIZER)
     index = read_json(folder / INDEX)
     missing = {"format", "model_class", "model_config", "blocks_config", "partition"} - set(index)
     if missing:

@@ -21,7 +21,7 @@ from .adapters import config_values
 from .files import replaced_folder, write_json
 from .loading import SavedModel, outline_saved, read_saved
 from .model import DiffusionBlocks
-from .saving import INDEX, SHARED, WITH_TOKENIZER, block_file
+from .saving import INDEX, SHARED, WITH_TOKENIZER, block_file, check_out
 from .tokenizer_file import same_tokenizer, tokenizer_in
 
 #: entries of a model's config that say where it came from, and change nothing
@@ -118,11 +118,7 @@ def _check_inputs(models: list[SavedModel], folders: list[Path], out: Path) -> N
         if model.folder.resolve() in seen:
             raise ValueError(f"{model.folder} is given twice; name each folder once")
         seen.add(model.folder.resolve())
-    for place in [*folders, *(model.folder for model in models)]:
-        if place.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"out = {out} would replace {place}, which is merged; choose another folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out = {out} is a file; choose a folder")
+    check_out(out, [*folders, *(model.folder for model in models)], "merged")
 
 
 def _check_configs(models: list[SavedModel]) -> None:

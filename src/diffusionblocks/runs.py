@@ -14,12 +14,13 @@ from torch import nn
 
 from .adapters import adapter_named
 from .branching import branch
-from .files import read_json, write_json
+from .files import check_replaceable, read_json, write_json
 from .fitting import Fit, fit_levels, with_noise
 from .merging import difference
 from .model import DiffusionBlocks
 from .recipes import FitConfig, Recipe, TrunkConfig
 from .scores import Row, Splits, check_evaluation, evaluate
+from .saving import MODEL_FILES
 from .sources import (
     check_data,
     device_of,
@@ -121,6 +122,8 @@ def train(
     of_blocks = recipe.method == "diffusionblocks"
     with_trunk = recipe.trunk is not None and of_blocks
     device_of(recipe)  # what can be refused at once is, before the data are read
+    for place in (folder / "model", *([folder / "trunk" / "model"] if with_trunk else [])):
+        check_replaceable(place, MODEL_FILES)
     if with_trunk and resume:
         _check_same_branch(recipe, folder)
     if of_blocks and resume:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .adapters import config_values, instantiate
-from .files import replaced_folder, write_json, write_tensors
+from .files import check_replaceable, replaced_folder, write_json, write_tensors
 from .tokenizer_file import TOKENIZER, write_tokenizer
 
 if TYPE_CHECKING:
@@ -35,6 +35,27 @@ SHARED = "shared.safetensors"
 OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
 #: and with the tokenizer beside them, where that is replaced as well
 WITH_TOKENIZER = re.compile(rf"{OURS.pattern}|{re.escape(TOKENIZER)}")
+#: names of the files of an end-to-end model, which its own library writes
+_LIBRARY = r"config\.json|generation_config\.json|(model|diffusion_pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
+#: what a run may have left as its model, of either method: all of it is replaced
+MODEL_FILES = re.compile(rf"{WITH_TOKENIZER.pattern}|{_LIBRARY}")
+
+
+def check_out(out: Path, inputs: Sequence[Path], done: str) -> None:
+    """Refuse a folder for a model, before any work, that must not be replaced, or that would replace what is read.
+
+    Args:
+        out: the folder.
+        inputs: what is read.
+        done: what is done to them, for the message.
+
+    Raises:
+        ValueError: see `check_replaceable`; or an input lies in `out`.
+    """
+    for place in inputs:
+        if place.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"out = {out} would replace {place}, which is {done}; choose another folder")
+    check_replaceable(out, WITH_TOKENIZER)
 
 
 def save(
@@ -51,7 +72,8 @@ def save(
         tokenizer: the bytes of a language model's `tokenizer.json`; None leaves one that is there as it is.
 
     Raises:
-        ValueError: no such block, some blocks of a model with `joint` shared parts, or a block on the meta device.
+        ValueError: no such block, some blocks of a model with `joint` shared parts, a block on the meta device, or a
+            place that must not be replaced (`check_replaceable`).
     """
     chosen = _chosen(model, blocks)
     with replaced_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:

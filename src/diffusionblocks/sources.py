@@ -41,11 +41,11 @@ from .data.config import (
 )
 from .data.tokenized import corpus_tokenizer, corpus_tokenizer_path, encoded_split, load_tokenizer, split_files
 from .evaluation.pictures import to_uint8
-from .files import read_json
+from .files import read_json, recover, replaced_folder
 from .loading import load
 from .model import DiffusionBlocks
 from .recipes import Recipe
-from .saving import INDEX, save
+from .saving import INDEX, MODEL_FILES, save
 from .tokenizer_file import same_tokenizer, tokenizer_in, write_tokenizer
 from .training import BatchMaker, EndToEnd
 from .weights import Fresh, WeightSource, pretrained_source
@@ -351,9 +351,10 @@ def save_model(model: nn.Module, path: Path, blocks: Sequence[int] | None = None
     if isinstance(model, DiffusionBlocks):
         save(model, path, blocks, tokenizer)
     elif isinstance(model, EndToEnd):
-        model.model.save_pretrained(path)  # type: ignore[operator]
-        if tokenizer is not None:
-            write_tokenizer(path, tokenizer)
+        with replaced_folder(path, MODEL_FILES) as folder:
+            model.model.save_pretrained(folder)  # type: ignore[operator]
+            if tokenizer is not None:
+                write_tokenizer(folder, tokenizer)
 
 
 def load_model(recipe: Recipe, path: Path) -> nn.Module:
@@ -363,6 +364,7 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
         FileNotFoundError: nothing there.
         ValueError: a model of the other method, or of another family.
     """
+    recover(path, MODEL_FILES)
     if not path.is_dir():
         raise FileNotFoundError(f"no model at {path}; train first: diffusionblocks train RECIPE --out {path.parent}")
     in_our_format = (path / INDEX).is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import listing
 from safetensors.torch import load_file
+from transformers import ViTForImageClassification
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
@@ -108,6 +111,43 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path: Path) -> None:
     for file in sorted((tmp_path / "a" / "model").glob("*.safetensors")):
         resumed, whole = load_file(file), load_file(tmp_path / "b" / "model" / file.name)
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_branching_replaces_neither_the_trunk_nor_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = ["--set", "blocks.num_blocks=1", "--set", "model.config.num_hidden_layers=1", "--set", "train.steps=1"]
+    assert main(["train", DIGITS, "--out", str(tmp_path / "run"), "--quiet", *TINY, *one]) == 0
+    (tmp_path / "file").write_text("mine")
+    trunk = tmp_path / "run" / "model"
+    for out, message in (
+        (trunk, "which is branched"),
+        (tmp_path / "run", "which is branched"),
+        (tmp_path / "file", "is a file"),
+    ):
+        assert main(["branch", str(trunk), "--blocks", "2", "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert db.load(trunk).partition.num_blocks == 1
+
+
+def test_the_control_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of another shape that fails while it saves leaves the older control, config and weights."""
+    arguments = ["train", DIGITS, "--out", str(tmp_path), "--quiet", *TINY, "--set", "method=end-to-end"]
+    arguments += ["--set", "train.steps=1", "--set", "evaluate.limit=20"]
+    assert main(arguments) == 0
+    before = listing(tmp_path / "model")
+    real = ViTForImageClassification.save_pretrained
+
+    def failing(model: ViTForImageClassification, folder: Path) -> None:
+        model.config.save_pretrained(folder)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ViTForImageClassification, "save_pretrained", failing)
+    shallower = ["--restart", "--set", "model.config.num_hidden_layers=1"]
+    with contextlib.suppress(OSError):
+        assert main([*arguments, *shallower]) != 0
+    assert listing(tmp_path / "model") == before
+    monkeypatch.setattr(ViTForImageClassification, "save_pretrained", real)
+    assert main([*arguments, *shallower]) == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"] == 1
 
 
 def test_inspect_draws_the_partition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

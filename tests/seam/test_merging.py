@@ -381,3 +381,13 @@ def test_the_inputs_are_not_replaced(parts: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "file").is_file()
     db.merge(folders, run / "merged")  # beside the run's model is no harm
     assert listing(run / "merged") == listing(tmp_path / "whole")
+
+
+def test_a_folder_of_other_things_is_not_replaced(parts: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "whole")
+    refused("holds other things", parts, out=tmp_path / "work")
+    refused("symbolic link", parts, out=tmp_path / "link")
+    (tmp_path / "file").write_text("mine")
+    refused("is a file", parts, out=tmp_path / "file")

@@ -10,8 +10,6 @@ import contextlib
 import functools
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import read_json, write_json, write_tensors
+from ..files import read_json, temporary_folder, write_json, write_tensors
 from .placement import on_device
 
 __all__ = ["LatentBatches", "LatentData", "latent_folder", "write_shards"]
@@ -260,7 +258,7 @@ def write_shards(
     overwrite: bool = False,
 ) -> int:
     """Writes a split of a folder of latents. What is written appears under its names only when all of it is there;
-    a run that is killed before leaves a hidden folder, to be deleted by hand.
+    what a run that is killed before leaves in a hidden folder is swept by the next one.
 
     Args:
         folder: where; made if need be. Other splits in it stay.
@@ -295,8 +293,7 @@ def write_shards(
         )
 
     # Inside the folder, not beside it: the same disk, even where the folder is a mount.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
-    try:
+    with temporary_folder(folder, split) as temporary:
         counts = []
         shape: tuple[int, ...] = ()
         with contextlib.closing(_shards(rows, shard_rows, len(class_names))) as shards:
@@ -320,8 +317,6 @@ def write_shards(
         for number in range(len(counts)):
             _shard(temporary, split, number).replace(_shard(folder, split, number))
         write_json(folder / f"{split}.json", index.model_dump())
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return sum(counts)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..files import read_json, read_tensors, replaced_folder, write_json, write_tensors
+from ..files import delete_folder, read_json, read_tensors, recover_in, replaced_folder, write_json, write_tensors
 
 _FILES = re.compile(r"[a-z0-9-]+\.safetensors|state\.json")
 _NAME = re.compile(r"iteration-(\d{9})")
@@ -36,13 +35,14 @@ def _file(owner: str) -> str:
 def remove(paths: list[Path]) -> None:
     """Delete checkpoints."""
     for path in paths:
-        shutil.rmtree(path)
+        delete_folder(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
+    recover_in(folder, _FILES)
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
