@@ -52,22 +52,22 @@ def check_replaceable(path: Path, ours: re.Pattern[str]) -> None:
         raise ValueError(f"{path} cannot be replaced by what is saved: give a folder with a name of its own")
     if path.is_symlink():
         raise ValueError(
-            f"{path} is a symbolic link to {os.readlink(path)}: saving there would replace the link; give the folder "
+            f"{path} is a symbolic link to {path.readlink()}: saving there would replace the link; give the folder "
             "itself, or another one"
         )
     if not path.exists():
         return
     if not path.is_dir():
-        raise ValueError(f"{path} is a file: choose a folder")
+        raise ValueError(f"{path} is a file; choose a folder")
     if Path.cwd().is_relative_to(path.resolve()):
-        raise ValueError(f"{path} is the current folder or above it, and would be replaced: choose a folder below it")
+        raise ValueError(f"{path} is the current folder or above it, and would be replaced; choose a folder below it")
     if path.is_mount():
-        raise ValueError(f"{path} is where a disk is mounted, and cannot be replaced: choose a folder below it")
+        raise ValueError(f"{path} is where a disk is mounted, and cannot be replaced; choose a folder below it")
     names = sorted(entry.name for entry in path.iterdir())
     if names and not any(ours.fullmatch(name) for name in names):
         raise ValueError(
             f"{path} holds other things ({', '.join(names[:3])}) and nothing that was saved there before, so it is not "
-            "replaced: choose a new or empty folder"
+            "replaced; choose a new or empty folder"
         )
 
 
@@ -264,8 +264,8 @@ def _started(pid: int) -> int | None:
 @functools.cache
 def _machine() -> str:
     """Names the machine, or container, within which ids of processes mean something."""
-    space = "/proc/self/ns/pid"
-    names = [socket.gethostname(), os.readlink(space) if os.path.lexists(space) else ""]
+    space = Path("/proc/self/ns/pid")
+    names = [socket.gethostname(), str(space.readlink()) if space.is_symlink() else ""]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
 
 

@@ -19,8 +19,8 @@ from .fitting import Fit, fit_levels, with_noise
 from .merging import difference
 from .model import DiffusionBlocks
 from .recipes import FitConfig, Recipe, TrunkConfig
-from .scores import Row, Splits, check_evaluation, evaluate
 from .saving import MODEL_FILES
+from .scores import Row, Splits, check_evaluation, evaluate
 from .sources import (
     check_data,
     device_of,
