@@ -12,6 +12,7 @@ from typing import Any
 from .adapters import instantiate, with_depth
 from .config import BlocksConfig
 from .convert import assemble
+from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks
 
 
@@ -28,7 +29,8 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
         The branched model, on the trunk's device, in its mode. Every block computes what the trunk does.
 
     Raises:
-        ValueError: the trunk has several blocks, or a change that would alter what the trunk has learned.
+        ValueError: the trunk has several blocks, its weights are not finite, or a change that would alter what it has
+            learned.
     """
     if trunk.partition.num_blocks != 1:
         raise ValueError(f"a trunk has one block on all levels; this model has {trunk.partition.num_blocks}")
@@ -45,6 +47,7 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
     parameter = next(first.parameters())
     branched = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
     weights = first.state_dict()
+    require_finite(weights.items(), "the trunk", DIVERGED)
     for b in range(num_blocks):
         block = branched.block(b)
         block.load_state_dict({name: weights[trunk_name(branched, b, name)] for name in block.state_dict()})

@@ -15,6 +15,7 @@ from .adapters.base import Namespace, extract
 from .block import Block, SharedParts
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
+from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks, UnlabelledBlocks
 from .partition import Partition
 
@@ -34,7 +35,8 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
         The converted model, in training mode, on the original's device.
 
     Raises:
-        ValueError: a class no adapter knows, layers that do not divide, a value out of range.
+        ValueError: a class no adapter knows, layers that do not divide, a value out of range, or weights that are not
+            finite.
         TypeError: `model` is no module.
     """
     adapter = adapter_for(model)
@@ -42,6 +44,7 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
     config = resolve(config or BlocksConfig(), adapter, model.config)
     if not _on_meta(model):
+        require_finite(model.state_dict().items(), type(model).__name__, DIVERGED)
         adapter.check_weights(model, config)
     return assemble(model, config)
 

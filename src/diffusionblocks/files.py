@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .finite import not_finite_entry
+
 _WORKSPACE = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp")
 
 _OLD = "the-old-one"  # within a workspace: the folder that is being replaced
@@ -325,9 +327,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON through a temporary name."""
+    """Write JSON through a temporary name. ValueError: a number is not finite (see `json_text`)."""
+    text = json_text(values, str(path), indent=2)
     with renamed(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        temporary.write_text(text + "\n")
+
+
+def json_text(values: Any, what: str, indent: int | None = None) -> str:
+    """JSON values as text.
+
+    Args:
+        values: to write.
+        what: they are for: the message starts with it.
+        indent: of nested values; None writes one line.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not know; the message names its entry.
+    """
+    if (found := not_finite_entry(values)) is not None:
+        name, value = found
+        raise ValueError(f"{what} is not written: {name} is {value}, and JSON has finite numbers only")
+    return json.dumps(values, indent=indent, allow_nan=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -339,9 +359,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes(), parse_constant=_refused_constant)
     except (ValueError, RecursionError) as error:  # not JSON, not text, a number too long, nested too deep
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
     return values
+
+
+def _refused_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON's")

@@ -15,6 +15,7 @@ from .building import materialise_buffers
 from .config import BlocksConfig
 from .convert import assemble
 from .files import read_json, read_tensors, recover
+from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks
 from .partition import Partition
 from .saving import FORMAT, INDEX, SHARED, WITH_TOKENIZER, block_file
@@ -114,7 +115,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> DiffusionBl
 
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
-        ValueError: not a saved DiffusionBlocks model, another format, some blocks only, or tensors that do not match.
+        ValueError: not a saved DiffusionBlocks model, another format, some blocks only, or tensors that do not match
+            or are not finite.
     """
     saved = read_saved(path)
     if saved.missing:
@@ -154,4 +156,5 @@ def _copied(file: Path, block: nn.Module, device: torch.device | str) -> dict[st
         if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
             raise ValueError(f"{file} does not match the model: {name} is {tensor.dtype}, the model has {wanted}")
         copies[name] = tensor.to(device, copy=True)
+    require_finite(copies.items(), str(file), DIVERGED)
     return copies

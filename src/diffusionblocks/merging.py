@@ -1,8 +1,8 @@
 """Merging: blocks that were trained apart, on machines that never talked, become one model.
 
 Each folder holds some blocks of one model (`save_pretrained(path, blocks=...)`, or a run with `train.blocks`). Files
-are checked by their headers and copied; no weights are read but the shared parts that must be equal, one tensor at a
-time.
+are checked and copied: names, shapes and dtypes by their headers, values for being finite, and the shared parts that
+must be equal by their bits. One tensor is read at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from .adapters import config_values
 from .files import replaced_folder, write_json
+from .finite import DIVERGED, require_finite
 from .loading import SavedModel, outline_saved, read_saved
 from .model import DiffusionBlocks
 from .saving import INDEX, SHARED, WITH_TOKENIZER, block_file, check_out
@@ -66,8 +67,8 @@ def merge(
     Raises:
         FileNotFoundError: a folder holds no model, or lacks a file that its index lists.
         ValueError: configurations that differ, a block that no folder or more than one holds, a file that does not
-            match the model, shared parts or tokenizers that are not the same where they must be, or an `out` that is
-            an input.
+            match the model or holds values that are not finite, shared parts or tokenizers that are not the same where
+            they must be, or an `out` that is an input.
     """
     given, preferred = _paths(folders), _paths(prefer)
     models = [read_saved(_model_folder(folder)) for folder in given]
@@ -208,8 +209,8 @@ def _taken(block: int, holders: list[Path], ranked: list[Path]) -> Path:
 
 
 def _checked_files(model: DiffusionBlocks, origins: Sequence[Origin]) -> list[Path]:
-    """The tensor files of the merged model: names, shapes and dtypes checked from their headers, and the shared parts
-    that must be the same by their bits."""
+    """The tensor files of the merged model: names, shapes and dtypes checked from their headers, values for being
+    finite, and the shared parts that must be the same by their bits."""
     common = {id(parameter) for parameter in model.shared_parameters()}
     files: list[tuple[Path, dict[str, torch.Tensor]]] = []
     for origin in origins:
@@ -244,7 +245,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _check_header(path: Path, expected: dict[str, torch.Tensor]) -> set[str]:
-    """Check a file's tensors against those of the described model, and return the floating precisions in it."""
+    """Check a file's tensors against those of the described model, and that they are finite; return the floating
+    precisions in it."""
     with _opened(path) as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         for names, text in ((set(expected) - set(found), "lacks"), (set(found) - set(expected), "has the unknown")):
@@ -266,6 +268,7 @@ def _check_header(path: Path, expected: dict[str, torch.Tensor]) -> set[str]:
                 )
             if floating:
                 precisions.add(precision)
+                require_finite([(name, file.get_tensor(name))], str(path), DIVERGED)
     return precisions
 
 

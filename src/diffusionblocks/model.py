@@ -216,6 +216,7 @@ class DiffusionBlocks(nn.Module):
                 grid=grid,
                 generator=generator,
                 return_trajectory=return_trajectory,
+                owner=self.partition.block_of,
             )
         finally:
             self.train(was_training)
@@ -276,7 +277,15 @@ class DiffusionBlocks(nn.Module):
         self.eval()
         try:
             levels = self.noise.sampling_levels(steps, grid)
-            return sample_images(denoiser, z, levels, solver=solver, callback=callback, progress=progress)
+            return sample_images(
+                denoiser,
+                z,
+                levels,
+                solver=solver,
+                callback=callback,
+                progress=progress,
+                owner=self.partition.block_of,
+            )
         finally:
             self.train(was_training)
 
@@ -328,6 +337,7 @@ class DiffusionBlocks(nn.Module):
                 device=self.device,
                 callback=callback,
                 progress=progress,
+                owner=self.partition.block_of,
             )
         finally:
             self.train(was_training)
@@ -459,6 +469,8 @@ class DiffusionBlocks(nn.Module):
         if missing:
             raise ValueError(f"the batch lacks {missing}; it has {sorted(batch)}")
         size = len(next(batch[name] for name in _EXAMPLES if name in needed))
+        if not size:
+            raise ValueError("the batch has no examples: there is nothing to take a mean over")
         if with_target:
             self.target.check(batch, size)
         if isinstance(self.target, ImageTarget) and "labels" in names:

@@ -23,9 +23,11 @@ from torch import nn
 
 from .adapters import config_values, instantiate
 from .files import check_replaceable, replaced_folder, write_json, write_tensors
+from .finite import DIVERGED, require_finite
 from .tokenizer_file import TOKENIZER, write_tokenizer
 
 if TYPE_CHECKING:
+    from .block import Block
     from .model import DiffusionBlocks
 
 FORMAT = 1
@@ -72,10 +74,12 @@ def save(
         tokenizer: the bytes of a language model's `tokenizer.json`; None leaves one that is there as it is.
 
     Raises:
-        ValueError: no such block, some blocks of a model with `joint` shared parts, a block on the meta device, or a
-            place that must not be replaced (`check_replaceable`).
+        ValueError: no such block, some blocks of a model with `joint` shared parts, a block on the meta device, weights
+            that are not finite, or a place that must not be replaced (`check_replaceable`).
     """
     chosen = _chosen(model, blocks)
+    for index in chosen:
+        _require_finite(model.block(index))
     with replaced_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer)
@@ -106,6 +110,10 @@ def _chosen(model: DiffusionBlocks, blocks: Sequence[int] | None) -> list[int]:
             f"others, with blocks={built}"
         )
     return chosen
+
+
+def _require_finite(block: Block) -> None:
+    require_finite(block.state_dict().items(), f"block {block.index}", DIVERGED)
 
 
 def _on_meta(block: nn.Module) -> bool:

@@ -265,9 +265,10 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
     def check(self, batch: Batch, size: int) -> None:
         """See `Target`."""
         tokens = batch["input_ids"]
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] <= self.shift:
+        least = max(self.shift, int(self.clean_weight > 0))  # the clean stream's last position has nothing to predict
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] <= least:
             found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"input_ids must have shape (batch, length), length > {self.shift}, got {found}")
+            raise ValueError(f"input_ids must have shape (batch, length), length > {least}, got {found}")
         check_tokens(tokens, len(self.embedding), (size, tokens.shape[1]))
 
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .adapters import CannotReadInParts, adapter_named, checkpoint, instantiate, outline, pretrained, with_depth
+from .finite import DIVERGED, require_finite
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class InFiles(WeightSource):
 
     Raises:
         CannotReadInParts: only the library itself can read it; the message says why.
+        ValueError: from `tensors`, for weights that are not finite; the message names file and tensor.
     """
 
     def __init__(self, model_class: str, path: str | Path, values: dict[str, Any], *, seed: int) -> None:
@@ -151,7 +153,9 @@ class InFiles(WeightSource):
         for path, keys in stored.items():
             with safe_open(path, "pt") as file:
                 for name, key in keys.items():
-                    yield name, file.get_tensor(key).clone()  # what is mapped would be shared by blocks
+                    tensor = file.get_tensor(key)
+                    require_finite([(key, tensor)], str(path), DIVERGED)
+                    yield name, tensor.clone()  # what is mapped would be shared by blocks
         yield from self._fresh.tensors(block, layers, [name for name in names if name not in self._places])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..finite import DIVERGED, require_finite
 from .base import Adapter
 from .causal_lm import CausalLMAdapter
 from .dit import DiffusersDiTAdapter, DiTAdapter
@@ -116,9 +117,15 @@ def with_depth(model_class: str, model_config: Any, layers: int) -> Any:
 
 
 def pretrained(model_class: str, path: str | Path, values: dict[str, Any]) -> nn.Module:
-    """An instance of a supported class with the weights of a folder or hub name; `values` override its config."""
+    """An instance of a supported class with the weights of a folder or hub name; `values` override its config.
+
+    Raises:
+        OSError, ValueError: what the library's `from_pretrained` refuses; or weights that are not finite.
+    """
     library, found = _found(model_class)
-    return library.pretrained(found, path, values)
+    model = library.pretrained(found, path, values)
+    require_finite(model.state_dict().items(), str(path), DIVERGED)
+    return model
 
 
 def checkpoint(model_class: str, path: str | Path, values: dict[str, Any]) -> Checkpoint:

@@ -50,6 +50,9 @@ def accuracy_grid(
 
     Returns:
         Rows in the order of steps, then seeds.
+
+    Raises:
+        ValueError: there are no examples, or logits are not finite.
     """
     if not isinstance(model, DiffusionBlocks):
         correct = count = 0
@@ -79,5 +82,7 @@ def accuracy_grid(
 
 
 def _row(steps: int | None, seeds: int | None, correct: int, count: int) -> AccuracyRow:
+    if not count:
+        raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
     p = correct / count
     return AccuracyRow(steps, seeds, p, (p * (1 - p) / count) ** 0.5)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..finite import FiniteCheck
 from ..noise import Masking
 from ..partition import Partition
 from ..training.keys import key
@@ -80,7 +81,8 @@ def bits_per_character(
 
     Raises:
         ValueError: blocks that the partition does not have, levels that are not the process's, sequences of several
-            lengths, or fewer than two; times < 1; or logits of another shape.
+            lengths, or fewer than two; times < 1; logits of another shape; or an estimate that is not finite, as of
+            logits with NaN, or of a token that is ruled out.
     """
     if times < 1:
         raise ValueError(f"times must be >= 1, got {times}")
@@ -90,6 +92,8 @@ def bits_per_character(
         raise ValueError(f"logits must name blocks from 0 to {len(intervals) - 1}, got {sorted(networks)}")
     moments = Moments()
     generators: dict[int, torch.Generator] = {}
+    owner = None if callable(logits) or partition is None else partition.block_of
+    checks = {block: FiniteCheck(f"block {block}", owner) for block in networks}
     length: int | None = None
     with torch.no_grad():
         for batch in batches:
@@ -105,13 +109,15 @@ def bits_per_character(
                 if block not in generators:
                     generator = torch.Generator(tokens.device).manual_seed(key(seed, block, 0, "bits"))
                     generators[block] = generator
-                drawn = [
-                    interval_nats(networks[block], process, tokens, interval, generators[block]) for _ in range(times)
-                ]
-                parts.append(torch.stack(drawn).mean(dim=0))
+                network = _checked(networks[block], checks[block])
+                drawn = [interval_nats(network, process, tokens, interval, generators[block]) for _ in range(times)]
+                nats = checks[block].values(torch.stack(drawn), f"nats of levels {interval[0]:g} to {interval[1]:g}")
+                parts.append(nats.mean(dim=0))
             moments.add(torch.stack([*parts, sum(parts, torch.zeros_like(parts[0]))], dim=1))
     if length is None or moments.count < 2:
         raise ValueError(f"a standard error needs at least two sequences, got {moments.count}: give more text")
+    for check in checks.values():
+        check.read()
     scale = 1 / (length * math.log(2))
     mean, error = (moments.mean * scale).tolist(), (moments.standard_error * scale).tolist()
     reconstruction = process.reconstruction(length) * scale
@@ -124,6 +130,10 @@ def bits_per_character(
         sequences=moments.count,
         length=length,
     )
+
+
+def _checked(logits: Logits, check: FiniteCheck) -> Logits:
+    return lambda z, level: check.logits(logits(z, level))
 
 
 def interval_nats(

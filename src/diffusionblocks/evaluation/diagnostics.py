@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
 from ..noise import EDM
 from ..targets import LabelTarget
@@ -47,6 +48,9 @@ def accuracy_by_level(
         batches: makes an iterable of {"pixel_values", "labels"} on the model's device; read once a level.
         levels: what to measure; default twelve levels of equal mass and the highest one.
         seed: of the noise.
+
+    Raises:
+        ValueError: the model is no classifier, there are no examples, or logits are not finite.
     """
     target = model.target
     if not isinstance(target, LabelTarget):
@@ -56,6 +60,7 @@ def accuracy_by_level(
         levels = model.noise.levels(12)[:-1]
     model.eval()
     rows = []
+    check = FiniteCheck(owner=model.partition.block_of)
     for level in levels:
         block = model.block(model.partition.block_of(level))
         generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -68,8 +73,13 @@ def accuracy_by_level(
                 noise = torch.randn(y.shape, generator=generator, device=y.device)
                 z = model.noise.corrupt(y, sigma, noise)
                 inputs = {name: batch[name] for name in block.input_names}
-                hits += int((block(inputs, z, sigma).argmax(-1) == labels).sum())
-                nearest += int(((z @ target.table.T).argmax(-1) == labels).sum())
+                logits = check.logits(block(inputs, z, sigma), level)
+                hits += int((logits.argmax(-1) == labels).sum())
+                similarities = check.values(z @ target.table.T, "products of z and the targets", level)
+                nearest += int((similarities.argmax(-1) == labels).sum())
+                check.read()
                 count += len(labels)
+        if not count:
+            raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
         rows.append(LevelRow(level, block.index, hits / count, nearest / count))
     return rows

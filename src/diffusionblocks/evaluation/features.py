@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..data import AugmentConfig, ImageBatches, ImageData, evaluation_batches
 from ..data.batches import Normalise
 from ..files import read_json, read_tensors, replaced_folder, write_json, write_tensors
+from ..finite import require_finite
 from ..training import EndToEnd, TrainConfig, Trainer
 from .accuracy import accuracy_grid
 
@@ -185,6 +186,7 @@ class ClassifierFeatures:
         if values.get("format") != _FORMAT:
             raise ValueError(f"{folder / _INDEX}: format {values.get('format')!r}; this version reads format {_FORMAT}")
         tensors = read_tensors(folder / _WEIGHTS)
+        require_finite(tensors.items(), str(folder / _WEIGHTS), f"remove {folder} to have it trained again")
         try:
             channels, height, width = (int(size) for size in values["image_shape"])
             network = SmallCNN(channels, values["num_classes"], width=values["width"], dropout=values["dropout"])

@@ -207,6 +207,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         )
     cross: Tensor = torch.linalg.svdvals(root_a.T @ root_b).sum()
     distance = difference.square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
+    if not distance.isfinite():  # which max would take for 0
+        raise ValueError(
+            f"the distance of {a.count} and {b.count} features is {distance.item()}: they are too large for float64"
+        )
     return max(0.0, distance.item())
 
 

@@ -123,7 +123,12 @@ def measure_samples(
         references: feature statistics of the real images `train` and `test`.
         seed: see `generated`.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: samples < 1, samples or features that are not finite, or what `DiffusionBlocks.sample` refuses.
     """
+    if samples < 1:
+        raise ValueError(f"samples must be >= 1, got {samples}")
     rows = []
     for setting in settings:
         found = FeatureStatistics(features.dim) if features is not None else None

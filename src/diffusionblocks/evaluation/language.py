@@ -70,8 +70,12 @@ class GeneratedText:
     mauve: tuple[Mauve, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
+        """As JSON values; an infinite perplexity (of a token that the teacher rules out) has none, and is null."""
+        values = dataclasses.asdict(self)
+        if self.perplexity is not None and not math.isfinite(self.perplexity.perplexity):
+            nats = self.perplexity.nats if math.isfinite(self.perplexity.nats) else None
+            values["perplexity"] |= {"perplexity": None, "nats": nats}
+        return values
 
 
 def generated_text(
@@ -132,8 +136,8 @@ def generative_perplexity(
         device: where a teacher that is loaded goes; one that is given stays where it is.
 
     Raises:
-        ValueError: no token to score, lengths that do not fit, ids that the teacher does not have, or a text longer
-            than it takes.
+        ValueError: no token to score, lengths that do not fit, ids that the teacher does not have, a text longer
+            than it takes, or a teacher whose logits are NaN.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -154,6 +158,12 @@ def generative_perplexity(
     check_ids(model, [text for text, _ in some])
     with torch.no_grad(), evaluating(model):
         nats = torch.cat([_nats(model, some[i : i + batch_size]) for i in range(0, len(some), batch_size)]).cpu()
+    if bool(nats.isnan().any()):
+        place = int(nats.isnan().nonzero()[0])
+        raise ValueError(
+            f"the teacher {type(model).__name__} gives NaN for the tokens of text {place}: its weights are damaged, or "
+            "overflow in their precision; choose another teacher, or load this one in float32"
+        )
     counts = torch.tensor([len(text) - length for text, length in some], dtype=torch.float64)
     mean = float(nats.sum() / counts.sum())
     perplexity, error = math.exp(mean) if mean < 700 else math.inf, None

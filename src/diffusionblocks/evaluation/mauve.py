@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..finite import FiniteCheck, require_finite
 from .teachers import Ids, as_ids, check_ids, evaluating, load_teacher_tokenizer
 
 #: Texts, as strings or ids, to float features (n, d). See `HiddenFeatures`.
@@ -76,6 +77,7 @@ class HiddenFeatures:
 
             tokenizer = tokenizer or load_teacher_tokenizer(model)
             found = AutoModel.from_pretrained(model, dtype="auto", use_safetensors=True, trust_remote_code=False)
+            require_finite(found.state_dict().items(), f"MAUVE's model {model}", "choose another one, or load it again")
             model = found.to(device).eval()
         self.model: Any = getattr(model, "base_model", model)  # without a language model's head
         self.tokenizer, self.pooling, self.max_tokens, self.batch_size = tokenizer, pooling, max_tokens, batch_size
@@ -84,7 +86,8 @@ class HiddenFeatures:
         """Texts, as strings or ids -> features float32 (n, d) on the CPU.
 
         Raises:
-            ValueError: a text without tokens, a string without tokenizer, or ids that the model does not have.
+            ValueError: a text without tokens, a string without tokenizer, ids that the model does not have, or features
+                that are not finite.
         """
         ids = [self._ids(text)[: self.max_tokens] for text in texts]
         for index, text in enumerate(ids):
@@ -92,9 +95,8 @@ class HiddenFeatures:
                 raise ValueError(f"text {index} has no tokens, and so no features: leave it out")
         check_ids(self.model, ids)
         with torch.no_grad(), evaluating(self.model):
-            return torch.cat(
-                [self._features(ids[i : i + self.batch_size]) for i in range(0, len(ids), self.batch_size)]
-            )
+            parts = [self._features(ids[i : i + self.batch_size]) for i in range(0, len(ids), self.batch_size)]
+        return FiniteCheck(type(self.model).__name__).values(torch.cat(parts), "features of texts")
 
     def _ids(self, text: str | Ids) -> Tensor:
         if not isinstance(text, str):
@@ -144,8 +146,9 @@ def mauve_score(
         raise ValueError(
             f"features must be (n, d) and (m, d), got {tuple(references.shape)} and {tuple(generated.shape)}"
         )
-    if not (references.isfinite().all() and generated.isfinite().all()):
-        raise ValueError("features must be finite")
+    for name, features in (("references", references), ("generated", generated)):
+        if not features.isfinite().all():
+            raise ValueError(f"{name}: features must be finite, some are NaN or infinite")
     if not seeds or not scalings or min(scalings) <= 0:
         raise ValueError(f"need scalings > 0 and at least one seed, got {list(scalings)} and {list(seeds)}")
     most = min(len(references), len(generated))

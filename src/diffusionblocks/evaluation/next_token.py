@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
 from ..noise import EDM, NoiseProcess
 from ..targets import NextTokenTarget, cross_entropies
@@ -87,7 +88,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
         seed: of the noise, keyed by (seed, batch); a token has the same noise at all levels.
 
     Raises:
-        ValueError: another target, levels < 2, or sequences as `_checked` refuses them.
+        ValueError: another target, levels < 2, sequences as `_checked` refuses them, or logits that are not finite.
     """
     target, noise = model.target, model.noise
     if not isinstance(target, NextTokenTarget) or not isinstance(noise, EDM):
@@ -98,7 +99,8 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     grid[0], grid[-1] = noise.sigma_max, noise.sigma_min  # free of rounding
     matched: list[list[Tensor]] = [[] for _ in grid]
     scrambled: list[list[Tensor]] = [[] for _ in grid]
-    table = target.table
+    check = FiniteCheck(owner=model.partition.block_of)
+    table = check.values(target.table, "rows of the target")
     decoded = torch.zeros(levels, dtype=torch.float64)
     count, first = 0, 1 - target.shift  # a token without context is left out
     sample: list[Tensor] = []
@@ -114,12 +116,13 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
             for place, level in enumerate(grid.tolist()):
                 z = noise.corrupt(y, torch.full((len(y),), level, device=y.device), eps)
                 for inputs, kept in ((tokens, matched), (other, scrambled)):
-                    logits = model.denoise({"input_ids": inputs}, z, level)
+                    logits = check.logits(model.denoise({"input_ids": inputs}, z, level), level)
                     kept[place].append(_nats(logits[:, first:], wanted[:, first:]))
                 decoded[place] += float(_decoded(z, wanted, table).sum())
             if count < _SAMPLE:
                 sample.append(wanted.flatten())
             count += wanted.numel()
+    check.read()
     rows = [torch.cat(kept) for kept in matched]
     others = [torch.cat(kept) for kept in scrambled]
     by_level = tuple(
@@ -137,11 +140,17 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
 
 
 def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> LanguageRow:
-    """The same of an unconverted model, which maps tokens (n, length) to logits (n, length, vocab_size)."""
+    """The same of an unconverted model, which maps tokens (n, length) to logits (n, length, vocab_size).
+
+    Raises:
+        ValueError: sequences as `_checked` refuses them, or a cross-entropy that is not finite.
+    """
     nats = []
+    check = FiniteCheck(_name_of(model))
     with torch.no_grad():
         for tokens in _checked(batches):
-            nats.append(_nats(model(tokens)[:, :-1], tokens[:, 1:]))
+            nats.append(check.values(_nats(model(tokens)[:, :-1], tokens[:, 1:]), "cross-entropies"))
+    check.read()
     rows = torch.cat(nats)
     return LanguageRow(float(rows.mean()), float(rows.std() / math.sqrt(len(rows))), len(rows) * (tokens.shape[1] - 1))
 
@@ -157,7 +166,12 @@ def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor,
 
     Returns:
         Mean over the mass and over the tokens, in [0, 1].
+
+    Raises:
+        ValueError: no tokens.
     """
+    if not tokens.numel():
+        raise ValueError("there are no tokens to decode: give at least one")
     table, y = target.table, target.rows(tokens.flatten())
     middles = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
     eps = _noise(y, seed, 0)
@@ -182,6 +196,11 @@ def _checked(batches: Batches) -> Iterator[Tensor]:
         yield tokens
     if count < 2:
         raise ValueError(f"a standard error needs at least two sequences, got {count}: give more text")
+
+
+def _name_of(model: Callable[[Tensor], Tensor]) -> str:
+    """The class of a model, or of one within it."""
+    return type(getattr(model, "model", model)).__name__
 
 
 def _decoded(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:

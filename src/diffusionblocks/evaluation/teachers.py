@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..finite import require_finite
+
 #: Ids of a text: a tensor (n,), or whole numbers.
 Ids = Tensor | Sequence[int]
 
@@ -23,10 +25,14 @@ def load_teacher(name: str | Path, device: torch.device | str = "cpu") -> nn.Mod
     Args:
         name: folder or hub name.
         device: where it goes.
+
+    Raises:
+        OSError, ValueError: there is none, or its weights are not finite.
     """
     from transformers import AutoModelForCausalLM  # takes seconds to import
 
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    require_finite(model.state_dict().items(), f"the teacher {name}", "choose another one, or load it again")
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

@@ -50,7 +50,13 @@ def fitted_quantiles(
 
 
 def isotonic(values: Sequence[float]) -> list[float]:
-    """The nearest sequence in squares that never falls, by pooling neighbours that do (adjacent violators)."""
+    """The nearest sequence in squares that never falls, by pooling neighbours that do (adjacent violators).
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if wrong := [value for value in values if not math.isfinite(value)]:
+        raise ValueError(f"values must be finite, got {wrong[0]} among {len(values)}")
     pools: list[tuple[float, int]] = []  # mean and size, from left to right
     for value in values:
         mean, size = float(value), 1

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..finite import FiniteCheck
 from ..noise import EDM
 from ..noise.edm import match
 from ..targets import NextTokenTarget
@@ -102,7 +103,7 @@ def continue_texts(
         progress: show a progress bar, one tick a token.
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument is not as above, or logits are not finite.
     """
     rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
     _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, bridge, top_k)
@@ -111,7 +112,8 @@ def continue_texts(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     known = _known_noise(generators, lengths, target).to(device)
     chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, known, device)
-    choose = _Chooser(target, temperature, top_p, bridge, top_k)
+    check = FiniteCheck(owner=owner)
+    choose = _Chooser(target, temperature, top_p, bridge, top_k, check)
     new = torch.zeros(len(rows), longest, dtype=torch.int64)
     for row, place in zip(rows, new, strict=True):
         place[: len(row)] = row
@@ -124,7 +126,7 @@ def continue_texts(
             yield token
             news, many = token[:, None], torch.ones_like(counts)
 
-    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, progress)
+    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, check, progress)
 
 
 def continue_plainly(
@@ -148,7 +150,8 @@ def continue_plainly(
             be empty, and a row draws one uniform a token.
 
     Raises:
-        ValueError: an empty prompt, or an argument that `continue_texts` refuses.
+        ValueError: an empty prompt, an argument that `continue_texts` refuses, or logits without a softmax: NaN, inf,
+            or -inf alone. (A logit of -inf rules a token out.)
     """
     rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
     _check_options(rows, max_new_tokens, seeds, temperature, top_p)
@@ -169,6 +172,7 @@ def continue_plainly(
         text[r, start : start + len(row)], seen[r, start : longest + max_new_tokens] = row, 1
     text, seen = text.to(device), seen.to(device)
     places, at = torch.arange(len(rows), device=device), torch.tensor(lengths, device=device)
+    check = FiniteCheck(type(model).__name__)
 
     def tokens() -> Iterator[Tensor]:
         past: Any = None
@@ -183,11 +187,11 @@ def continue_plainly(
                 logits, past = output.logits[:, -1], output.past_key_values
             else:
                 logits = model(text[:, :end], generator=states)[places, at + step - 1]
-            token = _quantile(filtered(logits, temperature, top_p), uniforms[:, step])
+            token = _quantile(filtered(check.logits(logits), temperature, top_p), uniforms[:, step])
             yield token
             text[places, torch.full_like(at, end) if library else at + step] = token
 
-    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, progress)
+    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, check, progress)
 
 
 def _grown(
@@ -196,9 +200,13 @@ def _grown(
     count: int,
     stop_tokens: Sequence[int],
     device: torch.device,
+    check: FiniteCheck,
     progress: bool,
 ) -> Continuations:
-    """Rows with `count` tokens (n,) each behind them, fewer where they stop; taken without gradients, and timed."""
+    """Rows with `count` tokens (n,) each behind them, fewer where they stop; taken without gradients, and timed.
+
+    `check` was given the logits that they were drawn from.
+    """
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     made: list[Tensor] = []
@@ -211,6 +219,7 @@ def _grown(
                 if bool(ended.all()):
                     break
     grown = torch.stack(made, dim=1).cpu()  # waits for the device
+    check.read()
     seconds = time.perf_counter() - started
     whole = [torch.cat([row, _until(after, stop_tokens)]) for row, after in zip(rows, grown, strict=True)]
     return Continuations(whole, [len(row) for row in rows], seconds)
@@ -219,14 +228,22 @@ def _grown(
 class _Chooser:
     """From logits to the token that a step chooses, and to D, which the solver feeds on."""
 
-    def __init__(self, target: NextTokenTarget, temperature: float, top_p: float, bridge: str, top_k: int) -> None:
+    def __init__(
+        self,
+        target: NextTokenTarget,
+        temperature: float,
+        top_p: float,
+        bridge: str,
+        top_k: int,
+        check: FiniteCheck,
+    ) -> None:
         self.target, self.temperature, self.top_p = target, temperature, top_p
-        self.bridge, self.top_k = bridge, top_k
+        self.bridge, self.top_k, self.check = bridge, top_k, check
         self.table = target.table
 
-    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, vocab_size) and a uniform each (n,) -> tokens (n,) and D (n, dim)."""
-        probabilities = filtered(logits, self.temperature, self.top_p)
+    def __call__(self, logits: Tensor, level: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, vocab_size) at a level and a uniform each (n,) -> tokens (n,) and D (n, dim)."""
+        probabilities = filtered(self.check.logits(logits, level), self.temperature, self.top_p)
         token = _quantile(probabilities, uniform)
         return token, bridged(probabilities, token, self.table, self.bridge, self.top_k)
 
@@ -304,7 +321,7 @@ class _Chain:
                 logits = self.network(inputs, z[:, None], level)[:, 0]
             else:
                 logits = self._one_stream(inputs, z, level)
-            token, denoised = choose(logits, uniforms[:, step])
+            token, denoised = choose(logits, level, uniforms[:, step])
             z = euler(lambda *_, known=denoised: known, z, [level, following])
         return token
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..finite import FiniteCheck
 from ..noise import EDM
 from .solvers import Callback, Denoiser, solver_named
 
@@ -94,6 +95,7 @@ def sample_images(
     solver: str = "euler",
     callback: Callback | None = None,
     progress: bool = False,
+    owner: Callable[[float], int] | None = None,
 ) -> Tensor:
     """Run a chain of denoising steps, without gradients.
 
@@ -104,14 +106,17 @@ def sample_images(
         solver: a name in `SOLVERS`.
         callback: called once a step with (step, level, z, D), see `solvers.euler`.
         progress: show a progress bar, one tick a step.
+        owner: level -> block, which an error then names.
 
     Returns:
         z at levels[-1], which at a last level of 0 is the images; shape and dtype of z.
 
     Raises:
-        ValueError: unknown solver, levels that do not descend or are out of range, or z of another dtype.
+        ValueError: unknown solver, levels that do not descend or are out of range, z of another dtype, or D or z that
+            are not finite.
     """
     solve = solver_named(solver)
+    check = FiniteCheck(owner=owner)
     with torch.no_grad(), tqdm(total=max(len(levels) - 1, 0), disable=not progress, unit="step") as bar:
 
         def tick(step: int, level: float, z: Tensor, denoised: Tensor) -> None:
@@ -119,4 +124,7 @@ def sample_images(
                 callback(step, level, z, denoised)
             bar.update()
 
-        return solve(denoiser, z, levels, tick)
+        images = solve(lambda z, level: check.values(denoiser(z, level), "D", level), z, levels, tick)
+    check.values(images, "the images at the chain's end")
+    check.read()
+    return images

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..finite import FiniteCheck
 from ..noise import EDM
 from ..targets import LabelTarget
 from .solvers import euler
@@ -43,6 +44,7 @@ def predict_labels(
     grid: str = "equal-mass",
     generator: torch.Generator | None = None,
     return_trajectory: bool = False,
+    owner: Callable[[float], int] | None = None,
 ) -> Prediction:
     """Run `steps` network calls at descending levels, from `seeds` noise seeds, and average the probabilities.
 
@@ -61,9 +63,10 @@ def predict_labels(
         grid: level grid, `equal-mass` or `karras`.
         generator: source of the starting noise.
         return_trajectory: keep the probabilities of every step.
+        owner: level -> block, which an error then names.
 
     Raises:
-        ValueError: steps or seeds < 1, unknown bridge or grid.
+        ValueError: steps or seeds < 1, unknown bridge or grid, or logits that are not finite.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be >= 1, got {seeds}")
@@ -71,12 +74,13 @@ def predict_labels(
         raise ValueError(f"unknown bridge {bridge!r}; allowed: soft, hard")
     levels = noise.levels(steps, grid)
     total: Tensor | None = None
+    check = FiniteCheck(owner=owner)
     with torch.no_grad():
         for _ in range(seeds):
             visited: list[Tensor] = []
 
             def denoise(z: Tensor, level: float, visited: list[Tensor] = visited) -> Tensor:
-                logits = network(z, level).float()
+                logits = check.logits(network(z, level).float(), level)
                 visited.append(logits.softmax(dim=-1))
                 return target.denoised(logits, bridge)
 
@@ -85,6 +89,7 @@ def predict_labels(
             chain = torch.stack(visited) if return_trajectory else visited[-1][None]
             total = chain if total is None else total + chain
     assert total is not None
+    check.read()
     mean = total / seeds
     return Prediction(
         probabilities=mean[-1],

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..finite import FiniteCheck
 from ..noise import Masking
 from .solvers import Callback, Denoiser
 
@@ -33,6 +34,7 @@ def sample_tokens(
     device: torch.device | str | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    owner: Callable[[float], int] | None = None,
 ) -> Tensor:
     """Sample sequences from all masked (or from what is given), without gradients.
 
@@ -53,12 +55,14 @@ def sample_tokens(
         device: where the denoiser is; default the CPU.
         callback: called once a step with (step, level, z, logits), before the tokens of the step are revealed.
         progress: show a progress bar, one tick a step.
+        owner: level -> block, which an error then names.
 
     Returns:
         Token ids, int64, shape (len(seeds), length), none of them masked.
 
     Raises:
-        ValueError: an argument is not as above, or the denoiser gives logits of another shape.
+        ValueError: an argument is not as above, or the denoiser gives logits of another shape, or logits without a
+            softmax: NaN, inf, or -inf alone. (A logit of -inf rules a token out.)
     """
     _check(length, levels, seeds, temperature)
     shape = (len(seeds), length)
@@ -67,6 +71,7 @@ def sample_tokens(
     reveal, draw = _uniforms(seeds, length)
     step_of = _steps(process, levels, reveal).masked_fill(known != process.mask_id, -1)
     z = known.to(device)
+    check = FiniteCheck(owner=owner)
     with torch.no_grad():
         for step, level in enumerate(tqdm(levels[:-1], disable=not progress, unit="step")):
             logits = denoiser(z, level)
@@ -77,10 +82,12 @@ def sample_tokens(
                 )
             if callback is not None:
                 callback(step, level, z, logits)
+            check.logits(logits, level)
             here = step_of == step
             uniforms = draw[here].to(device, non_blocking=True)
             rows, columns = (places.to(device, non_blocking=True) for places in here.nonzero(as_tuple=True))
             z = z.index_put((rows, columns), _drawn(logits[rows, columns], uniforms, temperature))
+    check.read()
     return z
 
 

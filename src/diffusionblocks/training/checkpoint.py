@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files import delete_folder, read_json, read_tensors, recover_in, replaced_folder, write_json, write_tensors
+from ..finite import require_finite
 
 _FILES = re.compile(r"[a-z0-9-]+\.safetensors|state\.json")
 _NAME = re.compile(r"iteration-(\d{9})")
@@ -56,7 +57,8 @@ def read_owner(path: Path, owner: str, like: dict[str, Tensor]) -> dict[str, Ten
 
     Raises:
         FileNotFoundError: its file is missing.
-        ValueError: its file is damaged, or holds tensors of other names or shapes than `like`.
+        ValueError: its file is damaged, or holds tensors of other names or shapes than `like`, or values that are not
+            finite.
     """
     file = path / _file(owner)
     tensors = read_tensors(file)
@@ -68,4 +70,5 @@ def read_owner(path: Path, owner: str, like: dict[str, Tensor]) -> dict[str, Ten
                 f"{file} does not match the model: {name} has shape {tuple(tensors[name].shape)}, the model "
                 f"{tuple(tensor.shape)}"
             )
+    require_finite(tensors.items(), str(file), f"remove {path}, and the run goes on from the checkpoint before it")
     return tensors

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..files import json_text
+
 
 class Logger(Protocol):
     """Receives the records of a run."""
@@ -41,7 +43,7 @@ class JsonLines:
 
     def log(self, record: dict[str, Any]) -> None:
         """See `Logger`."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json_text(record, self._file.name) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..branching import trunk_name
+from ..finite import first_not_finite
 from ..model import DiffusionBlocks
 from .checkpoint import checkpoints, read_owner, read_values, remove, write_checkpoint
 from .compilation import compile_modules, compile_options
@@ -33,7 +34,7 @@ from .units import units_of
 
 
 class Diverged(RuntimeError):
-    """A loss or gradient became NaN or infinite."""
+    """A loss, a gradient, or what a step made of the weights, became NaN or infinite."""
 
 
 class Interrupted(RuntimeError):
@@ -112,7 +113,8 @@ class Trainer:
             until: stop after this many iterations of the whole run (for tests and profiling).
 
         Raises:
-            Diverged: a loss or gradient was not finite; the last good checkpoint is kept.
+            Diverged: a loss or gradient was not finite, or weights, averages or optimizer state at a checkpoint or the
+                end were not; the last good checkpoint is kept.
             Interrupted: after SIGINT or SIGTERM, when the state is saved.
             ValueError: the checkpoint was made with another configuration.
         """
@@ -165,7 +167,9 @@ class Trainer:
             last = self.iteration == end
             saving = config.checkpoint_every is not None and self.iteration % config.checkpoint_every == 0
             logging = self.iteration % config.log_every == 0 or last
-            if saving or logging or self._signal or self.iteration % check_every == 0:
+            every = config.snapshot_every
+            snapshot = self.snapshot is not None and every is not None and self.iteration % every == 0
+            if saving or logging or snapshot or self._signal or self.iteration % check_every == 0:
                 self._stop_if_diverged()
             self.seconds = before + time.perf_counter() - started
             if logging:
@@ -175,9 +179,9 @@ class Trainer:
                 counts, logged = [0] * len(self.units), now
             if self.folder is not None and (saving or last or self._signal):
                 self.save_checkpoint()
-            every = config.snapshot_every
-            if self.snapshot is not None and every is not None and self.iteration % every == 0:
-                self._stop_if_diverged()
+            elif last or snapshot:
+                self._stop_if_state_diverged()
+            if self.snapshot is not None and snapshot:
                 with self.averaged() as model:
                     self.snapshot(model, self.iteration)
             if self._signal:
@@ -188,12 +192,40 @@ class Trainer:
         if bad is None:
             return
         unit, step = bad
+        raise self._diverged(
+            f"{self.units[unit].name}: loss or gradient is NaN or infinite at its step {step} (iteration "
+            f"{self.iteration} or shortly before)"
+        )
+
+    def _stop_if_state_diverged(self) -> None:
+        """Look at all weights, averages and optimizer state, of which no loss knows what the last step made of them.
+
+        Before they are saved or used. Waits for the device, and brings the units' own tensors up to date.
+        """
+        self.residency.flush()
+        for owner, tensors in self._state():
+            name = first_not_finite(tensors.items())
+            if name is not None:
+                raise self._diverged(
+                    f"{owner}: {self._described(owner, name)} is NaN or infinite after iteration {self.iteration}"
+                )
+
+    def _described(self, owner: str, name: str) -> str:
+        """What a name in `_state` stands for."""
+        kind, _, rest = name.partition(".")
+        if kind == "weights":
+            return rest
+        place, _, state = rest.partition(".")
+        parameter = self.sets[owner].parameters[int(place)]
+        names = (n for unit in self.units for n, p in unit.module.named_parameters() if p is parameter)
+        what = "moving average" if state == "ema" else f"optimizer state {state}"
+        return f"the {what} of {next(names, f'parameter {place}')}"
+
+    def _diverged(self, what: str) -> Diverged:
         saved = checkpoints(self.folder / "checkpoints") if self.folder is not None else []
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint to go back to"
-        raise Diverged(
-            f"{self.units[unit].name}: loss or gradient is NaN or infinite at its step {step} (iteration "
-            f"{self.iteration} or shortly before); {kept}. Try a lower train.lr, a smaller train.gradient_clip, or "
-            "train.precision: float32"
+        return Diverged(
+            f"{what}; {kept}. Try a lower train.lr, a smaller train.gradient_clip, or train.precision: float32"
         )
 
     def _log(self, counts: list[int], seconds: float) -> None:
@@ -259,9 +291,13 @@ class Trainer:
                 parameters.swap_ema()
 
     def save_checkpoint(self) -> Path:
-        """Write the whole state under the run's folder."""
+        """Write the whole state under the run's folder.
+
+        Raises:
+            Diverged: some of it is not finite; nothing is written.
+        """
         assert self.folder is not None
-        self.residency.flush()
+        self._stop_if_state_diverged()
         values = {"config": self.config.model_dump(mode="json"), "units": sorted(self.sets), "seconds": self.seconds}
         return write_checkpoint(
             self.folder / "checkpoints", self.iteration, self._state(), values, self.config.keep_checkpoints

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapters import Adapter, adapter_for
+from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
 from ..sampling import Prediction
 from ..targets import check_loss_chunk, cross_entropies, in_chunks
@@ -95,11 +96,18 @@ class EndToEnd(nn.Module):
                 part.compile(*args, **kwargs)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens."""
+        """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens.
+
+        Raises:
+            ValueError: texts of fewer than two tokens.
+        """
         if self._trains_itself:
             return self.model.loss(batch, generator, self.loss_chunk)  # type: ignore[operator, no-any-return]
         if "input_ids" in batch:
             tokens = batch["input_ids"]
+            if tokens.dim() != 2 or tokens.shape[1] < 2:
+                found = tuple(tokens.shape)
+                raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {found}")
             return in_chunks(self._nats, self._states(tokens), tokens[:, 1:], self.loss_chunk).mean(dim=1)
         loss = F.cross_entropy(self(batch["pixel_values"]).float(), batch["labels"], reduction="none")
         assert loss.shape == batch["labels"].shape
@@ -126,9 +134,15 @@ class EndToEnd(nn.Module):
         return self.loss(batch)
 
     def predict(self, pixel_values: Tensor, **_: Any) -> Prediction:
-        """Class probabilities of one forward pass; denoising options do not apply and are ignored."""
+        """Class probabilities of one forward pass; denoising options do not apply and are ignored.
+
+        Raises:
+            ValueError: logits are not finite.
+        """
+        check = FiniteCheck(type(self.model).__name__)
         with torch.no_grad():
-            logits = self(pixel_values).float()
+            logits = check.values(self(pixel_values).float(), "logits")
+        check.read()
         return Prediction(logits.softmax(-1), logits.log_softmax(-1), levels=())
 
 
