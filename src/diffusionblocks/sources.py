@@ -105,6 +105,7 @@ def load_data(recipe: Recipe, split: str) -> Data:
         data.channels,
         data.num_classes,
         data.cache,
+        reference_split=data.train_split,
     )
 
 

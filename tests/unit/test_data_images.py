@@ -189,10 +189,11 @@ def test_plain_parquet_without_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "valid"}, r"split = 'valid': must be one of \['test', 'train'\]"),
+        ({"split": "a", "split_files": {"b": "*"}}, r"split = 'a': must be one of \['b'\], or be added to split_files"),
+        ({"split_files": {"train": "../*"}}, r"split_files: train: '../\*': must be a pattern for files below"),
         ({"image_column": "picture"}, r"image_column = 'picture': must be one of \['img', 'label'\]"),
         ({"label_column": "class"}, r"label_column = 'class': must be one of \['img', 'label'\]"),
-        ({"image_column": "label"}, "image column 'label' has type int64: must be struct<bytes, path>"),
+        ({"image_column": "label"}, "train-0.parquet: image column 'label' has type int64: must be struct<bytes"),
         ({"label_column": "img"}, "label column 'img' has type .*: must be integers or a ClassLabel"),
         ({"image_size": 8}, "row 0: image is 4x4: must be 8x8; set image_size"),
         ({"image_size": 0}, "image_size = 0: must be at least 1"),
@@ -228,7 +229,7 @@ def png_of_width_5() -> bytes:
 @pytest.mark.parametrize(
     ("encoded", "labels", "options", "message"),
     [
-        (lambda: [], [], {}, "split 'train': there are no rows in"),
+        (lambda: [], [], {}, "there are no rows in .*train.parquet"),
         (good, [0, 1, -1], {"label_feature": datasets.Value("int64")}, "row 2: label -1 in 'label'"),
         (good, [0, 3, 1], {"label_feature": datasets.Value("int64")}, "row 1: label 3 in 'label'"),
         (good, [0, -1, 1], {}, "row 1: label -1 in 'label'.*or drop rows without a label"),
@@ -259,8 +260,99 @@ def test_refuses_bad_files(
 
 def test_refuses_files_that_are_not_parquet(folder: Path) -> None:
     (folder / "train-2.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(ValueError, match=r"cannot read .*train-2.parquet.* as parquet"):
+    with pytest.raises(ValueError, match=r"train-2.parquet is not parquet, or is damaged"):
         load(folder)
+
+
+# --- files of other metadata --------------------------------------------------------------------------------
+
+
+def pets(path: Path, names: Sequence[str] | None, labels: Sequence[int], shades: Sequence[int]) -> None:
+    """Each image is of one shade; `names` None stores plain integers."""
+    rows = [png(np.full((4, 4, 3), shade, dtype=np.uint8)) for shade in shades]
+    feature = datasets.Value("int64") if names is None else datasets.ClassLabel(names=list(names))
+    write(path, rows, labels, label_feature=feature)
+
+
+def named(data: ImageData) -> list[tuple[str, int]]:
+    """Each row's class, by name, and shade."""
+    return [(data.class_names[i], int(image[0, 0, 0])) for i, image in zip(data.labels, data.images, strict=True)]
+
+
+def test_labels_are_matched_by_name(tmp_path: Path) -> None:
+    pets(tmp_path / "train-0.parquet", ["cat", "dog", "eel"], [0, 1, 2], [1, 2, 3])
+    pets(tmp_path / "train-1.parquet", ["eel", "cat", "dog"], [0, 1, 2, 0], [3, 1, 2, 3])
+    pets(tmp_path / "test.parquet", ["dog", "eel", "cat"], [0, 1, 2], [2, 3, 1])
+    train, test = load(tmp_path, cache_dir=tmp_path / "cache"), load(tmp_path, split="test")
+    assert train.class_names == test.class_names == ("cat", "dog", "eel")
+    assert named(train) == [("cat", 1), ("dog", 2), ("eel", 3), ("eel", 3), ("cat", 1), ("dog", 2), ("eel", 3)]
+    assert named(test) == [("dog", 2), ("eel", 3), ("cat", 1)]
+    assert load(tmp_path, split="test", reference_split=None).class_names == ("dog", "eel", "cat")
+    # The train files alone change what the test split's cached labels are.
+    first = load(tmp_path, split="test", cache_dir=tmp_path / "cache")
+    pets(tmp_path / "train-0.parquet", ["eel", "dog", "cat"], [0], [3])
+    second = load(tmp_path, split="test", cache_dir=tmp_path / "cache")
+    assert (first.labels.tolist(), second.labels.tolist()) == ([1, 2, 0], [1, 0, 2])
+
+
+@pytest.mark.parametrize("other", ["train-1.parquet", "test.parquet"])
+def test_other_classes_are_refused(tmp_path: Path, other: str) -> None:
+    split = other.split("-")[0].removesuffix(".parquet")
+    pets(tmp_path / "train-0.parquet", ["cat", "dog"], [0, 1], [1, 2])
+    pets(tmp_path / other, ["dog", "emu"], [0, 1], [2, 4])
+    with pytest.raises(ValueError, match=rf"{other} and .*train-0.*different classes: .*\['emu'\], .*\['cat'\]"):
+        load(tmp_path, split=split)
+    pets(tmp_path / other, ["cat", "dog", "emu"], [0, 1], [1, 2])
+    with pytest.raises(ValueError, match=r"only the first has \['emu'\], only the second \[\]"):
+        load(tmp_path, split=split)
+    pets(tmp_path / other, None, [0, 1], [1, 2])
+    with pytest.raises(ValueError, match=rf"{other} has labels without class names, .*train-0.*\['cat', 'dog'\]"):
+        load(tmp_path, split=split)
+
+
+def test_numbers_as_names_say_no_more_than_numbers(tmp_path: Path) -> None:
+    pets(tmp_path / "train.parquet", ["0", "1", "2"], [0, 1], [1, 2])
+    pets(tmp_path / "test.parquet", None, [2, 1], [3, 2])
+    assert named(load(tmp_path, split="test")) == [("2", 3), ("1", 2)]
+
+
+def test_files_of_other_columns(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.parquet", good(1), [0])
+    write(tmp_path / "train-1.parquet", good(2), [1, 2], more=[5, 6])  # what is not read may differ
+    assert load(tmp_path).labels.tolist() == [0, 1, 2]
+    write(tmp_path / "train-2.parquet", [], [])
+    assert len(load(tmp_path)) == 3
+    write(tmp_path / "train-2.parquet", good(1), [0], image="image")
+    with pytest.raises(ValueError, match=r"train-2.parquet: no column 'img', which .*train-0.parquet has; it has"):
+        load(tmp_path)
+    write(tmp_path / "train-2.parquet", [*good(1), b"?"], [0, 0])
+    with pytest.raises(ValueError, match=r"train-2.parquet, row 1: cannot decode"):
+        load(tmp_path)
+    write(tmp_path / "train-2.parquet", good(2), [1, 7], label_feature=datasets.Value("int16"))
+    with pytest.raises(ValueError, match=r"train-2.parquet has labels without class names"):
+        load(tmp_path)
+    table = pq.read_table(tmp_path / "train-1.parquet")
+    pq.write_table(table.set_column(1, "label", pa.array([0.0, 1.0])), tmp_path / "train-2.parquet")
+    with pytest.raises(ValueError, match=r"train-2.parquet: label column 'label' has type float64: must be integers"):
+        load(tmp_path)
+
+
+def test_a_damaged_page_names_its_file(folder: Path) -> None:
+    file = folder / "train-1.parquet"
+    content = bytearray(file.read_bytes())
+    content[4:200] = bytes(196)
+    file.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"train-1.parquet is damaged|train-1.parquet, row \d") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train.bak.parquet", "train (copy).parquet", "._train-0.parquet", "train-0.parquet~"])
+def test_backups_are_not_read(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / "train-0.parquet").read_bytes())
+    assert len(load(folder)) == 7
+    if name.startswith("."):
+        assert len(load(folder, split_files={"train": "*train-*.parquet"})) == 7
 
 
 # --- cache --------------------------------------------------------------------------------------------------
@@ -273,13 +365,13 @@ def test_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert file.suffix == ".safetensors", "no temporary file is left behind"
 
     decoded: list[str] = []
-    real = images_module._decode
+    real = images_module._decoded
 
     def counting(*args: Any) -> ImageData:
         decoded.append("again")
         return real(*args)
 
-    monkeypatch.setattr(images_module, "_decode", counting)
+    monkeypatch.setattr(images_module, "_decoded", counting)
     second = load(folder, cache_dir=cache)
     assert not decoded
     assert second.class_names == first.class_names
@@ -316,7 +408,7 @@ def test_hub_name_goes_to_load_dataset(folder: Path, tmp_path: Path, monkeypatch
     data = load("someone/pets", cache_dir=tmp_path / "cache")
     assert len(data) == 4
     assert calls[0][0] == "someone/pets"
-    monkeypatch.setattr(images_module, "_decode", None)
+    monkeypatch.setattr(images_module, "_decoded", None)
     assert torch.equal(load("someone/pets", cache_dir=tmp_path / "cache").images, data.images), "from the cache"
     with pytest.raises(ValueError, match=r"'someone/pets', split = 'val': Unknown split.*\[\"train\"\]"):
         load("someone/pets", split="val")

@@ -497,7 +497,7 @@ def good() -> list[bytes | None]:
         (lambda: [], [], None, "there are no rows"),
         (good, [0, 1, 3], datasets.Value("int64"), "row 2: label 3 in 'label': must be from 0 to 2"),
         (good, [0, 1, -1], None, "row 2: label -1 in 'label'"),
-        (good, [0, None, 1], None, "row 1: label None in 'label'"),
+        (good, [0, None, 1], None, "row 1: no label in 'label'"),
         (good, [0.0, 1.0, 2.0], datasets.Value("float32"), "has type float32: must be integers"),
         (lambda: [*good()[:2], b"not an image"], [0, 1, 2], None, r"row 2: cannot decode the image \(12 bytes\)"),
         (lambda: [*good()[:2], None], [0, 1, 2], None, "row 2: no image bytes"),
@@ -525,7 +525,7 @@ def test_tool_refuses_bad_rows(
         (["--workers", "0"], "workers = 0: must be at least 1"),
         (["--num-classes", "5"], "num_classes = 5: column 'label' has 3 classes"),
         (["--image-column", "img"], r"image_column = 'img': must be one of \['image', 'label'\]"),
-        (["--image-column", "label"], "image column 'label' has type .*: must be images"),
+        (["--image-column", "label"], "image column 'label' has type int64: must be struct<bytes"),
         (["--label-column", "kind"], "label_column = 'kind'"),
         (["--device", "abacus"], "device = 'abacus'"),
         (["--source", "./nothing"], "source = './nothing': no such folder"),
@@ -578,7 +578,7 @@ def test_autoencoder_files(vae: Path, tmp_path: Path) -> None:
 
 def test_damaged_parquet(pets: Path, vae: Path, tmp_path: Path) -> None:
     (pets / "train-2.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(ValueError, match=r"cannot read .*train-2.parquet.* as parquet"):
+    with pytest.raises(ValueError, match=r"train-2.parquet is not parquet, or is damaged"):
         tool.encode_images(str(pets), str(vae), tmp_path / "out", size=16)
 
 

@@ -177,9 +177,9 @@ def test_refusals(corpus: Path) -> None:
         load_data(recipe_of(**options(corpus / "train.txt")), "train")
     with pytest.raises(FileNotFoundError, match="none is missing: name a folder"):
         load_data(recipe_of(**options(corpus / "none")), "train")
-    with pytest.raises(ValueError, match="split = 'dev': must be one of"):
+    with pytest.raises(FileNotFoundError, match="split 'dev': no file in"):
         load_data(recipe_of(**options(corpus, test_split="dev")), "test")
-    with pytest.raises(FileNotFoundError, match=r"no file dev\*\.txt in .* for split 'test'"):
+    with pytest.raises(FileNotFoundError, match=r"split 'test': no file in .* matches 'dev\*\.txt'"):
         load_data(recipe_of(**options(corpus, split_files={"train": "*.txt", "test": "dev*.txt"})), "test")
     with pytest.raises(ValueError, match=r"data\.kind: digits has no text"):
         text_codec(recipe_of().model_copy(update={"data": DigitsConfig(kind="digits")}))

@@ -42,7 +42,7 @@ class ImageFilesConfig(PixelsConfig):
         source: a local folder or a hub name.
         folder: name below the folder in the environment variable DIFFUSIONBLOCKS_DATA; where that variable is set
             and `source` was not overridden, the local copy is used.
-        split_files: split name -> file pattern below a local folder.
+        split_files: split name -> file pattern below a local folder; null: files named after the split, no backups.
         train_split, test_split: names of the splits.
         image_column, label_column: column names; null finds them.
         image_size: height and width in pixels; other sizes are refused.
@@ -108,7 +108,7 @@ class TextConfig(_ChunksConfig):
         length: characters of an example, which overlap in training.
         source: a text file (plain, .xz, .gz or .bz2), or a folder.
         folder: as for `images`.
-        split_files: of a folder: split name -> file pattern; null: train*.txt*, valid*.txt*, test*.txt*.
+        split_files: of a folder: split name -> file pattern; null: files named after the split, no backups.
         fractions: of a file: shares of train, valid and test.
         train_split, test_split: names of the splits.
         cache: folder for the text as ids, which are then mapped and not read into memory; null reads it at every start.
@@ -131,7 +131,7 @@ class TokensConfig(_ChunksConfig):
         length: tokens of an example, which overlap in training.
         source: a folder with text files for each split (plain, .xz, .gz or .bz2).
         folder: as for `images`.
-        split_files: split name -> file pattern; null: train*.txt*, valid*.txt*, test*.txt*.
+        split_files: split name -> file pattern; null: files named after the split, no backups.
         train_split, test_split: names of the splits.
         separator: what stands between documents within a file; null: a file is a document.
         vocab_size: tokens of the tokenizer that is trained, the end of a document among them.

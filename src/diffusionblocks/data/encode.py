@@ -13,7 +13,6 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +22,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .images import _IMAGE_COLUMNS, _LABEL_COLUMNS, _class_names, _load_hub, _local_folder, _pick_column
+from .decoder import decode_image, oversized_refused
 from .latents import LatentData, _check_split, latent_folder, write_shards
+from .tables import ImageRow, open_table
 
 if TYPE_CHECKING:
-    import datasets
     from PIL import Image
 
 __all__ = ["center_crop", "decode", "encode", "encode_images", "load_vae", "main"]
 
+_ELONGATED = 100
 _AHEAD = 2  # batches whose images are decoded while the autoencoder works on an older one
 
 
@@ -129,49 +129,18 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _pixels(encoded: bytes | None, where: str, size: int) -> Tensor:
+def _pixels(row: ImageRow, size: int) -> Tensor:
     """uint8 (3, size, size)."""
-    from PIL import Image
-
-    if encoded is None:
-        raise ValueError(f"{where}: no image bytes; images stored as a path only are not read: embed them")
-    try:
-        with Image.open(BytesIO(encoded)) as image:
-            array = np.array(center_crop(image.convert("RGB"), size))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... as the format's decoder does.
-        raise ValueError(f"{where}: cannot decode the image ({len(encoded)} bytes): {error}") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def _stream(source: str, split: str) -> tuple[datasets.IterableDataset, int | None]:
-    """The split's rows, read as they are asked for, and their number if it is known."""
-    import datasets
-    import pyarrow.parquet
-
-    folder = _local_folder(source, None)
-    if folder is None:
-        table = _load_hub(source, split, streaming=True)
-        known = (table.info.splits or {}).get(split)
-        return table, None if known is None else known.num_examples
-
-    files = sorted(str(path) for path in folder.glob(f"{split}*.parquet") if path.is_file())
-    if not files:
-        present = sorted(path.name for path in folder.iterdir())[:20]
-        raise FileNotFoundError(
-            f"split {split!r}: no file in {folder} matches '{split}*.parquet'; the folder holds {present}"
+    image = decode_image(row.encoded, row.where, 3)
+    longer, shorter = max(image.size), min(image.size)
+    if longer > _ELONGATED * shorter:  # its shorter side resized, it could fill the memory
+        raise ValueError(
+            f"{row.where}: image is {image.width}x{image.height}: must be at most {_ELONGATED} times as long as wide"
         )
-    rows = 0
-    try:
-        for name in files:
-            rows += pyarrow.parquet.read_metadata(name).num_rows
-        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True), rows
-    except Exception as error:  # pyarrow and `datasets` have many kinds of error for this.
-        raise ValueError(f"cannot read {files} as parquet files of one schema: {error}") from error
+    return torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1)
 
 
-def _batches(
-    rows: Iterator[tuple[bytes | None, int]], where: str, size: int, batch_size: int, workers: int
-) -> Generator[tuple[Tensor, Tensor]]:
+def _batches(rows: Iterator[ImageRow], size: int, batch_size: int, workers: int) -> Generator[tuple[Tensor, Tensor]]:
     """uint8 (n, 3, size, size) and int64 (n,), decoded by threads ahead of time: Pillow lets them run side by side."""
     waiting: deque[tuple[list[Any], list[int]]] = deque()
 
@@ -179,15 +148,9 @@ def _batches(
         futures, labels = waiting.popleft()
         return torch.stack([future.result() for future in futures]), torch.tensor(labels)
 
-    with ThreadPoolExecutor(workers) as pool:
-        number = 0
+    with oversized_refused(), ThreadPoolExecutor(workers) as pool:
         while batch := list(islice(rows, batch_size)):
-            futures = [
-                pool.submit(_pixels, encoded, f"{where}, row {number + i}", size)
-                for i, (encoded, _) in enumerate(batch)
-            ]
-            waiting.append((futures, [label for _, label in batch]))
-            number += len(batch)
+            waiting.append(([pool.submit(_pixels, row, size) for row in batch], [row.label for row in batch]))
             if len(waiting) > _AHEAD:
                 yield first()
         while waiting:
@@ -244,14 +207,23 @@ def encode_images(
         ValueError: an argument outside its range, a wrong column, a label out of range, an image that cannot be
             decoded, latents that are not finite, or no rows. The message names value and fix. Nothing is left in
             `out`.
-        OSError: a file of the source is damaged inside, or the disk is full.
+        OSError: the disk is full.
         ImportError: diffusers is not installed.
     """
     for name, value in (("size", size), ("batch_size", batch_size), ("shard_rows", shard_rows), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value!r}: must be at least 1")
     _check_split(split)
-    rows, count, class_names = _rows(source, split, image_column, label_column, num_classes)
+    table = open_table(
+        source,
+        split,
+        image_column=image_column,
+        label_column=label_column,
+        num_classes=num_classes,
+        reference_split="train",
+        streaming=True,
+    )
+    table.check_labels()
     where = _device(device)
     model = load_vae(vae, where)
     config: Any = model.config
@@ -264,8 +236,8 @@ def encode_images(
     workers = workers or min(16, os.cpu_count() or 1)
 
     def latents() -> Generator[tuple[Tensor, Tensor, Tensor]]:
-        batches = _batches(rows, f"{source} (split {split!r})", size, batch_size, workers)
-        with tqdm(total=count, unit="image", disable=not progress) as bar, contextlib.closing(batches):
+        batches = _batches(iter(table), size, batch_size, workers)
+        with tqdm(total=table.rows, unit="image", disable=not progress) as bar, contextlib.closing(batches):
             for images, labels in batches:
                 mean, std = encode(images.to(where).float() / 127.5 - 1, model, factor)
                 yield mean, std, labels
@@ -277,52 +249,12 @@ def encode_images(
             split,
             encoded,
             shard_rows=shard_rows,
-            class_names=class_names,
+            class_names=table.class_names,
             vae=vae,
             scaling_factor=factor,
             overwrite=overwrite,
         )
     return latent_folder(out, split)
-
-
-def _rows(
-    source: str, split: str, image_column: str | None, label_column: str | None, num_classes: int | None
-) -> tuple[Iterator[tuple[bytes | None, int]], int | None, tuple[str, ...]]:
-    """The still encoded images with their labels, their number if it is known, and the names of the classes."""
-    import datasets
-
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes = {num_classes!r}: must be at least 1, or None to take it from the file")
-    where = f"{source} (split {split!r})"
-    table, count = _stream(source, split)
-    features = table.features
-    if features is None:
-        raise ValueError(f"{where}: its columns are not declared; download it as parquet files and give their folder")
-    columns = list(features)
-    image = _pick_column("image", image_column, _IMAGE_COLUMNS, columns, where)
-    label = _pick_column("label", label_column, _LABEL_COLUMNS, columns, where)
-    names = _class_names(features[label], label, num_classes, where)
-    table = table.select_columns([image, label])
-    kind = features[image]
-    if isinstance(kind, datasets.Image):
-        table = table.cast_column(image, datasets.Image(decode=False))
-    elif not (isinstance(kind, dict) and "bytes" in kind) and getattr(kind, "dtype", "") not in (
-        "binary",
-        "large_binary",
-    ):
-        raise ValueError(f"{where}: image column {image!r} has type {kind}: must be images, or struct<bytes, path>")
-
-    def rows() -> Iterator[tuple[bytes | None, int]]:
-        for number, row in enumerate(table):
-            value, target = row[image], row[label]
-            if target is None or not 0 <= target < len(names):
-                raise ValueError(
-                    f"{where}, row {number}: label {target} in {label!r}: must be from 0 to {len(names) - 1} "
-                    f"({len(names)} classes); set num_classes or label_column, or drop rows without a label"
-                )
-            yield (value.get("bytes") if isinstance(value, dict) else value), target
-
-    return rows(), count, names
 
 
 def _device(name: str) -> torch.device:

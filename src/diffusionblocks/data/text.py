@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..files import renamed
+from .split_files import TEXT_ENDINGS, files_of_split
 
 __all__ = ["SYMBOLS", "TextData", "characters", "decode", "encode", "normalise", "open_text", "python_topics"]
 
@@ -146,9 +147,9 @@ def characters(
     Args:
         source: a text file, UTF-8, plain or packed (.xz, .gz, .bz2), which is split by `fractions`; or a folder with
             files for each split.
-        split: "train", "valid" or "test", or a name in `split_files`.
+        split: of a file "train", "valid" or "test"; of a folder any name, or one in `split_files`.
         split_files: for a folder: for each split its files, as a glob relative to the folder, read in the order of
-            their names; by default {"train": "train*.txt*", ...}.
+            their names; by default those named after the split, such as train.txt or train-1.txt.xz, without backups.
         fractions: of a single file: what share of its characters, from the start, is train, valid and test; they add
             up to 1. The default gives text8 its 90M, 5M and 5M.
         cache_dir: folder for the ids (one file a corpus, a byte a character), made if need be; they are then mapped,
@@ -163,7 +164,7 @@ def characters(
     """
     source = Path(source).expanduser()
     if source.is_dir():
-        ids = _corpus(files_of_split(source, split, split_files), cache_dir)
+        ids = _corpus(files_of_split(source, split, split_files, endings=TEXT_ENDINGS), cache_dir)
     elif source.is_file():
         start, end = _part(split, fractions)
         whole = _corpus([source], cache_dir)
@@ -214,27 +215,6 @@ def _topics() -> dict[str, list[str]]:
 
 
 # ---- files -----------------------------------------------------------------------------------------------
-
-
-def files_of_split(folder: Path, split: str, patterns: Mapping[str, str] | None = None) -> list[Path]:
-    """The text files of a split in a folder that is there, in the order of their names.
-
-    Args:
-        folder: where they are.
-        split: "train", "valid" or "test", or a name in `patterns`.
-        patterns: split name -> glob relative to the folder; None: {"train": "train*.txt*", ...}.
-
-    Raises:
-        FileNotFoundError: no file for the split.
-        ValueError: unknown split.
-    """
-    patterns = patterns or {name: f"{name}*.txt*" for name in _SPLITS}
-    if split not in patterns:
-        raise ValueError(f"split = {split!r}: must be one of {list(patterns)}")
-    files = sorted(folder.glob(patterns[split]))
-    if not files:
-        raise FileNotFoundError(f"no file {patterns[split]} in {folder} for split {split!r}: set split_files")
-    return files
 
 
 @contextlib.contextmanager

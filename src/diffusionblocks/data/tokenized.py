@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from ..files import read_json, renamed, write_json
 from ..tokenizer_file import read_tokenizer
-from .text import SYMBOLS, TextData, decode, encode, files_of_split, fingerprint, mapped, open_text
+from .split_files import TEXT_ENDINGS, files_of_split
+from .text import SYMBOLS, TextData, decode, encode, fingerprint, mapped, open_text
 
 __all__ = [
     "END",
@@ -195,8 +196,9 @@ def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = N
 
     Args:
         source: a folder.
-        split: "train", "valid" or "test", or a name in `patterns`.
-        patterns: split name -> glob relative to the folder; None: {"train": "train*.txt*", ...}.
+        split: its name.
+        patterns: split name -> glob relative to the folder; None: the files named after the split, such as train.txt or
+            train-1.txt.xz, without backups.
 
     Raises:
         FileNotFoundError: no such folder, or no file for the split.
@@ -207,7 +209,7 @@ def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = N
         raise ValueError(f"{source} is a file: name a folder that holds files for each split")
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is missing: name a folder that holds files for each split")
-    return files_of_split(source, split, patterns)
+    return files_of_split(source, split, patterns, endings=TEXT_ENDINGS)
 
 
 # ---- text to ids and back --------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.config import DigitsConfig, ImageFilesConfig, LatentsConfig, TopicsConfig, resolved_source
-from ..data.images import rows_of_split
 from ..data.latents import examples_of_split
+from ..data.tables import rows_of_split
 from ..recipes import Recipe
 from ..sources import load_data
 
