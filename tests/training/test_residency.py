@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import IMAGE, LENGTH, NUM_LABELS, VOCAB, seeded, tiny, without_generated_code
@@ -24,7 +25,7 @@ from diffusionblocks.training.checkpoint import checkpoints
 from diffusionblocks.training.keys import key
 from diffusionblocks.training.optim import Updater
 from diffusionblocks.training.residency import ActiveResident, AllResident
-from diffusionblocks.training.schedules import MOST_ITERATIONS, block_schedule, next_others
+from diffusionblocks.training.schedules import block_schedule, next_others
 from diffusionblocks.training.skeleton import shape_of
 
 BLOCKS = 3
@@ -107,7 +108,7 @@ RESIDENCIES = [{"resident": "all"}, {"resident": "active"}, {"resident": "active
 @pytest.mark.parametrize("dwell", [1, 3, 100])
 def test_every_unit_steps_exactly_its_steps(kind: str, dwell: int) -> None:
     schedule = block_schedule(kind, [7, 4, 9], dwell, seed=3)
-    assert [schedule.count(unit) for unit in range(3)] == [7, 4, 9]
+    assert np.bincount(schedule).tolist() == [7, 4, 9]
 
 
 def test_schedules_are_what_they_are_called() -> None:
@@ -126,7 +127,7 @@ def test_the_next_other_unit_is_known_ahead() -> None:
 
 
 def listed(kind: str, steps: list[int], dwell: int, seed: int) -> list[int]:
-    """The order of runs that began before schedules were computed: every visit in a list, which is then permuted."""
+    """The order of runs that began before schedules were arrays: every visit in a list, which is then permuted."""
     visits = [[min(dwell, n - start) for start in range(0, n, dwell)] for n in steps]
     order = [(unit, length) for unit, lengths in enumerate(visits) for length in lengths]
     if kind != "sequential":
@@ -138,30 +139,36 @@ def listed(kind: str, steps: list[int], dwell: int, seed: int) -> list[int]:
     return [unit for unit, length in order for _ in range(length)]
 
 
+def following(order: list[int]) -> list[int | None]:
+    """The next other unit of every iteration."""
+    return [next((unit for unit in order[i:] if unit != order[i]), None) for i in range(len(order))]
+
+
 @pytest.mark.parametrize("kind", ["random", "round-robin", "sequential"])
 @pytest.mark.parametrize("dwell", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("steps", [[1], [9], [8, 8, 8], [7, 4, 9], [0, 3, 1, 3], [20, 1, 1, 13, 6, 20]])
-def test_a_computed_schedule_is_the_listed_one(kind: str, dwell: int, steps: list[int]) -> None:
+def test_a_schedule_is_the_order_of_older_runs(kind: str, dwell: int, steps: list[int]) -> None:
     expected, schedule = listed(kind, steps, dwell, 5), block_schedule(kind, steps, dwell, 5)
     assert [*schedule] == expected
     assert len(schedule) == len(expected)
     assert schedule[-1] == expected[-1]
-    assert [*next_others(schedule)] == [*next_others(expected)]
-    assert [*next_others(schedule, len(expected) // 2)] == [*next_others(expected, len(expected) // 2)]
+    assert [*next_others(schedule)] == following(expected)
+    assert [*next_others(schedule, len(expected) // 2)] == following(expected)[len(expected) // 2 :]
 
 
 @pytest.mark.parametrize("kind", ["random", "round-robin", "sequential"])
-def test_a_long_schedule_takes_neither_time_nor_memory(kind: str) -> None:
-    steps = 2 * 10**5 if kind == "random" else MOST_ITERATIONS // 4
+def test_a_long_schedule_takes_a_byte_an_iteration(kind: str) -> None:
+    steps = 2 * 10**5
     started = time.perf_counter()
     schedule = block_schedule(kind, [steps] * 4, 1, 0)
     assert 0 <= schedule[len(schedule) // 2] < 4
     assert next(next_others(schedule, len(schedule) // 2)) is not None
+    assert schedule.nbytes == 4 * steps
     assert time.perf_counter() - started < 1
 
 
 def test_a_schedule_of_too_many_iterations_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 units.*3,000,000,000.*100,000,000.*train.steps"):
+    with pytest.raises(ValueError, match=r"3 units.*3,000,000,000.*50,000,000.*train.steps"):
         block_schedule("random", [10**9] * 3, 1, 0)
 
 

@@ -90,9 +90,7 @@ class Trainer:
         self.residency = make_residency(self.units, shared, lengths, config, self.device, folder, fill)
         self.sets = self.residency.sets
         self.stepper = Stepper(self.residency, batches, config, self.device)
-        self.schedule: Sequence[int] = block_schedule(
-            config.schedule, [steps] * len(self.units), config.dwell, config.seed
-        )
+        self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.dwell, config.seed)
         self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
         self.iteration = 0
         self.seconds = 0.0
@@ -160,7 +158,7 @@ class Trainer:
         before = self.seconds
         following = next_others(self.schedule, self.iteration)
         while self.iteration < end:
-            unit = self.schedule[self.iteration]
+            unit = int(self.schedule[self.iteration])
             self.step(unit, next(following))
             counts[unit] += 1
             self.iteration += 1
