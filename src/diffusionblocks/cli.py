@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from . import __version__
 from .bench.commands import add_bench
+from .messages import OneLineParser, one_line
 from .noise.edm import PARTITION_STRATEGIES
 from .recipes import Recipe, explain, load_recipe
 
@@ -76,22 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValidationError as error:
-        print(f"error: not allowed:\n{explain(error)}", file=sys.stderr)
+        print(one_line(f"error: not allowed: {explain(error)}"), file=sys.stderr)
         return 2
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 2
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 3
     except Interrupted as error:
-        print(str(error), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 128 + error.signum
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="diffusionblocks",
         description="Train a deep network one block at a time, as independent denoisers (arXiv 2506.14202).",
         epilog=_EXAMPLES,
@@ -373,7 +374,7 @@ def _merge(options: argparse.Namespace) -> None:
 
     origins = merge(options.folders, options.out, options.prefer)
     for line in trained_differently(options.folders):
-        print(f"warning: {line}", file=sys.stderr)
+        print(one_line(f"warning: {line}"), file=sys.stderr)
     rows = [
         {
             "block": origin.block,

@@ -6,7 +6,6 @@ Needs the `diffusers` library. Images are read one after the other, so the data 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..messages import OneLineParser, one_line
 from .decoder import decode_image, oversized_refused
 from .latents import LatentData, _check_split, latent_folder, write_shards
 from .tables import ImageRow, open_table
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success; 2 for bad input.
     """
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m diffusionblocks.data.encode",
         description="Encodes labelled images with an autoencoder of diffusers, and writes the latents for training.",
     )
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         data = encode_images(**options, progress=True)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 2
     print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options['out']}")
     return 0

@@ -1,0 +1,62 @@
+"""What a command line says when it refuses is one line that a terminal can print."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffusionblocks.cli import main
+from diffusionblocks.data.encode import main as encode
+from diffusionblocks.messages import LONGEST, one_line
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("not a recipe:\n  train.lr: too low\n  name: missing\n", "not a recipe: train.lr: too low; name: missing"),
+        ("Error(s) in loading:\n\ta differs.\n\tb is unexpected.", "Error(s) in loading: a differs. b is unexpected."),
+        ("a\r\n\n  b\u2028c", "a; b; c"),
+        ("\x1b[31mred\x00", "\\x1b[31mred\\x00"),
+        ("ümlaut and \u65e5\u672c", "ümlaut and \u65e5\u672c"),
+        (ValueError(), "ValueError"),
+    ],
+)  # fmt: skip
+def test_a_message_is_one_printable_line(message: object, line: str) -> None:
+    assert one_line(message) == line
+
+
+def test_of_a_long_message_both_ends_are_shown() -> None:
+    line = one_line(f"train.lr = {'9' * 5000} is too high; set it to 1")
+    assert len(line) <= LONGEST
+    assert line.startswith("train.lr = 999")
+    assert line.endswith("999 is too high; set it to 1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["sample", "recipe.yaml", "--count", "two"],
+        ["sample", "recipe.yaml", "--solver", "x\ny"],
+        ["inspect"],
+        ["inspect", "recipe.yaml", "--seed", "1"],
+        ["merge", "a"],
+        ["bench", "memory", "--batch-size", "x" * 5000],
+        ["bench"],
+    ],
+)
+def test_arguments_are_refused_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(" --help")
+    assert len(line) <= LONGEST
+
+
+def test_the_encoder_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        encode(["--size", "wide"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --size: invalid int value: 'wide'; see ")
