@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 from sandbox import Outcome
 
 #: exit statuses that `diffusionblocks.cli.main` documents, but for those of signals
-REFUSALS = {2, 3}
+DIVERGED = 3
+REFUSALS = {2, DIVERGED}
 INTERRUPTED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 #: characters of the line
 LONGEST = 1000
@@ -122,8 +124,10 @@ def judge(
         return Verdict(ending, "words", f"{last[:200]}")
     if len(last) > LONGEST:
         return Verdict(ending, "length", f"{len(last)} characters: {last[:200]}")
-    if not last.isprintable():
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in last):
         return Verdict(ending, "characters", f"{last[:200]!r}")
+    if outcome.code == DIVERGED:  # after work, whose checkpoints are kept
+        return Verdict(ending, None, last)
     if after[0] != before[0]:
         return Verdict(ending, "input changed", f"{difference(before[0], after[0])}; {last[:200]}")
     if after[1] != before[1]:

@@ -299,7 +299,7 @@ def _verb(verb: str, sets: list[str]) -> Case:
     if verb != "train":
         return Case([command(verb, "recipe.yaml", *given), says], inputs=("recipe.yaml", "data"))
     train = command("train", "recipe.yaml", "--out", "out", "--quiet", *given, *_QUICK)
-    return Case([train, says], inputs=("recipe.yaml", "data"), outputs=("out/model",), interrupt=True)
+    return Case([train, says], inputs=("recipe.yaml", "data"), outputs=("out",), interrupt=True)
 
 
 def _yaml_inputs(root: Path) -> st.SearchStrategy[Input]:
