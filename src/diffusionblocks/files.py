@@ -18,8 +18,9 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -306,6 +307,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             if number is None:
                 raise ValueError(f"{path} cannot be written: {error}") from None
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        except RuntimeError as error:  # tensors that lie in the same memory
+            raise ValueError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
         temporary.chmod(mode)
 
 
@@ -319,8 +322,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         return dict(load_file(path))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # the last three: an unknown dtype, no bytes
         raise ValueError(f"{path} is damaged or not safetensors: {error}") from None
+
+
+class FileDigest(BaseModel):
+    """What an index says about a file beside it."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def digest(path: Path) -> FileDigest:
+    """Length and SHA-256 of a file.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    with path.open("rb") as file:
+        return FileDigest(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------
@@ -369,3 +393,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refused_constant(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON's")
+
+
+_Checked = TypeVar("_Checked", bound=BaseModel)
+
+
+def checked(values: Any, schema: type[_Checked], where: Path | str) -> _Checked:
+    """Validate values that were read from a file.
+
+    Raises:
+        ValueError: one line that names the file, the field, what is wrong with it, and its value.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        first, *more = error.errors()
+        field = ".".join(str(part) for part in first["loc"])
+        given = "" if first["type"] == "missing" else f" (got {_shortened(first['input'])})"
+        others = f"; {len(more)} more fields are wrong" if more else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {field}{': ' if field else ''}{message}{given}{others}") from None
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

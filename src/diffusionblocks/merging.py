@@ -8,21 +8,28 @@ must be equal by their bits. One tensor is read at a time.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .adapters import config_values
-from .files import replaced_folder, write_json
+from .files import FileDigest, digest, replaced_folder, write_json
 from .finite import DIVERGED, require_finite
-from .loading import SavedModel, outline_saved, read_saved
+from .loading import (
+    SavedModel,
+    check_digest,
+    check_header,
+    check_precisions,
+    files_of,
+    opened,
+    outline_saved,
+    read_saved,
+)
 from .model import DiffusionBlocks
-from .saving import INDEX, SHARED, WITH_TOKENIZER, block_file, check_out
+from .saving import INDEX, WITH_TOKENIZER, block_file, check_out
 from .tokenizer_file import same_tokenizer, tokenizer_in
 
 #: entries of a model's config that say where it came from, and change nothing
@@ -81,12 +88,13 @@ def merge(
             f"they cannot be merged: {_list(models)}; convert with shared: replicated or frozen to train blocks apart"
         )
     origins = _origins(models, [_model_folder(folder) for folder in preferred])
-    files = _checked_files(outline_saved(first), origins)
-    files += _tokenizer(models)
+    files = _checked_files(models, origins)
+    index = {**first.index, "blocks": [origin.block for origin in origins]}
+    index["files"] = {path.name: found.model_dump() for path, found in files.items()}
     with replaced_folder(Path(out), WITH_TOKENIZER) as temporary:
-        for file in files:
+        for file in [*files, *_tokenizer(models)]:
             shutil.copyfile(file, temporary / file.name)
-        write_json(temporary / INDEX, first.index | {"blocks": [origin.block for origin in origins]})
+        write_json(temporary / INDEX, index)
     return origins
 
 
@@ -125,12 +133,15 @@ def _check_inputs(models: list[SavedModel], folders: list[Path], out: Path) -> N
 def _check_configs(models: list[SavedModel]) -> None:
     first = models[0]
     for other in models[1:]:
-        found = difference(_description(first), _description(other))
+        ours, theirs = _description(first), _description(other)
+        if first.trained is not None and other.trained is not None:  # older folders do not say
+            ours["trained"], theirs["trained"] = first.trained, other.trained
+        found = difference(ours, theirs)
         if found is not None:
-            name, ours, theirs = found
+            name, one, another = found
             raise ValueError(
-                f"{first.folder} and {other.folder} hold parts of different models: {name} is {ours} in the first and "
-                f"{theirs} in the second; merge only blocks that were trained from one recipe"
+                f"{first.folder} and {other.folder} hold parts of different models: {name} is {one} in the first and "
+                f"{another} in the second; merge only blocks that were trained from one recipe"
             )
 
 
@@ -208,68 +219,21 @@ def _taken(block: int, holders: list[Path], ranked: list[Path]) -> Path:
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def _checked_files(model: DiffusionBlocks, origins: Sequence[Origin]) -> list[Path]:
-    """The tensor files of the merged model: names, shapes and dtypes checked from their headers, values for being
+def _checked_files(models: Sequence[SavedModel], origins: Sequence[Origin]) -> dict[Path, FileDigest]:
+    """The tensor files of the merged model, checked against the model and each against its index, values for being
     finite, and the shared parts that must be the same by their bits."""
-    common = {id(parameter) for parameter in model.shared_parameters()}
-    files: list[tuple[Path, dict[str, torch.Tensor]]] = []
+    model = outline_saved(models[0])
+    by_folder = {saved.folder: saved for saved in models}
+    files: dict[Path, dict[str, torch.Tensor]] = {}
     for origin in origins:
-        tensors = model.block(origin.block).state_dict(keep_vars=True)
-        own = {name: tensor for name, tensor in tensors.items() if id(tensor) not in common}
-        files.append((origin.folder / block_file(origin.block), own))
-        if common and origin.block == 0:
-            files.append((origin.folder / SHARED, {n: t for n, t in tensors.items() if id(t) in common}))
-    precisions: dict[str, Path] = {}
-    for path, tensors in files:
-        for precision in _check_header(path, tensors):
-            precisions.setdefault(precision, path)
-    if len(precisions) > 1:
-        (one, here), (another, there), *_ = precisions.items()
-        raise ValueError(
-            f"{here} holds {one} weights and {there} {another}: a model has one precision; train the blocks in the same"
-        )
+        files |= files_of(model, by_folder[origin.folder], [origin.block])
+    check_precisions({path: check_header(path, tensors) for path, tensors in files.items()})
     _check_shared(model, origins)
-    return [path for path, _ in files]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, mapped into memory."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not safetensors: {error}") from None
-
-
-def _check_header(path: Path, expected: dict[str, torch.Tensor]) -> set[str]:
-    """Check a file's tensors against those of the described model, and that they are finite; return the floating
-    precisions in it."""
-    with _opened(path) as file:
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        for names, text in ((set(expected) - set(found), "lacks"), (set(found) - set(expected), "has the unknown")):
-            if names:
-                raise ValueError(
-                    f"{path} {text} tensors {sorted(names)[:3]}, {len(names)} in all: it is not the file of that "
-                    "block; save the model again"
-                )
-        precisions = set()
-        for name, tensor in expected.items():
-            shape, precision = tuple(found[name].get_shape()), str(found[name].get_dtype())
-            floating = tensor.is_floating_point()
-            agrees = precision.startswith(("F", "BF")) if floating else file.get_tensor(name).dtype == tensor.dtype
-            if shape != tuple(tensor.shape) or not agrees:
-                expects = f"{'floating' if floating else tensor.dtype} {tuple(tensor.shape)}"
-                raise ValueError(
-                    f"{path}: {name} is {precision} {shape}, the config beside it says {expects}; the file is of "
-                    "another model"
-                )
-            if floating:
-                precisions.add(precision)
-                require_finite([(name, file.get_tensor(name))], str(path), DIVERGED)
-    return precisions
+    for path, tensors in files.items():
+        check_digest(by_folder[path.parent], path.name)
+        with opened(path) as file:
+            require_finite(((name, file.get_tensor(name)) for name in tensors), str(path), DIVERGED)
+    return {path: (by_folder[path.parent].files or {}).get(path.name) or digest(path) for path in files}
 
 
 def _check_shared(model: DiffusionBlocks, origins: Sequence[Origin]) -> None:
@@ -285,7 +249,7 @@ def _check_shared(model: DiffusionBlocks, origins: Sequence[Origin]) -> None:
     reference = origins[0].folder / block_file(origins[0].block)
     for origin in origins[1:]:
         path = origin.folder / block_file(origin.block)
-        with _opened(reference) as ours, _opened(path) as theirs:
+        with opened(reference) as ours, opened(path) as theirs:
             different = next((n for n in names if not _same_bits(ours.get_tensor(n), theirs.get_tensor(n))), None)
         if different is not None:
             what = "shared parts are fixed" if policy == "frozen" else "z must live in one space for all blocks"

@@ -2,7 +2,8 @@
 
 A saved model is a folder:
 
-    diffusionblocks.json        format, original class and config, BlocksConfig, partition, the blocks in the folder
+    diffusionblocks.json        format, original class and config, BlocksConfig, partition, the blocks in the folder,
+                                length and SHA-256 of every other file, and of a run what its blocks were trained on
     block-00.safetensors ...    everything block b owns, original names under `network.`
     shared.safetensors          the shared parts, under the `joint` policy only
     tokenizer.json              of a language model that a recipe trained on tokens (see `tokenizer_file`)
@@ -13,8 +14,10 @@ No code from the folder is run; the original class is looked up by name in the a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,7 @@ import torch
 from torch import nn
 
 from .adapters import config_values, instantiate
-from .files import check_replaceable, replaced_folder, write_json, write_tensors
+from .files import FileDigest, check_replaceable, digest, replaced_folder, write_json, write_tensors
 from .finite import DIVERGED, require_finite
 from .tokenizer_file import TOKENIZER, write_tokenizer
 
@@ -33,14 +36,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 INDEX = "diffusionblocks.json"
 SHARED = "shared.safetensors"
+STAMP = "diffusionblocks"  # in the metadata of a safetensors file
 #: names of the files of a saved model
 OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
 #: and with the tokenizer beside them, where that is replaced as well
 WITH_TOKENIZER = re.compile(rf"{OURS.pattern}|{re.escape(TOKENIZER)}")
+END_TO_END_FILES = "files.json"
 #: names of the files of an end-to-end model, which its own library writes
 _LIBRARY = r"config\.json|generation_config\.json|(model|diffusion_pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
 #: what a run may have left as its model, of either method: all of it is replaced
-MODEL_FILES = re.compile(rf"{WITH_TOKENIZER.pattern}|{_LIBRARY}")
+MODEL_FILES = re.compile(rf"{WITH_TOKENIZER.pattern}|{_LIBRARY}|files\.json")
 
 
 def check_out(out: Path, inputs: Sequence[Path], done: str) -> None:
@@ -61,7 +66,11 @@ def check_out(out: Path, inputs: Sequence[Path], done: str) -> None:
 
 
 def save(
-    model: DiffusionBlocks, path: Path, blocks: Sequence[int] | None = None, tokenizer: bytes | None = None
+    model: DiffusionBlocks,
+    path: Path,
+    blocks: Sequence[int] | None = None,
+    tokenizer: bytes | None = None,
+    trained: dict[str, Any] | None = None,
 ) -> None:
     """Write `model` to the folder `path`; an older save there is replaced only once the new one is whole.
 
@@ -72,24 +81,90 @@ def save(
         path: the folder.
         blocks: write only these blocks; None writes all.
         tokenizer: the bytes of a language model's `tokenizer.json`; None leaves one that is there as it is.
+        trained: what the blocks were trained on, as JSON values: blocks of different trainings are not merged.
 
     Raises:
-        ValueError: no such block, some blocks of a model with `joint` shared parts, a block on the meta device, weights
-            that are not finite, or a place that must not be replaced (`check_replaceable`).
+        ValueError: no such block, some blocks of a model with `joint` shared parts, a block on the meta device, tensors
+            that `load` would refuse or that are not finite, or a place that must not be replaced (`check_replaceable`).
     """
     chosen = _chosen(model, blocks)
-    for index in chosen:
-        _require_finite(model.block(index))
+    index = describe(model, chosen) | ({} if trained is None else {"trained": trained})
+    _check_readable(model, index)
+    for b in chosen:
+        _require_finite(model.block(b))
     with replaced_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer)
+        files: dict[str, FileDigest] = {}
         shared = {id(p) for p in model.shared_parameters()}
-        for index in chosen:
-            tensors = model.block(index).state_dict(keep_vars=True)
-            write_tensors(folder / block_file(index), {k: t for k, t in tensors.items() if id(t) not in shared})
-            if shared and index == 0:
-                write_tensors(folder / SHARED, {k: t for k, t in tensors.items() if id(t) in shared})
-        write_json(folder / INDEX, describe(model, chosen))
+
+        def write(name: str, tensors: dict[str, torch.Tensor], block: int | None) -> None:
+            write_tensors(folder / name, tensors, {STAMP: stamp(index, block)})
+            files[name] = digest(folder / name)
+
+        for b in chosen:
+            tensors = model.block(b).state_dict(keep_vars=True)
+            write(block_file(b), {k: t for k, t in tensors.items() if id(t) not in shared}, b)
+            if shared and b == 0:
+                write(SHARED, {k: t for k, t in tensors.items() if id(t) in shared}, None)
+        write_json(folder / INDEX, index | {"files": {name: files[name].model_dump() for name in files}})
+
+
+def stamp(index: dict[str, Any], block: int | None) -> str:
+    """What a block's file says of itself: digests of its model and its training, and which block it is."""
+    model = {name: index[name] for name in ("model_class", "model_config", "blocks_config", "partition")}
+    values = {"model": _short_digest(model), "trained": _short_digest(index.get("trained")), "block": block}
+    return json.dumps(values)
+
+
+def _short_digest(values: Any) -> str | None:
+    if values is None:
+        return None
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_readable(model: DiffusionBlocks, index: dict[str, Any]) -> None:
+    """Refuse, before anything is written, tensors that `load` would refuse: it is the reader's own check."""
+    from .loading import check_tensors, outline_of_index  # they make a model, and models save themselves
+
+    blocks: list[int] = index["blocks"]
+    for b in blocks:
+        for name, tensor in model.block(b).state_dict(keep_vars=True).items():
+            check_plain(tensor, f"block {b}: {name}")
+    described = outline_of_index(index)
+    precisions: dict[frozenset[torch.dtype], int] = {}
+    for b in blocks:
+        states = model.block(b).state_dict(keep_vars=True)
+        tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in states.items()}
+        fix = "save what `convert` made"
+        if any("lora_" in name or ".base_layer." in name for name in tensors):
+            fix = "merge the low-rank weights into the layers first (of PEFT: model.merge_and_unload())"
+        check_tensors(tensors, described.block(b).state_dict(), f"block {b} cannot be saved: it", fix)
+        floating = frozenset(dtype for _, dtype in tensors.values() if dtype.is_floating_point)
+        precisions.setdefault(floating, b)
+    if len(precisions) > 1:
+        (here, one), (there, other), *_ = precisions.items()
+        raise ValueError(
+            f"block {one} has {listed(here)} weights and block {other} {listed(there)}: a model has one precision; "
+            "bring the blocks to the same, as in model.float()"
+        )
+
+
+def listed(dtypes: Iterable[torch.dtype]) -> str:
+    """Dtypes, for a message."""
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def check_plain(tensor: torch.Tensor, what: str) -> None:
+    """Refuse tensors that safetensors would write without what makes sense of them."""
+    kind = type(tensor)
+    if kind not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.is_quantized:
+        raise ValueError(
+            f"{what} is a {kind.__module__}.{kind.__name__}: what makes sense of its numbers (a quantisation, other "
+            "parts of the tensor) would not be saved; make an ordinary tensor of it first, dequantised or gathered"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{what} has layout {tensor.layout}; turn it into a dense tensor first")
 
 
 def _chosen(model: DiffusionBlocks, blocks: Sequence[int] | None) -> list[int]:

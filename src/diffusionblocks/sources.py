@@ -40,13 +40,14 @@ from .data.config import (
     resolved_source,
 )
 from .data.tokenized import corpus_tokenizer, corpus_tokenizer_path, encoded_split, load_tokenizer, split_files
+from .end_to_end import load_end_to_end, save_end_to_end
 from .evaluation.pictures import to_uint8
-from .files import read_json, recover, replaced_folder
+from .files import read_json, recover
 from .loading import load
 from .model import DiffusionBlocks
 from .recipes import Recipe
 from .saving import INDEX, MODEL_FILES, save
-from .tokenizer_file import same_tokenizer, tokenizer_in, write_tokenizer
+from .tokenizer_file import same_tokenizer, tokenizer_in
 from .training import BatchMaker, EndToEnd
 from .weights import Fresh, WeightSource, pretrained_source
 
@@ -352,10 +353,7 @@ def save_model(model: nn.Module, path: Path, blocks: Sequence[int] | None = None
     if isinstance(model, DiffusionBlocks):
         save(model, path, blocks, tokenizer)
     elif isinstance(model, EndToEnd):
-        with replaced_folder(path, MODEL_FILES) as folder:
-            model.model.save_pretrained(folder)  # type: ignore[operator]
-            if tokenizer is not None:
-                write_tokenizer(folder, tokenizer)
+        save_end_to_end(model.model, path, tokenizer)
 
 
 def load_model(recipe: Recipe, path: Path) -> nn.Module:
@@ -407,4 +405,4 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
         elif recipe.train.compile and device.type == "cuda" and family not in ("label", "next-token"):
             model.compile_layers()
         return model
-    return EndToEnd(pretrained(class_name, path, {}).to(device))
+    return EndToEnd(load_end_to_end(class_name, path).to(device))

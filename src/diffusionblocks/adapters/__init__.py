@@ -13,6 +13,7 @@ from .registry import (
     outline,
     pretrained,
     rebuild_config,
+    restored,
     supported_classes,
     with_depth,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "outline",
     "pretrained",
     "rebuild_config",
+    "restored",
     "supported_classes",
     "with_depth",
 ]

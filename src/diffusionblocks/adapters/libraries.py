@@ -95,6 +95,28 @@ class Library(abc.ABC):
         """An instance with the weights of a folder or hub name; `values` override its config."""
         return model_class.from_pretrained(path, **values)  # type: ignore[no-any-return]
 
+    def restored(self, model_class: Any, path: Path) -> nn.Module:
+        """An instance with the weights of a folder, which must hold exactly these.
+
+        Raises:
+            ValueError: tensors are missing, unexpected or of another shape, or the library cannot read them.
+        """
+        try:
+            model, info = model_class.from_pretrained(path, output_loading_info=True, use_safetensors=True)
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} holds no {model_class.__name__}: {' '.join(str(error).split())}") from error
+        for kind, what in (
+            ("missing_keys", "lacks"),
+            ("unexpected_keys", "has unknown"),
+            ("mismatched_keys", "has other"),
+        ):
+            if names := sorted(str(name) for name in info.get(kind) or ()):
+                raise ValueError(
+                    f"{path} {what} tensors {names[:3]}, {len(names)} in all: it is not what a {model_class.__name__} "
+                    "of the config beside them saves; save the model again"
+                )
+        return model  # type: ignore[no-any-return]
+
     def checkpoint(self, model_class: Any, path: str | Path, values: dict[str, Any]) -> Checkpoint:
         """Where a folder or hub name has each weight that `pretrained` would load.
 

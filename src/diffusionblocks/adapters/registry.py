@@ -128,6 +128,16 @@ def pretrained(model_class: str, path: str | Path, values: dict[str, Any]) -> nn
     return model
 
 
+def restored(model_class: str, path: Path) -> nn.Module:
+    """An instance of a supported class with the weights of a folder that holds exactly these.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape, or the library cannot read them.
+    """
+    library, found = _found(model_class)
+    return library.restored(found, path)
+
+
 def checkpoint(model_class: str, path: str | Path, values: dict[str, Any]) -> Checkpoint:
     """Where a folder or hub name has each weight that `pretrained` would load.
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import read_json, temporary_folder, write_json, write_tensors
+from ..files import checked, read_json, temporary_folder, write_json, write_tensors
 from .placement import on_device
 
 __all__ = ["LatentBatches", "LatentData", "latent_folder", "write_shards"]
@@ -211,12 +211,9 @@ def _read_index(folder: Path, split: str) -> _Index:
         raise FileNotFoundError(f"{file} is missing; the folder holds the splits {present}; {_MAKE}")
     values = read_json(file)
     try:
-        index = _Index.model_validate(values)
-    except ValidationError as error:
-        item = error.errors()[0]
-        field = ".".join(str(part) for part in item["loc"])
-        given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
-        raise ValueError(f"{file}: {field}: {item['msg']}{given}; encode the split again") from None
+        index = checked(values, _Index, file)
+    except ValueError as error:
+        raise ValueError(f"{error}; encode the split again") from None
     if len(index.class_names) != index.num_classes:
         raise ValueError(
             f"{file}: num_classes = {index.num_classes}, but {len(index.class_names)} class names; "
