@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from .fields import MOST_TOKENS, Blocks, Float, Int, NonNegative, Positive, Seed, Width
 from .noise import EDM, Masking
 
 
@@ -45,7 +46,7 @@ class ImageTargetConfig(BaseModel):
 
     kind: Literal["image"] = "image"
     weight: Literal["none", "edm"] = "edm"
-    label_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    label_dropout: Float = Field(default=0.1, ge=0.0, lt=1.0)
 
 
 class TokenTargetConfig(BaseModel):
@@ -86,10 +87,10 @@ class NextTokenTargetConfig(BaseModel):
     embedding: Literal["given", "frozen", "learned"] | None = None
     weight: Literal["none", "edm"] = "none"
     bridge: Literal["soft", "hard", "sampled", "top-k"] = "sampled"
-    top_k: int = Field(default=8, ge=1)
-    logit_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    top_k: Int = Field(default=8, ge=1, le=MOST_TOKENS)
+    logit_scale: Positive = 1.0
     previous: bool = True
-    clean_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    clean_weight: NonNegative = 0.0
 
 
 def _kind(default: str) -> Callable[[Any], str]:
@@ -136,15 +137,15 @@ class BlocksConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_blocks: int = Field(default=3, ge=1)
-    layers: tuple[int, ...] | None = None
+    num_blocks: Blocks = 3
+    layers: tuple[Blocks, ...] | None = None
     partition: Literal["equi-probability", "log-uniform", "uniform"] = "equi-probability"
-    overlap: float = Field(default=0.05, ge=0.0, lt=1.0)
+    overlap: Float = Field(default=0.05, ge=0.0, lt=1.0)
     noise: NoiseConfig | None = None
     shared: Literal["joint", "replicated", "frozen"] = "replicated"
     target: TargetConfig | None = None
-    conditioning_dim: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    conditioning_dim: Width | None = None
+    seed: Seed = 0
 
     def as_one_block(self) -> BlocksConfig:
         """The same with one block of all layers, on all levels: a trunk, or a diffusion model's end-to-end control."""

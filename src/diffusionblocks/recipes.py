@@ -5,17 +5,36 @@ No imports, interpolation or code in YAML. `--set a.b=v` overrides a field; its 
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from .adapters import supported_classes
 from .config import BlocksConfig
 from .data.config import DataConfig, LatentsConfig
+from .fields import (
+    MOST_LENGTH,
+    MOST_LEVELS,
+    MOST_SAMPLES,
+    Epochs,
+    Float,
+    Int,
+    Length,
+    Levels,
+    Many,
+    NonNegative,
+    Positive,
+    Samples,
+    Seed,
+    Steps,
+)
 from .targets import check_loss_chunk
 from .training import TrainConfig
+from .yaml_values import MOST_BYTES, read_yaml
 
 
 class _Section(BaseModel):
@@ -50,13 +69,13 @@ class AccuracyConfig(_Section):
     """
 
     kind: Literal["accuracy"] = "accuracy"
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 3)
-    seeds: tuple[Annotated[int, Field(ge=1)], ...] = (1, 8)
+    steps: Many[Levels] = (1, 3)
+    seeds: Many[Levels] = (1, 8)
     bridge: Literal["soft", "hard"] | None = None
     grid: Literal["equal-mass", "karras"] = "equal-mass"
-    batch_size: int = Field(default=500, ge=1)
-    limit: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    batch_size: Samples = 500
+    limit: Samples | None = None
+    seed: Seed = 0
 
 
 class SamplesConfig(_Section):
@@ -79,17 +98,17 @@ class SamplesConfig(_Section):
     """
 
     kind: Literal["samples"]
-    samples: int = Field(default=10_000, ge=2)
-    solver: tuple[Literal["euler", "heun", "dpmpp-2m"], ...] = ("euler",)
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = (50,)
-    grid: tuple[Literal["equal-mass", "karras"], ...] = ("karras",)
-    guidance: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (1.0,)
+    samples: Int = Field(default=10_000, ge=2, le=MOST_SAMPLES)
+    solver: Many[Literal["euler", "heun", "dpmpp-2m"]] = ("euler",)
+    steps: Many[Levels] = (50,)
+    grid: Many[Literal["equal-mass", "karras"]] = ("karras",)
+    guidance: Many[NonNegative] = (1.0,)
     features: Literal["classifier", "inception"] | None = "classifier"
     features_folder: Path | None = None
-    reference_images: int | None = Field(default=None, ge=2)
-    batch_size: int = Field(default=500, ge=1)
-    grid_images: int = Field(default=100, ge=1)
-    seed: int = Field(default=0, ge=0)
+    reference_images: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
+    batch_size: Samples = 500
+    grid_images: Int = Field(default=100, ge=1, le=10_000)
+    seed: Seed = 0
 
 
 class BitsConfig(_Section):
@@ -105,14 +124,14 @@ class BitsConfig(_Section):
     """
 
     kind: Literal["bits"]
-    batch_size: int = Field(default=256, ge=1)
-    limit: int | None = Field(default=None, ge=2)
-    times: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0)
-    samples: int = Field(default=16, ge=1)
-    steps: int = Field(default=64, ge=1)
+    batch_size: Samples = 256
+    limit: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
+    times: Levels = 1
+    seed: Seed = 0
+    samples: Samples = 16
+    steps: Levels = 64
     grid: Literal["equal-mass", "cosine", "uniform"] = "equal-mass"
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    temperature: NonNegative = 1.0
 
 
 class LanguageConfig(_Section):
@@ -140,19 +159,19 @@ class LanguageConfig(_Section):
     """
 
     kind: Literal["language"]
-    batch_size: int = Field(default=32, ge=1)
-    limit: int | None = Field(default=None, ge=2)
-    seed: int = Field(default=0, ge=0)
-    levels: int = Field(default=16, ge=2)
-    samples: int = Field(default=16, ge=1)
-    generation_batch_size: int | None = Field(default=None, ge=1)
-    prompt_length: int = Field(default=50, ge=0)
-    new_tokens: int = Field(default=50, ge=1)
-    steps: int | None = Field(default=None, ge=1)
+    batch_size: Samples = 32
+    limit: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
+    seed: Seed = 0
+    levels: Int = Field(default=16, ge=2, le=MOST_LEVELS)
+    samples: Samples = 16
+    generation_batch_size: Samples | None = None
+    prompt_length: Int = Field(default=50, ge=0, le=MOST_LENGTH)
+    new_tokens: Length = 50
+    steps: Levels | None = None
     grid: Literal["equal-mass", "karras"] = "equal-mass"
     bridge: Literal["soft", "hard", "sampled", "top-k"] | None = None
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: NonNegative = 1.0
+    top_p: Float = Field(default=1.0, gt=0, le=1)
     teacher: str | None = None
     teacher_tokens: bool = True
     mauve: str | None = None
@@ -174,9 +193,9 @@ class TrunkConfig(_Section):
             fresh optimizer).
     """
 
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
-    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    steps: Steps | None = None
+    epochs: Epochs | None = None
+    lr: Positive | None = None
     lr_schedule: Literal["constant", "cosine"] = "constant"
     weights: Literal["raw", "averaged"] = "raw"
     optimizer: Literal["copied", "fresh"] = "copied"
@@ -197,13 +216,13 @@ class FitConfig(_Section):
         floor: the share of the training that stays spread evenly over log sigma, in (0, 1].
     """
 
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
-    rounds: int = Field(default=3, ge=1)
-    grid: int = Field(default=33, ge=3)
-    examples: int = Field(default=512, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
-    floor: float = Field(default=0.05, gt=0, le=1)
+    steps: Steps | None = None
+    epochs: Epochs | None = None
+    rounds: Int = Field(default=3, ge=1, le=1000)
+    grid: Int = Field(default=33, ge=3, le=MOST_LEVELS)
+    examples: Samples = 512
+    batch_size: Samples | None = None
+    floor: Float = Field(default=0.05, gt=0, le=1)
 
 
 #: The tags of unions in a recipe: part of pydantic's location of an error, but not of the YAML.
@@ -212,6 +231,16 @@ _TAGS = {
     "evaluate": ("accuracy", "samples", "bits", "language"),
     "target": ("label", "image", "tokens", "next-token"),
     "noise": ("edm", "masking"),
+}
+
+#: Wrong fields that a message lists, and how long a line of them may be.
+_MOST_LINES, _MOST_CHARACTERS = 5, 600
+
+_SHOULD = "Input should be "
+_SECTION = f"{_SHOULD}a section, with fields of its own"
+_PATTERNS = {
+    "name": "Input should be letters, digits, '.', '_' or '-', the first a letter or digit",
+    "device": "Input should be auto, cpu, cuda or cuda:N",
 }
 
 #: Classes whose own training draws its depth on the host, anew each step: a captured step would repeat the first one.
@@ -265,7 +294,7 @@ class Recipe(_Section):
         device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     method: Literal["diffusionblocks", "end-to-end"] = "diffusionblocks"
     model: ModelConfig
     blocks: BlocksConfig = BlocksConfig()
@@ -274,12 +303,15 @@ class Recipe(_Section):
     trunk: TrunkConfig | None = None
     train: TrainConfig
     evaluate: EvaluateConfig = AccuracyConfig()
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
         if (self.train.steps is None) == (self.train.epochs is None):
-            raise ValueError("give either train.steps or train.epochs, and not both")
+            raise ValueError(
+                f"give either train.steps or train.epochs, and not both: got steps = {self.train.steps}, epochs = "
+                f"{self.train.epochs}"
+            )
         trunk = self.trunk
         if trunk is not None and (
             (trunk.steps is None) != (self.train.steps is None) or (trunk.epochs is None) != (self.train.epochs is None)
@@ -319,9 +351,10 @@ class Recipe(_Section):
         known = supported_classes()
         if isinstance(name, str) and name in known:  # an unknown one is refused where it is looked up, with the list
             wanted = _MEASURES[known[name].target]
-            kind = _evaluation_kind(values.get("evaluate", {}))
-            if kind != wanted:
-                raise ValueError(f"evaluate.kind must be {wanted} for {name}, got {kind}")
+            section = values.get("evaluate", {})
+            kind = _evaluation_kind(section)
+            if isinstance(section, (dict, BaseModel)) and kind != wanted:
+                raise ValueError(f"evaluate.kind must be {wanted} for {name}, got {_cut(kind, 80)}")
         return values
 
     @model_validator(mode="after")
@@ -389,12 +422,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no recipe at {file}")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
+    with file.open("rb") as opened:
+        values = read_yaml(opened.read(MOST_BYTES + 1), str(file))
     if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a mapping, got {type(values).__name__}")
+        found = "is empty" if values is None else f"holds {_shown(values)}"
+        raise ValueError(f"{file} {found}: a recipe is sections with names, as model, data and train")
     for override in overrides or []:
         _override(values, override)
     return parse_recipe(values, str(file))
@@ -405,40 +437,140 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where} is not a valid recipe:\n{explain(error)}") from None
+        raise ValueError(f"{where} is not a valid recipe:\n{explain(error, Recipe)}") from None
 
 
-def explain(error: ValidationError) -> str:
-    """A line for every wrong field: its name as in the YAML, what is wrong, and the value."""
-    lines = []
-    for item in error.errors():
-        # A union's tag ("digits") is part of the location; readers of the YAML do not see it.
-        parts = [str(part) for part in item["loc"]]
-        location = [p for i, p in enumerate(parts) if not i or p not in _TAGS.get(parts[i - 1], ())]
-        message, given = item["msg"].removeprefix("Value error, "), f" (got {item['input']!r})"
-        if item["type"] == "tuple_type":
-            message = "Input should be a list, in brackets"
+def explain(error: ValidationError, config: type[BaseModel] | None = None) -> str:
+    """A line for every wrong field, of the first few: its name as in the YAML, what is wrong, and the value.
+
+    Args:
+        error: what pydantic raised.
+        config: whose validation it was, for names that are near an unknown one.
+    """
+    said: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        location, message = _explained(item, config)
+        messages = said.setdefault(location, [])
+        if message not in messages:
+            messages.append(message)
+    lines = [f"  {_cut(_joined(location, messages), _MOST_CHARACTERS)}" for location, messages in said.items()]
+    return "\n".join(lines[:_MOST_LINES] + [f"  and {len(lines) - _MOST_LINES} more"] * (len(lines) > _MOST_LINES))
+
+
+def _joined(location: str, messages: list[str]) -> str:
+    """One line for a field: of a list the first wrong value stands for all, of a union all that is allowed is said."""
+    first, *others = messages
+    given = first.partition(" (got ")
+    extra = [m.partition(" (got ")[0].removeprefix(_SHOULD) for m in others if m.startswith(_SHOULD)]
+    alike = [m for m in dict.fromkeys(extra) if given[0].startswith(_SHOULD) and m not in given[0]]
+    text = f"{given[0]}{''.join(f', or {m}' for m in alike[:2])}{given[1]}{given[2]}"
+    return f"{location}: {text}" if location else text
+
+
+def _explained(item: Any, config: type[BaseModel] | None) -> tuple[str, str]:
+    """(the field as it is written in the YAML, what is wrong with it) of one of pydantic's errors."""
+    parts = [str(part) for part in item["loc"]]
+    names, inside = _named(parts, config)
+    location = ".".join(names)
+    kind, value, message = item["type"], item["input"], item["msg"].removeprefix("Value error, ")
+    given = f" (got {_shown(value)})"
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return location, f"no such field{near(parts[-1], inside)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        if not isinstance(value, dict):
+            return location, f"{_SECTION}{given}"
+        allowed = ", ".join(map(repr, _TAGS[names[-1]]))
+        return f"{location}.kind", f"Input should be one of {allowed} (got {_shown(value.get('kind'))})"
+    if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
+        message = _SECTION
+    elif kind == "tuple_type":
+        message = "Input should be a list, in brackets"
+    elif kind == "path_type":
+        message = "Input should be a path"
+    elif kind == "string_pattern_mismatch":
+        message = _PATTERNS[names[-1]]
+    elif kind in ("too_long", "too_short"):
+        message = message.replace("Tuple", "List").replace(" after validation", "")
+    elif kind == "missing":
+        message, given = "is missing; give it", ""
+    elif kind in ("bool_type", "bool_parsing"):
+        message = "Input should be true or false"
+    elif kind == "value_error" and isinstance(value, (dict, BaseModel)):
         # Where fields do not go together, the message names them: the section would be printed whole.
-        if item["type"] == "missing" or (item["type"] == "value_error" and isinstance(item["input"], dict)):
-            given = ""
-        lines.append(f"  {'.'.join(location)}{': ' if location else ''}{message}{given}")
-    return "\n".join(lines)
+        given = ""
+        field = message.split(maxsplit=1)[0]
+        if location and field in inside:
+            location = f"{location}.{field}"
+    return location, f"{message}{given}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: not longer than a line."""
+    return _cut(repr(value), 80)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """What to say of an unknown name: those that are near it, or all there are."""
+    ordered = sorted(names)
+    close = difflib.get_close_matches(name, ordered, n=2)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; allowed: {', '.join(ordered)}" if ordered else ""
+
+
+def _named(parts: list[str], config: type[BaseModel] | None) -> tuple[list[str], list[str]]:
+    """What of a location of pydantic's stands in the YAML, and the names that the section there has.
+
+    Of a location are also the kinds of sections, places in lists and the members of unions; readers see none of them.
+    """
+    if config is None:
+        return [part for i, part in enumerate(parts) if not i or part not in _TAGS.get(parts[i - 1], ())], []
+    here, names = [config], list[str]()
+    for place, part in enumerate(parts):
+        types = {name: found for section in here for name, found in _types_of(section).items()}
+        of_kind = [section for section in here if part in get_args(_types_of(section).get("kind"))]
+        if len(here) > 1 and of_kind:
+            here = of_kind
+        elif part in types:
+            names.append(part)
+            here = _sections(types[part])
+        elif place == len(parts) - 1 and types:
+            names.append(part)  # an unknown field
+        elif not here and not part.isdecimal() and names[-1] in ("config", "split_files"):
+            names.append(part)  # a name of the user's own
+    return names, list(dict.fromkeys(name for section in here for name in _types_of(section)))
+
+
+def _sections(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _types_of(section: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(section):
+        types = get_type_hints(section)
+        return {field.name: types[field.name] for field in dataclasses.fields(section)}
+    return {name: field.annotation for name, field in section.model_fields.items()}
 
 
 def _override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
-        raise ValueError(f"--set wants field.name=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {name}: {text!r} is not YAML: {error}") from None
+        raise ValueError(f"--set wants field.name=value, got {_shown(override)}")
+    value = read_yaml(text, f"--set {name}")
     *parents, last = name.split(".")
     place = values
     for parent in parents:
-        inner = place.setdefault(parent, {})
+        inner = place.get(parent)
+        if inner is None:  # absent, or null: a section that was left out
+            inner = place[parent] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"--set {name}: {parent} is a value, not a section")
+            raise ValueError(f"--set {name}: {parent} is {_shown(inner)}, not a section")
         place = inner
     place[last] = value
     if name == "data.source":  # what the user names wins over the environment variable

@@ -223,7 +223,12 @@ REFUSED: list[tuple[list[str], str]] = [
     (["evaluate", *sets(evaluate__kind="bits")], "evaluate.kind must be language for LlamaForCausalLM, got bits"),
     (["evaluate", *sets(evaluate__limit=1)], "evaluate.limit"),
     (
-        ["train", *sets(data="{kind: images, source: x, image_size: 8, num_classes: 2, mean: [0.5], std: [0.5]}")],
+        [
+            "train",
+            *sets(
+                data="{kind: images, source: x, image_size: 8, channels: 1, num_classes: 2, mean: [0.5], std: [0.5]}"
+            ),
+        ],
         "data.kind: images is for",
     ),
     (["train", *sets(model__config__vocab_size=26)], "vocab_size = 26, the data has 27 different tokens"),

@@ -331,7 +331,7 @@ CASES: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: MODEL.generate(temperature=-1.0), ("temperature", "-1")),
     (lambda: recipe_of(evaluate={"kind": "accuracy"}), ("evaluate.kind must be bits for MaskedTransformer",)),
     (lambda: recipe_of(data={"kind": "digits"}), ("MaskedTransformer generates text", "topics, text")),
-    (lambda: recipe_of(data={"kind": "topics"}), ("data.length", "Field required")),
+    (lambda: recipe_of(data={"kind": "topics"}), ("data.length", "is missing")),
     (lambda: recipe_of(blocks={"noise": {"kind": "masking", "p_std": 1}}), ("blocks.noise.p_std",)),
 ]
 

@@ -430,7 +430,7 @@ MASKED = {"vocab_size": 27, "sequence_length": 16, "num_layers": 4, "num_attenti
         ({"fit": {"steps": 2}}, "fit.rounds = 3 needs as many fit.steps at least, got 2"),
         ({"fit": {"steps": 9, "floor": 0.0}}, "fit.floor: Input should be greater than 0"),
         ({"fit": {"steps": 9, "grid": 2}}, "fit.grid: Input should be greater than or equal to 3"),
-        ({"fit": {"steps": 9, "round": 2}}, "fit.round: Extra inputs"),
+        ({"fit": {"steps": 9, "round": 2}}, "fit.round: no such field; did you mean rounds"),
         ({"blocks": {"num_blocks": 2, "noise": {"quantiles": [0.002, 80.0]}}}, "fitted levels already"),
         ({"blocks": {"num_blocks": 2, "layers": [1, 3]}}, r"blocks.layers = \(1, 3\)"),
         (

@@ -308,11 +308,11 @@ def test_compiled_equals_eager() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("crop_padding", -1, ">= 0"),
-        ("crop_padding", 1.5, ">= 0"),
-        ("crop_padding", True, ">= 0"),
+        ("crop_padding", -1, "from 0 to 16384"),
+        ("crop_padding", 1.5, "from 0 to 16384"),
+        ("crop_padding", True, "from 0 to 16384"),
         ("flip", 1, "true or false"),
-        ("randaugment_ops", -2, ">= 0"),
+        ("randaugment_ops", -2, "from 0 to 100"),
         ("randaugment_magnitude", 31, "0 to 30"),
         ("randaugment_magnitude", -1, "0 to 30"),
     ],

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..fields import MOST_PIXELS, Int
+
 __all__ = ["RANDAUGMENT_BINS", "RANDAUGMENT_OPS", "Augment", "AugmentConfig"]
 
 RANDAUGMENT_OPS: tuple[str, ...] = (
@@ -67,24 +69,23 @@ class AugmentConfig:
         ValueError: a field is outside the values above; the message names field, value and allowed values.
     """
 
-    crop_padding: int = 0
+    crop_padding: Int = 0
     flip: bool = False
-    randaugment_ops: int = 0
-    randaugment_magnitude: int = 9
+    randaugment_ops: Int = 0
+    randaugment_magnitude: Int = 9
 
     def __post_init__(self) -> None:
-        _check_integer("crop_padding", self.crop_padding, None)
-        _check_integer("randaugment_ops", self.randaugment_ops, None)
+        _check_integer("crop_padding", self.crop_padding, MOST_PIXELS)
+        _check_integer("randaugment_ops", self.randaugment_ops, 100)
         _check_integer("randaugment_magnitude", self.randaugment_magnitude, RANDAUGMENT_BINS - 1)
         if not isinstance(self.flip, bool):
             raise ValueError(f"flip = {self.flip!r}: must be true or false")
 
 
-def _check_integer(name: str, value: object, most: int | None) -> None:
-    allowed = "an integer >= 0" if most is None else f"an integer from 0 to {most}"
+def _check_integer(name: str, value: object, most: int) -> None:
     # bool is a subclass of int, but `crop_padding: true` is surely a mistake.
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or (most is not None and value > most):
-        raise ValueError(f"{name} = {value!r}: must be {allowed}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{name} = {value!r}: must be an integer from 0 to {most}")
 
 
 class Augment:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..fields import MOST_TOKENS, Float, Int, IsNumber, Labels, Length, Pixels, Positive, Share
 from .augment import AugmentConfig
 
 #: Folder that holds local data sets, one sub-folder each (see `resolved_source`).
@@ -21,18 +22,27 @@ class _DataSection(BaseModel):
 class PixelsConfig(_DataSection):
     """Images, and how their pixels become the model's numbers."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Float, ...]
+    std: tuple[Positive, ...]
     augment: AugmentConfig = AugmentConfig()
     placement: Literal["auto", "device", "host"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> Self:
+        count = getattr(self, "channels", 1)
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != count:
+                raise ValueError(f"{name} = {list(values)}: must be {count} finite numbers, one a channel")
+        return self
 
 
 class DigitsConfig(PixelsConfig):
     """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,437 train and 360 test images."""
 
     kind: Literal["digits"]
-    mean: tuple[float, ...] = (0.3,)
-    std: tuple[float, ...] = (0.376,)
+    mean: tuple[Float, ...] = (0.3,)
+    std: tuple[Positive, ...] = (0.376,)
 
 
 class ImageFilesConfig(PixelsConfig):
@@ -57,9 +67,9 @@ class ImageFilesConfig(PixelsConfig):
     test_split: str = "test"
     image_column: str | None = None
     label_column: str | None = None
-    image_size: int = Field(ge=1)
-    channels: Literal[1, 3] = 3
-    num_classes: int | None = Field(default=None, ge=2)
+    image_size: Pixels
+    channels: Annotated[Literal[1, 3], IsNumber] = 3
+    num_classes: Labels | None = None
     cache: Path | None = None
 
 
@@ -80,14 +90,14 @@ class LatentsConfig(_DataSection):
     folder: str | None = None
     train_split: str = "train"
     test_split: str = "test"
-    scale: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    scale: Positive = 0.5
     sample_posterior: bool = True
     vae: str | None = None
     placement: Literal["auto", "device", "host"] = "auto"
 
 
 class _ChunksConfig(_DataSection):
-    length: int = Field(ge=1)
+    length: Length
     placement: Literal["auto", "device", "host"] = "auto"
 
 
@@ -118,7 +128,7 @@ class TextConfig(_ChunksConfig):
     source: str | None = None
     folder: str | None = None
     split_files: dict[str, str] | None = None
-    fractions: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    fractions: tuple[Share, Share, Share] = (0.9, 0.05, 0.05)
     train_split: str = "train"
     test_split: str = "test"
     cache: Path | None = None
@@ -147,9 +157,9 @@ class TokensConfig(_ChunksConfig):
     train_split: str = "train"
     test_split: str = "test"
     separator: str | None = Field(default=None, min_length=1)
-    vocab_size: int = Field(default=8192, ge=257)
+    vocab_size: Int = Field(default=8192, ge=257, le=MOST_TOKENS)
     tokenizer: Path | None = None
-    train_characters: int | None = Field(default=None, ge=1)
+    train_characters: Int | None = Field(default=None, ge=1, le=10**15)
     cache: Path | None = None
 
     @property

@@ -18,6 +18,8 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from ..fields import Number
+
 PARTITION_STRATEGIES = ("equi-probability", "log-uniform", "uniform")
 
 
@@ -54,12 +56,12 @@ class EDM:
     # pydantic reads this when the process is a field of a config: unknown keys are refused there.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
-    quantiles: tuple[float, ...] | None = None
+    p_mean: Number = -1.2
+    p_std: Number = 1.2
+    sigma_min: Number = 0.002
+    sigma_max: Number = 80.0
+    sigma_data: Number = 0.5
+    quantiles: tuple[Number, ...] | None = None
     kind: Literal["edm"] = "edm"
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from ..fields import MOST_TOKENS, Int, Number
 from .edm import match
 
 SCHEDULES = ("linear", "cosine")
@@ -56,14 +57,16 @@ class Masking:
     # pydantic reads this when the process is a field of a config: unknown keys are refused there.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    vocab_size: int = 27
+    vocab_size: Int = 27
     schedule: str = "linear"
-    epsilon: float = 1e-4
+    epsilon: Number = 1e-4
     kind: Literal["masking"] = "masking"
 
     def __post_init__(self) -> None:
         if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int) or self.vocab_size < 2:
             raise ValueError(f"vocab_size must be a whole number >= 2, got {self.vocab_size!r}")
+        if self.vocab_size > MOST_TOKENS:
+            raise ValueError(f"vocab_size must be at most {MOST_TOKENS:,}, got {self.vocab_size}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
         if not 0 < self.epsilon < 0.5:

@@ -6,6 +6,24 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..fields import (
+    MOST_STEPS,
+    BlockIndex,
+    Epochs,
+    Float,
+    Int,
+    Length,
+    NonNegative,
+    Positive,
+    Samples,
+    Seed,
+    Share,
+    Steps,
+)
+
+#: Decay of one of AdamW's averages.
+Decay = Annotated[Float, Field(ge=0, lt=1)]
+
 
 class TrainConfig(BaseModel):
     """How each unit (a block, or the end-to-end model) is trained. Steps are steps *of that unit*.
@@ -57,38 +75,38 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=128, ge=1)
-    accumulation: int = Field(default=1, ge=1)
-    lr: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    steps: Steps | None = None
+    epochs: Epochs | None = None
+    batch_size: Samples = 128
+    accumulation: Samples = 1
+    lr: Positive = 5e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.01
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_epochs: float = Field(default=0.0, ge=0)
-    gradient_clip: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    warmup_steps: Int = Field(default=0, ge=0, le=MOST_STEPS)
+    warmup_epochs: Float = Field(default=0.0, ge=0, le=MOST_STEPS)
+    gradient_clip: Positive | None = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    ema_half_life: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    ema_ramp_up: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    ema_decay: Float | None = Field(default=None, gt=0, lt=1)
+    ema_half_life: Positive | None = None
+    ema_ramp_up: Positive = 0.05
     compile: bool | Literal["layers"] = False
-    activation_memory_budget: float = Field(default=1.0, ge=0, le=1)
+    activation_memory_budget: Share = 1.0
     cuda_graph: bool = False
     schedule: Literal["random", "round-robin", "sequential"] = "random"
-    dwell: int = Field(default=1, ge=1)
-    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    dwell: Steps = 1
+    blocks: tuple[BlockIndex, ...] | None = Field(default=None, min_length=1)
     resident: Literal["all", "active"] = "all"
     offload: Literal["host", "disk"] = "host"
     activation_checkpointing: bool = False
-    loss_chunk: int | None = Field(default=None, ge=1)
+    loss_chunk: Length | None = None
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     optimizer_in_backward: bool = False
-    seed: int = Field(default=0, ge=0)
-    log_every: int = Field(default=50, ge=1)
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    snapshot_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    seed: Seed = 0
+    log_every: Steps = 50
+    checkpoint_every: Steps | None = None
+    snapshot_every: Steps | None = None
+    keep_checkpoints: Steps = 2
 
     @model_validator(mode="after")
     def _one_average(self) -> Self:
@@ -102,21 +120,21 @@ class TrainConfig(BaseModel):
     def _savers_agree(self) -> Self:
         if self.activation_memory_budget < 1 and not self.compile:
             raise ValueError(
-                f"activation_memory_budget = {self.activation_memory_budget} is kept by torch.compile; set compile to "
-                "true or layers, or activation_memory_budget to 1"
+                f"activation_memory_budget = {self.activation_memory_budget} is kept by torch.compile; set "
+                "train.compile to true or layers, or train.activation_memory_budget to 1"
             )
         if self.optimizer_in_backward and self.gradient_clip is not None:
             raise ValueError(
                 f"optimizer_in_backward steps before all gradients are known, so gradient_clip = {self.gradient_clip} "
-                "cannot be applied; set gradient_clip to null"
+                "cannot be applied; set train.gradient_clip to null"
             )
         if self.optimizer_in_backward and self.accumulation > 1:
             raise ValueError(
                 f"optimizer_in_backward frees each gradient at once, so accumulation = {self.accumulation} cannot sum "
-                "them; set accumulation to 1"
+                "them; set train.accumulation to 1"
             )
         if self.optimizer == "adamw-8bit" and self.cuda_graph:
-            raise ValueError("optimizer = adamw-8bit counts its steps on the host; set cuda_graph to false")
+            raise ValueError("optimizer = adamw-8bit counts its steps on the host; set train.cuda_graph to false")
         if self.blocks is not None and list(self.blocks) != sorted(set(self.blocks)):
             raise ValueError(f"blocks must ascend without repeats, got {list(self.blocks)}")
         return self
@@ -148,7 +166,13 @@ class TrainConfig(BaseModel):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(1, round(self.epochs * per_epoch))
+        steps = max(1, round(self.epochs * per_epoch))
+        if steps > MOST_STEPS:
+            raise ValueError(
+                f"train.epochs = {self.epochs:g} of {per_epoch:,} steps each are {steps:,} steps, more than the "
+                f"{MOST_STEPS:,} that a block may have: set train.epochs lower"
+            )
+        return steps
 
     def warmup(self, num_examples: int) -> int:
         """Warm-up in steps of the unit."""
