@@ -403,6 +403,7 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
     print(format_table(block_table(model)))
     print("bytes: AdamW in the weights' precision, of one block and its shared parts, without activations")
     print(partition_sketch(model.partition, model.noise))
+    print(f"{model.noise.symbol} is read, and told, from {model.noise.read_min:.4g} to {model.noise.read_max:.4g}")
     if options.figure:
         draw_partition(model.partition, model.noise, options.figure)
         print(f"partition drawn to {options.figure}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -24,6 +24,10 @@ class LabelTargetConfig(BaseModel):
             or `hard` (the row of the most probable label).
     """
 
+    #: share of the drawn levels, at either end, beyond which none is read (see `EDM.coverage`): chains read off what
+    #: the network knows of the label, and a level where nothing was trained tells nothing of that
+    unread: ClassVar[float] = 0.001
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["label"] = "label"
@@ -41,6 +45,10 @@ class ImageTargetConfig(BaseModel):
         label_dropout: share of the training samples that see the null class instead of their label; 0 rules out
             classifier-free guidance. Without effect for an unconditional model.
     """
+
+    #: see `LabelTargetConfig`; none here: a chain must start where nothing of the image shows (EDM's sigma_max), for
+    #: at sigma 10 the noised image still tells its mean colour, which noise alone would get wrong
+    unread: ClassVar[float] = 0.0
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,6 +88,9 @@ class NextTokenTargetConfig(BaseModel):
             z tells nothing the position is then one of such a model.
         clean_weight: weight of an extra term, the plain next-token loss of the clean stream through the same head.
     """
+
+    #: see `LabelTargetConfig`
+    unread: ClassVar[float] = 0.001
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

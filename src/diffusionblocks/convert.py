@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from typing import Any
 
@@ -14,9 +15,10 @@ from .adapters import Adapter, adapter_for
 from .adapters.base import Namespace, extract
 from .block import Block, SharedParts
 from .conditioning import AdaptiveNorms, NoiseEmbedding
-from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
+from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
 from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks, UnlabelledBlocks
+from .noise import EDM
 from .partition import Partition
 
 
@@ -117,7 +119,24 @@ def resolve(config: BlocksConfig, adapter: Adapter, model_config: Any) -> Blocks
     if isinstance(target, (LabelTargetConfig, NextTokenTargetConfig)) and target.embedding is None:
         fixed = "frozen" if isinstance(target, LabelTargetConfig) else "given"
         target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else fixed})
+    if isinstance(noise, EDM) and noise.coverage is None:
+        assert not isinstance(target, TokenTargetConfig), "masked tokens have another process"
+        noise = dataclasses.replace(noise, coverage=_coverage(noise, config, target.unread))
     return config.model_copy(update={"target": target, "noise": noise})
+
+
+def _coverage(noise: EDM, config: BlocksConfig, unread: float) -> tuple[float, float]:
+    """The mass between the quantiles `unread` and 1 - `unread` of the levels that all blocks together train on.
+
+    Each block draws as many as the others. Where their intervals have equal mass, these are the process's own
+    quantiles. Else the ends of the range belong to blocks of less mass, which draw there the more often.
+    """
+    if config.partition == "equi-probability" or unread == 0:
+        return unread, 1 - unread
+    boundaries = torch.tensor(noise.boundaries(config.num_blocks, config.partition), dtype=torch.float64)
+    mass = noise.mass_of(boundaries).diff()
+    share = min(0.5, unread * config.num_blocks)  # of what the block at that end draws
+    return share * mass[0].item(), 1 - share * mass[-1].item()
 
 
 def _build_blocks(

@@ -25,8 +25,9 @@ from torch import Tensor
 from .block import Block
 from .evaluation.figures import draw_fit
 from .files import read_json, write_json
+from .merging import difference
 from .model import DiffusionBlocks
-from .noise import EDM, fitted_quantiles
+from .noise import EDM, fitted_quantiles, one_level
 from .recipes import FitConfig, Recipe
 from .targets import Batch
 from .training import BatchMaker, Trainer
@@ -205,7 +206,7 @@ def _losses(block: Block, batch: Batch, levels: list[float], generator: torch.Ge
     draws = noise.draws(y.shape, generator=generator, device=y.device)
     inputs = target.training_inputs({name: batch[name] for name in block.input_names}, generator)
     for value in levels:
-        level = torch.full((len(y),), value, device=y.device)
+        level = one_level(value, y)
         z = noise.corrupt(y, level, draws)
         yield target.loss(block(inputs, z, level), batch, z)
 
@@ -234,7 +235,7 @@ def _kept(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[floa
     for section, now in settings.items():
         for field in now:
             found = before.get(section, {}).get(field)
-            if found != now[field]:
+            if difference(found, now[field]) is not None:  # a field that there was not yet counts as one of null
                 raise ValueError(
                     f"{file} was fitted with {section}.{field} = {found}, this run has {now[field]}: set it back, "
                     "start anew with --restart, or choose another folder"

@@ -17,7 +17,7 @@ from torch import Tensor
 from .adapters import adapter_named, outline, rebuild_config
 from .building import materialise_buffers
 from .config import BlocksConfig
-from .convert import assemble
+from .convert import assemble, resolve
 from .files import FileDigest, checked, digest, read_json, read_tensors, recover
 from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks
@@ -111,7 +111,9 @@ def read_saved(path: str | Path) -> SavedModel:
     described = checked(index, _Index, folder / INDEX)
     try:
         model_config = rebuild_config(described.model_class, described.config)
+        # Older folders lack what is resolved since, such as the coverage of the levels.
         config = BlocksConfig.model_validate(described.blocks_config)
+        config = resolve(config, adapter_named(described.model_class), model_config)
         partition = Partition.from_dict(index["partition"])
         _check_depth(described.model_class, model_config, partition)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from .adapters import Adapter
 from .block import Block
 from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
-from .noise import EDM, Masking, NoiseProcess
+from .noise import EDM, Masking, NoiseProcess, one_level
 from .partition import Partition, within
 from .placement import OneAtATime
 from .sampling import (
@@ -135,9 +135,7 @@ class DiffusionBlocks(nn.Module):
 
     def denoise(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
         """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level."""
-        dtype = z.dtype if z.is_floating_point() else torch.float32
-        levels = torch.full((len(z),), level, dtype=dtype, device=z.device)
-        return self.block(self.partition.block_of(level))(inputs, z, levels)  # type: ignore[no-any-return]
+        return self.block(self.partition.block_of(level))(inputs, z, one_level(level, z))  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -478,8 +476,10 @@ class DiffusionBlocks(nn.Module):
         return size
 
     def _check_levels(self, level: Tensor, block: Block, size: int) -> None:
-        if level.shape != (size,):
-            raise ValueError(f"level must have shape ({size},), got {tuple(level.shape)}")
+        if level.shape != (size,) or level.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"level must be float32 or float64 of shape ({size},), got {level.dtype} {tuple(level.shape)}"
+            )
         low, high = block.interval
         outside = ~within(level, low, high)
         if bool(outside.any()):

@@ -229,6 +229,16 @@ def test_a_folder_that_does_not_list_its_blocks_holds_all(tmp_path: Path) -> Non
     assert same_states(db.load(tmp_path / "m").state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("family", ["vit", "llama", "dit"])
+def test_a_folder_from_before_levels_had_a_coverage_gets_its_targets(family: str, tmp_path: Path) -> None:
+    model = convert(family)
+    model.save_pretrained(tmp_path / "m")
+    index = json.loads((tmp_path / "m" / INDEX).read_text())
+    assert tuple(index["blocks_config"]["noise"]["coverage"]) == model.noise.coverage  # type: ignore[attr-defined]
+    edit_index(tmp_path / "m", lambda values: values["blocks_config"]["noise"].pop("coverage"))
+    assert db.load(tmp_path / "m").blocks_config == model.blocks_config
+
+
 @pytest.mark.parametrize("blocks", [[], [0, 3], [0, 0], [1, 0], ["0"], [True], 1, None, {"0": 1}])
 def test_a_tampered_list_of_blocks_is_refused(tmp_path: Path, blocks: Any) -> None:
     made().save_pretrained(tmp_path / "m")

@@ -17,6 +17,7 @@ from helpers import (
     same_states,
     seeded,
     tiny,
+    token_batch,
     toy_batch,
     train_blocks,
 )
@@ -49,7 +50,7 @@ def accuracy(model: db.DiffusionBlocks, steps: int = 3, seeds: int = 1) -> float
 
 
 def first_reading(model: db.DiffusionBlocks) -> float:
-    """Cross-entropy at sigma_max, where z carries nothing: the figure to rank by."""
+    """Cross-entropy at the highest level read, where z carries next to nothing: the figure to rank by."""
     logits = model.predict(TEST["pixel_values"], steps=1, generator=seeded()).logits
     return nn.functional.nll_loss(logits, TEST["labels"]).item()
 
@@ -412,15 +413,16 @@ def test_probabilities_sum_to_one_and_are_repeatable(family: str, bridge: str) -
     assert other.trajectory is None
 
 
-def test_one_step_reads_the_label_off_at_sigma_max() -> None:
+def test_one_step_reads_the_label_off_at_the_highest_level() -> None:
     model = convert("vit").eval()
     images = noise_batch()["pixel_values"]
-    z = 80.0 * torch.randn(6, 32, generator=seeded())
+    highest = model.noise.read_max
+    z = highest * torch.randn(6, 32, generator=seeded())
     with torch.no_grad():
-        logits = model.blocks[0]({"pixel_values": images}, z, torch.full((6,), 80.0))
+        logits = model.blocks[0]({"pixel_values": images}, z, torch.full((6,), highest))
     prediction = model.predict(images, steps=1, generator=seeded())
     torch.testing.assert_close(prediction.probabilities, logits.softmax(-1))
-    assert prediction.levels == (80.0,)
+    assert prediction.levels == (highest,)
 
 
 @pytest.mark.parametrize("bridge", ["soft", "hard"])
@@ -516,3 +518,31 @@ def test_adaptive_norms_forget_the_condition_when_a_layer_fails() -> None:
     with pytest.raises(RuntimeError):
         adaptive(layer, torch.zeros(2, adaptive.linear.in_features), torch.zeros(2, 5, 31))
     assert adaptive._modulation is None
+
+
+@pytest.mark.parametrize("family", ["vit", "dit", "llama", "masked"])
+def test_a_level_keeps_its_digits_whatever_the_dtype_of_z(family: str) -> None:
+    """In bfloat16 the level 0.3137 would be told as 0.314453."""
+    model = convert(family).eval()
+    randomise_adaptive(model)
+    batch = {"llama": token_batch, "masked": token_batch}.get(family, noise_batch)()
+    z = model.target.encode(batch)
+    low = z.bfloat16() if z.is_floating_point() else z
+    told = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, output: told.append(args[2]))
+    with torch.no_grad():
+        outputs = [model.denoise(batch, given, 0.3137) for given in (low, low.float() if low is not z else z)]
+    torch.testing.assert_close(*outputs)
+    assert [level.dtype for level in told] == [torch.float32] * 2
+    with torch.no_grad():
+        model.denoise(batch, z.double() if z.is_floating_point() else z, 0.3137)
+    assert told[-1].dtype == (torch.float64 if z.is_floating_point() else torch.float32)
+
+
+def test_levels_of_a_dtype_without_digits_are_refused() -> None:
+    model = convert("vit")
+    with pytest.raises(
+        ValueError, match=r"level must be float32 or float64 of shape \(6,\), got torch.bfloat16 \(6,\)"
+    ):
+        model.loss(noise_batch(), 1, level=torch.full((6,), 0.3).bfloat16())

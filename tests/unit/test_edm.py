@@ -9,11 +9,12 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import convert, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusionblocks import EDM, BlocksConfig
+from diffusionblocks.partition import Partition
 
 DEFAULT = EDM()
 PROCESSES = st.builds(
@@ -452,3 +453,101 @@ def test_drawing_fitted_levels_waits_for_no_gpu_and_fits_in_a_graph() -> None:
     torch.cuda.synchronize()
     expected = noise.sample(64, (0.1, 1.0), generator=generator.manual_seed(3), device="cuda")
     torch.testing.assert_close(levels, expected)
+
+
+# ---- the levels that are read --------------------------------------------------------------------------------
+
+COVERED = EDM(coverage=(0.001, 0.999))
+
+
+@given(PROCESSES, st.floats(1e-4, 0.4), st.floats(0.6, 1 - 1e-4))
+def test_coverage_ends_at_quantiles_of_the_training_distribution(noise: EDM, low: float, high: float) -> None:
+    covered = dataclasses.replace(noise, coverage=(low, high))
+    normal = NormalDist(noise.p_mean, noise.p_std)
+    q_min, q_max = normal.cdf(math.log(noise.sigma_min)), normal.cdf(math.log(noise.sigma_max))
+    expected = [math.exp(normal.inv_cdf(q_min + u * (q_max - q_min))) for u in (low, high)]
+    assert [covered.read_min, covered.read_max] == pytest.approx(expected, rel=1e-6)
+
+
+def test_coverage_by_hand() -> None:
+    # log sigma ~ N(-1.2, 1.2^2), of which nearly all lies in [0.002, 80]; the normal's quantile of 0.999 is 3.0902.
+    assert COVERED.read_max == pytest.approx(math.exp(-1.2 + 1.2 * 3.0902), rel=2e-3)
+    assert COVERED.read_min == pytest.approx(math.exp(-1.2 - 1.2 * 3.0902), rel=1e-2)
+    fitted = EDM(quantiles=KNOTS, coverage=(0.1, 0.95))  # five steps of mass 0.2, even over log sigma within each
+    assert fitted.read_min == pytest.approx((0.002 * 0.05) ** 0.5)
+    assert fitted.read_max == pytest.approx(2.0 * (80.0 / 2.0) ** 0.75)
+    for whole in (EDM(), EDM(coverage=(0.0, 1.0)), EDM(coverage=[0.0, 1.0])):  # type: ignore[arg-type]
+        assert (whole.read_min, whole.read_max) == (0.002, 80.0)
+
+
+@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-mass", "karras"]))
+def test_grids_and_prior_keep_to_what_is_covered(noise: EDM, steps: int, grid: str) -> None:
+    noise = dataclasses.replace(noise, coverage=(0.01, 0.98))
+    for levels in (noise.levels(steps, grid), noise.sampling_levels(steps + 1, grid)[:-1]):
+        assert (levels[0], levels[-1]) == (noise.read_max, noise.read_min)
+        assert all(b < a for a, b in itertools.pairwise(levels))
+    torch.testing.assert_close(
+        noise.prior((3,), generator=seeded()), noise.read_max * torch.randn(3, generator=seeded())
+    )
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 12])
+def test_with_a_step_a_block_every_block_is_called_once(blocks: int) -> None:
+    partition = Partition.build(COVERED, blocks, blocks)
+    assert [partition.block_of(level) for level in COVERED.levels(blocks)[:-1]] == list(range(blocks))
+
+
+@pytest.mark.parametrize("steps", [2, 499, 500, 501, 3000])
+def test_an_equal_mass_grid_finer_than_what_is_left_out_still_descends(steps: int) -> None:
+    levels = COVERED.levels(steps)
+    assert len(levels) == steps + 1
+    assert all(b < a for a, b in itertools.pairwise(levels))
+
+
+def test_the_network_is_told_no_level_that_is_not_read() -> None:
+    level = torch.tensor([80.0, 20.0, 1.0, 0.003, 0.002])
+    told = COVERED.condition(level)
+    assert told.dtype == torch.float32
+    ends = double(COVERED.read_max, COVERED.read_max, 1.0, COVERED.read_min, COVERED.read_min)
+    torch.testing.assert_close(told, (0.25 * ends.log()).float())
+    torch.testing.assert_close(DEFAULT.condition(level), 0.25 * level.log())
+    # Only what is told: the preconditioning stays that of the level itself.
+    for c, other in zip(COVERED.precondition(level), DEFAULT.precondition(level), strict=True):
+        assert torch.equal(c, other)
+
+
+def test_coverage_changes_neither_draws_nor_partition() -> None:
+    assert torch.equal(COVERED.sample(100, generator=seeded()), DEFAULT.sample(100, generator=seeded()))
+    assert COVERED.boundaries(7) == DEFAULT.boundaries(7)
+    assert Partition.build(COVERED, 6, 3, overlap=0.1) == Partition.build(DEFAULT, 6, 3, overlap=0.1)
+    assert EDM(**json.loads(json.dumps(COVERED.to_dict()))) == COVERED
+    assert copy.deepcopy(COVERED).read_max == COVERED.read_max
+
+
+@pytest.mark.parametrize("coverage", [(0.9, 0.1), (-0.1, 0.9), (0.1, 1.1), (math.nan, 1.0), (0.5, 0.5), (0.1,), 0.9])
+def test_coverage_must_be_an_interval_of_mass(coverage: object) -> None:
+    with pytest.raises(ValueError, match=r"coverage must be \(lowest, highest\) mass with 0 <= lowest < highest <= 1"):
+        EDM(coverage=coverage)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("family", "unread"), [("vit", 0.001), ("llama", 0.001), ("dit", 0.0)], ids=["labels", "next tokens", "images"]
+)
+def test_conversion_resolves_the_coverage_by_the_target(family: str, unread: float) -> None:
+    for changes in ({}, {"noise": EDM(p_mean=-0.5)}):
+        noise = convert(family, **changes).noise
+        assert isinstance(noise, EDM)
+        assert noise.coverage == (unread, 1 - unread)
+    given = convert(family, noise=EDM(coverage=(0.0, 0.9))).noise
+    assert isinstance(given, EDM)
+    assert given.coverage == (0.0, 0.9)
+
+
+@pytest.mark.parametrize("partition", ["log-uniform", "uniform"])
+def test_under_other_partitions_coverage_is_of_what_all_blocks_draw_together(partition: str) -> None:
+    model = convert("vit", partition=partition, overlap=0.0)
+    drawn = torch.cat(
+        [model.noise.sample(200_000, block.interval, generator=seeded(b)) for b, block in enumerate(model.blocks)]
+    )  # type: ignore[arg-type]
+    assert (drawn > model.noise.read_max).double().mean().item() == pytest.approx(0.001, abs=2e-4)
+    assert (drawn < model.noise.read_min).double().mean().item() == pytest.approx(0.001, abs=2e-4)

@@ -119,9 +119,9 @@ def test_every_level_by_its_block_with_the_same_noise(family: str) -> None:
     shift = 1 if family == "recurrent" else 0
     noise = model.noise
     assert isinstance(noise, EDM)
-    wanted = torch.linspace(math.log(noise.sigma_max), math.log(noise.sigma_min), levels, dtype=torch.float64).exp()
+    wanted = torch.linspace(math.log(noise.read_max), math.log(noise.read_min), levels, dtype=torch.float64).exp()
     assert torch.allclose(torch.tensor([at.level for at in row.by_level], dtype=torch.float64), wanted)
-    assert row.by_level[0].level == noise.sigma_max
+    assert row.by_level[0].level == noise.read_max
     owned = recorder.calls
     assert len(owned) == 2 * 2 * levels  # two batches, each with its own and with another context
     for call in owned:
@@ -149,7 +149,7 @@ def test_every_level_by_its_block_with_the_same_noise(family: str) -> None:
     assert not torch.allclose(eps[0][:2], eps[0][4:], atol=0.1)  # another batch has other noise
 
 
-def test_headline_is_at_sigma_max() -> None:
+def test_headline_is_at_the_highest_level_read() -> None:
     model, tokens = blocks(), text(6)
     recorder = Recorder(model)
     row = language_row(model, split(tokens, 6), levels=3)
@@ -182,7 +182,7 @@ def test_seed_mode_and_global_randomness() -> None:
     assert language_row(model, split(tokens), levels=3, seed=1) == row
     assert language_row(model, split(tokens), levels=3, seed=2) != row
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert json.loads(json.dumps(row.to_dict()))["by_level"][0]["level"] == 80.0
+    assert json.loads(json.dumps(row.to_dict()))["by_level"][0]["level"] == row.by_level[0].level
 
 
 # ---- context -----------------------------------------------------------------------------------------------

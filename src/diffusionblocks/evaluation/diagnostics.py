@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
-from ..noise import EDM
+from ..noise import EDM, one_level
 from ..targets import LabelTarget
 
 
@@ -46,7 +46,7 @@ def accuracy_by_level(
     Args:
         model: a classifier's blocks.
         batches: makes an iterable of {"pixel_values", "labels"} on the model's device; read once a level.
-        levels: what to measure; default twelve levels of equal mass and the highest one.
+        levels: what to measure; default the twelve of a chain, from the highest that is read.
         seed: of the noise.
 
     Raises:
@@ -69,7 +69,7 @@ def accuracy_by_level(
             with torch.no_grad():
                 labels = batch["labels"]
                 y = target.encode(batch)
-                sigma = y.new_full((len(y),), level)
+                sigma = one_level(level, y)
                 noise = torch.randn(y.shape, generator=generator, device=y.device)
                 z = model.noise.corrupt(y, sigma, noise)
                 inputs = {name: batch[name] for name in block.input_names}

@@ -38,6 +38,9 @@ def draw_levels(row: LanguageRow, partition: Partition, path: Path, controls: Se
     for border in partition.boundaries[1:-1]:
         axes.axvline(border, color="black", linewidth=0.8, linestyle=":")
     for block, (high, low) in enumerate(itertools.pairwise(reversed(partition.boundaries))):
+        low, high = max(low, levels[-1]), min(high, levels[0])
+        if low >= high:  # no level of the block's is read
+            continue
         middle = (low * high) ** 0.5
         axes.text(middle, 0.98, str(block), transform=axes.get_xaxis_transform(), ha="center", va="top", size=8)
     beside = axes.twinx()

@@ -1,8 +1,8 @@
 """What an autoregressive model knows of a text: cross-entropy of the next token, by noise level.
 
-The figure to rank by is the cross-entropy at sigma_max, where z tells nothing: it is a next-token cross-entropy, and
-stands beside an unconverted model's. A mean over levels would rank models backwards: most levels are low, where the
-target can be read off z.
+The figure to rank by is the cross-entropy at the highest level that is read, `EDM.read_max`. There z tells less than
+1 / (2 sigma^2) nats, so it is a next-token cross-entropy, and stands beside an unconverted model's. A mean over levels
+would rank models backwards: most levels are low, where the target can be read off z.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
-from ..noise import EDM, NoiseProcess
+from ..noise import EDM, NoiseProcess, one_level
 from ..targets import NextTokenTarget, cross_entropies
 from ..training.keys import key
 from .teachers import evaluating
@@ -56,14 +56,14 @@ class LanguageRow:
     """A row: the cross-entropy of a text's tokens, each sequence's first left out, for nothing stands before it.
 
     Attributes:
-        cross_entropy: nats a token; of blocks at sigma_max.
+        cross_entropy: nats a token; of blocks at the highest level that is read.
         standard_error: of it, over sequences.
         tokens: how many were counted.
         context_gap: how much worse it is with another sequence's context; 0 for a model that ignores its context. None
             for an unconverted model.
         decodable_mass: the share of the training mass of levels at which z alone gives the token away, of the text's
             first tokens.
-        by_level: blocks: over the whole range, from the highest level.
+        by_level: blocks: over the levels that are read, from the highest.
     """
 
     cross_entropy: float
@@ -84,7 +84,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     Args:
         model: with a `NextTokenTarget`.
         batches: the text, in sequences of at least two tokens, two sequences at least.
-        levels: how many, >= 2: even in log sigma over the whole range, sigma_max first.
+        levels: how many, >= 2: even in log sigma over those that are read, the highest first.
         seed: of the noise, keyed by (seed, batch); a token has the same noise at all levels.
 
     Raises:
@@ -95,8 +95,8 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
         raise ValueError(f"cross-entropy by level is for autoregressive models, not for a {model.model_class}")
     if levels < 2:
         raise ValueError(f"levels must be >= 2, got {levels}")
-    grid = torch.linspace(math.log(noise.sigma_max), math.log(noise.sigma_min), levels, dtype=torch.float64).exp()
-    grid[0], grid[-1] = noise.sigma_max, noise.sigma_min  # free of rounding
+    grid = torch.linspace(math.log(noise.read_max), math.log(noise.read_min), levels, dtype=torch.float64).exp()
+    grid[0], grid[-1] = noise.read_max, noise.read_min  # free of rounding
     matched: list[list[Tensor]] = [[] for _ in grid]
     scrambled: list[list[Tensor]] = [[] for _ in grid]
     check = FiniteCheck(owner=model.partition.block_of)
@@ -114,7 +114,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
             other = torch.cat([before, tokens[:-1]])
             before = tokens[-1:]
             for place, level in enumerate(grid.tolist()):
-                z = noise.corrupt(y, torch.full((len(y),), level, device=y.device), eps)
+                z = noise.corrupt(y, one_level(level, y), eps)
                 for inputs, kept in ((tokens, matched), (other, scrambled)):
                     logits = check.logits(model.denoise({"input_ids": inputs}, z, level), level)
                     kept[place].append(_nats(logits[:, first:], wanted[:, first:]))

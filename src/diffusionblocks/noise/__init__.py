@@ -3,6 +3,15 @@
 from .edm import EDM, PARTITION_STRATEGIES, Preconditioning
 from .fitting import fitted_quantiles
 from .masking import SCHEDULES, Masking
-from .process import NoiseProcess
+from .process import NoiseProcess, one_level
 
-__all__ = ["EDM", "PARTITION_STRATEGIES", "SCHEDULES", "Masking", "NoiseProcess", "Preconditioning", "fitted_quantiles"]
+__all__ = [
+    "EDM",
+    "PARTITION_STRATEGIES",
+    "SCHEDULES",
+    "Masking",
+    "NoiseProcess",
+    "Preconditioning",
+    "fitted_quantiles",
+    "one_level",
+]

@@ -45,6 +45,10 @@ class EDM:
         quantiles: levels at equal steps of mass, ascending from sigma_min to sigma_max inclusive. Where given, they
             are the training distribution, with mass even over log sigma between neighbours; p_mean and p_std then
             mean nothing. Default None, the normal distribution.
+        coverage: (lowest, highest) mass, 0 <= lowest < highest <= 1, between which levels are read: there chains begin
+            and end, and the network is told no level outside. (0.001, 0.999) leaves out the levels at which next to
+            nothing is trained. Drawn levels and the partition do not depend on it. None is the whole range here;
+            conversion puts the default of the target in its place.
         kind: tells the noise processes apart in a config.
 
     Raises:
@@ -62,6 +66,7 @@ class EDM:
     sigma_max: Number = 80.0
     sigma_data: Number = 0.5
     quantiles: tuple[Number, ...] | None = None
+    coverage: tuple[Number, Number] | None = None
     kind: Literal["edm"] = "edm"
 
     def __post_init__(self) -> None:
@@ -76,14 +81,16 @@ class EDM:
         if self.quantiles is not None:
             object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list, from JSON, would have no hash
             self._check_quantiles()
-            return
-
-        q_min, q_max = self._normal_cdf_ends
-        if q_max - q_min < 1e-4:
-            raise ValueError(
-                f"log sigma ~ N({self.p_mean}, {self.p_std}^2) has almost no mass in [{self.sigma_min}, "
-                f"{self.sigma_max}]: p_mean must lie about within the logarithms of that range"
-            )
+        else:
+            q_min, q_max = self._normal_cdf_ends
+            if q_max - q_min < 1e-4:
+                raise ValueError(
+                    f"log sigma ~ N({self.p_mean}, {self.p_std}^2) has almost no mass in [{self.sigma_min}, "
+                    f"{self.sigma_max}]: p_mean must lie about within the logarithms of that range"
+                )
+        if isinstance(self.coverage, list):
+            object.__setattr__(self, "coverage", tuple(self.coverage))
+        assert self._read  # now, so that an error is raised here, and compiled graphs take finished numbers
 
     def _check_quantiles(self) -> None:
         found = self.quantiles or ()
@@ -95,6 +102,22 @@ class EDM:
                 f"quantiles must start at sigma_min = {self.sigma_min} and end at sigma_max = {self.sigma_max}, got "
                 f"{found[0]} to {found[-1]}"
             )
+
+    @functools.cached_property
+    def _read(self) -> tuple[float, float]:
+        """The levels at both ends of `coverage`; those of the whole range exactly, free of rounding."""
+        covered = (0.0, 1.0) if self.coverage is None else self.coverage
+        ends = isinstance(covered, tuple) and len(covered) == 2
+        if not (ends and 0.0 <= covered[0] < covered[1] <= 1.0):  # NaN is nowhere
+            raise ValueError(
+                f"coverage must be (lowest, highest) mass with 0 <= lowest < highest <= 1, got {covered}; leave it out "
+                "for the default"
+            )
+        low, high = self.level_of(torch.tensor(covered, dtype=torch.float64, device="cpu")).tolist()
+        low, high = low if covered[0] > 0 else self.sigma_min, high if covered[1] < 1 else self.sigma_max
+        if not low < high:
+            raise ValueError(f"coverage = {covered} holds no more than the level {low:g}: widen it")
+        return low, high
 
     # ---- the training distribution -------------------------------------------------------------------
 
@@ -108,9 +131,19 @@ class EDM:
         """The noisiest level: z carries (almost) nothing of the target there."""
         return self.sigma_max
 
+    @property
+    def read_min(self) -> float:
+        """The cleanest level at which the network is read, and the lowest that it is told: see `coverage`."""
+        return self._read[0]
+
+    @property
+    def read_max(self) -> float:
+        """The noisiest level at which the network is read, where chains start, and the highest that it is told."""
+        return self._read[1]
+
     @functools.cached_property
     def _normal_cdf_ends(self) -> tuple[float, float]:
-        ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
+        ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu")
         q_min, q_max = _normal_cdf((ends.log() - self.p_mean) / self.p_std).tolist()
         return q_min, q_max
 
@@ -237,11 +270,11 @@ class EDM:
     # ---- level grids for sampling --------------------------------------------------------------------
 
     def levels(self, steps: int, grid: str = "equal-mass", *, rho: float = 7.0) -> list[float]:
-        """`steps` + 1 descending levels from sigma_max to sigma_min: one network call at each but the last.
+        """`steps` + 1 descending levels from `read_max` to `read_min`: one network call at each but the last.
 
         Args:
             steps: number of solver steps, >= 1.
-            grid: `equal-mass` (equal steps of u) or `karras` (EDM eq. 5).
+            grid: `equal-mass` (equal steps of u, the first and the last cut to what is read) or `karras` (EDM eq. 5).
             rho: the exponent of the Karras grid, > 0.
 
         Raises:
@@ -250,21 +283,30 @@ class EDM:
         if steps < 1:
             raise ValueError(f"steps must be >= 1, got {steps}")
         if grid == "equal-mass":
-            return self.boundaries(steps)[::-1]
+            return self._equal_mass(steps)
         if grid == "karras":
             if not (math.isfinite(rho) and rho > 0):
                 raise ValueError(f"rho must be a finite number > 0, got {rho}")
             ramp = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
-            top, bottom = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
+            top, bottom = self.read_max ** (1 / rho), self.read_min ** (1 / rho)
             inner: list[float] = ((top + ramp * (bottom - top)) ** rho)[1:-1].tolist()
-            return [self.sigma_max, *inner, self.sigma_min]
+            return [self.read_max, *inner, self.read_min]
         raise ValueError(f"unknown level grid {grid!r}; allowed: equal-mass, karras")
 
-    def sampling_levels(self, steps: int, grid: str = "equal-mass", rho: float = 7.0) -> list[float]:
-        """`steps` + 1 descending levels that end at 0: sigma_max ... sigma_min, 0 (EDM eq. 5 with t_N = 0).
+    def _equal_mass(self, steps: int) -> list[float]:
+        mass = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64).flip(0)
+        low, high = (0.0, 1.0) if self.coverage is None else self.coverage
+        if steps > 1 and not (low < 0.5 / steps and high > 1 - 0.5 / steps):
+            mass = low + mass * (high - low)
+        # Else the inner levels stay those of the whole range: with a step a block they are the blocks' boundaries.
+        inner: list[float] = self.level_of(mass)[1:-1].tolist()
+        return [self.read_max, *inner, self.read_min]
 
-        The network is called at the first `steps` of them, which run from sigma_max to sigma_min inclusive; with
-        steps=1 only at sigma_max. The step to 0 returns the last D.
+    def sampling_levels(self, steps: int, grid: str = "equal-mass", rho: float = 7.0) -> list[float]:
+        """`steps` + 1 descending levels that end at 0: `read_max` ... `read_min`, 0 (EDM eq. 5 with t_N = 0).
+
+        The network is called at the first `steps` of them, which run from `read_max` to `read_min` inclusive; with
+        steps=1 only at `read_max`. The step to 0 returns the last D.
 
         Args:
             steps: number of solver steps, >= 1.
@@ -297,8 +339,8 @@ class EDM:
         return target + match(level, target) * noise
 
     def prior(self, shape: tuple[int, ...], *, generator: torch.Generator | None, device: Any = None) -> Tensor:
-        """z at sigma_max, where the chain starts: sigma_max * eps, float32 (y is negligible there)."""
-        return self.sigma_max * torch.randn(shape, generator=generator, device=device)
+        """z at `read_max`, where the chain starts: read_max * eps, float32 (y is negligible there)."""
+        return self.read_max * torch.randn(shape, generator=generator, device=device)
 
     def precondition(self, level: Tensor) -> Preconditioning:
         """c_skip, c_out, c_in, c_noise (EDM table 1), each of the shape and dtype (>= float32) of `level`."""
@@ -313,8 +355,11 @@ class EDM:
         )
 
     def condition(self, level: Tensor) -> Tensor:
-        """c_noise, which the network is told of levels (batch,)."""
-        return self.precondition(level).c_noise
+        """c_noise, which the network is told of levels (batch,): that of the nearest level between those that are read.
+
+        Beyond these next to nothing is trained, so a level there is told as one that was.
+        """
+        return self.precondition(level.clamp(self.read_min, self.read_max)).c_noise
 
     def scaled(self, z: Tensor, level: Tensor) -> Tensor:
         """c_in * z, which the network is shown; `level` (batch,) broadcasts over the rest."""

@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 
+def one_level(level: float, z: Tensor) -> Tensor:
+    """A level for each sample of z (batch, ...): shape (batch,), float32, or float64 where z is.
+
+    Never in the dtype of z itself: bfloat16 has three digits, and a level told with three is another level.
+    """
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return torch.full((len(z),), level, dtype=dtype, device=z.device)
+
+
 class NoiseProcess(Protocol):
     """What a noise level means. `EDM` and `Masking` are the two there are; see them for each method's account.
 
@@ -30,6 +39,14 @@ class NoiseProcess(Protocol):
     @property
     def level_max(self) -> float:
         """The noisiest level."""
+
+    @property
+    def read_min(self) -> float:
+        """The cleanest level at which a trained network is read: chains end there."""
+
+    @property
+    def read_max(self) -> float:
+        """The noisiest level at which a trained network is read: chains start there, reports rank by it."""
 
     def mass_of(self, level: Tensor) -> Tensor:
         """Mass u in [0, 1] below each level, float64."""

@@ -1,4 +1,4 @@
-"""Text token by token: every next token is denoised by a chain of network calls, from sigma_max down.
+"""Text token by token: every next token is denoised by a chain of network calls, from the highest level that is read.
 
 Where the chain decides, randomness enters: at every level the logits are divided by the temperature and cut to their
 most probable tokens (top-p), and the bridge makes of these probabilities what the next step is drawn towards. At the
@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..finite import FiniteCheck
-from ..noise import EDM
-from ..noise.edm import match
+from ..noise import EDM, one_level
 from ..targets import NextTokenTarget
 from .solvers import euler
 
@@ -331,8 +330,7 @@ class _Chain:
         states = z[:, None]
         if clean.shape[1] > 1:
             rows = self.target.rows(clean[:, 1:])
-            levels = torch.full((len(clean),), level, device=z.device)
-            states = torch.cat([rows + match(levels, rows) * self.known_noise, states], dim=1)
+            states = torch.cat([self.noise.corrupt(rows, one_level(level, rows), self.known_noise), states], dim=1)
             states = states.index_put((torch.arange(len(z), device=z.device), last), z)
         logits = self.network(inputs, states, level)
         return logits[torch.arange(len(z), device=z.device), last]

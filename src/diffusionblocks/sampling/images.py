@@ -21,7 +21,7 @@ Network = Callable[[Tensor, Any, float], Tensor]
 def prior_of_seeds(
     noise: EDM, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device | str | None = None
 ) -> Tensor:
-    """z at sigma_max, where chains start, one a seed.
+    """z at the highest level read (sigma_max), where chains start, one a seed.
 
     Row i depends on seeds[i] alone: it is drawn on the CPU by a generator of its own, so it is the same in every batch
     and on every device.

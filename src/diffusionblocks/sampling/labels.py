@@ -1,4 +1,4 @@
-"""Classification by denoising: from noise at sigma_max down to a label, averaged over noise seeds."""
+"""Classification by denoising: from noise at the highest level read down to a label, averaged over noise seeds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def predict_labels(
     """Run `steps` network calls at descending levels, from `seeds` noise seeds, and average the probabilities.
 
     A chain with one seed *samples* from p(label | image), so its accuracy falls with more steps; the average over
-    seeds estimates that distribution itself. With steps=1 the label is read off at sigma_max.
+    seeds estimates that distribution itself. With steps=1 the label is read off at `EDM.read_max`.
 
     Args:
         network: maps z (batch, dim) and a level to logits (batch, num_classes).
