@@ -23,17 +23,18 @@ import torch
 from torch import Tensor
 
 from .block import Block
+from .draws import key
 from .evaluation.figures import draw_fit
 from .files import read_json, write_json
 from .merging import difference
 from .model import DiffusionBlocks
+from .modes import evaluating
 from .noise import EDM, fitted_quantiles, one_level
 from .recipes import FitConfig, Recipe
 from .targets import Batch
 from .training import BatchMaker, Trainer
 from .training.checkpoint import checkpoints, read_values, remove
 from .training.config import RESUME_MAY_DIFFER
-from .training.keys import key
 from .training.step import arithmetic
 
 LEVELS = "levels.json"
@@ -144,7 +145,11 @@ def fit_levels(
             precision=recipe.train.precision,
             seed=recipe.train.seed,
         )
-        noise = dataclasses.replace(model.noise, quantiles=fitted_quantiles(grid, losses, floor=options.floor))
+        noise = dataclasses.replace(
+            model.noise,
+            quantiles=fitted_quantiles(grid, losses, floor=options.floor),
+            coverage=getattr(recipe.blocks.noise, "coverage", None),  # resolved anew, for the partition that comes
+        )
         seconds = perf_counter() - started
         rounds.append(Round(end, tuple(losses), noise, trainer.seconds, seconds))
         del trainer, model  # and their memory, before the next
@@ -187,12 +192,11 @@ def measured(
     device = next(block.parameters()).device
     sums = torch.zeros(len(levels), dtype=torch.float64, device=device)
     count = 0
-    block.eval()
     chosen = _chosen(batches.num_examples, examples, seed).to(device)
     for number, indices in enumerate(chosen.split(batch_size)):
         generator = torch.Generator(device=device).manual_seed(key(seed, 0, number, "fit noise"))
         batch = batches(indices, generator)
-        with torch.no_grad(), arithmetic(device, precision):
+        with torch.no_grad(), evaluating(block), arithmetic(device, precision):
             for place, loss in enumerate(_losses(block, batch, levels, generator)):
                 sums[place] += loss.double().sum()
         count += len(indices)

@@ -20,6 +20,7 @@ from .evaluation.teachers import Ids, load_teacher_tokenizer, teacher_tokens
 from .files import renamed
 from .model import DiffusionBlocks
 from .models import RecurrentDepth
+from .modes import evaluating
 from .placement import computes_on
 from .recipes import LanguageConfig, Recipe
 from .sampling import Continuations, continue_plainly
@@ -61,12 +62,12 @@ def measure(recipe: Recipe, options: LanguageConfig, model: nn.Module, data: Tex
         text = dataclasses.replace(text, ids=text.ids[: options.limit * data.length])
     device = computes_on(model)
     batches = functools.partial(evaluation_chunks, text, data.length, batch_size=options.batch_size, device=device)
-    model.eval()
     if isinstance(model, DiffusionBlocks):
         known = language_row(model, batches, levels=options.levels, seed=options.seed)
     else:
         assert isinstance(model, EndToEnd)
-        known = plain_language_row(_repeatable(model, options.seed, device), batches)
+        with evaluating(model):
+            known = plain_language_row(_repeatable(model, options.seed, device), batches)
     made = write(recipe, options, model, prompts_of(options, data))
     return LanguageResult(known, _of_texts(recipe, options, made, data), made.tokens_per_second)
 

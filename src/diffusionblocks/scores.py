@@ -26,6 +26,7 @@ from .evaluation.generation import SampleRow, Setting, measure_samples, statisti
 from .evaluation.mauve import require_mauve
 from .evaluation.teachers import check_teacher
 from .model import DiffusionBlocks
+from .modes import evaluating
 from .noise import Masking
 from .placement import computes_on
 from .recipes import AccuracyConfig, BitsConfig, LanguageConfig, Recipe, SamplesConfig
@@ -88,7 +89,7 @@ def settings_of(options: SamplesConfig) -> list[Setting]:
 def _accuracy(recipe: Recipe, options: AccuracyConfig, model: nn.Module, splits: Splits) -> list[AccuracyRow]:
     with precision(recipe, model):
         return accuracy_grid(
-            model.eval(),
+            model,
             _test_batches(recipe, options, model, splits),
             steps=options.steps,
             seeds=options.seeds,
@@ -129,9 +130,8 @@ def _bits(recipe: Recipe, options: BitsConfig, model: DiffusionBlocks, splits: S
     if options.limit is not None:
         text = dataclasses.replace(text, ids=text.ids[: options.limit * data.length])
     batches = evaluation_chunks(text, data.length, batch_size=options.batch_size, device=model.device)
-    model.eval()
     networks = {b: functools.partial(model.block(b), {}) for b in range(model.partition.num_blocks)}
-    with precision(recipe, model):
+    with precision(recipe, model), evaluating(model):
         return bits_per_character(
             networks, model.noise, batches, model.partition, times=options.times, seed=options.seed
         )
@@ -153,7 +153,7 @@ def _samples(recipe: Recipe, options: SamplesConfig, model: DiffusionBlocks, spl
             references[split] = statistics(features, images)
     with precision(recipe, model):
         return measure_samples(
-            model.eval(),
+            model,
             settings_of(options),
             samples=options.samples,
             batch_size=options.batch_size,

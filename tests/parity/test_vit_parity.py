@@ -171,7 +171,7 @@ def test_convert_leaves_the_original_untouched(family: str, shared: str) -> None
     assert not original.training
     randomise_adaptive(model)
     model.loss(noise_batch(), block=1, generator=seeded()).mean().backward()
-    model.predict(images, steps=3, generator=seeded())
+    model.predict(images, steps=3, seeds=1, generator=seeded())
 
     assert hook_count(original) == hooks
     assert {name: type(m) for name, m in original.named_modules()} == modules
@@ -251,7 +251,7 @@ def test_layers_run_in_the_blocks_that_the_partition_names(layers: tuple[int, ..
     for block in model.blocks:
         for path, layer in zip(block.layer_paths, block.layers(), strict=True):
             layer.register_forward_hook(lambda m, a, o, path=path: ran.append(path))
-    model.eval().predict(noise_batch()["pixel_values"], steps=3, generator=seeded())
+    model.eval().predict(noise_batch()["pixel_values"], steps=3, seeds=1, generator=seeded())
     assert ran == [f"vit.layers.{i}" for i in range(6)]
     assert [len(block.layer_paths) for block in model.blocks] == list(layers)
     owned = list(itertools.chain.from_iterable(model.partition.layer_range(b) for b in range(3)))
@@ -265,7 +265,7 @@ def test_replace_cls_and_extra_token_differ_by_one_position(family: str) -> None
         model = convert(family, target={"token": token}).eval()
         seen: list[int] = []
         model.blocks[0].layers()[0].register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].shape[1]))
-        model.predict(noise_batch()["pixel_values"], generator=seeded())
+        model.predict(noise_batch()["pixel_values"], seeds=1, generator=seeded())
         lengths[token] = seen[0]
     assert lengths["extra"] == lengths["replace-cls"] + 1
 

@@ -51,7 +51,7 @@ def accuracy(model: db.DiffusionBlocks, steps: int = 3, seeds: int = 1) -> float
 
 def first_reading(model: db.DiffusionBlocks) -> float:
     """Cross-entropy at the highest level read, where z carries next to nothing: the figure to rank by."""
-    logits = model.predict(TEST["pixel_values"], steps=1, generator=seeded()).logits
+    logits = model.predict(TEST["pixel_values"], steps=1, seeds=1, generator=seeded()).logits
     return nn.functional.nll_loss(logits, TEST["labels"]).item()
 
 
@@ -79,11 +79,11 @@ def test_train_save_load_route_predict(shared: str, trained: Callable, tmp_path:
     loaded = db.load(tmp_path / "model").eval()
     assert loaded.partition == model.partition
     for steps in (1, 3, 7):
-        ours = model.predict(TEST["pixel_values"], steps=steps, generator=seeded())
-        theirs = loaded.predict(TEST["pixel_values"], steps=steps, generator=seeded())
+        ours = model.predict(TEST["pixel_values"], steps=steps, seeds=1, generator=seeded())
+        theirs = loaded.predict(TEST["pixel_values"], steps=steps, seeds=1, generator=seeded())
         assert torch.equal(ours.logits, theirs.logits)
     calls = record_calls(loaded)
-    loaded.predict(TEST["pixel_values"], steps=3, generator=seeded())
+    loaded.predict(TEST["pixel_values"], steps=3, seeds=1, generator=seeded())
     assert [place for place, _ in calls] == [0, 1, 2]
     assert accuracy(loaded, steps=1) > 0.8
     assert accuracy(loaded, steps=3) > 0.7  # a chain samples: it is less accurate than its first reading
@@ -93,9 +93,15 @@ def test_train_save_load_route_predict(shared: str, trained: Callable, tmp_path:
 def test_blocks_in_the_wrong_order_predict_worse(shared: str, trained: Callable) -> None:
     """Positive control of the seam: were the map from level to block reversed, accuracy would show it."""
     model = trained(shared)
-    right = [first_reading(model), model.predict(TEST["pixel_values"], steps=3, generator=seeded()).probabilities]
+    right = [
+        first_reading(model),
+        model.predict(TEST["pixel_values"], steps=3, seeds=1, generator=seeded()).probabilities,
+    ]
     model.blocks = nn.ModuleList(reversed(list(model.blocks)))
-    wrong = [first_reading(model), model.predict(TEST["pixel_values"], steps=3, generator=seeded()).probabilities]
+    wrong = [
+        first_reading(model),
+        model.predict(TEST["pixel_values"], steps=3, seeds=1, generator=seeded()).probabilities,
+    ]
     assert wrong[0] > 2 * right[0]
     assert (wrong[1] - right[1]).abs().max() > 0.2
 
@@ -106,7 +112,7 @@ def test_blocks_in_the_wrong_order_predict_worse(shared: str, trained: Callable)
 def test_predict_calls_the_block_that_trains_on_the_level(config: dict, steps: int, grid: str) -> None:
     model = db.convert(tiny("vit", layers=6), db.BlocksConfig(**config)).eval()
     calls = record_calls(model)
-    prediction = model.predict(noise_batch(2)["pixel_values"], steps=steps, grid=grid, generator=seeded())
+    prediction = model.predict(noise_batch(2)["pixel_values"], steps=steps, grid=grid, seeds=1, generator=seeded())
     assert [level for _, level in calls] == pytest.approx(prediction.levels, rel=1e-6)
     for place, level in calls:
         assert place == model.partition.block_of(level) == model.blocks[place].index
@@ -281,7 +287,7 @@ def test_bfloat16_model_has_a_float32_loss_near_the_float32_models(family: str, 
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected, atol=0.25, rtol=0.1)
         loss.mean().backward()
-    prediction = half.predict(noise_batch(dtype=torch.bfloat16)["pixel_values"], steps=3, generator=seeded())
+    prediction = half.predict(noise_batch(dtype=torch.bfloat16)["pixel_values"], steps=3, seeds=1, generator=seeded())
     assert prediction.probabilities.dtype == torch.float32
 
 
@@ -420,7 +426,7 @@ def test_one_step_reads_the_label_off_at_the_highest_level() -> None:
     z = highest * torch.randn(6, 32, generator=seeded())
     with torch.no_grad():
         logits = model.blocks[0]({"pixel_values": images}, z, torch.full((6,), highest))
-    prediction = model.predict(images, steps=1, generator=seeded())
+    prediction = model.predict(images, steps=1, seeds=1, generator=seeded())
     torch.testing.assert_close(prediction.probabilities, logits.softmax(-1))
     assert prediction.levels == (highest,)
 
@@ -437,7 +443,7 @@ def test_two_steps_by_hand(bridge: str) -> None:
         denoised = first @ table if bridge == "soft" else table[first.argmax(-1)]
         z = z + (low - high) * (z - denoised) / high
         second = model.blocks[model.partition.block_of(low)](inputs, z, torch.full((6,), low)).softmax(-1)
-    prediction = model.predict(**inputs, steps=2, bridge=bridge, generator=seeded(), return_trajectory=True)
+    prediction = model.predict(**inputs, steps=2, bridge=bridge, seeds=1, generator=seeded(), return_trajectory=True)
     torch.testing.assert_close(prediction.trajectory, torch.stack([first, second]), rtol=1e-4, atol=1e-5)
 
 
@@ -445,7 +451,7 @@ def test_seeds_average_independent_chains() -> None:
     model = convert("vit").eval()
     images = noise_batch()["pixel_values"]
     g = seeded()
-    chains = [model.predict(images, steps=3, generator=g).probabilities for _ in range(5)]
+    chains = [model.predict(images, steps=3, seeds=1, generator=g).probabilities for _ in range(5)]
     averaged = model.predict(images, steps=3, seeds=5, generator=seeded()).probabilities
     torch.testing.assert_close(averaged, torch.stack(chains).mean(0))
     assert not torch.allclose(chains[0], chains[1], atol=1e-4)
@@ -455,7 +461,7 @@ def test_bridge_defaults_to_the_configs() -> None:
     images = noise_batch()["pixel_values"]
     hard = convert("vit", target={"bridge": "hard"}).eval()
     default, explicit, soft = (
-        hard.predict(images, steps=3, generator=seeded(), **kwargs).probabilities
+        hard.predict(images, steps=3, seeds=1, generator=seeded(), **kwargs).probabilities
         for kwargs in ({}, {"bridge": "hard"}, {"bridge": "soft"})
     )
     assert torch.equal(default, explicit)
@@ -465,7 +471,7 @@ def test_bridge_defaults_to_the_configs() -> None:
 def test_predict_keeps_no_graph_and_changes_no_state() -> None:
     model = convert("vit").eval()
     state = copy.deepcopy(model.state_dict())
-    assert not model.predict(noise_batch()["pixel_values"], generator=seeded()).logits.requires_grad
+    assert not model.predict(noise_batch()["pixel_values"], seeds=1, generator=seeded()).logits.requires_grad
     assert same_states(model.state_dict(), state)
 
 
@@ -473,7 +479,7 @@ def test_evaluation_forward_is_one_step_a_block() -> None:
     model = convert("vit").eval()
     batch = noise_batch()
     output = model(**batch, generator=seeded())
-    prediction = model.predict(batch["pixel_values"], steps=3, generator=seeded())
+    prediction = model.predict(batch["pixel_values"], steps=3, seeds=1, generator=seeded())
     assert torch.equal(output.logits, prediction.logits)
     torch.testing.assert_close(output.loss, -prediction.logits[range(6), batch["labels"]].mean())
     assert model(batch["pixel_values"]).loss is None

@@ -1,12 +1,14 @@
 """Loops that know nothing of blocks: a plain five-line loop and transformers.Trainer, unchanged."""
 
 import copy
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import (
     LENGTH,
     NUM_LABELS,
@@ -21,9 +23,11 @@ from helpers import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import diffusionblocks as db
+from diffusionblocks.draws import of_batch
 from diffusionblocks.model import UnlabelledBlocks
 from diffusionblocks.models import RecurrentDepth
 
@@ -157,20 +161,18 @@ def test_transformers_trainer_reports_the_models_own_mean_loss(name: str, tmp_pa
     )
     trainer = Trainer(model=model, args=arguments, eval_dataset=examples)
     assert trainer.args.label_names is None
-    torch.manual_seed(5)
     reported = trainer.evaluate()["eval_loss"]
     # By hand, with the same draws: every block's losses, over all examples; the last batch is smaller.
     model.eval()
-    torch.manual_seed(5)
-    losses = []
+    losses, others = [], []
     with torch.no_grad():
         for some in trainer.get_eval_dataloader():
-            every = [model.loss(dict(some), block=b) for b in range(model.partition.num_blocks)]
-            losses.append(torch.stack(every).mean(dim=0))
+            for kept, generator in ((losses, of_batch(0, some, torch.device("cpu"))), (others, seeded(1))):
+                every = [model.loss(dict(some), b, generator) for b in range(model.partition.num_blocks)]
+                kept.append(torch.stack(every).mean(dim=0))
     assert [len(part) for part in losses] == [8, 8, 4]
     assert reported == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
-    torch.manual_seed(6)
-    assert trainer.evaluate()["eval_loss"] != pytest.approx(reported, rel=1e-5)  # the draws matter
+    assert reported != pytest.approx(float(torch.cat(others).mean()), rel=1e-5)  # the draws matter
 
 
 @pytest.mark.parametrize("name", MEASURED_BY_LOSS)
@@ -222,3 +224,124 @@ def test_a_models_kind_survives_copying_saving_and_branching(name: str, tmp_path
     for made in (model, copy.deepcopy(model), db.load(tmp_path / "m"), db.branch(model, 2)):
         assert type(made) is kind
         assert isinstance(made, db.DiffusionBlocks)
+
+
+# ---- what evaluation must not touch, and what ranks must not share -----------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_evaluation_between_the_steps_does_not_change_the_training(name: str, tmp_path: Path) -> None:
+    """Neither what the model draws in evaluation, nor what the loaders that Trainer opens for it draw."""
+    model, batch = (convert("vit"), image_batch(20)) if name == "vit" else unlabelled("llama")
+    examples = [{key: value[i] for key, value in batch.items()} for i in range(20)]
+    weights = []
+    for number, overrides in enumerate(({"eval_strategy": "no"}, {"eval_strategy": "steps", "eval_steps": 1})):
+        chosen = copy.deepcopy(model)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(number)),
+            max_steps=6,
+            per_device_train_batch_size=8,  # three steps an epoch: evaluation at its end, too
+            learning_rate=3e-3,
+            save_strategy="no",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            **overrides,  # type: ignore[arg-type]
+        )
+        Trainer(model=chosen, args=arguments, train_dataset=examples, eval_dataset=examples[:8]).train()
+        weights.append(chosen.state_dict())
+    assert same_states(*weights)
+    assert not same_states(weights[0], model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["vit", *MEASURED_BY_LOSS])
+def test_the_same_batch_has_the_same_loss_twice(name: str) -> None:
+    model, batch = (convert("vit"), image_batch(20)) if name == "vit" else unlabelled(name)
+    model.eval()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first = model(**batch)
+        torch.rand(3)
+        again = model(**batch)
+        assert first.loss == again.loss
+        torch.set_rng_state(state)
+        model(**batch)
+        assert torch.equal(torch.get_rng_state(), state)
+        # Another batch has other draws: were they the same, the mean over a data set would be of a few levels alone.
+        reversed_rows = {key: value.flip(0) for key, value in batch.items()}
+        assert model(**reversed_rows).loss == pytest.approx(first.loss.item(), rel=0.5)
+        halves = [of_batch(0, {key: value[some] for key, value in batch.items()}, torch.device("cpu")).initial_seed()
+                  for some in (slice(10), slice(10, 20))]  # fmt: skip
+        assert halves[0] != halves[1]
+        given = [model(**batch, generator=seeded(s)).loss.item() for s in (1, 1, 2)]
+    assert given[0] == given[1] != given[2]  # an explicit generator decides
+
+
+def test_training_draws_follow_the_seed_and_the_number_of_the_call() -> None:
+    model, batch = unlabelled("llama")
+    model.train()
+
+    def losses(count: int, between: Any = lambda: None) -> list[float]:
+        made = []
+        for _ in range(count):
+            made.append(model(**batch).loss.item())
+            between()
+        return made
+
+    torch.manual_seed(3)
+    first = losses(6)
+    assert len(set(first)) == 6
+    torch.manual_seed(3)
+    assert losses(6, lambda: torch.rand(5)) == first  # whatever else is drawn
+    torch.manual_seed(4)
+    assert losses(6) != first
+    torch.manual_seed(3)
+    part = losses(2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        losses(1)
+    saved, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert part + losses(4) == first
+    model, _ = unlabelled("llama")  # as in another process
+    model.load_state_dict(saved)
+    torch.manual_seed(9)
+    torch.set_rng_state(state)
+    assert part + losses(4) == first
+    del saved["_extra_state"]  # as older states are
+    model.load_state_dict(saved)
+
+
+def train_as_rank(rank: int, folder: Path) -> None:
+    """What each of two processes does: six steps of one model on one batch; leaves what it drew and its gradient."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, batch = unlabelled("llama")
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, args: seen.append((block.index, args[2].clone())))
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(6):
+        parallel(**batch).loss.backward()
+        torch.rand(1 + 3 * rank)  # of other things ranks do not draw the same numbers
+    gradient = sum(p.grad.double().abs().sum() for p in model.parameters() if p.grad is not None)
+    blocks, levels = zip(*seen, strict=True)
+    torch.save({"blocks": list(blocks), "levels": torch.stack(levels), "gradient": gradient}, folder / f"rank-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
+def test_ranks_draw_one_block_and_noise_of_their_own(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")  # a fresh process would import for longer than this test runs
+    ranks = [context.Process(target=train_as_rank, args=(rank, tmp_path), daemon=True) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=60)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"rank-{rank}", weights_only=True) for rank in range(2))
+    assert first["blocks"] == second["blocks"]
+    assert len(set(first["blocks"])) > 1
+    assert not torch.isclose(first["levels"], second["levels"]).any()
+    assert first["gradient"] == second["gradient"]

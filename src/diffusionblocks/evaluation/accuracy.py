@@ -71,7 +71,7 @@ def accuracy_grid(
             total = torch.zeros((), device=model.device)
             for done in range(1, wanted[-1] + 1):
                 prediction = model.predict(
-                    batch["pixel_values"], steps=n, bridge=bridge, grid=grid, generator=generator
+                    batch["pixel_values"], steps=n, seeds=1, bridge=bridge, grid=grid, generator=generator
                 )
                 total = total + prediction.probabilities
                 if done in hits:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
+from ..modes import evaluating
 from ..noise import EDM, one_level
 from ..targets import LabelTarget
 
@@ -58,15 +59,14 @@ def accuracy_by_level(
     assert isinstance(model.noise, EDM)
     if levels is None:
         levels = model.noise.levels(12)[:-1]
-    model.eval()
     rows = []
     check = FiniteCheck(owner=model.partition.block_of)
-    for level in levels:
-        block = model.block(model.partition.block_of(level))
-        generator = torch.Generator(device=model.device).manual_seed(seed)
-        hits = nearest = count = 0
-        for batch in batches():
-            with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
+        for level in levels:
+            block = model.block(model.partition.block_of(level))
+            generator = torch.Generator(device=model.device).manual_seed(seed)
+            hits = nearest = count = 0
+            for batch in batches():
                 labels = batch["labels"]
                 y = target.encode(batch)
                 sigma = one_level(level, y)
@@ -79,7 +79,7 @@ def accuracy_by_level(
                 nearest += int((similarities.argmax(-1) == labels).sum())
                 check.read()
                 count += len(labels)
-        if not count:
-            raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
-        rows.append(LevelRow(level, block.index, hits / count, nearest / count))
+            if not count:
+                raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
+            rows.append(LevelRow(level, block.index, hits / count, nearest / count))
     return rows

@@ -259,14 +259,14 @@ def train_classifier(
         cuda_graph=gpu,
         seed=seed,
     )
-    with torch.random.fork_rng(devices=[]):
+    # A training of its own: to the one that may go on around it, the global generators are as they were.
+    with torch.random.fork_rng(devices=[device] if gpu else []):
         torch.manual_seed(seed)
         network = SmallCNN(train.image_shape[0], train.num_classes, width=width, dropout=dropout)
-    model = EndToEnd(network.to(device))
-    augment = AugmentConfig(crop_padding=crop_padding, flip=flip) if flip or crop_padding else None
-    batches = ImageBatches(train, mean=mean, std=std, augment=augment, device=device)
-    Trainer(model, batches, config, progress=progress).train()
-    model.eval()
+        model = EndToEnd(network.to(device))
+        augment = AugmentConfig(crop_padding=crop_padding, flip=flip) if flip or crop_padding else None
+        batches = ImageBatches(train, mean=mean, std=std, augment=augment, device=device)
+        Trainer(model, batches, config, progress=progress).train()
     (row,) = accuracy_grid(model, lambda: evaluation_batches(test, mean=mean, std=std, batch_size=1000, device=device))
     return ClassifierFeatures(
         network, dataset=dataset, image_shape=train.image_shape, mean=mean, std=std, accuracy=row.accuracy

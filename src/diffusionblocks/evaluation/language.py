@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..modes import evaluating
 from .mauve import Mauve
-from .teachers import Ids, as_ids, check_counts, check_ids, evaluating, load_teacher
+from .teachers import Ids, as_ids, check_counts, check_ids, load_teacher
 
 _CHUNK = 64  # positions of a batch whose logits are widened to float32 at once
 

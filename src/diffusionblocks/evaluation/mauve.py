@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..finite import FiniteCheck, require_finite
-from .teachers import Ids, as_ids, check_ids, evaluating, load_teacher_tokenizer
+from ..modes import evaluating
+from .teachers import Ids, as_ids, check_ids, load_teacher_tokenizer
 
 #: Texts, as strings or ids, to float features (n, d). See `HiddenFeatures`.
 TextFeatures = Callable[[Sequence[Any]], Tensor]

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..draws import key
 from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
+from ..modes import evaluating
 from ..noise import EDM, NoiseProcess, one_level
 from ..targets import NextTokenTarget, cross_entropies
-from ..training.keys import key
-from .teachers import evaluating
 
 #: Makes the batches {"input_ids": int64 (n, length)} anew.
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]

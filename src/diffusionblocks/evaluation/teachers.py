@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +121,3 @@ def check_counts(name: str, found: int, wanted: int) -> None:
     """Refuse lists of different lengths."""
     if found != wanted:
         raise ValueError(f"{name}: {found} for {wanted} texts; give one for each")
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the context."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

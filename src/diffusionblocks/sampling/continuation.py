@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..finite import FiniteCheck
+from ..modes import evaluating
 from ..noise import EDM, one_level
 from ..targets import NextTokenTarget
 from .solvers import euler
@@ -139,7 +140,7 @@ def continue_plainly(
     stop_tokens: Sequence[int] = (),
     progress: bool = False,
 ) -> Continuations:
-    """The same by an ordinary language model: the control.
+    """The same by an ordinary language model, in evaluation mode: the control.
 
     Args:
         model: a causal language model of transformers, which keeps keys and values, or a `RecurrentDepth`, which reads
@@ -190,7 +191,8 @@ def continue_plainly(
             yield token
             text[places, torch.full_like(at, end) if library else at + step] = token
 
-    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, check, progress)
+    with evaluating(model):
+        return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, check, progress)
 
 
 def _grown(

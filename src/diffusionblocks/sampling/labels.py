@@ -39,7 +39,7 @@ def predict_labels(
     batch_size: int,
     device: torch.device,
     steps: int = 1,
-    seeds: int = 1,
+    seeds: int = 8,
     bridge: str = "soft",
     grid: str = "equal-mass",
     generator: torch.Generator | None = None,

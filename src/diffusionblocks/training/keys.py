@@ -1,17 +1,11 @@
-"""Randomness keyed by (seed, unit, step of that unit), so that the schedule of blocks does not matter."""
+"""The order of the data, keyed by (seed, unit, step of that unit), so that the schedule of blocks does not matter."""
 
 from __future__ import annotations
-
-import hashlib
 
 import torch
 from torch import Tensor
 
-
-def key(seed: int, unit: int, step: int, purpose: str) -> int:
-    """A 63-bit seed that is independent between any two different arguments."""
-    digest = hashlib.blake2b(f"{seed}/{unit}/{step}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from ..draws import key
 
 
 class DataOrder:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..branching import trunk_name
+from ..draws import key
 from ..finite import first_not_finite
 from ..model import DiffusionBlocks
 from .checkpoint import checkpoints, read_owner, read_values, remove, write_checkpoint
 from .compilation import compile_modules, compile_options
 from .config import RESUME_MAY_DIFFER, TrainConfig
-from .keys import DataOrder, key
+from .keys import DataOrder
 from .logging import JsonLines, Logger
 from .residency import Lengths, make_residency
 from .schedules import block_schedule, next_others

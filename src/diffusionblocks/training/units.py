@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..adapters import Adapter, adapter_for
 from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
+from ..modes import evaluating
 from ..sampling import Prediction
 from ..targets import check_loss_chunk, cross_entropies, in_chunks
 
@@ -134,13 +135,13 @@ class EndToEnd(nn.Module):
         return self.loss(batch)
 
     def predict(self, pixel_values: Tensor, **_: Any) -> Prediction:
-        """Class probabilities of one forward pass; denoising options do not apply and are ignored.
+        """Class probabilities of one pass in evaluation mode; denoising options do not apply and are ignored.
 
         Raises:
             ValueError: logits are not finite.
         """
         check = FiniteCheck(type(self.model).__name__)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self):
             logits = check.values(self(pixel_values).float(), "logits")
         check.read()
         return Prediction(logits.softmax(-1), logits.log_softmax(-1), levels=())
