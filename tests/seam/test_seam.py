@@ -475,12 +475,15 @@ def test_predict_keeps_no_graph_and_changes_no_state() -> None:
     assert same_states(model.state_dict(), state)
 
 
-def test_evaluation_forward_is_one_step_a_block() -> None:
+def test_evaluation_forward_is_the_default_prediction_one_step_of_eight_seeds() -> None:
     model = convert("vit").eval()
     batch = noise_batch()
     output = model(**batch, generator=seeded())
-    prediction = model.predict(batch["pixel_values"], steps=3, seeds=1, generator=seeded())
+    prediction = model.predict(batch["pixel_values"], steps=1, seeds=8, generator=seeded())
     assert torch.equal(output.logits, prediction.logits)
+    assert torch.equal(model.predict(batch["pixel_values"], generator=seeded()).logits, prediction.logits)
+    # Labels decide nothing, and without a generator the draws follow from the images.
+    assert torch.equal(model(batch["pixel_values"]).logits, model(**batch).logits)
     torch.testing.assert_close(output.loss, -prediction.logits[range(6), batch["labels"]].mean())
     assert model(batch["pixel_values"]).loss is None
 

@@ -179,6 +179,11 @@ def test_levels_go_where_the_label_can_neither_be_read_off_z_nor_be_lost(tmp_pat
 # ---- a run is the fit, then the blocks -----------------------------------------------------------------------
 
 
+def converted(noise: db.EDM) -> db.EDM:
+    """As a converted classifier has it: with the coverage that its target takes."""
+    return dataclasses.replace(noise, coverage=(0.001, 0.999))
+
+
 def test_the_fit_is_one_training_whose_levels_change(data: dict[str, ImageData], tmp_path: Path) -> None:
     """Another road to the same levels: one trainer throughout, whose block gets new levels in place."""
     made = recipe()
@@ -202,12 +207,12 @@ def test_the_fit_is_one_training_whose_levels_change(data: dict[str, ImageData],
         assert losses == done["losses"]
         noise = dataclasses.replace(noise, quantiles=fitted_quantiles(grid, losses, floor=0.05))
         assert db.EDM(**done["noise"]) == noise
-        model.block(0).noise = noise
+        model.block(0).noise = converted(noise)
         for skeleton in trainer.residency.skeletons:
-            skeleton.module.noise = noise  # type: ignore[assignment]
+            skeleton.module.noise = converted(noise)  # type: ignore[assignment]
     assert len({str(done["losses"]) for done in left["rounds"]}) == 3
     assert (tmp_path / "fit" / "levels.png").read_bytes().startswith(b"\x89PNG")
-    assert db.load(tmp_path / "model").noise == noise
+    assert db.load(tmp_path / "model").noise == converted(noise)
     assert result.iterations == 7 + 2 * 3
     assert result.seconds > trainer.seconds / 10
 
@@ -227,10 +232,10 @@ def test_trunk_and_blocks_train_on_the_fitted_levels(
     assert same_states(weights(tmp_path / "fitted" / "model"), weights(tmp_path / "named" / "model"))
     if trunk is not None:
         assert same_states(weights(tmp_path / "fitted/trunk/model"), weights(tmp_path / "named/trunk/model"))
-        assert db.load(tmp_path / "fitted" / "trunk" / "model").noise == db.EDM(**noise)
+        assert db.load(tmp_path / "fitted" / "trunk" / "model").noise == converted(db.EDM(**noise))
     model = result.model
     assert isinstance(model, db.DiffusionBlocks)
-    assert model.noise == db.EDM(**noise)
+    assert model.noise == converted(db.EDM(**noise))
     assert list(model.partition.boundaries) == pytest.approx(db.EDM(**noise).boundaries(2))
     assert model.partition.boundaries[1] != db.EDM().boundaries(2)[1]
     assert result.iterations == other.iterations + 7
