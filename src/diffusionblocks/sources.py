@@ -94,7 +94,15 @@ def load_data(recipe: Recipe, split: str) -> Data:
         files = split_files(Path(resolved_source(data)), name, data.split_files)
         file = _tokenizer_file(data)
         tokenizer = load_tokenizer(file)
-        text = encoded_split(files, tokenizer, data.cache_folder, name, separator=data.separator, progress=True)
+        text = encoded_split(
+            files,
+            tokenizer,
+            data.cache_folder,
+            name,
+            separator=data.separator,
+            special_tokens=data.special_tokens,
+            progress=True,
+        )
         return TextChunks(dataclasses.replace(text, tokenizer=file.read_bytes()), data.length)
     return image_classification(
         resolved_source(data),

@@ -140,11 +140,16 @@ def test_cache_is_mapped_equal_and_renewed(tmp_path: Path) -> None:
     plain = characters(source, "valid")
     for _ in range(2):
         assert torch.equal(characters(source, "valid", cache_dir=cache).ids, plain.ids)
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.u8")
     assert file.stat().st_size == 2000
     # What is mapped is the file: written over, the text changes.
     file.write_bytes(bytes([5]) * 2000)
     assert set(decode(characters(source, "test", cache_dir=cache).ids)) == {"e"}
+    # Cut off, it is another text: it is written anew.
+    file.write_bytes(bytes(1000))
+    assert torch.equal(characters(source, "valid", cache_dir=cache).ids, plain.ids)
+    file.with_name(f"{file.name}.json").write_text("{")
+    assert torch.equal(characters(source, "valid", cache_dir=cache).ids, plain.ids)
     source.write_text("xyz " * 400)
     assert set(decode(characters(source, cache_dir=cache).ids)) == set("xyz ")
 
@@ -155,12 +160,15 @@ def test_file_refusals(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"split 'train': no file in .* matches 'train\*\.txt'"):
         characters(tmp_path)
     file = tmp_path / "a.txt"
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+    file.write_bytes(b"abc\n" + b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"a\.txt, line 2 is not UTF-8 text \(byte 0xff\)"):
         characters(file)
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.txt, line 2 is not UTF-8 text \(byte 0xff\)"):
         characters(file, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []  # nothing half-written
+    file.write_bytes("abc".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"a\.txt, character 1 is a NUL: no text in UTF-8"):
+        characters(file)
     file.write_text("abc")
     with pytest.raises(ValueError, match="no characters"):
         characters(file, "valid")
@@ -179,7 +187,7 @@ def test_damaged_files_are_refused(tmp_path: Path, ending: str, pack: Callable[[
     whole = pack(os.urandom(3000).hex().encode())
     for damaged in (b"abc", whole[:-40], whole[:100] + b"garbage" + whole[107:]):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"bad\.txt\.{ending} is not UTF-8 text, or is damaged"):
+        with pytest.raises(ValueError, match=rf"bad\.txt\.{ending} is damaged"):
             characters(file)
     file.write_bytes(whole)
     assert len(characters(file, fractions=(1, 0, 0))) > 5000

@@ -37,7 +37,8 @@ def test_tokenizer_is_byte_level_and_comes_back(tmp_path: Path, prose: Path) -> 
 def test_corpus_is_decoded_to_its_documents(tmp_path: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer([prose], 300, tmp_path / "tokenizer.json")
     whole = encoded_corpus([prose], tokenizer, tmp_path / "whole", separator="\n\n\n").ids.numpy().tolist()
-    monkeypatch.setattr("diffusionblocks.data.tokenized._PASSAGE", 10)
+    monkeypatch.setattr("diffusionblocks.data.seams._PIECE", 10)
+    monkeypatch.setattr("diffusionblocks.data.seams._AHEAD", 40)
     data = encoded_corpus([prose], tokenizer, tmp_path / "cut", separator="\n\n\n")
     ids = data.ids.numpy().tolist()
     assert data.ids.dtype == torch.uint16
@@ -94,6 +95,16 @@ def test_token_refusals(tmp_path: Path, prose: Path) -> None:
     tokenizer = train_tokenizer([prose], 300, target)
     with pytest.raises(ValueError, match="separator is empty"):
         encoded_corpus([prose], tokenizer, tmp_path / "ids", separator="")
+    prose.write_bytes("a b".encode("utf-16-le"))
+    for read in (
+        lambda: encoded_corpus([prose], tokenizer, tmp_path / "ids"),
+        lambda: train_tokenizer([prose], 300, target),
+    ):
+        with pytest.raises(ValueError, match=r"prose\.txt, character 1 is a NUL"):
+            read()
+    prose.write_bytes(b"a\nb\xe4\n")
+    with pytest.raises(ValueError, match=r"prose\.txt, line 2 is not UTF-8 text \(byte 0xe4\): convert"):
+        encoded_corpus([prose], tokenizer, tmp_path / "ids")
     prose.write_text("")
     with pytest.raises(ValueError, match="no text in"):
         encoded_corpus([prose], tokenizer, tmp_path / "ids")

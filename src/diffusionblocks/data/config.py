@@ -144,6 +144,8 @@ class TokensConfig(_ChunksConfig):
         split_files: split name -> file pattern; null: files named after the split, no backups.
         train_split, test_split: names of the splits.
         separator: what stands between documents within a file; null: a file is a document.
+        special_tokens: whether special tokens in the text, such as chat markers, are their ids, as in prompts;
+            otherwise their letters are letters. The letters of <|endoftext|> always are.
         vocab_size: tokens of the tokenizer that is trained, the end of a document among them.
         tokenizer: a ready tokenizer.json, which has a size of its own; null trains one.
         train_characters: train the tokenizer on only so many characters, the first of the train split; null takes all.
@@ -157,6 +159,7 @@ class TokensConfig(_ChunksConfig):
     train_split: str = "train"
     test_split: str = "test"
     separator: str | None = Field(default=None, min_length=1)
+    special_tokens: bool = False
     vocab_size: Int = Field(default=8192, ge=257, le=MOST_TOKENS)
     tokenizer: Path | None = None
     train_characters: Int | None = Field(default=None, ge=1, le=10**15)

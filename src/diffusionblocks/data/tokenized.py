@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import read_json, renamed, write_json
+from ..files import renamed
 from ..tokenizer_file import read_tokenizer
+from .seams import document_ids, exact_tokenizer
 from .split_files import TEXT_ENDINGS, files_of_split
-from .text import SYMBOLS, TextData, decode, encode, fingerprint, mapped, open_text
+from .text import SYMBOLS, TextData, cached_ids, check_text, decode, encode, fingerprint, open_text
 
 __all__ = [
     "END",
@@ -38,8 +39,9 @@ END = "<|endoftext|>"
 """The special token after each document (GPT-2's name); id 0."""
 
 _SMALLEST = 257  # every byte, and END
-_BATCH = 16  # passages encoded at once
 _PASSAGE = 1 << 16  # characters after which a passage ends at the next empty line
+_FORMAT = 2  # Raise it when the ids of a text change: older files are then not found.
+_MAKES_END = f"the tokenizer's model itself makes {END} of its letters, so that they end a document; take them out"
 
 
 def train_tokenizer(
@@ -94,11 +96,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def encoded_corpus(
-    files: Sequence[Path], tokenizer: Tokenizer, path: Path, *, separator: str | None = None, progress: bool = False
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    separator: str | None = None,
+    special_tokens: bool = False,
+    progress: bool = False,
 ) -> TextData:
     """A corpus as tokens, encoded once: a later call with the same files and tokenizer only maps the file.
 
-    `END` follows each document. Memory holds one file's text at a time, and no more than a group of passages as tokens.
+    A document's ids are those that the tokenizer gives for all of it, without truncation and padding; `END` follows.
+    Memory holds one file's text at a time, and a million characters or so as tokens (see `seams.py`).
 
     Args:
         files: UTF-8 text, plain or packed (.xz, .gz, .bz2).
@@ -106,6 +115,8 @@ def encoded_corpus(
         path: file of the raw little-endian ids, uint16, or uint32 for more than 65,536 tokens; beside it `PATH.json`
             says what it holds. Both are written under temporary names.
         separator: what stands between documents within a file, such as "\\n\\n\\n"; None: a file is a document.
+        special_tokens: whether special tokens in the text, such as chat markers, are their ids; otherwise their letters
+            are letters, as those of `END` always are.
         progress: show a progress bar over the files' characters, on a terminal.
 
     Returns:
@@ -113,32 +124,21 @@ def encoded_corpus(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no files, an empty separator, a tokenizer without `END`, text that is not UTF-8, or none at all.
+        ValueError: no files, an empty separator, a tokenizer without `END`, text that is not UTF-8 or holds a NUL, or
+            none at all.
     """
     _check_files(files)
     if separator == "":
         raise ValueError("separator is empty: must be text, or None for one document a file")
     _end(tokenizer)
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size = _vocab_size(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     index = {
-        "source": _fingerprint(files, tokenizer, separator),
-        "dtype": dtype.name,
+        "source": _fingerprint(files, tokenizer, separator, special_tokens),
         "vocab_size": vocab_size,
     }
-    sidecar = path.with_name(f"{path.name}.json")
-    if not _is_there(path, sidecar, index, dtype):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sidecar.unlink(missing_ok=True)  # from here to the end the file is nobody's
-        count = 0
-        with renamed(path) as temporary, temporary.open("wb") as out:
-            for ids in _ids(files, tokenizer, separator, progress):
-                count += len(ids)
-                out.write(np.asarray(ids, dtype=dtype).tobytes())
-            if not count:
-                raise ValueError(f"no text in {[str(file) for file in files]}")
-        write_json(sidecar, index | {"count": count})
-    return TextData(mapped(path, dtype), vocab_size)
+    pieces = (np.asarray(ids) for ids in _ids(files, tokenizer, separator, special_tokens, progress))
+    return TextData(cached_ids(path, index, pieces, dtype), vocab_size)
 
 
 def corpus_tokenizer(
@@ -179,16 +179,18 @@ def encoded_split(
     name: str,
     *,
     separator: str | None = None,
+    special_tokens: bool = False,
     progress: bool = False,
 ) -> TextData:
     """As `encoded_corpus`, kept in `folder` as `NAME-FINGERPRINT.ids`.
 
-    The name changes with the files, the tokenizer and the separator; so jobs that share a folder never find another's.
+    The name changes with the files, the tokenizer, the separator and `special_tokens`; so jobs that share a folder
+    never find another's.
     Jobs that encode it at once write the same.
     """
     _check_files(files)
-    path = folder / f"{name}-{_fingerprint(files, tokenizer, separator)}.ids"
-    return encoded_corpus(files, tokenizer, path, separator=separator, progress=progress)
+    path = folder / f"{name}-{_fingerprint(files, tokenizer, separator, special_tokens)}.ids"
+    return encoded_corpus(files, tokenizer, path, separator=separator, special_tokens=special_tokens, progress=progress)
 
 
 def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = None) -> list[Path]:
@@ -252,21 +254,24 @@ class CharacterCodec:
 class TokenCodec:
     """The tokens of a tokenizer that has `END`.
 
-    Args:
-        tokenizer: it is copied.
+    Special tokens in a text, such as chat markers, are their ids; the letters of `END` are letters.
 
-    Attributes:
-        tokenizer: the copy, of which the letters of `END` in a text are letters.
+    Args:
+        tokenizer: it is copied, without truncation and padding.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.end: int | None = _end(tokenizer)
-        self.tokenizer = _with_plain_letters(tokenizer)
-        self.vocab_size: int = tokenizer.get_vocab_size()
+        self.vocab_size: int = _vocab_size(tokenizer)
+        self._encoder = exact_tokenizer(tokenizer, END, special_tokens=True)
+        self._decoder = Tokenizer.from_str(tokenizer.to_str())
 
     def encode(self, text: str) -> Tensor:
-        """Ids, int64, shape (n,)."""
-        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        """Ids, int64, shape (n,); ValueError where the tokenizer's model itself makes `END` of its letters."""
+        ids = self._encoder.encode(text, add_special_tokens=False).ids
+        if self.end in ids:
+            raise ValueError(f"{text[:80]!r}: {_MAKES_END}")
+        return torch.tensor(ids, dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:
         """The text of ids (n,), with the letters of `END` where a document ends; bytes that are no UTF-8 become �.
@@ -277,49 +282,46 @@ class TokenCodec:
         values = ids.tolist()
         if ids.dim() != 1 or not all(0 <= value < self.vocab_size for value in values):
             raise ValueError(f"ids: {tuple(ids.shape)}: must be (n,), each from 0 to {self.vocab_size - 1}")
-        return str(self.tokenizer.decode(values, skip_special_tokens=False))
+        return str(self._decoder.decode(values, skip_special_tokens=False))
 
 
 # ---- the parts -------------------------------------------------------------------------------------------
 
 
-def _is_there(path: Path, sidecar: Path, index: dict[str, object], dtype: np.dtype[np.unsignedinteger]) -> bool:
-    if not (path.is_file() and sidecar.is_file()):
-        return False
-    found = read_json(sidecar)
-    count = found.pop("count", None)
-    return found == index and isinstance(count, int) and path.stat().st_size == count * dtype.itemsize
+def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, separator: str | None, special_tokens: bool) -> str:
+    content = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    return fingerprint(files, [_FORMAT, content, separator, special_tokens])
 
 
-def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, separator: str | None) -> str:
-    return fingerprint(files, [hashlib.sha256(tokenizer.to_str().encode()).hexdigest(), separator])
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the highest id: a tokenizer may leave ids out."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
-def _ids(files: Sequence[Path], tokenizer: Tokenizer, separator: str | None, progress: bool) -> Iterator[list[int]]:
-    end = _end(tokenizer)
-    tokenizer = _with_plain_letters(tokenizer)
+def _ids(
+    files: Sequence[Path], tokenizer: Tokenizer, separator: str | None, special_tokens: bool, progress: bool
+) -> Iterator[list[int]]:
+    end, empty = _end(tokenizer), True
+    tokenizer = exact_tokenizer(tokenizer, END, special_tokens=special_tokens)
     for file, text in zip(files, _texts(files), strict=True):
         hidden = None if progress else True  # None shows it on terminals only
         with tqdm(total=len(text), desc=file.name, disable=hidden, unit="character", unit_scale=True) as bar:
             for document in text.split(separator) if separator else [text]:
                 if not document:
                     continue
-                for passages in _grouped(_passages(document)):
-                    for encoding in tokenizer.encode_batch(passages, add_special_tokens=False):
-                        yield encoding.ids
-                    bar.update(sum(map(len, passages)))
+                for ids, length in document_ids(document, tokenizer):
+                    if end in ids:
+                        raise ValueError(f"{file}: {_MAKES_END}")
+                    yield ids
+                    bar.update(length)
                 yield [end]
-
-
-def _with_plain_letters(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy for which the letters of `END` in a text are letters."""
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.encode_special_tokens = True
-    return copy
+                empty = False
+    if empty:
+        raise ValueError(f"no text in {[str(file) for file in files]}")
 
 
 def _passages(text: str) -> Iterator[str]:
-    """Cuts before empty lines, where no token reaches across: the tokens are those of the whole text."""
+    """Cuts before empty lines, to train on."""
     start = 0
     while start < len(text):
         cut = text.find("\n\n", start + _PASSAGE)
@@ -328,16 +330,12 @@ def _passages(text: str) -> Iterator[str]:
         start = end
 
 
-def _grouped(passages: Iterator[str]) -> Iterator[list[str]]:
-    while group := list(itertools.islice(passages, _BATCH)):
-        yield group
-
-
 def _texts(files: Sequence[Path], limit: int | None = None) -> Iterator[str]:
     """The text of each file; of all together no more than `limit` characters."""
     for file in files:
         with open_text(file) as stream:
             text = stream.read(-1 if limit is None else limit)
+        check_text(text, file)
         yield text
         if limit is not None:
             limit -= len(text)
