@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class NoiseEmbedding(nn.Module):
+class ExactBuffers(nn.Module):
+    """A module whose own buffers keep at least float32's digits when it is cast to another dtype.
+
+    For the frequencies that a noise level is told with: rounded to bfloat16 they tell other levels, by tenths of a
+    radian.
+    """
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ExactBuffers:
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, exact[name].to(buffer.device))
+        return self
+
+
+class NoiseEmbedding(ExactBuffers):
     """Fourier features of c_noise and a two-layer MLP: (batch,) -> (batch, dim).
 
     c_noise = log(sigma) / 4 spans about [-1.6, 1.1]; frequencies run geometrically from 1 to 64, so that levels

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import seeded
+from helpers import convert, seeded
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from diffusionblocks.conditioning import AdaptiveNorms
+import diffusionblocks as db
+from diffusionblocks.conditioning import AdaptiveNorms, NoiseEmbedding
 
 DIM, CONDITION = 16, 8
 
@@ -76,3 +78,35 @@ def test_compiled_norms_sum_over_the_tokens_once() -> None:
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=note)
     outcome(torch.compile(adaptive, backend=backend), [layer, adaptive], layer, None)
     assert wanted == [[True, False, False]] * 2  # gradients of the input, the weight and the bias
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_embedding_tells_the_levels_that_it_told(dtype: torch.dtype) -> None:
+    """Rounded to bfloat16, the highest frequency would be off by a tenth, and other levels would be told."""
+    from diffusionblocks.models.dit import TimestepEmbedder  # brings diffusers
+
+    for made in (NoiseEmbedding(16), TimestepEmbedder(16)):
+        exact = made.frequencies.clone()
+        for moved in (made.to(dtype), made.to("meta").to_empty(device="cpu").to(dtype)):
+            assert moved.frequencies.dtype == torch.float32
+            assert moved.mlp[0].weight.dtype == dtype
+        assert made.to(torch.float64).frequencies.dtype == torch.float64
+        made = type(made)(16).to(dtype)
+        assert torch.equal(made.frequencies, exact)
+        seen: list[Tensor] = []
+        made.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        level = torch.tensor([-1.2, 0.3, 0.627])
+        made(level)
+        angle = level[:, None] * exact
+        torch.testing.assert_close(seen[0], torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype))
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+def test_a_saved_low_precision_model_is_told_the_same_levels(family: str, tmp_path: Path) -> None:
+    model = convert(family)
+    exact = [b for name, b in model.named_buffers() if name.endswith("frequencies")]
+    model.bfloat16().save_pretrained(tmp_path / "m")
+    for some in (model, db.load(tmp_path / "m")):
+        found = [b for name, b in some.named_buffers() if name.endswith("frequencies")]
+        assert len(found) == len(exact) > 0
+        assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))

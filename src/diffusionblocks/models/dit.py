@@ -17,8 +17,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..conditioning import ExactBuffers
 
-class TimestepEmbedder(nn.Module):
+
+class TimestepEmbedder(ExactBuffers):
     """Sinusoids of the timestep (frequencies from 1 down to 1/10,000) and a two-layer MLP: (batch,) -> (batch, dim)."""
 
     frequencies: Tensor
