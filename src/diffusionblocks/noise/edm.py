@@ -90,7 +90,9 @@ class EDM:
                 )
         if isinstance(self.coverage, list):
             object.__setattr__(self, "coverage", tuple(self.coverage))
-        assert self._read  # now, so that an error is raised here, and compiled graphs take finished numbers
+        low, high = self._read  # looked up now: compiled graphs take finished numbers
+        if not low < high:
+            raise ValueError(f"coverage = {self.coverage} holds no more than the level {low:g}: widen it")
 
     def _check_quantiles(self) -> None:
         found = self.quantiles or ()
@@ -114,10 +116,7 @@ class EDM:
                 "for the default"
             )
         low, high = self.level_of(torch.tensor(covered, dtype=torch.float64, device="cpu")).tolist()
-        low, high = low if covered[0] > 0 else self.sigma_min, high if covered[1] < 1 else self.sigma_max
-        if not low < high:
-            raise ValueError(f"coverage = {covered} holds no more than the level {low:g}: widen it")
-        return low, high
+        return low if covered[0] > 0 else self.sigma_min, high if covered[1] < 1 else self.sigma_max
 
     # ---- the training distribution -------------------------------------------------------------------
 
