@@ -39,6 +39,7 @@ from .data.config import (
     TopicsConfig,
     resolved_source,
 )
+from .data.latents import scale_of_split
 from .data.tokenized import corpus_tokenizer, corpus_tokenizer_path, encoded_split, load_tokenizer, split_files
 from .end_to_end import load_end_to_end, save_end_to_end
 from .evaluation.pictures import to_uint8
@@ -85,7 +86,7 @@ def load_data(recipe: Recipe, split: str) -> Data:
         return TextChunks(python_topics(split), data.length)
     name = {"train": data.train_split, "test": data.test_split}[split]
     if isinstance(data, LatentsConfig):
-        return latent_folder(resolved_source(data), name)
+        return latent_folder(resolved_source(data), name, reference_split=data.train_split)
     if isinstance(data, TextConfig):
         source = resolved_source(data)
         text = characters(source, name, split_files=data.split_files, fractions=data.fractions, cache_dir=data.cache)
@@ -210,7 +211,8 @@ def pixels_of(recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor
     """What turns model-space samples (n, C, H, W) into uint8 images (n, 1 or 3, H, W).
 
     Raises:
-        ValueError: the samples are latents and no autoencoder is named.
+        ValueError: the samples are latents and no autoencoder is named, or one that scales latents otherwise than those
+            of the recipe are, where they are at hand.
     """
     data = recipe.data
     if isinstance(data, PixelsConfig):
@@ -218,10 +220,19 @@ def pixels_of(recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor
     assert isinstance(data, LatentsConfig), "text has no pixels"
     if data.vae is None:
         raise ValueError("samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME")
-    from .data.encode import decode, load_vae
+    from .data.encode import decode, latent_scale, load_vae
 
     vae: Any = load_vae(data.vae, device)
-    factor = vae.config.scaling_factor * data.scale
+    scale = latent_scale(vae)
+    try:
+        source = resolved_source(data)
+    except ValueError:  # without the latents the autoencoder is trusted
+        noted = None
+    else:
+        noted = scale_of_split(source, data.train_split)
+    if noted is not None:
+        scale.check_same(noted, f"vae = {data.vae!r}", f"{source}, split {data.train_split!r},")
+    factor = scale.scaling_factor * data.scale
     half = (0.5, 0.5, 0.5)
     return lambda samples: to_uint8(decode(samples, vae, factor), half, half)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusionblocks.adapters import adapter_named
 from diffusionblocks.cli import main
-from diffusionblocks.data.latents import write_shards
+from diffusionblocks.data.latents import LatentScale, write_shards
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.sources import weight_source
 
@@ -98,7 +98,7 @@ def latents(tmp_path: Path) -> tuple[Path, Path]:
             shard_rows=10,
             class_names=[str(i) for i in range(10)],
             vae="random",
-            scaling_factor=0.2,
+            scale=LatentScale(0.18215),
         )
     return tmp_path / "latents", tmp_path / "vae"
 

@@ -20,7 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from diffusionblocks.data import LatentBatches, LatentData, latent_folder
 from diffusionblocks.data import encode as tool
-from diffusionblocks.data.latents import write_shards
+from diffusionblocks.data.config import LatentsConfig
+from diffusionblocks.data.latents import LatentScale, scale_of_split, write_shards
+from diffusionblocks.recipes import load_recipe
+from diffusionblocks.sources import pixels_of
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")
@@ -50,7 +53,7 @@ def cut(tensors: tuple[torch.Tensor, ...], size: int) -> Iterator[tuple[torch.Te
     yield from zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
-OPTIONS: dict[str, Any] = {"shard_rows": 4, "class_names": NAMES, "vae": "some/vae", "scaling_factor": 0.25}
+OPTIONS: dict[str, Any] = {"shard_rows": 4, "class_names": NAMES, "vae": "some/vae", "scale": LatentScale(0.25)}
 
 
 @pytest.fixture
@@ -134,7 +137,7 @@ MEAN, STD, LABELS = posterior(2)
     [
         ([], {}, "split 'train': there are no rows to write"),
         ([(MEAN, STD, LABELS)], {"shard_rows": 0}, "shard_rows = 0: must be at least 1"),
-        ([(MEAN, STD, LABELS)], {"scaling_factor": 0.0}, "scaling_factor = 0.0: must be finite and > 0"),
+        ([(MEAN, STD, LABELS)], {"scale": LatentScale(1, 0, (0.0,), (1.0,))}, "latents_mean has 1 values: must be 4"),
         ([(MEAN, STD, LABELS)], {"class_names": ()}, "class_names is empty"),
         ([(MEAN, STD, LABELS)], {"class_names": NAMES[:1]}, "row 1: label 1: must be from 0 to 0"),
         ([(MEAN, STD, LABELS), (MEAN, STD, LABELS - 1)], {}, "row 2: label -1: must be from 0 to 2"),
@@ -247,6 +250,74 @@ def test_latent_data_checks_itself() -> None:
     for changes, message in bad:
         with pytest.raises(ValueError, match=message):
             LatentData(**(good | changes), vae="", scaling_factor=1.0)
+
+
+# --- splits and shards that disagree -------------------------------------------------------------------------
+
+
+def test_labels_of_splits_are_matched_by_name(folder: Path) -> None:
+    write_shards(folder, "test", [posterior(3)], **(OPTIONS | {"class_names": ("eel", "cat", "dog")}))
+    data = latent_folder(folder, "test")
+    assert data.class_names == NAMES
+    assert [data.class_names[label] for label in data.labels] == ["eel", "cat", "dog"]
+    assert latent_folder(folder, "test", reference_split=None).class_names == ("eel", "cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": ("cat", "dog", "emu")}, r"test.json and .*train.json have different classes.*'emu'.*'eel'"),
+        ({"vae": "other"}, r"test.json is of the autoencoder 'other', .*train.json of 'some/vae'"),
+        ({"scale": LatentScale(0.5)}, r"test.json has scaling_factor = 0.5, .*train.json has 0.25"),
+        ({"scale": LatentScale(0.25, 0.1)}, r"test.json has shift_factor = 0.1, .*train.json has 0.0"),
+        ({"scale": LatentScale(0.25, 0, (0.0,) * 4, (2.0,) * 4)}, "test.json has latents_mean = .*has None"),
+    ],
+)
+def test_splits_of_other_latents_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    write_shards(folder, "test", [posterior(3)], **(OPTIONS | changes))
+    with pytest.raises(ValueError, match=message):
+        latent_folder(folder, "test")
+    latent_folder(folder)
+
+
+def test_splits_of_another_shape_are_refused(folder: Path) -> None:
+    mean, std, labels = posterior(3)
+    write_shards(folder, "test", [(mean[..., :1], std[..., :1], labels)], **OPTIONS)
+    with pytest.raises(ValueError, match=r"test.json has latents \(4, 2, 1\), .*train.json has \(4, 2, 3\)"):
+        latent_folder(folder, "test")
+
+
+def test_a_shard_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    for name, changes in (
+        ("scaling_factor", {"scale": LatentScale(0.5)}),
+        ("class_names", {"class_names": NAMES[::-1]}),
+    ):
+        write_shards(tmp_path / name, "train", cut(posterior(10), 3), **(OPTIONS | changes))
+        other = (tmp_path / name / "train-00001.safetensors").read_bytes()
+        mine = (folder / "train-00001.safetensors").read_bytes()
+        (folder / "train-00001.safetensors").write_bytes(other)
+        with pytest.raises(ValueError, match=rf"train-00001.safetensors: {name} is .*, in the index of its split"):
+            latent_folder(folder)
+        (folder / "train-00001.safetensors").write_bytes(mine)
+    # Shards and indexes of older versions note less, and are read.
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensor.clone() for name, tensor in load_file(file).items()}, file)
+    changed_index(shift_factor=None, latents_mean=None, latents_std=None)(folder)
+    assert len(latent_folder(folder)) == 10
+    write_shards(folder, "test", [posterior(3)], **OPTIONS)
+    assert len(latent_folder(folder, "test")) == 3
+
+
+@pytest.mark.parametrize("placement", ["host", "device"])
+@pytest.mark.parametrize(("part", "value"), [("mean", float("nan")), ("mean", float("-inf")), ("std", -1.0)])
+def test_values_that_no_autoencoder_gives(folder: Path, placement: str, part: str, value: float) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[part][2, 1, 0, 1] = value
+        return tensors
+
+    changed_shard(damage)(folder)
+    with pytest.raises(ValueError, match=rf"train-00001.safetensors, row 2: {part} has values that are not finite"):
+        LatentBatches(latent_folder(folder), device=CPU, placement=placement)(torch.tensor([0, 6]), None)
 
 
 # --- batches ------------------------------------------------------------------------------------------------
@@ -444,6 +515,86 @@ def test_decode_undoes_the_scale(vae: Path) -> None:
     shifted, _ = tool.encode(images, model, 0.5)
     torch.testing.assert_close(shifted, mean - 0.15, atol=1e-5, rtol=0)
     torch.testing.assert_close(tool.decode(shifted, model, 0.5), want, atol=1e-4, rtol=0)
+
+
+def statistics(vae: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, a channel, of the latents of some images."""
+    model: Any = tool.load_vae(str(vae), CPU)
+    raw, _ = tool.encode(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1, model, 1.0)
+    mean, std = raw.mean((0, 2, 3)).tolist(), raw.std((0, 2, 3)).tolist()
+    return tuple(mean), tuple(std)
+
+
+@pytest.mark.parametrize("kind", ["plain", "shift", "mean and std"])
+def test_decode_inverts_encode_through_the_files(vae: Path, pets: Path, tmp_path: Path, kind: str) -> None:
+    from diffusers import AutoencoderKL
+
+    mean, std = statistics(vae)
+    changes: dict[str, Any] = {
+        "shift": {"shift_factor": 0.3},
+        "mean and std": {"latents_mean": mean, "latents_std": std},
+    }.get(kind, {})
+    model = AutoencoderKL.from_pretrained(vae)
+    model.register_to_config(**changes)
+    model.save_pretrained(tmp_path / "vae")
+    data = tool.encode_images(str(pets), str(tmp_path / "vae"), tmp_path / "out", size=16, device="cpu")
+    noted = scale_of_split(tmp_path / "out", "train")
+    assert noted == LatentScale(**{"scaling_factor": 0.18215} | changes)
+
+    loaded: Any = tool.load_vae(str(tmp_path / "vae"), CPU)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents, _ = tool.encode(images, loaded, 1.0)
+    if kind == "mean and std":
+        torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+        torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    # What comes out of the files and back is what the autoencoder itself makes of its own latents.
+    rows = data.rows("mean", torch.arange(7)).float() * 0.5
+    decoded = tool.decode(rows, loaded, data.scaling_factor * 0.5)
+    pixels = torch.stack([tool._pixels(row, 16) for row in tool.open_table(str(pets), "train")])
+    with torch.no_grad():
+        raw = model.encode(pixels.float() / 127.5 - 1).latent_dist.mean
+        expected = model.decode(raw).sample.clamp(-1, 1)
+    torch.testing.assert_close(decoded, expected, atol=5e-3, rtol=0)
+    with pytest.raises(ValueError, match=r"vae has scaling_factor = 0.18215, folder has 0.2"):
+        noted.check_same(LatentScale(0.2), "vae", "folder")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents_mean": [0.0] * 4}, r"latents_mean = .*, latents_std = None: must both be there"),
+        (
+            {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3},
+            "latents_mean has 3 values: must be 4, one per channel",
+        ),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "std > 0"),
+        ({"latents_mean": [float("nan")] * 4, "latents_std": [1.0] * 4}, "must be finite"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.2}, "only one of them can be meant"),
+        ({"scaling_factor": -1.0}, "scaling_factor = -1.0: must be finite and > 0"),
+    ],
+)
+def test_an_autoencoder_with_odd_statistics(
+    vae: Path, pets: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    model: Any = tool.load_vae(str(vae), CPU)
+    model.register_to_config(**changes)
+    with pytest.raises(ValueError, match=message):
+        tool.encode(torch.zeros(1, 3, 16, 16), model, 1.0)
+    model.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=rf"vae = .*{message}"):
+        tool.encode_images(str(pets), str(tmp_path / "vae"), tmp_path / "out", size=16, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_are_decoded_as_the_latents_were_scaled(folder: Path, vae: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "dit" / "imagenet-latents.yaml")
+    data = LatentsConfig(kind="latents", source=str(folder), vae=str(vae))
+    with pytest.raises(ValueError, match=r"vae = .* has scaling_factor = 0.18215, .*latents, split 'train', has 0.25"):
+        pixels_of(recipe.model_copy(update={"data": data}), CPU)
+    write_shards(folder, "train", [posterior(3)], **(OPTIONS | {"scale": LatentScale(0.18215)}), overwrite=True)
+    for source in (folder, tmp_path / "not here"):
+        data = LatentsConfig(kind="latents", source=str(source), vae=str(vae))
+        assert pixels_of(recipe.model_copy(update={"data": data}), CPU)(torch.zeros(1, 4, 2, 2)).shape == (1, 3, 4, 4)
 
 
 def adm_crop(picture: Image.Image, size: int) -> np.ndarray:

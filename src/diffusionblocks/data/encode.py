@@ -7,6 +7,7 @@ Needs the `diffusers` library. Images are read one after the other, so the data 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections import deque
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from ..messages import OneLineParser, one_line
 from .decoder import decode_image, oversized_refused
-from .latents import LatentData, _check_split, latent_folder, write_shards
+from .latents import LatentData, LatentScale, _check_split, latent_folder, write_shards
 from .tables import ImageRow, open_table
 
 if TYPE_CHECKING:
@@ -72,6 +73,24 @@ def load_vae(name: str, device: torch.device) -> nn.Module:
     return model
 
 
+def latent_scale(vae: Any) -> LatentScale:
+    """What an autoencoder's config says of its latents' mean and deviation.
+
+    Raises:
+        ValueError: its values are not those of a `LatentScale`.
+    """
+    config = vae.config
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    scale = LatentScale(
+        float(config.scaling_factor),
+        float(getattr(config, "shift_factor", None) or 0.0),
+        None if mean is None else tuple(map(float, mean)),
+        None if std is None else tuple(map(float, std)),
+    )
+    scale.check_channels(config.latent_channels)
+    return scale
+
+
 @torch.no_grad()
 def encode(images: Tensor, vae: Any, scaling_factor: float) -> tuple[Tensor, Tensor]:
     """The posterior of the latents of some images.
@@ -82,12 +101,16 @@ def encode(images: Tensor, vae: Any, scaling_factor: float) -> tuple[Tensor, Ten
         scaling_factor: multiplies the latents; the autoencoder's own is `vae.config.scaling_factor`.
 
     Returns:
-        Mean and standard deviation, float32 (n, C, h, w) each, multiplied by `scaling_factor` (and, before that, the
-        mean less the autoencoder's `shift_factor` where it has one).
+        Mean and standard deviation, float32 (n, C, h, w) each, scaled as diffusers does: by `scaling_factor` and by
+        what the autoencoder's config has of shift_factor, latents_mean and latents_std (see `LatentScale`).
+
+    Raises:
+        ValueError: see `latent_scale`.
     """
+    scale = dataclasses.replace(latent_scale(vae), scaling_factor=scaling_factor)
     posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    shift = vae.config.shift_factor or 0.0
-    return (posterior.mean.float() - shift) * scaling_factor, posterior.std.float() * scaling_factor
+    shift, factor = scale.shift_and_factor(images)
+    return (posterior.mean.float() - shift) * factor, posterior.std.float() * factor
 
 
 @torch.no_grad()
@@ -102,9 +125,13 @@ def decode(latents: Tensor, vae: Any, scaling_factor: float) -> Tensor:
 
     Returns:
         float32 (n, 3, H, W), clamped to [-1, 1].
+
+    Raises:
+        ValueError: see `latent_scale`.
     """
-    shift = vae.config.shift_factor or 0.0
-    images: Tensor = vae.decode((latents / scaling_factor + shift).to(vae.dtype)).sample
+    scale = dataclasses.replace(latent_scale(vae), scaling_factor=scaling_factor)
+    shift, factor = scale.shift_and_factor(latents)
+    images: Tensor = vae.decode((latents.float() / factor + shift).to(vae.dtype)).sample
     return images.float().clamp(-1, 1)
 
 
@@ -232,14 +259,17 @@ def encode_images(
     reduction = 2 ** (len(config.block_out_channels) - 1)
     if size % reduction:
         raise ValueError(f"size = {size}: must be a multiple of {reduction}, the reduction of {vae!r}")
-    factor = float(config.scaling_factor)
+    try:
+        scale = latent_scale(model)
+    except ValueError as error:
+        raise ValueError(f"vae = {vae!r}: {error}") from None
     workers = workers or min(16, os.cpu_count() or 1)
 
     def latents() -> Generator[tuple[Tensor, Tensor, Tensor]]:
         batches = _batches(iter(table), size, batch_size, workers)
         with tqdm(total=table.rows, unit="image", disable=not progress) as bar, contextlib.closing(batches):
             for images, labels in batches:
-                mean, std = encode(images.to(where).float() / 127.5 - 1, model, factor)
+                mean, std = encode(images.to(where).float() / 127.5 - 1, model, scale.scaling_factor)
                 yield mean, std, labels
                 bar.update(len(labels))
 
@@ -251,7 +281,7 @@ def encode_images(
             shard_rows=shard_rows,
             class_names=table.class_names,
             vae=vae,
-            scaling_factor=factor,
+            scale=scale,
             overwrite=overwrite,
         )
     return latent_folder(out, split)

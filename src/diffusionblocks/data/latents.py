@@ -1,13 +1,15 @@
 """Images as the posterior of an autoencoder: shards on disk, read by memory mapping, and batches drawn from them.
 
 A folder holds, for each split, `<split>-00000.safetensors`, ... and the index `<split>.json`. A shard has the tensors
-`mean` and `std`, float16 (n, C, H, W), both multiplied by the autoencoder's scaling factor, and `labels`, int64 (n,).
-`encode.py` makes such folders."""
+`mean` and `std`, float16 (n, C, H, W), both on the scale that the index notes (`LatentScale`), and `labels`, int64
+(n,). `encode.py` makes such folders."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Generator, Iterable, Sequence
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
@@ -22,12 +25,15 @@ from torch import Tensor
 
 from ..files import checked, read_json, temporary_folder, write_json, write_tensors
 from .placement import on_device
+from .tables import ClassNames
 
-__all__ = ["LatentBatches", "LatentData", "latent_folder", "write_shards"]
+__all__ = ["LatentBatches", "LatentData", "LatentScale", "latent_folder", "scale_of_split", "write_shards"]
 
+_SOURCE = "source"  # key of a shard's metadata
 _MAKE = "make it with `python -m diffusionblocks.data.encode`"
 
 _Positive = Annotated[int, Field(ge=1)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Index(BaseModel):
@@ -42,6 +48,80 @@ class _Index(BaseModel):
     class_names: tuple[str, ...]
     vae: str
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)
+    shift_factor: _Finite | None = None  # None in folders of older versions, which subtracted it without noting it
+    latents_mean: tuple[_Finite, ...] | None = None
+    latents_std: tuple[_Finite, ...] | None = None
+
+    def source(self) -> str:
+        """What the latents are of, noted in every shard, too."""
+        return self.model_dump_json(exclude={"format", "rows", "shape", "num_classes"})
+
+    def scale(self) -> LatentScale:
+        """How the latents were made of the autoencoder's."""
+        return LatentScale(self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std)
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How an autoencoder's latents are brought to a mean of about 0 and a deviation of about 1, as diffusers does:
+    `(latent - shift_factor) * scaling_factor`, or `(latent - latents_mean) / latents_std * scaling_factor` a channel.
+
+    Attributes:
+        scaling_factor: finite, > 0.
+        shift_factor: None where it was not noted (folders of older versions).
+        latents_mean, latents_std: a number a channel, std > 0; None for an autoencoder without them.
+
+    Raises:
+        ValueError: a value is not as above, only one of mean and std is there, or mean and shift_factor are.
+    """
+
+    scaling_factor: float
+    shift_factor: float | None = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
+            raise ValueError(f"scaling_factor = {self.scaling_factor!r}: must be finite and > 0")
+        if self.shift_factor is not None and not math.isfinite(self.shift_factor):
+            raise ValueError(f"shift_factor = {self.shift_factor!r}: must be finite")
+        mean, std = self.latents_mean, self.latents_std
+        if (mean is None) != (std is None):
+            raise ValueError(f"latents_mean = {mean}, latents_std = {std}: must both be there, or neither")
+        if mean is None or std is None:
+            return
+        if self.shift_factor:
+            raise ValueError(f"latents_mean and shift_factor = {self.shift_factor}: only one of them can be meant")
+        if len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std):
+            raise ValueError(
+                f"latents_mean = {list(mean)}, latents_std = {list(std)}: must be finite, as many as channels, std > 0"
+            )
+
+    def check_channels(self, channels: int) -> None:
+        """ValueError unless mean and std, where they are there, have a value a channel."""
+        if self.latents_mean is not None and len(self.latents_mean) != channels:
+            raise ValueError(f"latents_mean has {len(self.latents_mean)} values: must be {channels}, one per channel")
+
+    def shift_and_factor(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What is subtracted first and multiplied with then: float32 (C or 1, 1, 1) on the device of `like`."""
+        mean = torch.tensor(self.latents_mean or [self.shift_factor or 0.0], dtype=torch.float32, device=like.device)
+        std = torch.tensor(self.latents_std or [1.0], dtype=torch.float32, device=like.device)
+        return mean.view(-1, 1, 1), (self.scaling_factor / std).view(-1, 1, 1)
+
+    def check_same(self, other: LatentScale, here: str, there: str) -> None:
+        """Refuse latents of another scale.
+
+        Raises:
+            ValueError: it is another one; the message names the field and both places.
+        """
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            own, theirs = getattr(self, name), getattr(other, name)
+            unknown = name == "shift_factor" and (own is None or theirs is None)
+            if own != theirs and not unknown:
+                raise ValueError(
+                    f"{here} has {name} = {own}, {there} has {theirs}: latents of one are not those of the other; "
+                    "encode with the autoencoder that is meant"
+                )
 
 
 @dataclass(frozen=True)
@@ -56,6 +136,7 @@ class LatentData:
         class_names: one name per class, in the order of the labels.
         vae: folder or hub name of the autoencoder.
         scaling_factor: the autoencoder's factor, which makes the latents' deviation about 1.
+        files: per shard, where it is from, for messages; empty for latents that were never in a file.
 
     Raises:
         ValueError: a dtype, a shape or a label is not as above.
@@ -67,6 +148,7 @@ class LatentData:
     class_names: tuple[str, ...]
     vae: str
     scaling_factor: float
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.mean or len(self.mean) != len(self.std):
@@ -116,6 +198,7 @@ class LatentData:
 
         Raises:
             IndexError: an index is out of range.
+            ValueError: a row has a value that is not finite, or a negative deviation.
         """
         shards = self.mean if part == "mean" else self.std
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
@@ -126,8 +209,32 @@ class LatentData:
         numbers, counts = shard[order].unique_consecutive(return_counts=True)
         for number, places in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
             local = indices[places] - (int(self._ends[number]) - len(shards[number]))
-            result.index_copy_(0, places, shards[number].index_select(0, local))
+            rows = shards[number].index_select(0, local)
+            self.check_values(part, number, rows, local)
+            result.index_copy_(0, places, rows)
         return result
+
+    def check_values(
+        self, part: Literal["mean", "std"], shard: int, rows: Tensor, numbers: Tensor | None = None
+    ) -> None:
+        """Refuse what no autoencoder gives.
+
+        Args:
+            part: which tensor.
+            shard: its number.
+            rows: float16 (n, C, H, W), of the shard.
+            numbers: int64 (n,), which rows of the shard they are; None: the first n.
+
+        Raises:
+            ValueError: a value is not finite, or a deviation is negative; the message names shard and row.
+        """
+        fine = rows.isfinite() if part == "mean" else rows.isfinite() & (rows >= 0)
+        if not bool(fine.all()):
+            first = int((~fine.flatten(1).all(dim=1)).nonzero()[0])
+            row = first if numbers is None else int(numbers[first])
+            where = self.files[shard] if self.files else f"shard {shard}"
+            allowed = "finite" if part == "mean" else "finite and >= 0"
+            raise ValueError(f"{where}, row {row}: {part} has values that are not {allowed}; encode the split again")
 
     @functools.cached_property
     def _ends(self) -> Tensor:
@@ -164,34 +271,64 @@ def _files(folder: Path, split: str) -> list[Path]:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def latent_folder(path: str | Path, split: str = "train") -> LatentData:
+def latent_folder(path: str | Path, split: str = "train", *, reference_split: str | None = "train") -> LatentData:
     """Opens a split of a folder of latents. Labels are read; means and deviations are mapped, and read when used.
 
     Args:
         path: the folder.
         split: which split.
+        reference_split: the split that says which label is which class, and by which autoencoder and to which scale
+            latents are made, where it is there; None: this one.
 
     Returns:
-        The rows in the order in which they were written.
+        The rows in the order in which they were written. Labels are in the reference's order of class names.
 
     Raises:
         FileNotFoundError: there is no such folder, index or shard.
-        ValueError: the index or a shard is damaged, or they disagree; the message names the file.
+        ValueError: the index or a shard is damaged, or they or the splits disagree; the message names the file.
     """
     _check_split(split)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of latents; {_MAKE}")
     index = _read_index(folder, split)
+    names, order = index.class_names, None
+    if reference_split not in (None, split) and _index_file(folder, str(reference_split)).is_file():
+        reference = _read_index(folder, str(reference_split))
+        order = _agreed(index, reference, _index_file(folder, split), _index_file(folder, str(reference_split)))
+        names = reference.class_names
     means, stds, labels = [], [], []
-    for number, rows in enumerate(index.rows):
-        file = _shard(folder, split, number)
-        mean, std, label = _open_shard(file, rows, index.shape)
-        _check_labels(label, index.num_classes, 0, str(file))
+    files = [_shard(folder, split, number) for number in range(len(index.rows))]
+    for file, rows in zip(files, index.rows, strict=True):
+        mean, std, label = _open_shard(file, rows, index)
         means.append(mean)
         stds.append(std)
-        labels.append(label)
-    return LatentData(tuple(means), tuple(stds), torch.cat(labels), index.class_names, index.vae, index.scaling_factor)
+        labels.append(label if order is None else torch.from_numpy(order)[label])
+    where = tuple(map(str, files))
+    return LatentData(tuple(means), tuple(stds), torch.cat(labels), names, index.vae, index.scaling_factor, where)
+
+
+def scale_of_split(path: str | Path, split: str) -> LatentScale | None:
+    """How a split's latents were scaled; None where there is no such split.
+
+    Raises:
+        ValueError: its index is damaged.
+    """
+    folder = Path(path).expanduser()
+    return _read_index(folder, split).scale() if _index_file(folder, split).is_file() else None
+
+
+def _agreed(index: _Index, reference: _Index, here: Path, there: Path) -> np.ndarray | None:
+    """What each of a split's labels is in the reference, see `ClassNames.labels_from`."""
+    if index.shape != reference.shape:
+        raise ValueError(f"{here} has latents {index.shape}, {there} has {reference.shape}: encode both at one size")
+    if index.vae != reference.vae:
+        raise ValueError(
+            f"{here} is of the autoencoder {index.vae!r}, {there} of {reference.vae!r}: encode both with one; if it is "
+            "the same, write the same name into both"
+        )
+    index.scale().check_same(reference.scale(), str(here), str(there))
+    return ClassNames(reference.class_names, str(there)).labels_from(ClassNames(index.class_names, str(here)))
 
 
 def examples_of_split(path: str | Path, split: str) -> int:
@@ -204,8 +341,12 @@ def examples_of_split(path: str | Path, split: str) -> int:
     return sum(_read_index(Path(path).expanduser(), split).rows)
 
 
+def _index_file(folder: Path, split: str) -> Path:
+    return folder / f"{split}.json"
+
+
 def _read_index(folder: Path, split: str) -> _Index:
-    file = folder / f"{split}.json"
+    file = _index_file(folder, split)
     if not file.is_file():
         present = sorted(path.stem for path in folder.glob("*.json"))
         raise FileNotFoundError(f"{file} is missing; the folder holds the splits {present}; {_MAKE}")
@@ -219,12 +360,17 @@ def _read_index(folder: Path, split: str) -> _Index:
             f"{file}: num_classes = {index.num_classes}, but {len(index.class_names)} class names; "
             "encode the split again"
         )
+    try:
+        index.scale().check_channels(index.shape[0])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; encode the split again") from None
     return index
 
 
-def _open_shard(file: Path, rows: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _open_shard(file: Path, rows: int, index: _Index) -> tuple[Tensor, Tensor, Tensor]:
     """mean and std mapped, labels read."""
-    want = {"mean": ("F16", [rows, *shape]), "std": ("F16", [rows, *shape]), "labels": ("I64", [rows])}
+    shape = [rows, *index.shape]
+    want = {"mean": ("F16", shape), "std": ("F16", shape), "labels": ("I64", [rows])}
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing, but the index names it; copy it here or encode the split again")
     try:
@@ -235,9 +381,29 @@ def _open_shard(file: Path, rows: int, shape: tuple[int, ...]) -> tuple[Tensor, 
                 found[name] = (part.get_dtype(), list(part.get_shape()))
             if found != want:
                 raise ValueError(f"{file} holds {found}: must be {want}, as the index says; encode the split again")
-            return opened.get_tensor("mean"), opened.get_tensor("std"), opened.get_tensor("labels").clone()
+            labels = opened.get_tensor("labels").clone()
+            _check_labels(labels, index.num_classes, 0, str(file))
+            _check_source((opened.metadata() or {}).get(_SOURCE), file, index)
+            return opened.get_tensor("mean"), opened.get_tensor("std"), labels
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or cut off: {error}; copy it or encode the split again") from None
+
+
+def _check_source(noted: str | None, file: Path, index: _Index) -> None:
+    """Refuse a shard of another split or run; shards of older versions note nothing."""
+    if noted is None:
+        return
+    try:
+        values = dict(json.loads(noted))
+    except (TypeError, ValueError):
+        raise ValueError(f"{file}: its metadata are damaged; copy it or encode the split again") from None
+    expected = json.loads(index.source())
+    for name in expected:
+        if values.get(name) != expected[name]:
+            here, there = (str(one.get(name))[:200] for one in (values, expected))
+            raise ValueError(
+                f"{file}: {name} is {here}, in the index of its split {there}: a shard of other latents; encode again"
+            )
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -251,7 +417,7 @@ def write_shards(
     shard_rows: int,
     class_names: Sequence[str],
     vae: str,
-    scaling_factor: float,
+    scale: LatentScale,
     overwrite: bool = False,
 ) -> int:
     """Writes a split of a folder of latents. What is written appears under its names only when all of it is there;
@@ -260,12 +426,12 @@ def write_shards(
     Args:
         folder: where; made if need be. Other splits in it stay.
         split: name of the split.
-        rows: batches of any size of (mean, std, labels): floating (n, C, H, W) twice, std >= 0, both multiplied by
-            `scaling_factor` already, and int64 (n,); on any device. Held in memory: one shard.
+        rows: batches of any size of (mean, std, labels): floating (n, C, H, W) twice, std >= 0, both brought to `scale`
+            already, and int64 (n,); on any device. Held in memory: one shard.
         shard_rows: rows of a shard; the last one may have fewer.
         class_names: one name per class, in the order of the labels.
         vae: folder or hub name of the autoencoder, to be noted.
-        scaling_factor: its scaling factor, to be noted.
+        scale: how the autoencoder's latents were scaled, to be noted.
         overwrite: whether to replace an existing split (at the end: should it fail, the old one stays).
 
     Returns:
@@ -278,8 +444,6 @@ def write_shards(
     _check_split(split)
     if shard_rows < 1:
         raise ValueError(f"shard_rows = {shard_rows!r}: must be at least 1")
-    if not (math.isfinite(scaling_factor) and scaling_factor > 0):
-        raise ValueError(f"scaling_factor = {scaling_factor!r}: must be finite and > 0")
     if not class_names:
         raise ValueError("class_names is empty: must be one name per class")
     folder = Path(folder).expanduser()
@@ -289,26 +453,28 @@ def write_shards(
             f"{folder} holds {present[0].name}: split {split!r} exists; set overwrite, or write to another folder"
         )
 
+    values = {
+        "rows": [1],
+        "shape": (1, 1, 1),
+        "num_classes": len(class_names),
+        "class_names": tuple(class_names),
+        "vae": vae,
+        **dataclasses.asdict(scale),
+    }
+    index = _Index.model_validate(values)
     # Inside the folder, not beside it: the same disk, even where the folder is a mount.
     with temporary_folder(folder, split) as temporary:
         counts = []
         shape: tuple[int, ...] = ()
         with contextlib.closing(_shards(rows, shard_rows, len(class_names))) as shards:
             for number, tensors in enumerate(shards):
-                write_tensors(_shard(temporary, split, number), tensors)
+                write_tensors(_shard(temporary, split, number), tensors, {_SOURCE: index.source()})
                 counts.append(len(tensors["labels"]))
                 shape = tuple(tensors["mean"].shape[1:])
         if not counts:
             raise ValueError(f"split {split!r}: there are no rows to write")
-        values = {
-            "rows": counts,
-            "shape": shape,
-            "num_classes": len(class_names),
-            "class_names": tuple(class_names),
-            "vae": vae,
-            "scaling_factor": scaling_factor,
-        }
-        index = _Index.model_validate(values)
+        scale.check_channels(shape[0])
+        index = index.model_copy(update={"rows": counts, "shape": shape})
         for old in _files(folder, split):
             old.unlink()
         for number in range(len(counts)):
@@ -401,15 +567,17 @@ class LatentBatches:
         self._labels = data.labels
         if self.on_device:
             self._labels = data.labels.to(self.device)
-            self._mean = self._copied(data.mean)
-            self._std = self._copied(data.std) if sample_posterior else None
+            self._mean = self._copied("mean")
+            self._std = self._copied("std") if sample_posterior else None
         self._draw = self._eager_draw
 
-    def _copied(self, shards: Sequence[Tensor]) -> Tensor:
+    def _copied(self, name: Literal["mean", "std"]) -> Tensor:
         """All shards as one tensor on the device; no second copy is ever in memory."""
+        shards = self._data.mean if name == "mean" else self._data.std
         result = torch.empty((self.num_examples, *self._data.image_shape), dtype=torch.float16, device=self.device)
-        for part, shard in zip(result.split([len(shard) for shard in shards]), shards, strict=True):
-            part.copy_(shard)
+        for number, part in enumerate(result.split([len(shard) for shard in shards])):
+            self._data.check_values(name, number, shards[number])
+            part.copy_(shards[number])
         return result
 
     def compile(self) -> None:

@@ -47,6 +47,9 @@ class ClassNames:
                 f"{plain.where} has labels without class names, {named.where} has the names {_shown(named.names)}: "
                 "which label is which class cannot be told; store both with the same names (datasets.ClassLabel)"
             )
+        for names in (self, other):
+            if len(set(names.names or ())) < len(names.names or ()):
+                raise ValueError(f"{names.where}: a class name is there twice: {_shown(names.names)}; make them differ")
         if set(other.names) != set(self.names):
             more = [name for name in other.names if name not in self.names]
             less = [name for name in self.names if name not in other.names]
