@@ -16,7 +16,7 @@ from .adapters.text import TextAdapter
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig
 from .noise import NoiseProcess
-from .targets import Batch, Target, TextTarget, check_loss_chunk, cross_entropies, in_chunks
+from .targets import Batch, Target, TextTarget, check_entries, check_loss_chunk, cross_entropies, in_chunks
 
 
 class SharedParts(nn.Module):
@@ -107,6 +107,11 @@ class Block(nn.Module):
         self._loss_chunk = value
 
     @property
+    def entries(self) -> tuple[str, ...]:
+        """The batch entries that `loss` reads, the optional ones included."""
+        return tuple(dict.fromkeys((*self.input_names, *self.target.names, *self.target.optional)))
+
+    @property
     def target(self) -> Target:
         """What the block denoises."""
         return self.shared.target
@@ -158,7 +163,12 @@ class Block(nn.Module):
             `clean_weight` with those of the clean stream behind them); D, float32, of the shape of z, of a diffusion
             model. With `states_only` what the logits are made of: states (batch, length, dim) and what is told of each
             sample (batch, dim), see `TextAdapter.states`; in training under `clean_weight` the clean stream as well.
+
+        Raises:
+            ValueError: an entry of the inputs that is neither the model's nor its target's.
         """
+        known = (*self.input_names, *self.target.names, *self.adapter.generation_names)
+        check_entries(inputs, known, f"block {self.index}")
         embedding = self.shared.noise_embedding
         # A text model's clean stream is a context: what its last layer makes of it is wanted by that loss alone.
         clean_wanted = self.training and getattr(self.target, "clean_weight", 0) > 0
@@ -200,13 +210,19 @@ class Block(nn.Module):
 
         Args:
             batch: the entries of `input_names` and of the target's `names`: `pixel_values` and `labels`,
-                or `input_ids`.
+                or `input_ids`. Next-token models also read `labels` and `attention_mask`, see
+                `NextTokenTarget.resolved`.
             generator: source of level, noise and label dropout, on the batch's device; default the global one.
             level: use these levels, shape (batch,), instead of drawing them.
 
         Returns:
             Losses, float32, shape (batch,).
+
+        Raises:
+            ValueError: an entry of the batch that nothing reads, or that cannot be followed.
         """
+        check_entries(batch, self.entries, f"block {self.index}")
+        batch = self.target.resolved(batch)
         y = self.target.encode(batch)
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
@@ -229,7 +245,7 @@ class Block(nn.Module):
         states, told, *clean = self(inputs, z, level, states_only=True)
         readers: list[Callable[[Tensor, Tensor], Tensor]] = [functools.partial(self._nats, told), self._clean_nats]
         streams = zip(readers, [states, *clean], target.wanted(batch), strict=False)  # the clean one need not be there
-        return target.reduced([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], z)
+        return target.reduced([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], batch, z)
 
     def _nats(self, told: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
         shared = self.shared

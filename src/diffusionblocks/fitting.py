@@ -206,6 +206,7 @@ def measured(
 def _losses(block: Block, batch: Batch, levels: list[float], generator: torch.Generator) -> Iterator[Tensor]:
     """Losses (batch,) at one level after the other, with the same noise: `Block.loss` for given draws."""
     target, noise = block.target, block.noise
+    batch = target.resolved(batch)
     y = target.encode(batch)
     draws = noise.draws(y.shape, generator=generator, device=y.device)
     inputs = target.training_inputs({name: batch[name] for name in block.input_names}, generator)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,18 @@ from .sampling import (
     sample_tokens,
 )
 from .saving import export, save
-from .targets import Batch, ImageTarget, LabelTarget, NextTokenTarget, Target, TokenTarget, check_labels
+from .targets import (
+    NONE_IGNORED,
+    Batch,
+    ImageTarget,
+    LabelTarget,
+    NextTokenTarget,
+    Target,
+    TokenTarget,
+    check_entries,
+    check_labels,
+    mean_loss,
+)
 
 #: The batch entries of which each family has one, that of its examples.
 _EXAMPLES = ("pixel_values", "input_ids")
@@ -56,6 +70,10 @@ class DiffusionBlocks(nn.Module):
         model_class: name of the original class.
         config: the original model's config (transformers' name for it).
     """
+
+    #: Else `others` would tell transformers.Trainer that the model itself divides its loss by the labels of all
+    #: accumulated batches.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -119,16 +137,19 @@ class DiffusionBlocks(nn.Module):
 
         Args:
             batch: the family's entries: `pixel_values` and (but for an unconditional model) `labels` (batch,), int64;
-                or `input_ids` (batch, length), int64.
+                or `input_ids` (batch, length), int64. A next-token model also reads `labels`, of the shape of
+                `input_ids`, with -100 where a token is read but not counted, and `attention_mask`, with 0 where one is
+                neither: see `NextTokenTarget.resolved`.
             block: index of the block to train.
             generator: source of level and noise.
             level: levels (batch,) to use instead of drawing them; all within the block's training interval.
 
         Returns:
-            Losses, float32, shape (batch,).
+            Losses, float32, shape (batch,); of a text the mean over the tokens that count, 0 where none does.
 
         Raises:
-            ValueError: no such block, missing entries, labels out of range, or levels that are not the block's.
+            ValueError: no such block, entries that are missing, unknown or cannot be followed, labels out of range, or
+                levels that are not the block's.
         """
         chosen = self.block(block)
         size = self._check_batch(batch)
@@ -146,12 +167,14 @@ class DiffusionBlocks(nn.Module):
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
         input_ids: Tensor | None = None,
+        **others: Any,
     ) -> BlocksOutput:
         """For plain loops and transformers.Trainer.
 
         In training mode a block is drawn uniformly and `loss` is its mean loss. In evaluation mode: a classifier's
         `logits` are log-probabilities by `predict` with its defaults, and `loss` their cross-entropy; of other models
-        `loss` is the mean of all blocks' losses, each at levels drawn in its interval.
+        `loss` is the mean of all blocks' losses, each at levels drawn in its interval. Means are over the
+        samples of which something counts.
 
         Args:
             pixel_values: images (batch, channels, height, width).
@@ -162,28 +185,38 @@ class DiffusionBlocks(nn.Module):
                 dict); evaluation in between changes nothing. Where torch.distributed is initialised, ranks of one
                 seed draw the same block, and noise of their own.
             input_ids: tokens (batch, length), int64, of a text model.
+            others: further entries of a batch, which are refused.
+
+        Raises:
+            TypeError: an entry that the model does not read.
+            ValueError: what `loss` refuses.
         """
-        return self._output({"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}, generator)
+        given = {"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}
+        return self._output(given | others, generator)
 
     def _output(self, given: Mapping[str, Tensor | None], generator: torch.Generator | None) -> BlocksOutput:
         batch = {name: value for name, value in given.items() if value is not None}
+        check_entries(batch, self.block(0).entries, f"{self.model_class}: forward", TypeError)
         labels = batch.get("labels")
         if self.training:
             self._check_batch(batch)
             of_block, of_noise = (generator, generator) if generator is not None else self._draws.next(_device(batch))
             drawn = torch.randint(len(self.blocks), (1,), generator=of_block, device=of_block.device).item()
-            return BlocksOutput(loss=self.block(int(drawn)).loss(batch, of_noise).mean())
+            return BlocksOutput(loss=self._mean_loss(int(drawn), batch, of_noise))
         if not isinstance(self.target, LabelTarget):
             self._check_batch(batch)
             generator = generator or self._fixed(batch)
-            losses = [self.block(b).loss(batch, generator).mean() for b in range(self.partition.num_blocks)]
+            losses = [self._mean_loss(b, batch, generator) for b in range(self.partition.num_blocks)]
             return BlocksOutput(loss=torch.stack(losses).mean())
         self._check_batch(batch, with_target=labels is not None)
         prediction = self.predict(batch["pixel_values"], generator=generator)
         loss = None
         if labels is not None:
-            loss = nn.functional.nll_loss(prediction.logits, labels)
+            loss = nn.functional.nll_loss(prediction.logits, labels, ignore_index=NONE_IGNORED)
         return BlocksOutput(loss=loss, logits=prediction.logits)
+
+    def _mean_loss(self, block: int, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        return mean_loss(self.block(block).loss(batch, generator), self.target.resolved(batch))
 
     def _fixed(self, batch: Batch) -> torch.Generator:
         return of_batch(self.blocks_config.seed, batch, _device(batch))
@@ -479,6 +512,7 @@ class DiffusionBlocks(nn.Module):
         missing = [name for name in needed if name not in batch]
         if missing:
             raise ValueError(f"the batch lacks {missing}; it has {sorted(batch)}")
+        check_entries(batch, self.block(0).entries, self.model_class)
         size = len(next(batch[name] for name in _EXAMPLES if name in needed))
         if not size:
             raise ValueError("the batch has no examples: there is nothing to take a mean over")
@@ -504,22 +538,45 @@ class DiffusionBlocks(nn.Module):
             )
 
 
+class _LabelsOptional:
+    """A `forward` that names `labels` on a model, and not on its class.
+
+    transformers.Trainer keeps the columns of its data that the model's `forward` names, so labels must be named there,
+    or it would drop those of a text without a word. From the class's it reads that without labels there is no loss to
+    report; but there is.
+    """
+
+    def __init__(self, function: Callable[..., BlocksOutput]) -> None:
+        @functools.wraps(function)
+        def of_class(*args: Any, **entries: Any) -> BlocksOutput:
+            return function(*args, **entries)
+
+        signature = inspect.signature(function)
+        rest = [parameter for name, parameter in signature.parameters.items() if name != "labels"]
+        of_class.__signature__ = signature.replace(parameters=rest)  # type: ignore[attr-defined]
+        self._function, self._of_class = function, of_class
+
+    def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable[..., BlocksOutput]:
+        return self._of_class if model is None else types.MethodType(self._function, model)
+
+
 class UnlabelledBlocks(DiffusionBlocks):
-    """The blocks of a model whose batches have no labels: of text, and of images without classes.
+    """The blocks of a model whose batches need no labels: of text, and of images without classes.
 
     Only `forward` differs, for transformers.Trainer, which reads from its parameters whether there is a loss to report:
     one named `labels` makes it report none without them, and `return_loss` (CLIP's name) that there is one.
     """
 
-    #: Else `others` would tell Trainer that the model itself divides its loss by the labels of all accumulated batches.
-    accepts_loss_kwargs = False
-
+    @_LabelsOptional
     def forward(  # type: ignore[override]
         self,
         pixel_values: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
         input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         return_loss: bool = True,
         **others: Any,
     ) -> BlocksOutput:
@@ -527,19 +584,20 @@ class UnlabelledBlocks(DiffusionBlocks):
 
         Args:
             pixel_values, generator, input_ids: see there.
+            labels, attention_mask: of text, see `loss`. A model of images without classes passes over labels.
+            position_ids: refused: positions follow from `attention_mask`. (Named so that Trainer does not drop them.)
             return_loss: False computes nothing, as a loss is all that there is.
-            others: `labels`, which some loops give every model: the targets are in the other entries, and they are
-                ignored.
+            others: further entries of a batch, which are refused.
 
         Raises:
-            TypeError: an entry that no model takes.
+            TypeError: an entry that the model does not read.
+            ValueError: what `loss` refuses.
         """
-        unknown = sorted(set(others) - {"labels"})
-        if unknown:
-            raise TypeError(f"{self.model_class}: forward takes no {unknown}; leave them out of the batch")
         if not return_loss:
             return BlocksOutput()
-        return self._output({"pixel_values": pixel_values, "input_ids": input_ids}, generator)
+        given = {"pixel_values": pixel_values, "input_ids": input_ids, "labels": labels}
+        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
+        return self._output(given | masks | others, generator)
 
 
 def _device(batch: Batch) -> torch.device:

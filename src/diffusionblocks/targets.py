@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 Batch = Mapping[str, Tensor]
 
+#: The label of a token that is context only: it has no loss. (transformers' number, and torch's `ignore_index`.)
+CONTEXT = -100
+
+#: An `ignore_index` that no label has, so that torch passes over none.
+NONE_IGNORED = torch.iinfo(torch.int64).min
+
 
 class Target(nn.Module, abc.ABC):
     """What the blocks of a family denoise. Losses are per sample."""
 
     #: the batch entries that make y and the loss
     names: tuple[str, ...]
+    #: further entries that a batch may have, of which `resolved` takes account
+    optional: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def encode(self, batch: Batch) -> Tensor:
@@ -30,6 +38,14 @@ class Target(nn.Module, abc.ABC):
     @abc.abstractmethod
     def check(self, batch: Batch, size: int) -> None:
         """Raise ValueError where an entry of `names` has a wrong shape, dtype or value."""
+
+    def resolved(self, batch: Batch) -> Batch:
+        """The batch that a loss is made of, with what the `optional` entries say.
+
+        Raises:
+            ValueError: one of them says what cannot be followed.
+        """
+        return batch
 
     def training_inputs(self, inputs: Batch, generator: torch.Generator | None) -> Batch:
         """The inputs x as they are shown in training."""
@@ -44,8 +60,9 @@ class TextTarget(Target):
         """The tokens (batch, length) that the logits of each stream are of, of its first `length` positions."""
 
     @abc.abstractmethod
-    def reduced(self, nats: Sequence[Tensor], z: Tensor | None) -> Tensor:
-        """The loss (batch,) from the cross-entropies (batch, length) of each stream that there is, in order."""
+    def reduced(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
+        """The loss (batch,) of a resolved batch from the cross-entropies (batch, length) of each stream that there is,
+        in order."""
 
     def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
         """`reduced` of logits (batch, positions, vocab_size), those of a second stream behind those of the first."""
@@ -55,7 +72,7 @@ class TextTarget(Target):
         if output.shape[1] > lengths[0]:
             # Split, not sliced: the gradient of a slice is filled up with zeros, once more as large as the logits.
             parts = output.split([*lengths, output.shape[1] - sum(lengths)], dim=1)
-        return self.reduced([cross_entropies(*pair) for pair in zip(parts, wanted, strict=False)], z)
+        return self.reduced([cross_entropies(*pair) for pair in zip(parts, wanted, strict=False)], batch, z)
 
 
 class EmbeddingTarget(Target):
@@ -108,7 +125,7 @@ class LabelTarget(EmbeddingTarget):
 
     def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
         """Cross-entropy of logits (batch, num_classes)."""
-        return F.cross_entropy(output.float(), batch["labels"], reduction="none")
+        return label_losses(output, batch["labels"])
 
     def check(self, batch: Batch, size: int) -> None:
         """See `Target`."""
@@ -136,6 +153,7 @@ class ImageTarget(Target):
     """
 
     names = ("pixel_values",)
+    optional = ("labels",)  # images often have some; an unconditional model passes over them
 
     def __init__(self, shape: tuple[int, int, int], *, num_classes: int, label_dropout: float) -> None:
         super().__init__()
@@ -188,6 +206,7 @@ class TokenTarget(TextTarget):
     """
 
     names = ("input_ids",)
+    optional = ("attention_mask",)
 
     def __init__(self, vocab_size: int, length: int) -> None:
         super().__init__()
@@ -207,7 +226,18 @@ class TokenTarget(TextTarget):
         """See `TextTarget`."""
         return (batch["input_ids"],)
 
-    def reduced(self, nats: Sequence[Tensor], z: Tensor | None) -> Tensor:
+    def resolved(self, batch: Batch) -> Batch:
+        """Without `attention_mask`, which must be 1 everywhere: a text has the model's length, and no padding."""
+        if (mask := batch.get("attention_mask")) is None:
+            return batch
+        _refuse(
+            ~_tokens_there(mask, batch["input_ids"]),
+            "attention_mask has zeros: a masked text model reads texts of its own length, without padding; cut the "
+            "texts to it, or join them",
+        )
+        return {"input_ids": batch["input_ids"]}
+
+    def reduced(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
         """The sum over the tokens that z hides, over the length.
 
         In nats a token of the whole sequence, so that under the ELBO's weight its mean over all levels is the bound.
@@ -235,6 +265,7 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
     """
 
     names = ("input_ids",)
+    optional = ("labels", "attention_mask")
 
     def __init__(
         self, vocab_size: int, dim: int, *, learned: bool, seed: int, shift: int = 0, clean_weight: float = 0.0
@@ -257,9 +288,51 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         tokens = batch["input_ids"]
         return tokens[:, self.shift :], tokens[:, 1:]
 
-    def reduced(self, nats: Sequence[Tensor], z: Tensor | None) -> Tensor:
-        """The mean over the tokens of each sequence, in nats; and `clean_weight` times that of the clean stream."""
-        noisy, *clean = (each.mean(dim=1) for each in nats)
+    def resolved(self, batch: Batch) -> Batch:
+        """With `counted`, bool (batch, length), where `labels` or `attention_mask` leave tokens out of the loss.
+
+        Tokens whose label is `CONTEXT` are read and not counted. Those that `attention_mask` hides are moved behind the
+        others of their text, where no position that counts sees them: a text is as if they were not there, wherever
+        they stood. A text without a counted token has loss 0.
+
+        Raises:
+            ValueError: labels that are neither the token nor `CONTEXT`, or entries of another shape or dtype than
+                `input_ids`; or no token counts in the whole batch. (On a GPU, which is not waited for, a value ends in
+                a device-side assertion with the same message.)
+        """
+        tokens, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+        if labels is None and mask is None:
+            return batch
+        there = counted = torch.ones_like(tokens, dtype=torch.bool)
+        if mask is not None:
+            there = counted = _tokens_there(mask, tokens)
+        if labels is not None:
+            _check_like_tokens("labels", labels, tokens)
+            counted = there & (labels != CONTEXT)
+            _refuse(
+                counted & (labels != tokens),
+                f"labels must be the tokens of input_ids themselves, or {CONTEXT} where a token is not counted: they "
+                "are not to be shifted, and no others can be learned",
+            )
+        if mask is not None:
+            order = there.logical_not().byte().argsort(dim=1, stable=True)
+            tokens, counted = tokens.gather(1, order), counted.gather(1, order)
+        counted = F.pad(counted[:, self.shift :], (self.shift, 0))  # what no position predicts
+        _refuse(
+            ~counted.any(),
+            "no token of the batch counts: labels and attention_mask leave nothing to learn; leave such texts out",
+        )
+        return {"input_ids": tokens, "counted": counted}
+
+    def reduced(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
+        """The mean over the counted tokens of each sequence, in nats; and `clean_weight` times that of the clean
+        stream."""
+        if "counted" in batch:
+            starts = (self.shift, 1)  # of the noisy and the clean stream, see `wanted`
+            pairs = zip(nats, starts, strict=False)
+            noisy, *clean = (_mean_of(each, batch["counted"][:, start:]) for each, start in pairs)
+        else:
+            noisy, *clean = (each.mean(dim=1) for each in nats)
         return noisy + self.clean_weight * clean[0] if clean else noisy
 
     def check(self, batch: Batch, size: int) -> None:
@@ -270,6 +343,24 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
             found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(f"input_ids must have shape (batch, length), length > {least}, got {found}")
         check_tokens(tokens, len(self.embedding), (size, tokens.shape[1]))
+
+
+def _mean_of(values: Tensor, counted: Tensor) -> Tensor:
+    """Of each row (batch, length) the mean of the values that count; 0 where none does."""
+    return torch.where(counted, values, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+
+def mean_loss(losses: Tensor, batch: Batch) -> Tensor:
+    """The mean of losses (batch,) over the samples of a resolved batch of which something counts."""
+    counted = batch.get("counted")
+    if counted is None:
+        return losses.mean()
+    return losses.sum() / counted.any(dim=1).sum()
+
+
+def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropies, float32 (batch,), of logits (batch, num_classes); no label is passed over, as -100 would be."""
+    return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=NONE_IGNORED)
 
 
 def cross_entropies(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -306,6 +397,50 @@ def in_chunks(nats: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: 
     pairs = zip(parts, wanted, strict=True)
     made = [checkpoint(nats, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
     return torch.cat(made, dim=1)[:, :length]
+
+
+def check_entries(
+    batch: Mapping[str, object], known: Collection[str], reader: str, error: type[Exception] = ValueError
+) -> None:
+    """Refuse entries of a batch that nothing reads: their sender means something by them.
+
+    Args:
+        batch: by name.
+        known: the names that are read.
+        reader: what reads them, for the message.
+        error: what is raised where the batch has others.
+    """
+    if unknown := [name for name in batch if name not in known]:
+        reads = f"it reads {', '.join(sorted(set(known)))}" if known else "it reads none"
+        hint = "; positions follow from attention_mask" if "position_ids" in unknown else ""
+        raise error(f"{reader} takes no {', '.join(unknown)}: {reads}{hint}. Leave them out of the batch")
+
+
+def _tokens_there(mask: Tensor, tokens: Tensor) -> Tensor:
+    """bool, of the shape of tokens (batch, length): an attention mask, checked."""
+    _check_like_tokens("attention_mask", mask, tokens)
+    _refuse((mask != 0) & (mask != 1), "attention_mask must be 1 at the tokens of a text and 0 at its padding")
+    return mask != 0
+
+
+def _check_like_tokens(name: str, values: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError unless an entry has one whole number for each token."""
+    whole = isinstance(values, Tensor) and not (values.is_floating_point() or values.is_complex())
+    if not whole or values.shape != tokens.shape:
+        found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"{name} must be whole numbers of the shape of input_ids, {tuple(tokens.shape)}, one for each token; got "
+            f"{found}. Leave out what says something else, such as a text's class"
+        )
+
+
+def _refuse(wrong: Tensor, message: str) -> None:
+    """Raise ValueError where anything is wrong; on a GPU, without waiting for it, a device-side assertion."""
+    if wrong.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool(wrong.any()):
+            raise ValueError(message)
+    else:
+        torch._assert_async(~wrong.any(), message)
 
 
 def check_loss_chunk(chunk: int | None, model: str, *, of_text: bool, name: str = "loss_chunk") -> None:

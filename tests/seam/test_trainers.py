@@ -179,7 +179,7 @@ def test_transformers_trainer_reports_the_models_own_mean_loss(name: str, tmp_pa
 def test_accumulated_batches_count_as_one(name: str, tmp_path: Path) -> None:
     model, batch = unlabelled(name)
     # Data sets often have a label, which Trainer's collator passes on as `labels`, whether the model wants it or not.
-    label = {} if "labels" in batch else {"label": 0}
+    label = {"label": 0} if name == "images without classes" else {}
     examples = [{key: value[i] for key, value in batch.items()} | label for i in range(8)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
@@ -202,18 +202,77 @@ def test_accumulated_batches_count_as_one(name: str, tmp_path: Path) -> None:
     assert result.training_loss == pytest.approx(sum(seen) / 2, rel=1e-4)  # twice that, were the loss not divided
 
 
-def test_labels_are_ignored_where_a_model_has_none_and_return_loss_may_be_declined() -> None:
+def test_labels_that_say_nothing_new_change_nothing_and_return_loss_may_be_declined() -> None:
     model, batch = unlabelled("llama")
     model.train()
     losses = [
         model(**batch, generator=seeded()).loss,
         model(**batch, labels=batch["input_ids"], generator=seeded()).loss,
+        model(**batch, attention_mask=torch.ones(20, LENGTH, dtype=torch.int64), generator=seeded()).loss,
         model(**batch, return_loss=True, generator=seeded()).loss,
     ]
-    assert len({loss.item() for loss in losses}) == 1
+    assert [loss.item() for loss in losses] == pytest.approx([losses[0].item()] * 4, rel=1e-6)
     assert model(**batch, return_loss=False).loss is None
-    with pytest.raises(TypeError, match=r"LlamaForCausalLM: forward takes no \['attention_mask'\]"):
-        model(**batch, attention_mask=torch.ones(20, LENGTH))
+
+
+PAD = 0
+
+
+def padded_examples() -> list[dict[str, Any]]:
+    """Texts of several lengths, padded to LENGTH, whose first two tokens are a prompt."""
+    examples = []
+    for i in range(8):
+        ids = torch.randint(1, 27, (LENGTH,), generator=seeded(i))
+        ids[5 + i % 4 :] = PAD
+        mask = (ids != PAD).long()
+        labels = ids.masked_fill(ids == PAD, -100)
+        labels[:2] = -100
+        examples.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return examples
+
+
+@pytest.mark.parametrize("name", ["llama", "recurrent"])
+def test_transformers_trainer_passes_on_what_says_which_tokens_count(name: str, tmp_path: Path) -> None:
+    model, _ = unlabelled(name)
+    seen: list[tuple[str, ...]] = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(tuple(sorted(kwargs))), with_kwargs=True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=8,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=padded_examples(), eval_dataset=padded_examples())
+    assert np.isfinite(trainer.train().training_loss)
+    torch.manual_seed(5)
+    reported = trainer.evaluate()["eval_loss"]
+    assert set(seen) == {("attention_mask", "input_ids", "labels")}
+    model.eval()
+    with torch.no_grad():
+        torch.manual_seed(5)
+        (by_hand,) = [model(**batch).loss for batch in trainer.get_eval_dataloader()]
+        torch.manual_seed(5)
+        (of_all,) = [model(input_ids=batch["input_ids"]).loss for batch in trainer.get_eval_dataloader()]
+    assert reported == pytest.approx(by_hand.item(), rel=1e-5)
+    assert reported != pytest.approx(of_all.item(), rel=1e-3)
+
+
+def test_transformers_trainer_with_what_a_text_model_cannot_follow(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    plain = {"input_ids": torch.arange(LENGTH)}
+    for name, entry, message, error in (
+        ("llama", {"label": 0}, r"labels must be whole numbers of the shape of input_ids, \(8, 12\)", ValueError),
+        ("masked", {"label": 0}, "MaskedTransformer: forward takes no labels: it reads", TypeError),
+        ("llama", {"position_ids": torch.arange(LENGTH)}, "takes no position_ids.*positions follow from", TypeError),
+    ):
+        examples = [plain | entry for _ in range(8)]
+        with pytest.raises(error, match=message):
+            Trainer(model=unlabelled(name)[0], args=arguments, train_dataset=examples).train()
 
 
 @pytest.mark.parametrize("name", ["llama", "vit"])

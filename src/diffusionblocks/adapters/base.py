@@ -31,6 +31,8 @@ class Adapter(abc.ABC):
     knows_noise_level: ClassVar[bool] = False
     #: whether shared parts are initialised by the number of layers (then a model has one block)
     depth_dependent_weights: ClassVar[bool] = False
+    #: further inputs of a block's forward pass while text is generated
+    generation_names: ClassVar[tuple[str, ...]] = ()
     #: the config value that holds the number of layers
     depth_field: ClassVar[str]
     #: the config value that holds the number of labels, or of different tokens

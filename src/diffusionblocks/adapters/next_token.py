@@ -17,6 +17,7 @@ class NextTokenAdapter(TextAdapter):
     """A language model: tokens in, the embedding of a token each out."""
 
     target = "next-token"
+    generation_names = ("past", "counts")
     #: path of the input embedding's weight, whose rows the target can take
     embedding_path: ClassVar[str]
     #: see `NextTokenTarget`

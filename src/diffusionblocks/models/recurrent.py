@@ -25,7 +25,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..targets import check_tokens, cross_entropies, in_chunks
+from ..targets import check_entries, check_tokens, cross_entropies, in_chunks
 from .masked import RotaryPositions, Rotation, rotate
 
 _CUT = 3.0  # standard deviations at which the normal draws of state and weights are cut
@@ -312,8 +312,9 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
             Mean over positions 1 to length - 1, in nats, float32, shape (batch,).
 
         Raises:
-            ValueError: tokens of another dtype or shape, or out of range.
+            ValueError: tokens of another dtype or shape, or out of range; or an entry that nothing reads.
         """
+        check_entries(batch, ("input_ids",), type(self).__name__)
         tokens = batch["input_ids"]
         if tokens.dim() != 2 or tokens.shape[1] < 2:
             raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {tuple(tokens.shape)}")

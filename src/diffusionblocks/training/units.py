@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..adapters import Adapter, adapter_for
 from ..finite import FiniteCheck
 from ..model import DiffusionBlocks
 from ..modes import evaluating
 from ..sampling import Prediction
-from ..targets import check_loss_chunk, cross_entropies, in_chunks
+from ..targets import check_entries, check_loss_chunk, cross_entropies, in_chunks, label_losses
 
 
 class EndToEnd(nn.Module):
@@ -100,8 +99,10 @@ class EndToEnd(nn.Module):
         """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens.
 
         Raises:
-            ValueError: texts of fewer than two tokens.
+            ValueError: texts of fewer than two tokens, or an entry that nothing reads.
         """
+        known = ("input_ids",) if "input_ids" in batch else ("pixel_values", "labels")
+        check_entries(batch, known, type(self.model).__name__)
         if self._trains_itself:
             return self.model.loss(batch, generator, self.loss_chunk)  # type: ignore[operator, no-any-return]
         if "input_ids" in batch:
@@ -110,7 +111,7 @@ class EndToEnd(nn.Module):
                 found = tuple(tokens.shape)
                 raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {found}")
             return in_chunks(self._nats, self._states(tokens), tokens[:, 1:], self.loss_chunk).mean(dim=1)
-        loss = F.cross_entropy(self(batch["pixel_values"]).float(), batch["labels"], reduction="none")
+        loss = label_losses(self(batch["pixel_values"]), batch["labels"])
         assert loss.shape == batch["labels"].shape
         return loss
 
