@@ -173,8 +173,8 @@ class DiffusionBlocks(nn.Module):
 
         In training mode a block is drawn uniformly and `loss` is its mean loss. In evaluation mode: a classifier's
         `logits` are log-probabilities by `predict` with its defaults, and `loss` their cross-entropy; of other models
-        `loss` is the mean of all blocks' losses, each at levels drawn in its interval. Means are over the
-        samples of which something counts.
+        `loss` is the mean of all blocks' losses, each at levels drawn in its interval. Means are over the samples of
+        which something counts.
 
         Args:
             pixel_values: images (batch, channels, height, width).
@@ -219,7 +219,10 @@ class DiffusionBlocks(nn.Module):
         return mean_loss(self.block(block).loss(batch, generator), self.target.resolved(batch))
 
     def _fixed(self, batch: Batch) -> torch.Generator:
-        return of_batch(self.blocks_config.seed, batch, _device(batch))
+        # Of what is shown alone: neither what a mask hides nor the mask itself changes the draws.
+        names = {*self.block(0).input_names, *self.target.names}
+        shown = {name: value for name, value in self.target.resolved(batch).items() if name in names}
+        return of_batch(self.blocks_config.seed, shown, _device(batch))
 
     # What `forward` has drawn so far belongs to the state: a training that another process goes on with draws on.
     def get_extra_state(self) -> Tensor:

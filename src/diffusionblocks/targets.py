@@ -316,7 +316,7 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
             )
         if mask is not None:
             order = there.logical_not().byte().argsort(dim=1, stable=True)
-            tokens, counted = tokens.gather(1, order), counted.gather(1, order)
+            tokens, counted = tokens.where(there, 0).gather(1, order), counted.gather(1, order)
         counted = F.pad(counted[:, self.shift :], (self.shift, 0))  # what no position predicts
         _refuse(
             ~counted.any(),

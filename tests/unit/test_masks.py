@@ -116,6 +116,19 @@ def test_what_is_hidden_does_not_leak(kind: str) -> None:
     assert not torch.isclose(found(batch | {"input_ids": shown})[0], before, rtol=1e-4).any()
 
 
+def test_evaluation_draws_nothing_from_what_is_hidden() -> None:
+    model = next_token("two streams").eval()
+    ids, mask = texts()
+    other = torch.where(mask == 0, (ids + 1) % VOCAB, ids)
+    with torch.no_grad():
+        found = [model(input_ids=some, attention_mask=mask).loss for some in (ids, other)]
+        assert torch.equal(*found)
+        torch.testing.assert_close(
+            model(input_ids=ids, attention_mask=torch.ones_like(ids)).loss, model(input_ids=ids).loss
+        )
+        assert not torch.isclose(model(input_ids=other).loss, model(input_ids=ids).loss, rtol=1e-4)  # the control
+
+
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_only_tokens_that_count_are_in_the_mean(chunk: int | None) -> None:
     """A prompt is read, and costs nothing: in closed form from the logits of the whole text."""
