@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,19 @@ def test_special_tokens(tmp_path: Path, end_in_model: bool) -> None:
     assert codec.decode(encoded_corpus([tmp_path / "chat.txt"], tokenizer, tmp_path / "False.ids").ids[:-1].long()) == (
         f"{chat}{END} fox"
     )
+
+
+def test_a_tokenizer_whose_tokens_share_an_id_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text(_TEXT)
+    train_tokenizer([tmp_path / "train.txt"], 300, tmp_path / "t.json")
+    values = json.loads((tmp_path / "t.json").read_text())
+    merged = "".join(values["model"]["merges"][0])
+    values["model"]["vocab"][merged] = values["model"]["vocab"][
+        "a"
+    ]  # the library reads it, and writes only one of them
+    (tmp_path / "t.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json|cannot be written and read again"):
+        TokenCodec(load_tokenizer(tmp_path / "t.json"))
 
 
 def test_a_model_that_makes_end_itself_is_refused(tmp_path: Path) -> None:

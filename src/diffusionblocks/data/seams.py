@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from tokenizers import Tokenizer
 
-__all__ = ["document_ids", "exact_tokenizer"]
+__all__ = ["copied", "document_ids", "exact_tokenizer"]
 
 _PIECE = 1 << 16  # characters after which a piece ends at the next seam
 _GROUP = 16  # pieces encoded at once
@@ -31,13 +31,29 @@ def exact_tokenizer(tokenizer: Tokenizer, letters: str, *, special_tokens: bool)
     Raises:
         ValueError: the tokenizer's ids cannot be kept without that token (see `special_tokens`).
     """
-    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy = copied(tokenizer)
     if special_tokens:
         copy = _without(copy, letters)
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = not special_tokens
     return copy
+
+
+def copied(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy.
+
+    Raises:
+        ValueError: it cannot be written and read again, as one that was read from a damaged file.
+    """
+    return _parsed(tokenizer.to_str())
+
+
+def _parsed(content: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"the tokenizer cannot be written and read again: {' '.join(str(error).split())}") from None
 
 
 def _without(tokenizer: Tokenizer, token: str) -> Tokenizer:
@@ -50,7 +66,7 @@ def _without(tokenizer: Tokenizer, token: str) -> Tokenizer:
         for entry in added:
             if entry["content"] == token:
                 entry.update(content="\ufdd0" * 8, normalized=False)
-    other = Tokenizer.from_str(json.dumps(values))
+    other = _parsed(json.dumps(values))
     before, after = (
         {i: kind.content for i, kind in one.get_added_tokens_decoder().items()} for one in (tokenizer, other)
     )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..files import renamed
 from ..tokenizer_file import read_tokenizer
-from .seams import document_ids, exact_tokenizer
+from .seams import copied, document_ids, exact_tokenizer
 from .split_files import TEXT_ENDINGS, files_of_split
 from .text import SYMBOLS, TextData, cached_ids, check_text, decode, encode, fingerprint, open_text
 
@@ -264,7 +264,7 @@ class TokenCodec:
         self.end: int | None = _end(tokenizer)
         self.vocab_size: int = _vocab_size(tokenizer)
         self._encoder = exact_tokenizer(tokenizer, END, special_tokens=True)
-        self._decoder = Tokenizer.from_str(tokenizer.to_str())
+        self._decoder = copied(tokenizer)
 
     def encode(self, text: str) -> Tensor:
         """Ids, int64, shape (n,); ValueError where the tokenizer's model itself makes `END` of its letters."""
