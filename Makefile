@@ -1,10 +1,10 @@
 # make demo: on the digits, block by block beside their controls, a ViT that reads them and a DiT that draws them;
-# make test: tests, lint, format, types.
+# make test: tests, lint, format, types. make fuzz: thousands of damaged and odd inputs, of which tests try some.
 # Both build .venv first. PYTHON names the interpreter to build it with (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test fuzz clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -15,7 +15,10 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+fuzz: .venv/ready
+	$(BIN)/python tests/fuzz/long.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -22,7 +22,7 @@ from .files import FileDigest, checked, digest, read_json, read_tensors, recover
 from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks
 from .partition import Partition
-from .saving import FORMAT, INDEX, OURS, SHARED, STAMP, WITH_TOKENIZER, block_file, listed, stamp
+from .saving import FORMAT, INDEX, OURS, SHARED, STAMP, WITH_TOKENIZER, block_file, index_digest, listed, stamp
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -50,7 +50,8 @@ class _Partition(BaseModel):
 
 
 class _Index(BaseModel):
-    """Schema of the index of a saved model; older ones lack `blocks`, `files` and `trained`, newer ones may have more.
+    """Schema of the index of a saved model; older ones lack `blocks` and what follows `partition` here, newer ones may
+    have more.
 
     A block's file is named by its number alone, so no name in an index leads out of the folder.
     """
@@ -64,6 +65,7 @@ class _Index(BaseModel):
     partition: _Partition
     files: dict[Annotated[str, Field(pattern=rf"^({OURS.pattern})$")], FileDigest] | None = None
     trained: dict[str, Any] | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,11 @@ def read_saved(path: str | Path) -> SavedModel:
         raise _no_model(folder, error) from error
     blocks = index.get("blocks", list(range(partition.num_blocks)))  # older folders hold all, and do not say so
     _check_blocks(folder, blocks, partition.num_blocks)
+    if described.sha256 is not None and described.sha256 != index_digest(index):
+        raise ValueError(
+            f"{folder / INDEX} was changed or damaged after it was saved, by its sha256; copy it again, or delete its "
+            "entry sha256 if the change is meant"
+        )
     more = described.files, described.trained
     return SavedModel(folder, index, described.model_class, model_config, config, partition, tuple(blocks), *more)
 

@@ -3,7 +3,8 @@
 A saved model is a folder:
 
     diffusionblocks.json        format, original class and config, BlocksConfig, partition, the blocks in the folder,
-                                length and SHA-256 of every other file, and of a run what its blocks were trained on
+                                length and SHA-256 of every tensor file, of a run what its blocks were trained on,
+                                and the SHA-256 of all that is said here
     block-00.safetensors ...    everything block b owns, original names under `network.`
     shared.safetensors          the shared parts, under the `joint` policy only
     tokenizer.json              of a language model that a recipe trained on tokens (see `tokenizer_file`)
@@ -107,7 +108,18 @@ def save(
             write(block_file(b), {k: t for k, t in tensors.items() if id(t) not in shared}, b)
             if shared and b == 0:
                 write(SHARED, {k: t for k, t in tensors.items() if id(t) in shared}, None)
-        write_json(folder / INDEX, index | {"files": {name: files[name].model_dump() for name in files}})
+        write_index(folder, index | {"files": {name: files[name].model_dump() for name in files}})
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write the index of a saved model, with a digest of all that it says."""
+    write_json(folder / INDEX, index | {"sha256": index_digest(index)})
+
+
+def index_digest(index: dict[str, Any]) -> str:
+    """SHA-256 of an index, but for the entry that holds it."""
+    values = json.loads(json.dumps({name: value for name, value in index.items() if name != "sha256"}))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()  # names are text by now
 
 
 def stamp(index: dict[str, Any], block: int | None) -> str:

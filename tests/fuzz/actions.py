@@ -178,6 +178,33 @@ def _says(text: Any, value: Any) -> bool:
     return False
 
 
+def facts(file: str) -> Result:
+    """Write what inputs are drawn from: the schema of recipes, the fields of models, the options of commands."""
+    import argparse
+
+    from diffusionblocks.adapters import config_fields, supported_classes
+    from diffusionblocks.cli import _parser
+    from diffusionblocks.recipes import Recipe
+
+    options: dict[str, Any] = {}
+
+    def walk(parser: argparse.ArgumentParser, name: str) -> None:
+        options[name] = []
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner, subparser in action.choices.items():
+                    walk(subparser, f"{name} {inner}".strip())
+            elif action.option_strings and action.dest != "help":
+                choices = None if action.choices is None else [str(choice) for choice in action.choices]
+                options[name].append({"flag": action.option_strings[-1], "choices": choices, "nargs": action.nargs})
+
+    walk(_parser(), "")
+    models = {name: sorted(config_fields(name)) for name in supported_classes()}
+    values = {"schema": Recipe.model_json_schema(), "models": models, "options": options}
+    Path(file).write_text(json.dumps(values))
+    return 0, None
+
+
 _REFUSALS = {
     "write and refuse": ("out", "error: x"),
     "change and refuse": ("recipe.yaml", "error: x"),
@@ -224,5 +251,6 @@ ACTIONS: dict[str, Callable[..., Result]] = {
     "build": build,
     "product": product,
     "recipe_says": recipe_says,
+    "facts": facts,
     "misbehave": misbehave,
 }

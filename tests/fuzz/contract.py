@@ -15,7 +15,7 @@ from sandbox import Outcome
 
 #: exit statuses that `diffusionblocks.cli.main` documents, but for those of signals
 DIVERGED = 3
-REFUSALS = {2, DIVERGED}
+REFUSALS = {2, DIVERGED, 4, 5}
 INTERRUPTED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 #: characters of the line
 LONGEST = 1000

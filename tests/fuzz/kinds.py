@@ -5,7 +5,6 @@ An input is a JSON value: it is printed where it fails, and `python tests/fuzz/l
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -25,6 +24,7 @@ from odd import FIELD_NAMES, WORDS, YAML_LINES, YAML_SCALARS
 from sandbox import Sandbox
 
 Input = dict[str, Any]
+FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -204,14 +204,12 @@ _QUICK = ["--set", "train.compile=false", "--set", "device=cpu"]
 
 
 @functools.cache
-def schema() -> dict[str, Any]:
-    """The JSON schema of recipes, which has every field with its type and its bounds."""
-    from diffusionblocks.recipes import Recipe
-
-    return Recipe.model_json_schema()
+def facts(root: Path) -> dict[str, Any]:
+    """What `actions.facts` wrote: schema, models, options."""
+    return json.loads((root / FACTS).read_text())  # type: ignore[no-any-return]
 
 
-def fields(values: dict[str, Any]) -> dict[tuple[str, ...], list[Any]]:
+def fields(values: dict[str, Any], known: dict[str, Any]) -> dict[tuple[str, ...], list[Any]]:
     """Every field of a recipe like `values`, and values at the edge of what its schema allows.
 
     Of sections that come in several kinds it is the one that the recipe has; sections that it lacks are there too.
@@ -219,7 +217,7 @@ def fields(values: dict[str, Any]) -> dict[tuple[str, ...], list[Any]]:
     found: dict[tuple[str, ...], list[Any]] = {}
 
     def walk(part: dict[str, Any], own: Any, path: tuple[str, ...]) -> None:
-        for option in _options(part):
+        for option in _members(part, known["schema"]["$defs"]):
             kind = option.get("properties", {}).get("kind", {}).get("const")
             if isinstance(own, dict) and kind is not None and kind != own.get("kind", kind):
                 continue
@@ -227,23 +225,21 @@ def fields(values: dict[str, Any]) -> dict[tuple[str, ...], list[Any]]:
             for name, inner in option.get("properties", {}).items():
                 walk(inner, own.get(name) if isinstance(own, dict) else None, (*path, name))
 
-    walk(schema(), values, ())
-    from diffusionblocks.adapters import config_fields
-
-    for name in sorted(config_fields(values["model"]["type"])):
+    walk(known["schema"], values, ())
+    for name in known["models"][values["model"]["type"]]:
         found[("model", "config", name)] = []
     del found[()]
     return found
 
 
-def _options(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _members(part: dict[str, Any], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "$ref" in part:
-        part = schema()["$defs"][part["$ref"].rpartition("/")[2]]
+        part = named[part["$ref"].rpartition("/")[2]]
     members = part.get("anyOf") or part.get("oneOf")
     if not members:
         yield part
     for member in members or []:
-        yield from _options(member)
+        yield from _members(member, named)
 
 
 def _edges(part: dict[str, Any]) -> list[Any]:
@@ -266,7 +262,7 @@ def _recipe_inputs(root: Path) -> st.SearchStrategy[Input]:
     for base in _RECIPES:
         values = yaml.safe_load((root / base / "recipe.yaml").read_text())
         changes = []
-        for path, edges in fields(values).items():
+        for path, edges in fields(values, facts(root)).items():
             value = st.one_of(st.sampled_from(edges), VALUES) if edges else VALUES
             changes.append(st.tuples(st.just(list(path)), value).map(list))
         drawn = {
@@ -298,6 +294,7 @@ def _verb(verb: str, sets: list[str]) -> Case:
     says = {"do": "recipe_says", "file": "recipe.yaml", "sets": sets}
     if verb != "train":
         return Case([command(verb, "recipe.yaml", *given), says], inputs=("recipe.yaml", "data"))
+    says["sets"] = [*sets, *_QUICK[1::2]]
     train = command("train", "recipe.yaml", "--out", "out", "--quiet", *given, *_QUICK)
     return Case([train, says], inputs=("recipe.yaml", "data"), outputs=("out",), interrupt=True)
 
@@ -380,7 +377,7 @@ def _set_inputs(root: Path) -> st.SearchStrategy[Input]:
     strategies = []
     for base in _RECIPES:
         values = yaml.safe_load((root / base / "recipe.yaml").read_text())
-        known = [".".join(path) for path in fields(values)]
+        known = [".".join(path) for path in fields(values, facts(root))]
         name = st.one_of(
             st.sampled_from(known), st.sampled_from(known), st.sampled_from(FIELD_NAMES), st.text(max_size=5)
         )
@@ -428,32 +425,18 @@ _COMMANDS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    return {}
-
-
 def _option_inputs(root: Path) -> st.SearchStrategy[Input]:
-    from diffusionblocks.cli import _parser
-
     strategies = []
     for name, (base, arguments) in _COMMANDS.items():
-        parser = _subparsers(_parser())[arguments[0]]
-        parser = _subparsers(parser).get(arguments[1], parser)
+        known = facts(root)["options"]
         options = []
-        for action in parser._actions:
+        for option in known.get(" ".join(arguments[:2]), known[arguments[0]]):
             words = st.one_of(st.sampled_from(WORDS), st.text(max_size=4).map(_argument))
-            if action.choices:
-                words = st.one_of(st.sampled_from([str(choice) for choice in action.choices]), words)
-            many = (
-                st.lists(words, max_size=3) if action.nargs in ("+", "*") else st.lists(words, min_size=1, max_size=1)
-            )
-            flag = action.nargs == 0
-            if action.option_strings and action.dest != "help":
-                given = st.just([action.option_strings[-1]])
-                options.append(given if flag else st.builds(lambda o, w: o + w, given, many))
+            if option["choices"]:
+                words = st.one_of(st.sampled_from(option["choices"]), words)
+            least, most = (0, 3) if option["nargs"] in ("+", "*") else (0, 0) if option["nargs"] == 0 else (1, 1)
+            many = st.lists(words, min_size=least, max_size=most)
+            options.append(st.builds(lambda flag, given: [flag, *given], st.just(option["flag"]), many))
         options.append(st.lists(st.sampled_from(WORDS), min_size=1, max_size=1))
         where = st.integers(1, len(arguments))
         drawn = {
@@ -516,6 +499,9 @@ class Bench:
 
     def prepare(self, kind: str) -> Kind:
         """Make the sound workspaces of a kind."""
+        if not (self.root / FACTS).exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._make([{"do": "facts", "file": str(self.root / FACTS)}], self.root)
         strangers = (
             [name for name in sound.BUILDERS if name.startswith("other-")] if kind in ("models", "controls") else []
         )
@@ -523,10 +509,13 @@ class Bench:
             folder = self.root / name
             if not folder.exists():
                 folder.mkdir(parents=True)
-                outcome = self.box.run([{"do": "build", "folder": str(folder), "name": name}], folder, seconds=60)
-                if outcome.code:
-                    raise RuntimeError(f"{name} cannot be made: {outcome.err}")
+                self._make([{"do": "build", "folder": str(folder), "name": name}], folder)
         return KINDS[kind]
+
+    def _make(self, actions: list[dict[str, Any]], folder: Path) -> None:
+        outcome = self.box.run(actions, folder, seconds=60)
+        if outcome.code:
+            raise RuntimeError(f"sound input cannot be made, {actions}: {outcome.err}")
 
     def judge(self, kind: str, given: Input) -> Verdict:
         """Try an input."""

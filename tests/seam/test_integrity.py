@@ -64,6 +64,20 @@ def test_a_block_of_another_seed_or_model_is_refused(folder: Path, tmp_path: Pat
             db.load(folder)
 
 
+def test_an_edited_index_is_refused_unless_its_digest_is_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    model = db.convert(tiny("vit", num_labels=12), db.BlocksConfig())  # names of ids, as text, sort otherwise than ids
+    model.save_pretrained(folder)
+    db.load(folder)
+    file = folder / INDEX
+    file.write_text(file.read_text().replace('"LABEL_11": 11', '"LABEL_11": 0'))
+    for read in (db.load, lambda path: db.merge(path, tmp_path / "out")):
+        with pytest.raises(ValueError, match=rf"{INDEX} was changed or damaged .* delete its entry sha256"):
+            read(folder)
+    edit_index(folder, lambda values: None)
+    assert db.load(folder).config.label2id["LABEL_11"] == 0
+
+
 @pytest.mark.parametrize("with_digests", [True, False])
 def test_one_block_of_another_precision_is_refused(with_digests: bool, folder: Path) -> None:
     rewritten(folder / BLOCK, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from helpers import (
     POLICIES,
     VOCAB,
     convert,
+    edit_index,
     fresh_masked,
     image_batch,
     record_calls,
@@ -286,10 +286,7 @@ def test_transformers_trainer_trains(tmp_path: Path) -> None:
 def test_configs_that_were_saved_before_there_were_kinds_still_load(noise: db.EDM | None, tmp_path: Path) -> None:
     model = convert("dit", noise=noise).eval()
     model.save_pretrained(tmp_path / "m")
-    index = tmp_path / "m" / "diffusionblocks.json"
-    values = json.loads(index.read_text())
-    assert values["blocks_config"]["noise"].pop("kind") == "edm"
-    index.write_text(json.dumps(values))
+    edit_index(tmp_path / "m", lambda values: values["blocks_config"]["noise"].pop("kind"))
     loaded = db.load(tmp_path / "m")
     assert loaded.blocks_config == model.blocks_config
     assert torch.equal(loaded.sample([1], steps=3), model.sample([1], steps=3))
