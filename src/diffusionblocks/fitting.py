@@ -102,6 +102,7 @@ def fit_levels(
     folder: Path,
     prepare: Callable[[Recipe, Path], Trainer],
     *,
+    data: dict[str, Any] | None = None,
     resume: bool = True,
 ) -> Fit:
     """Fit levels to a recipe's task, or read back what a finished fit left.
@@ -113,13 +114,14 @@ def fit_levels(
         recipe: of one block on all levels, as long as the fit (`runs.fit_recipe`).
         folder: of the fit; an unfinished fit there is resumed.
         prepare: makes the trainer of a recipe in a folder, with a fresh model.
+        data: what tells the data apart, as JSON values: a fit to others is not read back.
         resume: False starts anew.
 
     Raises:
         ValueError: the folder holds a fit with other settings, or checkpoints that are not of its rounds; or rounds
             without a step.
     """
-    settings = _settings(options, recipe)
+    settings = _settings(options, recipe) | ({} if data is None else {"data": data})
     grid, rounds = _kept(folder / LEVELS, settings) if resume else ([], [])
     while len(rounds) < options.rounds:
         now = recipe if not rounds else with_noise(recipe, rounds[-1].noise)
@@ -238,6 +240,8 @@ def _kept(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[floa
     values = read_json(file)
     before = values.get("settings", {})
     for section, now in settings.items():
+        if section == "data" and section not in before:  # version 0.1.0 did not note it
+            continue
         for field in now:
             found = before.get(section, {}).get(field)
             if difference(found, now[field]) is not None:  # a field that there was not yet counts as one of null

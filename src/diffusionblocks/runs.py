@@ -16,6 +16,7 @@ from .adapters import adapter_named
 from .branching import branch
 from .files import check_replaceable, read_json, write_json
 from .fitting import Fit, fit_levels, with_noise
+from .identity import check_same_run, describe_run, learned_from
 from .merging import difference
 from .model import DiffusionBlocks
 from .recipes import FitConfig, Recipe, TrunkConfig
@@ -32,20 +33,11 @@ from .sources import (
     with_saved_tokenizer,
 )
 from .training import Trainer
-from .training.checkpoint import checkpoints, remove
-from .training.config import RESUME_MAY_DIFFER
+from .training.checkpoint import checkpoints, read_values, remove
 from .training.logging import Logger
 
 #: A run leaves its recipe, overrides applied, under this name.
 RECIPE = "recipe.json"
-
-#: Fields of a recipe that do not change what a block learns, or that say where its data lie, by section.
-_SAME_BLOCK = {
-    "train": RESUME_MAY_DIFFER | {"blocks", "schedule", "dwell", "optimizer_in_backward"},
-    "data": {"source", "folder", "cache", "placement"},
-    "fit": set[str](),
-    "trunk": set[str](),
-}
 
 
 @dataclass(frozen=True)
@@ -66,10 +58,19 @@ def make_trainer(
     progress: bool = True,
     splits: Splits | None = None,
     model: nn.Module | None = None,
+    described: Recipe | None = None,
 ) -> Trainer:
     """Model (default: the recipe's, fresh), data and trainer of a recipe, checked and on the device.
 
     Snapshots, where the recipe asks for them, go to `folder`/snapshots.
+
+    Args:
+        recipe: what to train.
+        folder: of the run; None keeps nothing.
+        loggers, progress: see `train`.
+        splits: the recipe's data, where the caller has loaded them already.
+        model: what to train, instead of the recipe's.
+        described: the recipe that resumption is to compare, where it is another one.
     """
     device = device_of(recipe)
     data = splits["train"] if splits is not None else load_data(recipe, "train")
@@ -80,9 +81,16 @@ def make_trainer(
     check_evaluation(recipe, model, data)
     batches = make_batches(recipe, data, device)
 
+    about = None if folder is None else describe_run(described or recipe, data)
+
     def keep(model: nn.Module, iteration: int) -> None:
-        if folder is not None:
-            save_model(model, folder / "snapshots" / f"iteration-{iteration:09d}", recipe.train.blocks, data=data)
+        if folder is not None and about is not None:
+            place = folder / "snapshots" / f"iteration-{iteration:09d}"
+            save_model(model, place, recipe.train.blocks, data=data, trained=learned_from(about))
+
+    def check(before: dict[str, Any], path: Path) -> None:
+        if about is not None:
+            check_same_run(before, about, path)
 
     return Trainer(
         model,
@@ -94,6 +102,8 @@ def make_trainer(
         loggers=loggers,
         progress=progress,
         snapshot=keep,
+        about=about,
+        check_about=check,
     )
 
 
@@ -124,12 +134,13 @@ def train(
     device_of(recipe)  # what can be refused at once is, before the data are read
     for place in (folder / "model", *([folder / "trunk" / "model"] if with_trunk else [])):
         check_replaceable(place, MODEL_FILES)
-    if with_trunk and resume:
-        _check_same_branch(recipe, folder)
-    if of_blocks and resume:
-        _check_same_fit(recipe, folder)
+    if resume:
+        _check_resumes(folder, describe_run(recipe, None))
     splits = splits if splits is not None else {"train": load_data(recipe, "train")}
-    prepare = functools.partial(make_trainer, loggers=loggers, progress=progress, splits=splits)
+    description = describe_run(recipe, splits["train"])
+    if resume:
+        _check_resumes(folder, description)
+    prepare = functools.partial(make_trainer, loggers=loggers, progress=progress, splits=splits, described=recipe)
     given, seconds, iterations = recipe, 0.0, 0
     if recipe.fit is not None and of_blocks:
         fit = _fitted(recipe, folder, resume, progress, splits)
@@ -146,7 +157,8 @@ def train(
     trainer.train(resume=resume)
     seconds, iterations = seconds + trainer.seconds, iterations + trainer.iteration
     with trainer.averaged() as model:
-        save_model(model, folder / "model", recipe.train.blocks, data=splits["train"])
+        trained = learned_from(description)
+        save_model(model, folder / "model", recipe.train.blocks, data=splits["train"], trained=trained)
     if recipe.train.blocks is not None:  # the others are trained elsewhere: there is nothing whole to measure yet
         return RunResult(trainer.model, [], seconds, iterations)
     # What is measured is what was saved; the trainer's memory is free by then.
@@ -172,14 +184,15 @@ def _fitted(recipe: Recipe, folder: Path, resume: bool, progress: bool, splits: 
     """The fit of the recipe's levels at its end; one that has ended is only read back."""
 
     def prepare(of_round: Recipe, below: Path) -> Trainer:
-        trainer = make_trainer(of_round, folder=below, progress=progress, splits=splits)
+        trainer = make_trainer(of_round, folder=below, progress=progress, splits=splits, described=fit_recipe(recipe))
         if not resume:  # killed now, the run must not go on from blocks that trained on older levels
             remove([*checkpoints(folder / "trunk" / "checkpoints"), *checkpoints(folder / "checkpoints")])
         return trainer
 
     if recipe.trunk is not None:
         trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
-    return fit_levels(fit_options(recipe), fit_recipe(recipe), folder / "fit", prepare, resume=resume)
+    data = learned_from(describe_run(recipe, splits["train"]))["data"]
+    return fit_levels(fit_options(recipe), fit_recipe(recipe), folder / "fit", prepare, data=data, resume=resume)
 
 
 def _trained_trunk(
@@ -207,32 +220,16 @@ def _branched_trainer(recipe: Recipe, folder: Path, trunk: Trainer, prepare: Cal
     return trainer
 
 
-def _check_same_branch(recipe: Recipe, folder: Path) -> None:
-    """The blocks' checkpoints do not tell how they branched; the recipe beside them does."""
-    if not checkpoints(folder / "checkpoints"):
+def _check_resumes(folder: Path, description: dict[str, Any]) -> None:
+    """Refuse another run than the one whose blocks are in the folder, before anything is read or trained."""
+    saved = checkpoints(folder / "checkpoints")
+    if not saved:
         return
-    before = read_json(folder / RECIPE).get("trunk")
-    now = trunk_options(recipe).model_dump(mode="json")
-    changed = sorted(name for name in now if (before or {}).get(name) != now[name])
-    if changed:
-        raise ValueError(
-            f"the blocks in {folder} branched with another trunk.{changed[0]}: set it back, start anew with --restart, "
-            "or choose another folder"
-        )
-
-
-def _check_same_fit(recipe: Recipe, folder: Path) -> None:
-    """Nor do they tell how their levels were fitted."""
-    file = folder / RECIPE
-    if not checkpoints(folder / "checkpoints") or not file.is_file():
-        return
-    before = read_json(file).get("fit")
-    now = None if recipe.fit is None else recipe.fit.model_dump(mode="json")
-    if before != now:
-        raise ValueError(
-            f"the levels of the blocks in {folder} were fitted with fit = {before}, this run has {now}: set it back, "
-            "start anew with --restart, or choose another folder"
-        )
+    before = read_values(saved[-1]).get("run")
+    if before is None and (folder / RECIPE).is_file():  # version 0.1.0 left the recipe alone
+        before = read_json(folder / RECIPE)
+    if before is not None:
+        check_same_run(before, description, saved[-1])
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
@@ -248,21 +245,13 @@ def trained_differently(folders: Sequence[Path]) -> list[str]:
         folders: of runs, or their saved models; one without a recipe beside it is passed over.
     """
     paths = [place / RECIPE for folder in folders for place in (folder, folder.parent) if (place / RECIPE).is_file()]
-    training = [_of_training(read_json(path)) for path in paths]
+    training = [learned_from(read_json(path)) for path in paths]
     lines = []
     for path, other in zip(paths[1:], training[1:], strict=True):
         if (found := difference(training[0], other)) is not None:
             name, first, second = found
             lines.append(f"blocks were trained differently: {name} is {first} in {paths[0]} and {second} in {path}")
     return lines
-
-
-def _of_training(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's recipe a block learns from."""
-    return {
-        name: {field: value for field, value in (recipe.get(name) or {}).items() if field not in left}
-        for name, left in _SAME_BLOCK.items()
-    }
 
 
 # ---- fit, trunk and branch ---------------------------------------------------------------------------------

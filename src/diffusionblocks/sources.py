@@ -359,7 +359,14 @@ def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
         )
 
 
-def save_model(model: nn.Module, path: Path, blocks: Sequence[int] | None = None, *, data: Data | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    path: Path,
+    blocks: Sequence[int] | None = None,
+    *,
+    data: Data | None = None,
+    trained: dict[str, Any] | None = None,
+) -> None:
     """Save a model to a folder: blocks in our format, an end-to-end control in its own library's.
 
     Args:
@@ -367,10 +374,11 @@ def save_model(model: nn.Module, path: Path, blocks: Sequence[int] | None = None
         path: the folder.
         blocks: only these; None saves all.
         data: what it was trained on: the tokenizer of text in tokens goes with it, as `tokenizer.json`.
+        trained: what its blocks learned from, for their index (`identity.learned_from`).
     """
     tokenizer = data.text.tokenizer if isinstance(data, TextChunks) else None
     if isinstance(model, DiffusionBlocks):
-        save(model, path, blocks, tokenizer)
+        save(model, path, blocks, tokenizer, trained)
     elif isinstance(model, EndToEnd):
         save_end_to_end(model.model, path, tokenizer)
 

@@ -614,7 +614,7 @@ def test_blocks_resume_only_with_the_branch_they_had(data: dict[str, ImageData],
     """Their checkpoints do not tell how they branched."""
     run(recipe(), tmp_path / "run", data)
     before = left_by(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"branched with another trunk\.average: set it back"):
+    with pytest.raises(ValueError, match=r"trunk\.average = copied, this run has fresh: set it back"):
         run(recipe(average="fresh"), tmp_path / "run", data)
     assert differing(left_by(tmp_path / "run"), before) == []
     run(recipe(average="fresh"), tmp_path / "run", data, resume=False)

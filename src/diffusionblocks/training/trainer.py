@@ -60,6 +60,9 @@ class Trainer:
         loggers: further receivers of the log.
         progress: show a progress bar.
         snapshot: called every `config.snapshot_every` iterations with the averaged model and the iteration.
+        about: JSON values that say what is trained; every checkpoint has them.
+        check_about: called with those of a checkpoint, and its path, before it is resumed from; raises ValueError where
+            they do not go together with this run.
 
     Raises:
         ValueError: fewer examples than a step needs, or nothing to train.
@@ -77,8 +80,12 @@ class Trainer:
         loggers: Sequence[Logger] = (),
         progress: bool = True,
         snapshot: Callable[[nn.Module, int], None] | None = None,
+        about: dict[str, Any] | None = None,
+        check_about: Callable[[dict[str, Any], Path], None] | None = None,
     ) -> None:
         self.model = model
+        self.about = about
+        self.check_about = check_about
         self.snapshot = snapshot
         self.config = config
         self.folder = folder
@@ -298,6 +305,8 @@ class Trainer:
         assert self.folder is not None
         self._stop_if_state_diverged()
         values = {"config": self.config.model_dump(mode="json"), "units": sorted(self.sets), "seconds": self.seconds}
+        if self.about is not None:
+            values["run"] = self.about
         return write_checkpoint(
             self.folder / "checkpoints", self.iteration, self._state(), values, self.config.keep_checkpoints
         )
@@ -322,6 +331,8 @@ class Trainer:
             ValueError: it was made with other hyperparameters or another model; the message names the difference.
         """
         values = read_values(path)
+        if self.check_about is not None and "run" in values:
+            self.check_about(values["run"], path)
         now = self.config.model_dump(mode="json")
         for field in now.keys() - RESUME_MAY_DIFFER:
             if values["config"].get(field) != now[field]:

@@ -1,0 +1,178 @@
+"""A run goes on only as what it was: every field that matters, and the data, are compared and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import listing
+
+from diffusionblocks import runs
+from diffusionblocks.data import ImageData, digits
+from diffusionblocks.recipes import Recipe, parse_recipe
+from diffusionblocks.training.checkpoint import checkpoints
+
+SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+
+
+def recipe(**changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"type": "ViTForImageClassification", "config": SIZE | IMAGES},
+        "blocks": {"num_blocks": 2},
+        "data": {"kind": "digits"},
+        "train": {"steps": 2, "batch_size": 4},
+        "device": "cpu",
+    }
+    for name, change in changes.items():
+        values[name] = (values.get(name) or {}) | change if isinstance(change, dict) else change
+    return parse_recipe(values, "test")
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, ImageData]:
+    whole = digits("train")
+    return {"train": ImageData(whole.images[:40].clone(), whole.labels[:40].clone(), whole.class_names)}
+
+
+@pytest.fixture(scope="module")
+def left(data: dict[str, ImageData], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs, by method."""
+    folders = {}
+    for method in ("diffusionblocks", "end-to-end"):
+        folders[method] = tmp_path_factory.mktemp(method) / "run"
+        run(recipe(method=method), folders[method], data)
+    return folders
+
+
+def run(made: Recipe, folder: Path, data: dict[str, ImageData], **options: Any) -> runs.RunResult:
+    return runs.train(made, folder, splits=data, progress=False, measure=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data": {"mean": [0.5]}}, r"data.mean = \[0.3\], this run has \[0.5\]"),
+        ({"data": {"std": [0.5]}}, "data.std"),
+        ({"data": {"augment": {"flip": True}}}, "data.augment.flip = False, this run has True"),
+        ({"model": {"config": SIZE | IMAGES | {"hidden_dropout_prob": 0.1}}}, "model.config.hidden_dropout_prob"),
+        ({"blocks": {"noise": {"sigma_max": 40.0}}}, "blocks.noise"),
+        ({"blocks": {"target": {"token": "replace-cls"}}}, "blocks.target"),
+        ({"blocks": {"overlap": 0.2}}, "blocks.overlap = 0.05, this run has 0.2"),
+        ({"blocks": {"shared": "frozen"}}, "blocks.shared"),
+        ({"blocks": {"seed": 1}}, "blocks.seed"),
+        ({"train": {"lr": 1e-3}}, "train.lr"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(
+    changes: dict[str, Any], field: str, method: str, left: dict[str, Path], data: dict[str, ImageData]
+) -> None:
+    before = listing(left[method])
+    with pytest.raises(ValueError, match=field) as error:
+        run(recipe(method=method, **changes), left[method], data)
+    for words in ("set it back", "--restart", "another folder"):
+        assert words in str(error.value)
+    assert listing(left[method]) == before
+
+
+def test_a_run_does_not_go_on_by_the_other_method(left: dict[str, Path], data: dict[str, ImageData]) -> None:
+    with pytest.raises(ValueError, match="method = diffusionblocks, this run has end-to-end"):
+        run(recipe(method="end-to-end"), left["diffusionblocks"], data)
+
+
+def replaced(data: ImageData, what: str) -> ImageData:
+    images, labels, names = data.images.clone(), data.labels.clone(), list(data.class_names)
+    if what == "pixel":
+        images[7, 0, 3, 3] += 1
+    elif what == "labels":
+        labels[[0, 1]] = labels[[1, 0]]
+    elif what == "names":
+        names[0], names[1] = names[1], names[0]
+    elif what == "order":
+        images, labels = images.flip(0), labels.flip(0)
+    elif what == "number":
+        images, labels = images[:-1], labels[:-1]
+    return dataclasses.replace(data, images=images, labels=labels, class_names=tuple(names))
+
+
+@pytest.mark.parametrize(
+    ("what", "field"),
+    [
+        ("pixel", "data.content"),
+        ("labels", "data.content"),
+        ("names", "data.classes"),
+        ("order", "data.content"),
+        ("number", "data.examples = 40, this run has 39"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(
+    what: str, field: str, left: dict[str, Path], data: dict[str, ImageData]
+) -> None:
+    with pytest.raises(ValueError, match=field):
+        run(recipe(), left["diffusionblocks"], {"train": replaced(data["train"], what)})
+
+
+def test_what_changes_nothing_may_differ(left: dict[str, Path], data: dict[str, ImageData]) -> None:
+    harmless = recipe(
+        name="other",
+        data={"placement": "host"},
+        train={"resident": "active", "log_every": 7, "checkpoint_every": 1},
+        evaluate={"steps": [2]},
+    )
+    same = {"train": replaced(data["train"], "nothing")}
+    assert run(harmless, left["diffusionblocks"], same).iterations == 4
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_what_it_noted(data: dict[str, ImageData], tmp_path: Path) -> None:
+    run(recipe(), tmp_path, data)
+    for checkpoint in checkpoints(tmp_path / "checkpoints"):
+        values = json.loads((checkpoint / "state.json").read_text())
+        del values["run"]
+        (checkpoint / "state.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"blocks\.overlap"):  # the recipe beside them says so
+        run(recipe(blocks={"overlap": 0.2}), tmp_path, data)
+    assert run(recipe(), tmp_path, {"train": replaced(data["train"], "pixel")}).iterations == 4  # nothing says
+
+
+def test_the_index_says_what_blocks_learned_from(left: dict[str, Path]) -> None:
+    trained = json.loads((left["diffusionblocks"] / "model" / "diffusionblocks.json").read_text())["trained"]
+    assert trained["data"]["examples"] == 40
+    assert trained["train"]["seed"] == 0
+    assert not {"blocks", "resident", "schedule"} & trained["train"].keys()
+
+
+def test_data_that_moved_are_the_same(tmp_path: Path, data: dict[str, ImageData]) -> None:
+    text = " the quick brown fox jumps over the lazy dog" * 40
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.txt").write_text(text)
+    config = {"vocab_size": 27, "sequence_length": 16, "num_layers": 2, "num_attention_heads": 2}
+    config |= {"hidden_size": 16, "embedding_size": 8, "mlp_size": 16}
+
+    def of(folder: str, **changes: Any) -> Recipe:
+        return parse_recipe(
+            {
+                "name": "tiny",
+                "model": {"type": "MaskedTransformer", "config": config},
+                "blocks": {"num_blocks": 2},
+                "data": {"kind": "text", "length": 16, "source": str(tmp_path / folder), **changes},
+                "train": {"steps": 2, "batch_size": 4},
+                "evaluate": {"kind": "bits"},
+                "device": "cpu",
+            },
+            "test",
+        )
+
+    runs.train(of("here"), tmp_path / "run", progress=False, measure=False)
+    shutil.rmtree(tmp_path / "here")
+    runs.train(of("there"), tmp_path / "run", progress=False, measure=False)
+    (tmp_path / "there" / "train.txt").write_text(text.replace("fox", "cat"))
+    with pytest.raises(ValueError, match=r"data.content = .*the data were replaced"):
+        runs.train(of("there"), tmp_path / "run", progress=False, measure=False)
