@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 
 from . import __version__
 from .bench.commands import add_bench
-from .messages import OneLineParser, one_line
+from .messages import STATUSES, OneLineParser, one_line, reported
 from .noise.edm import PARTITION_STRATEGIES
 from .recipes import Recipe, explain, load_recipe
 
@@ -60,42 +59,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 on success; 2 for bad input; 3 when training diverged; 128 + signal when it was interrupted and saved.
+        The exit status (`messages.STATUSES`).
     """
     options = _parser().parse_args(arguments)
-    from transformers.utils.logging import disable_progress_bar
 
-    from .training import Diverged, Interrupted
+    def run() -> None:
+        from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of saving a few small files; ours shows the training
-    try:
-        if "recipe" in options:
-            options.run(load_recipe(options.recipe, options.set), options)
-        else:
-            options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ValidationError as error:
-        print(one_line(f"error: not allowed: {explain(error)}"), file=sys.stderr)
-        return 2
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return 3
-    except Interrupted as error:
-        print(one_line(error), file=sys.stderr)
-        return 128 + error.signum
-    return 0
+        disable_progress_bar()  # of saving a few small files; ours shows the training
+        try:
+            if "recipe" in options:
+                options.run(load_recipe(options.recipe, options.set), options)
+            else:
+                options.run(options)
+        except ValidationError as error:
+            raise ValueError(f"not allowed: {explain(error)}") from error
+
+    return reported(run, lambda: _way_on(options))
+
+
+def _way_on(options: argparse.Namespace) -> str:
+    """How to go on with a run that was stopped: what of it is saved."""
+    from .training.checkpoint import checkpoints
+
+    folder = getattr(options, "folder", None)
+    if folder is None:
+        return ""
+    phases = {path.parent for path in folder.rglob("checkpoints")} if folder.is_dir() else set()
+    saved = [newest for phase in sorted(phases) for newest in checkpoints(phase / "checkpoints")[-1:]]
+    if not saved:
+        return "nothing was saved yet; run the same command again to start"
+    newest = max(saved, key=lambda path: path.stat().st_mtime)
+    return f"run the same command again to resume from {newest}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="diffusionblocks",
         description="Train a deep network one block at a time, as independent denoisers (arXiv 2506.14202).",
-        epilog=_EXAMPLES,
+        epilog=f"{_EXAMPLES}\n{STATUSES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -213,7 +215,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     from .runs import train
     from .training.logging import TensorBoard
 
-    folder = options.out or Path("runs") / recipe.name
+    options.folder = folder = options.out or Path("runs") / recipe.name
     loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
     result = train(recipe, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
     if result.rows:
@@ -433,7 +435,7 @@ def _plan(recipe: Recipe, options: argparse.Namespace) -> None:
 def _compare(recipe: Recipe, options: argparse.Namespace) -> None:
     from .compare import compare
 
-    folder = options.out or Path("runs") / f"{recipe.name}-compare"
+    options.folder = folder = options.out or Path("runs") / f"{recipe.name}-compare"
     print(compare(recipe, folder, rows=options.rows, equal=options.equal, progress=not options.quiet))
     print(f"table: {folder / 'table.json'}")
     drawn = [path for name in ("samples/grid.png", "levels.png") for path in sorted(folder.glob(f"*/{name}"))]

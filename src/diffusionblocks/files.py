@@ -7,6 +7,7 @@ leaves it there; the next one that writes to the same place sweeps it, and puts 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import secrets
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,6 +203,48 @@ def naming(path: Path | str) -> Iterator[None]:
         if error.errno is not None and (error.filename is None or ".tmp/" in str(error.filename)):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder, made if need be, to this process: the system lets go of it when the process ends, however it does.
+
+    Where the disk has no locks (some network disks) it warns, and does not keep others out.
+
+    Raises:
+        ValueError: another process has it; the message names process and machine.
+    """
+    existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                raise ValueError(
+                    f"{folder} is in use by {who}: wait for it, stop it, or choose another folder"
+                ) from None
+            except OSError as error:
+                warnings.warn(
+                    f"{folder} is on a disk without locks ({error.strerror}): let no second run write there",
+                    stacklevel=3,
+                )
+            if path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break  # else the process before deleted it between our opening and locking it
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if not existed:
+                with contextlib.suppress(OSError):  # something is in it
+                    folder.rmdir()
 
 
 # ---- workspaces ------------------------------------------------------------------------------------------------

@@ -1,11 +1,29 @@
-"""What a command line says when it refuses: one line, of bounded length, without characters that a terminal obeys."""
+"""What a command line says when it fails, and its exit status: one line, of bounded length, without characters that a
+terminal obeys."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import signal
 import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn
+
+#: Exit statuses by kind, for `--help`.
+STATUSES = """\
+exit status: 0 success; 1 an error that was not foreseen; 2 bad input; 3 training diverged; 4 a file could not be read
+or written, as on a full disk; 5 out of memory; 130 and 143 stopped by Ctrl-C and SIGTERM (128 + the signal).
+DIFFUSIONBLOCKS_TRACEBACK=1 shows where an error came from.
+"""
+_BAD_INPUT = (ValueError, TypeError, ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Unable to allocate", re.IGNORECASE)
+_OF_SYSTEM = re.compile(r"\(os error \d+\)|\[Errno \d+\]")
 
 #: Characters of a line; of a longer message the beginning and the end are shown, where the value and the fix are.
 LONGEST = 900
@@ -33,3 +51,100 @@ class OneLineParser(argparse.ArgumentParser):
         """Print the line and exit with status 2."""
         print(one_line(f"error: {message}; see {self.prog} --help"), file=sys.stderr)
         self.exit(2)
+
+
+def reported(action: Callable[[], None], way_on: Callable[[], str] | None = None) -> int:
+    """Run a command, and tell of what stops it in one line on standard error.
+
+    Args:
+        action: the command.
+        way_on: how to go on after what is no fault of the input: a full disk, a signal, too little memory.
+
+    Returns:
+        The exit status (`STATUSES`).
+    """
+    with _stopping() as stopped_by:
+        try:
+            action()
+            sys.stdout.flush()
+            return 0
+        except BrokenPipeError:  # the reader, `head` say, has seen enough
+            _discard_output()
+            return 0
+        except KeyboardInterrupt:
+            return _told(f"stopped by {_name(stopped_by)}", 128 + (stopped_by or [signal.SIGINT])[0], way_on)
+        except Exception as error:
+            if stopped_by:  # which a library took for an error of its own
+                return _told(f"stopped by {_name(stopped_by)}", 128 + stopped_by[0], way_on)
+            if os.environ.get("DIFFUSIONBLOCKS_TRACEBACK"):
+                traceback.print_exc()
+            status, text = _status_of(error)
+            return _told(text, status, way_on if status in (1, 4, 5) else None)
+
+
+def _status_of(error: Exception) -> tuple[int, str]:
+    own = getattr(error, "exit_status", None)
+    if own is not None:
+        return own, str(error) if own > 128 else f"error: {error}"
+    if isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and _OF_MEMORY.search(str(error))):
+        advice = "lower train.batch_size or evaluate.batch_size; `diffusionblocks plan` tells what fits"
+        return 5, f"error: out of memory: {error or 'the host has no more'}; {advice}"
+    if isinstance(error, _BAD_INPUT):
+        return 2, f"error: {error}"
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return 4, f"error: {error}"
+        return (
+            4,
+            f"error: {error.filename or 'standard output'}: {error.strerror}; free or change what stands in the way",
+        )
+    if _OF_SYSTEM.search(str(error)):
+        return 4, f"error: {error}"
+    if type(error).__name__ == "SafetensorError":
+        return 2, f"error: damaged or not safetensors: {error}"
+    where = "this was not foreseen, DIFFUSIONBLOCKS_TRACEBACK=1 shows where it came from"
+    return 1, f"error: {type(error).__name__}: {error}; {where}"
+
+
+def _told(text: str, status: int, way_on: Callable[[], str] | None) -> int:
+    more = ""
+    if way_on is not None:
+        with contextlib.suppress(Exception):  # what to say about it must not hide what happened
+            more = way_on()
+    with contextlib.suppress(OSError):
+        print(one_line(f"{text}; {more}" if more else text), file=sys.stderr)
+    _discard_output()
+    return status
+
+
+def _discard_output() -> None:
+    """Let what standard output cannot take go, now and when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _name(stopped_by: list[int]) -> str:
+    return signal.Signals((stopped_by or [signal.SIGINT])[0]).name
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, and are noted in a list."""
+    stopped_by: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped_by
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        stopped_by.append(signum)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped_by
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

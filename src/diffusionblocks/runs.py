@@ -14,8 +14,8 @@ from torch import nn
 
 from .adapters import adapter_named
 from .branching import branch
-from .files import check_replaceable, read_json, write_json
-from .fitting import Fit, fit_levels, with_noise
+from .files import check_replaceable, delete_folder, locked, read_json, write_json
+from .fitting import LEVELS, Fit, fit_levels, with_noise
 from .identity import check_same_run, describe_run, learned_from
 from .merging import difference
 from .model import DiffusionBlocks
@@ -28,16 +28,20 @@ from .sources import (
     load_data,
     load_model,
     make_batches,
+    outline_of,
     save_model,
     unfilled_model,
     with_saved_tokenizer,
 )
 from .training import Trainer
-from .training.checkpoint import checkpoints, read_values, remove
+from .training.checkpoint import checkpoints, read_values
 from .training.logging import Logger
 
 #: A run leaves its recipe, overrides applied, under this name.
 RECIPE = "recipe.json"
+
+#: Marks a folder whose checkpoints are being deleted.
+_RESTARTING = ".restarting"
 
 
 @dataclass(frozen=True)
@@ -129,32 +133,52 @@ def train(
         splits: the recipe's data, where the caller has loaded them already.
         measure: whether to evaluate; else `rows` is empty.
     """
+    with locked(folder):
+        return _train(recipe, folder, loggers, resume, progress, splits, measure)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    loggers: tuple[Logger, ...],
+    resume: bool,
+    progress: bool,
+    splits: Splits | None,
+    measure: bool,
+) -> RunResult:
     of_blocks = recipe.method == "diffusionblocks"
     with_trunk = recipe.trunk is not None and of_blocks
     device_of(recipe)  # what can be refused at once is, before the data are read
     for place in (folder / "model", *([folder / "trunk" / "model"] if with_trunk else [])):
         check_replaceable(place, MODEL_FILES)
+    if (folder / _RESTARTING).exists():  # a restart that was killed on its way
+        _forget(folder)
     if resume:
         _check_resumes(folder, describe_run(recipe, None))
     splits = splits if splits is not None else {"train": load_data(recipe, "train")}
     description = describe_run(recipe, splits["train"])
     if resume:
         _check_resumes(folder, description)
+    else:
+        outline = outline_of(recipe)  # what is wrong is told before anything is deleted
+        check_data(recipe, outline, splits["train"])
+        check_evaluation(recipe, outline, splits["train"])
+        _forget(folder)
     prepare = functools.partial(make_trainer, loggers=loggers, progress=progress, splits=splits, described=recipe)
     given, seconds, iterations = recipe, 0.0, 0
     if recipe.fit is not None and of_blocks:
-        fit = _fitted(recipe, folder, resume, progress, splits)
+        fit = _fitted(recipe, folder, progress, splits)
         seconds, iterations = fit.seconds, fit.iterations
         recipe = with_noise(recipe, fit.noise)
     if with_trunk:
-        trunk = _trained_trunk(recipe, given, folder, resume, progress, splits)
+        trunk = _trained_trunk(recipe, given, folder, progress, splits)
         seconds, iterations = seconds + trunk.seconds, iterations + trunk.iteration
         trainer = _branched_trainer(recipe, folder, trunk, prepare)
         del trunk  # and its memory, before the blocks train
     else:
         trainer = prepare(recipe, folder=folder)
         write_recipe(given, folder)
-    trainer.train(resume=resume)
+    trainer.train()
     seconds, iterations = seconds + trainer.seconds, iterations + trainer.iteration
     with trainer.averaged() as model:
         trained = learned_from(description)
@@ -180,28 +204,23 @@ def train(
     return RunResult(model, rows, seconds, iterations)
 
 
-def _fitted(recipe: Recipe, folder: Path, resume: bool, progress: bool, splits: Splits) -> Fit:
+def _fitted(recipe: Recipe, folder: Path, progress: bool, splits: Splits) -> Fit:
     """The fit of the recipe's levels at its end; one that has ended is only read back."""
 
     def prepare(of_round: Recipe, below: Path) -> Trainer:
-        trainer = make_trainer(of_round, folder=below, progress=progress, splits=splits, described=fit_recipe(recipe))
-        if not resume:  # killed now, the run must not go on from blocks that trained on older levels
-            remove([*checkpoints(folder / "trunk" / "checkpoints"), *checkpoints(folder / "checkpoints")])
-        return trainer
+        return make_trainer(of_round, folder=below, progress=progress, splits=splits, described=fit_recipe(recipe))
 
     if recipe.trunk is not None:
         trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
     data = learned_from(describe_run(recipe, splits["train"]))["data"]
-    return fit_levels(fit_options(recipe), fit_recipe(recipe), folder / "fit", prepare, data=data, resume=resume)
+    return fit_levels(fit_options(recipe), fit_recipe(recipe), folder / "fit", prepare, data=data)
 
 
-def _trained_trunk(
-    recipe: Recipe, given: Recipe, folder: Path, resume: bool, progress: bool, splits: Splits
-) -> Trainer:
+def _trained_trunk(recipe: Recipe, given: Recipe, folder: Path, progress: bool, splits: Splits) -> Trainer:
     """The trunk at its end; one that has ended is only read back. `given` is what the run was asked for."""
     trunk = make_trainer(trunk_recipe(recipe), folder=folder / "trunk", progress=progress, splits=splits)
     write_recipe(given, folder)
-    trunk.train(resume=resume)
+    trunk.train()
     with trunk.averaged() as model:
         save_model(model, folder / "trunk" / "model", data=splits["train"])
     return trunk
@@ -218,6 +237,19 @@ def _branched_trainer(recipe: Recipe, folder: Path, trunk: Trainer, prepare: Cal
     trainer = prepare(after, folder=folder, model=branched(recipe, trunk))
     trainer.inherit(trunk, optimizer=options.optimizer == "copied", average=options.average == "copied")
     return trainer
+
+
+def _forget(folder: Path) -> None:
+    """Delete what a run would resume from. Killed on its way, the next run finishes it: no phase resumes without the
+    others."""
+    marker = folder / _RESTARTING
+    marker.touch()
+    for phase in (folder, folder / "trunk", folder / "fit"):
+        if (phase / "checkpoints").is_dir():
+            delete_folder(phase / "checkpoints")
+    (folder / "fit" / LEVELS).unlink(missing_ok=True)
+    (folder / RECIPE).unlink(missing_ok=True)
+    marker.unlink()
 
 
 def _check_resumes(folder: Path, description: dict[str, Any]) -> None:

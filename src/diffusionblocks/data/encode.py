@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..messages import OneLineParser, one_line
+from ..messages import OneLineParser, reported
 from .decoder import decode_image, oversized_refused
 from .latents import LatentData, LatentScale, _check_split, latent_folder, write_shards
 from .tables import ImageRow, open_table
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        0 on success; 2 for bad input.
+        The exit status (`messages.STATUSES`).
     """
     parser = OneLineParser(
         prog="python -m diffusionblocks.data.encode",
@@ -323,13 +323,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--workers", type=int, help="threads that decode and resize (default: one per processor, at most 16)")
     add("--overwrite", action="store_true", help="replace the split in the folder of the latents")
     options = vars(parser.parse_args(argv))
-    try:
+
+    def run() -> None:
         data = encode_images(**options, progress=True)
-    except (ValueError, OSError, ImportError) as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return 2
-    print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options['out']}")
-    return 0
+        print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options['out']}")
+
+    return reported(run, lambda: "nothing of the split was written; run the same command again")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,10 @@ class TrainConfig(BaseModel):
         optimizer_in_backward: step each parameter as soon as its gradient is there, so that gradients of all
             parameters never exist together. Rules out gradient_clip and accumulation, which need them all.
         seed: seed of data order, augmentation, noise and dropout.
-        log_every, checkpoint_every: in iterations; checkpoint_every None saves only at a signal and at the end.
+        log_every, checkpoint_every: in iterations; of checkpoint_every None means none by their number.
+        checkpoint_seconds: also save a checkpoint whenever so many seconds have passed since the last one; null saves
+            only as checkpoint_every says, at a signal and at the end. When a run is saved does not change what it
+            becomes.
         snapshot_every: in iterations; the model as it would be saved (averaged) is kept each time under
             snapshots/, for curves of quality over training. None keeps none.
         keep_checkpoints: how many of the newest checkpoints to keep.
@@ -105,6 +108,7 @@ class TrainConfig(BaseModel):
     seed: Seed = 0
     log_every: Steps = 50
     checkpoint_every: Steps | None = None
+    checkpoint_seconds: float | None = Field(default=60.0, gt=0, allow_inf_nan=False)
     snapshot_every: Steps | None = None
     keep_checkpoints: Steps = 2
 
@@ -209,6 +213,7 @@ RESUME_MAY_DIFFER = frozenset(
         "loss_chunk",
         "log_every",
         "checkpoint_every",
+        "checkpoint_seconds",
         "snapshot_every",
         "keep_checkpoints",
     }

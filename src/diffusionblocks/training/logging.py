@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..files import json_text
+from ..files import json_text, naming
 
 
 class Logger(Protocol):
@@ -43,12 +43,14 @@ class JsonLines:
 
     def log(self, record: dict[str, Any]) -> None:
         """See `Logger`."""
-        self._file.write(json_text(record, self._file.name) + "\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json_text(record, self._file.name) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """See `Logger`."""
-        self._file.close()
+        with naming(self._file.name):
+            self._file.close()
 
 
 class TensorBoard:

@@ -37,6 +37,8 @@ from .units import units_of
 class Diverged(RuntimeError):
     """A loss, a gradient, or what a step made of the weights, became NaN or infinite."""
 
+    exit_status = 3
+
 
 class Interrupted(RuntimeError):
     """SIGINT or SIGTERM arrived; the state was saved. `signum` says which."""
@@ -44,6 +46,7 @@ class Interrupted(RuntimeError):
     def __init__(self, signum: int, where: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again to resume from {where}")
         self.signum = signum
+        self.exit_status = 128 + signum
 
 
 class Trainer:
@@ -162,7 +165,7 @@ class Trainer:
         config = self.config
         check_every = config.log_every if self.device.type == "cuda" else 1
         counts = [0] * len(self.units)
-        started = logged = time.perf_counter()
+        started = logged = saved = time.perf_counter()
         before = self.seconds
         following = next_others(self.schedule, self.iteration)
         while self.iteration < end:
@@ -172,6 +175,8 @@ class Trainer:
             self.iteration += 1
             last = self.iteration == end
             saving = config.checkpoint_every is not None and self.iteration % config.checkpoint_every == 0
+            if self.folder is not None and config.checkpoint_seconds is not None:
+                saving |= time.perf_counter() - saved >= config.checkpoint_seconds
             logging = self.iteration % config.log_every == 0 or last
             every = config.snapshot_every
             snapshot = self.snapshot is not None and every is not None and self.iteration % every == 0
@@ -185,6 +190,7 @@ class Trainer:
                 counts, logged = [0] * len(self.units), now
             if self.folder is not None and (saving or last or self._signal):
                 self.save_checkpoint()
+                saved = time.perf_counter()
             elif last or snapshot:
                 self._stop_if_state_diverged()
             if self.snapshot is not None and snapshot:
