@@ -9,7 +9,7 @@ from .merging import merge
 from .model import BlocksOutput, DiffusionBlocks
 from .noise import EDM, Masking
 from .partition import Partition
-from .saving import export
+from .saving import export, export_initialisation
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "branch",
     "convert",
     "export",
+    "export_initialisation",
     "load",
     "merge",
 ]

@@ -33,7 +33,7 @@ from .sampling import (
     sample_images,
     sample_tokens,
 )
-from .saving import export, save
+from .saving import export, export_initialisation, save
 from .targets import (
     NONE_IGNORED,
     Batch,
@@ -494,8 +494,13 @@ class DiffusionBlocks(nn.Module):
         """
         save(self, Path(path), blocks)
 
+    def export_initialisation(self) -> nn.Module:
+        """The original class with the blocks' weights: an initialisation to train further, not the trained model (see
+        `diffusionblocks.saving.export_initialisation`)."""
+        return export_initialisation(self)
+
     def export(self) -> nn.Module:
-        """The original class with the trained weights (see `diffusionblocks.saving.export`)."""
+        """`export_initialisation` under its older name."""
         return export(self)
 
     # ---- parameters by owner ---------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Saving: safetensors and JSON, one file a block; and export to the original class. `loading.py` reads it back.
+"""Saving: safetensors and JSON, one file a block, which `loading.py` reads back; and an initialisation of the original
+class.
 
 A saved model is a folder:
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,8 +222,12 @@ def describe(model: DiffusionBlocks, blocks: Sequence[int] | None = None) -> dic
     }
 
 
-def export(model: DiffusionBlocks) -> nn.Module:
-    """The original class with the trained weights, to be used or fine-tuned as an ordinary model.
+def export_initialisation(model: DiffusionBlocks) -> nn.Module:
+    """The original class with the blocks' weights: an initialisation to train further, not the trained model.
+
+    Of a conversion that never trained it is the original again. After training its outputs are far from the blocks':
+    each block was trained on noised targets of its own, with what conversion added, and never on what the block before
+    it gives. The trained model is the blocks: `predict`, `sample`, `generate` or `continue_texts`.
 
     Layers come from the blocks that own them; shared parts before the layers from block 0, those after them from
     the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original
@@ -253,6 +259,16 @@ def export(model: DiffusionBlocks) -> nn.Module:
     nn.Module.to(original, dtype=next(iter(weights.values())).dtype)  # diffusers overrides `to`, and nags
     original.load_state_dict(weights, strict=True)
     return original.train(model.training)
+
+
+def export(model: DiffusionBlocks) -> nn.Module:
+    """`export_initialisation` under its older name, which says less; warns of what it gives."""
+    warnings.warn(
+        "export gives an initialisation of the original class to train further, not the trained model, which is the "
+        "blocks; export_initialisation does the same without this warning",
+        stacklevel=2,
+    )
+    return export_initialisation(model)
 
 
 def block_file(index: int) -> str:

@@ -226,7 +226,7 @@ def test_every_original_weight_survives_under_its_name(family: str, shared: str)
 @pytest.mark.parametrize("family", DIT_FAMILIES)
 def test_export_of_an_untrained_conversion_is_the_original(family: str, shared: str, blocks: int) -> None:
     original = tiny(family, layers=6)
-    exported = db.convert(original, db.BlocksConfig(num_blocks=blocks, shared=shared)).eval().export()
+    exported = db.convert(original, db.BlocksConfig(num_blocks=blocks, shared=shared)).eval().export_initialisation()
     assert type(exported) is type(original)
     assert not exported.training
     assert same_states(exported.state_dict(), original.state_dict())
@@ -243,7 +243,7 @@ def test_export_takes_every_weight_from_its_owner(family: str) -> None:
         for b, block in enumerate(model.blocks):
             for parameter in block.network.parameters():
                 parameter.fill_(float(b + 1))
-    state = model.export().state_dict()
+    state = model.export_initialisation().state_dict()
     layer, head = (
         ("layers", ("final_layer",)) if family == "dit" else ("transformer_blocks", ("proj_out_1", "proj_out_2"))
     )
@@ -251,7 +251,7 @@ def test_export_takes_every_weight_from_its_owner(family: str) -> None:
         of_layer = n.startswith(f"{layer}.")  # two layers a block
         owner = int(n.split(".")[1]) // 2 if of_layer else 2 if n.startswith(head) else 0
         assert t.unique().item() == owner + 1, n
-    exported = model.export()
+    exported = model.export_initialisation()
     with torch.no_grad():
         for parameter in exported.parameters():
             parameter.zero_()
@@ -292,7 +292,7 @@ def test_diffusers_own_label_dropout_is_switched_off_in_the_copies_alone() -> No
         model = db.convert(original, db.BlocksConfig(shared=shared))
         assert set(label_dropouts(model)) == {0.0}
         assert label_dropouts(original) == [0.1] * 3
-        assert label_dropouts(model.export()) == [0.1] * 3
+        assert label_dropouts(model.export_initialisation()) == [0.1] * 3
 
 
 @pytest.mark.parametrize("label_dropout", [0.0, 0.1, 0.4])

@@ -87,7 +87,7 @@ def test_checkpointing_computes_the_same() -> None:
 
 def test_export_gives_the_class_back() -> None:
     original = tiny("masked")
-    exported = db.convert(original, db.BlocksConfig()).export()
+    exported = db.convert(original, db.BlocksConfig()).export_initialisation()
     assert isinstance(exported, MaskedTransformer)
     with torch.no_grad():
         assert torch.equal(exported.eval()(masked_tokens(), T), original(masked_tokens(), T))

@@ -208,7 +208,7 @@ def test_replicated_blocks_start_equal_and_hold_the_same_target_table() -> None:
 def test_export_of_an_untrained_conversion_is_the_original(family: str, shared: str, token: str, blocks: int) -> None:
     original = tiny(family)
     config = db.BlocksConfig(num_blocks=blocks, shared=shared, target={"token": token})
-    exported = db.convert(original, config).eval().export()
+    exported = db.convert(original, config).eval().export_initialisation()
     assert type(exported) is type(original)
     assert not exported.training
     assert same_states(exported.state_dict(), original.state_dict())
@@ -223,7 +223,7 @@ def test_export_carries_the_trained_weights_of_their_owners() -> None:
         for b, block in enumerate(model.blocks):
             for parameter in block.network.parameters():
                 parameter.fill_(float(b + 1))
-    state = model.export().state_dict()
+    state = model.export_initialisation().state_dict()
     for i in range(3):
         assert {t.unique().item() for n, t in state.items() if n.startswith(f"vit.layers.{i}.")} == {i + 1.0}
     assert {t.unique().item() for n, t in state.items() if "embeddings" in n} == {1.0}  # the stem: block 0
@@ -231,16 +231,24 @@ def test_export_carries_the_trained_weights_of_their_owners() -> None:
         if n.startswith(("vit.layernorm", "classifier")):  # the head: the last block
             assert t.unique().item() == 3.0
     # A copy: what is done to the export does not reach the blocks.
-    exported = model.export()
+    exported = model.export_initialisation()
     with torch.no_grad():
         for parameter in exported.parameters():
             parameter.zero_()
     assert {p.unique().item() for p in model.blocks[0].network.parameters()} == {1.0}
 
 
+def test_the_older_name_of_the_export_says_what_it_gives() -> None:
+    model = convert("vit")
+    for old in (model.export, lambda: db.export(model)):
+        with pytest.warns(UserWarning, match="an initialisation of the original class .* not the trained model"):
+            found = old()
+        assert same_states(found.state_dict(), model.export_initialisation().state_dict())
+
+
 def test_a_converted_export_converts_again_with_the_same_weights() -> None:
     model = convert("vit")
-    again = db.convert(model.export(), model.blocks_config)
+    again = db.convert(model.export_initialisation(), model.blocks_config)
     assert same_states(model.state_dict(), again.state_dict())
 
 
@@ -289,7 +297,7 @@ def test_a_subclass_of_a_supported_class_converts() -> None:
         pass
 
     original = Mine(tiny().config)
-    exported = db.convert(original).export()
+    exported = db.convert(original).export_initialisation()
     assert type(exported) is ViTForImageClassification
     assert same_states(exported.state_dict(), original.state_dict())
 

@@ -67,7 +67,7 @@ def test_the_merged_model_is_the_whole_one(family: str, shared: str, tmp_path: P
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
     merged = db.load(tmp_path / "out")
     assert same_states(merged.state_dict(), model.state_dict())
-    assert same_states(merged.export().state_dict(), model.export().state_dict())
+    assert same_states(merged.export_initialisation().state_dict(), model.export_initialisation().state_dict())
     if family in DIT_FAMILIES:
         assert torch.equal(merged.sample([0, 1], steps=3), model.sample([0, 1], steps=3))
     else:

@@ -221,12 +221,12 @@ def test_save_load_export(shared: str, tmp_path: Path) -> None:
     loaded = db.load(tmp_path / "m")
     assert same_states(loaded.state_dict(), model.state_dict())
     assert torch.equal(loaded.loss(batch, 0, seeded()), model.loss(batch, 0, seeded()))
-    exported: Any = loaded.export()
+    exported: Any = loaded.export_initialisation()
     assert isinstance(exported, RecurrentDepth)
     assert {name: exported.config[name] for name in SIZES} == SIZES
     trained = dict(model.block(0).network.named_parameters())
     assert {n: torch.equal(p, trained[n]) for n, p in exported.named_parameters()} == dict.fromkeys(trained, True)
-    assert same_states(convert(shared=shared).export().state_dict(), original().state_dict())
+    assert same_states(convert(shared=shared).export_initialisation().state_dict(), original().state_dict())
 
 
 def test_a_fresh_block_is_initialised_for_the_depth_that_the_model_runs() -> None:

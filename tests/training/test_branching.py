@@ -158,7 +158,7 @@ def test_a_branch_saves_loads_and_exports(family: str, shared: str, tmp_path: Pa
     loaded = db.load(tmp_path / "m")
     assert same_states(loaded.state_dict(), model.state_dict())
     assert loaded.partition == model.partition
-    exported = model.export()
+    exported = model.export_initialisation()
     assert len(db.convert(exported, db.BlocksConfig(num_blocks=6)).blocks) == 6
 
 
