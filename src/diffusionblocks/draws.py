@@ -41,7 +41,7 @@ class TrainingDraws:
         seed = torch.initial_seed()
         if _just_seeded(seed):
             self._calls.pop(seed, None)
-            torch.rand(())  # so that the next call does not find it so again
+            torch.rand((), device="cpu")  # so that the next call does not find it so again
         call = self._calls.pop(seed, 0)
         self._calls[seed] = call + 1  # last, as the latest
         if len(self._calls) > _SEEDS:
@@ -52,7 +52,7 @@ class TrainingDraws:
     def state(self) -> Tensor:
         """Each seed and its count, int64 (seeds, 2): what goes on where another process left off."""
         counts = [[seed - 2**64 if seed >= 2**63 else seed, calls] for seed, calls in self._calls.items()]
-        return torch.tensor(counts, dtype=torch.int64).view(-1, 2)
+        return torch.tensor(counts, dtype=torch.int64, device="cpu").view(-1, 2)
 
     def restore(self, state: Tensor) -> None:
         """The inverse of `state`."""

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import diffusionblocks as db
-from diffusionblocks.draws import of_batch
+from diffusionblocks.draws import TrainingDraws, of_batch
 from diffusionblocks.model import UnlabelledBlocks
 from diffusionblocks.models import RecurrentDepth
 
@@ -368,6 +368,17 @@ def test_training_draws_follow_the_seed_and_the_number_of_the_call() -> None:
     assert part + losses(4) == first
     del saved["_extra_state"]  # as older states are
     model.load_state_dict(saved)
+
+
+def test_training_draws_do_not_depend_on_the_default_device() -> None:
+    draws = TrainingDraws()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        seeds = [draws.next(torch.device("cpu"))[1].initial_seed() for _ in range(3)]
+        again = TrainingDraws()
+        again.restore(draws.state())
+    assert len(set(seeds)) == 3
+    assert again.next(torch.device("cpu"))[1].initial_seed() == draws.next(torch.device("cpu"))[1].initial_seed()
 
 
 def train_as_rank(rank: int, folder: Path) -> None:
