@@ -101,10 +101,12 @@ def _check_frames(image: Image.Image) -> None:
 
 def _check_mode(image: Image.Image, file_format: str | None) -> None:
     mode = image.mode
+    if mode in _PLAIN:
+        return
     if mode in _SIXTEEN or (mode == "I" and file_format in ("PNG", "PPM")):  # there "I" holds 16 bits
         if "transparency" in image.info:
             raise _Refused(f"image has mode {mode!r} with a transparent level: store it with 8 bits")
-    elif mode not in _PLAIN and not image.has_transparency_data:
+    elif not image.has_transparency_data:
         raise _Refused(f"image has mode {mode!r}, whose values have no known range: convert it to 8 bits")
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,8 +71,7 @@ def _shown(names: Sequence[str] | None) -> str:
     return f"{names[:5]}" if len(names) <= 5 else f"{names[:5]} and {len(names) - 5} more"
 
 
-@dataclass(frozen=True)
-class ImageRow:
+class ImageRow(NamedTuple):
     """One image with its label.
 
     Attributes:
