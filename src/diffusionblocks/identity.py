@@ -70,6 +70,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
     Raises:
         ValueError: it names the first field that differs, and both values.
     """
+    if not all(isinstance(before.get(section), dict) for section in ("model", "blocks", "data", "train")):
+        raise ValueError(f"{where}: its description of the run is damaged; start anew with --restart")
     ours, theirs = _compared(now), _compared(_in_todays_terms(before))
     for section, names in _IDENTITY.items():
         for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,29 @@ def test_data_that_moved_are_the_same(tmp_path: Path, data: dict[str, ImageData]
     (tmp_path / "there" / "train.txt").write_text(text.replace("fox", "cat"))
     with pytest.raises(ValueError, match=r"data.content = .*the data were replaced"):
         runs.train(of("there"), tmp_path / "run", progress=False, measure=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(iteration=-1), r"state.json: iteration: .*\(got -1\)"),
+        (lambda v: v.update(iteration="4"), r"state.json: iteration"),
+        (lambda v: v.pop("config"), r"state.json: config"),
+        (lambda v: v.update(units=3), r"state.json: units"),
+        (lambda v: v.update(seconds=None), r"state.json: seconds"),
+        (lambda v: v.update(run=[]), r"state.json: run"),
+        (lambda v: v["run"].update(data=3), r"description of the run is damaged"),
+        (lambda v: v["run"].pop("train"), r"description of the run is damaged"),
+    ],
+)
+def test_the_state_of_a_checkpoint_is_checked_field_by_field(
+    change: Callable[[dict], Any], message: str, left: dict[str, Path], data: dict[str, ImageData], tmp_path: Path
+) -> None:
+    shutil.copytree(left["diffusionblocks"], tmp_path / "run")
+    file = checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as error:
+        run(recipe(), tmp_path / "run", data)
+    assert "\n" not in str(error.value)

@@ -7,13 +7,35 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..files import delete_folder, read_json, read_tensors, recover_in, replaced_folder, write_json, write_tensors
+from ..files import (
+    checked,
+    delete_folder,
+    read_json,
+    read_tensors,
+    recover_in,
+    replaced_folder,
+    write_json,
+    write_tensors,
+)
 from ..finite import require_finite
 
 _FILES = re.compile(r"[a-z0-9-]+\.safetensors|state\.json")
 _NAME = re.compile(r"iteration-(\d{9})")
+
+
+class _State(BaseModel):
+    """Schema of `state.json`; version 0.1.0 wrote no `run`."""
+
+    model_config = ConfigDict(strict=True)
+
+    iteration: int = Field(ge=0)
+    config: dict[str, Any]
+    units: list[str] = Field(min_length=1)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    run: dict[str, Any] | None = None
 
 
 def write_checkpoint(
@@ -49,7 +71,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def read_values(path: Path) -> dict[str, Any]:
     """The values of a checkpoint; FileNotFoundError or ValueError names what is wrong with it."""
-    return read_json(path / "state.json")
+    file = path / "state.json"
+    values = read_json(file)
+    checked(values, _State, file)
+    return values
 
 
 def read_owner(path: Path, owner: str, like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -337,7 +337,7 @@ class Trainer:
             ValueError: it was made with other hyperparameters or another model; the message names the difference.
         """
         values = read_values(path)
-        if self.check_about is not None and "run" in values:
+        if self.check_about is not None and values.get("run") is not None:
             self.check_about(values["run"], path)
         now = self.config.model_dump(mode="json")
         for field in now.keys() - RESUME_MAY_DIFFER:
