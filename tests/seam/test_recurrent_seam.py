@@ -114,7 +114,7 @@ def logits_by_hand(block: Block, tokens: Tensor, z: Tensor, sigma: Tensor) -> Te
     total = (sigma**2 + data**2)[:, None, None]
     c_skip, c_in, c_out = data**2 / total, total.rsqrt(), sigma[:, None, None] * data * total.rsqrt()
     assert block.shared.noise_embedding is not None
-    condition = F.silu(block.shared.noise_embedding(sigma.log() / 4))
+    condition = F.silu(block.shared.noise_embedding(sigma.clamp(max=12.27664).log() / 4))
 
     def modulations(adaptive: Any) -> list[tuple[Tensor, Tensor]]:
         values = adaptive.linear(condition)[:, None].split(HIDDEN, dim=-1)
