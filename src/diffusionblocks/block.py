@@ -15,6 +15,7 @@ from .adapters.base import Namespace
 from .adapters.text import TextAdapter
 from .conditioning import AdaptiveNorms, NoiseEmbedding
 from .config import BlocksConfig
+from .host import eager, leave_to_host, on_host
 from .noise import NoiseProcess
 from .targets import Batch, Target, TextTarget, check_entries, check_loss_chunk, cross_entropies, in_chunks
 
@@ -72,6 +73,7 @@ class Block(nn.Module):
         input_names: tuple[str, ...],
     ) -> None:
         super().__init__()
+        leave_to_host(type(self))
         assert config.target is not None, "conversion resolves the target"
         assert config.noise is not None, "and the noise process"
         self.index = index
@@ -143,7 +145,13 @@ class Block(nn.Module):
             self._again = torch.compile(computed_again, **options)
 
     def forward(
-        self, inputs: Mapping[str, Any], z: Tensor, level: Tensor, *, states_only: bool = False
+        self,
+        inputs: Mapping[str, Any],
+        z: Tensor,
+        level: Tensor,
+        *,
+        states_only: bool = False,
+        layers: list[tuple[Any, Any]] | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Denoise, and read off what the task wants.
 
@@ -157,6 +165,8 @@ class Block(nn.Module):
                 height, width) of an image; int64 (batch, length) of masked tokens.
             level: noise levels, float32, shape (batch,), all of this block.
             states_only: of a text model, stop before the logits.
+            layers: what `callable_layers` gives, for a caller that compiles: their names, which differ from block to
+                block, are then no part of the graph, so that blocks of one shape share it. None looks them up.
 
         Returns:
             Logits (batch, num_classes) of a classifier, (batch, length, vocab_size) of a text model (in training under
@@ -178,7 +188,7 @@ class Block(nn.Module):
         shared = self.shared
         hidden, raw = self.adapter.hidden(
             self.network,
-            self._callable_layers(),
+            self._callable_layers() if layers is None else layers,
             shared.added,
             {**inputs, "clean_wanted": clean_wanted},
             self.noise.scaled(z, level),
@@ -194,17 +204,27 @@ class Block(nn.Module):
             output = torch.cat([output, self.adapter.clean_logits(self.network, shared.added, hidden)], dim=1)
         return output
 
+    @eager
+    def callable_layers(self) -> list[tuple[Any, Any]]:
+        """The layers as `forward` takes them."""
+        return self._callable_layers()
+
     def _callable_layers(self) -> list[tuple[Any, Any]]:
         """Each layer with its adaptive norms (None where the model knows the noise level by itself)."""
         layers: list[Any] = self.layers()
         adaptive: list[Any] = list(self.adaptive) or [None] * len(layers)
         if self.activation_checkpointing and torch.is_grad_enabled():
+            dynamo: Any = torch._dynamo.config
+            # Adaptive norms note a layer's noise level while it runs; a traced layer that runs again needs none.
+            if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+                dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             # Adaptive norms must run again with their layer, which is an argument of theirs.
             adaptive = [norms and functools.partial(self._again, norms) for norms in adaptive]
             if not self.adaptive:
                 layers = [functools.partial(self._again, layer) for layer in layers]
         return list(zip(layers, adaptive, strict=True))
 
+    @on_host
     def loss(self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None) -> Tensor:
         """Training loss of each sample at a level drawn in the block's interval (paper, section 3.2).
 
@@ -221,28 +241,67 @@ class Block(nn.Module):
         Raises:
             ValueError: an entry of the batch that nothing reads, or that cannot be followed.
         """
+        if self._registers_with_fsdp():
+            return self.loss(batch, generator, level)
+        batch = self._resolved(batch)
+        # Compiled, the graph is that of `losses`, which knows neither the interval nor the names of the layers: blocks
+        # of one shape share it.
+        return self.losses(batch, *self.corrupted(batch, generator, level), self.callable_layers())
+
+    @eager
+    def _resolved(self, batch: Batch) -> Batch:
         check_entries(batch, self.entries, f"block {self.index}")
-        batch = self.target.resolved(batch)
+        return self.target.resolved(batch)
+
+    @eager
+    def corrupted(
+        self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """The first half of `loss`, all that is drawn: (the model's inputs x, z, levels)."""
         y = self.target.encode(batch)
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
         draws = self.noise.draws(y.shape, generator=generator, device=y.device)
         inputs = self.target.training_inputs({name: batch[name] for name in self.input_names}, generator)
-        z = self.noise.corrupt(y, level, draws)
+        return inputs, self.noise.corrupt(y, level, draws), level
+
+    def losses(
+        self, batch: Batch, inputs: Batch, z: Tensor, level: Tensor, layers: list[tuple[Any, Any]] | None = None
+    ) -> Tensor:
+        """The second half of `loss`: run the network, and compare. Arguments: see `corrupted` and `forward`."""
+        # In a registered method FSDP has gathered the parameters; a call would scatter them again before the end.
+        run: Callable[..., Any] = self.forward if self.is_sharded() else self
         if self.loss_chunk is None:
-            loss = self.target.loss(self(inputs, z, level), batch, z)
+            loss = self.target.loss(run(inputs, z, level, layers=layers), batch, z)
         else:
-            loss = self._loss_in_chunks(inputs, z, level, batch, self.loss_chunk)
+            loss = self._loss_in_chunks(run(inputs, z, level, states_only=True, layers=layers), batch, z)
         if self.weight != "none":
             loss = loss * self.noise.training_weight(level).float()
-        assert loss.shape == (len(y),), f"losses are per sample, got shape {tuple(loss.shape)}"
+        assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
 
-    def _loss_in_chunks(self, inputs: Batch, z: Tensor, level: Tensor, batch: Batch, chunk: int) -> Tensor:
+    def _registers_with_fsdp(self) -> bool:
+        """After `fully_shard`, make `loss` a method before which FSDP gathers the parameters; whether it was none."""
+        if not self.is_sharded() or "loss" in self.__dict__:
+            return False
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(self, "loss")
+        return True
+
+    def is_sharded(self) -> bool:
+        """Whether FSDP2's `fully_shard` was called on this very block."""
+        if type(self) is Block or not torch.distributed.is_available():  # it gives the block a class of its own
+            return False
+        from torch.distributed.fsdp import FSDPModule  # takes a second
+
+        return isinstance(self, FSDPModule)
+
+    def _loss_in_chunks(self, output: tuple[Tensor, ...], batch: Batch, z: Tensor) -> Tensor:
         """As the target's loss of what `forward` gives, without all logits in memory together."""
-        target = self.target
+        target, chunk = self.target, self.loss_chunk
         assert isinstance(target, TextTarget)
-        states, told, *clean = self(inputs, z, level, states_only=True)
+        states, told, *clean = output
         readers: list[Callable[[Tensor, Tensor], Tensor]] = [functools.partial(self._nats, told), self._clean_nats]
         streams = zip(readers, [states, *clean], target.wanted(batch), strict=False)  # the clean one need not be there
         return target.reduced([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], batch, z)

@@ -7,9 +7,8 @@ original function (adaLN of DiT, arXiv 2212.09748, section 3.2, without gates).
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,56 +57,110 @@ class NoiseEmbedding(ExactBuffers):
 class AdaptiveNorms(nn.Module):
     """Scale and shift of the outputs of some norms, from the noise embedding; zero at initialisation.
 
+    The norms are looked up in the module that is called, by name: a copy of that module, or of this one, is adapted
+    like the original, and gets its gradients.
+
     Args:
-        norms: the foreign norm modules, called inside `forward`'s `module`; they are hooked, not owned.
+        module: the foreign module that `forward` will call, or one of its structure; its norms are hooked, not owned.
+        norms: those of its submodules that are adapted (or itself).
         dims: feature size of each norm.
         condition_dim: size of the noise embedding.
     """
 
-    def __init__(self, norms: list[nn.Module], dims: list[int], condition_dim: int) -> None:
+    def __init__(self, module: nn.Module, norms: Sequence[nn.Module], dims: Sequence[int], condition_dim: int) -> None:
         super().__init__()
+        names = {id(part): name for name, part in module.named_modules()}
+        self.names = [names[id(norm)] for norm in norms]
         self.dims = list(dims)
         self.linear = nn.Linear(condition_dim, 2 * sum(dims))
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        # Set only while `forward` runs the module (again under activation checkpointing, which re-runs it).
-        self._modulation: list[tuple[Tensor, Tensor]] | None = None
-        self._leading: int | None = None
-        for index, norm in enumerate(norms):
-            norm.register_forward_hook(functools.partial(self._modulate, index))
-
-    def _modulate(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if self._modulation is None:  # the norm is used outside a converted model
-            return output
-        scale, shift = self._modulation[index]
-        gain, shift = 1.0 + scale.float(), shift.float()
-        if self._leading is not None:
-            # Split, not sliced: the gradient of a slice is filled up with zeros, and the two are added.
-            noisy, clean = output.split([self._leading, output.shape[1] - self._leading], dim=1)
-            return torch.cat([_adapted(noisy, gain, shift), clean], dim=1)
-        if torch.compiler.is_compiling() and type(module) is nn.LayerNorm and module.elementwise_affine:
-            # The norm's weight and bias join gain and shift: then the gradients of all four are made of two sums over
-            # each sample's tokens, where there would be four. Compiled, what the norm gave is never computed.
-            plain = F.layer_norm(args[0], module.normalized_shape, eps=module.eps)
-            if module.bias is not None:
-                shift = shift + gain * module.bias
-            return _adapted(plain, gain * module.weight, shift)
-        return _adapted(output, gain, shift)
+        for norm in norms:
+            # Set only while `forward` runs the module (again under activation checkpointing, which re-runs it).
+            norm.adaptation = None  # type: ignore[assignment]
+            norm.register_forward_hook(_adapt)
 
     def forward(
-        self, module: nn.Module, condition: Tensor, *args: Any, leading: int | None = None, **options: Any
+        self,
+        module: nn.Module,
+        condition: Tensor,
+        *args: Any,
+        leading: int | None = None,
+        call: Callable[..., Any] | None = None,
+        **options: Any,
     ) -> Any:
         """Call `module(*args, **options)` with its norms adapted to `condition` (batch, condition_dim).
 
-        `leading`: adapt only so many positions, the first; the others see the norms as they were. None adapts all.
+        Args:
+            module: of the structure that was hooked.
+            condition: the noise embedding.
+            args, options: of the module.
+            leading: adapt only so many positions, the first; the others see the norms as they were. None adapts all.
+            call: run `call(module, *args, **options)` instead.
+
+        Raises:
+            ValueError: one of its norms is no longer that of the model that was converted.
         """
         parts = self.linear(F.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
-        self._modulation = [tuple(part.chunk(2, dim=-1)) for part in parts]
-        self._leading = leading
+        hooked = [_hooked(module, name) for name in self.names]
+        for norms, part in zip(hooked, parts, strict=True):
+            scale, shift = part.chunk(2, dim=-1)
+            for norm in norms:
+                norm.adaptation = (scale, shift, leading)  # type: ignore[assignment]
         try:
-            return module(*args, **options)
+            return module(*args, **options) if call is None else call(module, *args, **options)
         finally:
-            self._modulation = self._leading = None
+            for norms in hooked:
+                for norm in norms:
+                    norm.adaptation = None  # type: ignore[assignment]
+
+
+def _hooked(module: nn.Module, name: str) -> list[nn.Module]:
+    """The hooked norm of that name; the hooked copies in it, where a library has wrapped it to train a copy."""
+    norm = module.get_submodule(name)
+    if "adaptation" in norm.__dict__:
+        return [norm]
+    inner = [part for part in norm.modules() if "adaptation" in part.__dict__]
+    if not inner:
+        raise ValueError(
+            f"{type(module).__name__}.{name} was replaced by a {type(norm).__name__} after conversion, which cannot be "
+            "told the noise level: replace it in the original model, and convert that"
+        )
+    return inner
+
+
+def unadapted(norm: nn.Module, *args: Any) -> Any:
+    """Call a norm as it was before conversion, in the midst of a call that is adapted."""
+    hooked = _hooked(norm, "")
+    adaptations = [part.adaptation for part in hooked]
+    for part in hooked:
+        part.adaptation = None  # type: ignore[assignment]
+    try:
+        return norm(*args)
+    finally:
+        for part, adaptation in zip(hooked, adaptations, strict=True):
+            part.adaptation = adaptation
+
+
+def _adapt(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """The hook of every adapted norm. It knows no object but the norm itself, so that copies have what is theirs."""
+    adaptation: Any = module.adaptation
+    if adaptation is None:  # the norm is used outside a converted model
+        return output
+    scale, shift, leading = adaptation
+    gain, shift = 1.0 + scale.float(), shift.float()
+    if leading is not None:
+        # Split, not sliced: the gradient of a slice is filled up with zeros, and the two are added.
+        noisy, clean = output.split([leading, output.shape[1] - leading], dim=1)
+        return torch.cat([_adapted(noisy, gain, shift), clean], dim=1)
+    if torch.compiler.is_compiling() and type(module) is nn.LayerNorm and module.elementwise_affine:
+        # The norm's weight and bias join gain and shift: then the gradients of all four are made of two sums over
+        # each sample's tokens, where there would be four. Compiled, what the norm gave is never computed.
+        plain = F.layer_norm(args[0], module.normalized_shape, eps=module.eps)
+        if module.bias is not None:
+            shift = shift + gain * module.bias
+        return _adapted(plain, gain * module.weight, shift)
+    return _adapted(output, gain, shift)
 
 
 def _adapted(states: Tensor, gain: Tensor, shift: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import warnings
 from typing import Any
 
 import torch
@@ -152,14 +151,18 @@ def _build_blocks(
     condition_dim = config.conditioning_dim or max(32, -(-hidden // 6 // 8) * 8)
     shared_paths = adapter.shared_paths(model)
 
-    def adaptive_norms(norms: list[nn.Module]) -> AdaptiveNorms:
-        return AdaptiveNorms(norms, [hidden] * len(norms), condition_dim)
+    def adaptive_norms(module: nn.Module, norms: list[nn.Module]) -> AdaptiveNorms:
+        return AdaptiveNorms(module, norms, [hidden] * len(norms), condition_dim)
+
+    def final_norms(foreign: nn.Module) -> AdaptiveNorms:
+        (norm,) = adapter.final_norms(foreign)
+        return adaptive_norms(norm, [norm])
 
     def shared_parts() -> tuple[Namespace, SharedParts]:
         foreign = extract(model, shared_paths, memo={id(model.config): model_config})
         added = SharedParts(
             None if adapter.knows_noise_level else NoiseEmbedding(condition_dim),
-            None if adapter.knows_noise_level else adaptive_norms(adapter.final_norms(foreign)),
+            None if adapter.knows_noise_level else final_norms(foreign),
             adapter.make_target(model, config),
             adapter.add_parts(model, config),
         )
@@ -169,6 +172,7 @@ def _build_blocks(
         return foreign, added
 
     foreign, added = shared_parts()
+    checkpointing = _is_checkpointing(model)
     # Copies start equal: under `replicated` the blocks are told apart by their layers and levels alone.
     first = added.state_dict()
     blocks = []
@@ -185,36 +189,34 @@ def _build_blocks(
         adaptive = nn.ModuleList()
         if not adapter.knows_noise_level:
             for path in layer_paths:
-                adaptive.append(adaptive_norms(adapter.layer_norms(network.get_submodule(path))))
-        blocks.append(
-            Block(
-                index,
-                adapter=adapter,
-                config=config,
-                network=network,
-                layer_paths=layer_paths,
-                adaptive=adaptive,
-                shared=added,
-                interval=partition.training_interval(index),
-                input_names=adapter.input_names(model.config),
-            )
+                layer = network.get_submodule(path)
+                adaptive.append(adaptive_norms(layer, adapter.layer_norms(layer)))
+        block = Block(
+            index,
+            adapter=adapter,
+            config=config,
+            network=network,
+            layer_paths=layer_paths,
+            adaptive=adaptive,
+            shared=added,
+            interval=partition.training_interval(index),
+            input_names=adapter.input_names(model.config),
         )
+        block.activation_checkpointing = checkpointing
+        blocks.append(block)
     return blocks
 
 
+def _is_checkpointing(model: nn.Module) -> bool:
+    """Whether the model's library computes layers again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def _stop_checkpointing_inside(network: nn.Module) -> None:
-    """Layers that re-run themselves in the backward pass would miss their noise level then: switch that off."""
-    switched = False
+    """Layers that re-ran themselves in the backward pass would miss their noise level: the block re-runs them."""
     for module in network.modules():
         if getattr(module, "gradient_checkpointing", False):
             setattr(module, "gradient_checkpointing", False)  # noqa: B010 - the attribute is a foreign class's
-            switched = True
-    if switched:
-        warnings.warn(
-            "gradient_checkpointing_enable() is switched off in the converted layers, whose adaptive norms it does not "
-            "know; wrap a block's call in torch.utils.checkpoint instead",
-            stacklevel=5,
-        )
 
 
 def _on_meta(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -354,6 +354,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         except RuntimeError as error:  # tensors that lie in the same memory
             raise ValueError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
         temporary.chmod(mode)
+
+
+def same_shape(stored: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a stored tensor is of the shape that a model expects. Older files have no dimension for single values."""
+    return tuple(stored) == tuple(expected) or (not stored and tuple(expected) == (1,))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from .adapters import adapter_named, outline, rebuild_config
 from .building import materialise_buffers
 from .config import BlocksConfig
 from .convert import assemble, resolve
-from .files import FileDigest, checked, digest, read_json, read_tensors, recover
+from .files import FileDigest, checked, digest, read_json, read_tensors, recover, same_shape
 from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks
 from .partition import Partition
@@ -295,7 +295,7 @@ def check_tensors(
         shape, dtype = present[name]
         floating = tensor.is_floating_point()
         agrees = isinstance(dtype, torch.dtype) and (dtype.is_floating_point if floating else dtype == tensor.dtype)
-        if shape != tuple(tensor.shape) or not agrees:
+        if not same_shape(shape, tensor.shape) or not agrees:
             expects = f"{'floating' if floating else tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"{what} has {name} as {dtype} {shape}, the config says {expects}; {fix}")
 

@@ -18,6 +18,7 @@ from .adapters import Adapter
 from .block import Block
 from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from .draws import TrainingDraws, of_batch
+from .host import eager, leave_to_host, on_host
 from .modes import evaluating
 from .noise import EDM, Masking, NoiseProcess, one_level
 from .partition import Partition, within
@@ -86,6 +87,7 @@ class DiffusionBlocks(nn.Module):
         model_config: Any,
     ) -> None:
         super().__init__()
+        leave_to_host(type(self))
         self.blocks = nn.ModuleList(blocks)
         self.partition = partition
         self.blocks_config = config
@@ -115,17 +117,74 @@ class DiffusionBlocks(nn.Module):
         """
         self._turns = OneAtATime((self.block(b) for b in range(self.partition.num_blocks)), torch.device(device))
 
+    # ---- activation checkpointing, under both of transformers' names ---------------------------------------
+
+    supports_gradient_checkpointing = True
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the blocks' layers keep only their inputs for the backward pass."""
+        return any(self.block(b).activation_checkpointing for b in range(self.partition.num_blocks))
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Let every layer compute again in the backward pass, together with its adaptive norms.
+
+        Args:
+            activation_checkpointing_kwargs: of torch.utils.checkpoint; only `use_reentrant` = False.
+            every_n_layers, offload: as of transformers; only 1 and False are supported.
+
+        Raises:
+            ValueError: another value, or another option.
+        """
+        options = {"every_n_layers": every_n_layers, "offload": offload, **(activation_checkpointing_kwargs or {})}
+        supported = {"every_n_layers": 1, "offload": False, "use_reentrant": False}
+        for name, value in options.items():
+            if name not in supported or value != supported[name]:
+                only = f"only {supported[name]} is supported" if name in supported else "it is not supported"
+                raise ValueError(f"activation checkpointing with {name} = {value}: {only} by blocks; leave it out")
+        self._set_activation_checkpointing(True)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations for the backward pass, as at first."""
+        self._set_activation_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name of `is_activation_checkpointing`."""
+        return self.is_activation_checkpointing
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    def _set_activation_checkpointing(self, value: bool) -> None:
+        for b in range(self.partition.num_blocks):
+            self.block(b).activation_checkpointing = value
+
     @property
     def target(self) -> Target:
         """What the blocks denoise (block 0's; the same space for all)."""
         return self.block(0).target
 
+    @eager
     def block(self, index: int) -> Block:
         """Block `index`, checked."""
         block = self.blocks[self.partition.check_block(index)]
         assert isinstance(block, Block)
         return block
 
+    @on_host
     def loss(
         self,
         batch: Batch,
@@ -161,6 +220,7 @@ class DiffusionBlocks(nn.Module):
         """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level."""
         return self.block(self.partition.block_of(level))(inputs, z, one_level(level, z))  # type: ignore[no-any-return]
 
+    @on_host
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -194,15 +254,15 @@ class DiffusionBlocks(nn.Module):
         given = {"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}
         return self._output(given | others, generator)
 
+    @on_host
     def _output(self, given: Mapping[str, Tensor | None], generator: torch.Generator | None) -> BlocksOutput:
         batch = {name: value for name, value in given.items() if value is not None}
-        check_entries(batch, self.block(0).entries, f"{self.model_class}: forward", TypeError)
+        self._check_entries(batch)
         labels = batch.get("labels")
         if self.training:
             self._check_batch(batch)
-            of_block, of_noise = (generator, generator) if generator is not None else self._draws.next(_device(batch))
-            drawn = torch.randint(len(self.blocks), (1,), generator=of_block, device=of_block.device).item()
-            return BlocksOutput(loss=self._mean_loss(int(drawn), batch, of_noise))
+            drawn, of_noise = self._drawn_block(batch, generator)
+            return BlocksOutput(loss=self._mean_loss(drawn, batch, of_noise))
         if not isinstance(self.target, LabelTarget):
             self._check_batch(batch)
             generator = generator or self._fixed(batch)
@@ -215,9 +275,15 @@ class DiffusionBlocks(nn.Module):
             loss = nn.functional.nll_loss(prediction.logits, labels, ignore_index=NONE_IGNORED)
         return BlocksOutput(loss=loss, logits=prediction.logits)
 
+    @on_host
     def _mean_loss(self, block: int, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        return mean_loss(self.block(block).loss(batch, generator), self.target.resolved(batch))
+        return self._mean(self.block(block).loss(batch, generator), batch)
 
+    @eager
+    def _mean(self, losses: Tensor, batch: Batch) -> Tensor:
+        return mean_loss(losses, self.target.resolved(batch))
+
+    @eager
     def _fixed(self, batch: Batch) -> torch.Generator:
         # Of what is shown alone: neither what a mask hides nor the mask itself changes the draws.
         names = {*self.block(0).input_names, *self.target.names}
@@ -233,6 +299,18 @@ class DiffusionBlocks(nn.Module):
         """The inverse of `get_extra_state`."""
         self._draws.restore(state)
 
+    @eager
+    def _check_entries(self, batch: Batch) -> None:
+        check_entries(batch, self.block(0).entries, f"{self.model_class}: forward", TypeError)
+
+    @eager
+    def _drawn_block(self, batch: Batch, generator: torch.Generator | None) -> tuple[int, torch.Generator]:
+        """A block, drawn uniformly, and what draws its noise."""
+        of_block, of_noise = (generator, generator) if generator is not None else self._draws.next(_device(batch))
+        drawn = torch.randint(len(self.blocks), (1,), generator=of_block, device=of_block.device)
+        return int(drawn.item()), of_noise
+
+    @eager
     def predict(
         self,
         pixel_values: Tensor,
@@ -514,6 +592,7 @@ class DiffusionBlocks(nn.Module):
 
     # ---- checks ----------------------------------------------------------------------------------------
 
+    @eager
     def _check_batch(self, batch: Batch, *, with_target: bool = True) -> int:
         names = self.block(0).input_names
         needed = sorted({*names, *(self.target.names if with_target else ())})
@@ -530,6 +609,7 @@ class DiffusionBlocks(nn.Module):
             check_labels(batch["labels"], size, self.target.num_classes, null_class=True)
         return size
 
+    @eager
     def _check_levels(self, level: Tensor, block: Block, size: int) -> None:
         if level.shape != (size,) or level.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -562,7 +642,12 @@ class _LabelsOptional:
         signature = inspect.signature(function)
         rest = [parameter for name, parameter in signature.parameters.items() if name != "labels"]
         of_class.__signature__ = signature.replace(parameters=rest)  # type: ignore[attr-defined]
-        self._function, self._of_class = function, of_class
+        self._function, self._of_class, self._on_host = function, of_class, False
+
+    def leave_to_host(self) -> None:
+        """See `host.leave_to_host`."""
+        if not self._on_host:
+            self._function, self._on_host = torch.compiler.disable(self._function, recursive=False), True
 
     def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable[..., BlocksOutput]:
         return self._of_class if model is None else types.MethodType(self._function, model)

@@ -52,7 +52,7 @@ def streams_of(block: Block, ids: Tensor, z: Tensor, level: Tensor) -> tuple[Ten
     condition = block.shared.noise_embedding(block.noise.condition(level))
     given = block.noise.scaled(z, level)
     return block.adapter.hidden(
-        block.network, block._callable_layers(), block.shared.added, {"input_ids": ids}, given, condition
+        block.network, block.callable_layers(), block.shared.added, {"input_ids": ids}, given, condition
     )
 
 

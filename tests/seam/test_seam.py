@@ -526,7 +526,7 @@ def test_adaptive_norms_forget_the_condition_when_a_layer_fails() -> None:
     adaptive, layer = model.blocks[0].adaptive[0], model.blocks[0].layers()[0]
     with pytest.raises(RuntimeError):
         adaptive(layer, torch.zeros(2, adaptive.linear.in_features), torch.zeros(2, 5, 31))
-    assert adaptive._modulation is None
+    assert layer.get_submodule(adaptive.names[0]).adaptation is None
 
 
 @pytest.mark.parametrize("family", ["vit", "dit", "llama", "masked"])

@@ -53,7 +53,7 @@ def test_compiled_norms_are_the_same_function(
     torch._dynamo.reset()
     torch.manual_seed(0)
     layer = Layer(bias, affine)
-    adaptive = AdaptiveNorms(list(layer.norms), [DIM, DIM], CONDITION)
+    adaptive = AdaptiveNorms(layer, list(layer.norms), [DIM, DIM], CONDITION)
     nn.init.normal_(adaptive.linear.weight, std=0.3)
     nn.init.normal_(adaptive.linear.bias, std=0.3)
     compiled = torch.compile(adaptive, backend="aot_eager", fullgraph=True)
@@ -67,7 +67,7 @@ def test_compiled_norms_sum_over_the_tokens_once() -> None:
     """For their scale and shift; what their own weights get is made of those sums, and the norm sums nothing."""
     torch._dynamo.reset()
     layer = Layer(bias=True, affine=True)
-    adaptive = AdaptiveNorms(list(layer.norms), [DIM, DIM], CONDITION)
+    adaptive = AdaptiveNorms(layer, list(layer.norms), [DIM, DIM], CONDITION)
     wanted: list[list[bool]] = []
 
     def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:

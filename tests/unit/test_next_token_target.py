@@ -74,7 +74,7 @@ def test_what_is_denoised_is_the_preconditioned_sum() -> None:
     root = (sigma**2 + 0.25).sqrt()
     with torch.no_grad():
         _, raw = block.adapter.hidden(
-            block.network, block._callable_layers(), block.shared.added, {"input_ids": IDS}, z / root, condition
+            block.network, block.callable_layers(), block.shared.added, {"input_ids": IDS}, z / root, condition
         )
         denoised = 0.25 / root**2 * z + sigma * 0.5 / root * raw
         scale, shift = block.shared.final_norms.linear(F.silu(condition))[:, None].chunk(2, dim=-1)

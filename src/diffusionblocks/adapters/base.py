@@ -168,11 +168,18 @@ class LogitScale(nn.Module):
 
     def __init__(self, start: float) -> None:
         super().__init__()
-        self.log = nn.Parameter(torch.tensor(float(start)).log())
+        # One value, not none of a dimension: sharded parameters (FSDP2) must have a first dimension.
+        self.log = nn.Parameter(torch.tensor([float(start)]).log())
 
     def forward(self, logits: Tensor) -> Tensor:
         """Same shape and dtype."""
         return logits * self.log.exp().to(logits.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
+        name = f"{prefix}log"
+        if name in state_dict and state_dict[name].dim() == 0:  # saved before it had a dimension
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
 
 class Namespace(nn.Module):

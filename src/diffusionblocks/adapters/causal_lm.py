@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention import KERNELS, Streams, library_attention
-from ..conditioning import AdaptiveNorms
+from ..conditioning import AdaptiveNorms, unadapted
 from .base import LogitScale
 from .libraries import TRANSFORMERS, Library
 from .next_token import NextTokenAdapter
@@ -218,7 +218,7 @@ class CausalLMAdapter(NextTokenAdapter):
                     layer, condition, states, leading=noisy, position_embeddings=rotation, streams=streams
                 )
             else:
-                states = adaptive(_noisy_alone, condition, layer, states, rotation, streams)
+                states = adaptive(layer, condition, states, rotation, streams, call=_noisy_alone)
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
@@ -283,8 +283,7 @@ def _noisy_alone(layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], st
     rotations = [part.split([noisy, streams.clean], dim=1) for part in rotation]
     cosine, sine = (part[1][:, None] for part in rotations)
     attention = layer.self_attn
-    # Not called but run: as a call it would be adapted to the noise level.
-    normed = layer.input_layernorm.forward(clean)
+    normed = unadapted(layer.input_layernorm, clean)
     key, value = (
         project(normed).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
     )

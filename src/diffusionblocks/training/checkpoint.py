@@ -17,6 +17,7 @@ from ..files import (
     read_tensors,
     recover_in,
     replaced_folder,
+    same_shape,
     write_json,
     write_tensors,
 )
@@ -90,7 +91,7 @@ def read_owner(path: Path, owner: str, like: dict[str, Tensor]) -> dict[str, Ten
     if different := sorted(tensors.keys() ^ like.keys()):
         raise ValueError(f"{file} does not match the model: it lacks or has too much {', '.join(different[:5])}")
     for name, tensor in like.items():
-        if tensor.shape != tensors[name].shape:
+        if not same_shape(tensors[name].shape, tensor.shape):
             raise ValueError(
                 f"{file} does not match the model: {name} has shape {tuple(tensors[name].shape)}, the model "
                 f"{tuple(tensor.shape)}"

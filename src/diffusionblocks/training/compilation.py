@@ -33,9 +33,6 @@ def compile_modules(
     dynamo: Any = torch._dynamo.config
     # Each shape of block is a graph of its own; past the limit torch would quietly run the others eagerly.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(modules))
-    # Adaptive norms note a layer's noise level while it runs; a traced layer that runs again needs none.
-    if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-        dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     if config.activation_memory_budget < 1:
         backend, options = within_budget(config.activation_memory_budget, backend, options), None
     how: dict[str, Any] = {"backend": backend or "inductor", "options": options, "dynamic": dynamic}
