@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapter, adapter_for
+from .adapters import Adapter, adapter_for, check_convertible, class_name_of
 from .adapters.base import Namespace, extract
 from .block import Block, SharedParts
 from .conditioning import AdaptiveNorms, NoiseEmbedding
@@ -44,6 +44,7 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     if config is not None and not isinstance(config, BlocksConfig):
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
     config = resolve(config or BlocksConfig(), adapter, model.config)
+    check_convertible(model)
     if not _on_meta(model):
         require_finite(model.state_dict().items(), type(model).__name__, DIVERGED)
         adapter.check_weights(model, config)
@@ -88,11 +89,15 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         partition=partition,
         config=config,
         adapter=adapter,
-        model_class=_class_name(model, adapter),
+        model_class=class_name_of(model),
         model_config=model_config,
     )
     parameter = next(model.parameters())
-    return converted.to(device=parameter.device, dtype=parameter.dtype).train()
+    for b in range(partition.num_blocks):
+        # What the original had keeps its precision, parameter by parameter.
+        for added in (converted.block(b).adaptive, converted.block(b).shared):
+            added.to(dtype=parameter.dtype)
+    return converted.to(device=parameter.device).train()
 
 
 def resolve(config: BlocksConfig, adapter: Adapter, model_config: Any) -> BlocksConfig:
@@ -221,7 +226,3 @@ def _stop_checkpointing_inside(network: nn.Module) -> None:
 
 def _on_meta(model: nn.Module) -> bool:
     return next(model.parameters()).is_meta
-
-
-def _class_name(model: nn.Module, adapter: Adapter) -> str:
-    return next(ancestor.__name__ for ancestor in type(model).__mro__ if ancestor.__name__ in adapter.classes)

@@ -257,7 +257,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
             if of_layer or (of_head and index == last) or (not of_head and index == 0):
                 weights[name] = tensor.detach().cpu().clone()
     nn.Module.to(original, dtype=next(iter(weights.values())).dtype)  # diffusers overrides `to`, and nags
-    original.load_state_dict(weights, strict=True)
+    original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
     return original.train(model.training)
 
 

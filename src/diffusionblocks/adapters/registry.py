@@ -11,6 +11,7 @@ from ..finite import DIVERGED, require_finite
 from .base import Adapter
 from .causal_lm import CausalLMAdapter
 from .dit import DiffusersDiTAdapter, DiTAdapter
+from .inspection import check_plain, check_unwrapped
 from .libraries import Checkpoint, Library
 from .masked_lm import MaskedTransformerAdapter
 from .recurrent import RecurrentDepthAdapter
@@ -36,10 +37,11 @@ def adapter_for(model: nn.Module) -> Adapter:
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: no adapter knows the class; the message lists those that are known.
+        ValueError: no adapter knows the class; the message lists those that are known. Or it is wrapped.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
+    check_unwrapped(model)
     known = supported_classes()
     for ancestor in type(model).__mro__:  # a user's subclass of a known class keeps its structure
         adapter = known.get(ancestor.__name__)
@@ -50,6 +52,21 @@ def adapter_for(model: nn.Module) -> Adapter:
         f"cannot convert {type(model).__name__}: no adapter knows this class; supported: {', '.join(sorted(known))}. "
         "See docs/design.md, 'Adding a family'."
     )
+
+
+def class_name_of(model: nn.Module) -> str:
+    """The name of the supported class that a model is an instance of."""
+    adapter = adapter_for(model)
+    return next(ancestor.__name__ for ancestor in type(model).__mro__ if ancestor.__name__ in adapter.classes)
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Refuse a model of which conversion would drop something: see `inspection.check_plain`."""
+    adapter: Any = adapter_for(model)
+    reference = outline(class_name_of(model), model.config)
+    layers = adapter.layers_path(reference)
+    kept = [f"{layers}.{name}" for name, _ in reference.get_submodule(layers).named_children()]
+    check_plain(model, reference, [*kept, *adapter.shared_paths(reference)])
 
 
 def adapter_named(model_class: str) -> Adapter:

@@ -121,6 +121,12 @@ class ViTAdapter(Adapter):
                 f"{type(model).__name__} has num_labels = {count}: a classifier needs at least 2; "
                 "set num_labels in its config"
             )
+        kind = getattr(model.config, "problem_type", None)
+        if kind not in (None, "single_label_classification"):
+            raise ValueError(
+                f"cannot convert {type(model).__name__}: its config has problem_type = {kind}, but blocks denoise one "
+                "label an image; set problem_type to single_label_classification or None"
+            )
 
     def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
         """See `Adapter`."""
