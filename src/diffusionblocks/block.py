@@ -177,8 +177,9 @@ class Block(nn.Module):
         Raises:
             ValueError: an entry of the inputs that is neither the model's nor its target's.
         """
-        known = (*self.input_names, *self.target.names, *self.adapter.generation_names)
-        check_entries(inputs, known, f"block {self.index}")
+        if layers is None:  # else `loss` has checked them, and its graph must not know which block it is of
+            known = (*self.input_names, *self.target.names, *self.adapter.generation_names)
+            check_entries(inputs, known, f"block {self.index}")
         embedding = self.shared.noise_embedding
         # A text model's clean stream is a context: what its last layer makes of it is wanted by that loss alone.
         clean_wanted = self.training and getattr(self.target, "clean_weight", 0) > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -650,7 +649,7 @@ class _LabelsOptional:
             self._function, self._on_host = torch.compiler.disable(self._function, recursive=False), True
 
     def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable[..., BlocksOutput]:
-        return self._of_class if model is None else types.MethodType(self._function, model)
+        return self._of_class if model is None else self._function.__get__(model, owner)
 
 
 class UnlabelledBlocks(DiffusionBlocks):
