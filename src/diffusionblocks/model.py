@@ -647,6 +647,7 @@ class _LabelsOptional:
         """See `host.leave_to_host`."""
         if not self._on_host:
             self._function, self._on_host = torch.compiler.disable(self._function, recursive=False), True
+            type(self).__get__ = torch.compiler.disable(type(self).__get__)  # type: ignore[method-assign]
 
     def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable[..., BlocksOutput]:
         return self._of_class if model is None else self._function.__get__(model, owner)
