@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from . import __version__
 from .bench.commands import add_bench
+from .fields import MOST_LAYERS, MOST_LENGTH, MOST_LEVELS, MOST_SAMPLES, MOST_SEED
+from .files import check_writable
 from .messages import STATUSES, OneLineParser, one_line, reported
 from .noise.edm import PARTITION_STRATEGIES
 from .recipes import Recipe, explain, load_recipe
@@ -26,6 +28,16 @@ _SAMPLE_OPTIONS = {
     "masked text": ("infill",),
     "continued text": ("prompt", "new_tokens", "top_p", "bridge"),
     "text": ("temperature",),
+}
+
+#: Upper bounds of options; lower ones are checked where they are used, with what else goes there.
+_MOST = {
+    "count": MOST_SAMPLES,
+    "seed": MOST_SEED,
+    "steps": MOST_LEVELS,
+    "new_tokens": MOST_LENGTH,
+    "blocks": MOST_LAYERS,
+    "examples": 10**12,
 }
 
 _EXAMPLES = """\
@@ -68,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         disable_progress_bar()  # of saving a few small files; ours shows the training
         try:
+            _check_options(options)
             if "recipe" in options:
                 options.run(load_recipe(options.recipe, options.set), options)
             else:
@@ -91,6 +104,23 @@ def _way_on(options: argparse.Namespace) -> str:
         return "nothing was saved yet; run the same command again to start"
     newest = max(saved, key=lambda path: path.stat().st_mtime)
     return f"run the same command again to resume from {newest}"
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse before any work numbers beyond all use, and places that nothing can be written to."""
+    for name, most in _MOST.items():
+        value = getattr(options, name, None)
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at most {most:,}")
+    a_folder = any(name in options for name in ("recipe", "folders", "overlap"))  # of the bench it is a file
+    if a_folder and getattr(options, "out", None) is not None:
+        check_writable(options.out, "--out")
+    for name in ("json", "figure"):
+        path = getattr(options, name, None)
+        if path is not None:
+            if path.is_dir():
+                raise ValueError(f"--{name} {path} is a folder; name a file")
+            check_writable(path.parent, f"--{name}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,7 +262,7 @@ def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from .model import DiffusionBlocks
     from .recipes import AccuracyConfig
     from .scores import check_evaluation, diagnose, evaluate
-    from .sources import check_data, load_data, load_model, with_saved_tokenizer
+    from .sources import load_data, load_model, with_saved_tokenizer
 
     place = options.model or Path("runs") / recipe.name / "model"
     recipe = with_saved_tokenizer(recipe, place)
@@ -242,8 +272,7 @@ def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     if options.by_level and not isinstance(recipe.evaluate, AccuracyConfig):
         raise ValueError(f"--by-level is for classifiers; {recipe.model.type} generates {_made(recipe)}")
     splits = {"test": load_data(recipe, "test")}
-    check_data(recipe, model, splits["test"])
-    check_evaluation(recipe, model, splits["test"])
+    check_evaluation(recipe, model, splits)
     rows = [row.to_dict() for row in evaluate(recipe, model, splits)]
     print(format_table([_rounded(row) for row in rows]))
     for row in rows:

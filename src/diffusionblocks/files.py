@@ -42,6 +42,48 @@ _FOREIGN_GAP = 60.0
 # ---- replacing -------------------------------------------------------------------------------------------------
 
 
+def check_writable(path: Path, name: str) -> None:
+    """Refuse a folder that cannot be made or written into, before work whose results would go there.
+
+    Args:
+        path: the folder; it need not exist.
+        name: what the message calls it.
+
+    Raises:
+        ValueError: a file stands in its way, or it, or the folder where it would be made, is read-only.
+    """
+    there = path.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{name} {path}: {there} is a file, not a folder; name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{name} {path}: {there} cannot be written into; change its permissions, or name another place"
+        )
+
+
+def check_space(path: Path, needed: int, advice: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        path: a folder; it need not exist.
+        needed: bytes that will be written there.
+        advice: what to do about it.
+
+    Raises:
+        ValueError: fewer bytes are free.
+    """
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"{path} will take about {needed / 2**30:,.1f} GiB, and its disk has {free / 2**30:,.1f} free: {advice}"
+        )
+
+
 def check_replaceable(path: Path, ours: re.Pattern[str]) -> None:
     """Refuse a folder that must not be replaced, before anything is written or moved.
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapter_named
+from .adapters.causal_lm import attention_window
 from .data import TextChunks, evaluation_chunks
 from .evaluation.language import GeneratedText, Perplexity, generated_text, generative_perplexity
 from .evaluation.mauve import HiddenFeatures, Mauve, mauve_score
@@ -81,17 +83,55 @@ def _repeatable(model: EndToEnd, seed: int, device: torch.device) -> Callable[[T
 
 def prompts_of(options: LanguageConfig, data: TextChunks) -> list[Tensor]:
     """The starts of the test text's first sequences."""
-    count, length = options.samples, options.prompt_length
-    return [row[:length] for row in _sequences(data, count, length + options.new_tokens)]
+    return [row[: options.prompt_length] for row in _sequences(options, data)]
 
 
-def _sequences(data: TextChunks, count: int, length: int) -> list[Tensor]:
-    """The first `count` pieces of the text of a length, int64."""
+def check_prompts(options: LanguageConfig, data: TextChunks) -> None:
+    """Refuse a test text that has fewer prompts, and what follows each, than are to be continued."""
+    length = options.prompt_length + options.new_tokens
     available = len(data.text) // length
-    if available < count:
+    if available < options.samples:
         raise ValueError(
-            f"evaluate.samples = {count} prompts with {length} tokens each: the test text has only {available} of them"
+            f"evaluate.samples = {options.samples} prompts with {length} tokens each (prompt_length + new_tokens): the "
+            f"test text has only {available} of them; set evaluate.samples to at most {available}"
+            if available
+            else f"evaluate.prompt_length + new_tokens = {length}: the test text has only {len(data.text)} tokens; set "
+            "evaluate.prompt_length and evaluate.new_tokens lower"
         )
+
+
+def check_room(recipe: Recipe, model: nn.Module, longest: int, new_tokens: int) -> None:
+    """Refuse texts that grow longer than the model has positions, or than it attends over, converted or not.
+
+    Args:
+        recipe: of an autoregressive model.
+        model: a `DiffusionBlocks`, or an `EndToEnd`, on any device.
+        longest: tokens of the longest prompt.
+        new_tokens: tokens that follow it.
+    """
+    config: Any = model.config if isinstance(model, DiffusionBlocks) else model.model.config  # type: ignore[union-attr]
+    adapter = adapter_named(recipe.model.type)
+    (most,) = adapter.example_shape(config)
+    name = "max_position_embeddings" if hasattr(config, "max_position_embeddings") else "sequence_length"
+    window = attention_window(config) if isinstance(model, DiffusionBlocks) else None
+    if window is not None and window < most:
+        most, name = window, "sliding_window"
+    if longest + new_tokens > most:
+        raise ValueError(
+            f"a prompt of {longest} tokens and evaluate.new_tokens = {new_tokens} are {longest + new_tokens}, more "
+            f"than the model's {most} ({name}): "
+            + (
+                f"set evaluate.new_tokens to at most {most - longest}"
+                if longest < most
+                else f"set evaluate.prompt_length below {most}, or give a shorter prompt"
+            )
+        )
+
+
+def _sequences(options: LanguageConfig, data: TextChunks) -> list[Tensor]:
+    """The first pieces of the text, int64, each of a prompt and what follows it."""
+    check_prompts(options, data)
+    count, length = options.samples, options.prompt_length + options.new_tokens
     (batch,) = evaluation_chunks(
         dataclasses.replace(data.text, ids=data.text.ids[: count * length]),
         length,
@@ -124,6 +164,7 @@ def write(
             "temperature": options.temperature,
             "top_p": options.top_p,
             "stop_tokens": stops,
+            "num_tokens": codec.vocab_size,  # the model may have more: its vocabulary padded to a round number
             "progress": progress,
         }
         if isinstance(model, DiffusionBlocks):
@@ -158,8 +199,7 @@ def _of_texts(recipe: Recipe, options: LanguageConfig, made: Continuations, data
     mauve: tuple[Mauve, ...] = ()
     if options.mauve is not None:
         features = HiddenFeatures(options.mauve, batch_size=options.batch_size, device=device)
-        real = _sequences(data, options.samples, options.prompt_length + options.new_tokens)
-        references = [codec.decode(row) for row in real]
+        references = [codec.decode(row) for row in _sequences(options, data)]
         mauve = mauve_score(features(references), features([codec.decode(row) for row in made.tokens]))
     return generated_text(
         recipe.name, after, teacher=options.teacher, perplexity=perplexity, features=options.mauve, mauve=mauve
@@ -211,6 +251,7 @@ def write_continuations(
         starts = prompts_of(options, data)
     else:
         starts = [codec.encode(prompts[i % len(prompts)]) for i in range(count or len(prompts))]
+    check_room(recipe, model, max(map(len, starts)), options.new_tokens)
     made = write(recipe, options, model, starts, seed=seed, progress=progress)
     path = folder / "samples.txt"
     folder.mkdir(parents=True, exist_ok=True)

@@ -482,6 +482,7 @@ class DiffusionBlocks(nn.Module):
         top_p: float = 1.0,
         bridge: str | None = None,
         stop_tokens: Sequence[int] = (),
+        num_tokens: int | None = None,
         progress: bool = False,
     ) -> Continuations:
         """Generate text token by token, in evaluation mode: at every level only the block that owns it runs.
@@ -494,7 +495,7 @@ class DiffusionBlocks(nn.Module):
             seeds: one a row; default 0, 1, 2, ...
             steps: network calls a token; default one for each block, the cost of the unconverted model.
             grid: levels, `equal-mass` or `karras`.
-            temperature, top_p, stop_tokens, progress: see there.
+            temperature, top_p, stop_tokens, num_tokens, progress: see there.
             bridge: what a prediction feeds to the next step; default the model's.
 
         Raises:
@@ -522,6 +523,7 @@ class DiffusionBlocks(nn.Module):
                 bridge=bridge or options.bridge,
                 top_k=options.top_k,
                 stop_tokens=stop_tokens,
+                num_tokens=num_tokens,
                 device=self.device,
                 progress=progress,
             )

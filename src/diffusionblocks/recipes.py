@@ -47,7 +47,8 @@ class ModelConfig(_Section):
     Attributes:
         type: a supported class of transformers, for example `ViTForImageClassification`.
         config: values of that class's config (hidden_size, num_hidden_layers, ...).
-        pretrained: folder or hub name to load weights from, instead of a fresh start.
+        pretrained: folder or hub name to load weights from, instead of a fresh start. Its shape is kept; of sizes
+            only `num_labels` may differ in `config`, for a new classifier that is drawn from train.seed.
     """
 
     type: str

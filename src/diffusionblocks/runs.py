@@ -14,20 +14,22 @@ from torch import nn
 
 from .adapters import adapter_named
 from .branching import branch
-from .files import check_replaceable, delete_folder, locked, read_json, write_json
+from .files import check_replaceable, check_space, check_writable, delete_folder, locked, read_json, write_json
 from .fitting import LEVELS, Fit, fit_levels, with_noise
 from .identity import check_same_run, describe_run, learned_from
 from .merging import difference
 from .model import DiffusionBlocks
 from .recipes import FitConfig, Recipe, TrunkConfig
 from .saving import MODEL_FILES
-from .scores import Row, Splits, check_evaluation, evaluate
+from .scores import Row, Splits, check_evaluation, evaluate, evaluated_splits
+from .sizes import check_memory
 from .sources import (
     check_data,
     device_of,
     load_data,
     load_model,
     make_batches,
+    model_config,
     outline_of,
     save_model,
     unfilled_model,
@@ -52,6 +54,27 @@ class RunResult:
     rows: list[Row]
     seconds: float
     iterations: int
+
+
+def check_machine(recipe: Recipe, folder: Path) -> None:
+    """Refuse what this machine's memory or disk cannot hold: a lower bound, of weights and what is kept for each.
+
+    Raises:
+        ValueError: not enough memory or disk, a folder that cannot be written into, or a model that cannot be built.
+    """
+    check_writable(folder, "the run's folder")
+    outline, train = outline_of(recipe), recipe.train
+    average = 1 if train.keeps_average else 0
+    state = average + (0.5 if train.optimizer == "adamw-8bit" else 2)
+    blocks = 1 if not isinstance(outline, DiffusionBlocks) else outline.partition.num_blocks
+    device, trained = device_of(recipe), blocks if train.blocks is None else len(train.blocks)
+    there = 1 if train.resident == "active" and device.type == "cuda" else trained
+    check_memory(outline, there / blocks * (2 + state), device, "set model.config or blocks to make it smaller")
+    weights = sum(p.numel() * p.element_size() for p in outline.parameters()) * trained / blocks
+    checkpoints = train.keep_checkpoints + 1 if train.checkpoint_every is not None else 1
+    advice = "make room, name another folder with --out, or --set train.keep_checkpoints=1"
+    # What a run that began has written already is counted again: it is written anew before the old is removed.
+    check_space(folder, int(weights * (1 + checkpoints * (1 + state))), advice)
 
 
 def make_trainer(
@@ -82,7 +105,7 @@ def make_trainer(
     if model is None:
         model, fill = unfilled_model(recipe)
     check_data(recipe, model, data)
-    check_evaluation(recipe, model, data)
+    check_evaluation(recipe, model, splits or {})
     batches = make_batches(recipe, data, device)
 
     about = None if folder is None else describe_run(described or recipe, data)
@@ -155,14 +178,17 @@ def _train(
         _forget(folder)
     if resume:
         _check_resumes(folder, describe_run(recipe, None))
-    splits = splits if splits is not None else {"train": load_data(recipe, "train")}
+    check_machine(recipe, folder)
+    if splits is None:  # also those that are read after training: what is wrong with them is known now
+        read = {"train", *(evaluated_splits(recipe) if measure else ())}
+        splits = {split: load_data(recipe, split) for split in sorted(read, reverse=True)}
     description = describe_run(recipe, splits["train"])
     if resume:
         _check_resumes(folder, description)
     else:
         outline = outline_of(recipe)  # what is wrong is told before anything is deleted
         check_data(recipe, outline, splits["train"])
-        check_evaluation(recipe, outline, splits["train"])
+        check_evaluation(recipe, outline, splits)
         _forget(folder)
     prepare = functools.partial(make_trainer, loggers=loggers, progress=progress, splits=splits, described=recipe)
     given, seconds, iterations = recipe, 0.0, 0
@@ -353,6 +379,8 @@ def depth_of(recipe: Recipe) -> int:
         ValueError: the recipe does not say.
     """
     field = adapter_named(recipe.model.type).depth_field
+    if recipe.model.pretrained is not None:  # its folder says it, not the recipe
+        return int(getattr(model_config(recipe), field))
     if field not in recipe.model.config:
         raise ValueError(f"the recipe must give model.config.{field}, to make models of fewer layers")
     return int(recipe.model.config[field])
@@ -380,6 +408,17 @@ def with_train(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def with_depth(recipe: Recipe, layers: int) -> Recipe:
-    """The recipe with another number of layers in its model."""
+    """The recipe with another number of layers in its model.
+
+    Raises:
+        ValueError: the model is pretrained, and has another number.
+    """
+    if recipe.model.pretrained is not None:
+        if (depth := depth_of(recipe)) != layers:
+            raise ValueError(
+                f"a trunk, a fit or a control of {layers} layers starts afresh, but {recipe.model.pretrained} has "
+                f"{depth}: leave trunk and fit out, or train afresh: --set model.pretrained=null"
+            )
+        return recipe
     config = recipe.model.config | {adapter_named(recipe.model.type).depth_field: layers}
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})

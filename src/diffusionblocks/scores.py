@@ -25,12 +25,13 @@ from .evaluation.frechet import FeatureStatistics
 from .evaluation.generation import SampleRow, Setting, measure_samples, statistics
 from .evaluation.mauve import require_mauve
 from .evaluation.teachers import check_teacher
+from .language import check_prompts, check_room
 from .model import DiffusionBlocks
 from .modes import evaluating
 from .noise import Masking
 from .placement import computes_on
 from .recipes import AccuracyConfig, BitsConfig, LanguageConfig, Recipe, SamplesConfig
-from .sources import Data, device_of, load_data, pixels_of
+from .sources import Data, check_data, device_of, load_data, pixels_of
 from .targets import ImageTarget
 
 #: Data by split, where the caller has loaded it already.
@@ -213,16 +214,37 @@ def _kept_classifier(recipe: Recipe, options: SamplesConfig, data: Data) -> Clas
     return kept
 
 
-def check_evaluation(recipe: Recipe, model: nn.Module, data: Data) -> None:
-    """Refuse before training what could only fail after it.
+def evaluated_splits(recipe: Recipe) -> tuple[str, ...]:
+    """The splits that the recipe's evaluation reads: none where a run trains some blocks, or only draws pictures."""
+    if recipe.train.blocks is not None:
+        return ()
+    if isinstance(recipe.evaluate, SamplesConfig):
+        return () if recipe.evaluate.features is None else ("train", "test")
+    return ("test",)
+
+
+def check_evaluation(recipe: Recipe, model: nn.Module, splits: Splits) -> None:
+    """Refuse before work what could only fail after it: the one check of all that `evaluate` measures.
+
+    Args:
+        recipe: says what is measured.
+        model: on any device, the meta device too.
+        splits: the data that are there; a test split among them is one that will be measured.
 
     Raises:
-        ValueError: guidance of a model without null class; a kept classifier of other data; or no teacher where the
-            recipe says that one is.
+        ValueError: guidance of a model without null class; a kept classifier of other data; no teacher where the
+            recipe says that one is; test data that the model does not take, or too few; texts that outgrow the model;
+            more of the likeliest tokens than there are.
         ImportError: Inception's features without the package that has them.
     """
-    options = recipe.evaluate
+    options, test = recipe.evaluate, splits.get("test")
+    if test is not None:
+        check_data(recipe, model, test)
+        _check_enough(recipe, test)
     if isinstance(options, LanguageConfig):
+        check_room(recipe, model, options.prompt_length, options.new_tokens)
+        if isinstance(test, TextChunks):
+            check_prompts(options, test)
         if options.mauve is not None:
             require_mauve()
             check_teacher(options.mauve, "evaluate.mauve")
@@ -247,8 +269,20 @@ def check_evaluation(recipe: Recipe, model: nn.Module, data: Data) -> None:
                 f"evaluate.features: inception needs torch-fidelity ({error}): run pip install 'diffusionblocks[fid]', "
                 "or --set evaluate.features=null"
             ) from error
-    if options.features == "classifier":
+    if options.features == "classifier" and (data := splits.get("train", test)) is not None:
         _kept_classifier(recipe, options, data)
+
+
+def _check_enough(recipe: Recipe, test: Data) -> None:
+    """Refuse a test split with fewer examples than its measure needs: two sequences have a standard error."""
+    least = 2 if isinstance(recipe.evaluate, (BitsConfig, LanguageConfig)) else 1
+    count = len(test.text) // test.length if isinstance(test, TextChunks) else len(test)
+    if count < least:
+        what = f"sequences of data.length = {test.length}" if isinstance(test, TextChunks) else "examples"
+        raise ValueError(
+            f"the test split has {count} {what}, and evaluate.kind: {recipe.evaluate.kind} needs {least}: give more "
+            "test data" + (", or set data.length lower" if isinstance(test, TextChunks) else "")
+        )
 
 
 def data_name(recipe: Recipe) -> str:

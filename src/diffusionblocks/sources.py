@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapter_named, config_fields, instantiate, pretrained, rebuild_config
+from .adapters import (
+    adapter_named,
+    config_fields,
+    instantiate,
+    outline,
+    pretrained,
+    rebuild_config,
+    supported_classes,
+    with_depth,
+)
+from .adapters.causal_lm import attention_window
+from .adapters.libraries import cached_file
 from .building import build, empty, materialise
 from .config import BlocksConfig
 from .convert import assemble
@@ -46,11 +59,14 @@ from .evaluation.pictures import to_uint8
 from .files import read_json, recover
 from .loading import load
 from .model import DiffusionBlocks
-from .recipes import Recipe
+from .recipes import Recipe, near
 from .saving import INDEX, MODEL_FILES, save
+from .sizes import SIZES, check_shape, check_sizes
 from .tokenizer_file import same_tokenizer, tokenizer_in
 from .training import BatchMaker, EndToEnd
 from .weights import Fresh, WeightSource, pretrained_source
+
+_log = logging.getLogger(__name__)
 
 #: All have `example_shape`, `num_classes` (labels, or different tokens) and a length.
 Data = ImageData | LatentData | TextChunks
@@ -246,9 +262,9 @@ def build_original(recipe: Recipe) -> nn.Module:
     Raises:
         ValueError: a class that is not supported, or config values that the class does not take.
     """
-    config = _model_config(recipe)
+    config = model_config(recipe)
     if recipe.model.pretrained is not None:
-        return pretrained(recipe.model.type, recipe.model.pretrained, recipe.model.config)
+        return _pretrained_whole(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         # `instantiate` forks from here, so the weights depend on this seed alone.
@@ -262,20 +278,135 @@ def weight_source(recipe: Recipe) -> WeightSource:
         ValueError: a class that is not supported, or config values that the class does not take.
     """
     model, seed = recipe.model, recipe.train.seed
-    config = _model_config(recipe)
-    if model.pretrained is not None:
-        return pretrained_source(model.type, model.pretrained, model.config, seed=seed)
-    return Fresh(model.type, config, seed=seed)
+    config = model_config(recipe)
+    if model.pretrained is None:
+        return Fresh(model.type, config, seed=seed)
+    source = pretrained_source(model.type, model.pretrained, _without_labels(recipe), seed=seed)
+    if not _other_labels(recipe, source.model_config):
+        return source
+    config = copy.deepcopy(source.model_config)
+    config.num_labels = model.config["num_labels"]
+    return NewHead(source, config, seed=seed)
 
 
-def _model_config(recipe: Recipe) -> Any:
-    """The config object of the recipe's own values, which checks what pretrained models are given, too."""
+class NewHead(WeightSource):
+    """Another source's weights but for what depends on the number of labels, which is drawn afresh.
+
+    Args:
+        source: of the weights.
+        model_config: its config, with another number of labels.
+        seed: of the new classifier.
+    """
+
+    def __init__(self, source: WeightSource, model_config: Any, *, seed: int) -> None:
+        super().__init__(source.model_class, model_config, source.dtype)
+        before, now = source.outline().state_dict(), self.outline().state_dict()
+        self.new = frozenset(name for name in now if name not in before or before[name].shape != now[name].shape)
+        self._source, self._fresh = source, Fresh(source.model_class, model_config, seed=seed, dtype=source.dtype)
+        _log.warning("%s drawn afresh for another number of labels, from seed %d", " and ".join(sorted(self.new)), seed)
+
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        yield from self._source.tensors(block, layers, [name for name in names if name not in self.new])
+        fresh = [name for name in names if name in self.new]
+        if fresh:
+            yield from self._fresh.tensors(block, layers, fresh)
+
+
+def _pretrained_whole(recipe: Recipe) -> nn.Module:
+    """The pretrained model, with a new classifier where the recipe has other labels: the one that the blocks get."""
+    model = recipe.model
+    assert model.pretrained is not None
+    whole = pretrained(model.type, model.pretrained, _without_labels(recipe))
+    if not _other_labels(recipe, whole.config):
+        return whole
+    source = weight_source(recipe)
+    assert isinstance(source, NewHead)
+    fresh = instantiate(model.type, source.model_config)
+    state = {name: tensor for name, tensor in whole.state_dict().items() if name not in source.new}
+    fresh.load_state_dict(state | dict(source.tensors(0, range(1), sorted(source.new))))
+    return fresh.to(source.dtype)
+
+
+def _without_labels(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's own config values that a pretrained model is loaded with: its classifier is the folder's then."""
+    return {name: value for name, value in recipe.model.config.items() if name != "num_labels"}
+
+
+def _other_labels(recipe: Recipe, config: Any) -> bool:
+    return (
+        adapter_named(recipe.model.type).target == "label"
+        and recipe.model.config.get("num_labels", config.num_labels) != config.num_labels
+    )
+
+
+def model_config(recipe: Recipe) -> Any:
+    """The config object of the recipe's model: of its own values, or a pretrained model's own.
+
+    Raises:
+        ValueError: a class that is not supported; a name that its config does not have; a size that is out of range,
+            does not go with the others, or contradicts the pretrained model.
+    """
     model_class, values = recipe.model.type, recipe.model.config
     known = config_fields(model_class)
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"model.config: {model_class} knows no {unknown}; it takes {sorted(known)}")
-    return rebuild_config(model_class, values)
+        raise ValueError(f"model.config.{unknown[0]}: {model_class} knows no {unknown}{near(unknown[0], known)}")
+    check_sizes(values)
+    config = _rebuilt(model_class, values, "model.config")
+    name = recipe.model.pretrained
+    if name is None:
+        check_shape(config)
+        try:
+            outline(model_class, with_depth(model_class, config, 1))
+        except Exception as error:  # as an activation function that the library has not
+            raise ValueError(f"model.config: {model_class} refuses it: {_one_line(error)}") from None
+        return config
+    described = described_config(model_class, name)
+    for field in sorted(values.keys() & SIZES.keys() - {"num_labels"}):
+        own = getattr(described, field)
+        if own != values[field]:
+            raise ValueError(
+                f"model.config.{field} = {values[field]}, but {name} has {own}, and its weights are of that size: "
+                f"leave model.config.{field} out, or train afresh: --set model.pretrained=null"
+            )
+    return described
+
+
+def described_config(model_class: str, name: str) -> Any:
+    """The config object of a pretrained model.
+
+    Args:
+        model_class: the supported class that it is to be.
+        name: a folder, or a name on the hub.
+
+    Raises:
+        ValueError: no model is there, or one of another class, or with sizes out of range.
+    """
+    file = cached_file(name, "config.json")
+    if file is None:
+        raise ValueError(
+            f"model.pretrained = {name}: no model is there; give a folder with config.json and safetensors files, or a "
+            "name on the hub"
+        )
+    values = read_json(file)
+    found = (values.get("architectures") or [values.get("_class_name")])[0]
+    if isinstance(found, str) and supported_classes().get(found, None) is not adapter_named(model_class):
+        raise ValueError(f"model.pretrained = {name} holds a {found}, the recipe has model.type: {model_class}")
+    check_sizes(values, f"{name}/config.json: ")
+    known = config_fields(model_class)
+    return _rebuilt(model_class, {n: v for n, v in values.items() if n in known and n != "attn_implementation"}, name)
+
+
+def _rebuilt(model_class: str, values: dict[str, Any], where: str) -> Any:
+    try:
+        return rebuild_config(model_class, values)
+    except Exception as error:  # whatever a library's class makes of values that are the user's
+        raise ValueError(f"{where}: {model_class} refuses it: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def is_end_to_end(recipe: Recipe) -> bool:
@@ -346,17 +477,31 @@ def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
     adapter = adapter_named(recipe.model.type)
     shape = adapter.example_shape(config)
     shorter = adapter.target == "next-token" and data.example_shape <= shape
+    pretrained = recipe.model.pretrained is not None
     if shape != data.example_shape and not shorter:
         taken, found = ("x".join(map(str, s)) for s in (shape, data.example_shape))
         what = _EXAMPLES[adapter.target]
-        raise ValueError(f"the model takes {what} of {taken}, the data has {found}; set their size in model.config")
-    count = adapter.num_classes(config)
-    if count not in (data.num_classes, 0):
-        what = "different tokens" if isinstance(data, TextChunks) else "classes"
-        raise ValueError(
-            f"the model has {adapter.class_count_field} = {count}, the data has {data.num_classes} {what}; "
-            f"--set model.config.{adapter.class_count_field}={data.num_classes}"
-        )
+        where = "give data of the size that it was trained on" if pretrained else "set their size in model.config"
+        if adapter.target == "next-token":
+            where = f"--set data.length={shape[0]}"
+        raise ValueError(f"the model takes {what} of {taken}, the data has {found}; {where}")
+    if adapter.target == "next-token" and isinstance(model, DiffusionBlocks):
+        window = attention_window(config)
+        if window is not None and data.example_shape[0] > window:
+            raise ValueError(
+                f"data.length = {data.example_shape[0]}, but the model's attention slides over {window} tokens "
+                f"(sliding_window), which two streams do not: --set data.length={window}"
+            )
+    count, field = adapter.num_classes(config), adapter.class_count_field
+    # Ids that no text has are never targets, and are not generated: vocabularies are padded to round numbers.
+    if count in (data.num_classes, 0) or (adapter.target == "next-token" and count > data.num_classes):
+        return
+    what = "different tokens" if isinstance(data, TextChunks) else "classes"
+    if pretrained and adapter.target != "label":
+        fix = f"its weights have {count}: give the tokenizer or data that {recipe.model.pretrained} was trained with"
+    else:
+        fix = f"--set model.config.{field}={data.num_classes}"
+    raise ValueError(f"the model has {field} = {count}, the data has {data.num_classes} {what}; {fix}")
 
 
 def save_model(

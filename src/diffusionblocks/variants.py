@@ -41,7 +41,7 @@ class Variant:
 
 
 def variants(recipe: Recipe) -> list[Variant]:
-    """The rows that a recipe of method `diffusionblocks` is compared in.
+    """The rows that a recipe of method `diffusionblocks` is compared in; of a pretrained model none has fewer layers.
 
     Raises:
         ValueError: the recipe does not say how many layers its model has, or they do not divide.
@@ -59,7 +59,7 @@ def variants(recipe: Recipe) -> list[Variant]:
     rows = [
         Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),
     ]
-    if many > 1:  # else one block is the whole model
+    if many > 1 and recipe.model.pretrained is None:  # else one block is the whole model, or has its layers' weights
         rows.append(Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1))
         rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
     rows.append(Variant("diffusionblocks", scratch, depth, many))

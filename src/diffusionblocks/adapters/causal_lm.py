@@ -230,7 +230,7 @@ class CausalLMAdapter(NextTokenAdapter):
             raise ValueError(
                 f"{length} tokens, but the model takes {config.max_position_embeddings} (max_position_embeddings)"
             )
-        window = _window(config)
+        window = attention_window(config)
         if window is not None and length > window:
             raise ValueError(f"{length} tokens, but the model's attention slides over {window}, which is not supported")
 
@@ -243,7 +243,7 @@ class CausalLMAdapter(NextTokenAdapter):
         """
         _register_kernels()
         whole: Any = model
-        config, window = whole.base_model.config, _window(whole.base_model.config)
+        config, window = whole.base_model.config, attention_window(whole.base_model.config)
         chosen = config._attn_implementation
         plain = chosen in ("sdpa", "flex_attention") and (window is None or tokens.shape[1] <= window)
         try:
@@ -268,7 +268,7 @@ class CausalLMAdapter(NextTokenAdapter):
         return added["logit_scale"](network.get_submodule("lm_head")(states))  # type: ignore[no-any-return]
 
 
-def _window(config: Any) -> int | None:
+def attention_window(config: Any) -> int | None:
     """How far back attention sees, where that is not all the way."""
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return getattr(config, "sliding_window", None) if slides else None

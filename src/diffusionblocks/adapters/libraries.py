@@ -270,12 +270,12 @@ class Diffusers(Library):
 
 def _safetensors_keys(path: str | Path, weights: str) -> dict[str, Path]:
     """Every name in the safetensors file or shards of a folder or hub name, and the file that has it."""
-    single, index = _cached(path, weights), _cached(path, f"{weights}.index.json")
+    single, index = cached_file(path, weights), cached_file(path, f"{weights}.index.json")
     if (single is None) == (index is None):
         raise CannotReadInParts(f"it must have one of {weights} and {weights}.index.json")
     if index is not None:
         shards = read_json(index).get("weight_map", {})
-        files = {name: _cached(path, name) for name in set(shards.values())}
+        files = {name: cached_file(path, name) for name in set(shards.values())}
         if None in files.values():
             raise CannotReadInParts(f"it lacks {sorted(name for name, file in files.items() if file is None)}")
         return {key: file for key, name in shards.items() if (file := files[name]) is not None}
@@ -284,12 +284,12 @@ def _safetensors_keys(path: str | Path, weights: str) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def _cached(path: str | Path, name: str) -> Path | None:
+def cached_file(path: str | Path, name: str) -> Path | None:
     """A file of a folder, or of a hub repository (in the cache, or downloaded); None where there is none."""
-    from transformers.utils import cached_file
+    from transformers.utils import cached_file as cached
 
     try:
-        found = cached_file(str(path), name)
+        found = cached(str(path), name)
     except OSError:
         return None
     return None if found is None else Path(found)

@@ -75,6 +75,7 @@ def continue_texts(
     bridge: str = "sampled",
     top_k: int = 8,
     stop_tokens: Sequence[int] = (),
+    num_tokens: int | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Continuations:
@@ -99,6 +100,7 @@ def continue_texts(
         bridge: one of `BRIDGES`, see `NextTokenTargetConfig`.
         top_k: of the bridge `top-k`, >= 1.
         stop_tokens: a row ends with the first of these that it generates.
+        num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
         device: where the network is.
         progress: show a progress bar, one tick a token.
 
@@ -107,13 +109,14 @@ def continue_texts(
     """
     rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
     _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, bridge, top_k)
+    _check_num_tokens(num_tokens, len(target.embedding))
     device, lengths = torch.device(device), [len(row) for row in rows]
     longest = max(lengths)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     known = _known_noise(generators, lengths, target).to(device)
     chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, known, device)
     check = FiniteCheck(owner=owner)
-    choose = _Chooser(target, temperature, top_p, bridge, top_k, check)
+    choose = _Chooser(target, temperature, top_p, bridge, top_k, check, num_tokens)
     new = torch.zeros(len(rows), longest, dtype=torch.int64)
     for row, place in zip(rows, new, strict=True):
         place[: len(row)] = row
@@ -138,6 +141,7 @@ def continue_plainly(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stop_tokens: Sequence[int] = (),
+    num_tokens: int | None = None,
     progress: bool = False,
 ) -> Continuations:
     """The same by an ordinary language model, in evaluation mode: the control.
@@ -146,8 +150,8 @@ def continue_plainly(
         model: a causal language model of transformers, which keeps keys and values, or a `RecurrentDepth`, which reads
             everything anew for each token. The states that its recurrence starts from are drawn for the batch, from
             the first seed: there a row depends, a little, on its batch.
-        prompts, max_new_tokens, seeds, temperature, top_p, stop_tokens, progress: see `continue_texts`; no prompt may
-            be empty, and a row draws one uniform a token.
+        prompts, max_new_tokens, seeds, temperature, top_p, stop_tokens, num_tokens, progress: see `continue_texts`; no
+            prompt may be empty, and a row draws one uniform a token.
 
     Raises:
         ValueError: an empty prompt, an argument that `continue_texts` refuses, or logits without a softmax: NaN, inf,
@@ -158,6 +162,7 @@ def continue_plainly(
     if not all(len(row) for row in rows):
         raise ValueError("an empty prompt: an ordinary language model needs at least one token to go on from")
     _check_tokens(rows, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    _check_num_tokens(num_tokens, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     device = next(model.parameters()).device
     states = torch.Generator(device).manual_seed(seeds[0])
     uniforms = torch.stack(
@@ -187,7 +192,9 @@ def continue_plainly(
                 logits, past = output.logits[:, -1], output.past_key_values
             else:
                 logits = model(text[:, :end], generator=states)[places, at + step - 1]
-            token = _quantile(filtered(check.logits(logits), temperature, top_p), uniforms[:, step])
+            token = _quantile(
+                filtered(_ruled_out(check.logits(logits), num_tokens), temperature, top_p), uniforms[:, step]
+            )
             yield token
             text[places, torch.full_like(at, end) if library else at + step] = token
 
@@ -237,16 +244,25 @@ class _Chooser:
         bridge: str,
         top_k: int,
         check: FiniteCheck,
+        num_tokens: int | None,
     ) -> None:
         self.target, self.temperature, self.top_p = target, temperature, top_p
-        self.bridge, self.top_k, self.check = bridge, top_k, check
+        self.bridge, self.top_k, self.check, self.num_tokens = bridge, top_k, check, num_tokens
         self.table = target.table
 
     def __call__(self, logits: Tensor, level: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, vocab_size) at a level and a uniform each (n,) -> tokens (n,) and D (n, dim)."""
-        probabilities = filtered(self.check.logits(logits, level), self.temperature, self.top_p)
+        logits = _ruled_out(self.check.logits(logits, level), self.num_tokens)
+        probabilities = filtered(logits, self.temperature, self.top_p)
         token = _quantile(probabilities, uniform)
         return token, bridged(probabilities, token, self.table, self.bridge, self.top_k)
+
+
+def _ruled_out(logits: Tensor, num_tokens: int | None) -> Tensor:
+    """Logits (n, vocab_size) that leave no probability to ids from `num_tokens` on."""
+    if num_tokens is None or num_tokens == logits.shape[-1]:
+        return logits
+    return logits.index_fill(-1, torch.arange(num_tokens, logits.shape[-1], device=logits.device), -math.inf)
 
 
 def filtered(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -396,6 +412,11 @@ def _check_tokens(rows: list[Tensor], vocabulary: int) -> None:
     for row in rows:
         if len(row) and not (int(row.min()) >= 0 and int(row.max()) < vocabulary):
             raise ValueError(f"prompt tokens must be in [0, {vocabulary - 1}], got {row.tolist()}")
+
+
+def _check_num_tokens(num_tokens: int | None, vocabulary: int) -> None:
+    if num_tokens is not None and not 1 <= num_tokens <= vocabulary:
+        raise ValueError(f"num_tokens must be from 1 to the vocabulary's {vocabulary}, got {num_tokens}")
 
 
 def _check_options(

@@ -322,7 +322,9 @@ class Trainer:
         common = {id(t) for t in self.residency.common_tensors()}
         for unit in self.units:
             weights = unit.module.state_dict(keep_vars=True)
-            own = {f"weights.{name}": t for name, t in weights.items() if id(t) not in common}
+            # Once each: a tied parameter has several names.
+            once = {id(t): name for name, t in reversed(weights.items())}
+            own = {f"weights.{once[id(t)]}": t for t in weights.values() if id(t) not in common}
             yield unit.name, own | {f"set.{name}": t for name, t in self.sets[unit.name].state().items()}
         if common:
             weights = self.units[0].module.state_dict(keep_vars=True)
