@@ -276,3 +276,16 @@ def test_a_classifier_of_another_loss_is_refused() -> None:
         model: Any = tiny("vit")
         model.config.problem_type = kind
         refused(model, rf"problem_type = {kind}")
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
+def test_rotary_frequencies_are_exact_in_memory_as_saved_and_loaded(family: str, tmp_path: Any) -> None:
+    """`.to(bfloat16)` rounds the original's; no file holds them, and a loaded model has them from its config."""
+    model = db.convert(tiny(family).to(torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    buffers, loaded = dict(model.named_buffers()), dict(db.load(tmp_path).named_buffers())
+    names = [name for name in buffers if name.endswith("inv_freq")]
+    assert names
+    for name in names:
+        assert buffers[name].dtype == torch.float32
+        assert torch.equal(buffers[name], loaded[name])

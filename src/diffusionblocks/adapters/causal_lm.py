@@ -71,8 +71,10 @@ class ExactRotation(nn.Module):
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self.rotary = rotary
+        # Made anew: those of a model that was cast are rounded already, and no file holds them.
+        exact = dict(type(rotary)(self.config).named_buffers())
         for name, buffer in rotary.named_buffers():
-            setattr(rotary, name, buffer.float())
+            setattr(rotary, name, exact[name].float().to(buffer.device))
 
     @property
     def config(self) -> Any:
