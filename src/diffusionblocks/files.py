@@ -486,6 +486,29 @@ def _refused_constant(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON's")
 
 
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values with the SHA-256 of what they say, as their entry `sha256`."""
+    return values | {"sha256": _digest_of_values(values)}
+
+
+def check_seal(values: dict[str, Any], where: Path) -> None:
+    """Refuse values of which `sealed` wrote other ones; older files have no such entry.
+
+    Raises:
+        ValueError: it names the file.
+    """
+    if "sha256" in values and values["sha256"] != _digest_of_values(values):
+        raise ValueError(
+            f"{where} was changed or damaged after it was saved, by its sha256; copy it again, or delete its entry "
+            "sha256 if the change is meant"
+        )
+
+
+def _digest_of_values(values: dict[str, Any]) -> str:
+    as_read = json.loads(json.dumps({name: value for name, value in values.items() if name != "sha256"}))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
 _Checked = TypeVar("_Checked", bound=BaseModel)
 
 

@@ -18,11 +18,11 @@ from .adapters import adapter_named, outline, rebuild_config
 from .building import materialise_buffers
 from .config import BlocksConfig
 from .convert import assemble, resolve
-from .files import FileDigest, checked, digest, read_json, read_tensors, recover, same_shape
+from .files import FileDigest, check_seal, checked, digest, read_json, read_tensors, recover, same_shape
 from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks
 from .partition import Partition
-from .saving import FORMAT, INDEX, OURS, SHARED, STAMP, WITH_TOKENIZER, block_file, index_digest, listed, stamp
+from .saving import FORMAT, INDEX, OURS, SHARED, STAMP, WITH_TOKENIZER, block_file, listed, stamp
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -122,11 +122,7 @@ def read_saved(path: str | Path) -> SavedModel:
         raise _no_model(folder, error) from error
     blocks = index.get("blocks", list(range(partition.num_blocks)))  # older folders hold all, and do not say so
     _check_blocks(folder, blocks, partition.num_blocks)
-    if described.sha256 is not None and described.sha256 != index_digest(index):
-        raise ValueError(
-            f"{folder / INDEX} was changed or damaged after it was saved, by its sha256; copy it again, or delete its "
-            "entry sha256 if the change is meant"
-        )
+    check_seal(index, folder / INDEX)
     more = described.files, described.trained
     return SavedModel(folder, index, described.model_class, model_config, config, partition, tuple(blocks), *more)
 

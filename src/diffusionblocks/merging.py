@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .adapters import config_values
-from .files import FileDigest, digest, replaced_folder
+from .files import FileDigest, digest, replaced_folder, sealed, write_json
 from .finite import DIVERGED, require_finite
 from .loading import (
     SavedModel,
@@ -29,7 +29,7 @@ from .loading import (
     read_saved,
 )
 from .model import DiffusionBlocks
-from .saving import INDEX, WITH_TOKENIZER, block_file, check_out, write_index
+from .saving import INDEX, WITH_TOKENIZER, block_file, check_out
 from .tokenizer_file import same_tokenizer, tokenizer_in
 
 #: entries of a model's config that say where it came from, and change nothing
@@ -94,7 +94,7 @@ def merge(
     with replaced_folder(Path(out), WITH_TOKENIZER) as temporary:
         for file in [*files, *_tokenizer(models)]:
             shutil.copyfile(file, temporary / file.name)
-        write_index(temporary, index)
+        write_json(temporary / INDEX, sealed(index))
     return origins
 
 

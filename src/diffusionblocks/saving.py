@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from .adapters import config_values, instantiate
-from .files import FileDigest, check_replaceable, digest, replaced_folder, write_json, write_tensors
+from .files import FileDigest, check_replaceable, digest, replaced_folder, sealed, write_json, write_tensors
 from .finite import DIVERGED, require_finite
 from .tokenizer_file import TOKENIZER, write_tokenizer
 
@@ -110,18 +110,7 @@ def save(
             write(block_file(b), {k: t for k, t in tensors.items() if id(t) not in shared}, b)
             if shared and b == 0:
                 write(SHARED, {k: t for k, t in tensors.items() if id(t) in shared}, None)
-        write_index(folder, index | {"files": {name: files[name].model_dump() for name in files}})
-
-
-def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write the index of a saved model, with a digest of all that it says."""
-    write_json(folder / INDEX, index | {"sha256": index_digest(index)})
-
-
-def index_digest(index: dict[str, Any]) -> str:
-    """SHA-256 of an index, but for the entry that holds it."""
-    values = json.loads(json.dumps({name: value for name, value in index.items() if name != "sha256"}))
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()  # names are text by now
+        write_json(folder / INDEX, sealed(index | {"files": {name: files[name].model_dump() for name in files}}))
 
 
 def stamp(index: dict[str, Any], block: int | None) -> str:

@@ -84,6 +84,7 @@ def judge(
     before: tuple[Listing, Listing, set[str]],
     after: tuple[Listing, Listing, set[str]],
     sound: Any = None,
+    original: Listing | None = None,
 ) -> Verdict:
     """Whether an outcome keeps the contract.
 
@@ -92,6 +93,7 @@ def judge(
         case: what was done.
         before, after: listings of the case's inputs and outputs, and the workspace's hidden names.
         sound: the product of sound input, where `case.same`.
+        original: listing of the inputs before they were damaged: what is again as it was has been mended.
     """
     lines = [line for line in outcome.err.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
@@ -128,7 +130,8 @@ def judge(
         return Verdict(ending, "characters", f"{last[:200]!r}")
     if outcome.code == DIVERGED:  # after work, whose checkpoints are kept
         return Verdict(ending, None, last)
-    if after[0] != before[0]:
+    mended = {name for name in after[0] if (original or {}).get(name) == after[0][name]}
+    if any(before[0].get(name) != after[0].get(name) for name in (before[0].keys() | after[0].keys()) - mended):
         return Verdict(ending, "input changed", f"{difference(before[0], after[0])}; {last[:200]}")
     if after[1] != before[1]:
         return Verdict(ending, "output left", f"{difference(before[1], after[1])}; {last[:200]}")

@@ -521,7 +521,8 @@ class Bench:
         """Try an input."""
         case, before, outcome, after = self._tried(kind, given)
         product = self._sound_product(given, case) if case.same and outcome.code == 0 else None
-        return contract.judge(outcome, case, before, after, product)
+        original = contract.listing(self.root / given["base"], case.inputs)
+        return contract.judge(outcome, case, before, after, product, original)
 
     def smallest(self, kind: str, given: Input, verdict: Verdict) -> tuple[Input, Verdict]:
         """The input with one operation of several, where that fails in the same way."""
@@ -533,7 +534,7 @@ class Bench:
                     return smaller, found
         return given, verdict
 
-    def _tried(self, kind: str, given: Input, damaged: bool = True) -> tuple[Case, Any, Any, Any]:
+    def _tried(self, kind: str, given: Input) -> tuple[Case, Any, Any, Any]:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.root / given["base"], self.work, symlinks=True)
         case = KINDS[kind].case(given, self.work, self.root)

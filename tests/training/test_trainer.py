@@ -246,6 +246,32 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         trainer("joint", tmp_path).train()
 
 
+@pytest.mark.parametrize("damage", ["bit", "file of another run", "seconds"])
+def test_a_checkpoint_that_is_not_as_it_was_saved_is_refused(damage: str, tmp_path: Path) -> None:
+    for name, seed in (("run", 0), ("other", 1)):
+        trainer("replicated", tmp_path / name, seed=seed).train(until=2)
+    (saved,), (other,) = (checkpoints(tmp_path / name / "checkpoints") for name in ("run", "other"))
+    if damage == "seconds":
+        file = saved / "state.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 0.25}))
+    else:
+        file = saved / "block-1.safetensors"
+        content = bytearray(((other if damage.startswith("file") else saved) / file.name).read_bytes())
+        content[-5] ^= damage == "bit"  # of the last tensor
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file.name} was changed or damaged after it was saved"):
+        trainer("replicated", tmp_path / "run").train()
+
+
+def test_a_checkpoint_without_digests_is_read(tmp_path: Path) -> None:
+    trainer("replicated", tmp_path).train(until=2)
+    (saved,) = checkpoints(tmp_path / "checkpoints")
+    values = json.loads((saved / "state.json").read_text())
+    older = {name: value for name, value in values.items() if name not in ("files", "sha256")}
+    (saved / "state.json").write_text(json.dumps(older))
+    trainer("replicated", tmp_path).train()
+
+
 def test_training_learns_and_bfloat16_does_too() -> None:
     for precision in ("float32", "bfloat16"):
         run = trainer("replicated", steps=40, precision=precision, lr=5e-3, ema_decay=None)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
 
@@ -21,6 +23,27 @@ ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_atte
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+#: What classes of these libraries raise where values do not go together. Memory is not among them.
+_WRONG_VALUES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+)
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """What a library raises of a wrong value becomes a ValueError in one line that begins with `what`."""
+    try:
+        yield
+    except _WRONG_VALUES as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 class CannotReadInParts(ValueError):
@@ -88,7 +111,7 @@ class Library(abc.ABC):
 
     def outline(self, model_class: Any, config: Any) -> nn.Module:
         """An instance on the meta device: its structure, names and shapes, without memory and without draws."""
-        with torch.device("meta"):
+        with torch.device("meta"), _refusing(f"{model_class.__name__} cannot be built from this model.config"):
             return self._create(model_class, copy.deepcopy(config))
 
     def pretrained(self, model_class: Any, path: str | Path, values: dict[str, Any]) -> nn.Module:
@@ -172,7 +195,8 @@ class Transformers(Library):
         attention = values.pop("attn_implementation", None)
         if attention is not None and attention not in ATTENTION:
             raise ValueError(f"attn_implementation = {attention!r}; allowed: {', '.join(ATTENTION)}")
-        config = model_class.config_class.from_dict(values)
+        with _refusing(f"model.config of {model_class.__name__}"):
+            config = model_class.config_class.from_dict(values)
         if attention is not None:
             config._attn_implementation = attention
         return config
@@ -241,7 +265,7 @@ class Diffusers(Library):
         if unknown:
             raise ValueError(f"{model_class.__name__} takes no {unknown}")
         # Only an instance knows the defaults; on the meta device it costs nothing.
-        with torch.device("meta"):
+        with torch.device("meta"), _refusing(f"model.config of {model_class.__name__}"):
             return model_class(**values).config
 
     def values(self, config: Any) -> dict[str, Any]:

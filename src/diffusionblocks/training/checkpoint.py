@@ -11,13 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..files import (
+    FileDigest,
+    check_seal,
     checked,
     delete_folder,
+    digest,
     read_json,
     read_tensors,
     recover_in,
     replaced_folder,
     same_shape,
+    sealed,
     write_json,
     write_tensors,
 )
@@ -28,7 +32,7 @@ _NAME = re.compile(r"iteration-(\d{9})")
 
 
 class _State(BaseModel):
-    """Schema of `state.json`; version 0.1.0 wrote no `run`."""
+    """Schema of `state.json`; version 0.1.0 wrote neither `run` nor `files`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -37,6 +41,7 @@ class _State(BaseModel):
     units: list[str] = Field(min_length=1)
     seconds: float = Field(ge=0, allow_inf_nan=False)
     run: dict[str, Any] | None = None
+    files: dict[str, FileDigest] | None = None
 
 
 def write_checkpoint(
@@ -45,9 +50,11 @@ def write_checkpoint(
     """Write `folder`/iteration-..., one file an owner, and delete all but the newest `keep` checkpoints."""
     path = folder / f"iteration-{iteration:09d}"
     with replaced_folder(path, _FILES) as temporary:
+        files = {}
         for name, tensors in owners:
             write_tensors(temporary / _file(name), tensors)
-        write_json(temporary / "state.json", {"iteration": iteration, **values})
+            files[_file(name)] = digest(temporary / _file(name)).model_dump()
+        write_json(temporary / "state.json", sealed({"iteration": iteration, **values, "files": files}))
     remove(checkpoints(folder)[:-keep])
     return path
 
@@ -75,6 +82,7 @@ def read_values(path: Path) -> dict[str, Any]:
     file = path / "state.json"
     values = read_json(file)
     checked(values, _State, file)
+    check_seal(values, file)
     return values
 
 
@@ -83,11 +91,17 @@ def read_owner(path: Path, owner: str, like: dict[str, Tensor]) -> dict[str, Ten
 
     Raises:
         FileNotFoundError: its file is missing.
-        ValueError: its file is damaged, or holds tensors of other names or shapes than `like`, or values that are not
-            finite.
+        ValueError: its file is damaged, or not the one that was saved, or holds tensors of other names or shapes than
+            `like`, or values that are not finite.
     """
     file = path / _file(owner)
     tensors = read_tensors(file)
+    files = read_values(path).get("files")  # older checkpoints have none
+    if files is not None and files.get(file.name) != digest(file).model_dump():
+        raise ValueError(
+            f"{file} was changed or damaged after it was saved, by its SHA-256 in state.json; remove {path}, and the "
+            "run goes on from the checkpoint before it"
+        )
     if different := sorted(tensors.keys() ^ like.keys()):
         raise ValueError(f"{file} does not match the model: it lacks or has too much {', '.join(different[:5])}")
     for name, tensor in like.items():
