@@ -515,6 +515,7 @@ class Bench:
     def _make(self, actions: list[dict[str, Any]], folder: Path) -> None:
         outcome = self.box.run(actions, folder, seconds=60)
         if outcome.code:
+            shutil.rmtree(folder)
             raise RuntimeError(f"sound input cannot be made, {actions}: {outcome.err}")
 
     def judge(self, kind: str, given: Input) -> Verdict:

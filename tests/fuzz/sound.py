@@ -188,14 +188,14 @@ def write_latents(folder: Path) -> None:
     """Latents of two splits, in shards."""
     import torch
 
-    from diffusionblocks.data.latents import write_shards
+    from diffusionblocks.data.latents import LatentScale, write_shards
 
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "validation"):
         mean, std = (torch.rand(12, 1, 4, 4, generator=generator) for _ in range(2))
         rows = [(mean, std, torch.arange(12) % 3)]
         names = ["cat", "dog", "owl"]
-        write_shards(folder, split, rows, shard_rows=8, class_names=names, vae="none", scaling_factor=1.0)
+        write_shards(folder, split, rows, shard_rows=8, class_names=names, vae="none", scale=LatentScale(1.0))
 
 
 # ---- workspaces ----------------------------------------------------------------------------------------------
