@@ -1,17 +1,44 @@
 """DiffusionBlocks: train a deep network one block at a time (ICLR 2026, arXiv 2506.14202)."""
 
-from .block import Block
-from .branching import branch
-from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, TokenTargetConfig
-from .convert import convert
-from .loading import load
-from .merging import merge
-from .model import BlocksOutput, DiffusionBlocks
-from .noise import EDM, Masking
-from .partition import Partition
-from .saving import export, export_initialisation
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .block import Block
+    from .branching import branch
+    from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, TokenTargetConfig
+    from .conversion import convert
+    from .loading import load
+    from .merging import merge
+    from .model import BlocksOutput, DiffusionBlocks
+    from .noise import EDM, Masking
+    from .partition import Partition
+    from .saving import export, export_initialisation
 
 __version__ = "0.1.0"
+
+# Imported when they are first asked for: torch and transformers take seconds, which the command line's --help, and
+# Ctrl-C before it has begun, need not wait for.
+_ROOMS = {
+    "EDM": "noise",
+    "Block": "block",
+    "BlocksConfig": "config",
+    "BlocksOutput": "model",
+    "DiffusionBlocks": "model",
+    "ImageTargetConfig": "config",
+    "LabelTargetConfig": "config",
+    "Masking": "noise",
+    "Partition": "partition",
+    "TokenTargetConfig": "config",
+    "branch": "branching",
+    "convert": "conversion",
+    "export": "saving",
+    "export_initialisation": "saving",
+    "load": "loading",
+    "merge": "merging",
+}
 
 __all__ = [
     "EDM",
@@ -32,3 +59,15 @@ __all__ = [
     "load",
     "merge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from .adapters import instantiate, with_depth
 from .config import BlocksConfig
-from .convert import assemble
+from .conversion import assemble
 from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapters import instantiate, outline, with_depth
 from .block import Block
 from .config import BlocksConfig
-from .convert import assemble
+from .conversion import assemble
 from .model import DiffusionBlocks
 from .weights import WeightSource
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .adapters import adapter_named, outline, rebuild_config
 from .building import materialise_buffers
 from .config import BlocksConfig
-from .convert import assemble, resolve
+from .conversion import assemble, resolve
 from .files import FileDigest, check_seal, checked, digest, read_json, read_tensors, recover, same_shape
 from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks

@@ -26,7 +26,7 @@ from .adapters.causal_lm import attention_window
 from .adapters.libraries import cached_file
 from .building import build, empty, materialise
 from .config import BlocksConfig
-from .convert import assemble
+from .conversion import assemble
 from .data import (
     CharacterCodec,
     ImageBatches,

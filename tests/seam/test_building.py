@@ -27,7 +27,7 @@ import diffusionblocks as db
 from diffusionblocks import adapters
 from diffusionblocks.block import Block
 from diffusionblocks.building import build, empty, materialise, materialise_added, materialise_buffers
-from diffusionblocks.convert import assemble
+from diffusionblocks.conversion import assemble
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.sources import blocks_config, build_model, config_of, outline_of, weight_source
 from diffusionblocks.training import EndToEnd

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..adapters import adapter_named, outline, rebuild_config
-from ..convert import assemble
+from ..conversion import assemble
 from ..data import ImageData, LatentData, TextChunks
 from ..partition import even_layers
 from ..recipes import Recipe, parse_recipe

@@ -1,0 +1,24 @@
+"""`python -m diffusionblocks` and the console script: what stops the import of libraries is told in one line, too."""
+
+from __future__ import annotations
+
+import sys
+
+from .messages import reported
+
+
+def main() -> int:
+    """Run the command line; returns the exit status (`messages.STATUSES`)."""
+    status = 0
+
+    def run() -> None:
+        nonlocal status
+        from .cli import main as command_line  # which imports torch
+
+        status = command_line()
+
+    return reported(run) or status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The package imports nothing before it is used, and a command line that is stopped before it begins says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import diffusionblocks as db
+
+
+def test_the_package_is_light_until_it_is_used() -> None:
+    code = "import sys, diffusionblocks, diffusionblocks.__main__; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_only_what_is_public_is_seen() -> None:
+    assert {name for name in dir(db) if not name.startswith("__")} == set(db.__all__) - {"__version__"}
+    assert all(getattr(db, name) is not None for name in db.__all__)
+    assert callable(db.convert)
+    assert not hasattr(db, "nothing")
+
+
+def test_a_command_line_that_is_stopped_while_it_imports_says_so() -> None:
+    # The hook stops the import of torch for longer than the test: the signal always finds it there.
+    code = (
+        "import sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print('importing', flush=True)\n"
+        "            time.sleep(60)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from diffusionblocks.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error == "stopped by SIGINT\n"
