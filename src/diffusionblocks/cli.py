@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def run() -> None:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # of saving a few small files; ours shows the training
+        _quieten_libraries()
         try:
             _check_options(options)
             if "recipe" in options:
@@ -89,6 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"not allowed: {explain(error)}") from error
 
     return reported(run, lambda: _way_on(options))
+
+
+def _quieten_libraries() -> None:
+    """Errors of libraries are told as ours; their remarks and bars would stand between the lines that are."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # both are read when the library is imported
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()  # of saving a few small files; ours shows the training
 
 
 def _way_on(options: argparse.Namespace) -> str:

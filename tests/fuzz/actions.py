@@ -19,6 +19,9 @@ Result = tuple[int, Any]
 
 def preload() -> None:
     """Import what commands import, so that no child has to."""
+    from diffusionblocks.cli import _quieten_libraries
+
+    _quieten_libraries()  # as a command does before it imports them
     import datasets  # noqa: F401
     import diffusers  # noqa: F401
     import matplotlib.pyplot  # noqa: F401

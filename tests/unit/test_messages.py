@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from diffusionblocks.cli import main
 from diffusionblocks.data.encode import main as encode
 from diffusionblocks.messages import LONGEST, one_line
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.mark.parametrize(
@@ -60,3 +66,11 @@ def test_the_encoder_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> 
         encode(["--size", "wide"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: argument --size: invalid int value: 'wide'; see ")
+
+
+def test_libraries_say_nothing_on_standard_error() -> None:
+    """diffusers and torchao log at their import, which only a fresh process shows."""
+    command = [sys.executable, "-m", "diffusionblocks", "inspect", str(RECIPES / "dit" / "digits.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert done.stderr == ""
