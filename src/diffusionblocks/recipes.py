@@ -49,11 +49,14 @@ class ModelConfig(_Section):
         config: values of that class's config (hidden_size, num_hidden_layers, ...).
         pretrained: folder or hub name to load weights from, instead of a fresh start. Its shape is kept; of sizes
             only `num_labels` may differ in `config`, for a new classifier that is drawn from train.seed.
+        dtype: of the weights that are trained, pretrained ones too, whatever their files have: float32, or bfloat16,
+            in which most steps at usual learning rates are rounded away. (train.precision says how a step computes.)
     """
 
     type: str
     config: dict[str, Any] = Field(default_factory=dict)
     pretrained: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class AccuracyConfig(_Section):

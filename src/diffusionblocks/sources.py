@@ -64,7 +64,7 @@ from .saving import INDEX, MODEL_FILES, save
 from .sizes import SIZES, check_shape, check_sizes
 from .tokenizer_file import same_tokenizer, tokenizer_in
 from .training import BatchMaker, EndToEnd
-from .weights import Fresh, WeightSource, pretrained_source
+from .weights import Fresh, WeightSource, cast_weights, pretrained_source
 
 _log = logging.getLogger(__name__)
 
@@ -268,7 +268,12 @@ def build_original(recipe: Recipe) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         # `instantiate` forks from here, so the weights depend on this seed alone.
-        return instantiate(recipe.model.type, config)
+        return cast_weights(instantiate(recipe.model.type, config), dtype_of(recipe))
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """The dtype of the recipe's weights."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.model.dtype]
 
 
 def weight_source(recipe: Recipe) -> WeightSource:
@@ -280,8 +285,8 @@ def weight_source(recipe: Recipe) -> WeightSource:
     model, seed = recipe.model, recipe.train.seed
     config = model_config(recipe)
     if model.pretrained is None:
-        return Fresh(model.type, config, seed=seed)
-    source = pretrained_source(model.type, model.pretrained, _without_labels(recipe), seed=seed)
+        return Fresh(model.type, config, seed=seed, dtype=dtype_of(recipe))
+    source = pretrained_source(model.type, model.pretrained, _without_labels(recipe), seed=seed, dtype=dtype_of(recipe))
     if not _other_labels(recipe, source.model_config):
         return source
     config = copy.deepcopy(source.model_config)
@@ -317,7 +322,7 @@ def _pretrained_whole(recipe: Recipe) -> nn.Module:
     """The pretrained model, with a new classifier where the recipe has other labels: the one that the blocks get."""
     model = recipe.model
     assert model.pretrained is not None
-    whole = pretrained(model.type, model.pretrained, _without_labels(recipe))
+    whole = pretrained(model.type, model.pretrained, _without_labels(recipe), dtype_of(recipe))
     if not _other_labels(recipe, whole.config):
         return whole
     source = weight_source(recipe)
@@ -325,7 +330,7 @@ def _pretrained_whole(recipe: Recipe) -> nn.Module:
     fresh = instantiate(model.type, source.model_config)
     state = {name: tensor for name, tensor in whole.state_dict().items() if name not in source.new}
     fresh.load_state_dict(state | dict(source.tensors(0, range(1), sorted(source.new))))
-    return fresh.to(source.dtype)
+    return cast_weights(fresh, source.dtype)
 
 
 def _without_labels(recipe: Recipe) -> dict[str, Any]:
@@ -352,6 +357,8 @@ def model_config(recipe: Recipe) -> Any:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"model.config.{unknown[0]}: {model_class} knows no {unknown}{near(unknown[0], known)}")
+    for field in sorted(values.keys() & {"dtype", "torch_dtype"}):
+        raise ValueError(f"model.config.{field} = {values[field]!r}: the weights' dtype is model.dtype; leave it out")
     check_sizes(values)
     config = _rebuilt(model_class, values, "model.config")
     name = recipe.model.pretrained

@@ -36,8 +36,7 @@ class WeightSource(abc.ABC):
 
     def outline(self) -> nn.Module:
         """The original model on the meta device, in the source's dtype: structure, names and shapes, without memory."""
-        # diffusers overrides `to`, and nags
-        return nn.Module.to(outline(self.model_class, self.model_config), dtype=self.dtype)
+        return cast_weights(outline(self.model_class, self.model_config), self.dtype)
 
     @abc.abstractmethod
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -48,6 +47,14 @@ class WeightSource(abc.ABC):
             layers: its layers.
             names: names in the original model, of these layers and of shared parts; each comes once, in any order.
         """
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Bring what files hold of a model to a dtype, in place; buffers that follow from its config keep their digits."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 class Fresh(WeightSource):
@@ -126,14 +133,23 @@ class InFiles(WeightSource):
         path: the folder or hub name of a model of its library.
         values: config values to override.
         seed: of what is drawn afresh.
+        dtype: of the blocks; None takes the library's choice.
 
     Raises:
         CannotReadInParts: only the library itself can read it; the message says why.
         ValueError: from `tensors`, for weights that are not finite; the message names file and tensor.
     """
 
-    def __init__(self, model_class: str, path: str | Path, values: dict[str, Any], *, seed: int) -> None:
-        found = checkpoint(model_class, path, values)
+    def __init__(
+        self,
+        model_class: str,
+        path: str | Path,
+        values: dict[str, Any],
+        *,
+        seed: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        found = checkpoint(model_class, path, values, dtype)
         super().__init__(model_class, found.config, found.dtype)
         adapter = adapter_named(model_class)
         head = tuple(f"{part}." for part in adapter.head_paths(outline(model_class, found.config)))
@@ -167,12 +183,21 @@ class InMemory(WeightSource):
         path: the folder or hub name of a model of its library.
         values: config values to override.
         seed: of what the library draws afresh.
+        dtype: of the blocks; None takes the library's choice.
     """
 
-    def __init__(self, model_class: str, path: str | Path, values: dict[str, Any], *, seed: int) -> None:
+    def __init__(
+        self,
+        model_class: str,
+        path: str | Path,
+        values: dict[str, Any],
+        *,
+        seed: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = pretrained(model_class, path, values)
+            model: Any = pretrained(model_class, path, values, dtype)
         super().__init__(model_class, model.config, next(model.parameters()).dtype)
         self._tensors: dict[str, Tensor] = model.state_dict()
 
@@ -181,7 +206,9 @@ class InMemory(WeightSource):
         yield from ((name, self._tensors[name].clone()) for name in names)
 
 
-def pretrained_source(model_class: str, path: str | Path, values: dict[str, Any], *, seed: int) -> WeightSource:
+def pretrained_source(
+    model_class: str, path: str | Path, values: dict[str, Any], *, seed: int, dtype: torch.dtype | None = None
+) -> WeightSource:
     """The weights of a folder or hub name: read in parts where possible, else loaded whole on the host by the library.
 
     Which road was taken is logged.
@@ -191,15 +218,17 @@ def pretrained_source(model_class: str, path: str | Path, values: dict[str, Any]
         path: the folder or hub name of a model of its library.
         values: config values to override.
         seed: of weights that the model has and the files have not.
+        dtype: of the blocks, whatever the files have; None takes the library's choice: what the config says or, where
+            it says nothing, the files have (transformers), or float32 (diffusers).
 
     Raises:
         OSError, ValueError: what the library's `from_pretrained` refuses.
     """
     try:
-        source = InFiles(model_class, path, values, seed=seed)
+        source = InFiles(model_class, path, values, seed=seed, dtype=dtype)
     except (CannotReadInParts, OSError, ValueError) as reason:
         # Whatever is wrong, the library reads it in its own way, or says it in its own words.
         _log.info("%s is loaded whole on the host: %s", path, reason)
-        return InMemory(model_class, path, values, seed=seed)
+        return InMemory(model_class, path, values, seed=seed, dtype=dtype)
     _log.info("%s is read block by block from its safetensors files", path)
     return source

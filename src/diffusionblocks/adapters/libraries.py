@@ -79,6 +79,8 @@ class Library(abc.ABC):
 
     #: config values that follow from the number of layers
     depth_dependent: ClassVar[frozenset[str]] = frozenset()
+    #: the argument of `from_pretrained` that is a dtype
+    dtype_option: ClassVar[str] = "torch_dtype"
 
     def __init__(self, module: str, packages: tuple[str, ...], weights: str) -> None:
         self.module = module
@@ -114,9 +116,15 @@ class Library(abc.ABC):
         with torch.device("meta"), _refusing(f"{model_class.__name__} cannot be built from this model.config"):
             return self._create(model_class, copy.deepcopy(config))
 
-    def pretrained(self, model_class: Any, path: str | Path, values: dict[str, Any]) -> nn.Module:
-        """An instance with the weights of a folder or hub name; `values` override its config."""
-        return model_class.from_pretrained(path, **values)  # type: ignore[no-any-return]
+    def pretrained(
+        self, model_class: Any, path: str | Path, values: dict[str, Any], dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """An instance with the weights of a folder or hub name; `values` override its config.
+
+        Its dtype is the given one; None leaves it to the library.
+        """
+        options = {} if dtype is None else {self.dtype_option: dtype}
+        return model_class.from_pretrained(path, **values, **options)  # type: ignore[no-any-return]
 
     def restored(self, model_class: Any, path: Path) -> nn.Module:
         """An instance with the weights of a folder, which must hold exactly these.
@@ -140,7 +148,9 @@ class Library(abc.ABC):
                 )
         return model  # type: ignore[no-any-return]
 
-    def checkpoint(self, model_class: Any, path: str | Path, values: dict[str, Any]) -> Checkpoint:
+    def checkpoint(
+        self, model_class: Any, path: str | Path, values: dict[str, Any], dtype: torch.dtype | None = None
+    ) -> Checkpoint:
         """Where a folder or hub name has each weight that `pretrained` would load.
 
         Raises:
@@ -148,7 +158,7 @@ class Library(abc.ABC):
         """
         found = _safetensors_keys(path, self.weights)
         dtypes, shapes = _described(found)
-        config, dtype = self._pretrained_config(model_class, path, values, set(dtypes.values()))
+        config, dtype = self._pretrained_config(model_class, path, values, set(dtypes.values()), dtype)
         model = self.outline(model_class, config)
         expected = model.state_dict()
         places: dict[str, tuple[Path, str]] = {}
@@ -166,9 +176,10 @@ class Library(abc.ABC):
 
     @abc.abstractmethod
     def _pretrained_config(
-        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str]
+        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str], dtype: torch.dtype | None
     ) -> tuple[Any, torch.dtype]:
-        """Config and dtype as `from_pretrained` finds them; `stored` are the safetensors names of the files' dtypes."""
+        """Config and dtype as `from_pretrained` finds them, where no dtype is asked for; `stored` are the safetensors
+        names of the files' dtypes."""
 
     def _tied(self, model: nn.Module) -> list[tuple[str, str]]:
         """Pairs of parameters that this very model has as one."""
@@ -184,6 +195,7 @@ class Transformers(Library):
 
     # The stages of a model that can serve as a backbone (DINOv2), the kinds of layers (Qwen): one a layer.
     depth_dependent = frozenset({"stage_names", "out_features", "out_indices", "layer_types"})
+    dtype_option = "dtype"
 
     def fields(self, model_class: Any) -> set[str]:
         """See `Library`."""
@@ -209,7 +221,7 @@ class Transformers(Library):
         return model_class(config)  # type: ignore[no-any-return]
 
     def _pretrained_config(
-        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str]
+        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str], dtype: torch.dtype | None
     ) -> tuple[Any, torch.dtype]:
         config, unused = model_class.config_class.from_pretrained(path, return_unused_kwargs=True, **values)
         special = {"dtype", "torch_dtype"} & values.keys()
@@ -219,7 +231,7 @@ class Transformers(Library):
             raise CannotReadInParts(f"only the library knows what to do with {sorted(special)}")
         if "attn_implementation" in values:
             config._attn_implementation = values["attn_implementation"]
-        dtype = config.dtype
+        dtype = dtype or config.dtype
         if dtype is None:  # the library then takes that of the first tensor
             if len(stored) != 1 or not stored <= _DTYPES.keys():
                 raise CannotReadInParts(f"its config names no dtype, and its files hold {sorted(stored)}")
@@ -276,13 +288,13 @@ class Diffusers(Library):
         return model_class(**self.values(config))  # type: ignore[no-any-return]
 
     def _pretrained_config(
-        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str]
+        self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str], dtype: torch.dtype | None
     ) -> tuple[Any, torch.dtype]:
         described = model_class.load_config(path)
         if described.get("quantization_config") is not None:
             raise CannotReadInParts("it is quantised")
         with torch.device("meta"):
-            return model_class.from_config(described, **values).config, torch.float32
+            return model_class.from_config(described, **values).config, dtype or torch.float32
 
     def _names(self, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
         names = {key: key for key in keys}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..finite import DIVERGED, require_finite
@@ -133,14 +134,22 @@ def with_depth(model_class: str, model_config: Any, layers: int) -> Any:
     return library.config(found, values | {adapter_named(model_class).depth_field: layers})
 
 
-def pretrained(model_class: str, path: str | Path, values: dict[str, Any]) -> nn.Module:
+def pretrained(
+    model_class: str, path: str | Path, values: dict[str, Any], dtype: torch.dtype | None = None
+) -> nn.Module:
     """An instance of a supported class with the weights of a folder or hub name; `values` override its config.
+
+    Args:
+        model_class: its name.
+        path: the folder or hub name.
+        values: of the config.
+        dtype: of the weights; None leaves it to the library, which takes its files' or float32.
 
     Raises:
         OSError, ValueError: what the library's `from_pretrained` refuses; or weights that are not finite.
     """
     library, found = _found(model_class)
-    model = library.pretrained(found, path, values)
+    model = library.pretrained(found, path, values, dtype)
     require_finite(model.state_dict().items(), str(path), DIVERGED)
     return model
 
@@ -155,11 +164,13 @@ def restored(model_class: str, path: Path) -> nn.Module:
     return library.restored(found, path)
 
 
-def checkpoint(model_class: str, path: str | Path, values: dict[str, Any]) -> Checkpoint:
+def checkpoint(
+    model_class: str, path: str | Path, values: dict[str, Any], dtype: torch.dtype | None = None
+) -> Checkpoint:
     """Where a folder or hub name has each weight that `pretrained` would load.
 
     Raises:
         CannotReadInParts: only the library itself can read it; the message says why.
     """
     library, found = _found(model_class)
-    return library.checkpoint(found, path, values)
+    return library.checkpoint(found, path, values, dtype)

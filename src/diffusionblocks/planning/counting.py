@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..placement import tensors_of
 from ..training import TrainConfig, Unit
+from ..training.optim import average_dtype
 from ..training.skeleton import in_several
 
 # 8-bit AdamW (torchao): tensors of at least so many elements are kept in codes of one byte, with a float32 scale for
@@ -50,7 +51,7 @@ def kept_on_device(units: Sequence[Unit], shared: Sequence[nn.Parameter], train:
         parameters=_bytes(t for t in held.values() if isinstance(t, nn.Parameter)),
         buffers=_bytes(t for t in held.values() if not isinstance(t, nn.Parameter)),
         optimizer=sum(optimizer_bytes(p, train.optimizer) for p in moved),
-        ema=_bytes(moved) if train.keeps_average else 0,
+        ema=sum(p.numel() * average_dtype(p).itemsize for p in moved) if train.keeps_average else 0,
     )
 
 

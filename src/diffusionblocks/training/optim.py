@@ -34,7 +34,7 @@ class ParameterSet:
     Attributes:
         parameters: what is trained; may be empty.
         moments: of each parameter, the optimizer's state by name, as plain tensors.
-        ema: of each parameter, its moving average; empty where none is kept.
+        ema: of each parameter, its moving average, in `average_dtype`; empty where none is kept.
         steps: how often it stepped.
         inherited_steps: steps behind the average before these (of a trunk), which count for its ramp-up.
     """
@@ -45,13 +45,19 @@ class ParameterSet:
         self.ema = ema
         self.steps = 0
         self.inherited_steps = 0
+        self._exact: dict[int, Tensor] = {}
 
     def swap_ema(self) -> None:
         """Exchange weights and averages; a second call undoes it."""
         with torch.no_grad():
-            for parameter, average in zip(self.parameters, self.ema, strict=False):
+            for i, (parameter, average) in enumerate(zip(self.parameters, self.ema, strict=False)):
                 kept = parameter.detach().clone()
                 parameter.copy_(average)
+                if i in self._exact:
+                    average.copy_(self._exact.pop(i))
+                    continue
+                if average.dtype != parameter.dtype:  # the weights would keep a rounded one
+                    self._exact[i] = average.clone()
                 average.copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
@@ -92,6 +98,11 @@ class ParameterSet:
             if average and self.ema and source.ema:
                 self.ema[i].copy_(source.ema[place])
                 self.inherited_steps = source.inherited_steps + source.steps
+
+
+def average_dtype(parameter: Tensor) -> torch.dtype:
+    """In what a parameter's moving average is kept: never below float32, where it would not move."""
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 class Updater:
@@ -206,7 +217,8 @@ class Updater:
     def _average(self, places: slice) -> None:
         with torch.no_grad():
             # Tensor factors, not numbers: reading a number off the device would wait for it.
-            averages, weights = self.ema[places], [p.detach() for p in self.parameters[places]]
+            averages = self.ema[places]
+            weights = [p.detach().to(a.dtype) for p, a in zip(self.parameters[places], averages, strict=True)]
             torch._foreach_mul_(averages, self.decay)
             torch._foreach_add_(averages, list(torch._foreach_mul(weights, 1.0 - self.decay)))
 

@@ -26,7 +26,7 @@ from ..placement import places_of, tensors_of
 from .arena import Arena, Layout
 from .config import TrainConfig
 from .homes import DiskHomes, Homes, HostHomes, Layouts, Luggage
-from .optim import ParameterSet, Updater
+from .optim import ParameterSet, Updater, average_dtype
 from .schedules import lr_factor
 from .skeleton import Skeleton, in_several, move, shape_of
 from .units import Unit
@@ -150,7 +150,7 @@ class Residency(abc.ABC):
 def _fresh(
     parameters: list[nn.Parameter], steps: int, warmup: int, config: TrainConfig
 ) -> tuple[Updater, ParameterSet]:
-    ema = [p.detach().clone() for p in parameters] if config.keeps_average else []
+    ema = [p.detach().to(average_dtype(p), copy=True) for p in parameters] if config.keeps_average else []
     updater = Updater(parameters, steps, warmup, config, ema)
     updater.allocate()
     return updater, ParameterSet(parameters, updater.moments(), ema)
@@ -250,7 +250,9 @@ class ActiveResident(Residency):
 
         Updater(parameters, 1, 0, self.config, []).allocate(note)
         averages = parameters if self.config.keeps_average else []
-        return weights, Layout(state | {f"{i}.ema": p for i, p in enumerate(averages)})
+        for i, p in enumerate(averages):
+            state[f"{i}.ema"] = torch.empty_like(p, dtype=average_dtype(p), device="meta")
+        return weights, Layout(state)
 
     def _mounted(self, unit: Unit, weights: Arena) -> tuple[list[Tensor], list[nn.Parameter]]:
         """The tensors to mount for a unit whose weights lie there, and which of them are trained."""

@@ -7,6 +7,7 @@ Every draw of randomness is keyed by (seed, unit, step of that unit), so a run r
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -31,7 +32,10 @@ from .logging import JsonLines, Logger
 from .residency import Lengths, make_residency
 from .schedules import block_schedule, next_others
 from .step import BatchMaker, Stepper
-from .units import units_of
+from .units import Unit, units_of
+
+
+_log = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
@@ -95,6 +99,7 @@ class Trainer:
         self.loggers = list(loggers)
         self.progress = progress
         self.units, shared = units_of(model, config.blocks)
+        _warn_of_rounding(self.units)
         self.device = device or next(self.units[0].module.parameters()).device
         steps = config.unit_steps(batches.num_examples)
         lengths = Lengths(steps, config.warmup(batches.num_examples))
@@ -393,3 +398,20 @@ class Trainer:
         with torch.cuda.stream(stream):
             yield
         torch.cuda.current_stream().wait_stream(stream)
+
+
+def _warn_of_rounding(units: Sequence[Unit]) -> None:
+    """One line where weights are trained in a dtype whose rounding is larger than most steps."""
+    for unit in units:
+        for name, parameter in unit.module.named_parameters():
+            if parameter.requires_grad and torch.finfo(parameter.dtype).bits < 32:
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                _log.warning(
+                    "%s: %s is %s: steps smaller than its rounding, most at usual learning rates, are lost; train in "
+                    "float32 with model.float(), in a recipe model.dtype: float32 (train.precision: bfloat16 computes "
+                    "in bfloat16 all the same)",
+                    unit.name,
+                    name,
+                    dtype,
+                )
+                return
