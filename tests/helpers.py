@@ -104,7 +104,7 @@ def fresh_causal(family: str = "llama", *, layers: int = 3, **overrides: Any) ->
     """A tiny causal language model as its class initialises it: two queries share a key; untied unless overridden."""
     common = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HIDDEN // 4}
-    rest = {"max_position_embeddings": 64, "tie_word_embeddings": False}
+    rest = {"max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": None}
     found = getattr(transformers, CAUSAL_CLASSES[family])
     return found(found.config_class(**(common | heads | rest | overrides))).eval()  # type: ignore[no-any-return]
 

@@ -6,6 +6,7 @@ interval of levels; nothing is shared from then on (under `replicated` or `froze
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -46,6 +47,7 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
     first = trunk.block(0)
     parameter = next(first.parameters())
     branched = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
+    branched.generation_config = copy.deepcopy(trunk.generation_config)
     weights = first.state_dict()
     require_finite(weights.items(), "the trunk", DIVERGED)
     for b in range(num_blocks):

@@ -91,6 +91,7 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         adapter=adapter,
         model_class=class_name_of(model),
         model_config=model_config,
+        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
     )
     parameter = next(model.parameters())
     for b in range(partition.num_blocks):

@@ -20,6 +20,7 @@ from .evaluation.mauve import HiddenFeatures, Mauve, mauve_score
 from .evaluation.next_token import LanguageRow, language_row, plain_language_row
 from .evaluation.teachers import Ids, load_teacher_tokenizer, teacher_tokens
 from .files import renamed
+from .generation_config import end_tokens
 from .model import DiffusionBlocks
 from .models import RecurrentDepth
 from .modes import evaluating
@@ -150,9 +151,15 @@ def write(
     seed: int | None = None,
     progress: bool = False,
 ) -> Continuations:
-    """Continue prompts as the recipe's `evaluate` section says; continuation i has seed `seed` + i."""
+    """Continue prompts as the recipe's `evaluate` section says; continuation i has seed `seed` + i.
+
+    A text ends with the end of a document (`END` of the tokenizer; characters have none), and of a pretrained model of
+    tokens also with any of its own eos ids.
+    """
     codec = text_codec(recipe)
-    stops = () if codec.end is None else (codec.end,)
+    stops: tuple[int, ...] = () if codec.end is None else (codec.end,)
+    if stops and recipe.model.pretrained is not None:  # its chat may end a turn otherwise than a document
+        stops += end_tokens(model if isinstance(model, DiffusionBlocks) else model.model)
     first = options.seed if seed is None else seed
     whole: list[Continuations] = []
     together = options.generation_batch_size or options.batch_size

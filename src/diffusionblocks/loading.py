@@ -20,6 +20,7 @@ from .config import BlocksConfig
 from .conversion import assemble, resolve
 from .files import FileDigest, check_seal, checked, digest, read_json, read_tensors, recover, same_shape
 from .finite import DIVERGED, require_finite
+from .generation_config import rebuilt_generation_config
 from .model import DiffusionBlocks
 from .partition import Partition
 from .saving import FORMAT, INDEX, OURS, SHARED, STAMP, WITH_TOKENIZER, block_file, listed, stamp
@@ -65,6 +66,7 @@ class _Index(BaseModel):
     partition: _Partition
     files: dict[Annotated[str, Field(pattern=rf"^({OURS.pattern})$")], FileDigest] | None = None
     trained: dict[str, Any] | None = None
+    generation_config: dict[str, Any] | None = None
     sha256: str | None = None
 
 
@@ -167,7 +169,10 @@ def outline_of_index(index: dict[str, Any]) -> DiffusionBlocks:
     """The model that the values of an index describe, on the meta device."""
     config = rebuild_config(index["model_class"], index["model_config"])
     original = outline(index["model_class"], config)
-    return assemble(original, BlocksConfig.model_validate(index["blocks_config"]), take=True)
+    model = assemble(original, BlocksConfig.model_validate(index["blocks_config"]), take=True)
+    if index.get("generation_config") is not None:  # else, as in older folders, what the class makes of the config
+        model.generation_config = rebuilt_generation_config(index["generation_config"], "generation_config")
+    return model
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool = True) -> DiffusionBlocks:

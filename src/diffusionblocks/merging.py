@@ -136,6 +136,9 @@ def _check_configs(models: list[SavedModel]) -> None:
         ours, theirs = _description(first), _description(other)
         if first.trained is not None and other.trained is not None:  # older folders do not say
             ours["trained"], theirs["trained"] = first.trained, other.trained
+        generation = [model.index.get("generation_config") for model in (first, other)]
+        if None not in generation:
+            ours["generation_config"], theirs["generation_config"] = map(_without_writers, generation)
         found = difference(ours, theirs)
         if found is not None:
             name, one, another = found
@@ -162,10 +165,14 @@ def _description(model: SavedModel) -> dict[str, Any]:
     values = config_values(model.model_class, model.model_config)
     return {
         "model_class": model.model_class,
-        "model_config": {name: value for name, value in values.items() if name not in _WRITERS},
+        "model_config": _without_writers(values),
         "blocks_config": model.blocks_config.model_dump(mode="json"),
         "partition": model.partition.to_dict(),
     }
+
+
+def _without_writers(values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _WRITERS}
 
 
 def difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -17,6 +17,7 @@ from .adapters import Adapter
 from .block import Block
 from .config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from .draws import TrainingDraws, of_batch
+from .generation_config import end_tokens
 from .host import eager, leave_to_host, on_host
 from .modes import evaluating
 from .noise import EDM, Masking, NoiseProcess, one_level
@@ -69,6 +70,8 @@ class DiffusionBlocks(nn.Module):
         adapter: the code that knows the model's family.
         model_class: name of the original class.
         config: the original model's config (transformers' name for it).
+        generation_config: of a language model of transformers, its `GenerationConfig`; else None. Of it, only the ids
+            that end a text are followed (`continue_texts`).
     """
 
     #: Else `others` would tell transformers.Trainer that the model itself divides its loss by the labels of all
@@ -84,6 +87,7 @@ class DiffusionBlocks(nn.Module):
         adapter: Adapter,
         model_class: str,
         model_config: Any,
+        generation_config: Any = None,
     ) -> None:
         super().__init__()
         leave_to_host(type(self))
@@ -93,6 +97,7 @@ class DiffusionBlocks(nn.Module):
         self.adapter = adapter
         self.model_class = model_class
         self.config = model_config
+        self.generation_config = generation_config
         self._turns: OneAtATime | None = None
         self._draws = TrainingDraws()
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
@@ -481,7 +486,7 @@ class DiffusionBlocks(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
         bridge: str | None = None,
-        stop_tokens: Sequence[int] = (),
+        stop_tokens: Sequence[int] | None = None,
         num_tokens: int | None = None,
         progress: bool = False,
     ) -> Continuations:
@@ -495,7 +500,10 @@ class DiffusionBlocks(nn.Module):
             seeds: one a row; default 0, 1, 2, ...
             steps: network calls a token; default one for each block, the cost of the unconverted model.
             grid: levels, `equal-mass` or `karras`.
-            temperature, top_p, stop_tokens, num_tokens, progress: see there.
+            stop_tokens: a row ends with the first of these that it generates. By default all of the model's
+                `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.
+            temperature, top_p, num_tokens, progress: see there. What `generation_config` says of sampling is kept, for
+                whoever exports the model, and not followed.
             bridge: what a prediction feeds to the next step; default the model's.
 
         Raises:
@@ -522,7 +530,7 @@ class DiffusionBlocks(nn.Module):
                 top_p=top_p,
                 bridge=bridge or options.bridge,
                 top_k=options.top_k,
-                stop_tokens=stop_tokens,
+                stop_tokens=end_tokens(self) if stop_tokens is None else stop_tokens,
                 num_tokens=num_tokens,
                 device=self.device,
                 progress=progress,

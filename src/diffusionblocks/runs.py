@@ -30,6 +30,7 @@ from .sources import (
     load_model,
     make_batches,
     model_config,
+    note_ends,
     outline_of,
     save_model,
     unfilled_model,
@@ -105,6 +106,7 @@ def make_trainer(
     if model is None:
         model, fill = unfilled_model(recipe)
     check_data(recipe, model, data)
+    note_ends(recipe, model)
     check_evaluation(recipe, model, splits or {})
     batches = make_batches(recipe, data, device)
 

@@ -4,6 +4,7 @@ class.
 A saved model is a folder:
 
     diffusionblocks.json        format, original class and config, BlocksConfig, partition, the blocks in the folder,
+                                how a language model generates (generation_config),
                                 length and SHA-256 of every tensor file, of a run what its blocks were trained on,
                                 and the SHA-256 of all that is said here
     block-00.safetensors ...    everything block b owns, original names under `network.`
@@ -16,6 +17,7 @@ No code from the folder is run; the original class is looked up by name in the a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -30,6 +32,7 @@ from torch import nn
 from .adapters import config_values, instantiate
 from .files import FileDigest, check_replaceable, digest, replaced_folder, sealed, write_json, write_tensors
 from .finite import DIVERGED, require_finite
+from .generation_config import generation_values
 from .tokenizer_file import TOKENIZER, write_tokenizer
 
 if TYPE_CHECKING:
@@ -201,6 +204,7 @@ def _on_meta(block: nn.Module) -> bool:
 def describe(model: DiffusionBlocks, blocks: Sequence[int] | None = None) -> dict[str, Any]:
     """Everything needed to rebuild the model and route levels to blocks, and which blocks are there (None: all), as
     JSON values."""
+    generation = generation_values(model.generation_config)
     return {
         "format": FORMAT,
         "model_class": model.model_class,
@@ -208,7 +212,7 @@ def describe(model: DiffusionBlocks, blocks: Sequence[int] | None = None) -> dic
         "blocks_config": model.blocks_config.model_dump(mode="json"),
         "partition": model.partition.to_dict(),
         "blocks": list(range(model.partition.num_blocks) if blocks is None else blocks),
-    }
+    } | ({} if generation is None else {"generation_config": generation})
 
 
 def export_initialisation(model: DiffusionBlocks) -> nn.Module:
@@ -247,6 +251,8 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
                 weights[name] = tensor.detach().cpu().clone()
     nn.Module.to(original, dtype=next(iter(weights.values())).dtype)  # diffusers overrides `to`, and nags
     original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
+    if model.generation_config is not None and hasattr(original, "generation_config"):
+        original.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[assignment]
     return original.train(model.training)
 
 

@@ -57,6 +57,7 @@ from .data.tokenized import corpus_tokenizer, corpus_tokenizer_path, encoded_spl
 from .end_to_end import load_end_to_end, save_end_to_end
 from .evaluation.pictures import to_uint8
 from .files import read_json, recover
+from .generation_config import as_ids, end_tokens, rebuilt_generation_config
 from .loading import load
 from .model import DiffusionBlocks
 from .recipes import Recipe, near
@@ -509,6 +510,31 @@ def check_data(recipe: Recipe, model: nn.Module, data: Data) -> None:
     else:
         fix = f"--set model.config.{field}={data.num_classes}"
     raise ValueError(f"the model has {field} = {count}, the data has {data.num_classes} {what}; {fix}")
+
+
+def note_ends(recipe: Recipe, model: nn.Module) -> None:
+    """Let the configs of an autoregressive model say which tokens end the texts that it learns.
+
+    That is the `END` of the recipe's tokenizer, and what a pretrained folder or the recipe's own `model.config` names;
+    none of characters. A class's default is an id of another vocabulary.
+
+    Args:
+        recipe: its data are at hand.
+        model: a `DiffusionBlocks`, or an `EndToEnd`.
+    """
+    if adapter_named(recipe.model.type).target != "next-token":
+        return
+    holder: Any = model if isinstance(model, DiffusionBlocks) else model.model
+    own = end_tokens(holder) if recipe.model.pretrained else as_ids(recipe.model.config.get("eos_token_id"))
+    end = text_codec(recipe).end
+    ids = list(dict.fromkeys([*own, *([] if end is None else [end])]))
+    ends = None if not ids else ids[0] if len(ids) == 1 else ids
+    if hasattr(holder.config, "eos_token_id"):
+        holder.config.eos_token_id = ends
+    if getattr(holder, "generation_config", None) is not None:
+        holder.generation_config.eos_token_id = ends
+    elif ends is not None and isinstance(holder, DiffusionBlocks):
+        holder.generation_config = rebuilt_generation_config({"eos_token_id": ends}, recipe.name)
 
 
 def save_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import functools
 import hashlib
 import logging
@@ -27,7 +28,10 @@ class WeightSource(abc.ABC):
         model_class: name of the original class.
         model_config: its config object.
         dtype: of the blocks.
+        generation_config: of a language model, where it is not what the class makes of the config.
     """
+
+    generation_config: Any = None
 
     def __init__(self, model_class: str, model_config: Any, dtype: torch.dtype) -> None:
         self.model_class = model_class
@@ -36,7 +40,10 @@ class WeightSource(abc.ABC):
 
     def outline(self) -> nn.Module:
         """The original model on the meta device, in the source's dtype: structure, names and shapes, without memory."""
-        return cast_weights(outline(self.model_class, self.model_config), self.dtype)
+        model: Any = cast_weights(outline(self.model_class, self.model_config), self.dtype)
+        if self.generation_config is not None:
+            model.generation_config = copy.deepcopy(self.generation_config)
+        return model  # type: ignore[no-any-return]
 
     @abc.abstractmethod
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -156,6 +163,7 @@ class InFiles(WeightSource):
         lost = sorted(name for name in found.missing if not name.startswith(head))
         if lost:
             raise CannotReadInParts(f"its files lack {', '.join(lost[:3])}")
+        self.generation_config = found.generation_config
         self._places = found.places
         self._fresh = Fresh(model_class, found.config, seed=seed)
 
@@ -199,6 +207,7 @@ class InMemory(WeightSource):
             torch.manual_seed(seed)
             model: Any = pretrained(model_class, path, values, dtype)
         super().__init__(model_class, model.config, next(model.parameters()).dtype)
+        self.generation_config = getattr(model, "generation_config", None)
         self._tensors: dict[str, Tensor] = model.state_dict()
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from commands import RECIPES, sets
 from helpers import listing
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
+from diffusionblocks.config import BlocksConfig
 from diffusionblocks.data.tokenized import END, train_tokenizer
-from diffusionblocks.recipes import load_recipe
+from diffusionblocks.generation_config import end_tokens
+from diffusionblocks.recipes import ModelConfig, load_recipe
 from diffusionblocks.saving import OURS
-from diffusionblocks.sources import text_codec, with_saved_tokenizer
+from diffusionblocks.sources import build_model, note_ends, text_codec, with_saved_tokenizer
 from diffusionblocks.tokenizer_file import TOKENIZER
 
 TOPICS = RECIPES / "text" / "autoregressive_topics.yaml"
@@ -103,6 +107,39 @@ def test_every_saved_model_has_the_very_tokenizer_of_its_corpus(home: Path) -> N
     assert {path.parent.name for path in models} >= {"blocks", "plain", "job-0", "job-1", "trunk"}
     assert {path: (path / TOKENIZER).read_bytes() for path in models} == dict.fromkeys(models, cached(home))
     assert not [path for path in home.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_the_end_of_a_document_is_in_every_saved_models_configs(home: Path, tmp_path: Path) -> None:
+    (file,) = (home / "cache").glob("tokenizer-*.json")
+    end = Tokenizer.from_file(str(file)).token_to_id(END)
+    for folder in [*home.glob("*/model"), *home.glob("blocks/snapshots/*"), home / "blocks" / "trunk" / "model"]:
+        index = folder / "diffusionblocks.json"
+        if index.is_file():
+            values = json.loads(index.read_text())
+            found = [values["model_config"], values["generation_config"]]
+        else:
+            found = [json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json")]
+        assert [part["eos_token_id"] for part in found] == [end, end], folder
+    blocks = db.load(home / "blocks" / "model")
+    assert end_tokens(blocks) == end_tokens(blocks.export_initialisation()) == (end,)
+
+
+def test_a_recipes_own_ends_stay_and_characters_have_none(home: Path) -> None:
+    def ends(path: str, **changes: Any) -> tuple[int, ...]:
+        recipe = load_recipe(path, [text for text in sets(**TINY, **changes) if text != "--set"])
+        model: Any = build_model(recipe)
+        note_ends(recipe, model)
+        return end_tokens(model)
+
+    (end,) = ends(str(home / "recipe.yaml"))
+    assert ends(str(home / "recipe.yaml"), model__config__eos_token_id=[7, 9]) == (7, 9, end)
+    recurrent = {"hidden_size": 16, "num_attention_heads": 2, "mlp_size": 16, "vocab_size": 300, "sequence_length": 16}
+    recipe = load_recipe(home / "recipe.yaml")
+    other = recipe.model_copy(update={"model": ModelConfig(type="RecurrentDepth", config=recurrent)})
+    blocks: Any = build_model(other.model_copy(update={"blocks": BlocksConfig(num_blocks=1)}))
+    note_ends(other, blocks)
+    assert end_tokens(blocks) == (end,)  # its class has no place for it, the blocks have
+    assert ends(str(TOPICS)) == ()  # the class's default, 2, is a character there
 
 
 def test_a_ready_tokenizer_is_copied_byte_for_byte(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..files import read_json
+from ..generation_config import rebuilt_generation_config
 
 #: Attention implementations that a recipe or a saved model may ask for. Others can make transformers fetch kernels.
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -60,12 +61,14 @@ class Checkpoint:
         places: parameter's name in the model -> file and name there. Tied parameters, of which files hold one, have
             the same place; parameters that the files lack are left out.
         missing: the names of those.
+        generation_config: of a language model, where its files have one.
     """
 
     config: Any
     dtype: torch.dtype
     places: dict[str, tuple[Path, str]]
     missing: frozenset[str]
+    generation_config: Any = None
 
 
 class Library(abc.ABC):
@@ -172,7 +175,16 @@ class Library(abc.ABC):
             stored = next((places[name] for name in names if name in places), None)
             if stored is not None:
                 places |= {name: stored for name in names if name not in places}
-        return Checkpoint(config, dtype, places, frozenset(expected.keys() - places.keys()))
+        missing = frozenset(expected.keys() - places.keys())
+        return Checkpoint(config, dtype, places, missing, self.generation_config(path))
+
+    def generation_config(self, path: str | Path) -> Any:
+        """What a folder or hub name says of how its model generates; None where it says nothing.
+
+        Raises:
+            ValueError: the file is damaged, or no library takes it.
+        """
+        return None
 
     @abc.abstractmethod
     def _pretrained_config(
@@ -219,6 +231,18 @@ class Transformers(Library):
 
     def _create(self, model_class: Any, config: Any) -> nn.Module:
         return model_class(config)  # type: ignore[no-any-return]
+
+    def pretrained(
+        self, model_class: Any, path: str | Path, values: dict[str, Any], dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """See `Library`. ValueError: a `generation_config.json` that the library does not take."""
+        self.generation_config(path)
+        return super().pretrained(model_class, path, values, dtype)
+
+    def generation_config(self, path: str | Path) -> Any:
+        """See `Library`."""
+        file = cached_file(path, "generation_config.json")
+        return None if file is None else rebuilt_generation_config(read_json(file), str(file))
 
     def _pretrained_config(
         self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str], dtype: torch.dtype | None

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..finite import FiniteCheck
+from ..generation_config import end_tokens
 from ..modes import evaluating
 from ..noise import EDM, one_level
 from ..targets import NextTokenTarget
@@ -140,7 +141,7 @@ def continue_plainly(
     seeds: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     num_tokens: int | None = None,
     progress: bool = False,
 ) -> Continuations:
@@ -150,8 +151,9 @@ def continue_plainly(
         model: a causal language model of transformers, which keeps keys and values, or a `RecurrentDepth`, which reads
             everything anew for each token. The states that its recurrence starts from are drawn for the batch, from
             the first seed: there a row depends, a little, on its batch.
-        prompts, max_new_tokens, seeds, temperature, top_p, stop_tokens, num_tokens, progress: see `continue_texts`; no
-            prompt may be empty, and a row draws one uniform a token.
+        prompts, max_new_tokens, seeds, temperature, top_p, num_tokens, progress: see `continue_texts`; no prompt may be
+            empty, and a row draws one uniform a token.
+        stop_tokens: as there; None takes the model's own, see `DiffusionBlocks.continue_texts`.
 
     Raises:
         ValueError: an empty prompt, an argument that `continue_texts` refuses, or logits without a softmax: NaN, inf,
@@ -199,7 +201,8 @@ def continue_plainly(
             text[places, torch.full_like(at, end) if library else at + step] = token
 
     with evaluating(model):
-        return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, check, progress)
+        stops = end_tokens(model) if stop_tokens is None else stop_tokens
+        return _grown(tokens(), rows, max_new_tokens, stops, device, check, progress)
 
 
 def _grown(

@@ -34,7 +34,6 @@ from .schedules import block_schedule, next_others
 from .step import BatchMaker, Stepper
 from .units import Unit, units_of
 
-
 _log = logging.getLogger(__name__)
 
 

@@ -1,0 +1,60 @@
+"""How a language model generates, as transformers notes it beside the config: kept through conversion and files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def rebuilt_generation_config(values: dict[str, Any], where: str) -> Any:
+    """A `transformers.GenerationConfig` of plain JSON values.
+
+    Args:
+        values: as in `generation_config.json`.
+        where: what they were read from, for the message.
+
+    Raises:
+        ValueError: a name that is no setting, or a value that the class refuses.
+    """
+    from transformers import GenerationConfig
+
+    if wrong := sorted(name for name in values if hasattr(GenerationConfig, name)):
+        raise ValueError(f"{where}: {wrong[0]} is no setting of generation; take it out")
+    try:
+        config = GenerationConfig.from_dict(dict(values))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: GenerationConfig refuses it: {' '.join(str(error).split())}") from None
+    as_ids(config.eos_token_id, where)
+    return config
+
+
+def generation_values(config: Any) -> dict[str, Any] | None:
+    """The plain JSON values of a `GenerationConfig`: the inverse of `rebuilt_generation_config`. None of None."""
+    return None if config is None else dict(config.to_diff_dict())
+
+
+def end_tokens(model: Any) -> tuple[int, ...]:
+    """The ids after which a text ends: all of `generation_config.eos_token_id`, else of `config.eos_token_id`.
+
+    Args:
+        model: a language model, converted or not.
+
+    Raises:
+        ValueError: one of them is no id.
+    """
+    for name in ("generation_config", "config"):
+        found = getattr(getattr(model, name, None), "eos_token_id", None)
+        if found is not None:
+            return as_ids(found, name)
+    return ()
+
+
+def as_ids(found: Any, where: str = "model.config") -> tuple[int, ...]:
+    """The ids in an `eos_token_id`: one, several or none.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    ids = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise ValueError(f"{where}: eos_token_id = {found!r}: must be an id, a list of ids, or null")
+    return tuple(ids)
