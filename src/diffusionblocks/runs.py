@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import adapter_named
+from .adapters import adapter_named, check_attention
 from .branching import branch
 from .files import check_replaceable, check_space, check_writable, delete_folder, locked, read_json, write_json
 from .fitting import LEVELS, Fit, fit_levels, with_noise
@@ -25,6 +25,7 @@ from .scores import Row, Splits, check_evaluation, evaluate, evaluated_splits
 from .sizes import check_memory
 from .sources import (
     check_data,
+    config_of,
     device_of,
     load_data,
     load_model,
@@ -106,6 +107,7 @@ def make_trainer(
     if model is None:
         model, fill = unfilled_model(recipe)
     check_data(recipe, model, data)
+    check_attention(config_of(model), "model.config.", device)
     note_ends(recipe, model)
     check_evaluation(recipe, model, splits or {})
     batches = make_batches(recipe, data, device)

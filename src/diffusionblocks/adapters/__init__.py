@@ -1,7 +1,7 @@
 """Adapters: the only code that knows the attributes of foreign models, one file a family."""
 
 from .base import Adapter
-from .libraries import CannotReadInParts
+from .libraries import CannotReadInParts, check_attention
 from .registry import (
     adapter_for,
     adapter_named,
@@ -25,6 +25,7 @@ __all__ = [
     "CannotReadInParts",
     "adapter_for",
     "adapter_named",
+    "check_attention",
     "check_convertible",
     "checkpoint",
     "class_name_of",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conditioning import AdaptiveNorms
+from ..conditioning import AdaptiveNorms, ExactBuffers
 from ..config import BlocksConfig, ImageTargetConfig
 from ..targets import ImageTarget
 from .base import Adapter
@@ -177,7 +179,8 @@ class DiffusersDiTAdapter(_ImageTransformer):
             )
 
     def settle(self, network: nn.Module) -> None:
-        """See `Adapter`."""
+        """Keep the positions exact, and switch off what drops labels layer by layer."""
+        network.add_module("pos_embed", _exact_positions(network.get_submodule("pos_embed")))
         for module in network.modules():
             if type(module).__name__ == "LabelEmbedding":
                 setattr(module, "dropout_prob", 0.0)  # noqa: B010 - the attribute is a foreign class's
@@ -206,3 +209,33 @@ class DiffusersDiTAdapter(_ImageTransformer):
         patch = z.shape[-1] // side
         images = torch.einsum("nhwpqc->nchpwq", patches.reshape(n, side, side, patch, patch, channels))
         return tokens, images.reshape(z.shape)
+
+
+def _exact_positions(patches: nn.Module) -> nn.Module:
+    """The library's patch embedding with the same parameters, whose positions are not rounded with them.
+
+    They are made anew: those of a model that was cast are rounded already, and no file holds them.
+    """
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    exact: Any = _exact_class().__new__(_exact_class())
+    vars(exact).update(vars(copy.copy(patches)))
+    position = get_2d_sincos_pos_embed(
+        exact.proj.out_channels,
+        exact.height,  # of a square image
+        base_size=exact.base_size,
+        interpolation_scale=exact.interpolation_scale,
+        output_type="pt",
+    )
+    exact._buffers = {"pos_embed": position.float()[None].to(exact.pos_embed.device)}
+    return exact  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _exact_class() -> Any:
+    from diffusers.models.embeddings import PatchEmbed
+
+    class ExactPatchEmbed(ExactBuffers, PatchEmbed):  # type: ignore[misc]
+        """diffusers' `PatchEmbed`, whose positions keep float32's digits."""
+
+    return ExactPatchEmbed

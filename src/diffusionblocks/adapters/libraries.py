@@ -20,7 +20,10 @@ from ..files import read_json
 from ..generation_config import rebuilt_generation_config
 
 #: Attention implementations that a recipe or a saved model may ask for. Others can make transformers fetch kernels.
-ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+_EVERYWHERE = ("eager", "sdpa", "flex_attention")
+#: and those that are in packages of their own, with what tells whether they can be used
+_FLASH = {"flash_attention_2": "is_flash_attn_2_available", "flash_attention_3": "is_flash_attn_3_available"}
+ATTENTION = (*_EVERYWHERE, *_FLASH)
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -45,6 +48,38 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except _WRONG_VALUES as error:
         raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def check_attention(config: Any, where: str = "", device: torch.device | None = None) -> None:
+    """Refuse, before work, an attention implementation that a config asks for and that cannot be had here.
+
+    It counts what the config says, however that got there: a value, an attribute that was set, a part's config.
+
+    Args:
+        config: of a model of transformers; others say nothing of it.
+        where: how the message begins.
+        device: where the model is to be trained, where that is known.
+
+    Raises:
+        ValueError: a name that is not in `ATTENTION` (of a repository, say, whose code would be run), a package that is
+            not installed, or one that cannot train on the device.
+    """
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())):
+        name = getattr(part, "_attn_implementation", None)
+        if name is None:
+            continue
+        if name not in ATTENTION:
+            raise ValueError(f"{where}attn_implementation = {name!r}; allowed: {', '.join(ATTENTION)}")
+        if name in _FLASH:
+            from transformers import utils
+
+            if not getattr(utils, _FLASH[name])():
+                raise ValueError(
+                    f"{where}attn_implementation = {name!r}: there is no GPU here, or its package is not installed; "
+                    f"without it: {', '.join(_EVERYWHERE)}"
+                )
+        if device is not None and device.type == "cpu" and name not in ("eager", "sdpa"):
+            raise ValueError(f"{where}attn_implementation = {name!r} cannot train on a CPU; there: eager, sdpa")
 
 
 class CannotReadInParts(ValueError):
@@ -214,15 +249,14 @@ class Transformers(Library):
         return set(model_class.config_class().to_dict()) | {"num_labels", "attn_implementation"}
 
     def config(self, model_class: Any, values: dict[str, Any]) -> Any:
-        """See `Library`. ValueError: an attention implementation that is not in `ATTENTION`."""
+        """See `Library`. ValueError: what `check_attention` refuses."""
         values = dict(values)
         attention = values.pop("attn_implementation", None)
-        if attention is not None and attention not in ATTENTION:
-            raise ValueError(f"attn_implementation = {attention!r}; allowed: {', '.join(ATTENTION)}")
         with _refusing(f"model.config of {model_class.__name__}"):
             config = model_class.config_class.from_dict(values)
         if attention is not None:
             config._attn_implementation = attention
+        check_attention(config)
         return config
 
     def values(self, config: Any) -> dict[str, Any]:
@@ -230,14 +264,31 @@ class Transformers(Library):
         return dict(config.to_dict()) | {"attn_implementation": config._attn_implementation}
 
     def _create(self, model_class: Any, config: Any) -> nn.Module:
+        check_attention(config)
         return model_class(config)  # type: ignore[no-any-return]
 
     def pretrained(
         self, model_class: Any, path: str | Path, values: dict[str, Any], dtype: torch.dtype | None = None
     ) -> nn.Module:
-        """See `Library`. ValueError: a `generation_config.json` that the library does not take."""
+        """See `Library`. ValueError: a `generation_config.json` that the library does not take, or an attention
+        implementation that `check_attention` refuses."""
         self.generation_config(path)
+        self._config_of(model_class, path, values)
         return super().pretrained(model_class, path, values, dtype)
+
+    def restored(self, model_class: Any, path: Path) -> nn.Module:
+        """See `Library`."""
+        self._config_of(model_class, path, {})
+        return super().restored(model_class, path)
+
+    def _config_of(self, model_class: Any, path: str | Path, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The config object of a folder or hub name, with other values, and the values that are none of its own."""
+        with _refusing(f"{path}/config.json"):
+            config, unused = model_class.config_class.from_pretrained(path, return_unused_kwargs=True, **values)
+        if "attn_implementation" in values:
+            config._attn_implementation = values["attn_implementation"]
+        check_attention(config, f"{path}/config.json: ")
+        return config, unused
 
     def generation_config(self, path: str | Path) -> Any:
         """See `Library`."""
@@ -247,14 +298,12 @@ class Transformers(Library):
     def _pretrained_config(
         self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str], dtype: torch.dtype | None
     ) -> tuple[Any, torch.dtype]:
-        config, unused = model_class.config_class.from_pretrained(path, return_unused_kwargs=True, **values)
+        config, unused = self._config_of(model_class, path, values)
         special = {"dtype", "torch_dtype"} & values.keys()
         special |= {n for n in ("quantization_config", "transformers_weights") if getattr(config, n, None) is not None}
         special |= unused.keys() - {"attn_implementation"}
         if special:
             raise CannotReadInParts(f"only the library knows what to do with {sorted(special)}")
-        if "attn_implementation" in values:
-            config._attn_implementation = values["attn_implementation"]
         dtype = dtype or config.dtype
         if dtype is None:  # the library then takes that of the first tensor
             if len(stored) != 1 or not stored <= _DTYPES.keys():

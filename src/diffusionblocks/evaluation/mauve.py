@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..finite import FiniteCheck, require_finite
 from ..modes import evaluating
-from .teachers import Ids, as_ids, check_ids, load_teacher_tokenizer
+from .teachers import Ids, as_ids, check_foreign_attention, check_ids, load_teacher_tokenizer
 
 #: Texts, as strings or ids, to float features (n, d). See `HiddenFeatures`.
 TextFeatures = Callable[[Sequence[Any]], Tensor]
@@ -76,6 +76,7 @@ class HiddenFeatures:
         if isinstance(model, (str, Path)):
             from transformers import AutoModel
 
+            check_foreign_attention(model)
             tokenizer = tokenizer or load_teacher_tokenizer(model)
             found = AutoModel.from_pretrained(model, dtype="auto", use_safetensors=True, trust_remote_code=False)
             require_finite(found.state_dict().items(), f"MAUVE's model {model}", "choose another one, or load it again")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import check_attention
 from ..finite import require_finite
 
 #: Ids of a text: a tensor (n,), or whole numbers.
@@ -30,6 +31,7 @@ def load_teacher(name: str | Path, device: torch.device | str = "cpu") -> nn.Mod
     """
     from transformers import AutoModelForCausalLM  # takes seconds to import
 
+    check_foreign_attention(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
     require_finite(model.state_dict().items(), f"the teacher {name}", "choose another one, or load it again")
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
@@ -49,12 +51,20 @@ def check_teacher(name: str | Path, field: str) -> None:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{field} = {name}: no model of transformers is there; give a folder with config.json and "
             f"model.safetensors, or a name on the hub ({str(error).splitlines()[0]})"
         ) from error
+    check_attention(config, f"{field} = {name}: ")
+
+
+def check_foreign_attention(name: str | Path) -> None:
+    """Refuse a model whose config asks for an attention of some repository's, whose code would be run."""
+    from transformers import AutoConfig
+
+    check_attention(AutoConfig.from_pretrained(name, trust_remote_code=False), f"{name}: ")
 
 
 def load_teacher_tokenizer(name: str | Path) -> Any:

@@ -39,7 +39,7 @@ class TimestepEmbedder(ExactBuffers):
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
 
-class PatchEmbedder(nn.Module):
+class PatchEmbedder(ExactBuffers):
     """Patches to tokens, plus fixed sin-cos positions: (batch, C, size, size) -> (batch, tokens, dim)."""
 
     position: Tensor
@@ -56,7 +56,8 @@ class PatchEmbedder(nn.Module):
         n, c, h, w = images.shape
         p = self.patch
         patches = images.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
-        return self.proj(patches.to(self.proj.weight.dtype)) + self.position  # type: ignore[no-any-return]
+        dtype = self.proj.weight.dtype
+        return self.proj(patches.to(dtype)) + self.position.to(dtype)  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
