@@ -227,9 +227,18 @@ def fields(values: dict[str, Any], known: dict[str, Any]) -> dict[tuple[str, ...
 
     walk(known["schema"], values, ())
     for name in known["models"][values["model"]["type"]]:
-        found[("model", "config", name)] = []
+        found[("model", "config", name)] = _near(values["model"]["config"].get(name))
     del found[()]
     return found
+
+
+def _near(value: Any) -> list[Any]:
+    """Values of a field without a schema that are like the one that it has."""
+    if isinstance(value, bool) or value is None:
+        return [True, False, 0, 1, 2, 0.5, "gelu", None]
+    if isinstance(value, int | float):
+        return [1, 2, 3, value - 1, value + 1, 2 * value, 16 * value, value / 2, float(value), 0, -1, 10**6, 10**9]
+    return []
 
 
 def _members(part: dict[str, Any], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -250,10 +259,14 @@ def _edges(part: dict[str, Any]) -> list[Any]:
     if part.get("type") == "boolean":
         edges += [True, False]
     if part.get("type") in ("integer", "number"):
-        edges += [2, 3, 10**5, 10**6, 10**9, 10**12]
+        edges += [1, 2, 3, 4, 5, 7, 8, 16, 100, 1000, 10**5, 10**6, 10**9, 10**12]
+    if part.get("type") == "number":
+        edges += [0.1, 0.25, 0.5, 0.9, 1.5, 10.5, 1e-8, 1e-30, 1e30]
     if part.get("type") == "array":
         inner = _edges(part.get("items", {}))
-        edges += [[], [1], [1, 2], [10**6], [10**9], *([edge] for edge in inner)]
+        edges += [[], [1], [1, 2], [10**6], [10**9], *([edge] for edge in inner), *([edge, 2] for edge in inner)]
+    if part.get("type") == "null":
+        edges += [None]
     return edges
 
 
@@ -261,9 +274,9 @@ def _recipe_inputs(root: Path) -> st.SearchStrategy[Input]:
     strategies = []
     for base in _RECIPES:
         values = yaml.safe_load((root / base / "recipe.yaml").read_text())
-        changes = []
+        changes, odd = [], VALUES.map(lambda value: value)  # one choice among others, however many it has inside
         for path, edges in fields(values, facts(root)).items():
-            value = st.one_of(*[st.sampled_from(edges)] * 3, VALUES) if edges else VALUES
+            value = st.one_of(*[st.sampled_from(edges)] * 4, odd) if edges else odd
             changes.append(st.tuples(st.just(list(path)), value).map(list))
         drawn = {
             "base": st.just(base),
@@ -357,7 +370,9 @@ def _edited(content: bytes, edit: Input) -> bytes:
             "comment": "# x\n",
             "text": "recipe",
         }[edit["text"]]
-        return text.encode("utf-16" if edit["text"] == "wide" else "utf-8", errors="surrogateescape")
+        if edit["text"] == "wide":
+            return text.encode("utf-16", errors="surrogatepass")
+        return text.encode(errors="surrogateescape")
     number = edit["line"] % len(lines)
     line = lines[number]
     if edit["do"] == "value":
