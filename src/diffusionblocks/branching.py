@@ -7,16 +7,15 @@ interval of levels; nothing is shared from then on (under `replicated` or `froze
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from typing import Any
 
 from .adapters import instantiate, with_depth
 from .config import BlocksConfig
-from .conversion import assemble, resolve
+from .conversion import assemble
+from .fields import MOST_LAYERS
 from .finite import DIVERGED, require_finite
 from .model import DiffusionBlocks
-from .noise import EDM
 
 
 def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> DiffusionBlocks:
@@ -41,9 +40,14 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
     if not_allowed:
         raise ValueError(f"branching cannot change {not_allowed}; it can change overlap and partition")
     depth = trunk.partition.num_layers
+    if depth * num_blocks > MOST_LAYERS:
+        raise ValueError(
+            f"num_blocks = {num_blocks} of the trunk's {depth} layers each are {depth * num_blocks:,} layers, more "
+            f"than {MOST_LAYERS:,}; branch into at most {MOST_LAYERS // depth}"
+        )
     default = {"overlap": BlocksConfig().overlap}
     config = BlocksConfig.model_validate(
-        _without_defaults(trunk).model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
+        trunk.blocks_config.model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
     )
     original = instantiate(trunk.model_class, with_depth(trunk.model_class, trunk.config, depth * num_blocks))
     first = trunk.block(0)
@@ -56,15 +60,6 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
         block = branched.block(b)
         block.load_state_dict({name: weights[trunk_name(branched, b, name)] for name in block.state_dict()})
     return branched.train(trunk.training)
-
-
-def _without_defaults(trunk: DiffusionBlocks) -> BlocksConfig:
-    """The trunk's config, without a coverage that follows from its partition: the blocks' follows from theirs."""
-    config = trunk.blocks_config
-    if not isinstance(config.noise, EDM):
-        return config
-    open_config = config.model_copy(update={"noise": dataclasses.replace(config.noise, coverage=None)})
-    return open_config if resolve(open_config, trunk.adapter, trunk.config) == config else config
 
 
 def trunk_name(branched: DiffusionBlocks, block: int, name: str) -> str:

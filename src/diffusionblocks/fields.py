@@ -28,8 +28,29 @@ MOST_STEPS = 10**8
 MOST_LEVELS = 10_000
 #: Examples of a batch, generated samples, test examples.
 MOST_SAMPLES = 10**7
+#: Calls of a block, an example each, that one evaluation may take; and how many are said before it begins.
+MOST_CALLS, MANY_CALLS = 10**11, 10**8
 #: What seeds generators of torch, numpy and scikit-learn alike.
 MOST_SEED = 2**32 - 1
+
+
+def check_count(name: str, value: Any, most: int) -> None:
+    """Refuse a number of things below 1, or beyond all use: the one check of a function's argument.
+
+    Args:
+        name: of the argument.
+        value: a whole number.
+        most: a limit of this module.
+
+    Raises:
+        ValueError: no whole number from 1 to `most`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
 
 
 def _number(value: Any) -> Any:

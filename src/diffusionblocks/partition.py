@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .fields import MOST_LAYERS, check_count
 from .noise import NoiseProcess
 
 # A level this close (relative) to a boundary *is* that boundary: float32 copies of a level and levels that
@@ -70,6 +71,7 @@ class Partition:
         Raises:
             ValueError: layers that do not divide or do not add up, or a value out of range.
         """
+        check_count("num_layers", num_layers, MOST_LAYERS)
         if not 1 <= num_blocks <= num_layers:
             raise ValueError(f"num_blocks must be from 1 to the number of layers, {num_layers}; got {num_blocks}")
         if not (math.isfinite(overlap) and 0.0 <= overlap < 1.0):

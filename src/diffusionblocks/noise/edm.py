@@ -18,7 +18,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from ..fields import Number
+from ..fields import MOST_LEVELS, Number, check_count
 
 PARTITION_STRATEGIES = ("equi-probability", "log-uniform", "uniform")
 
@@ -79,6 +79,7 @@ class EDM:
         if not (math.isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
             raise ValueError(f"sigma_max must be finite and > sigma_min = {self.sigma_min}, got {self.sigma_max}")
         if self.quantiles is not None:
+            check_count("the number of quantiles", max(1, len(self.quantiles)), MOST_LEVELS)
             object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list, from JSON, would have no hash
             self._check_quantiles()
         else:
@@ -98,7 +99,10 @@ class EDM:
         found = self.quantiles or ()
         ascends = all(low < high for low, high in itertools.pairwise(found))
         if len(found) < 2 or not ascends or not all(math.isfinite(level) for level in found):
-            raise ValueError(f"quantiles must be at least 2 finite levels that ascend strictly, got {list(found)}")
+            raise ValueError(
+                f"quantiles must be at least 2 finite levels that ascend strictly, got "
+                f"{list(found[:8])}{' and more' * (len(found) > 8)}"
+            )
         if (found[0], found[-1]) != (self.sigma_min, self.sigma_max):
             raise ValueError(
                 f"quantiles must start at sigma_min = {self.sigma_min} and end at sigma_max = {self.sigma_max}, got "
@@ -246,8 +250,7 @@ class EDM:
         Raises:
             ValueError: unknown strategy or num_intervals < 1.
         """
-        if num_intervals < 1:
-            raise ValueError(f"the number of blocks must be >= 1, got {num_intervals}")
+        check_count("the number of blocks", num_intervals, MOST_LEVELS)
         fraction = torch.linspace(0.0, 1.0, num_intervals + 1, dtype=torch.float64)
         if strategy == "equi-probability":
             sigma = self.level_of(fraction)
@@ -279,8 +282,7 @@ class EDM:
         Raises:
             ValueError: steps < 1, unknown grid, or rho <= 0.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps}")
+        check_count("steps", steps, MOST_LEVELS)
         if grid == "equal-mass":
             return self._equal_mass(steps)
         if grid == "karras":
@@ -315,8 +317,7 @@ class EDM:
         Raises:
             ValueError: steps < 1, unknown grid, or rho <= 0.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps}")
+        check_count("steps", steps, MOST_LEVELS)
         above_zero = self.levels(max(steps - 1, 1), grid, rho=rho)
         return [*above_zero[:steps], 0.0]
 

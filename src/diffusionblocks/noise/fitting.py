@@ -11,6 +11,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from ..fields import MOST_LEVELS, check_count
+
 #: Steps of equal mass that the fitted distribution is written as.
 STEPS = 128
 
@@ -91,5 +93,4 @@ def _check(levels: Sequence[float], losses: Sequence[float], floor: float, steps
             raise ValueError(f"losses must be finite, got {loss} at level {level:g}")
     if not 0 < floor <= 1:
         raise ValueError(f"floor must be in (0, 1], got {floor}: without a floor some levels have no mass")
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    check_count("steps", steps, MOST_LEVELS)

@@ -30,7 +30,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from ..fields import MOST_TOKENS, Int, Number
+from ..fields import MOST_LEVELS, MOST_TOKENS, Int, Number, check_count
 from .edm import match
 
 SCHEDULES = ("linear", "cosine")
@@ -187,8 +187,7 @@ class Masking:
         Raises:
             ValueError: unknown strategy or num_intervals < 1.
         """
-        if num_intervals < 1:
-            raise ValueError(f"the number of blocks must be >= 1, got {num_intervals}")
+        check_count("the number of blocks", num_intervals, MOST_LEVELS)
         if strategy not in _STRATEGIES:
             raise ValueError(
                 f"unknown partition strategy {strategy!r} for masking; allowed: {', '.join(_STRATEGIES)} (its levels "
@@ -225,8 +224,7 @@ class Masking:
         Raises:
             ValueError: steps < 1, or unknown grid.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps}")
+        check_count("steps", steps, MOST_LEVELS)
         if grid not in _GRIDS:
             raise ValueError(f"unknown level grid {grid!r} for masking; allowed: {', '.join(_GRIDS)}")
         if grid == "uniform":

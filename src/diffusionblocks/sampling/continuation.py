@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..fields import MOST_LENGTH, check_count
 from ..finite import FiniteCheck
 from ..generation_config import end_tokens
 from ..modes import evaluating
@@ -427,8 +428,7 @@ def _check_options(
 ) -> None:
     if not rows or len(rows) != len(seeds):
         raise ValueError(f"got {len(rows)} prompts and {len(seeds)} seeds; give at least one prompt, and a seed each")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    check_count("max_new_tokens", max_new_tokens, MOST_LENGTH)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
     if not 0 < top_p <= 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..fields import MOST_LEVELS, check_count
 from ..finite import FiniteCheck
 from ..noise import EDM
 from ..targets import LabelTarget
@@ -68,8 +69,7 @@ def predict_labels(
     Raises:
         ValueError: steps or seeds < 1, unknown bridge or grid, or logits that are not finite.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be >= 1, got {seeds}")
+    check_count("seeds", seeds, MOST_LEVELS)
     if bridge not in ("soft", "hard"):
         raise ValueError(f"unknown bridge {bridge!r}; allowed: soft, hard")
     levels = noise.levels(steps, grid)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..fields import MOST_SAMPLES, check_count
 from ..finite import FiniteCheck
 from ..noise import Masking
 from .solvers import Callback, Denoiser
@@ -141,6 +142,7 @@ def _check(length: int, levels: Sequence[float], seeds: Sequence[int], temperatu
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
     if len(seeds) == 0:
         raise ValueError("seeds must be at least one whole number, got none")
+    check_count("the number of seeds", len(seeds), MOST_SAMPLES)
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"every seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
