@@ -27,7 +27,7 @@ from .language import LanguageResult, write_continuations
 from .model import DiffusionBlocks
 from .models.recurrent import RecurrentDepth, layer_passes
 from .recipes import BitsConfig, LanguageConfig, Recipe, SamplesConfig
-from .runs import RunResult, make_trainer, train
+from .runs import RunResult, check_machine, check_with_data, depth_of, make_trainer, train
 from .samples import draw_samples
 from .scores import Splits, headline
 from .sources import load_data
@@ -68,6 +68,10 @@ def compare(
             raise ValueError(f"unknown rows {unknown}; allowed: {[variant.key for variant in chosen]}")
         chosen = [variant for variant in chosen if variant.key in rows]
     splits = {split: load_data(recipe, split) for split in ("train", "test")}
+    # No row is trained before it is known that all can be.
+    for variant in [*chosen, *(row for row in variants(recipe) if equal == "seconds" and row.name == "end-to-end")]:
+        check_machine(variant.recipe, folder / variant.key)
+        check_with_data(variant.recipe, folder / variant.key, splits)
     table: list[dict[str, Any]] = []
     results: dict[str, RunResult] = {}
 
@@ -82,7 +86,17 @@ def compare(
         for variant in of_equal_time(variants(recipe), table[-1]["seconds"], folder, splits):
             add(variant)
     _draw(recipe, table, results, folder)
-    return format_table([_printed(row) for row in table])
+    return "\n".join([format_table([_printed(row) for row in table]), *remarks(recipe)])
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What the table does not show, and why."""
+    if recipe.model.pretrained is None or recipe.blocks.num_blocks == 1:
+        return []
+    return [
+        f"no rows of fewer layers: {recipe.model.pretrained} has weights of all {depth_of(recipe)} layers; for "
+        "controls of one block's layers train afresh, with all sizes in model.config: --set model.pretrained=null"
+    ]
 
 
 def _run(variant: Variant, folder: Path, splits: Splits, progress: bool) -> tuple[dict[str, Any], RunResult]:

@@ -63,21 +63,26 @@ def check_writable(path: Path, name: str) -> None:
         )
 
 
-def check_space(path: Path, needed: int, advice: str) -> None:
+def free_space(path: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not exist."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
+def check_space(path: Path, needed: int, free: int, advice: str) -> None:
     """Refuse to begin what the disk has no room for.
 
     Args:
         path: a folder; it need not exist.
         needed: bytes that will be written there.
+        free: bytes that its disk has (`free_space`).
         advice: what to do about it.
 
     Raises:
         ValueError: fewer bytes are free.
     """
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
     if needed > free:
         raise ValueError(
             f"{path} will take about {needed / 2**30:,.1f} GiB, and its disk has {free / 2**30:,.1f} free: {advice}"

@@ -19,7 +19,8 @@ from .evaluation.language import GeneratedText, Perplexity, generated_text, gene
 from .evaluation.mauve import HiddenFeatures, Mauve, mauve_score
 from .evaluation.next_token import LanguageRow, language_row, plain_language_row
 from .evaluation.teachers import Ids, load_teacher_tokenizer, teacher_tokens
-from .files import renamed
+from .fields import MOST_SAMPLES, check_count
+from .files import check_writable, renamed
 from .generation_config import end_tokens
 from .model import DiffusionBlocks
 from .models import RecurrentDepth
@@ -27,7 +28,7 @@ from .modes import evaluating
 from .placement import computes_on
 from .recipes import LanguageConfig, Recipe
 from .sampling import Continuations, continue_plainly
-from .sources import device_of, text_codec
+from .sources import check_data, device_of, text_codec
 from .training import EndToEnd
 
 
@@ -247,14 +248,16 @@ def write_continuations(
     if not isinstance(recipe.evaluate, LanguageConfig):
         raise ValueError(f"only autoregressive models go on from prompts; {recipe.model.type} is none")
     given = {name: value for name, value in changes.items() if value is not None}
-    if count is not None and count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
+    if count is not None:
+        check_count("count", count, MOST_SAMPLES)
+    check_writable(folder, "the samples' folder")
     if prompts is None and count is not None:
         given["samples"] = count
     options = LanguageConfig.model_validate(recipe.evaluate.model_dump() | given)
     codec = text_codec(recipe)
     if prompts is None:
         assert data is not None, "without prompts the test text is needed"
+        check_data(recipe, model, data)
         starts = prompts_of(options, data)
     else:
         starts = [codec.encode(prompts[i % len(prompts)]) for i in range(count or len(prompts))]

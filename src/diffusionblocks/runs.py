@@ -14,9 +14,18 @@ from torch import nn
 
 from .adapters import adapter_named, check_attention
 from .branching import branch
-from .files import check_replaceable, check_space, check_writable, delete_folder, locked, read_json, write_json
+from .files import (
+    check_replaceable,
+    check_space,
+    check_writable,
+    delete_folder,
+    free_space,
+    locked,
+    read_json,
+    write_json,
+)
 from .fitting import LEVELS, Fit, fit_levels, with_noise
-from .identity import check_goes_on_from_first_version, check_same_run, describe_run, learned_from
+from .identity import check_same_run, describe_run, learned_from
 from .merging import difference
 from .model import DiffusionBlocks
 from .recipes import FitConfig, Recipe, TrunkConfig
@@ -37,7 +46,7 @@ from .sources import (
     unfilled_model,
     with_saved_tokenizer,
 )
-from .training import Trainer
+from .training import Trainer, check_optimizer
 from .training.checkpoint import checkpoints, read_values
 from .training.logging import Logger
 
@@ -62,21 +71,88 @@ def check_machine(recipe: Recipe, folder: Path) -> None:
     """Refuse what this machine's memory or disk cannot hold: a lower bound, of weights and what is kept for each.
 
     Raises:
-        ValueError: not enough memory or disk, a folder that cannot be written into, or a model that cannot be built.
+        ValueError: not enough memory or disk, a folder that cannot be written into, or a model that cannot be built, or
+            has no trunk or fit.
+        ImportError: an optimizer whose package is not installed.
     """
     check_writable(folder, "the run's folder")
-    outline, train = outline_of(recipe), recipe.train
-    average = 1 if train.keeps_average else 0
-    state = average + (0.5 if train.optimizer == "adamw-8bit" else 2)
-    blocks = 1 if not isinstance(outline, DiffusionBlocks) else outline.partition.num_blocks
-    device, trained = device_of(recipe), blocks if train.blocks is None else len(train.blocks)
-    there = 1 if train.resident == "active" and device.type == "cuda" else trained
-    check_memory(outline, there / blocks * (2 + state), device, "set model.config or blocks to make it smaller")
+    check_optimizer(recipe.train)
+    if recipe.method == "diffusionblocks":  # first: what blocks alone would take may not do for these
+        if recipe.trunk is not None:
+            trunk_recipe(recipe)
+        if recipe.fit is not None:
+            fit_recipe(recipe)
+    outline, device = outline_of(recipe), device_of(recipe)
+    blocks, trained = _blocks_of(recipe, outline)
+    there = 1 if recipe.train.resident == "active" and device.type == "cuda" else trained
+    copies = there / blocks * (2 + _state(recipe))
+    check_memory(outline, copies, device, "set model.config or blocks to make it smaller")
+    check_disk(recipe, folder, outline, free=free_space(folder))
+
+
+def check_disk(recipe: Recipe, folder: Path, outline: nn.Module, *, free: int, num_examples: int | None = None) -> None:
+    """Refuse a run whose model, checkpoints and snapshots the disk has no room for: a lower bound.
+
+    Args:
+        recipe: what to train.
+        folder: of the run.
+        outline: the recipe's model, on any device.
+        free: bytes that are free there.
+        num_examples: of the training data, which says how many steps `train.epochs` are; None: not known yet.
+
+    Raises:
+        ValueError: fewer bytes are free; with the settings that would fit.
+    """
+    train = recipe.train
+    blocks, trained = _blocks_of(recipe, outline)
     weights = sum(p.numel() * p.element_size() for p in outline.parameters()) * trained / blocks
-    checkpoints = train.keep_checkpoints + 1 if train.checkpoint_every is not None else 1
-    advice = "make room, name another folder with --out, or --set train.keep_checkpoints=1"
-    # What a run that began has written already is counted again: it is written anew before the old is removed.
-    check_space(folder, int(weights * (1 + checkpoints * (1 + state))), advice)
+    steps = train.steps if num_examples is None else train.unit_steps(num_examples)
+    iterations = None if steps is None else steps * trained
+    saved = train.checkpoint_every is not None or train.checkpoint_seconds is not None
+    snapshots = 0 if train.snapshot_every is None or iterations is None else iterations // train.snapshot_every
+    # What a run that began has written is not free any more.
+    snapshots = max(0, snapshots - len(list(folder.glob("snapshots/iteration-*"))))
+    written = len(checkpoints(folder / "checkpoints"))
+
+    def needed(keep: int, snapshots: int) -> int:
+        new = keep + 1 if saved else 1  # one is written before an older one is removed
+        new = max(1, min(new, iterations or new) - written)
+        return int(weights * (1 + snapshots + new * (1 + _state(recipe))))
+
+    fixes = ["make room", "name another folder with --out"]
+    keep = train.keep_checkpoints
+    for setting, enough in (
+        ("--set train.keep_checkpoints=1", keep > 1 and needed(1, snapshots) <= free),
+        ("--set train.snapshot_every=null", snapshots > 0 and needed(keep, 0) <= free),
+    ):
+        fixes += [setting] * enough
+    check_space(folder, needed(keep, snapshots), free, ", or ".join(fixes))
+
+
+def check_with_data(recipe: Recipe, folder: Path, splits: Splits) -> None:
+    """Refuse before training what could only fail in it or after it: the one check of a run, once its data are read.
+
+    Raises:
+        ValueError: examples that the model does not take, an evaluation that cannot be done (`check_evaluation`), or
+            more snapshots than the disk holds.
+        ImportError: a package that the evaluation needs is not installed.
+    """
+    outline = outline_of(recipe)
+    check_data(recipe, outline, splits["train"])
+    check_evaluation(recipe, outline, splits)
+    if recipe.train.snapshot_every is not None:  # only now it is known how many there will be
+        check_disk(recipe, folder, outline, free=free_space(folder), num_examples=len(splits["train"]))
+
+
+def _blocks_of(recipe: Recipe, outline: nn.Module) -> tuple[int, int]:
+    """How many blocks the model has, and how many of them are trained."""
+    blocks = outline.partition.num_blocks if isinstance(outline, DiffusionBlocks) else 1
+    return blocks, blocks if recipe.train.blocks is None else len(recipe.train.blocks)
+
+
+def _state(recipe: Recipe) -> float:
+    """What is kept for each weight beside it and its gradient: the optimizer's averages, and the weights' own."""
+    return (1 if recipe.train.keeps_average else 0) + (0.5 if recipe.train.optimizer == "adamw-8bit" else 2)
 
 
 def make_trainer(
@@ -186,13 +262,11 @@ def _train(
     if splits is None:  # also those that are read after training: what is wrong with them is known now
         read = {"train", *(evaluated_splits(recipe) if measure else ())}
         splits = {split: load_data(recipe, split) for split in sorted(read, reverse=True)}
+    check_with_data(recipe, folder, splits)  # before anything is deleted
     description = describe_run(recipe, splits["train"])
     if resume:
         _check_resumes(folder, description)
     else:
-        outline = outline_of(recipe)  # what is wrong is told before anything is deleted
-        check_data(recipe, outline, splits["train"])
-        check_evaluation(recipe, outline, splits)
         _forget(folder)
     prepare = functools.partial(make_trainer, loggers=loggers, progress=progress, splits=splits, described=recipe)
     given, seconds, iterations = recipe, 0.0, 0
@@ -269,17 +343,12 @@ def _branched_trainer(recipe: Recipe, folder: Path, trunk: Trainer, prepare: Cal
     return trainer
 
 
-def _phases(folder: Path) -> tuple[Path, ...]:
-    """Where a run may have checkpoints."""
-    return folder, folder / "trunk", folder / "fit"
-
-
 def _forget(folder: Path) -> None:
     """Delete what a run would resume from. Killed on its way, the next run finishes it: no phase resumes without the
     others."""
     marker = folder / _RESTARTING
     marker.touch()
-    for phase in _phases(folder):
+    for phase in (folder, folder / "trunk", folder / "fit"):
         if (phase / "checkpoints").is_dir():
             delete_folder(phase / "checkpoints")
     (folder / "fit" / LEVELS).unlink(missing_ok=True)
@@ -289,13 +358,14 @@ def _forget(folder: Path) -> None:
 
 def _check_resumes(folder: Path, description: dict[str, Any]) -> None:
     """Refuse another run than the one whose blocks are in the folder, before anything is read or trained."""
-    for phase in _phases(folder):
-        saved = checkpoints(phase / "checkpoints")
-        before = read_values(saved[-1]).get("run") if saved else None
-        if saved and before is None and (folder / RECIPE).is_file():  # version 0.1.0 left the recipe alone
-            check_goes_on_from_first_version(read_json(folder / RECIPE), description, saved[-1])
-        elif before is not None and phase == folder:  # the other phases' are of recipes of their own
-            check_same_run(before, description, saved[-1])
+    saved = checkpoints(folder / "checkpoints")
+    if not saved:
+        return
+    before = read_values(saved[-1]).get("run")
+    if before is None and (folder / RECIPE).is_file():  # version 0.1.0 left the recipe alone
+        before = read_json(folder / RECIPE)
+    if before is not None:
+        check_same_run(before, description, saved[-1])
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
@@ -425,7 +495,8 @@ def with_depth(recipe: Recipe, layers: int) -> Recipe:
         if (depth := depth_of(recipe)) != layers:
             raise ValueError(
                 f"a trunk, a fit or a control of {layers} layers starts afresh, but {recipe.model.pretrained} has "
-                f"{depth}: leave trunk and fit out, or train afresh: --set model.pretrained=null"
+                f"{depth}: leave trunk and fit out, or train afresh, with all its sizes in model.config: --set "
+                "model.pretrained=null"
             )
         return recipe
     config = recipe.model.config | {adapter_named(recipe.model.type).depth_field: layers}

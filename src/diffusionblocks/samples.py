@@ -12,12 +12,15 @@ from torch import Tensor
 from .data.config import PixelsConfig
 from .evaluation.generation import Setting, generated
 from .evaluation.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
+from .fields import MOST_SAMPLES, check_count
+from .files import check_writable
 from .model import DiffusionBlocks
 from .noise import EDM
 from .recipes import Recipe, SamplesConfig
 from .scores import precision, settings_of
+from .sizes import host_memory
 from .sources import pixels_of
-from .targets import ImageTarget
+from .targets import ImageTarget, check_labels
 
 _CHAINS, _COLUMNS = 3, 8  # what the picture of chains shows
 
@@ -51,17 +54,27 @@ def draw_samples(
         The pictures written.
 
     Raises:
-        ValueError: no diffusion model, a count < 1, or see `DiffusionBlocks.sample`.
+        ValueError: no diffusion model, a count < 1 or of more images than memory holds, a label out of range, a folder
+            that cannot be written into, or see `DiffusionBlocks.sample`.
     """
     options, target = recipe.evaluate, model.target
     if not isinstance(options, SamplesConfig) or not isinstance(target, ImageTarget):
         raise ValueError(f"only diffusion models of images make pictures, and {recipe.model.type} is none")
     assert isinstance(model.noise, EDM)
     count = count if count is not None else len(labels) if labels is not None else options.grid_images
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
+    check_count("count", count, MOST_SAMPLES)
+    if count * math.prod(target.shape) > host_memory():
+        raise ValueError(
+            f"count = {count:,} images of {'x'.join(map(str, target.shape))} are {count * math.prod(target.shape):,} "
+            "bytes, more than this machine's memory: draw fewer at a time, each time with another seed"
+        )
     if labels is not None and not target.num_classes:
         raise ValueError(f"this {model.model_class} is unconditional and takes no labels; leave them out")
+    if labels is not None:  # all of them, not only those of the first batch
+        check_labels(
+            torch.tensor(list(labels)), len(labels), target.num_classes, null_class=target.null_class is not None
+        )
+    check_writable(folder, "the samples' folder")
     setting = setting or settings_of(options)[0]
     target.check_guidance(setting.guidance)
     first = options.seed if seed is None else seed

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .evaluation.frechet import FeatureStatistics
 from .evaluation.generation import SampleRow, Setting, measure_samples, statistics
 from .evaluation.mauve import require_mauve
 from .evaluation.teachers import check_teacher
+from .fields import MANY_CALLS, MOST_CALLS
 from .language import check_prompts, check_room
 from .model import DiffusionBlocks
 from .modes import evaluating
@@ -33,6 +35,8 @@ from .placement import computes_on
 from .recipes import AccuracyConfig, BitsConfig, LanguageConfig, Recipe, SamplesConfig
 from .sources import Data, check_data, device_of, load_data, pixels_of
 from .targets import ImageTarget
+
+_log = logging.getLogger(__name__)
 
 #: Data by split, where the caller has loaded it already.
 Splits = Mapping[str, Data]
@@ -234,22 +238,23 @@ def check_evaluation(recipe: Recipe, model: nn.Module, splits: Splits) -> None:
     Raises:
         ValueError: guidance of a model without null class; a kept classifier of other data; no teacher where the
             recipe says that one is; test data that the model does not take, or too few; texts that outgrow the model;
-            more of the likeliest tokens than there are.
+            more of the likeliest tokens than there are; settings that multiply to more than anybody waits for.
         ImportError: Inception's features without the package that has them.
     """
     options, test = recipe.evaluate, splits.get("test")
     if test is not None:
         check_data(recipe, model, test)
         _check_enough(recipe, test)
+        _check_calls(recipe, model, test)
     if isinstance(options, LanguageConfig):
         check_room(recipe, model, options.prompt_length, options.new_tokens)
         if isinstance(test, TextChunks):
             check_prompts(options, test)
         if options.mauve is not None:
             require_mauve()
-            check_teacher(options.mauve, "evaluate.mauve")
+            check_teacher(options.mauve, "evaluate.mauve", tokenizer=True, causal=False)
         if options.teacher is not None:
-            check_teacher(options.teacher, "evaluate.teacher")
+            check_teacher(options.teacher, "evaluate.teacher", tokenizer=not options.teacher_tokens)
         if options.prompt_length == 0 and not (
             isinstance(model, DiffusionBlocks) and getattr(model.target, "shift", 1) == 0
         ):
@@ -271,6 +276,42 @@ def check_evaluation(recipe: Recipe, model: nn.Module, splits: Splits) -> None:
             ) from error
     if options.features == "classifier" and (data := splits.get("train", test)) is not None:
         _kept_classifier(recipe, options, data)
+
+
+def network_calls(recipe: Recipe, model: nn.Module, test: Data) -> int:
+    """About how often evaluation calls a block, each example counted by itself: what its settings multiply to."""
+    options = recipe.evaluate
+    blocks = model.partition.num_blocks if isinstance(model, DiffusionBlocks) else 1
+    if isinstance(options, SamplesConfig):
+        return sum(options.samples * setting.calls * (1 + (setting.guidance != 1)) for setting in settings_of(options))
+    if isinstance(options, AccuracyConfig):
+        chains = sum(options.steps) * max(options.seeds) if isinstance(model, DiffusionBlocks) else 1
+        return min(len(test), options.limit or len(test)) * chains
+    assert isinstance(test, TextChunks)
+    sequences = min(len(test.text) // test.length, options.limit or len(test.text))
+    if isinstance(options, BitsConfig):
+        return sequences * blocks * options.times + options.samples * options.steps
+    assert isinstance(options, LanguageConfig)
+    levels = options.levels if isinstance(model, DiffusionBlocks) else 1
+    return sequences * levels + options.samples * options.new_tokens * (options.steps or blocks)
+
+
+def _check_calls(recipe: Recipe, model: nn.Module, test: Data) -> None:
+    """Refuse settings that multiply to more than anybody waits for; say so where they are many."""
+    calls, options = network_calls(recipe, model, test), recipe.evaluate
+    lower = " or ".join(
+        f"evaluate.{name}" for name in ("samples", "steps", "seeds", "new_tokens", "limit") if hasattr(options, name)
+    )
+    said = f"evaluation takes about {calls:,} calls of a block, each example counted by itself"
+    if calls > MOST_CALLS:
+        raise ValueError(f"{said}, more than {MOST_CALLS:,}: set {lower} lower")
+    if calls > MANY_CALLS:
+        _say(f"{said}; for a quick look set {lower} lower")
+
+
+@functools.cache  # every trainer of a run asks
+def _say(text: str) -> None:
+    _log.warning("%s", text)
 
 
 def _check_enough(recipe: Recipe, test: Data) -> None:

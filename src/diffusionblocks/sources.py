@@ -376,7 +376,8 @@ def model_config(recipe: Recipe) -> Any:
         if own != values[field]:
             raise ValueError(
                 f"model.config.{field} = {values[field]}, but {name} has {own}, and its weights are of that size: "
-                f"leave model.config.{field} out, or train afresh: --set model.pretrained=null"
+                f"leave model.config.{field} out, or train afresh, with all its sizes in model.config: --set "
+                "model.pretrained=null"
             )
     return described
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .data.text import SYMBOLS, decode, encode
-from .files import renamed
+from .fields import MOST_SAMPLES, check_count
+from .files import check_writable, renamed
 from .model import DiffusionBlocks
 from .recipes import BitsConfig, Recipe
 from .scores import precision
@@ -61,8 +62,8 @@ def write_texts(
             "tokens; use DiffusionBlocks.generate"
         )
     count = options.samples if count is None else count
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
+    check_count("count", count, MOST_SAMPLES)
+    check_writable(folder, "the samples' folder")
     given = None if infill is None else _pattern(infill, target)
     length = target.length if infill is None else len(infill)
     first = options.seed if seed is None else seed

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import RECIPES, VIT, sets
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from diffusionblocks.cli import main
 
@@ -71,6 +72,49 @@ def test_more_prompts_than_the_test_text_has(tmp_path: Path, capsys: pytest.Capt
     lengths = sets(evaluate__samples=10**6, evaluate__prompt_length=8, evaluate__new_tokens=8)
     message = refused(["train", LLAMA, *TINY, *lengths], tmp_path / "run", capsys)
     assert re.search(r"evaluate\.samples = 1000000 .* set evaluate\.samples to at most \d+", message)
+
+
+MISTRAL = sets(model__type="MistralForCausalLM", model__config__sliding_window=24)
+SHORT = sets(evaluate__prompt_length=8, evaluate__new_tokens=8)
+
+
+def test_no_row_is_trained_before_all_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The control, whose row comes first, takes such a text; the blocks do not.
+    message = refused(["compare", LLAMA, *TINY, *MISTRAL, *SHORT], tmp_path / "out", capsys)
+    assert "data.length = 64, but the model's attention slides over 24 tokens" in message
+    assert not list(tmp_path.glob("out/*/checkpoints"))
+
+
+def of_teacher(folder: Path, damage: str) -> None:
+    """A small causal language model's folder without what `damage` names."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if damage == "another kind":
+        ViTForImageClassification(ViTConfig(**sizes)).save_pretrained(folder)
+        return
+    LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)).save_pretrained(folder)
+    if damage == "no weights":
+        (folder / "model.safetensors").unlink()
+    if damage == "damaged weights":
+        (folder / "model.safetensors").write_bytes(b"no safetensors at all")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("no weights", "its weights cannot be read"),
+        ("damaged weights", "its weights cannot be read"),
+        ("another kind", "is a vit, which is no causal language model"),
+        ("no tokenizer", "its tokenizer cannot be read"),
+    ],
+)
+def test_a_teacher_that_cannot_be_read(
+    damage: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_teacher(tmp_path / "teacher", damage)
+    teacher = [*SHORT, *sets(evaluate__teacher=tmp_path / "teacher", evaluate__teacher_tokens="false")]
+    message = refused(["train", LLAMA, *TINY, *teacher], tmp_path / "run", capsys)
+    assert f"evaluate.teacher = {tmp_path / 'teacher'}" in message
+    assert words in message
 
 
 def text_folder(tmp_path: Path, test: str | None) -> list[str]:

@@ -178,6 +178,7 @@ def test_depth_comes_from_the_folder(vit: Path, tmp_path: Path, capsys: pytest.C
     rows = ["--rows", f"end-to-end-{LAYERS}", "diffusionblocks"]
     assert main(["compare", VIT, "--out", str(tmp_path / "c"), "--quiet", *of_digits(vit), *labels, *rows]) == 0
     assert load(tmp_path / "c" / "diffusionblocks" / "model").partition.num_layers == LAYERS
+    assert f"no rows of fewer layers: {vit} has weights of all {LAYERS} layers" in capsys.readouterr().out
     short = ["--rows", f"end-to-end-{LAYERS // 2}"]
     assert main(["compare", VIT, "--out", str(tmp_path / "c"), "--quiet", *of_digits(vit), *labels, *short]) == 2
     assert f"unknown rows ['end-to-end-{LAYERS // 2}']" in last_line(capsys)

@@ -115,7 +115,7 @@ def test_inspect_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["inspect", TOPICS, "--figure", str(tmp_path / "f.png"), *TINY]) == 0
     out = capsys.readouterr().out
     assert "0.6667 - 1" in out
-    assert out.splitlines()[-2].startswith("t        0")
+    assert out.splitlines()[-3].startswith("t        0")
     assert (tmp_path / "f.png").stat().st_size > 1000
     assert main(["plan", TOPICS, "--budget", "40MiB", *TINY]) == 0
     assert "activations" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from diffusionblocks.evaluation.generation import Setting
 from diffusionblocks.recipes import Recipe, parse_recipe
 from diffusionblocks.runs import trunk_recipe
 from diffusionblocks.samples import draw_samples
+from diffusionblocks.training import TrainConfig
 
 NOISE = EDM()
 CLASSES = ("ViTForImageClassification", "DeiTForImageClassification", "Dinov2ForImageClassification")
@@ -48,6 +49,15 @@ def diffusion(num_classes: int = 4, label_dropout: float = 0.1) -> db.DiffusionB
         target = {"kind": "image", "label_dropout": label_dropout}
         _models[key] = db.convert(fresh_dit(num_classes=num_classes), BlocksConfig(target=target))
     return _models[key]
+
+
+def large() -> db.DiffusionBlocks:
+    """A model of images, 10^7 of which no machine holds."""
+    return db.convert(fresh_dit(num_classes=4, sample_size=512, patch_size=64), BlocksConfig(target={"kind": "image"}))
+
+
+def text(family: str) -> db.DiffusionBlocks:
+    return _models.setdefault(family, convert(family))
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -144,6 +154,31 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ("grid: steps zero", lambda: NOISE.levels(0), ("steps", ">= 1", "0")),
     ("grid: unknown", lambda: NOISE.levels(4, "linear"), ("'linear'", "equal-mass", "karras")),
     ("grid: rho zero", lambda: NOISE.levels(4, "karras", rho=0.0), ("rho", "> 0", "0.0")),
+    # numbers beyond all use, none of which takes time or memory
+    ("grid: steps beyond use", lambda: NOISE.levels(10**9), ("steps", "at most 10,000", "1,000,000,000")),
+    ("grid: steps of samples beyond use", lambda: NOISE.sampling_levels(10**9), ("steps", "at most 10,000")),
+    ("grid: half a step", lambda: NOISE.levels(1.5), ("steps", "whole number", "1.5")),
+    ("grid of masking: steps beyond use", lambda: db.Masking(vocab_size=3).levels(10**9), ("steps", "at most 10,000")),
+    ("boundaries beyond use", lambda: NOISE.boundaries(10**9), ("number of blocks", "at most 10,000")),
+    ("layers beyond use", lambda: partition(num_layers=10**9, num_blocks=7), ("num_layers", "at most 1,024")),
+    ("quantiles beyond use", lambda: EDM(quantiles=range(10**9)), ("quantiles", "at most 10,000")),
+    ("config: blocks beyond use", lambda: BlocksConfig(num_blocks=10**9), ("num_blocks", "1024")),
+    ("trainer: steps beyond use", lambda: TrainConfig(steps=10**12), ("steps", "100000000")),
+    ("predict: steps beyond use", lambda: predict(steps=10**9), ("steps", "at most 10,000")),
+    ("predict: seeds beyond use", lambda: predict(seeds=10**9), ("seeds", "at most 10,000")),
+    ("sample: steps beyond use", lambda: diffusion().sample([1], steps=10**9), ("steps", "at most 10,000")),
+    ("sample: seeds beyond use", lambda: diffusion(0).sample(seeds=range(10**9)), ("seeds", "at most 10,000,000")),
+    ("generate: steps beyond use", lambda: text("masked").generate(steps=10**9), ("steps", "at most 10,000")),
+    ("generate: seeds beyond use", lambda: text("masked").generate(range(10**9)), ("seeds", "at most 10,000,000")),
+    (
+        "continue: tokens beyond use",
+        lambda: text("llama").continue_texts([[1]], 10**9),
+        ("max_new_tokens", "2,097,152"),
+    ),
+    ("continue: steps beyond use", lambda: text("llama").continue_texts([[1]], 3, steps=10**9), ("steps", "10,000")),
+    ("branch: layers beyond use", lambda: db.branch(convert(num_blocks=1), 1000), ("1000", "3,000", "at most 341")),
+    ("draw: labels of a later batch", lambda: draw(diffusion(), labels=[0] * 600 + [9]), ("[0, 4]", "0 to 9")),
+    ("draw: images beyond memory", lambda: draw(large(), count=10**7), ("10,000,000 images of 3x512x512", "fewer")),
     # levels and block indices
     ("level above the range", lambda: model().partition.block_of(81.0), ("81", "[0.002, 80]")),
     ("level below the range", lambda: model().partition.block_of(0.001), ("0.001", "[0.002, 80]")),

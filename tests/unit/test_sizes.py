@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusionblocks.recipes import load_recipe
-from diffusionblocks.runs import check_machine
+from diffusionblocks.language import check_room
+from diffusionblocks.recipes import Recipe, load_recipe
+from diffusionblocks.runs import check_disk, check_machine
 from diffusionblocks.sizes import check_memory
 from diffusionblocks.sources import model_config, outline_of
 
@@ -111,9 +112,57 @@ def test_weights_are_counted_with_what_is_kept_for_each() -> None:
         check_memory(model, 10_000.0, torch.device("cpu"), "smaller")
 
 
-def test_what_no_disk_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
+def of_disk(**changes: object) -> tuple[Recipe, nn.Module, int]:
+    """(recipe, outline, bytes of its weights) of three small blocks under AdamW."""
+    recipe = load_recipe(
+        VIT,
+        ["device=cpu", "train.steps=4", "train.batch_size=10", *(f"train.{name}={v}" for name, v in changes.items())],
+    )
+    outline = outline_of(recipe)
+    return recipe, outline, sum(p.numel() * p.element_size() for p in outline.parameters())
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"its disk has 0\.0 free: .*--out"):
-        check_machine(load_recipe(VIT, ["device=cpu"]), tmp_path / "run")
+
+@pytest.mark.parametrize(
+    ("changes", "copies"),
+    [
+        ({}, 1 + 3 * 3),  # the model; two checkpoints and the one that is being written, of weights and two averages
+        ({"keep_checkpoints": 1}, 1 + 2 * 3),
+        ({"keep_checkpoints": 10**6}, 1 + 12 * 3),  # as many as there are iterations
+        ({"checkpoint_seconds": "null"}, 1 + 3),
+        ({"ema_decay": 0.9}, 1 + 3 * 4),
+        ({"snapshot_every": 5}, 1 + 2 + 3 * 3),
+        ({"blocks": "[0, 2]"}, (1 + 3 * 3) * 2 / 3),
+        ({"steps": "null", "epochs": 1, "snapshot_every": 1}, 1 + 3 * 4 + 3 * 3),  # of 40 examples
+    ],
+)
+def test_what_no_disk_holds_is_refused(changes: dict[str, object], copies: float, tmp_path: Path) -> None:
+    recipe, outline, weights = of_disk(**changes)
+    needed = int(copies * weights)
+    check_disk(recipe, tmp_path / "run", outline, free=needed, num_examples=40)
+    with pytest.raises(ValueError, match=r"its disk has [\d.]+ free: make room.*--out"):
+        check_disk(recipe, tmp_path / "run", outline, free=needed - 1, num_examples=40)
+
+
+def test_what_a_run_has_written_is_not_counted_again(tmp_path: Path) -> None:
+    recipe, outline, weights = of_disk(snapshot_every=5)
+    (tmp_path / "snapshots" / "iteration-000000005").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "iteration-000000006").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "iteration-000000006" / "state.json").write_text("{}")
+    check_disk(recipe, tmp_path, outline, free=(1 + 1 + 2 * 3) * weights)
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+def test_a_sliding_window_bounds_the_texts_of_blocks_alone(method: str) -> None:
+    changes = ["model.type=MistralForCausalLM", "model.config.sliding_window=24", f"method={method}", "device=cpu"]
+    recipe = load_recipe(LLAMA, changes)
+    outline = outline_of(recipe)
+    check_room(recipe, outline, 20, 4)
+    with pytest.raises(ValueError, match=r"are 257, more than the model's (24 \(sliding_window\)|256 \(max_pos)"):
+        check_room(recipe, outline, 200, 57)
+    if method == "end-to-end":  # the library's own attention slides
+        check_room(recipe, outline, 20, 5)
+        return
+    with pytest.raises(
+        ValueError, match=r"20 tokens and evaluate.new_tokens = 5 are 25, more than the model's 24 \(sl"
+    ):
+        check_room(recipe, outline, 20, 5)

@@ -194,7 +194,7 @@ class Library(abc.ABC):
         Raises:
             CannotReadInParts: there are no safetensors files, or what is in them is not as the model has it.
         """
-        found = _safetensors_keys(path, self.weights)
+        found = safetensors_keys(path, self.weights)
         dtypes, shapes = _described(found)
         config, dtype = self._pretrained_config(model_class, path, values, set(dtypes.values()), dtype)
         model = self.outline(model_class, config)
@@ -377,7 +377,7 @@ class Diffusers(Library):
         return names
 
 
-def _safetensors_keys(path: str | Path, weights: str) -> dict[str, Path]:
+def safetensors_keys(path: str | Path, weights: str) -> dict[str, Path]:
     """Every name in the safetensors file or shards of a folder or hub name, and the file that has it."""
     single, index = cached_file(path, weights), cached_file(path, f"{weights}.index.json")
     if (single is None) == (index is None):

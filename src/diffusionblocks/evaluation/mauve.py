@@ -179,6 +179,6 @@ def require_mauve() -> Callable[..., Any]:
         return importlib.import_module("mauve").compute_mauve  # type: ignore[no-any-return]
     except ImportError as error:
         raise ImportError(
-            f"MAUVE needs the package mauve-text ({error}): run pip install 'diffusionblocks[mauve]', or set "
-            "evaluate.mauve to null"
+            f"MAUVE needs the package mauve-text ({error}): run pip install 'diffusionblocks[mauve]', or --set "
+            "evaluate.mauve=null"
         ) from error

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..adapters import check_attention
+from ..adapters.libraries import CannotReadInParts, cached_file, safetensors_keys
 from ..finite import require_finite
 
 #: Ids of a text: a tensor (n,), or whole numbers.
 Ids = Tensor | Sequence[int]
+
+
+#: Files of which a tokenizer has one.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load_teacher(name: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -38,17 +44,20 @@ def load_teacher(name: str | Path, device: torch.device | str = "cpu") -> nn.Mod
 
 
 @functools.cache  # every trainer of a run asks, and a name on the hub is looked up there
-def check_teacher(name: str | Path, field: str) -> None:
-    """Refuse a name under which there is no model, before work that would be lost to it; reads its config only.
+def check_teacher(name: str | Path, field: str, *, tokenizer: bool, causal: bool = True) -> None:
+    """Refuse a model that cannot be read, before work that would be lost to it: config, files' headers, tokenizer.
 
     Args:
-        name: folder or hub name.
+        name: folder or hub name; from the hub its files are downloaded to the cache now.
         field: what the message calls it.
+        tokenizer: whether its tokenizer will be needed.
+        causal: whether it must be a causal language model.
 
     Raises:
-        ValueError: neither a folder with a model nor the hub (or its cache) has it.
+        ValueError: neither a folder with such a model nor the hub (or its cache) has it; or a file of it is missing or
+            damaged.
     """
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -58,6 +67,24 @@ def check_teacher(name: str | Path, field: str) -> None:
             f"model.safetensors, or a name on the hub ({str(error).splitlines()[0]})"
         ) from error
     check_attention(config, f"{field} = {name}: ")
+    if causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{field} = {name} is a {config.model_type}, which is no causal language model; name another")
+    try:
+        safetensors_keys(name, "model.safetensors")
+    except (CannotReadInParts, OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{field} = {name}: its weights cannot be read ({error}); load it again, or name another"
+        ) from error
+    if tokenizer:
+        try:
+            found = load_teacher_tokenizer(name)
+        except Exception as error:  # the library has no error of its own for a tokenizer that is damaged or not there
+            raise ValueError(
+                f"{field} = {name}: its tokenizer cannot be read ({type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0][:200]}); give a folder with tokenizer.json"
+            ) from error
+        if causal and not getattr(found, "is_fast", False):
+            raise ValueError(f"{field} = {name}: {type(found).__name__} gives no offsets of its tokens; name another")
 
 
 def check_foreign_attention(name: str | Path) -> None:
@@ -68,8 +95,15 @@ def check_foreign_attention(name: str | Path) -> None:
 
 
 def load_teacher_tokenizer(name: str | Path) -> Any:
-    """The tokenizer beside a teacher (`AutoTokenizer`); no code that comes with it is run."""
+    """The tokenizer beside a teacher (`AutoTokenizer`); no code that comes with it is run.
+
+    Raises:
+        ValueError: there is no file of one: the library would make one without words, and texts have no tokens then.
+    """
     from transformers import AutoTokenizer
+
+    if not any(cached_file(name, file) for file in _TOKENIZERS):
+        raise ValueError(f"{name} has no tokenizer: none of {', '.join(_TOKENIZERS)} is there")
 
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 

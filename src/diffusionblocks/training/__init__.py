@@ -1,6 +1,7 @@
 """One trainer for end-to-end models and for blocks; see `trainer.py`."""
 
 from .config import TrainConfig
+from .optim import check_optimizer
 from .step import BatchMaker
 from .trainer import Diverged, Interrupted, Trainer
 from .units import EndToEnd, Unit, trainable, units_of
@@ -13,6 +14,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Unit",
+    "check_optimizer",
     "trainable",
     "units_of",
 ]

@@ -223,6 +223,22 @@ class Updater:
             torch._foreach_add_(averages, list(torch._foreach_mul(weights, 1.0 - self.decay)))
 
 
+def check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimizer whose package is not installed, before anything is made for it.
+
+    Raises:
+        ImportError: 8-bit AdamW without torchao.
+    """
+    if config.optimizer == "adamw-8bit":
+        try:
+            _adamw_8bit()
+        except ImportError as error:
+            raise ImportError(
+                f"train.optimizer: adamw-8bit needs torchao ({error}): run pip install 'diffusionblocks[savers]', or "
+                "--set train.optimizer=adamw"
+            ) from error
+
+
 def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConfig) -> Optimizer:
     """AdamW as the config says, over parameters of one device, with the learning rate in a tensor there.
 
@@ -230,13 +246,8 @@ def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConf
         ImportError: 8-bit AdamW without torchao.
     """
     if config.optimizer == "adamw-8bit":
-        try:
-            kind = _adamw_8bit()
-        except ImportError:
-            raise ImportError(
-                "train.optimizer: adamw-8bit needs torchao; pip install 'diffusionblocks[savers]'"
-            ) from None
-        made: Optimizer = kind(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+        check_optimizer(config)
+        made: Optimizer = _adamw_8bit()(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
         return made
     return torch.optim.AdamW(
         parameters,
