@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,28 @@ def test_a_transparent_colour_shows_the_background(mode: str, clear: Any) -> Non
     pixels = levels(encoded(picture, transparency=clear), 3)
     assert tuple(pixels[0, 0]) == BACKGROUND
     assert tuple(pixels[0, 1]) != BACKGROUND
+
+
+def grey_png(bits: int, clear: int | None) -> bytes:
+    """One row of four grey pixels 0, 1, 0, 1 of 2 or 4 bits, one of the levels transparent: Pillow writes no such."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0))
+    pixels = {2: b"\x11", 4: b"\x01\x01"}[bits]
+    transparent = b"" if clear is None else chunk(b"tRNS", struct.pack(">H", clear))
+    return (
+        b"\x89PNG\r\n\x1a\n" + head + transparent + chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_transparent_level_of_other_bits_is_refused(bits: int) -> None:
+    """Pillow compares it with pixels that it has brought to 8 bits: other pixels would become clear, or none."""
+    assert levels(grey_png(bits, None)).tolist() == [[0, 255 // (2**bits - 1)] * 2]
+    with pytest.raises(ValueError, match="here: image has a transparent level, and not 8 bits"):
+        levels(grey_png(bits, 1))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])

@@ -64,6 +64,7 @@ def decode_image(encoded: bytes | None, where: str, channels: int, size: tuple[i
             _check_size(image, size, turned=True)  # before its pixels take memory
             _check_frames(image)
             _check_mode(image, image.format)
+            _check_transparent_level(image)
             image.load()
             picture = _upright(image)
             _check_size(picture, size)
@@ -108,6 +109,14 @@ def _check_mode(image: Image.Image, file_format: str | None) -> None:
             raise _Refused(f"image has mode {mode!r} with a transparent level: store it with 8 bits")
     elif not image.has_transparency_data:
         raise _Refused(f"image has mode {mode!r}, whose values have no known range: convert it to 8 bits")
+
+
+def _check_transparent_level(image: Image.Image) -> None:
+    # Pillow brings a PNG's pixels to 8 bits, and leaves the level that the file calls transparent as it is.
+    if image.format != "PNG" or image.mode not in ("1", "L", "RGB") or "transparency" not in image.info:
+        return
+    if any(tile.args not in ("L", "RGB") for tile in image.tile):
+        raise _Refused("image has a transparent level, and not 8 bits: store it with 8 bits")
 
 
 def _upright(image: Image.Image) -> Image.Image:
