@@ -28,6 +28,7 @@ from transformers import Trainer, TrainingArguments
 import diffusionblocks as db
 from diffusionblocks.conditioning import AdaptiveNorms
 from diffusionblocks.files import read_tensors, write_tensors
+from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.training.checkpoint import read_owner
 
 #: A family, and the batches that it trains on.
@@ -189,6 +190,34 @@ def test_activation_checkpointing_has_both_of_transformers_names(name: str) -> N
         with pytest.raises(ValueError, match=complaint):
             getattr(model, f"{name}_enable")(**options)
     assert not model.is_activation_checkpointing
+
+
+@pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked", "llama", "recurrent"])
+def test_what_is_drawn_is_not_drawn_again_in_the_backward_pass(family: str) -> None:
+    """Level, noise and masks come from the caller's generator, which no checkpoint would set back."""
+    if family == "recurrent":
+        sizes = {"hidden_size": 32, "num_attention_heads": 2, "mlp_size": 48, "vocab_size": 27, "sequence_length": 12}
+        model = db.convert(RecurrentDepth(**sizes, mean_recurrence=2), db.BlocksConfig(num_blocks=1))
+        batch = token_batch(4)
+    else:
+        model, batch = convert(family), FAMILIES.get(family, image_batch)(4)
+    randomise_adaptive(model)
+    block = model.block(0)
+    found = []
+    for checkpointing in (False, True):
+        block.activation_checkpointing = checkpointing
+        generator = seeded(1)
+        loss = block.loss(batch, generator)
+        drawn = generator.get_state()
+        loss.mean().backward()
+        assert torch.equal(generator.get_state(), drawn)
+        gradients = {n: p.grad for n, p in block.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), "generator": drawn, **gradients})
+        block.zero_grad(set_to_none=True)
+    assert len(found[0]) > 12
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not torch.equal(block.loss(batch, seeded(2)), found[0]["loss"])  # the positive control: draws matter
 
 
 @pytest.mark.parametrize("family", ["vit", "llama", "diffusers-dit"])

@@ -15,6 +15,7 @@ from helpers import (
     POLICIES,
     convert,
     image_batch,
+    noise_batch,
     same_states,
     seeded,
     tiny,
@@ -200,6 +201,44 @@ def test_accumulated_batches_count_as_one(name: str, tmp_path: Path) -> None:
     hook.remove()
     assert len(seen) == 2
     assert result.training_loss == pytest.approx(sum(seen) / 2, rel=1e-4)  # twice that, were the loss not divided
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_accumulated_batches_move_weights_as_one_large_batch(name: str, tmp_path: Path) -> None:
+    """Trainer multiplies the loss of models that divide it themselves, which it takes from `**kwargs` of a forward."""
+    model = convert(name, num_blocks=1)
+    batch = noise_batch(8) if name == "vit" else token_batch(8)
+    expected = copy.deepcopy(model).train()
+    examples = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    given: list[dict[str, torch.Tensor]] = []
+    hook = model.register_forward_pre_hook(lambda module, args, named: given.append(named), with_kwargs=True)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    constant = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1.0)
+    Trainer(model=model, args=arguments, train_dataset=examples, optimizers=(sgd, constant)).train()
+    hook.remove()
+    assert [len(next(iter(part.values()))) for part in given] == [4, 4]
+    # By hand: the same examples and draws, eight losses and one mean.
+    torch.manual_seed(arguments.seed)
+    draws = TrainingDraws()
+    losses = [expected.loss(part, 0, draws.next(torch.device("cpu"))[1]) for part in given]
+    torch.cat(losses).mean().backward()
+    moved = 0
+    for trained, start in zip(model.parameters(), expected.parameters(), strict=True):
+        step = 0 if start.grad is None else 0.1 * start.grad
+        moved += not torch.equal(trained, start)
+        assert torch.allclose(trained, start - step, atol=1e-6, rtol=1e-4)
+    assert moved > 10
 
 
 def test_labels_that_say_nothing_new_change_nothing_and_return_loss_may_be_declined() -> None:
