@@ -1,11 +1,11 @@
 """The comparison every claim needs: DiffusionBlocks beside its end-to-end controls, in one table.
 
-Rows: L layers end to end; where B > 1 L/B layers end to end, which have the memory of one block, at equal steps
-and at B times the steps, which is equal compute (the control to beat); DiffusionBlocks from scratch; and, where the
-recipe has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there
-once more without. All rows but the one of L/B layers at equal steps have the same number of layer-updates (recurrent
-depth end to end runs its core many times a step, which `layer_passes` counts). With `equal="seconds"` the controls
-train as long as the blocks did instead, by the clock.
+Rows: L layers end to end; where B > 1 and the model is not pretrained, L/B layers end to end, which have the memory of
+one block, at equal steps and at B times the steps, which is equal compute (the control to beat); DiffusionBlocks from
+scratch; and, where the recipe has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the
+last of them is there once more without. All rows but the one of L/B layers at equal steps have the same number of
+layer-updates (recurrent depth end to end runs its core many times a step, which `layer_passes` counts). With
+`equal="seconds"` the controls train as long as the blocks did instead, by the clock.
 """
 
 from __future__ import annotations

@@ -260,7 +260,8 @@ def write_continuations(
         check_data(recipe, model, data)
         starts = prompts_of(options, data)
     else:
-        starts = [codec.encode(prompts[i % len(prompts)]) for i in range(count or len(prompts))]
+        given_prompts = [codec.encode(prompt) for prompt in prompts]
+        starts = [given_prompts[i % len(prompts)] for i in range(count or len(prompts))]
     check_room(recipe, model, max(map(len, starts)), options.new_tokens)
     made = write(recipe, options, model, starts, seed=seed, progress=progress)
     path = folder / "samples.txt"

@@ -292,8 +292,8 @@ def network_calls(recipe: Recipe, model: nn.Module, test: Data) -> int:
     if isinstance(options, BitsConfig):
         return sequences * blocks * options.times + options.samples * options.steps
     assert isinstance(options, LanguageConfig)
-    levels = options.levels if isinstance(model, DiffusionBlocks) else 1
-    return sequences * levels + options.samples * options.new_tokens * (options.steps or blocks)
+    levels, steps = (options.levels, options.steps or blocks) if isinstance(model, DiffusionBlocks) else (1, 1)
+    return sequences * levels + options.samples * options.new_tokens * steps
 
 
 def _check_calls(recipe: Recipe, model: nn.Module, test: Data) -> None:

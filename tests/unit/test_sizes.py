@@ -14,8 +14,9 @@ from torch import nn
 from diffusionblocks.language import check_room
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.runs import check_disk, check_machine
+from diffusionblocks.scores import check_evaluation, network_calls
 from diffusionblocks.sizes import check_memory
-from diffusionblocks.sources import model_config, outline_of
+from diffusionblocks.sources import load_data, model_config, outline_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 VIT, DIT, LLAMA = (FOLDER / f"{name}.yaml" for name in ("vit/digits", "dit/digits", "text/autoregressive_topics"))
@@ -166,3 +167,34 @@ def test_a_sliding_window_bounds_the_texts_of_blocks_alone(method: str) -> None:
         ValueError, match=r"20 tokens and evaluate.new_tokens = 5 are 25, more than the model's 24 \(sl"
     ):
         check_room(recipe, outline, 20, 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "calls"),
+    [
+        (VIT, ["evaluate.steps=[1, 3]", "evaluate.seeds=[2, 5]", "evaluate.limit=7"], 7 * (1 + 3) * 5),
+        (VIT, ["evaluate.limit=7", "method=end-to-end"], 7),
+        (DIT, ["evaluate.samples=10", "evaluate.steps=[4]", "evaluate.guidance=[1, 2]"], 10 * 4 * (1 + 2)),
+        (DIT, ["evaluate.samples=10", "evaluate.steps=[4]", "evaluate.solver=[euler, heun]"], 10 * (4 + 7) * 2),
+        (LLAMA, ["evaluate.limit=5", "evaluate.samples=2", "evaluate.new_tokens=6"], 5 * 16 + 2 * 6 * 2),
+        (LLAMA, ["evaluate.limit=5", "evaluate.samples=2", "evaluate.new_tokens=6", "method=end-to-end"], 5 + 2 * 6),
+    ],
+)
+def test_calls_of_an_evaluation_are_counted(path: Path, changes: list[str], calls: int) -> None:
+    recipe = load_recipe(path, ["device=cpu", *changes])
+    assert network_calls(recipe, outline_of(recipe), load_data(recipe, "test")) == calls
+
+
+def test_many_calls_are_said_and_too_many_refused(caplog: pytest.LogCaptureFixture) -> None:
+    def check(*changes: str) -> None:
+        recipe = load_recipe(DIT, ["device=cpu", "evaluate.features=null", *changes])
+        check_evaluation(recipe, outline_of(recipe), {"test": load_data(recipe, "test")})
+
+    check("evaluate.samples=1000", "evaluate.steps=[20]")
+    assert not caplog.records
+    check("evaluate.samples=10000000", "evaluate.steps=[20]")
+    assert "evaluation takes about 400,000,000 calls of a block" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"200,000,000,000 calls .* more than 100,000,000,000: set evaluate.samples or"
+    ):
+        check("evaluate.samples=10000000", "evaluate.steps=[10000]")

@@ -81,7 +81,7 @@ def check_teacher(name: str | Path, field: str, *, tokenizer: bool, causal: bool
         except Exception as error:  # the library has no error of its own for a tokenizer that is damaged or not there
             raise ValueError(
                 f"{field} = {name}: its tokenizer cannot be read ({type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0][:200]}); give a folder with tokenizer.json"
+                f"{' '.join(str(error).split())[:200]}); give a folder with tokenizer.json"
             ) from error
         if causal and not getattr(found, "is_fast", False):
             raise ValueError(f"{field} = {name}: {type(found).__name__} gives no offsets of its tokens; name another")
