@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 import diffusionblocks as db
 from diffusionblocks.conditioning import AdaptiveNorms
-from diffusionblocks.files import read_tensors, write_tensors
+from diffusionblocks.files import read_tensors, write_json, write_tensors
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.training.checkpoint import read_owner
 
@@ -395,6 +395,7 @@ def test_a_logit_scale_that_was_saved_without_a_dimension_still_loads(tmp_path: 
 
 def test_so_does_a_checkpoint(tmp_path: Path) -> None:
     like = {"weights.logit_scale.log": torch.ones(1)}
+    write_json(tmp_path / "state.json", {"iteration": 1, "config": {}, "units": ["block 0"], "seconds": 1.0})
     write_tensors(tmp_path / "block-0.safetensors", like)
     without_dimension(tmp_path / "block-0.safetensors")
     assert read_owner(tmp_path, "block 0", like)["weights.logit_scale.log"].item() == 1

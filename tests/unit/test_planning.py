@@ -458,7 +458,9 @@ def test_bad_plans_are_refused() -> None:
         plan(recipe, 0)
     with pytest.raises(ValueError, match=r"vary = 'depth': must be blocks or batch"):
         plan(recipe, 1, vary="depth")
-    with pytest.raises(ValueError, match=r"model.config: ViTForImageClassification knows no \['hiden_size'\]"):
+    with pytest.raises(
+        ValueError, match=r"model.config.hiden_size: ViTForImageClassification knows no \['hiden_size'\]"
+    ):
         predict(small("vit", "model.config.hiden_size=3"))
     with pytest.raises(ValueError, match=r"the model has blocks 0 to 2"):
         predict(small("vit", "train.blocks=[7]"))
