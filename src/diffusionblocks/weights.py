@@ -216,7 +216,12 @@ class InMemory(WeightSource):
 
 
 def pretrained_source(
-    model_class: str, path: str | Path, values: dict[str, Any], *, seed: int, dtype: torch.dtype | None = None
+    model_class: str,
+    path: str | Path,
+    values: dict[str, Any],
+    *,
+    seed: int,
+    dtype: torch.dtype | None = torch.float32,
 ) -> WeightSource:
     """The weights of a folder or hub name: read in parts where possible, else loaded whole on the host by the library.
 

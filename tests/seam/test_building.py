@@ -286,7 +286,7 @@ def sources_of(family: str, tmp_path: Path) -> dict[str, Callable[[], WeightSour
     saved(tmp_path, family)
     return {
         "fresh": lambda: fresh(family),
-        "in-files": lambda: pretrained_source(CLASSES[family], tmp_path, {}, seed=0),
+        "in-files": lambda: pretrained_source(CLASSES[family], tmp_path, {}, seed=0, dtype=None),
     }
 
 

@@ -133,7 +133,7 @@ def test_random_rows_are_those_that_conversion_draws() -> None:
 def test_pretrained_blocks_are_what_conversion_makes(family: str, shared: str, tied: bool, tmp_path: Path) -> None:
     saved(tmp_path, family, tied)
     assert (HEAD in names_in(tmp_path)) != tied
-    source = pretrained_source(CAUSAL_CLASSES[family], tmp_path, {}, seed=0)
+    source = pretrained_source(CAUSAL_CLASSES[family], tmp_path, {}, seed=0, dtype=None)
     assert isinstance(source, InFiles)
     config = config_of(shared)
     built, expected = build(source, config), reference(family, tmp_path, config)
@@ -154,7 +154,7 @@ def test_pretrained_blocks_are_what_conversion_makes(family: str, shared: str, t
 @each_tying
 def test_bfloat16_weights_in_files(tied: bool, shards: dict[str, str], tmp_path: Path) -> None:
     saved(tmp_path, "llama", tied, torch.bfloat16, **shards)
-    source = pretrained_source("LlamaForCausalLM", tmp_path, {}, seed=0)
+    source = pretrained_source("LlamaForCausalLM", tmp_path, {}, seed=0, dtype=None)
     assert isinstance(source, InFiles)
     built, expected = build(source, config_of()), reference("llama", tmp_path, config_of())
     assert same(built, expected)
@@ -174,7 +174,7 @@ def test_a_tied_name_that_the_files_have_all_the_same_is_read(tmp_path: Path) ->
     saved(tmp_path, "llama", tied=True)
     state = load_file(tmp_path / "model.safetensors")
     save_file(state | {HEAD: state[EMBEDDING].clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    source = pretrained_source("LlamaForCausalLM", tmp_path, {}, seed=0)
+    source = pretrained_source("LlamaForCausalLM", tmp_path, {}, seed=0, dtype=None)
     assert isinstance(source, InFiles)
     assert same(build(source, config_of()), reference("llama", tmp_path, config_of()))
 
@@ -186,7 +186,7 @@ def test_a_lost_head_of_an_untied_model_is_drawn_afresh(tmp_path: Path, caplog: 
     del state[HEAD]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level(logging.INFO, "diffusionblocks"):
-        source = pretrained_source("LlamaForCausalLM", tmp_path, {}, seed=0)
+        source = pretrained_source("LlamaForCausalLM", tmp_path, {}, seed=0, dtype=None)
     assert isinstance(source, InFiles)
     head = build(source, config_of()).block(1).network.get_parameter(HEAD)
     assert not torch.equal(head, state[EMBEDDING])

@@ -31,7 +31,7 @@ def test_pretrained_weights_are_read_block_by_block(
     saved(tmp_path, family, dtype, **shards)
     assert bool(shards) == any(path.name.endswith(".index.json") for path in tmp_path.iterdir())
     with caplog.at_level(logging.INFO, "diffusionblocks"):
-        source = pretrained_source(CLASSES[family], tmp_path, {}, seed=0)
+        source = pretrained_source(CLASSES[family], tmp_path, {}, seed=0, dtype=None)
     assert isinstance(source, InFiles)
     assert "is read block by block" in caplog.text
     for policy in POLICIES:
@@ -49,7 +49,7 @@ def test_what_was_read_is_not_the_file(tmp_path: Path) -> None:
     """Files are mapped: training must not write to them, nor one block into another's copy of a shared part."""
     saved(tmp_path, "dit")
     before = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
-    source = pretrained_source("DiT", tmp_path, {}, seed=0)
+    source = pretrained_source("DiT", tmp_path, {}, seed=0, dtype=None)
     model = build(source, db.BlocksConfig())
     again = build(source, db.BlocksConfig())
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_new_head_is_drawn_afresh_from_the_seed(tmp_path: Path) -> None:
             )
         ).save_pretrained(tmp_path)
     values = {"num_labels": NUM_LABELS}
-    source = pretrained_source(CLASSES["vit"], tmp_path, values, seed=0)
+    source = pretrained_source(CLASSES["vit"], tmp_path, values, seed=0, dtype=None)
     assert isinstance(source, InFiles)
     built = build(source, db.BlocksConfig())
     expected = tensors(reference("vit", tmp_path, db.BlocksConfig(), **values))
@@ -87,9 +87,9 @@ def test_a_new_head_is_drawn_afresh_from_the_seed(tmp_path: Path) -> None:
     assert float(heads[0].detach().std()) == pytest.approx(0.02, rel=0.3)
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[0], heads[2])
-    again = build(pretrained_source(CLASSES["vit"], tmp_path, values, seed=0), db.BlocksConfig())
+    again = build(pretrained_source(CLASSES["vit"], tmp_path, values, seed=0, dtype=None), db.BlocksConfig())
     assert same(built, again)
-    other = build(pretrained_source(CLASSES["vit"], tmp_path, values, seed=1), db.BlocksConfig())
+    other = build(pretrained_source(CLASSES["vit"], tmp_path, values, seed=1, dtype=None), db.BlocksConfig())
     assert not torch.equal(other.block(0).network.get_parameter("classifier.weight"), heads[0])
 
 
@@ -97,7 +97,7 @@ def test_weights_that_the_library_changes_are_loaded_whole(tmp_path: Path, caplo
     """DINOv2's SwiGLU is stored as one matrix that the library splits."""
     saved(tmp_path, "dinov2", use_swiglu_ffn=True)
     with caplog.at_level(logging.INFO, "diffusionblocks"):
-        source = pretrained_source(CLASSES["dinov2"], tmp_path, {}, seed=0)
+        source = pretrained_source(CLASSES["dinov2"], tmp_path, {}, seed=0, dtype=None)
     assert isinstance(source, InMemory)
     assert "is loaded whole on the host" in caplog.text
     assert same(build(source, db.BlocksConfig()), reference("dinov2", tmp_path, db.BlocksConfig()))
@@ -106,7 +106,7 @@ def test_weights_that_the_library_changes_are_loaded_whole(tmp_path: Path, caplo
 
 def test_a_stated_dtype_is_the_librarys_affair(tmp_path: Path) -> None:
     saved(tmp_path, "vit")
-    source = pretrained_source(CLASSES["vit"], tmp_path, {"dtype": "bfloat16"}, seed=0)
+    source = pretrained_source(CLASSES["vit"], tmp_path, {"dtype": "bfloat16"}, seed=0, dtype=None)
     assert isinstance(source, InMemory)
     assert source.dtype == torch.bfloat16
     config = db.BlocksConfig()
@@ -121,7 +121,7 @@ def test_the_configs_dtype_counts(config_dtype: str, road: type[WeightSource], t
     if config_dtype != "absent":
         described["dtype"] = config_dtype
     (tmp_path / "config.json").write_text(json.dumps(described))
-    source = pretrained_source(CLASSES["vit"], tmp_path, {}, seed=0)
+    source = pretrained_source(CLASSES["vit"], tmp_path, {}, seed=0, dtype=None)
     assert type(source) is road
     assert source.dtype == (torch.bfloat16 if config_dtype == "absent" else torch.float32)
     assert same(build(source, db.BlocksConfig()), reference("vit", tmp_path, db.BlocksConfig()))
@@ -140,11 +140,11 @@ def test_what_cannot_be_read_is_left_to_the_library(spoil: str, tmp_path: Path) 
         state = {n: t for n, t in model.state_dict().items() if not n.startswith("vit.layers.5.")}
         model.save_pretrained(tmp_path, state_dict=state)  # type: ignore[operator]
     if spoil == "lost-layer":
-        source = pretrained_source(CLASSES["vit"], tmp_path, values, seed=0)
+        source = pretrained_source(CLASSES["vit"], tmp_path, values, seed=0, dtype=None)
         assert isinstance(source, InMemory)
         assert same(build(source, db.BlocksConfig()).block(0), reference("vit", tmp_path, db.BlocksConfig()).block(0))
         return
     with pytest.raises((OSError, RuntimeError)):
         adapters.pretrained(CLASSES["vit"], tmp_path, values)
     with pytest.raises((OSError, RuntimeError)):
-        pretrained_source(CLASSES["vit"], tmp_path, values, seed=0)
+        pretrained_source(CLASSES["vit"], tmp_path, values, seed=0, dtype=None)

@@ -89,7 +89,8 @@ def test_both_roads_read_what_the_files_hold(road: Any, folder: Path, tmp_path: 
             original = exact.state_dict()[name]
             expected = original if path is tmp_path else original.to(torch.bfloat16)
             assert torch.equal(tensor.float(), expected.float()), name
-    assert pretrained_source("ViTForImageClassification", folder, {}, seed=0).dtype == torch.bfloat16
+    assert pretrained_source("ViTForImageClassification", folder, {}, seed=0).dtype == torch.float32
+    assert pretrained_source("ViTForImageClassification", folder, {}, seed=0, dtype=None).dtype == torch.bfloat16
 
 
 def test_the_dtype_of_a_library_is_not_another_way(folder: Path) -> None:

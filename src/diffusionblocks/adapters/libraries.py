@@ -162,7 +162,7 @@ class Library(abc.ABC):
         Its dtype is the given one; None leaves it to the library.
         """
         options = {} if dtype is None else {self.dtype_option: dtype}
-        return model_class.from_pretrained(path, **values, **options)  # type: ignore[no-any-return]
+        return model_class.from_pretrained(path, **(values | options))  # type: ignore[no-any-return]
 
     def restored(self, model_class: Any, path: Path) -> nn.Module:
         """An instance with the weights of a folder, which must hold exactly these.
