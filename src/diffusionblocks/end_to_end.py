@@ -24,10 +24,13 @@ from .tokenizer_file import write_tokenizer
 _WEIGHTS = r"^(model|diffusion_pytorch_model)[\w.-]*\.safetensors$"
 
 
+_CONFIGS = ("config.json", "generation_config.json")
+
+
 class _Files(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    files: dict[Annotated[str, Field(pattern=_WEIGHTS)], FileDigest]
+    files: dict[Annotated[str, Field(pattern=rf"{_WEIGHTS}|^(generation_)?config\.json$")], FileDigest]
 
 
 class _Shards(BaseModel):
@@ -53,7 +56,8 @@ def save_end_to_end(model: nn.Module, path: Path, tokenizer: bytes | None = None
             raise ValueError(f"{name} is of a low-rank adapter: merge it first (of PEFT: model.merge_and_unload())")
     with replaced_folder(path, MODEL_FILES) as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
-        files = {file.name: digest(file).model_dump() for file in sorted(folder.glob("*.safetensors"))}
+        saved = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in _CONFIGS)]
+        files = {file.name: digest(file).model_dump() for file in saved if file.is_file()}
         write_json(folder / END_TO_END_FILES, {"files": files})
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer)
@@ -65,7 +69,7 @@ def load_end_to_end(model_class: str, path: Path, *, verify: bool = True) -> nn.
     Args:
         model_class: name of a supported class.
         path: the folder.
-        verify: compare each weight file's SHA-256 with `files.json`, where that is there.
+        verify: compare the SHA-256 of weights and configs with `files.json`, where that is there.
 
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
@@ -87,7 +91,7 @@ def load_end_to_end(model_class: str, path: Path, *, verify: bool = True) -> nn.
     listed = path / END_TO_END_FILES
     if verify and listed.is_file():
         files = checked(read_json(listed), _Files, listed).files
-        for file in weights:
+        for file in [*weights, *(path / name for name in _CONFIGS if name in files)]:
             if files.get(file.name) != digest(file):
                 raise ValueError(
                     f"{file} does not match {END_TO_END_FILES} beside it, by its SHA-256: it was changed or damaged "

@@ -267,6 +267,17 @@ def test_a_changed_control_is_refused(tmp_path: Path) -> None:
         load_end_to_end(CLASSES["vit"], path)
 
 
+def test_an_end_to_end_config_that_changed_is_refused(tmp_path: Path) -> None:
+    """The weights fit as ever, and what they compute is another function."""
+    path = tmp_path / "m"
+    save_end_to_end(control("vit"), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
+    with pytest.raises(ValueError, match=r"config.json does not match files.json"):
+        load_end_to_end(CLASSES["vit"], path)
+    assert load_end_to_end(CLASSES["vit"], path, verify=False).config.layer_norm_eps == 0.1
+
+
 def test_a_shard_outside_the_folder_is_not_read(tmp_path: Path) -> None:
     save_end_to_end(control("vit"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "model.safetensors")
