@@ -63,7 +63,7 @@ def test_in_the_config_of_a_folder(key: str, name: Any, message: str, tmp_path: 
         lambda: InMemory(found, tmp_path, {}, seed=0),
         lambda: load_end_to_end(found, tmp_path),
         lambda: load_teacher(tmp_path, torch.device("cpu")),
-        lambda: check_teacher(str(tmp_path), "evaluate.teacher"),
+        lambda: check_teacher(str(tmp_path), "evaluate.teacher", tokenizer=False),
         lambda: HiddenFeatures(tmp_path, tokenizer=object()),
     ]
     for read in readers:
