@@ -571,7 +571,10 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
     """
     recover(path, MODEL_FILES)
     if not path.is_dir():
-        raise FileNotFoundError(f"no model at {path}; train first: diffusionblocks train RECIPE --out {path.parent}")
+        train = f"diffusionblocks train RECIPE --out {path.parent}"
+        raise FileNotFoundError(
+            f"no model at {path}; train first: {train}; or name a trained one with --model RUN/model"
+        )
     in_our_format = (path / INDEX).is_file()
     if not in_our_format and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no model; of a run, give the folder RUN/model")
