@@ -21,7 +21,15 @@ exit status: 0 success; 1 an error that was not foreseen; 2 bad input; 3 trainin
 or written, as on a full disk; 5 out of memory; 130 and 143 stopped by Ctrl-C and SIGTERM (128 + the signal).
 DIFFUSIONBLOCKS_TRACEBACK=1 shows where an error came from.
 """
-_BAD_INPUT = (ValueError, TypeError, ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_BAD_INPUT = (
+    ValueError,
+    TypeError,
+    ImportError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
 _OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Unable to allocate", re.IGNORECASE)
 _OF_SYSTEM = re.compile(r"\(os error \d+\)|\[Errno \d+\]")
 

@@ -63,6 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
 @pytest.mark.parametrize("limit", [0, 300, 5_000, 60_000])
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on(

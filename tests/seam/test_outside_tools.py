@@ -339,6 +339,7 @@ def one_process() -> Iterator[None]:
 def test_a_sharded_block_trains_as_the_whole_one(
     family: str, options: dict[str, Any], reshard: bool | None, one_process: None
 ) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     options = dict(options)
@@ -350,7 +351,7 @@ def test_a_sharded_block_trains_as_the_whole_one(
     expected.backward()
     gradients = {n: p.grad for n, p in block.named_parameters() if p.grad is not None}
     model.zero_grad()
-    fully_shard(block, reshard_after_forward=reshard)
+    fully_shard(block, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=reshard)
     loss = model.loss(batch_of(family), 0, generator=seeded(1)).mean()
     assert torch.equal(loss, expected)
     loss.backward()

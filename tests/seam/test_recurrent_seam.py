@@ -75,7 +75,7 @@ def recipe_of(method: str = "diffusionblocks", model: dict[str, Any] | None = No
         "blocks": {"num_blocks": 1},
         "data": {"kind": "topics", "length": 32},
         "train": {"steps": 2, "batch_size": 16} | train,
-        "evaluate": {"kind": "language"},
+        "evaluate": {"kind": "language", "prompt_length": 8, "new_tokens": 8},
         "device": "cpu",
     }
     return parse_recipe(values, "a test")

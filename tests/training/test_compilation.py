@@ -86,7 +86,7 @@ def test_a_plan_proposes_it_first_where_it_can_be_had() -> None:
 
 
 def test_a_budget_needs_the_compiler() -> None:
-    with pytest.raises(ValidationError, match="set compile to true or layers, or activation_memory_budget to 1"):
+    with pytest.raises(ValidationError, match=r"set train\.compile to true or layers, or train\.activation_memory"):
         TrainConfig(steps=1, activation_memory_budget=0.9)
     with pytest.raises(ValidationError, match="less than or equal to 1"):
         TrainConfig(steps=1, compile=True, activation_memory_budget=1.5)

@@ -419,9 +419,9 @@ def test_8bit_state_moves_saves_and_resumes(where: dict[str, str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer_in_backward": True}, "set gradient_clip to null"),
-        ({"optimizer_in_backward": True, "gradient_clip": None, "accumulation": 2}, "set accumulation to 1"),
-        ({"optimizer": "adamw-8bit", "cuda_graph": True}, "set cuda_graph to false"),
+        ({"optimizer_in_backward": True}, "set train.gradient_clip to null"),
+        ({"optimizer_in_backward": True, "gradient_clip": None, "accumulation": 2}, "set train.accumulation to 1"),
+        ({"optimizer": "adamw-8bit", "cuda_graph": True}, "set train.cuda_graph to false"),
         ({"blocks": [2, 0]}, "blocks must ascend"),
         ({"blocks": []}, "at least 1"),
         ({"blocks": [0, 3]}, "the model has blocks 0 to 2"),

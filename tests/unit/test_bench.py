@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import resource
 import subprocess
 import threading
 import time
@@ -362,7 +363,13 @@ def test_offload_to_the_cpu_needs_a_gpu() -> None:
 
 
 def test_out_of_memory_is_an_answer() -> None:
-    row = answer(spec(batch_size=10**12))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, hard))
+    try:
+        row = answer(spec(batch_size=10**7))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert row["error"] == "out of memory"
     assert "allocate" in row["detail"]
 

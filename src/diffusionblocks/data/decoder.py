@@ -115,7 +115,7 @@ def _check_transparent_level(image: Image.Image) -> None:
     # Pillow brings a PNG's pixels to 8 bits, and leaves the level that the file calls transparent as it is.
     if image.format != "PNG" or image.mode not in ("1", "L", "RGB") or "transparency" not in image.info:
         return
-    if any(tile.args not in ("L", "RGB") for tile in image.tile):
+    if any(tile.args not in ("L", "RGB") for tile in getattr(image, "tile", ())):
         raise _Refused("image has a transparent level, and not 8 bits: store it with 8 bits")
 
 

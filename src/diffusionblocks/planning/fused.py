@@ -219,7 +219,8 @@ def _is_external(node: fx.Node) -> bool:
 
 def _is_costly(node: fx.Node, reads: int) -> bool:
     """Whether inductor writes a pointwise result rather than compute it anew in every kernel that reads it."""
-    if reads > inductor._realize_acc_reads_threshold_default:
+    # Newer torch sets it by the device, and keeps that of a GPU under another name.
+    if reads > (inductor.realize_acc_reads_threshold or inductor._realize_acc_reads_threshold_default):
         return True
     return len(node.users) > 1 and reads > inductor.realize_reads_threshold
 
