@@ -48,13 +48,15 @@ from .sources import (
 )
 from .training import Trainer, check_optimizer
 from .training.checkpoint import checkpoints, read_values
-from .training.logging import Logger
+from .training.logging import LOG, Logger
 
 #: A run leaves its recipe, overrides applied, under this name.
 RECIPE = "recipe.json"
 
 #: Marks a folder whose checkpoints are being deleted.
 _RESTARTING = ".restarting"
+
+_RESULT = "result.json"  # what a run measured, and how long it took
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,9 @@ def _train(
     device_of(recipe)  # what can be refused at once is, before the data are read
     for place in (folder / "model", *([folder / "trunk" / "model"] if with_trunk else [])):
         check_replaceable(place, MODEL_FILES)
+    for name in (RECIPE, _RESULT, LOG):
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder, where a file of the run belongs: move it away first")
     if (folder / _RESTARTING).exists():  # a restart that was killed on its way
         _forget(folder)
     if resume:
@@ -297,7 +302,7 @@ def _train(
     rows = evaluate(recipe, model, splits) if measure else []
     evaluation_seconds = perf_counter() - started
     write_json(
-        folder / "result.json",
+        folder / _RESULT,
         {
             "rows": [row.to_dict() for row in rows],
             "train_seconds": seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,3 +206,16 @@ def test_the_state_of_a_checkpoint_is_checked_field_by_field(
     with pytest.raises(ValueError, match=message) as error:
         run(recipe(), tmp_path / "run", data)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "log.jsonl", "result.json"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_place_of_a_runs_file_is_refused_before_anything_is_deleted(
+    name: str, resume: bool, tmp_path: Path
+) -> None:
+    before = tmp_path / "checkpoints" / "iteration-000000001"
+    before.mkdir(parents=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is a folder"):
+        runs.train(recipe(), tmp_path, resume=resume)
+    assert before.is_dir()

@@ -30,6 +30,7 @@ from .tables import ClassNames
 __all__ = ["LatentBatches", "LatentData", "LatentScale", "latent_folder", "scale_of_split", "write_shards"]
 
 _SOURCE = "source"  # key of a shard's metadata
+_CHECKED_AT_ONCE = 2**28  # bytes on the host that are looked at before training; of more, each row as it is gathered
 _MAKE = "make it with `python -m diffusionblocks.data.encode`"
 
 _Positive = Annotated[int, Field(ge=1)]
@@ -569,16 +570,23 @@ class LatentBatches:
             self._labels = data.labels.to(self.device)
             self._mean = self._copied("mean")
             self._std = self._copied("std") if sample_posterior else None
+        elif num_bytes <= _CHECKED_AT_ONCE:
+            for part in ("mean", "std") if sample_posterior else ("mean",):
+                for number, shard in enumerate(self._shards(part)):
+                    data.check_values(part, number, shard)
         self._draw = self._eager_draw
 
     def _copied(self, name: Literal["mean", "std"]) -> Tensor:
         """All shards as one tensor on the device; no second copy is ever in memory."""
-        shards = self._data.mean if name == "mean" else self._data.std
+        shards = self._shards(name)
         result = torch.empty((self.num_examples, *self._data.image_shape), dtype=torch.float16, device=self.device)
         for number, part in enumerate(result.split([len(shard) for shard in shards])):
             self._data.check_values(name, number, shards[number])
             part.copy_(shards[number])
         return result
+
+    def _shards(self, part: Literal["mean", "std"]) -> Sequence[Tensor]:
+        return self._data.mean if part == "mean" else self._data.std
 
     def compile(self) -> None:
         """Compiles the arithmetic into one kernel; the latents stay the same, up to rounding."""

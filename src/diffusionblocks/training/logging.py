@@ -19,6 +19,10 @@ class Logger(Protocol):
         """Flush and release."""
 
 
+#: name of a run's log
+LOG = "log.jsonl"
+
+
 class JsonLines:
     """Appends records to a .jsonl file. On resume, records past the checkpoint are dropped.
 

@@ -28,7 +28,7 @@ from .checkpoint import checkpoints, read_owner, read_values, remove, write_chec
 from .compilation import compile_modules, compile_options
 from .config import RESUME_MAY_DIFFER, TrainConfig
 from .keys import DataOrder
-from .logging import JsonLines, Logger
+from .logging import LOG, JsonLines, Logger
 from .residency import Lengths, make_residency
 from .schedules import block_schedule, next_others
 from .step import BatchMaker, Stepper
@@ -139,7 +139,7 @@ class Trainer:
                 saved = []
             if saved:
                 self.load_checkpoint(saved[-1])
-            self._log_file = JsonLines(self.folder / "log.jsonl", self.iteration if saved else None)
+            self._log_file = JsonLines(self.folder / LOG, self.iteration if saved else None)
         end = min(len(self.schedule), until if until is not None else len(self.schedule))
         self.model.train()
         bar = tqdm(total=len(self.schedule), initial=self.iteration, disable=not self.progress, unit="it")
