@@ -35,7 +35,10 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
             learned.
     """
     if trunk.partition.num_blocks != 1:
-        raise ValueError(f"a trunk has one block on all levels; this model has {trunk.partition.num_blocks}")
+        raise ValueError(
+            f"a trunk has one block on all levels; this model has {trunk.partition.num_blocks}: train a trunk with "
+            "blocks.num_blocks set to 1 and the layers of one block, or let a recipe's trunk section do both"
+        )
     not_allowed = sorted(set(changes) - {"partition", "overlap"})
     if not_allowed:
         raise ValueError(f"branching cannot change {not_allowed}; it can change overlap and partition")

@@ -309,13 +309,17 @@ class NewHead(WeightSource):
         before, now = source.outline().state_dict(), self.outline().state_dict()
         self.new = frozenset(name for name in now if name not in before or before[name].shape != now[name].shape)
         self._source, self._fresh = source, Fresh(source.model_class, model_config, seed=seed, dtype=source.dtype)
-        _log.warning("%s drawn afresh for another number of labels, from seed %d", " and ".join(sorted(self.new)), seed)
+        self._told = False  # a plan or a check makes a source too, and draws nothing from it
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """See `WeightSource`."""
         yield from self._source.tensors(block, layers, [name for name in names if name not in self.new])
         fresh = [name for name in names if name in self.new]
         if fresh:
+            if not self._told:
+                names_of_new, seed = " and ".join(sorted(self.new)), self._fresh.seed
+                _log.warning("%s drawn afresh for another number of labels, from seed %d", names_of_new, seed)
+                self._told = True
             yield from self._fresh.tensors(block, layers, fresh)
 
 

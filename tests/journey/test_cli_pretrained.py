@@ -95,7 +95,7 @@ def advice_in(message: str) -> list[str]:
 
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 def test_a_pretrained_classifier_learns_other_labels_when_told_to(
-    method: str, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = ["train", VIT, "--out", str(tmp_path / "run"), "--quiet", *of_digits(vit, method=method)]
     assert main(arguments) == 2
@@ -103,6 +103,7 @@ def test_a_pretrained_classifier_learns_other_labels_when_told_to(
     assert "num_labels = 7, the data has 10 classes" in message
     assert advice_in(message) == sets(model__config__num_labels=10)
     assert main([*arguments, *advice_in(message)]) == 0
+    assert sum("drawn afresh" in record.message for record in caplog.records) == 1
     evaluate = ["evaluate", VIT, "--model", str(tmp_path / "run" / "model"), *of_digits(vit, method=method)]
     assert main([*evaluate, *advice_in(message)]) == 0
 
