@@ -263,7 +263,7 @@ def test_flags_and_dtypes_of_single_parameters_are_carried_over(family: str, tmp
         if name.startswith("network.")
     }
     assert found == before
-    exported: Any = model.export()
+    exported: Any = model.export_initialisation()
     assert {n: p.dtype for n, p in exported.named_parameters()} == {n: dtype for n, (dtype, _) in before.items()}
     model.save_pretrained(tmp_path)
     for mine, theirs in zip(model.parameters(), db.load(tmp_path).parameters(), strict=True):
