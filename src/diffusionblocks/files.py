@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .finite import not_finite_entry
+from .messages import shortened
 
 _WORKSPACE = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp")
 
@@ -528,12 +529,7 @@ def checked(values: Any, schema: type[_Checked], where: Path | str) -> _Checked:
     except ValidationError as error:
         first, *more = error.errors()
         field = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] == "missing" else f" (got {_shortened(first['input'])})"
+        given = "" if first["type"] == "missing" else f" (got {shortened(repr(first['input']), 80)})"
         others = f"; {len(more)} more fields are wrong" if more else ""
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{where}: {field}{': ' if field else ''}{message}{given}{others}") from None
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .data import ImageData, LatentData, TextChunks
 from .merging import difference
+from .messages import shortened
 from .recipes import Recipe
 from .training.config import RESUME_MAY_DIFFER
 
@@ -86,7 +87,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
         name, old, new = found
         replaced = " (the data were replaced)" if name == "data.content" else ""
         raise ValueError(
-            f"{where} was made with {name} = {_shortened(old)}, this run has {_shortened(new)}{replaced}: set it back, "
+            f"{where} was made with {name} = {shortened(str(old), 160)}, this run has "
+            f"{shortened(str(new), 160)}{replaced}: set it back, "
             "start anew with --restart, or choose another folder"
         )
 
@@ -150,8 +152,3 @@ def _of_file(file: Path) -> str:
         opened.seek(max(0, file.stat().st_size - _PIECE))
         found.update(opened.read())
     return found.hexdigest()
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 160 else f"{text[:157]}..."

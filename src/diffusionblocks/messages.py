@@ -52,6 +52,11 @@ def one_line(message: object) -> str:
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - _END - 5]} ... {shown[-_END:]}"
 
 
+def shortened(text: str, longest: int) -> str:
+    """A text, cut off with three dots where it has more than `longest` characters."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that refuses in one line; the usage is in `--help`."""
 
