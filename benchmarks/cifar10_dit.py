@@ -28,17 +28,17 @@ import torch
 import yaml
 from cifar10_gather import gather
 
+from diffusionblocks.core.model import DiffusionBlocks
 from diffusionblocks.evaluation.frechet import FeatureStatistics
-from diffusionblocks.evaluation.generation import Setting, generated, measure_samples
-from diffusionblocks.evaluation.generation import statistics as feature_statistics
 from diffusionblocks.evaluation.memory import step_memory
-from diffusionblocks.evaluation.tables import format_table, write_results
-from diffusionblocks.model import DiffusionBlocks
-from diffusionblocks.recipes import Recipe, SamplesConfig, TrunkConfig, load_recipe
-from diffusionblocks.runs import branched, depth_of, make_trainer, with_depth, with_train
-from diffusionblocks.samples import draw_samples
-from diffusionblocks.scores import features_of, precision, settings_of
-from diffusionblocks.sources import build_model, device_of, load_data, pixels_of
+from diffusionblocks.evaluation.sample_quality import Setting, generated, measure_samples
+from diffusionblocks.evaluation.sample_quality import statistics as feature_statistics
+from diffusionblocks.experiments.recipe import Recipe, SamplesConfig, TrunkConfig, load_recipe
+from diffusionblocks.experiments.run import branched, depth_of, make_trainer, with_depth, with_train
+from diffusionblocks.experiments.samples import draw_samples
+from diffusionblocks.experiments.scores import features_of, precision, settings_of
+from diffusionblocks.experiments.sources import build_model, device_of, load_data, pixels_of
+from diffusionblocks.reports.tables import format_table, write_results
 from diffusionblocks.training import Trainer
 
 RESULTS = Path("benchmarks/results/cifar10_dit.json")

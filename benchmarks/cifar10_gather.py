@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.evaluation.tables import format_table
-from diffusionblocks.files import read_json, renamed, write_json
+from diffusionblocks.common.files import read_json, renamed, write_json
+from diffusionblocks.reports.tables import format_table
 
 Row = dict[str, Any]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from diffusionblocks.evaluation.tables import format_table, write_results
-from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.runs import make_trainer
-from diffusionblocks.sources import load_data
-from diffusionblocks.variants import executed, variants
+from diffusionblocks.experiments.baselines import executed, variants
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.run import make_trainer
+from diffusionblocks.experiments.sources import load_data
+from diffusionblocks.reports.tables import format_table, write_results
 
 
 def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[str, float]:

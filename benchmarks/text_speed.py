@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from diffusionblocks.evaluation.tables import format_table, write_results
-from diffusionblocks.language import prompts_of, write
-from diffusionblocks.recipes import LanguageConfig, Recipe, load_recipe
-from diffusionblocks.runs import make_trainer
-from diffusionblocks.sources import load_data
-from diffusionblocks.variants import executed, seconds_a_step, variants
+from diffusionblocks.experiments.baselines import executed, seconds_a_step, variants
+from diffusionblocks.experiments.language import prompts_of, write
+from diffusionblocks.experiments.recipe import LanguageConfig, Recipe, load_recipe
+from diffusionblocks.experiments.run import make_trainer
+from diffusionblocks.experiments.sources import load_data
+from diffusionblocks.reports.tables import format_table, write_results
 
 
 def generation(recipe: Recipe, splits: dict[str, Any]) -> float:

@@ -30,11 +30,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import diffusionblocks as db
-from diffusionblocks.attention import KERNELS
 from diffusionblocks.evaluation.memory import size_of, transient_peak
-from diffusionblocks.evaluation.tables import format_table, write_results
+from diffusionblocks.layers.two_streams import KERNELS
 from diffusionblocks.models import RecurrentDepth
-from diffusionblocks.models.recurrent import draw_depth, layer_passes
+from diffusionblocks.models.recurrent_depth import draw_depth, layer_passes
+from diffusionblocks.reports.tables import format_table, write_results
 from diffusionblocks.training import EndToEnd, trainable
 
 #: A backward pass is counted as two forward passes.

@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .block import Block
-    from .branching import branch
     from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, TokenTargetConfig
-    from .conversion import convert
-    from .loading import load
-    from .merging import merge
-    from .model import BlocksOutput, DiffusionBlocks
+    from .core.block import Block
+    from .core.branching import branch
+    from .core.conversion import convert
+    from .core.loading import load
+    from .core.merging import merge
+    from .core.model import BlocksOutput, DiffusionBlocks
+    from .core.partition import Partition
+    from .core.saving import export, export_initialisation
     from .noise import EDM, Masking
-    from .partition import Partition
-    from .saving import export, export_initialisation
 
 __version__ = "0.1.0"
 
@@ -23,21 +23,21 @@ __version__ = "0.1.0"
 # Ctrl-C before it has begun, need not wait for.
 _ROOMS = {
     "EDM": "noise",
-    "Block": "block",
+    "Block": "core.block",
     "BlocksConfig": "config",
-    "BlocksOutput": "model",
-    "DiffusionBlocks": "model",
+    "BlocksOutput": "core.model",
+    "DiffusionBlocks": "core.model",
     "ImageTargetConfig": "config",
     "LabelTargetConfig": "config",
     "Masking": "noise",
-    "Partition": "partition",
+    "Partition": "core.partition",
     "TokenTargetConfig": "config",
-    "branch": "branching",
-    "convert": "conversion",
-    "export": "saving",
-    "export_initialisation": "saving",
-    "load": "loading",
-    "merge": "merging",
+    "branch": "core.branching",
+    "convert": "core.conversion",
+    "export": "core.saving",
+    "export_initialisation": "core.saving",
+    "load": "core.loading",
+    "merge": "core.merging",
 }
 
 __all__ = [

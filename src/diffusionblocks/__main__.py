@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .messages import reported
+from .common.messages import reported
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from .fields import MOST_TOKENS, Blocks, Float, Int, NonNegative, Positive, Seed, Width
+from .common.fields import MOST_TOKENS, Blocks, Float, Int, NonNegative, Positive, Seed, Width
 from .noise import EDM, Masking
 
 

@@ -19,7 +19,7 @@ Result = tuple[int, Any]
 
 def preload() -> None:
     """Import what commands import, so that no child has to."""
-    from diffusionblocks.cli import _quieten_libraries
+    from diffusionblocks.cli.commands import _quieten_libraries
 
     _quieten_libraries()  # as a command does before it imports them
     import datasets  # noqa: F401
@@ -30,13 +30,6 @@ def preload() -> None:
     import torch
     from diffusers import AutoencoderKL, DiTTransformer2DModel  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, ViTForImageClassification  # noqa: F401
-
-    import diffusionblocks.bench.table
-    import diffusionblocks.cli
-    import diffusionblocks.compare
-    import diffusionblocks.planning.planner
-    import diffusionblocks.samples
-    import diffusionblocks.texts  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -91,7 +84,7 @@ def _model(folder: Path) -> dict[str, Any]:
     import torch
 
     import diffusionblocks
-    from diffusionblocks.saving import INDEX, describe
+    from diffusionblocks.core.saving import INDEX, describe
 
     described: dict[str, Any] = {}
     if (folder / INDEX).exists():
@@ -130,7 +123,7 @@ def recipe_says(file: str, sets: list[str] = []) -> Result:  # noqa: B006
     """Check that an accepted recipe holds the values that its text shows, and survives being written and read."""
     import yaml
 
-    from diffusionblocks.recipes import load_recipe, parse_recipe
+    from diffusionblocks.experiments.recipe import load_recipe, parse_recipe
 
     recipe = load_recipe(file, sets)
     read = recipe.model_dump(mode="json")
@@ -185,9 +178,9 @@ def facts(file: str) -> Result:
     """Write what inputs are drawn from: the schema of recipes, the fields of models, the options of commands."""
     import argparse
 
-    from diffusionblocks.adapters import config_fields, supported_classes
-    from diffusionblocks.cli import _parser
-    from diffusionblocks.recipes import Recipe
+    from diffusionblocks.cli.commands import _parser
+    from diffusionblocks.experiments.recipe import Recipe
+    from diffusionblocks.families import config_fields, supported_classes
 
     options: dict[str, Any] = {}
 

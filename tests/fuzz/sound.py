@@ -207,8 +207,8 @@ def model(values: Values, data: Callable[[Path], None] | None = None, *, apart: 
     def make(folder: Path) -> None:
         import torch
 
-        from diffusionblocks.recipes import load_recipe
-        from diffusionblocks.sources import build_model, load_data, save_model
+        from diffusionblocks.experiments.recipe import load_recipe
+        from diffusionblocks.experiments.sources import build_model, load_data, save_model
 
         write_recipe(values, folder)
         if data is not None:

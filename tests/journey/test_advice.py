@@ -20,15 +20,15 @@ from commands import DIGITS, LATENTS, RECIPES, VIT, sets
 from transformers import ViTConfig, ViTForImageClassification
 
 from diffusionblocks.cli import main
-from diffusionblocks.compare import remarks
-from diffusionblocks.data.config import DATA_VARIABLE, LatentsConfig, resolved_source
-from diffusionblocks.files import read_json, write_json
-from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.runs import check_disk, check_machine, check_with_data, make_trainer
-from diffusionblocks.scores import evaluated_splits
-from diffusionblocks.sources import load_data, outline_of, pixels_of
+from diffusionblocks.common.files import read_json, write_json
+from diffusionblocks.data.data_config import DATA_VARIABLE, LatentsConfig, resolved_source
+from diffusionblocks.experiments.baselines import variants
+from diffusionblocks.experiments.compare import remarks
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.run import check_disk, check_machine, check_with_data, make_trainer
+from diffusionblocks.experiments.scores import evaluated_splits
+from diffusionblocks.experiments.sources import load_data, outline_of, pixels_of
 from diffusionblocks.training.optim import _adamw_8bit
-from diffusionblocks.variants import variants
 
 LLAMA, MASKED, DEEP = (
     str(RECIPES / "text" / f"{name}_topics.yaml") for name in ("autoregressive", "masked", "recurrent")
@@ -42,7 +42,13 @@ ADVICE = re.compile(
 )
 #: A setting of the recipe that is to be left out.
 LEAVE = re.compile(r"\bleave .*out\b")
-LEAVES = ("recipes.py", "variants.py", "runs.py", "sources.py", "training/units.py")
+LEAVES = (
+    "experiments/recipe.py",
+    "experiments/baselines.py",
+    "experiments/run.py",
+    "experiments/sources.py",
+    "training/units.py",
+)
 #: Help, and the heads of messages.
 NO_ADVICE = ("examples:\n", "--restart", "set model.config or blocks to make it smaller")
 

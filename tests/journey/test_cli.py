@@ -228,8 +228,8 @@ def test_a_model_of_the_other_method_is_refused(tmp_path: Path, capsys: pytest.C
 
 
 def test_local_data_is_found_by_the_environment_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from diffusionblocks.data.config import resolved_source
-    from diffusionblocks.recipes import load_recipe
+    from diffusionblocks.data.data_config import resolved_source
+    from diffusionblocks.experiments.recipe import load_recipe
 
     recipe = Path(DIGITS).with_name("cifar100.yaml")
     monkeypatch.delenv("DIFFUSIONBLOCKS_DATA", raising=False)

@@ -11,11 +11,11 @@ import torch
 
 from diffusionblocks.bench.depth import depth, search
 from diffusionblocks.bench.methods import Spec, rows_of
+from diffusionblocks.bench.rows import measure_all, shard, with_method
 from diffusionblocks.bench.speed import specs_of, speed
-from diffusionblocks.bench.table import measure_all, shard, with_method
 from diffusionblocks.bench.worker import answer
 from diffusionblocks.cli import main
-from diffusionblocks.files import write_json
+from diffusionblocks.common.files import write_json
 
 QUICK = ["--device", "cpu", "--tiny", "--no-compile", "--windows", "1", "--iterations", "1"]
 METHODS = ["end-to-end", "end-to-end-cpu-offload", "end-to-end-badam", "resident-all", "resident-active"]

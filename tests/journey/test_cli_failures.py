@@ -16,8 +16,9 @@ import torch
 from commands import TINY_VIT, VIT, sets
 from safetensors.torch import load_file
 
-from diffusionblocks import files, messages, runs
 from diffusionblocks.cli import main
+from diffusionblocks.common import files, messages
+from diffusionblocks.experiments import run as runs
 from diffusionblocks.training import Trainer
 
 SMALL = [*TINY_VIT, *sets(train__steps=6, train__lr=1e-3, evaluate__limit=20, train__log_every=2)]

@@ -13,8 +13,8 @@ from commands import DIGITS, RECIPES, sets
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffusionblocks.cli import main
-from diffusionblocks.recipes import load_recipe
-from diffusionblocks.variants import variants
+from diffusionblocks.experiments.baselines import variants
+from diffusionblocks.experiments.recipe import load_recipe
 
 LLAMA = str(RECIPES / "text" / "autoregressive_topics.yaml")
 RECURRENT = str(RECIPES / "text" / "recurrent_topics.yaml")

@@ -13,9 +13,9 @@ from helpers import listing
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
-from diffusionblocks.recipes import load_recipe
-from diffusionblocks.runs import make_trainer, write_recipe
-from diffusionblocks.sources import build_model, save_model
+from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.experiments.run import make_trainer, write_recipe
+from diffusionblocks.experiments.sources import build_model, save_model
 
 SMALL = [*TINY_VIT, *sets(train__steps=3)]
 

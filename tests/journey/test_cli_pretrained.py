@@ -14,10 +14,10 @@ from commands import VIT, sets
 from transformers import Qwen2Config, Qwen2ForCausalLM, ViTConfig, ViTForImageClassification
 
 from diffusionblocks.cli import main
+from diffusionblocks.core.loading import load
 from diffusionblocks.data.tokenized import train_tokenizer
-from diffusionblocks.loading import load
-from diffusionblocks.recipes import load_recipe
-from diffusionblocks.sources import build_model, build_original
+from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.experiments.sources import build_model, build_original
 
 LABELS, LAYERS = 7, 4
 

@@ -123,9 +123,9 @@ def test_inspect_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_planned_bytes_are_measured_bytes() -> None:
     from diffusionblocks.evaluation.memory import step_memory
+    from diffusionblocks.experiments.recipe import load_recipe
+    from diffusionblocks.experiments.run import make_trainer
     from diffusionblocks.planning import predict
-    from diffusionblocks.recipes import load_recipe
-    from diffusionblocks.runs import make_trainer
 
     recipe = load_recipe(TOPICS, [*TINY[1::2], "train.batch_size=32"])
     ledger = predict(recipe)

@@ -13,11 +13,11 @@ import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from diffusionblocks.adapters import adapter_named
 from diffusionblocks.cli import main
 from diffusionblocks.data.latents import LatentScale, write_shards
-from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.sources import weight_source
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.sources import weight_source
+from diffusionblocks.families import family_named
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
@@ -56,7 +56,7 @@ def test_recipes_have_names_of_their_own() -> None:
 @each_recipe
 def test_recipe_parses_and_inspects(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(path)
-    depth = recipe.model.config[adapter_named(recipe.model.type).depth_field]
+    depth = recipe.model.config[family_named(recipe.model.type).depth_field]
     assert depth == LAYERS.get(name_of(path), 12)
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
@@ -110,7 +110,7 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
         "device": "cpu",
         "model.config.hidden_size": 16,
         "model.config.num_attention_heads": 2,
-        f"model.config.{adapter_named(recipe.model.type).depth_field}": 2 * recipe.blocks.num_blocks,
+        f"model.config.{family_named(recipe.model.type).depth_field}": 2 * recipe.blocks.num_blocks,
         "train.epochs": "null",
         "train.warmup_epochs": 0,
         "train.warmup_steps": 0,

@@ -29,7 +29,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import diffusionblocks as db
-from diffusionblocks.block import Block
+from diffusionblocks.core.block import Block
 
 IDS = token_batch(3)["input_ids"]
 LEVEL = torch.tensor([0.05, 0.4, 3.0])
@@ -47,11 +47,11 @@ def noise(dtype: torch.dtype = torch.float32, length: int = LENGTH) -> Tensor:
 
 
 def streams_of(block: Block, ids: Tensor, z: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """What the adapter gives: the clean stream and F."""
+    """What the family gives: the clean stream and F."""
     assert block.shared.noise_embedding is not None
     condition = block.shared.noise_embedding(block.noise.condition(level))
     given = block.noise.scaled(z, level)
-    return block.adapter.hidden(
+    return block.family.hidden(
         block.network, block.callable_layers(), block.shared.added, {"input_ids": ids}, given, condition
     )
 
@@ -147,7 +147,7 @@ def test_one_block_has_the_librarys_logits(family: str, tied: bool) -> None:
     block = model.block(0)
     with torch.no_grad():
         clean, _ = streams_of(block, IDS, noise(), LEVEL)
-        logits = model.adapter.clean_logits(block.network, block.shared.added, clean)
+        logits = model.family.clean_logits(block.network, block.shared.added, clean)
         torch.testing.assert_close(logits, original(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
@@ -165,7 +165,7 @@ def test_a_bfloat16_models_positions_are_those_of_the_library(tmp_path: Path) ->
         block = model.block(0)
         with torch.no_grad():
             clean, _ = streams_of(block, ids, z, level)
-            return model.adapter.clean_logits(block.network, block.shared.added, clean).float()
+            return model.family.clean_logits(block.network, block.shared.added, clean).float()
 
     with torch.no_grad():
         expected = original(ids).logits.float()
@@ -310,7 +310,7 @@ def assert_kernels_agree(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -
 @pytest.mark.parametrize("rows", [512, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_agree(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusionblocks.attention._ROWS_ON_CPU", rows)
+    monkeypatch.setattr("diffusionblocks.layers.two_streams._ROWS_ON_CPU", rows)
     expected = outputs_and_gradients("eager", dtype)
     for kernel in ("sdpa", "flex_attention"):
         assert_kernels_agree(outputs_and_gradients(kernel, dtype), expected, dtype)

@@ -392,7 +392,7 @@ def test_patches_go_to_their_places_and_back() -> None:
     """Patch embedding as the convolution of diffusers' class, the read-out as its inverse, positions as its buffer."""
     from diffusers.models.embeddings import PatchEmbed
 
-    from diffusionblocks.models.dit import unpatchify
+    from diffusionblocks.models.diffusion_transformer import unpatchify
 
     ours = tiny("dit").patch_embedder
     theirs = PatchEmbed(8, 8, 2, 3, 32)

@@ -11,9 +11,9 @@ from helpers import HIDDEN, LENGTH, POLICIES, VOCAB, convert, fresh_masked, para
 from torch import Tensor, nn
 
 import diffusionblocks as db
+from diffusionblocks.core.weights import Fresh
 from diffusionblocks.models import MaskedTransformer
-from diffusionblocks.models.masked import RotaryPositions, rotate
-from diffusionblocks.weights import Fresh
+from diffusionblocks.models.masked_transformer import RotaryPositions, rotate
 
 T = torch.tensor([1.0, 0.9, 0.5, 0.3, 1e-3, 0.0])
 

@@ -308,7 +308,7 @@ def test_a_subclass_of_a_supported_class_converts() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bfloat16_model_takes_float32_images_as_the_original_does(family: str) -> None:
     # Regression: ViTModel and DeiTModel cast pixel_values to the dtype of the patch
-    # projection before the embeddings; the adapter calls the embeddings itself and does not.
+    # projection before the embeddings; the family calls the embeddings itself and does not.
     original = tiny(family).bfloat16()
     batch = noise_batch()
     assert original(batch["pixel_values"]).logits.dtype == torch.bfloat16

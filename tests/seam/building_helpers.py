@@ -15,8 +15,8 @@ from helpers import (
 from torch import Tensor, nn
 
 import diffusionblocks as db
-from diffusionblocks import adapters
-from diffusionblocks.weights import Fresh
+from diffusionblocks import families as families
+from diffusionblocks.core.weights import Fresh
 
 ALL = (*FAMILIES, *DIT_FAMILIES)
 CLASSES = {
@@ -59,4 +59,4 @@ def saved(
 
 
 def reference(family: str, path: Path, config: db.BlocksConfig, **values: Any) -> db.DiffusionBlocks:
-    return db.convert(adapters.pretrained(CLASSES[family], path, values), config)
+    return db.convert(families.pretrained(CLASSES[family], path, values), config)

@@ -13,12 +13,12 @@ from helpers import CAUSAL_CLASSES, edit_index, tiny
 from transformers import ViTConfig
 
 import diffusionblocks as db
-from diffusionblocks.adapters import check_attention, instantiate, rebuild_config
-from diffusionblocks.end_to_end import load_end_to_end
+from diffusionblocks.core.end_to_end import load_end_to_end
+from diffusionblocks.core.loading import load
+from diffusionblocks.core.weights import InMemory, pretrained_source
 from diffusionblocks.evaluation.mauve import HiddenFeatures
 from diffusionblocks.evaluation.teachers import check_teacher, load_teacher
-from diffusionblocks.loading import load
-from diffusionblocks.weights import InMemory, pretrained_source
+from diffusionblocks.families import check_attention, instantiate, rebuild_config
 
 #: A repository's name would make transformers fetch its code, where the package `kernels` is installed.
 NAMES = [

@@ -24,14 +24,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusionblocks as db
-from diffusionblocks import adapters
-from diffusionblocks.block import Block
-from diffusionblocks.building import build, empty, materialise, materialise_added, materialise_buffers
-from diffusionblocks.conversion import assemble
-from diffusionblocks.recipes import Recipe
-from diffusionblocks.sources import blocks_config, build_model, config_of, outline_of, weight_source
+from diffusionblocks import families as families
+from diffusionblocks.core.block import Block
+from diffusionblocks.core.conversion import assemble
+from diffusionblocks.core.materialise import build, empty, materialise, materialise_added, materialise_buffers
+from diffusionblocks.core.weights import Fresh, WeightSource, pretrained_source
+from diffusionblocks.experiments.recipe import Recipe
+from diffusionblocks.experiments.sources import blocks_config, build_model, config_of, outline_of, weight_source
 from diffusionblocks.training import EndToEnd
-from diffusionblocks.weights import Fresh, WeightSource, pretrained_source
 
 # ---- a block depends on nothing else ------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ def test_what_conversion_adds_and_computes_is_the_same(family: str, policy: str)
 def test_buffers_that_no_file_holds(family: str, dtype: torch.dtype) -> None:
     """For loading: parameters are assigned from elsewhere, frequencies and positions follow from the config."""
     converted = db.convert(nn.Module.to(tiny(family, layers=LAYERS), dtype=dtype))
-    original = nn.Module.to(adapters.outline(CLASSES[family], converted.config), dtype=dtype)
+    original = nn.Module.to(families.outline(CLASSES[family], converted.config), dtype=dtype)
     model = assemble(original, converted.blocks_config)
     for b in range(3):
         model.block(b).load_state_dict(converted.block(b).state_dict(), assign=True)
@@ -188,7 +188,7 @@ def test_added_parts_alone() -> None:
 def test_a_model_on_the_meta_device_is_converted_there(family: str) -> None:
     config = tiny(family, layers=LAYERS).config
     before = torch.get_rng_state()
-    model = db.convert(adapters.outline(CLASSES[family], config), db.BlocksConfig())
+    model = db.convert(families.outline(CLASSES[family], config), db.BlocksConfig())
     assert torch.equal(before, torch.get_rng_state())
     converted = db.convert(tiny(family, layers=LAYERS), db.BlocksConfig())
     mine, theirs = tensors(model), tensors(converted)
@@ -221,10 +221,10 @@ def test_initialisation_depends_neither_on_depth_nor_on_place(family: str) -> No
     """What `Fresh` relies on: a weight has the same spread in a model of one layer and in all layers of a deep one."""
     config = tiny(family, hidden_size=64) if family in (*FAMILIES, "dit") else tiny(family, attention_head_dim=32)
     shallow, deep = (
-        adapters.instantiate(CLASSES[family], adapters.with_depth(CLASSES[family], config.config, n)) for n in (1, 8)
+        families.instantiate(CLASSES[family], families.with_depth(CLASSES[family], config.config, n)) for n in (1, 8)
     )
-    adapter = adapters.adapter_named(CLASSES[family])
-    path = adapter.layers_path(shallow)
+    family = families.family_named(CLASSES[family])
+    path = family.layers_path(shallow)
     (one,) = shallow.get_submodule(path).children()
     for layer in deep.get_submodule(path).children():
         for (name, a), (other, b) in zip(one.named_parameters(), layer.named_parameters(), strict=True):
@@ -233,7 +233,7 @@ def test_initialisation_depends_neither_on_depth_nor_on_place(family: str) -> No
                 assert float(b.detach().std()) == pytest.approx(float(a.detach().std()), rel=0.15), name
             elif float(a.detach().std()) == 0:
                 assert torch.equal(a, b), name
-    for part in adapter.shared_paths(shallow):
+    for part in family.shared_paths(shallow):
         if part.startswith(path):
             continue
         for (name, a), (_, b) in zip(
@@ -321,9 +321,9 @@ def test_only_the_blocks_asked_for_are_held(family: str) -> None:
 _MEASURE = """
 import torch
 import diffusionblocks as db
-from diffusionblocks.building import build, empty, materialise
-from diffusionblocks.weights import Fresh
-from diffusionblocks.adapters import rebuild_config
+from diffusionblocks.core.materialise import build, empty, materialise
+from diffusionblocks.core.weights import Fresh
+from diffusionblocks.families import rebuild_config
 torch.set_num_threads(1)
 
 def source(hidden, layers):
@@ -425,7 +425,7 @@ def test_the_outline_of_a_recipe_is_its_model_without_memory(family: str, method
     about = [{n: (t.shape, t.dtype, t.requires_grad) for n, t in x.items()} for x in (mine, theirs)]
     assert about[0] == about[1]
     assert type(found) is type(model)
-    described = [adapters.config_values(given.model.type, config_of(m)) for m in (found, model)]
+    described = [families.config_values(given.model.type, config_of(m)) for m in (found, model)]
     assert described[0] == described[1]
 
 

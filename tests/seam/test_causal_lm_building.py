@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import diffusionblocks as db
-from diffusionblocks import adapters
-from diffusionblocks.building import build, empty, materialise
-from diffusionblocks.weights import Fresh, InFiles, pretrained_source
+from diffusionblocks import families as families
+from diffusionblocks.core.materialise import build, empty, materialise
+from diffusionblocks.core.weights import Fresh, InFiles, pretrained_source
 
 LAYERS = 4
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -54,7 +54,7 @@ def saved(folder: Path, family: str, tied: bool, dtype: torch.dtype = torch.floa
 
 
 def reference(family: str, folder: Path, config: db.BlocksConfig) -> db.DiffusionBlocks:
-    return db.convert(adapters.pretrained(CAUSAL_CLASSES[family], folder, {}), config)
+    return db.convert(families.pretrained(CAUSAL_CLASSES[family], folder, {}), config)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -139,14 +139,14 @@ def test_pretrained_blocks_are_what_conversion_makes(family: str, shared: str, t
     built, expected = build(source, config), reference(family, tmp_path, config)
     assert same(built, expected)
     assert each_has_memory_of_its_own(built, shared)
-    assert adapters.config_values(source.model_class, built.config) == adapters.config_values(
+    assert families.config_values(source.model_class, built.config) == families.config_values(
         source.model_class, expected.config
     )
     for b in range(2):
         given(built, b)
     if shared != "joint":
         assert same(build(source, config, blocks=[1]).block(1), expected.block(1))
-    original = adapters.pretrained(CAUSAL_CLASSES[family], tmp_path, {})
+    original = families.pretrained(CAUSAL_CLASSES[family], tmp_path, {})
     assert same_states(built.export_initialisation().state_dict(), original.state_dict())
 
 
@@ -158,7 +158,7 @@ def test_bfloat16_weights_in_files(tied: bool, shards: dict[str, str], tmp_path:
     assert isinstance(source, InFiles)
     built, expected = build(source, config_of()), reference("llama", tmp_path, config_of())
     assert same(built, expected)
-    frequencies = adapters.pretrained("LlamaForCausalLM", tmp_path, {}).model.rotary_emb.inv_freq
+    frequencies = families.pretrained("LlamaForCausalLM", tmp_path, {}).model.rotary_emb.inv_freq
     for block in built.blocks:
         found = block.network.get_submodule("model.rotary_emb.rotary").inv_freq
         assert torch.equal(found, frequencies)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import diffusionblocks as db
-from diffusionblocks.evaluation.next_token import language_row
+from diffusionblocks.evaluation.cross_entropy import language_row
 from diffusionblocks.training import EndToEnd
 
 each_family = pytest.mark.parametrize("family", CAUSAL_FAMILIES)

@@ -85,7 +85,7 @@ def replace_attention(model: Any) -> None:
 
 
 def add_below(model: Any) -> None:
-    model.model.layers[2].mlp.adapter = nn.Linear(2, 2)
+    model.model.layers[2].mlp.family = nn.Linear(2, 2)
 
 
 def patch(model: Any) -> None:
@@ -151,7 +151,7 @@ def spread(model: Any) -> None:
     [
         (replace_layer, r"model\.layers\.1 is a OtherLayer, whose forward is its own \(not LlamaDecoderLayer's\)"),
         (replace_attention, r"model\.layers\.1\.self_attn is a MultiheadAttention in place of a LlamaAttention"),
-        (add_below, r"model\.layers\.2\.mlp\.adapter \(Linear\) is no module of a LlamaForCausalLM"),
+        (add_below, r"model\.layers\.2\.mlp\.family \(Linear\) is no module of a LlamaForCausalLM"),
         (patch, r"model\.layers\.0\.mlp has a forward set on the instance"),
         (patch_by_type, r"the model has a forward set on the instance"),
         (hook_trunk, r"model has hooks, which conversion would drop"),

@@ -11,9 +11,9 @@ from helpers import CAUSAL_FAMILIES, DIT_FAMILIES, tiny
 from torch import Tensor, nn
 
 import diffusionblocks as db
-from diffusionblocks.loading import load
+from diffusionblocks.core.loading import load
 from diffusionblocks.models import DiT, RecurrentDepth
-from diffusionblocks.models.masked import RotaryPositions
+from diffusionblocks.models.masked_transformer import RotaryPositions
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "half": nn.Module.half,

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
-from diffusionblocks.adapters import pretrained
-from diffusionblocks.building import build
+from diffusionblocks.core.materialise import build
+from diffusionblocks.core.weights import pretrained_source
 from diffusionblocks.data import ImageBatches, ImageData
 from diffusionblocks.evaluation.teachers import load_teacher
+from diffusionblocks.families import pretrained
 from diffusionblocks.training import Diverged, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.checkpoint import checkpoints
-from diffusionblocks.weights import pretrained_source
 
 
 def spoil(file: Path, name: str | None = None, value: float = math.nan) -> str:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffusionblocks as db
-from diffusionblocks.end_to_end import load_end_to_end, save_end_to_end
-from diffusionblocks.saving import INDEX
+from diffusionblocks.core.end_to_end import load_end_to_end, save_end_to_end
+from diffusionblocks.core.saving import INDEX
 
 BLOCK = "block-01.safetensors"
 
@@ -125,7 +125,7 @@ def test_an_index_is_checked_field_by_field_in_one_line(
 
 
 def test_parts_of_different_trainings_are_not_merged(tmp_path: Path) -> None:
-    from diffusionblocks.saving import save
+    from diffusionblocks.core.saving import save
 
     model = convert()
     for b, seed in enumerate((0, 0, 9)):

@@ -31,9 +31,9 @@ from transformers import Trainer, TrainingArguments
 import diffusionblocks as db
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.evaluation.bits import bits_per_character
-from diffusionblocks.recipes import Recipe, parse_recipe
-from diffusionblocks.scores import evaluate
-from diffusionblocks.sources import build_model, load_data
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.scores import evaluate
+from diffusionblocks.experiments.sources import build_model, load_data
 from diffusionblocks.targets import TokenTarget
 
 MASK = VOCAB

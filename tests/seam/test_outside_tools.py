@@ -26,8 +26,8 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 import diffusionblocks as db
-from diffusionblocks.conditioning import AdaptiveNorms
-from diffusionblocks.files import read_tensors, write_json, write_tensors
+from diffusionblocks.common.files import read_tensors, write_json, write_tensors
+from diffusionblocks.layers.adaptive_norms import AdaptiveNorms
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.training.checkpoint import read_owner
 

@@ -17,9 +17,9 @@ from helpers import (
 from transformers import ViTConfig, ViTModel
 
 import diffusionblocks as db
-from diffusionblocks import adapters
-from diffusionblocks.building import build
-from diffusionblocks.weights import InFiles, InMemory, WeightSource, pretrained_source
+from diffusionblocks import families as families
+from diffusionblocks.core.materialise import build
+from diffusionblocks.core.weights import InFiles, InMemory, WeightSource, pretrained_source
 
 
 @each_family
@@ -38,7 +38,7 @@ def test_pretrained_weights_are_read_block_by_block(
         config = db.BlocksConfig(shared=policy)
         built, expected = build(source, config), reference(family, tmp_path, config)
         assert same(built, expected)
-        assert adapters.config_values(CLASSES[family], built.config) == adapters.config_values(
+        assert families.config_values(CLASSES[family], built.config) == families.config_values(
             CLASSES[family], expected.config
         )
     some = build(source, db.BlocksConfig(), blocks=[1])
@@ -145,6 +145,6 @@ def test_what_cannot_be_read_is_left_to_the_library(spoil: str, tmp_path: Path) 
         assert same(build(source, db.BlocksConfig()).block(0), reference("vit", tmp_path, db.BlocksConfig()).block(0))
         return
     with pytest.raises((OSError, RuntimeError)):
-        adapters.pretrained(CLASSES["vit"], tmp_path, values)
+        families.pretrained(CLASSES["vit"], tmp_path, values)
     with pytest.raises((OSError, RuntimeError)):
         pretrained_source(CLASSES["vit"], tmp_path, values, seed=0, dtype=None)

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diffusionblocks as db
-from diffusionblocks.adapters import instantiate
-from diffusionblocks.block import Block
-from diffusionblocks.building import build
+from diffusionblocks.core.block import Block
+from diffusionblocks.core.materialise import build
+from diffusionblocks.core.weights import Fresh
 from diffusionblocks.data import TextBatches
-from diffusionblocks.data.text import TextData
+from diffusionblocks.data.text_data import TextData
 from diffusionblocks.evaluation.memory import size_of, step_memory
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.run import make_trainer
+from diffusionblocks.experiments.sources import build_model, load_model, save_model
+from diffusionblocks.families import instantiate
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.planning import plan, predict
-from diffusionblocks.recipes import Recipe, parse_recipe
-from diffusionblocks.runs import make_trainer
-from diffusionblocks.sources import build_model, load_model, save_model
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
-from diffusionblocks.weights import Fresh
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -124,7 +124,7 @@ def logits_by_hand(block: Block, tokens: Tensor, z: Tensor, sigma: Tensor) -> Te
     context = network.get_submodule("embedding")(tokens)
     for layer in network.get_submodule("prelude").children():
         context = layer(context, rotation)
-    x = network.get_submodule("adapter")(torch.cat([c_in * z, context], dim=-1))
+    x = network.get_submodule("family")(torch.cat([c_in * z, context], dim=-1))
     for layer, adaptive in zip(network.get_submodule("core").children(), block.adaptive, strict=True):
         part: Any = layer
         (scale1, shift1), (scale3, shift3) = modulations(adaptive)
@@ -319,7 +319,7 @@ def test_the_end_to_end_depth_is_random_and_keyed(tmp_path: Path) -> None:
     def counted(depths: list[int]) -> EndToEnd:
         model = original()
         model.prelude.get_submodule("0").register_forward_pre_hook(lambda *_: depths.append(0))
-        model.adapter.register_forward_pre_hook(lambda *_: depths.__setitem__(-1, depths[-1] + 1))
+        model.family.register_forward_pre_hook(lambda *_: depths.__setitem__(-1, depths[-1] + 1))
         return EndToEnd(model)
 
     whole: list[int] = []

@@ -27,8 +27,8 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
-from diffusionblocks import files
-from diffusionblocks.saving import INDEX
+from diffusionblocks.common import files
+from diffusionblocks.core.saving import INDEX
 
 
 def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBlocks:

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import diffusionblocks as db
-from diffusionblocks.draws import TrainingDraws, of_batch
-from diffusionblocks.model import UnlabelledBlocks
+from diffusionblocks.common.seeds import TrainingDraws, of_batch
+from diffusionblocks.core.model import UnlabelledBlocks
 from diffusionblocks.models import RecurrentDepth
 
 TEST = toy_batch(100, seed=999)

@@ -29,14 +29,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import diffusionblocks as db
-from diffusionblocks import runs
-from diffusionblocks.branching import trunk_name
+from diffusionblocks.core.branching import trunk_name
 from diffusionblocks.data import ImageBatches, ImageData, digits
-from diffusionblocks.recipes import Recipe, parse_recipe
-from diffusionblocks.sources import build_model
+from diffusionblocks.experiments import run as runs
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.sources import build_model
 from diffusionblocks.training import TrainConfig, Trainer
 from diffusionblocks.training.checkpoint import checkpoints
-from diffusionblocks.training.logging import Logger
+from diffusionblocks.training.run_log import Logger
 from diffusionblocks.training.step import Stepper
 from diffusionblocks.training.trainer import Interrupted
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from diffusionblocks.compare import compare
-from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.variants import seconds_a_step
+from diffusionblocks.experiments.baselines import seconds_a_step
+from diffusionblocks.experiments.compare import compare
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VIT = {
@@ -52,7 +52,7 @@ def test_controls_train_as_long_as_the_blocks(tmp_path: Path) -> None:
 
 def test_a_step_of_more_examples_takes_longer() -> None:
     small, large = (recipe("vit/digits.yaml", VIT | {"train.steps": 3, "train.batch_size": n}) for n in (4, 512))
-    from diffusionblocks.sources import load_data
+    from diffusionblocks.experiments.sources import load_data
 
     splits = {"train": load_data(small, "train")}
     assert seconds_a_step(small, splits) < seconds_a_step(large, splits)

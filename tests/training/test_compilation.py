@@ -15,9 +15,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.profiler import profile
 
 import diffusionblocks as db
+from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.planning import predict
 from diffusionblocks.planning.planner import SAVERS, changed, savers_of
-from diffusionblocks.recipes import load_recipe
 from diffusionblocks.training import TrainConfig
 from diffusionblocks.training.compilation import compile_modules, within_budget
 
@@ -95,8 +95,8 @@ def test_a_budget_needs_the_compiler() -> None:
 @pytest.mark.slow
 def test_blocks_train_alike_within_a_budget() -> None:
     """With generated code, and layers that are computed again."""
+    from diffusionblocks.bench.measurements import runner_of
     from diffusionblocks.bench.methods import Spec
-    from diffusionblocks.bench.tasks import runner_of
 
     def trained(method: str, **changes: Any) -> dict[str, Tensor]:
         torch._dynamo.reset()

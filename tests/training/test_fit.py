@@ -18,19 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import diffusionblocks as db
-from diffusionblocks import runs
-from diffusionblocks.compare import compare
 from diffusionblocks.data import ImageBatches, ImageData, digits
-from diffusionblocks.fitting import measured
+from diffusionblocks.experiments import run as runs
+from diffusionblocks.experiments.baselines import variants
+from diffusionblocks.experiments.compare import compare
+from diffusionblocks.experiments.noise_fit import measured
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.sources import build_model
 from diffusionblocks.noise import fitted_quantiles
-from diffusionblocks.recipes import Recipe, parse_recipe
-from diffusionblocks.sources import build_model
 from diffusionblocks.training import Trainer
 from diffusionblocks.training.checkpoint import checkpoints
-from diffusionblocks.training.keys import key
+from diffusionblocks.training.data_order import key
 from diffusionblocks.training.step import Stepper
 from diffusionblocks.training.trainer import Interrupted
-from diffusionblocks.variants import variants
 
 FIT = {"steps": 7, "rounds": 3, "grid": 9, "examples": 40, "batch_size": 16}
 TRUNK = {"steps": 2}

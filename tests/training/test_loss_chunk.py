@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 import diffusionblocks as db
 from diffusionblocks.data import TextBatches, TextData
 from diffusionblocks.evaluation.memory import step_memory
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.sources import build_model
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.planning import plan, predict
 from diffusionblocks.planning.planner import SAVERS, savers_of
-from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.sources import build_model
 from diffusionblocks.targets import in_chunks
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 

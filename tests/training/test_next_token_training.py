@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import diffusionblocks as db
 from diffusionblocks.config import NextTokenTargetConfig
 from diffusionblocks.data import TextBatches, evaluation_chunks, python_topics
-from diffusionblocks.evaluation.next_token import LanguageRow, language_row
+from diffusionblocks.evaluation.cross_entropy import LanguageRow, language_row
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 
 CPU = torch.device("cpu")

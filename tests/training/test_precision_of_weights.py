@@ -13,13 +13,13 @@ from test_trainer import everything, model_of, trainer
 from torch import nn
 
 import diffusionblocks as db
-from diffusionblocks.adapters import pretrained
+from diffusionblocks.core.weights import InFiles, InMemory, pretrained_source
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.sources import build_model, outline_of
+from diffusionblocks.families import pretrained
 from diffusionblocks.planning.counting import kept_on_device
-from diffusionblocks.recipes import Recipe, parse_recipe
-from diffusionblocks.sources import build_model, outline_of
 from diffusionblocks.training import EndToEnd, TrainConfig
 from diffusionblocks.training.units import units_of
-from diffusionblocks.weights import InFiles, InMemory, pretrained_source
 
 
 def recipe(method: str = "diffusionblocks", **model: Any) -> Recipe:

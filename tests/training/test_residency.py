@@ -22,11 +22,11 @@ from diffusionblocks.evaluation.memory import size_of, transient_peak
 from diffusionblocks.training import BatchMaker, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.arena import Arena, Layout, host_memory, mapped_file
 from diffusionblocks.training.checkpoint import checkpoints
-from diffusionblocks.training.keys import key
+from diffusionblocks.training.data_order import key
 from diffusionblocks.training.optim import Updater
 from diffusionblocks.training.residency import ActiveResident, AllResident
 from diffusionblocks.training.schedules import block_schedule, next_others
-from diffusionblocks.training.skeleton import shape_of
+from diffusionblocks.training.shared_module import shape_of
 
 BLOCKS = 3
 

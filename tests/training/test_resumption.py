@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from helpers import listing
 
-from diffusionblocks import runs
 from diffusionblocks.data import ImageData, digits
-from diffusionblocks.recipes import Recipe, parse_recipe
+from diffusionblocks.experiments import run as runs
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.training.checkpoint import checkpoints
 
 SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -16,7 +16,7 @@ import diffusionblocks as db
 from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData
 from diffusionblocks.training import Diverged, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.checkpoint import checkpoints
-from diffusionblocks.training.keys import DataOrder, key
+from diffusionblocks.training.data_order import DataOrder, key
 from diffusionblocks.training.schedules import block_schedule, lr_factor
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusionblocks as db
-from diffusionblocks import attention
-from diffusionblocks.attention import KERNELS, Past, Streams, two_streams
-from diffusionblocks.block import Block
+from diffusionblocks.core.block import Block
+from diffusionblocks.layers import two_streams as attention
+from diffusionblocks.layers.two_streams import KERNELS, Past, Streams, two_streams
 
 PLACES = (0, 1, 5, LENGTH - 1)
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def leaks(block: Block) -> list[str]:
 
     def both(ids: Tensor, z: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the noisy positions, and the clean stream."""
-        hidden = block.adapter.hidden
+        hidden = block.family.hidden
 
         def spy(network: Any, layers: Any, added: Any, inputs: Any, *args: Any) -> tuple[Tensor, Tensor]:
             # The last layer runs at the noisy positions alone, unless the clean stream is wanted.
@@ -61,7 +61,7 @@ def leaks(block: Block) -> list[str]:
             return nothing, lean
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(block.adapter, "hidden", spy)
+            patch.setattr(block.family, "hidden", spy)
             return block({"input_ids": ids}, z, level), clean[-1]
 
     noisy, stream = both(ids, z, level)
@@ -211,7 +211,7 @@ def test_token_by_token_is_the_whole_at_once(family: str, kernel: str, previous:
     block = block_of(family, previous, attn_implementation=kernel)
     ids, z = token_batch(3)["input_ids"], noise()
     whole = block({"input_ids": ids}, z, LEVEL)
-    past = block.adapter.past(3, LENGTH, CPU)
+    past = block.family.past(3, LENGTH, CPU)
     for i in range(LENGTH):
         new = ids[:, i - 1 : i] if i else ids[:, :0]
         step = block({"input_ids": new, "past": past}, z[:, i : i + 1], LEVEL)
@@ -228,7 +228,7 @@ def test_rows_of_different_lengths_and_several_calls_a_token(family: str, previo
     ids, z = token_batch(3)["input_ids"], noise()
     levels = [torch.full((3,), sigma) for sigma in (0.3, 0.1, 0.02)]
     wholes = [block({"input_ids": ids}, z, level) for level in levels]
-    past = block.adapter.past(3, 7 + 1 + 1 + 2 + 2, CPU)  # the longest row of each call
+    past = block.family.past(3, 7 + 1 + 1 + 2 + 2, CPU)  # the longest row of each call
     lengths = torch.tensor([3, 0, 7])
     padded = ids[:, :7].clone()
     for row, count in enumerate(lengths.tolist()):
@@ -256,7 +256,7 @@ def test_what_is_kept_does_not_depend_on_the_level() -> None:
     block, ids = block_of(), token_batch(3)["input_ids"]
     pasts = []
     for sigma, seed in ((0.05, 1), (0.3, 2)):
-        past = block.adapter.past(3, LENGTH, CPU)
+        past = block.family.past(3, LENGTH, CPU)
         block({"input_ids": ids[:, :5], "past": past}, noise(seed=seed)[:, :1], torch.full((3,), sigma))
         pasts.append(past)
     for layer in pasts[0]._kept:
@@ -276,7 +276,7 @@ def test_positions_of_new_tokens_go_on_where_the_rows_end() -> None:
 
 def test_more_tokens_than_there_is_room_for_are_refused() -> None:
     block, ids = block_of(), token_batch(3)["input_ids"]
-    past = block.adapter.past(3, 4, CPU)
+    past = block.family.past(3, 4, CPU)
     z = noise()[:, :1]
     block({"input_ids": ids[:, :3], "past": past}, z, LEVEL)
     with pytest.raises(ValueError, match=r"3 \+ 2 tokens do not fit: the past was made for 4"):
@@ -285,7 +285,7 @@ def test_more_tokens_than_there_is_room_for_are_refused() -> None:
     long = token_batch(2, length=65)["input_ids"]
     with pytest.raises(ValueError, match=r"65 tokens, but the model takes 64 \(max_position_embeddings\)"):
         block({"input_ids": long}, noise(2, 65), LEVEL[:2])
-    past = block.adapter.past(2, 100, CPU)
+    past = block.family.past(2, 100, CPU)
     with pytest.raises(ValueError, match="65 tokens, but the model takes 64"):
         block({"input_ids": long[:, :64], "past": past}, noise(2, 1), LEVEL[:2])
 

@@ -17,20 +17,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusionblocks.bench.alternatives import BAdamRunner, RivalRunner, rival
 from diffusionblocks.bench.depth import largest_depth
-from diffusionblocks.bench.figures import draw_memory
 from diffusionblocks.bench.measure import LOCK, alone, at_peak, dwelling_times, measure_memory, steady_times, warm_up
+from diffusionblocks.bench.measurements import runner_of
 from diffusionblocks.bench.methods import METHODS, Spec, rows_of
-from diffusionblocks.bench.models import MODELS, build, recipe_of, splits_of
-from diffusionblocks.bench.rivals import BAdamRunner, RivalRunner, rival
+from diffusionblocks.bench.model_sizes import MODELS, build, recipe_of, splits_of
+from diffusionblocks.bench.plots import draw_memory
+from diffusionblocks.bench.rows import gather, printed, shard, summary
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain
 from diffusionblocks.bench.speed import ratios_of
-from diffusionblocks.bench.table import gather, printed, shard, summary
-from diffusionblocks.bench.tasks import runner_of
 from diffusionblocks.bench.worker import answer, isolated, server_command
-from diffusionblocks.model import DiffusionBlocks
-from diffusionblocks.partition import even_layers
-from diffusionblocks.sources import build_model
+from diffusionblocks.core.model import DiffusionBlocks
+from diffusionblocks.core.partition import even_layers
+from diffusionblocks.experiments.sources import build_model
 
 #: 8-bit AdamW compiles its step, which takes a C++ compiler and about a minute on a CPU.
 EIGHT_BIT = [name for name, method in METHODS.items() if method.train.get("optimizer") == "adamw-8bit"]
@@ -460,7 +460,7 @@ def test_a_row_outlives_its_captured_steps(monkeypatch: pytest.MonkeyPatch) -> N
     def fails(_: Spec) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr("diffusionblocks.bench.tasks._captured_times", fails)
+    monkeypatch.setattr("diffusionblocks.bench.measurements._captured_times", fails)
     row = answer(spec(captured=True, compile=False))
     assert row["peak_bytes"] > 0
     assert "error" not in row

@@ -8,10 +8,10 @@ import torch
 from helpers import seeded
 from torch import Tensor
 
+from diffusionblocks.core.partition import Partition
 from diffusionblocks.evaluation.bits import Moments, bits_per_character, interval_nats
 from diffusionblocks.noise import Masking
-from diffusionblocks.partition import Partition
-from diffusionblocks.sampling.tokens import sample_tokens
+from diffusionblocks.sampling.unmask_tokens import sample_tokens
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["linear", "cosine"])
 JOINT = torch.tensor([[0.30, 0.05, 0.05], [0.02, 0.20, 0.08], [0.10, 0.05, 0.15]], dtype=torch.float64)

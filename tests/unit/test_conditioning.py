@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import diffusionblocks as db
-from diffusionblocks.conditioning import AdaptiveNorms, NoiseEmbedding
+from diffusionblocks.layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
 
 DIM, CONDITION = 16, 8
 
@@ -83,7 +83,7 @@ def test_compiled_norms_sum_over_the_tokens_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_embedding_tells_the_levels_that_it_told(dtype: torch.dtype) -> None:
     """Rounded to bfloat16, the highest frequency would be off by a tenth, and other levels would be told."""
-    from diffusionblocks.models.dit import TimestepEmbedder  # brings diffusers
+    from diffusionblocks.models.diffusion_transformer import TimestepEmbedder  # brings diffusers
 
     for made in (NoiseEmbedding(16), TimestepEmbedder(16)):
         exact = made.frequencies.clone()

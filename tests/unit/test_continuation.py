@@ -18,7 +18,7 @@ import diffusionblocks as db
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.noise import EDM
 from diffusionblocks.sampling import Continuations, continue_plainly, continue_texts
-from diffusionblocks.sampling.continuation import bridged, filtered
+from diffusionblocks.sampling.continue_text import bridged, filtered
 from diffusionblocks.targets import NextTokenTarget
 
 PRIOR = torch.tensor([0.40, 0.28, 0.17, 0.10, 0.05], dtype=torch.float64)

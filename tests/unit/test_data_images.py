@@ -25,7 +25,7 @@ from diffusionblocks.data import (
     evaluation_batches,
     image_classification,
 )
-from diffusionblocks.data import images as images_module
+from diffusionblocks.data import image_data as images_module
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusionblocks import EDM, BlocksConfig
-from diffusionblocks.partition import Partition
+from diffusionblocks.core.partition import Partition
 
 DEFAULT = EDM()
 PROCESSES = st.builds(

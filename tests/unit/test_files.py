@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusionblocks import files
-from diffusionblocks.files import (
+from diffusionblocks.common import files
+from diffusionblocks.common.files import (
     check_replaceable,
     delete_folder,
     read_json,

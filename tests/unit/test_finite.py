@@ -13,20 +13,20 @@ from helpers import LENGTH, VOCAB, convert, image_batch, seeded, tiny, token_bat
 from torch import Tensor, nn
 
 import diffusionblocks as db
+from diffusionblocks.common.files import read_json, write_json
+from diffusionblocks.common.finite import FiniteCheck, all_finite, first_not_finite
 from diffusionblocks.evaluation.accuracy import accuracy_grid
 from diffusionblocks.evaluation.bits import bits_per_character
+from diffusionblocks.evaluation.cross_entropy import decodable_mass, language_row, plain_language_row
 from diffusionblocks.evaluation.diagnostics import accuracy_by_level
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
-from diffusionblocks.evaluation.generation import Setting, measure_samples
-from diffusionblocks.evaluation.language import generated_text, generative_perplexity
 from diffusionblocks.evaluation.mauve import HiddenFeatures
-from diffusionblocks.evaluation.next_token import decodable_mass, language_row, plain_language_row
-from diffusionblocks.files import read_json, write_json
-from diffusionblocks.finite import FiniteCheck, all_finite, first_not_finite
-from diffusionblocks.noise.fitting import isotonic
+from diffusionblocks.evaluation.perplexity import generated_text, generative_perplexity
+from diffusionblocks.evaluation.sample_quality import Setting, measure_samples
+from diffusionblocks.noise.fitted_levels import isotonic
 from diffusionblocks.sampling import continue_plainly
 from diffusionblocks.training import EndToEnd
-from diffusionblocks.training.logging import JsonLines
+from diffusionblocks.training.run_log import JsonLines
 
 #: The last layer of each family: a value in it reaches every output, so that a level or sample cannot miss it.
 HEADS = {

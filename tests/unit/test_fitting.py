@@ -13,7 +13,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from diffusionblocks import EDM
 from diffusionblocks.noise import fitted_quantiles
-from diffusionblocks.noise.fitting import STEPS, isotonic
+from diffusionblocks.noise.fitted_levels import STEPS, isotonic
 
 LOW, HIGH, WIDTH = 0.002, 80.0, math.log(80.0 / 0.002)
 GRID = EDM().boundaries(32, "log-uniform")

@@ -10,8 +10,8 @@ import torch
 from helpers import seeded
 from torch import Tensor
 
+from diffusionblocks.common.files import read_tensors, write_tensors
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
-from diffusionblocks.files import read_tensors, write_tensors
 
 
 def statistics(features: Tensor, split: int | None = None) -> FeatureStatistics:

@@ -14,13 +14,13 @@ from helpers import IMAGE, NUM_LABELS, fresh_dit
 from torch import Tensor
 
 import diffusionblocks as db
-from diffusionblocks import scores
 from diffusionblocks.data import digits
 from diffusionblocks.evaluation.accuracy import AccuracyRow
 from diffusionblocks.evaluation.features import train_classifier
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
-from diffusionblocks.evaluation.generation import SampleRow, Setting, generated, measure_samples, statistics
-from diffusionblocks.recipes import SamplesConfig, load_recipe
+from diffusionblocks.evaluation.sample_quality import SampleRow, Setting, generated, measure_samples, statistics
+from diffusionblocks.experiments import scores
+from diffusionblocks.experiments.recipe import SamplesConfig, load_recipe
 from diffusionblocks.sampling import prior_of_seeds
 
 SIZE = 3 * IMAGE * IMAGE

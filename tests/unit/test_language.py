@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffusionblocks.data.tokenized import END, train_tokenizer
-from diffusionblocks.evaluation.language import distinct_n, generated_text, generative_perplexity, repetition_rate
 from diffusionblocks.evaluation.mauve import HiddenFeatures, mauve_score
+from diffusionblocks.evaluation.perplexity import distinct_n, generated_text, generative_perplexity, repetition_rate
 from diffusionblocks.evaluation.teachers import load_teacher, teacher_tokens
-from diffusionblocks.recipes import EvaluateConfig, LanguageConfig
+from diffusionblocks.experiments.recipe import EvaluateConfig, LanguageConfig
 
 VOCAB = 40
 
@@ -58,7 +58,7 @@ def test_perplexity_is_that_of_a_plain_loop(family: str, monkeypatch: pytest.Mon
     nats = [plain_nats(model, text, prompt) for text, prompt in zip(some, prompts, strict=True)]
     wanted = float(torch.cat(nats).mean())
     for batch_size, chunk in ((2, 64), (5, 3), (1, 64)):
-        monkeypatch.setattr("diffusionblocks.evaluation.language._CHUNK", chunk)
+        monkeypatch.setattr("diffusionblocks.evaluation.perplexity._CHUNK", chunk)
         found = generative_perplexity(model, some, prompts, batch_size=batch_size)
         assert found.nats == pytest.approx(wanted, rel=1e-5)
         assert found.perplexity == pytest.approx(math.exp(wanted), rel=1e-5)

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from diffusionblocks.data import LatentBatches, LatentData, latent_folder
 from diffusionblocks.data import encode as tool
-from diffusionblocks.data.config import LatentsConfig
+from diffusionblocks.data.data_config import LatentsConfig
 from diffusionblocks.data.latents import LatentScale, scale_of_split, write_shards
-from diffusionblocks.recipes import load_recipe
-from diffusionblocks.sources import pixels_of
+from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.experiments.sources import pixels_of
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")

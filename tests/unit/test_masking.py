@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from diffusionblocks.core.partition import Partition
 from diffusionblocks.noise import Masking
-from diffusionblocks.partition import Partition
 
 LINEAR, COSINE = Masking(), Masking(schedule="cosine")
 BOTH = pytest.mark.parametrize("process", [LINEAR, COSINE], ids=["linear", "cosine"])
@@ -211,11 +211,11 @@ def test_ends_of_the_chain() -> None:
 
 
 def test_to_dict_and_back_through_pydantic() -> None:
-    adapter = TypeAdapter(Masking)
+    family = TypeAdapter(Masking)
     process = Masking(vocab_size=5, schedule="cosine", epsilon=1e-3)
-    assert adapter.validate_python(process.to_dict()) == process
+    assert family.validate_python(process.to_dict()) == process
     with pytest.raises(ValueError, match="sigma_max"):
-        adapter.validate_python({"sigma_max": 80.0})
+        family.validate_python({"sigma_max": 80.0})
 
 
 @pytest.mark.parametrize(

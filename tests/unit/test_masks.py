@@ -9,7 +9,7 @@ from helpers import HIDDEN, LENGTH, VOCAB, convert, image_batch, seeded, tiny, t
 from torch import Tensor
 
 import diffusionblocks as db
-from diffusionblocks.block import Block
+from diffusionblocks.core.block import Block
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.targets import NextTokenTarget, cross_entropies
 from diffusionblocks.training import EndToEnd

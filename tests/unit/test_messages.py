@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from diffusionblocks.cli import main
+from diffusionblocks.common.messages import LONGEST, one_line
 from diffusionblocks.data.encode import main as encode
-from diffusionblocks.messages import LONGEST, one_line
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

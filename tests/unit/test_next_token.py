@@ -16,10 +16,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import diffusionblocks as db
-from diffusionblocks.evaluation.level_figure import draw_levels
-from diffusionblocks.evaluation.next_token import Batches, LanguageRow, decodable_mass, language_row, plain_language_row
+from diffusionblocks.evaluation.cross_entropy import (
+    Batches,
+    LanguageRow,
+    decodable_mass,
+    language_row,
+    plain_language_row,
+)
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.noise import EDM
+from diffusionblocks.reports.level_figure import draw_levels
 from diffusionblocks.targets import NextTokenTarget
 from diffusionblocks.training import EndToEnd
 

@@ -73,7 +73,7 @@ def test_what_is_denoised_is_the_preconditioned_sum() -> None:
     sigma = level[:, None, None]
     root = (sigma**2 + 0.25).sqrt()
     with torch.no_grad():
-        _, raw = block.adapter.hidden(
+        _, raw = block.family.hidden(
             block.network, block.callable_layers(), block.shared.added, {"input_ids": IDS}, z / root, condition
         )
         denoised = 0.25 / root**2 * z + sigma * 0.5 / root * raw

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from diffusionblocks import EDM, Partition
 from diffusionblocks.data import ImageData, evaluation_batches
-from diffusionblocks.evaluation import pictures
-from diffusionblocks.evaluation.pictures import Chain, draw_chain, draw_routing, save_grid, save_png, to_uint8
+from diffusionblocks.reports import pictures
+from diffusionblocks.reports.pictures import Chain, draw_chain, draw_routing, save_grid, save_png, to_uint8
 from diffusionblocks.sampling import prior_of_seeds, sample_images
 
 NOISE = EDM()

@@ -16,9 +16,11 @@ import pytest
 import torch
 from torchao.optim import AdamW8bit
 
-from diffusionblocks.adapters import adapter_named, rebuild_config
+from diffusionblocks.common.tensors import tensors_of
 from diffusionblocks.evaluation.memory import size_of, step_memory
-from diffusionblocks.placement import tensors_of
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.run import make_trainer
+from diffusionblocks.families import family_named, rebuild_config
 from diffusionblocks.planning import WORKSPACE_BYTES, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
 from diffusionblocks.planning.examples import examples_at_hand
@@ -26,8 +28,6 @@ from diffusionblocks.planning.ledger import data_bytes, unit_of_depth
 from diffusionblocks.planning.planner import SAVERS, changed
 from diffusionblocks.planning.report import describe, remarks
 from diffusionblocks.planning.tracing import trace_step
-from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.runs import make_trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
@@ -274,7 +274,7 @@ def test_deep_compiled_blocks_are_extrapolated_to_what_they_are(checkpointing: b
     recipe = small("dit", *overrides, f"train.activation_checkpointing={checkpointing}", device="cuda")
     (extrapolated,) = forecast(recipe).moments.values()
     config = rebuild_config(recipe.model.type, recipe.model.config)
-    make_batch = functools.partial(adapter_named(recipe.model.type).empty_batch, config)
+    make_batch = functools.partial(family_named(recipe.model.type).empty_batch, config)
     traced = trace_step(unit_of_depth(recipe, 7), recipe.train, make_batch, on_gpu=True)
     # With checkpointing nearly equal moments of a layer compete, and which one wins changes with the depth.
     assert extrapolated.peak.total == pytest.approx(traced.peak.total, rel=1e-2 if checkpointing else 1e-3)

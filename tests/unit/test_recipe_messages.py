@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 import pytest
 
-from diffusionblocks import recipes
-from diffusionblocks.recipes import Recipe, parse_recipe
-from diffusionblocks.yaml_values import read_yaml
+from diffusionblocks.common.yaml_values import read_yaml
+from diffusionblocks.experiments import recipe as recipes
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHIPPED = ("vit/digits", "dit/digits", "dit/imagenet-latents", "text/masked_text8", "text/autoregressive_prose")

@@ -14,11 +14,11 @@ from helpers import HIDDEN, LENGTH, VOCAB, seeded, token_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionblocks.adapters.libraries import OURS
-from diffusionblocks.attention import Past, Streams, two_streams
-from diffusionblocks.data.text import python_topics
+from diffusionblocks.data.text_data import python_topics
+from diffusionblocks.families.libraries import OURS
+from diffusionblocks.layers.two_streams import Past, Streams, two_streams
 from diffusionblocks.models import RecurrentDepth
-from diffusionblocks.models.recurrent import depth_generator, draw_depth, layer_passes
+from diffusionblocks.models.recurrent_depth import depth_generator, draw_depth, layer_passes
 
 CUT_STD = math.sqrt(1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2)))  # of a normal at 3
 
@@ -136,7 +136,7 @@ def test_initialisation() -> None:
     small = std / math.sqrt(2 * (1 + 4 * 32 + 1))
     layer: Any = model.core[2]
     gate, up = layer.mlp.gate_up.weight.chunk(2)
-    for weight in (model.adapter.weight, layer.attn.query_key.weight, layer.attn.value.weight, gate):
+    for weight in (model.family.weight, layer.attn.query_key.weight, layer.attn.value.weight, gate):
         assert weight.std().item() == pytest.approx(std, rel=0.03)
     for weight in (layer.attn.proj.weight, up, layer.mlp.down.weight):
         assert weight.std().item() == pytest.approx(small, rel=0.03)
@@ -168,7 +168,7 @@ def explicit(model: RecurrentDepth, tokens: Tensor, iterations: int, cut: int, g
     for i in range(iterations):
         if i == iterations - cut:
             state = state.detach()
-        state = model.adapter(torch.cat([state, context], dim=-1)).to(context.dtype)
+        state = model.family(torch.cat([state, context], dim=-1)).to(context.dtype)
         for layer in model.core:
             state = layer(state, rotation)
     x = model.core_norm(state)
@@ -195,7 +195,7 @@ def test_the_gradient_is_that_of_an_explicit_loop_with_detach(autocast: bool) ->
     for name in found:
         # Sums over iterations may be taken in another order.
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-7, msg=name)
-    for name in ("core.0.attn.proj.weight", "adapter.weight", "prelude.0.mlp.down.weight"):
+    for name in ("core.0.attn.proj.weight", "family.weight", "prelude.0.mlp.down.weight"):
         assert not torch.allclose(found[name], other[name], rtol=1e-2, atol=1e-5)
 
 

@@ -12,11 +12,11 @@ from transformers import ViTConfig, ViTModel
 
 import diffusionblocks as db
 from diffusionblocks import EDM, BlocksConfig, Partition
-from diffusionblocks.adapters import model_class_named
-from diffusionblocks.evaluation.generation import Setting
-from diffusionblocks.recipes import Recipe, parse_recipe
-from diffusionblocks.runs import trunk_recipe
-from diffusionblocks.samples import draw_samples
+from diffusionblocks.evaluation.sample_quality import Setting
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.run import trunk_recipe
+from diffusionblocks.experiments.samples import draw_samples
+from diffusionblocks.families import model_class_named
 from diffusionblocks.training import TrainConfig
 
 NOISE = EDM()

@@ -12,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from diffusionblocks.data import TokenCodec, seams
-from diffusionblocks.data.seams import document_ids, exact_tokenizer
+from diffusionblocks.data import TokenCodec
+from diffusionblocks.data import piecewise as seams
+from diffusionblocks.data.piecewise import document_ids, exact_tokenizer
 from diffusionblocks.data.tokenized import END, encoded_corpus, load_tokenizer, train_tokenizer
 
 _TEXT = (

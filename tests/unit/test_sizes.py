@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from diffusionblocks.language import check_room
-from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.runs import check_disk, check_machine
-from diffusionblocks.scores import check_evaluation, network_calls
-from diffusionblocks.sizes import check_memory
-from diffusionblocks.sources import load_data, model_config, outline_of
+from diffusionblocks.common.sizes import check_memory
+from diffusionblocks.experiments.language import check_room
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.run import check_disk, check_machine
+from diffusionblocks.experiments.scores import check_evaluation, network_calls
+from diffusionblocks.experiments.sources import load_data, model_config, outline_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 VIT, DIT, LLAMA = (FOLDER / f"{name}.yaml" for name in ("vit/digits", "dit/digits", "text/autoregressive_topics"))

@@ -14,9 +14,9 @@ from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionblocks.data import text as room
-from diffusionblocks.data.text import SYMBOLS, TextData, characters, decode, encode, normalise, python_topics
+from diffusionblocks.data import text_data as room
 from diffusionblocks.data.text_batches import TextBatches, evaluation_chunks
+from diffusionblocks.data.text_data import SYMBOLS, TextData, characters, decode, encode, normalise, python_topics
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from helpers import seeded
 from torch import Tensor
 
 from diffusionblocks.noise import Masking
-from diffusionblocks.sampling.tokens import sample_tokens
+from diffusionblocks.sampling.unmask_tokens import sample_tokens
 
 V, LENGTH, MASK = 3, 3, 3
 PROCESS = Masking(vocab_size=V)

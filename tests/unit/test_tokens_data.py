@@ -10,12 +10,12 @@ import torch
 from helpers import listing
 
 from diffusionblocks.data import TextChunks
-from diffusionblocks.data.config import DigitsConfig, TokensConfig
-from diffusionblocks.data.text import open_text
+from diffusionblocks.data.data_config import DigitsConfig, TokensConfig
+from diffusionblocks.data.text_data import open_text
 from diffusionblocks.data.tokenized import END, corpus_tokenizer, encoded_split, split_files, train_tokenizer
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.sources import load_data, make_batches, text_codec
 from diffusionblocks.planning.ledger import _data_bytes
-from diffusionblocks.recipes import Recipe, parse_recipe
-from diffusionblocks.sources import load_data, make_batches, text_codec
 
 BOOKS = ["It was a dark night — “very” dark.\n\nThe rain fell.", "Émile's 2nd book 😀 is odd.", "The night fell."]
 

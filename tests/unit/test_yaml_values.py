@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from diffusionblocks.recipes import load_recipe
-from diffusionblocks.yaml_values import MOST_BYTES, read_yaml
+from diffusionblocks.common.yaml_values import MOST_BYTES, read_yaml
+from diffusionblocks.experiments.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.tables import format_bytes
+from ..reports.tables import format_bytes
 from .methods import Spec
-from .table import Measures, ordered, prediction, rows_in, with_method, write_table
+from .rows import Measures, ordered, prediction, rows_in, with_method, write_table
 
 #: Deepest model that is tried.
 _DEEPEST = 4096

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..training.config import LEAN_BUDGET
+from ..training.train_config import LEAN_BUDGET
 
 _BUDGET = {"activation_memory_budget": LEAN_BUDGET}
 _SAVERS = {"activation_checkpointing": True, "optimizer": "adamw-8bit", "optimizer_in_backward": True}

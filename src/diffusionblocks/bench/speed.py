@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods import Spec
-from .table import Measures, measure_all, with_method, write_table
+from .rows import Measures, measure_all, with_method, write_table
 
 
 def specs_of(

@@ -35,7 +35,7 @@ _UNUSABLE = ("Cannot re-initialize CUDA in forked subprocess", "initialization e
 
 def answer(spec: Spec) -> dict[str, Any]:
     """Measure; what goes wrong becomes the answer's `error`."""
-    from .tasks import TASKS, failure
+    from .measurements import TASKS, failure
 
     started = time.perf_counter()
     try:
@@ -74,7 +74,7 @@ def _preload() -> None:
     from transformers import ViTForImageClassification  # noqa: F401
 
     from ..models import DiT  # noqa: F401
-    from . import tasks  # noqa: F401
+    from . import measurements as tasks  # noqa: F401
 
     for name in STARTS_CUDA:
         if name in sys.modules and sys.modules[name] is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..fields import MOST_PIXELS, Int
+from ..common.fields import MOST_PIXELS, Int
 
 __all__ = ["RANDAUGMENT_BINS", "RANDAUGMENT_OPS", "Augment", "AugmentConfig"]
 

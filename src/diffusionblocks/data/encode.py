@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..messages import OneLineParser, reported
+from ..common.messages import OneLineParser, reported
 from .decoder import decode_image, oversized_refused
 from .latents import LatentData, LatentScale, _check_split, latent_folder, write_shards
 from .tables import ImageRow, open_table

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import checked, read_json, temporary_folder, write_json, write_tensors
-from .placement import on_device
+from ..common.files import checked, read_json, temporary_folder, write_json, write_tensors
+from .example_device import on_device
 from .tables import ClassNames
 
 __all__ = ["LatentBatches", "LatentData", "LatentScale", "latent_folder", "scale_of_split", "write_shards"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .placement import on_device
-from .text import TextData
+from .example_device import on_device
+from .text_data import TextData
 
 __all__ = ["TextBatches", "TextChunks", "evaluation_chunks"]
 

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import renamed
-from ..tokenizer_file import read_tokenizer
-from .seams import copied, document_ids, exact_tokenizer
+from ..common.files import renamed
+from ..common.tokenizer_file import read_tokenizer
+from .piecewise import copied, document_ids, exact_tokenizer
 from .split_files import TEXT_ENDINGS, files_of_split
-from .text import SYMBOLS, TextData, cached_ids, check_text, decode, encode, fingerprint, open_text
+from .text_data import SYMBOLS, TextData, cached_ids, check_text, decode, encode, fingerprint, open_text
 
 __all__ = [
     "END",

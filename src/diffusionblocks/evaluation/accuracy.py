@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import DiffusionBlocks
+from ..core.model import DiffusionBlocks
 
 
 @dataclass(frozen=True)

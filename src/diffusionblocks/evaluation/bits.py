@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..draws import key
-from ..finite import FiniteCheck
+from ..common.finite import FiniteCheck
+from ..common.seeds import key
+from ..core.partition import Partition
 from ..noise import Masking
-from ..partition import Partition
 
 # (z, int64 (n, length) with masks; levels, float32 (n,)) -> logits (n, length, vocab_size) without the mask.
 Logits = Callable[[Tensor, Tensor], Tensor]

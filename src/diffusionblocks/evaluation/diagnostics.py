@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..finite import FiniteCheck
-from ..model import DiffusionBlocks
-from ..modes import evaluating
+from ..common.finite import FiniteCheck
+from ..common.modes import evaluating
+from ..core.model import DiffusionBlocks
 from ..noise import EDM, one_level
 from ..targets import LabelTarget
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.files import read_json, read_tensors, replaced_folder, write_json, write_tensors
+from ..common.finite import require_finite
 from ..data import AugmentConfig, ImageBatches, ImageData, evaluation_batches
-from ..data.batches import Normalise
-from ..files import read_json, read_tensors, replaced_folder, write_json, write_tensors
-from ..finite import require_finite
+from ..data.image_batches import Normalise
 from ..training import EndToEnd, TrainConfig, Trainer
 from .accuracy import accuracy_grid
 

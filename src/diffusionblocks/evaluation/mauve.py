@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..finite import FiniteCheck, require_finite
-from ..modes import evaluating
+from ..common.finite import FiniteCheck, require_finite
+from ..common.modes import evaluating
 from .teachers import Ids, as_ids, check_foreign_attention, check_ids, load_teacher_tokenizer
 
 #: Texts, as strings or ids, to float features (n, d). See `HiddenFeatures`.

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..adapters import check_attention
-from ..adapters.libraries import CannotReadInParts, cached_file, safetensors_keys
-from ..finite import require_finite
+from ..common.finite import require_finite
+from ..families import check_attention
+from ..families.libraries import CannotReadInParts, cached_file, safetensors_keys
 
 #: Ids of a text: a tensor (n,), or whole numbers.
 Ids = Tensor | Sequence[int]

@@ -1,7 +1,7 @@
 """Models that no library has in the form the paper needs; each the smallest faithful module."""
 
-from .dit import DiT
-from .masked import MaskedTransformer
-from .recurrent import RecurrentDepth
+from .diffusion_transformer import DiT
+from .masked_transformer import MaskedTransformer
+from .recurrent_depth import RecurrentDepth
 
 __all__ = ["DiT", "MaskedTransformer", "RecurrentDepth"]

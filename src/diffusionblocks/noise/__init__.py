@@ -1,7 +1,7 @@
 """What a noise level means: its distribution, its corruption of the target, what the network sees and is told of it."""
 
 from .edm import EDM, PARTITION_STRATEGIES, Preconditioning
-from .fitting import fitted_quantiles
+from .fitted_levels import fitted_quantiles
 from .masking import SCHEDULES, Masking
 from .process import NoiseProcess, one_level
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from ..fields import MOST_LEVELS, Number, check_count
+from ..common.fields import MOST_LEVELS, Number, check_count
 
 PARTITION_STRATEGIES = ("equi-probability", "log-uniform", "uniform")
 

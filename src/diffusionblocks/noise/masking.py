@@ -30,7 +30,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from ..fields import MOST_LEVELS, MOST_TOKENS, Int, Number, check_count
+from ..common.fields import MOST_LEVELS, MOST_TOKENS, Int, Number, check_count
 from .edm import match
 
 SCHEDULES = ("linear", "cosine")

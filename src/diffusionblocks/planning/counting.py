@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..placement import tensors_of
+from ..common.tensors import tensors_of
 from ..training import TrainConfig, Unit
 from ..training.optim import average_dtype
-from ..training.skeleton import in_several
+from ..training.shared_module import in_several
 
 # 8-bit AdamW (torchao): tensors of at least so many elements are kept in codes of one byte, with a float32 scale for
 # every block of elements and a table of 256 float32 values for each moment.

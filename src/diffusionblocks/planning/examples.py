@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..data.config import DigitsConfig, ImageFilesConfig, LatentsConfig, TopicsConfig, resolved_source
+from ..data.data_config import DigitsConfig, ImageFilesConfig, LatentsConfig, TopicsConfig, resolved_source
 from ..data.latents import examples_of_split
 from ..data.tables import rows_of_split
-from ..recipes import Recipe
-from ..sources import load_data
+from ..experiments.recipe import Recipe
+from ..experiments.sources import load_data
 
 
 @dataclass(frozen=True)

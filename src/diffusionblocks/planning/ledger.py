@@ -15,14 +15,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters import adapter_named
-from ..block import Block
-from ..data.config import LatentsConfig, TextConfig, TokensConfig, TopicsConfig
-from ..recipes import Recipe
-from ..runs import with_depth
-from ..sources import config_of, outline_of
+from ..core.block import Block
+from ..data.data_config import LatentsConfig, TextConfig, TokensConfig, TopicsConfig
+from ..experiments.recipe import Recipe
+from ..experiments.run import with_depth
+from ..experiments.sources import config_of, outline_of
+from ..families import family_named
 from ..training import Unit, units_of
-from ..training.skeleton import shape_of
+from ..training.shared_module import shape_of
 from .counting import kept_on_device
 from .examples import examples_at_hand
 from .timeline import Moment
@@ -121,9 +121,9 @@ def forecast(recipe: Recipe, *, num_examples: int | None = None) -> Forecast:
     model = outline_of(recipe)
     units, shared = units_of(model, recipe.train.blocks)
     kept = dataclasses.asdict(kept_on_device(units, shared, recipe.train))
-    adapter, config = adapter_named(recipe.model.type), config_of(model)
-    make_batch = functools.partial(adapter.empty_batch, config)
-    data = _data_bytes(recipe, adapter.example_shape(config), num_examples, adapter.num_classes(config))
+    family, config = family_named(recipe.model.type), config_of(model)
+    make_batch = functools.partial(family.empty_batch, config)
+    data = _data_bytes(recipe, family.example_shape(config), num_examples, family.num_classes(config))
     kept |= {"data": data, "workspace": WORKSPACE_BYTES if on_gpu(recipe) else 0}
     distinct = {shape_of(unit): unit for unit in reversed(units)}
     moments = {unit.name: _moments(recipe, unit, make_batch) for unit in distinct.values()}
@@ -144,8 +144,8 @@ def keeps_data(recipe: Recipe) -> bool:
 
 def data_bytes(recipe: Recipe, num_examples: int | None) -> int:
     """Bytes of the data on the device; see `predict`."""
-    adapter, config = adapter_named(recipe.model.type), config_of(outline_of(recipe))
-    return _data_bytes(recipe, adapter.example_shape(config), num_examples, adapter.num_classes(config))
+    family, config = family_named(recipe.model.type), config_of(outline_of(recipe))
+    return _data_bytes(recipe, family.example_shape(config), num_examples, family.num_classes(config))
 
 
 def _data_bytes(recipe: Recipe, example_shape: tuple[int, ...], num_examples: int | None, num_classes: int) -> int:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters import adapter_named
-from ..data.config import TextConfig, TokensConfig, TopicsConfig
-from ..data.placement import SHARE
-from ..recipes import Recipe, parse_recipe
-from ..runs import depth_of
-from ..training.config import LEAN_BUDGET
+from ..data.data_config import TextConfig, TokensConfig, TopicsConfig
+from ..data.example_device import SHARE
+from ..experiments.recipe import Recipe, parse_recipe
+from ..experiments.run import depth_of
+from ..families import family_named
+from ..training.train_config import LEAN_BUDGET
 from .examples import examples_at_hand
 from .ledger import Forecast, Ledger, data_bytes, forecast, keeps_data, on_gpu
 from .timeline import Moment
@@ -192,7 +192,7 @@ class _Search:
 
     def _splits(self) -> Iterator[dict[str, Any]]:
         """The divisors of the layers, ascending; one block is always on the device. Some families have one block."""
-        one = adapter_named(self.recipe.model.type).depth_dependent_weights
+        one = family_named(self.recipe.model.type).depth_dependent_weights
         depth = 1 if one else depth_of(self.recipe)
         for many in (n for n in range(1, depth + 1) if depth % n == 0):
             changes: dict[str, Any] = {"blocks.num_blocks": many, "train.resident": "active"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..data.config import TextConfig, TokensConfig
-from ..evaluation.tables import format_bytes, format_table
-from ..recipes import Recipe
+from ..data.data_config import TextConfig, TokensConfig
+from ..experiments.recipe import Recipe
+from ..reports.tables import format_bytes, format_table
 from .examples import examples_at_hand
 from .ledger import Ledger, data_bytes, keeps_data, on_gpu
 from .planner import Fit, Plan

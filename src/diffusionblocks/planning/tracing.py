@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..block import Block
-from ..placement import tensors_of
+from ..common.tensors import tensors_of
+from ..core.block import Block
 from ..training import EndToEnd, TrainConfig, Unit, trainable
 from ..training.compilation import compile_modules
 from ..training.optim import AVERAGED_AT_ONCE
-from ..training.skeleton import Skeleton
+from ..training.shared_module import Skeleton
 from .fused import simulating_backend
 from .timeline import Moment, Timeline
 
@@ -44,7 +44,7 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
     Args:
         unit: its module may be on the meta device; it is not changed.
         train: batch size, precision, compilation, and what else decides on memory.
-        make_batch: number of examples -> a batch of them, whose values do not matter (`Adapter.empty_batch`).
+        make_batch: number of examples -> a batch of them, whose values do not matter (`Family.empty_batch`).
         on_gpu: choose the GPU's kernels where they keep other things than the CPU's.
     """
     skeleton = Skeleton(unit, train)

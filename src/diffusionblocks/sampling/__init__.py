@@ -1,10 +1,10 @@
 """Samplers: stateless solvers, and what each task makes of them."""
 
-from .continuation import Continuations, continue_plainly, continue_texts
-from .images import guided, prior_of_seeds, sample_images
-from .labels import Prediction, predict_labels
+from .continue_text import Continuations, continue_plainly, continue_texts
+from .denoise_images import guided, prior_of_seeds, sample_images
+from .denoise_labels import Prediction, predict_labels
 from .solvers import SOLVERS, Callback, Denoiser, Solver, calls, dpmpp_2m, euler, heun
-from .tokens import sample_tokens
+from .unmask_tokens import sample_tokens
 
 __all__ = [
     "SOLVERS",

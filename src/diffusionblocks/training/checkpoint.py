@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..files import (
+from ..common.files import (
     FileDigest,
     check_seal,
     checked,
@@ -25,7 +25,7 @@ from ..files import (
     write_json,
     write_tensors,
 )
-from ..finite import require_finite
+from ..common.finite import require_finite
 
 _FILES = re.compile(r"[a-z0-9-]+\.safetensors|state\.json")
 _NAME = re.compile(r"iteration-(\d{9})")

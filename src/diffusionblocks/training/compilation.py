@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..block import Block
-from .config import TrainConfig
+from ..core.block import Block
+from .train_config import TrainConfig
 
 
 def compile_modules(

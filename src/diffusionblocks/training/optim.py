@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .config import TrainConfig
 from .schedules import lr_factor
+from .train_config import TrainConfig
 
 #: Elements that the moving average handles at once: bounds the memory of its temporaries.
 AVERAGED_AT_ONCE = 2**24

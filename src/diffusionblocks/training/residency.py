@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..placement import places_of, tensors_of
+from ..common.tensors import places_of, tensors_of
 from .arena import Arena, Layout
-from .config import TrainConfig
-from .homes import DiskHomes, Homes, HostHomes, Layouts, Luggage
+from .host_buffers import DiskHomes, Homes, HostHomes, Layouts, Luggage
 from .optim import ParameterSet, Updater, average_dtype
 from .schedules import lr_factor
-from .skeleton import Skeleton, in_several, move, shape_of
+from .shared_module import Skeleton, in_several, move, shape_of
+from .train_config import TrainConfig
 from .units import Unit
 
 _CHUNK = 2**26  # bytes that move at once

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..draws import key
+from ..common.seeds import key
 
 #: Iterations that a schedule may have: a byte each, and four more while a random one is drawn.
 MOST_ITERATIONS = 5 * 10**7

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .config import TrainConfig
 from .residency import Place, Residency
+from .train_config import TrainConfig
 
 _EAGER_STEPS = 3  # real steps before capture: they load kernels and create the optimizer's state
 

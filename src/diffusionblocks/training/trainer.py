@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..branching import trunk_name
-from ..draws import key
-from ..finite import first_not_finite
-from ..model import DiffusionBlocks
+from ..common.finite import first_not_finite
+from ..common.seeds import key
+from ..core.branching import trunk_name
+from ..core.model import DiffusionBlocks
 from .checkpoint import checkpoints, read_owner, read_values, remove, write_checkpoint
 from .compilation import compile_modules, compile_options
-from .config import RESUME_MAY_DIFFER, TrainConfig
-from .keys import DataOrder
-from .logging import LOG, JsonLines, Logger
+from .data_order import DataOrder
 from .residency import Lengths, make_residency
+from .run_log import LOG, JsonLines, Logger
 from .schedules import block_schedule, next_others
 from .step import BatchMaker, Stepper
+from .train_config import RESUME_MAY_DIFFER, TrainConfig
 from .units import Unit, units_of
 
 _log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, adapter_for
-from ..finite import FiniteCheck
-from ..model import DiffusionBlocks
-from ..modes import evaluating
+from ..common.finite import FiniteCheck
+from ..common.modes import evaluating
+from ..core.model import DiffusionBlocks
+from ..families import Family, family_for
 from ..sampling import Prediction
 from ..targets import check_entries, check_loss_chunk, cross_entropies, in_chunks, label_losses
 
@@ -31,8 +31,8 @@ class EndToEnd(nn.Module):
         self._loss_chunk: int | None = None
 
     @functools.cached_property
-    def _adapter(self) -> Adapter:
-        return adapter_for(self.model)
+    def _family(self) -> Family:
+        return family_for(self.model)
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -65,7 +65,7 @@ class EndToEnd(nn.Module):
     @loss_chunk.setter
     def loss_chunk(self, value: int | None) -> None:
         if value is not None:
-            of_text = self._adapter.target == "next-token"
+            of_text = self._family.target == "next-token"
             check_loss_chunk(value, f"a {type(self.model).__name__}", of_text=of_text)
         self._loss_chunk = value
 
@@ -85,8 +85,8 @@ class EndToEnd(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile part by part, as blocks are: all layers share one graph, so it takes seconds at any depth."""
-        adapter = self._adapter
-        for path in (adapter.layers_path(self.model), *adapter.shared_paths(self.model)):
+        family = self._family
+        for path in (family.layers_path(self.model), *family.shared_paths(self.model)):
             owner, _, name = path.rpartition(".")
             part = getattr(self.model.get_submodule(owner), name)
             if isinstance(part, nn.ModuleList):  # the layers, and what recurrent depth has before and behind them
@@ -117,8 +117,8 @@ class EndToEnd(nn.Module):
 
     def _states(self, tokens: Tensor) -> Tensor:
         """What the head of a language model is given: tokens (batch, length) -> (batch, length, dim)."""
-        adapter: Any = self._adapter  # of a library's language model, the only one that comes here
-        return adapter.whole_states(self.model, tokens)  # type: ignore[no-any-return]
+        family: Any = self._family  # of a library's language model, the only one that comes here
+        return family.whole_states(self.model, tokens)  # type: ignore[no-any-return]
 
     def _nats(self, states: Tensor, tokens: Tensor) -> Tensor:
         model: Any = self.model

@@ -1,0 +1,312 @@
+"""What an expert would do instead of blocks, with the optimizers of other packages.
+
+They share model, data, batches and precision with our rows; only the optimizer is theirs, used as its authors say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import io
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.block import Block
+from ..experiments.recipe import Recipe
+from ..experiments.sources import device_of, make_batches
+from ..families import family_for
+from ..training import BatchMaker, Diverged, EndToEnd, Unit, units_of
+from ..training.compilation import compile_modules, compile_options
+from ..training.data_order import DataOrder
+from ..training.step import arithmetic
+from .methods import Spec
+from .model_sizes import build, bytes_of_data, recipe_of, splits_of
+from .runners import Runner, bytes_of, tensors_in
+
+
+def compiled(plain: Plain) -> None:
+    """Compile each unit as the trainer does."""
+    compile_modules(
+        [unit.module for unit in plain.units],
+        plain.recipe.train,
+        options=compile_options(plain.recipe.train, plain.device),
+    )
+
+
+class Plain:
+    """A model and its data, for a loop without a trainer.
+
+    Attributes:
+        recipe, device: what is trained, and where.
+        units: of the model; one, if it trains end to end.
+        batches: makes batches on the device.
+        data_bytes: of the examples.
+        order: which examples a step takes.
+    """
+
+    def __init__(self, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
+        self.recipe: Recipe = recipe_of(spec)
+        self.device = device_of(self.recipe)
+        model = build(self.recipe, self.device).to(dtype)
+        self.units, shared = units_of(model)
+        assert not shared, "no recipe of the benchmarks has joint shared parts"
+        data = splits_of(self.recipe)["train"]
+        self.data_bytes = bytes_of_data(data)
+        self.batches: BatchMaker = make_batches(self.recipe, data, self.device)
+        train = self.recipe.train
+        self.order = DataOrder(len(data), train.batch_size, 1, train.seed, self.device)
+        self.generator = torch.Generator(device=self.device).manual_seed(train.seed)
+
+    def loss(self, unit: int, step: int) -> Tensor:
+        """The mean loss of a unit on its step's batch."""
+        batch = self.batches(self.order(unit, step)[0], self.generator)
+        with arithmetic(self.device, self.recipe.train.precision):
+            losses: Tensor = self.units[unit].module.loss(batch, self.generator)  # type: ignore[operator]
+        return losses.mean()
+
+    def adamw(self) -> dict[str, Any]:
+        """The recipe's settings of AdamW."""
+        train = self.recipe.train
+        return {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+
+
+class RivalRunner(Runner):
+    """A whole model, end to end, with an optimizer of another package.
+
+    Args:
+        plain: model and data.
+        optimizer: has `step` and `zero_grad`.
+        state: the tensors that it keeps, wherever they are.
+
+    Attributes:
+        plain, optimizer: as given.
+    """
+
+    def __init__(self, plain: Plain, optimizer: Any, state: Callable[[], Iterator[Tensor]]) -> None:
+        self.device = plain.device
+        self.data_bytes = plain.data_bytes
+        self.optimizer = optimizer
+        self.plain = plain
+        self._state = state
+        self._steps = 0
+        self._finite = torch.ones((), dtype=torch.bool, device=plain.device)
+
+    def step(self, turn: int, following: int | None = None) -> None:
+        """See `Runner`."""
+        self._go_to(turn)
+        loss = self.plain.loss(0, self._steps)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._finite &= torch.isfinite(loss.detach())
+        self._steps += 1
+
+    def _go_to(self, turn: int) -> None:
+        assert turn == 0, "all parameters train together"
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        return self.plain.units[0].module
+
+    def parameters(self) -> list[nn.Parameter]:
+        """See `Runner`."""
+        return list(self.module.parameters())
+
+    def _kept(self, *, here: bool) -> int:
+        return bytes_of(t for t in self._state() if (t.device.type == self.device.type) == here)
+
+    @property
+    def host_bytes(self) -> int:  # type: ignore[override]
+        """See `Runner`."""
+        return self._kept(here=False)
+
+    def held(self) -> dict[str, int]:
+        """See `Runner`."""
+        return {
+            "parameters": bytes_of(self.parameters()),
+            "optimizer": self._kept(here=True),
+            "ema": 0,
+            "buffers": bytes_of(self.module.buffers()),
+        }
+
+    def check(self) -> None:
+        """See `Runner`."""
+        if not self._finite:
+            raise Diverged("a loss was not finite, so the figures are of no use")
+
+
+# ---- CPU offload -------------------------------------------------------------------------------------------
+
+
+def _cpu_offload(spec: Spec) -> Runner:
+    """torchao: AdamW's state and step on the CPU; gradients go there as they come, weights come back."""
+    if spec.device != "cuda":
+        raise ValueError(f"end-to-end-cpu-offload offloads from a GPU, so it does not run on device {spec.device}")
+    optimizer_class = _imported("torchao.optim", "torchao").CPUOffloadOptimizer
+    plain = Plain(spec)
+    if spec.compile:
+        compiled(plain)
+    optimizer = optimizer_class(
+        plain.units[0].own, torch.optim.AdamW, offload_gradients=True, fused=True, **plain.adamw()
+    )
+
+    def state() -> Iterator[Tensor]:
+        for host in optimizer.param_d2h_map.values():
+            yield from (host, host.grad)
+        for part in optimizer.optim_dict.values():
+            yield from tensors_in(dict(part.state))
+        if optimizer.d_opt is not None:  # parameters too small to be worth the way
+            yield from tensors_in(dict(optimizer.d_opt.state))
+
+    return RivalRunner(plain, optimizer, state)
+
+
+# ---- BAdam -------------------------------------------------------------------------------------------------
+
+
+class BAdamRunner(RivalRunner):
+    """BAdam: Adam on one layer at a time, in turn; stem and head take the last turn, as they start untrained here.
+
+    All weights are in bfloat16, as its README asks; the layer that trains has a float32 copy beside Adam's state.
+    """
+
+    switches = True
+    dwell = 100  # its README's switch_block_every
+
+    def __init__(self, spec: Spec) -> None:
+        optimizer_class = _imported("badam", "badam").BlockOptimizer
+        plain = Plain(spec, torch.bfloat16)
+        (unit,) = plain.units
+        prefixes = _parts(unit)
+        if spec.compile:
+            # Whole, the model would be compiled anew at every switch; a layer has but few states: frozen or not, after
+            # or before the one that trains.
+            for path in _layer_paths(unit):
+                unit.module.get_submodule(path).compile(options=compile_options(plain.recipe.train, plain.device))
+        self.turns = len(prefixes)
+        self._turn = 0
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints every switch
+            optimizer = optimizer_class(
+                torch.optim.AdamW(unit.own, fused=True, **plain.adamw()),
+                list(unit.module.named_parameters()),
+                block_prefix_list=prefixes,
+                switch_block_every=sys.maxsize,  # we say when
+                switch_mode="ascending",
+                verbose=0,
+            )
+
+        def state() -> Iterator[Tensor]:
+            yield from optimizer.param_idx2hp.values()
+            yield from tensors_in(dict(optimizer.base_optimizer.state))
+
+        super().__init__(plain, optimizer, state)
+        gc.collect()
+        gc.freeze()  # it collects garbage at every switch: let it not look at the libraries' objects
+
+    def _go_to(self, turn: int) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            while turn != self._turn:  # the optimizer knows its next layer by itself
+                self.optimizer.switch_trainable_params()
+                self._turn = (self._turn + 1) % self.turns
+
+
+def _layer_paths(unit: Unit) -> list[str]:
+    """Paths of the layers in a unit's module."""
+    if isinstance(unit.module, Block):
+        return [f"network.{path}" for path in unit.module.layer_paths]
+    assert isinstance(unit.module, EndToEnd)
+    path = family_for(unit.module.model).layers_path(unit.module.model)
+    return [f"model.{path}.{name}" for name in unit.module.model.get_submodule(path)._modules]
+
+
+def _parts(unit: Unit) -> list[list[str]]:
+    """Prefixes of parameter names that train together: each layer, then all that is no layer."""
+    layers = tuple(f"{path}." for path in _layer_paths(unit))
+    rest = [name for name, _ in unit.module.named_parameters() if not name.startswith(layers)]
+    return [*([layer] for layer in layers), rest]
+
+
+# ---- APOLLO ------------------------------------------------------------------------------------------------
+
+#: Its README's settings of APOLLO-Mini.
+_MINI = {
+    "rank": 1,
+    "proj": "random",
+    "scale_type": "tensor",
+    "scale": 128,
+    "update_proj_gap": 200,
+    "proj_type": "std",
+}
+
+
+def _apollo_mini(spec: Spec) -> Runner:
+    """APOLLO-Mini on the matrices of the layers, its AdamW on the rest."""
+    optimizer_class = _apollo_module().AdamW
+    plain = Plain(spec)
+    (unit,) = plain.units
+    if spec.compile:
+        compiled(plain)
+    layers = tuple(f"{path}." for path in _layer_paths(unit))
+    named = dict(unit.module.named_parameters())
+    low_rank = [p for name, p in named.items() if name.startswith(layers) and p.dim() == 2]
+    chosen = {id(p) for p in low_rank}
+    rest = [p for p in named.values() if id(p) not in chosen]
+    optimizer = optimizer_class([{"params": rest}, {"params": low_rank, **_MINI}], **plain.adamw())
+    return RivalRunner(plain, optimizer, lambda: tensors_in(dict(optimizer.state)))
+
+
+def _apollo_module() -> Any:
+    """`apollo_torch.apollo`, without the package's `__init__`, which imports bitsandbytes for other optimizers."""
+    spec = importlib.util.find_spec("apollo_torch")
+    if spec is None or spec.submodule_search_locations is None:
+        raise _missing("apollo_torch", "apollo-torch")
+    package = types.ModuleType("apollo_torch")
+    package.__path__ = list(spec.submodule_search_locations)
+    known = sys.modules.get("apollo_torch")
+    sys.modules["apollo_torch"] = package
+    try:
+        return importlib.import_module("apollo_torch.apollo")
+    finally:
+        del sys.modules["apollo_torch"]
+        if known is not None:
+            sys.modules["apollo_torch"] = known
+
+
+# ---- packages ----------------------------------------------------------------------------------------------
+
+_RIVALS: dict[str, Callable[[Spec], Runner]] = {
+    "end-to-end-cpu-offload": _cpu_offload,
+    "end-to-end-badam": BAdamRunner,
+    "end-to-end-apollo-mini": _apollo_mini,
+}
+
+
+def rival(spec: Spec) -> Runner:
+    """The rival of a specification, ready to step.
+
+    Raises:
+        ImportError: its package is missing; the message says how to install it.
+        ValueError: it needs a GPU.
+    """
+    return _RIVALS[spec.method](spec)
+
+
+def _imported(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise _missing(module, package) from error
+
+
+def _missing(module: str, package: str) -> ImportError:
+    return ImportError(
+        f"{module} is missing (package {package}): run pip install 'diffusionblocks[bench]', or leave this method out"
+    )

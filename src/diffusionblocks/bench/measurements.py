@@ -1,0 +1,235 @@
+"""What a measuring process does: one of four tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.partition import even_layers
+from ..experiments.run import make_trainer
+from ..experiments.sources import device_of
+from ..training import Trainer
+from .alternatives import Plain, compiled, rival
+from .measure import Clock, Times, alone, dwelling_times, measure_memory, steady_times, warm_up
+from .methods import METHODS, Spec
+from .model_sizes import batch_size_of, build, bytes_of_data, layers_of, recipe_of, splits_of
+from .runners import Runner, TrainerRunner
+
+#: Allocators, of the device and of the host, say one of these when there is no more.
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What an answer says of an exception, as its `error`; the traceback of an unexpected one is printed."""
+    if isinstance(error, (ValueError, ImportError)):  # what can be told in advance: a package that is missing, say
+        return {"error": str(error)}
+    text = f"{type(error).__name__}: {error}".strip()
+    if any(part in text.lower() for part in _NO_MEMORY):
+        return {"error": "out of memory", "detail": text.splitlines()[0]}
+    traceback.print_exception(error)
+    return {"error": text}
+
+
+@contextlib.contextmanager
+def runner_of(spec: Spec) -> Iterator[Runner]:
+    """What a specification asks for, ready to step.
+
+    Raises:
+        ImportError: a rival's package is missing; the message says how to install it.
+        ValueError: what the specification asks for cannot be.
+    """
+    if METHODS[spec.method].kind == "rival":
+        yield rival(spec)
+        return
+    recipe = recipe_of(spec)
+    waits_on_host = recipe.train.resident == "active"
+    model = build(recipe, torch.device("cpu") if waits_on_host else device_of(recipe))
+    with tempfile.TemporaryDirectory(prefix="diffusionblocks-bench-") as temporary:
+        # With a folder, the trainer's loop would also save checkpoints.
+        folder = Path(temporary) if recipe.train.offload == "disk" else None
+        splits = splits_of(recipe)
+        trainer = make_trainer(recipe, folder=folder, progress=False, splits=splits, model=model)
+        with trainer.side_stream():
+            yield TrainerRunner(trainer, bytes_of_data(splits["train"]))
+
+
+def _row(spec: Spec) -> dict[str, Any]:
+    """Memory and speed of a method."""
+    row = _launched(spec)
+    method = METHODS[spec.method]
+    if spec.captured and method.kind != "rival" and method.train.get("optimizer") != "adamw-8bit":
+        try:
+            row["captured_ms"] = _captured_times(spec).to_dict()
+        except Exception as error:  # what was measured before must not be lost to it
+            row["captured_error"] = failure(error)["error"]
+    return row
+
+
+def _captured_times(spec: Spec) -> Times:
+    """Milliseconds of a step that is captured in a CUDA graph, where launches cost nothing; without switches."""
+    gc.collect()  # the trainer before
+    with runner_of(dataclasses.replace(spec, cuda_graph=True)) as runner, alone():
+        warm_up(runner)
+        times = steady_times(runner, spec.windows, spec.iterations)
+        runner.check()
+        return times
+
+
+def _launched(spec: Spec) -> dict[str, Any]:
+    started = time.perf_counter()
+    with runner_of(spec) as runner, alone():
+        built = time.perf_counter()
+        warm_up(runner)
+        Clock(runner.device).wait()
+        warm = time.perf_counter()
+        # Of captured steps the allocator knows the capture only.
+        memory = {} if spec.cuda_graph else measure_memory(runner).to_dict()
+        steady = steady_times(runner, spec.windows, spec.iterations)
+        switch = _switch_ms(runner, spec, steady)
+        runner.check()
+        dwell = runner.dwell or spec.dwell
+        step_ms = steady.median + (switch or 0.0) / dwell
+        batch = batch_size_of(spec)
+        per_second = 1000.0 * batch / step_ms
+        return {
+            **_about(spec),
+            **memory,
+            "step_ms": steady.to_dict(),
+            "switch_ms": switch,
+            "dwell": dwell if runner.switches else None,
+            "samples_per_second": per_second,
+            "epoch_samples_per_second": per_second / (spec.blocks if METHODS[spec.method].kind == "blocks" else 1),
+            "host_bytes": runner.host_bytes,
+            "start_seconds": built - started,
+            "warm_up_seconds": warm - built,
+        }
+
+
+def _about(spec: Spec) -> dict[str, Any]:
+    layers, method = layers_of(spec), METHODS[spec.method]
+    parts = even_layers(layers, spec.blocks)
+    return {
+        "model": spec.model,
+        "method": spec.method,
+        "about": method.about,
+        "blocks": spec.blocks,
+        "layers": parts[0] if method.kind == "short" else layers,
+        "block_layers": parts if method.kind == "blocks" else None,
+        "batch_size": batch_size_of(spec),
+        "tiny": spec.tiny,
+        "compile": spec.compile,
+        "cuda_graph": spec.cuda_graph,
+        "device": torch.cuda.get_device_name() if spec.device == "cuda" else "CPU",
+    }
+
+
+def _switch_ms(runner: Runner, spec: Spec, steady: Times) -> float | None:
+    """What a switch adds to a step, from steps that all switch; an upper bound, as a longer stay hides more of it."""
+    if not runner.switches:
+        return None
+    return dwelling_times(runner, spec.windows, 1).median - steady.median
+
+
+def _dwell(spec: Spec) -> dict[str, Any]:
+    """Milliseconds of a step, switches included, for several dwells, beside steps without switches."""
+    with runner_of(spec) as runner, alone():
+        warm_up(runner)
+        steady = steady_times(runner, spec.windows, spec.iterations)
+        dwells = {dwell: dwelling_times(runner, spec.windows, dwell) for dwell in spec.dwells}
+        runner.check()
+        return {
+            **_about(spec),
+            "offload": spec.offload,
+            "host_bytes": runner.host_bytes,
+            "step_ms": steady.to_dict(),
+            "dwells": [{"dwell": dwell, "step_ms": times.to_dict()} for dwell, times in dwells.items()],
+        }
+
+
+def _overhead(spec: Spec) -> dict[str, Any]:
+    """Milliseconds of a step in the trainer's loop and in a bare loop, in windows that take turns."""
+    with runner_of(spec) as runner, alone():
+        assert isinstance(runner, TrainerRunner)
+        bare = _bare_loop(spec)
+        count = 4 * spec.iterations * runner.turns  # a call of `train` has its own small cost
+        loops: dict[str, Callable[[int], None]] = {"trainer": _trainer_loop(runner.trainer), "bare": bare}
+        clock = Clock(runner.device)
+        times: dict[str, list[float]] = {name: [] for name in loops}
+        for loop in loops.values():
+            loop(3 * runner.turns)
+        for window in range(spec.windows):
+            for name in sorted(loops, reverse=window % 2 == 1):
+                clock.wait()
+                start = clock.now()
+                loops[name](count)
+                end = clock.now()
+                clock.wait()
+                times[name].append(clock.between(start, end) / count)
+        runner.check()
+        ratios = [a / b for a, b in zip(times["trainer"], times["bare"], strict=True)]
+        return {
+            **_about(spec),
+            "trainer_ms": Times.of(times["trainer"]).to_dict(),
+            "bare_ms": Times.of(times["bare"]).to_dict(),
+            "trainer_over_bare": statistics.median(ratios),
+        }
+
+
+def _trainer_loop(trainer: Trainer) -> Callable[[int], None]:
+    def run(count: int) -> None:
+        trainer.train(resume=False, until=trainer.iteration + count)
+
+    return run
+
+
+def _bare_loop(spec: Spec) -> Callable[[int], None]:
+    """What one would write by hand for the same model: batch, loss, backward, AdamW; units take turns."""
+    plain = Plain(spec)
+    if spec.compile:
+        plain.batches.compile()
+        compiled(plain)
+    optimizers = [torch.optim.AdamW(unit.own, fused=True, **plain.adamw()) for unit in plain.units]
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            step, turn = divmod(done, len(optimizers))
+            plain.loss(turn, step).backward()
+            optimizers[turn].step()
+            optimizers[turn].zero_grad(set_to_none=True)
+            done += 1
+
+    return run
+
+
+def _fits(spec: Spec) -> dict[str, Any]:
+    """Whether a model trains within a budget of the allocator's memory; on a CPU, whether its peak is below it."""
+    assert spec.budget is not None
+    if spec.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, spec.budget / total))
+    with runner_of(spec) as runner, alone():
+        warm_up(runner)
+        memory = measure_memory(runner)
+        runner.check()
+        fits = spec.device == "cuda" or memory.peak <= spec.budget
+        return {**_about(spec), **memory.to_dict(), "fits": fits, "host_bytes": runner.host_bytes}
+
+
+TASKS: dict[str, Callable[[Spec], dict[str, Any]]] = {
+    "row": _row,
+    "dwell": _dwell,
+    "overhead": _overhead,
+    "fits": _fits,
+}

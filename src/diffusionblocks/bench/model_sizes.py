@@ -1,0 +1,215 @@
+"""The models of the benchmarks, their recipes and synthetic data, and a fast way to build them.
+
+What weights and images hold matters neither for memory nor for time, so models are laid out on the meta device and
+filled where they are wanted with small random numbers, none of them zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.conversion import assemble
+from ..core.partition import even_layers
+from ..data import ImageData, LatentData, TextChunks
+from ..experiments.recipe import Recipe, parse_recipe
+from ..experiments.sources import Data, blocks_config, is_end_to_end
+from ..families import family_named, outline, rebuild_config
+from ..training import EndToEnd
+from .methods import METHODS, Spec, check_names
+
+#: So long that no run of a benchmark comes to its end.
+_STEPS = 20_000
+#: Numbers that weights are filled with, again and again; prime, so that rows of a matrix differ.
+_PATTERN = 1_048_573
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model to measure.
+
+    Attributes:
+        type: its class.
+        config: values of the class's config, without the number of layers.
+        layers: number of layers.
+        batch_size: samples of a step.
+        tiny: changes of `config` for a toy of the same shape.
+        tiny_layers: layers of the toy.
+    """
+
+    type: str
+    config: dict[str, Any]
+    layers: int
+    batch_size: int
+    tiny: dict[str, Any]
+    tiny_layers: int
+
+
+_TINY_DIT = {"sample_size": 8, "hidden_size": 32, "num_attention_heads": 2, "num_classes": 4}
+
+
+def _dit(hidden: int, heads: int, layers: int, batch_size: int) -> BenchModel:
+    config = {
+        "sample_size": 32,
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_classes": 1000,
+    }
+    return BenchModel("DiT", config, layers, batch_size, _TINY_DIT, 12)
+
+
+MODELS: dict[str, BenchModel] = {
+    "dit-l-2": _dit(1024, 16, 24, 64),
+    "vit-h": BenchModel(
+        "ViTForImageClassification",
+        {
+            "hidden_size": 1280,
+            "num_attention_heads": 16,
+            "intermediate_size": 5120,
+            "image_size": 224,
+            "patch_size": 14,
+            "num_channels": 3,
+            "num_labels": 1000,
+        },
+        32,
+        64,
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 8,
+            "patch_size": 4,
+            "num_labels": 4,
+        },
+        8,
+    ),
+    "dit-s-2": _dit(384, 6, 12, 256),
+}
+
+_TINY_BATCH = 4
+
+
+def layers_of(spec: Spec) -> int:
+    """Layers of the whole model."""
+    model = MODELS[spec.model]
+    return spec.depth or (model.tiny_layers if spec.tiny else model.layers)
+
+
+def batch_size_of(spec: Spec) -> int:
+    """Samples of a step."""
+    return spec.batch_size or (_TINY_BATCH if spec.tiny else MODELS[spec.model].batch_size)
+
+
+def recipe_of(spec: Spec) -> Recipe:
+    """The recipe of a measurement; of a rival, with our own AdamW in place of its optimizer.
+
+    Raises:
+        ValueError: an unknown model or method, or more blocks than layers.
+    """
+    check_names("model", [spec.model], list(MODELS))
+    check_names("method", [spec.method], list(METHODS))
+    model, method = MODELS[spec.model], METHODS[spec.method]
+    family = family_named(model.type)
+    layers = layers_of(spec)
+    if not 1 <= spec.blocks <= layers:
+        raise ValueError(f"blocks = {spec.blocks}: {spec.model} has {layers} layers; choose from 1 to {layers}")
+    parts = even_layers(layers, spec.blocks)
+    config = model.config | (model.tiny if spec.tiny else {})
+    values = {
+        "name": f"bench-{spec.model}",
+        "method": "diffusionblocks" if method.kind == "blocks" else "end-to-end",
+        "model": {
+            "type": model.type,
+            "config": config | {family.depth_field: parts[0] if method.kind == "short" else layers},
+        },
+        "data": _data(family.target, config),
+        "train": {
+            "steps": _STEPS,
+            "batch_size": batch_size_of(spec),
+            "lr": 1e-4,
+            "lr_schedule": "constant",
+            "gradient_clip": None,
+            "precision": "bfloat16",
+            # Whole, a model of 24 layers takes minutes to compile, for every depth anew.
+            "compile": "layers" if spec.compile else False,
+            "cuda_graph": spec.cuda_graph,
+            "schedule": "round-robin",
+            "dwell": spec.dwell,
+            "offload": spec.offload,
+            "log_every": 50,
+            **method.train,
+        },
+        "evaluate": {"kind": "accuracy"} if family.target == "label" else {"kind": "samples", "features": None},
+        "device": spec.device,
+    }
+    if method.kind == "blocks":
+        values["blocks"] = {"num_blocks": spec.blocks, "layers": parts if len(set(parts)) > 1 else None}
+    return parse_recipe(values, f"the benchmark of {spec.model}")
+
+
+def _data(target: str, config: dict[str, Any]) -> dict[str, Any]:
+    if target == "image":
+        return {"kind": "latents", "source": "synthetic", "placement": "device"}
+    return {
+        "kind": "images",
+        "source": "synthetic",
+        "image_size": config["image_size"],
+        "num_classes": config["num_labels"],
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "placement": "device",
+    }
+
+
+def examples_of(recipe: Recipe) -> int:
+    """How many examples the synthetic data have: two batches."""
+    return 2 * recipe.train.batch_size
+
+
+def bytes_of_data(data: Data) -> int:
+    """Bytes of the data where they are kept, in whatever form they have there."""
+    assert not isinstance(data, TextChunks), "no text model is measured here"
+    parts = [data.images] if isinstance(data, ImageData) else [*data.mean, *data.std]
+    return sum(t.numel() * t.element_size() for t in [*parts, data.labels])
+
+
+def splits_of(recipe: Recipe) -> dict[str, Data]:
+    """Random training data that fit the recipe."""
+    config, count = recipe.model.config, examples_of(recipe)
+    generator = torch.Generator().manual_seed(0)
+    family = family_named(recipe.model.type)
+    classes = config[family.class_count_field]
+    labels = torch.arange(count) % classes
+    names = tuple(map(str, range(classes)))
+    if family.target == "label":
+        shape = (count, 3, config["image_size"], config["image_size"])
+        return {"train": ImageData(torch.randint(256, shape, dtype=torch.uint8, generator=generator), labels, names)}
+    mean = torch.randn((count, config["in_channels"], *[config["sample_size"]] * 2), generator=generator).half()
+    return {"train": LatentData((mean,), (torch.full_like(mean, 0.1),), labels, names, "synthetic", 1.0)}
+
+
+def build(recipe: Recipe, device: torch.device) -> nn.Module:
+    """The recipe's model on a device, as `sources.build_model` makes it but for its weights (see above)."""
+    class_name = recipe.model.type
+    original = outline(class_name, rebuild_config(class_name, recipe.model.config))
+    model = EndToEnd(original) if is_end_to_end(recipe) else assemble(original, blocks_config(recipe), take=True)
+    return fill(model, device).train()
+
+
+def fill(model: nn.Module, device: torch.device) -> nn.Module:
+    """Give a model that lies on the meta device memory on `device`, and small random numbers."""
+    model.to_empty(device=device)
+    pattern = torch.randn(_PATTERN, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not tensor.is_floating_point():
+                tensor.zero_()
+                continue
+            for piece in tensor.view(-1).split(_PATTERN):
+                piece.copy_(pattern[: len(piece)])
+    return model

@@ -1,0 +1,244 @@
+"""Tables of measurements: rows are measured one after the other, each in its process, and written as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..common.files import read_json, write_json
+from ..reports.tables import commit, format_bytes, format_table
+from .measure import LOCK
+from .methods import METHODS, Spec
+from .model_sizes import examples_of, recipe_of
+from .worker import server_command
+
+
+class Measures(Protocol):
+    """Where measurements are made."""
+
+    def ask(self, spec: Spec, limit: float) -> dict[str, Any]:
+        """The measurement's answer, an `error` if there is none.
+
+        Args:
+            spec: what to measure.
+            limit: seconds that it may take.
+        """
+
+
+class Server:
+    """A process that measures what it is asked, each in a process of its own (`worker.py`).
+
+    Args:
+        lock: a file that benches of one GPU share: each measures while it holds it (`measure.alone`).
+        environment: variables for it, beside this process's own.
+    """
+
+    def __init__(self, lock: Path | None = None, environment: dict[str, str] | None = None) -> None:
+        shared = {} if lock is None else {LOCK: str(lock.absolute())}
+        self._environment = {**os.environ, **(environment or {}), **shared}
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, spec: Spec, limit: float) -> dict[str, Any]:
+        """See `Measures`."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                server_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"spec": spec.to_dict(), "limit": limit}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._process = None
+            return {"error": f"the measuring process ended with exit status {code}; see its messages above"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait()
+            self._process = None
+
+
+@contextlib.contextmanager
+def server(lock: Path | None = None, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """A `Server` for the length of a `with` block."""
+    found = Server(lock, environment)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def check_device(device: str) -> None:
+    """Refuse a benchmark on a GPU where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "the benchmarks measure a CUDA GPU, and torch sees none; to try them at toy size, add --device cpu --tiny"
+        )
+
+
+def shard(rows: Sequence[Spec], text: str) -> list[Spec]:
+    """Every n-th row from the i-th on, given as `i/n`: several machines or GPUs share the work.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    first, slash, count = text.partition("/")
+    if not (slash and first.isdecimal() and count.isdecimal() and 0 <= int(first) < int(count)):
+        raise ValueError(f"--shard wants i/n with 0 <= i < n, for example 0/2; got {text!r}")
+    return list(rows)[int(first) :: int(count)]
+
+
+def measure_all(specs: Sequence[Spec], out: Path, limit: float, asked: Measures) -> list[dict[str, Any]]:
+    """Measure every specification that `out` does not hold yet, and write it after each.
+
+    Args:
+        specs: what to measure; their order is that of the rows.
+        out: the JSON file. Rows that an earlier run left there without an error are kept.
+        limit: seconds for each.
+        asked: who measures.
+
+    Returns:
+        The rows of `specs`, and others that the file had.
+    """
+    rows = rows_in(out)
+    kept = set(rows)
+    for number, spec in enumerate(specs, start=1):
+        if spec.key in kept:
+            print(f"[{number}/{len(specs)}] {spec.key}: measured before", flush=True)
+            continue
+        about = {"key": spec.key, "model": spec.model, "method": spec.method, "blocks": spec.blocks}
+        found = asked.ask(spec, limit)
+        rows[spec.key] = about | {"task": spec.task} | found | {"spec": spec.to_dict()}
+        print(f"[{number}/{len(specs)}] {spec.key}: {summary(found)}", flush=True)
+        write_table(out, ordered(rows, specs))
+    write_table(out, ordered(rows, specs))
+    return ordered(rows, specs)
+
+
+def rows_in(out: Path) -> dict[str, dict[str, Any]]:
+    """The rows without an error that an earlier run left in its file, by their keys."""
+    if not out.exists():
+        return {}
+    return {row["key"]: row for row in read_json(out)["rows"] if "error" not in row}
+
+
+def ordered(rows: dict[str, dict[str, Any]], specs: Sequence[Spec]) -> list[dict[str, Any]]:
+    """The rows of the specifications, as far as they are there, and then the others."""
+    wanted = [spec.key for spec in specs if spec.key in rows]
+    return [rows[key] for key in [*wanted, *(key for key in rows if key not in set(wanted))]]
+
+
+def summary(found: dict[str, Any]) -> str:
+    """A measurement in a few words."""
+    if "error" in found:
+        return str(found["error"])
+    parts = []
+    if "peak_bytes" in found:
+        parts.append(f"peak {format_bytes(found['peak_bytes'])}")
+    for name in ("step_ms", "trainer_ms", "bare_ms"):
+        if name in found:
+            parts.append(f"{name.removesuffix('_ms')} {found[name]['median']:.2f} ms")
+    if "captured_error" in found:
+        parts.append(f"captured: {found['captured_error'].splitlines()[0]}")
+    return ", ".join(parts)
+
+
+def with_predictions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with what the planner says of them now, which takes no GPU."""
+    return [row | prediction(Spec.from_dict(row["spec"])) for row in rows]
+
+
+def prediction(spec: Spec) -> dict[str, Any]:
+    """What the planner says the row needs; nothing for rivals, whose optimizers it does not know."""
+    if METHODS[spec.method].kind == "rival" or spec.task not in ("row", "fits"):
+        return {}
+    try:
+        from ..planning import predict  # brings torch's compiler, whose inner parts change
+
+        recipe = recipe_of(spec)
+        ledger = predict(recipe, num_examples=examples_of(recipe))
+    except Exception as error:  # what was measured must not be lost to its prediction
+        return {"prediction_error": f"{type(error).__name__}: {error}"}
+    return {"predicted_bytes": ledger.peak, "predicted": ledger.to_dict()}
+
+
+def write_table(out: Path, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write rows with the command, device and commit that made them; does not touch the GPU."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    devices = sorted({row["device"] for row in rows if "device" in row})
+    about = {
+        "command": shlex.join(["diffusionblocks", *sys.argv[1:]]),
+        "device": ", ".join(devices),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    write_json(out, about | more | {"rows": rows})
+
+
+def gather(parts: Sequence[Path], out: Path, *, predict: bool = False) -> list[dict[str, Any]]:
+    """Join the files of shards; of a row that several have, one without an error.
+
+    Args:
+        parts: the files.
+        out: the joined file.
+        predict: put the planner's predictions beside the rows (again).
+    """
+    files = [read_json(path) for path in parts]
+    rows: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for row in file["rows"]:
+            if row["key"] not in rows or "error" in rows[row["key"]]:
+                rows[row["key"]] = row
+    models = list(dict.fromkeys(row["model"] for row in rows.values()))
+    methods = list(METHODS)
+    # As one run would have had them: by model, then B, then method.
+    found = sorted(rows.values(), key=lambda r: (models.index(r["model"]), r["blocks"], methods.index(r["method"])))
+    if predict:
+        found = with_predictions(found)
+    joined = {name: ", ".join(sorted({str(file[name]) for file in files})) for name in ("device", "torch", "commit")}
+    command = " && ".join(dict.fromkeys(file["command"] for file in files))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {"command": command, **joined, "rows": found})
+    return found
+
+
+def printed(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of memory and speed as a text table."""
+    shown = []
+    for row in rows:
+        done = "error" not in row
+        cell = {"model": row["model"], "method": row["method"], "B": row["blocks"]}
+        cell |= {"layers": row.get("layers"), "peak": format_bytes(row["peak_bytes"]) if done else row["error"][:40]}
+        predicted = row.get("predicted_bytes")
+        cell["predicted"] = None if predicted is None else format_bytes(predicted)
+        cell["host"] = format_bytes(row["host_bytes"]) if done else None
+        cell["step ms"] = f"{row['step_ms']['median']:.2f}" if done else None
+        captured = row.get("captured_ms")
+        cell["captured ms"] = f"{captured['median']:.2f}" if captured else "failed" if "captured_error" in row else None
+        cell["switch ms"] = f"{row['switch_ms']:.1f}" if done and row["switch_ms"] is not None else None
+        cell["samples/s"] = f"{row['samples_per_second']:.0f}" if done else None
+        cell["of all layers"] = f"{row['epoch_samples_per_second']:.0f}" if done else None
+        shown.append(cell)
+    return format_table(shown) if shown else "no rows"
+
+
+def with_method(spec: Spec, method: str, blocks: int, **changes: Any) -> Spec:
+    """The same measurement of another method."""
+    return dataclasses.replace(spec, method=method, blocks=blocks, **changes)

@@ -1,0 +1,5 @@
+"""The command line: `diffusionblocks COMMAND RECIPE`."""
+
+from .commands import main
+
+__all__ = ["main"]

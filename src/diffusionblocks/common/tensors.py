@@ -1,0 +1,29 @@
+"""Where a module's tensors are, in a fixed order, and on which device it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def places_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every place of a parameter or buffer, in a fixed order: the dictionary that holds it, and its name there."""
+    for part in module.modules():
+        for entries in (part._parameters, part._buffers):
+            for name, tensor in entries.items():
+                if tensor is not None:
+                    yield entries, name
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers in a fixed order, one that is used twice named twice."""
+    return [entries[name] for entries, name in places_of(module)]
+
+
+def computes_on(model: nn.Module) -> torch.device:
+    """The device that a model takes its inputs on."""
+    device = getattr(model, "device", None)
+    return device if isinstance(device, torch.device) else next(model.parameters()).device

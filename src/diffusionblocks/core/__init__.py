@@ -1,0 +1,1 @@
+"""A network as blocks: conversion, the model, files."""

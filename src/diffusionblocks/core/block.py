@@ -1,0 +1,322 @@
+"""Block: one denoiser, whole in itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..common.host import eager, leave_to_host, on_host
+from ..config import BlocksConfig
+from ..families import Family
+from ..families.family import Namespace
+from ..families.text_family import TextFamily
+from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
+from ..noise import NoiseProcess
+from ..targets import Batch, Target, TextTarget, check_entries, check_loss_chunk, cross_entropies, in_chunks
+
+
+class SharedParts(nn.Module):
+    """What conversion adds that is not of one layer: noise embedder, final adaptive norms, target, family's parts.
+
+    Noise embedder and norms are None for a model that knows the noise level by itself.
+    """
+
+    def __init__(
+        self,
+        noise_embedding: NoiseEmbedding | None,
+        final_norms: AdaptiveNorms | None,
+        target: Target,
+        added: nn.ModuleDict,
+    ) -> None:
+        super().__init__()
+        self.noise_embedding = noise_embedding
+        self.final_norms = final_norms
+        self.target = target
+        self.added = added
+
+
+def computed_again(part: nn.Module, *args: Any, **options: Any) -> Any:
+    """Call a module, which keeps only its inputs for the backward pass and computes the rest again there."""
+    return checkpoint(part, *args, use_reentrant=False, **options)
+
+
+class Block(nn.Module):
+    """One denoiser: a group of consecutive layers with all that is needed to train it, and nothing of the others.
+
+    Attributes:
+        index: b; block 0 is the input side and owns the highest noise.
+        network: the block's part of the original model, under the original parameter names.
+        adaptive: adaptive norms of each of its layers (empty where the model knows the noise level by itself).
+        input_names: the batch entries that are the input x.
+        shared: the added shared parts (one object for all blocks under the `joint` policy).
+        interval: the (lowest, highest) level that the block trains on.
+        activation_checkpointing: whether the layers keep only their inputs for the backward pass, and compute the rest
+            again there; default False.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        family: Family,
+        config: BlocksConfig,
+        network: nn.Module,
+        layer_paths: list[str],
+        adaptive: nn.ModuleList,
+        shared: SharedParts,
+        interval: tuple[float, float],
+        input_names: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        leave_to_host(type(self))
+        assert config.target is not None, "conversion resolves the target"
+        assert config.noise is not None, "and the noise process"
+        self.index = index
+        self.family = family
+        self.noise: NoiseProcess = config.noise
+        self.weight = config.target.weight
+        self.layer_paths = layer_paths
+        self.network = network
+        self.adaptive = adaptive
+        self.shared = shared
+        self.interval = interval
+        self.input_names = input_names
+        self.activation_checkpointing = False
+        self._again: Callable[..., Any] = computed_again
+        self._loss_chunk: int | None = None
+
+    @property
+    def loss_chunk(self) -> int | None:
+        """Positions of each sequence whose logits `loss` has in memory at a time; None: all at once.
+
+        Raises:
+            ValueError: set below 1, or for a block that denoises no text.
+        """
+        return self._loss_chunk
+
+    @loss_chunk.setter
+    def loss_chunk(self, value: int | None) -> None:
+        check_loss_chunk(
+            value,
+            f"a block that denoises a {type(self.target).__name__}",
+            of_text=isinstance(self.family, TextFamily),
+        )
+        self._loss_chunk = value
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The batch entries that `loss` reads, the optional ones included."""
+        return tuple(dict.fromkeys((*self.input_names, *self.target.names, *self.target.optional)))
+
+    @property
+    def target(self) -> Target:
+        """What the block denoises."""
+        return self.shared.target
+
+    def layers(self) -> list[nn.Module]:
+        """The block's layers, in order."""
+        return [self.network.get_submodule(path) for path in self.layer_paths]
+
+    def parts(self) -> list[nn.Module]:
+        """The original model's modules in the block: its layers, and its copies of stem and head."""
+        found: list[nn.Module] = []
+        places = [self.network]
+        while places:
+            for child in places.pop().children():
+                (places if isinstance(child, (Namespace, nn.ModuleList)) else found).append(child)
+        return found
+
+    def compile_parts(self, **options: Any) -> None:
+        """torch.compile each of `parts`, norms together with what adapts them: all layers share one graph.
+
+        Under activation checkpointing that graph holds the checkpoint, so that its backward pass computes again what it
+        needs and no more: not, as outside of it, the layer's last matrix product too.
+        """
+        layers = self.layers() if len(self.adaptive) else []
+        final = [] if self.shared.final_norms is None else [self.shared.final_norms]
+        for part in [*self.adaptive, *final, *(part for part in self.parts() if part not in layers)]:
+            part.compile(**options)
+        if self.activation_checkpointing:
+            self._again = torch.compile(computed_again, **options)
+
+    def forward(
+        self,
+        inputs: Mapping[str, Any],
+        z: Tensor,
+        level: Tensor,
+        *,
+        states_only: bool = False,
+        layers: list[tuple[Any, Any]] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Denoise, and read off what the task wants.
+
+        Under EDM D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7); under masking D = F(z, t, x).
+
+        Args:
+            inputs: the model's inputs x: `pixel_values` (batch, channels, height, width) of a classifier, `labels`
+                (batch,) of a class-conditional diffusion model, `input_ids` (batch, length) of an autoregressive one
+                (where it generates, new tokens and the `past` that holds those before them).
+            z: noised target: float32 (batch, dim) of a label, (batch, length, dim) of next tokens, (batch, channels,
+                height, width) of an image; int64 (batch, length) of masked tokens.
+            level: noise levels, float32, shape (batch,), all of this block.
+            states_only: of a text model, stop before the logits.
+            layers: what `callable_layers` gives, for a caller that compiles: their names, which differ from block to
+                block, are then no part of the graph, so that blocks of one shape share it. None looks them up.
+
+        Returns:
+            Logits (batch, num_classes) of a classifier, (batch, length, vocab_size) of a text model (in training under
+            `clean_weight` with those of the clean stream behind them); D, float32, of the shape of z, of a diffusion
+            model. With `states_only` what the logits are made of: states (batch, length, dim) and what is told of each
+            sample (batch, dim), see `TextFamily.states`; in training under `clean_weight` the clean stream as well.
+
+        Raises:
+            ValueError: an entry of the inputs that is neither the model's nor its target's.
+        """
+        if layers is None:  # else `loss` has checked them, and its graph must not know which block it is of
+            known = (*self.input_names, *self.target.names, *self.family.generation_names)
+            check_entries(inputs, known, f"block {self.index}")
+        embedding = self.shared.noise_embedding
+        # A text model's clean stream is a context: what its last layer makes of it is wanted by that loss alone.
+        clean_wanted = self.training and getattr(self.target, "clean_weight", 0) > 0
+        condition = self.noise.condition(level)
+        if embedding is not None:
+            condition = embedding(condition)
+        shared = self.shared
+        hidden, raw = self.family.hidden(
+            self.network,
+            self._callable_layers() if layers is None else layers,
+            shared.added,
+            {**inputs, "clean_wanted": clean_wanted},
+            self.noise.scaled(z, level),
+            condition,
+        )
+        denoised = self.noise.combine(z, raw, level)
+        if states_only:
+            assert isinstance(self.family, TextFamily), "no states of positions"
+            found = self.family.states(self.network, shared.final_norms, hidden, denoised, condition)
+            return (*found, hidden) if clean_wanted else found
+        output = self.family.readout(self.network, shared.final_norms, shared.added, hidden, denoised, condition)
+        if clean_wanted:
+            output = torch.cat([output, self.family.clean_logits(self.network, shared.added, hidden)], dim=1)
+        return output
+
+    @eager
+    def callable_layers(self) -> list[tuple[Any, Any]]:
+        """The layers as `forward` takes them."""
+        return self._callable_layers()
+
+    def _callable_layers(self) -> list[tuple[Any, Any]]:
+        """Each layer with its adaptive norms (None where the model knows the noise level by itself)."""
+        layers: list[Any] = self.layers()
+        adaptive: list[Any] = list(self.adaptive) or [None] * len(layers)
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            dynamo: Any = torch._dynamo.config
+            # Adaptive norms note a layer's noise level while it runs; a traced layer that runs again needs none.
+            if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+                dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+            # Adaptive norms must run again with their layer, which is an argument of theirs.
+            adaptive = [norms and functools.partial(self._again, norms) for norms in adaptive]
+            if not self.adaptive:
+                layers = [functools.partial(self._again, layer) for layer in layers]
+        return list(zip(layers, adaptive, strict=True))
+
+    @on_host
+    def loss(self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None) -> Tensor:
+        """Training loss of each sample at a level drawn in the block's interval (paper, section 3.2).
+
+        Args:
+            batch: the entries of `input_names` and of the target's `names`: `pixel_values` and `labels`,
+                or `input_ids`. Next-token models also read `labels` and `attention_mask`, see
+                `NextTokenTarget.resolved`.
+            generator: source of level, noise and label dropout, on the batch's device; default the global one.
+            level: use these levels, shape (batch,), instead of drawing them.
+
+        Returns:
+            Losses, float32, shape (batch,).
+
+        Raises:
+            ValueError: an entry of the batch that nothing reads, or that cannot be followed.
+        """
+        if self._registers_with_fsdp():
+            return self.loss(batch, generator, level)
+        batch = self._resolved(batch)
+        # Compiled, the graph is that of `losses`, which knows neither the interval nor the names of the layers: blocks
+        # of one shape share it.
+        return self.losses(batch, *self.corrupted(batch, generator, level), self.callable_layers())
+
+    @eager
+    def _resolved(self, batch: Batch) -> Batch:
+        check_entries(batch, self.entries, f"block {self.index}")
+        return self.target.resolved(batch)
+
+    @eager
+    def corrupted(
+        self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """The first half of `loss`, all that is drawn: (the model's inputs x, z, levels)."""
+        y = self.target.encode(batch)
+        if level is None:
+            level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
+        draws = self.noise.draws(y.shape, generator=generator, device=y.device)
+        inputs = self.target.training_inputs({name: batch[name] for name in self.input_names}, generator)
+        return inputs, self.noise.corrupt(y, level, draws), level
+
+    def losses(
+        self, batch: Batch, inputs: Batch, z: Tensor, level: Tensor, layers: list[tuple[Any, Any]] | None = None
+    ) -> Tensor:
+        """The second half of `loss`: run the network, and compare. Arguments: see `corrupted` and `forward`."""
+        # In a registered method FSDP has gathered the parameters; a call would scatter them again before the end.
+        run: Callable[..., Any] = self.forward if self.is_sharded() else self
+        if self.loss_chunk is None:
+            loss = self.target.loss(run(inputs, z, level, layers=layers), batch, z)
+        else:
+            loss = self._loss_in_chunks(run(inputs, z, level, states_only=True, layers=layers), batch, z)
+        if self.weight != "none":
+            loss = loss * self.noise.training_weight(level).float()
+        assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
+        return loss
+
+    def _registers_with_fsdp(self) -> bool:
+        """After `fully_shard`, make `loss` a method before which FSDP gathers the parameters; whether it was none."""
+        if not self.is_sharded() or "loss" in self.__dict__:
+            return False
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(self, "loss")
+        return True
+
+    def is_sharded(self) -> bool:
+        """Whether FSDP2's `fully_shard` was called on this very block."""
+        if type(self) is Block or not torch.distributed.is_available():  # it gives the block a class of its own
+            return False
+        from torch.distributed.fsdp import FSDPModule  # takes a second
+
+        return isinstance(self, FSDPModule)
+
+    def _loss_in_chunks(self, output: tuple[Tensor, ...], batch: Batch, z: Tensor) -> Tensor:
+        """As the target's loss of what `forward` gives, without all logits in memory together."""
+        target, chunk = self.target, self.loss_chunk
+        assert isinstance(target, TextTarget)
+        states, told, *clean = output
+        readers: list[Callable[[Tensor, Tensor], Tensor]] = [functools.partial(self._nats, told), self._clean_nats]
+        streams = zip(readers, [states, *clean], target.wanted(batch), strict=False)  # the clean one need not be there
+        return target.reduced([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], batch, z)
+
+    def _nats(self, told: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
+        shared = self.shared
+        assert isinstance(self.family, TextFamily)
+        logits = self.family.logits(self.network, shared.final_norms, shared.added, states, told)
+        return cross_entropies(logits, tokens)
+
+    def _clean_nats(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return cross_entropies(self.family.clean_logits(self.network, self.shared.added, states), tokens)
+
+    def extra_repr(self) -> str:
+        """Shown by print(block)."""
+        low, high = self.interval
+        return f"index={self.index}, layers={self.layer_paths}, trains on levels [{low:.4g}, {high:.4g}]"

@@ -1,0 +1,76 @@
+"""Trunk and branch: one block's worth of layers, trained on all levels, becomes B specialists.
+
+A trunk is an ordinary `DiffusionBlocks` with one block. Branching copies its layers into B blocks, each with its own
+interval of levels; nothing is shared from then on (under `replicated` or `frozen`), so the blocks train apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from ..common.fields import MOST_LAYERS
+from ..common.finite import DIVERGED, require_finite
+from ..config import BlocksConfig
+from ..families import instantiate, with_depth
+from .conversion import assemble
+from .model import DiffusionBlocks
+
+
+def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> DiffusionBlocks:
+    """Copy a trunk into `num_blocks` blocks.
+
+    Args:
+        trunk: a model of one block, on all levels.
+        num_blocks: B; the branched network has B times the trunk's layers.
+        changes: fields of `BlocksConfig` that the blocks shall have and the trunk does not matter for: `partition`,
+            `overlap` (default 0.05).
+
+    Returns:
+        The branched model, on the trunk's device, in its mode. Every block computes what the trunk does.
+
+    Raises:
+        ValueError: the trunk has several blocks, its weights are not finite, or a change that would alter what it has
+            learned.
+    """
+    if trunk.partition.num_blocks != 1:
+        raise ValueError(
+            f"a trunk has one block on all levels; this model has {trunk.partition.num_blocks}: train a trunk with "
+            "blocks.num_blocks set to 1 and the layers of one block, or let a recipe's trunk section do both"
+        )
+    not_allowed = sorted(set(changes) - {"partition", "overlap"})
+    if not_allowed:
+        raise ValueError(f"branching cannot change {not_allowed}; it can change overlap and partition")
+    depth = trunk.partition.num_layers
+    if depth * num_blocks > MOST_LAYERS:
+        raise ValueError(
+            f"num_blocks = {num_blocks} of the trunk's {depth} layers each are {depth * num_blocks:,} layers, more "
+            f"than {MOST_LAYERS:,}; branch into at most {MOST_LAYERS // depth}"
+        )
+    default = {"overlap": BlocksConfig().overlap}
+    config = BlocksConfig.model_validate(
+        trunk.blocks_config.model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
+    )
+    original = instantiate(trunk.model_class, with_depth(trunk.model_class, trunk.config, depth * num_blocks))
+    first = trunk.block(0)
+    parameter = next(first.parameters())
+    branched = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
+    branched.generation_config = copy.deepcopy(trunk.generation_config)
+    weights = first.state_dict()
+    require_finite(weights.items(), "the trunk", DIVERGED)
+    for b in range(num_blocks):
+        block = branched.block(b)
+        block.load_state_dict({name: weights[trunk_name(branched, b, name)] for name in block.state_dict()})
+    return branched.train(trunk.training)
+
+
+def trunk_name(branched: DiffusionBlocks, block: int, name: str) -> str:
+    """The name in the trunk's block of what is called `name` in a block of the branched model."""
+    layers = branched.partition.layer_range(block)
+    path = branched.block(block).layer_paths[0].rpartition(".")[0]
+    found = re.match(rf"network\.{re.escape(path)}\.(\d+)\.", name)
+    if found is None or int(found[1]) not in layers:
+        return name
+    start, end = found.span(1)
+    return f"{name[:start]}{int(found[1]) - layers.start}{name[end:]}"

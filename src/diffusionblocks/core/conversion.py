@@ -1,0 +1,229 @@
+"""Conversion of an ordinary model into DiffusionBlocks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common.finite import DIVERGED, require_finite
+from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
+from ..families import Family, check_convertible, class_name_of, family_for
+from ..families.family import Namespace, extract
+from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
+from ..noise import EDM
+from .block import Block, SharedParts
+from .model import DiffusionBlocks, UnlabelledBlocks
+from .partition import Partition
+
+
+def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBlocks:
+    """Split a model of a supported class into B independent denoisers (paper, section 3.3).
+
+    The given model is copied, not changed. Its weights survive: each converted layer starts as exactly the
+    function of the original layer. A model on the meta device is converted there (`building.materialise` fills the
+    blocks).
+
+    Args:
+        model: an instance of a supported class, freshly initialised or pretrained.
+        config: how to split it; default three blocks.
+
+    Returns:
+        The converted model, in training mode, on the original's device.
+
+    Raises:
+        ValueError: a class no family knows, layers that do not divide, a value out of range, or weights that are not
+            finite.
+        TypeError: `model` is no module.
+    """
+    family = family_for(model)
+    if config is not None and not isinstance(config, BlocksConfig):
+        raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
+    config = resolve(config or BlocksConfig(), family, model.config)
+    check_convertible(model)
+    if not _on_meta(model):
+        require_finite(model.state_dict().items(), type(model).__name__, DIVERGED)
+        family.check_weights(model, config)
+    return assemble(model, config)
+
+
+def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> DiffusionBlocks:
+    """As `convert`, for weights that are loaded afterwards: those that `model` holds may be a fresh model's.
+
+    Args:
+        model: an instance of a supported class.
+        config: how to split it.
+        take: let the blocks have the model's own layers instead of copies, so that host memory holds them once. The
+            model is of no use afterwards.
+    """
+    family = family_for(model)
+    config = resolve(config, family, model.config)
+    assert config.noise is not None
+    family.check_config(model, config)
+    layers_path = family.layers_path(model)
+    layer_list = model.get_submodule(layers_path)
+    assert isinstance(layer_list, nn.ModuleList)
+    partition = Partition.build(
+        config.noise,
+        num_layers=len(layer_list),
+        num_blocks=config.num_blocks,
+        strategy=config.partition,
+        layers=config.layers,
+        overlap=config.overlap,
+    )
+    model_config = model.config if take else copy.deepcopy(model.config)
+    family.settle_config(model_config)
+    # What is added to a model without memory has none either.
+    place = torch.device("meta") if _on_meta(model) else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), place:
+        # What conversion adds depends on config.seed alone, not on what ran before.
+        torch.manual_seed(config.seed)
+        blocks = _build_blocks(model, family, config, partition, layers_path, model_config, take)
+    labelled = "labels" in (*blocks[0].input_names, *blocks[0].target.names)
+    converted = (DiffusionBlocks if labelled else UnlabelledBlocks)(
+        blocks,
+        partition=partition,
+        config=config,
+        family=family,
+        model_class=class_name_of(model),
+        model_config=model_config,
+        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
+    )
+    parameter = next(model.parameters())
+    for b in range(partition.num_blocks):
+        # What the original had keeps its precision, parameter by parameter.
+        for added in (converted.block(b).adaptive, converted.block(b).shared):
+            added.to(dtype=parameter.dtype)
+    return converted.to(device=parameter.device).train()
+
+
+def resolve(config: BlocksConfig, family: Family, model_config: Any) -> BlocksConfig:
+    """Fill in the defaults that depend on other fields, or on the family.
+
+    Raises:
+        ValueError: a target or noise process of another family.
+    """
+    known = family.default_noise(model_config)
+    noise = config.noise or known
+    if noise.kind != known.kind:
+        raise ValueError(
+            f"blocks.noise.kind = {noise.kind}, but {'/'.join(family.classes)} needs {known.kind}; leave noise out, "
+            "or set its kind"
+        )
+    target = config.target or family.default_target()
+    if target.kind != family.target:
+        what = f"{family.target.removesuffix('s').replace('-', ' ')}s"
+        raise ValueError(
+            f"blocks.target.kind = {target.kind}, but {'/'.join(family.classes)} denoises {what}; "
+            "leave target out, or set its kind"
+        )
+    if isinstance(target, (LabelTargetConfig, NextTokenTargetConfig)) and target.embedding is None:
+        fixed = "frozen" if isinstance(target, LabelTargetConfig) else "given"
+        target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else fixed})
+    if isinstance(noise, EDM) and noise.coverage is None:
+        assert not isinstance(target, TokenTargetConfig), "masked tokens have another process"
+        noise = dataclasses.replace(noise, coverage=_coverage(noise, config, target.unread))
+    return config.model_copy(update={"target": target, "noise": noise})
+
+
+def _coverage(noise: EDM, config: BlocksConfig, unread: float) -> tuple[float, float]:
+    """The mass between the quantiles `unread` and 1 - `unread` of the levels that all blocks together train on.
+
+    Each block draws as many as the others. Where their intervals have equal mass, these are the process's own
+    quantiles. Else the ends of the range belong to blocks of less mass, which draw there the more often.
+    """
+    if config.partition == "equi-probability" or unread == 0:
+        return unread, 1 - unread
+    boundaries = torch.tensor(noise.boundaries(config.num_blocks, config.partition), dtype=torch.float64)
+    mass = noise.mass_of(boundaries).diff()
+    share = min(0.5, unread * config.num_blocks)  # of what the block at that end draws
+    return share * mass[0].item(), 1 - share * mass[-1].item()
+
+
+def _build_blocks(
+    model: nn.Module,
+    family: Family,
+    config: BlocksConfig,
+    partition: Partition,
+    layers_path: str,
+    model_config: Any,
+    take: bool,
+) -> list[Block]:
+    hidden = family.hidden_size(model)
+    condition_dim = config.conditioning_dim or max(32, -(-hidden // 6 // 8) * 8)
+    shared_paths = family.shared_paths(model)
+
+    def adaptive_norms(module: nn.Module, norms: list[nn.Module]) -> AdaptiveNorms:
+        return AdaptiveNorms(module, norms, [hidden] * len(norms), condition_dim)
+
+    def final_norms(foreign: nn.Module) -> AdaptiveNorms:
+        (norm,) = family.final_norms(foreign)
+        return adaptive_norms(norm, [norm])
+
+    def shared_parts() -> tuple[Namespace, SharedParts]:
+        foreign = extract(model, shared_paths, memo={id(model.config): model_config})
+        added = SharedParts(
+            None if family.knows_noise_level else NoiseEmbedding(condition_dim),
+            None if family.knows_noise_level else final_norms(foreign),
+            family.make_target(model, config),
+            family.add_parts(model, config),
+        )
+        if config.shared == "frozen":
+            foreign.requires_grad_(False)
+            added.requires_grad_(False)
+        return foreign, added
+
+    foreign, added = shared_parts()
+    checkpointing = _is_checkpointing(model)
+    # Copies start equal: under `replicated` the blocks are told apart by their layers and levels alone.
+    first = added.state_dict()
+    blocks = []
+    for index in range(partition.num_blocks):
+        if index and config.shared != "joint":
+            foreign, added = shared_parts()
+            added.load_state_dict(first)
+        layer_paths = [f"{layers_path}.{i}" for i in partition.layer_range(index)]
+        network = extract(model, layer_paths, memo={id(model.config): model_config}, take=take)
+        _stop_checkpointing_inside(network)
+        for path in shared_paths:
+            network.attach(path, foreign.get_submodule(path))
+        family.settle(network)
+        adaptive = nn.ModuleList()
+        if not family.knows_noise_level:
+            for path in layer_paths:
+                layer = network.get_submodule(path)
+                adaptive.append(adaptive_norms(layer, family.layer_norms(layer)))
+        block = Block(
+            index,
+            family=family,
+            config=config,
+            network=network,
+            layer_paths=layer_paths,
+            adaptive=adaptive,
+            shared=added,
+            interval=partition.training_interval(index),
+            input_names=family.input_names(model.config),
+        )
+        block.activation_checkpointing = checkpointing
+        blocks.append(block)
+    return blocks
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    """Whether the model's library computes layers again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _stop_checkpointing_inside(network: nn.Module) -> None:
+    """Layers that re-ran themselves in the backward pass would miss their noise level: the block re-runs them."""
+    for module in network.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010 - the attribute is a foreign class's
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return next(model.parameters()).is_meta

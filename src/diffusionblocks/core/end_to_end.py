@@ -1,0 +1,112 @@
+"""An end-to-end model as a folder in the format of its own library, beside the digests of its files.
+
+    config.json, model.safetensors, ...     as `save_pretrained` of the library writes them
+    files.json                              length and SHA-256 of each weight file
+    tokenizer.json                          of a language model that a recipe trained on tokens
+
+Libraries fill what a folder lacks with random weights, and read over what they do not know. Here both are refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from ..common.files import FileDigest, checked, digest, read_json, recover, replaced_folder, write_json
+from ..common.tokenizer_file import write_tokenizer
+from ..families import restored
+from .loading import opened
+from .saving import END_TO_END_FILES, MODEL_FILES, check_plain
+
+_WEIGHTS = r"^(model|diffusion_pytorch_model)[\w.-]*\.safetensors$"
+
+
+_CONFIGS = ("config.json", "generation_config.json")
+
+
+class _Files(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    files: dict[Annotated[str, Field(pattern=rf"{_WEIGHTS}|^(generation_)?config\.json$")], FileDigest]
+
+
+class _Shards(BaseModel):
+    """What is read of `*.safetensors.index.json`; no file named there lies outside the folder."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=_WEIGHTS)]]
+
+
+def save_end_to_end(model: nn.Module, path: Path, tokenizer: bytes | None = None) -> None:
+    """Write an unconverted model to a folder; what a run left there before is replaced once the new one is whole.
+
+    Args:
+        model: of transformers or diffusers, or one of ours.
+        path: the folder.
+        tokenizer: the bytes of a language model's `tokenizer.json`.
+
+    Raises:
+        ValueError: quantised or low-rank weights, or a place that must not be replaced.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        check_plain(tensor, f"{type(model).__name__}: {name}")
+        if "lora_" in name or ".base_layer." in name:
+            raise ValueError(f"{name} is of a low-rank adapter: merge it first (of PEFT: model.merge_and_unload())")
+    with replaced_folder(path, MODEL_FILES) as folder:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        saved = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in _CONFIGS)]
+        files = {file.name: digest(file).model_dump() for file in saved if file.is_file()}
+        write_json(folder / END_TO_END_FILES, {"files": files})
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer)
+
+
+def load_end_to_end(model_class: str, path: Path, *, verify: bool = True) -> nn.Module:
+    """Read an unconverted model from a folder, all of it and nothing else.
+
+    Args:
+        model_class: name of a supported class.
+        path: the folder.
+        verify: compare the SHA-256 of weights and configs with `files.json`, where that is there.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of it is missing.
+        ValueError: damaged or changed files, tensors that are missing, unexpected or of another shape, quantised
+            weights, or a family beside them.
+    """
+    recover(path, MODEL_FILES)
+    config = read_json(path / "config.json")
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"{path / 'config.json'}: quantization_config: quantised weights are not read; dequantise them"
+        )
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} holds a PEFT adapter (adapter_config.json): merge it into the weights first")
+    weights = _weight_files(path)
+    for file in weights:
+        with opened(file) as found:
+            assert found.keys() is not None
+    listed = path / END_TO_END_FILES
+    if verify and listed.is_file():
+        files = checked(read_json(listed), _Files, listed).files
+        for file in [*weights, *(path / name for name in _CONFIGS if name in files)]:
+            if files.get(file.name) != digest(file):
+                raise ValueError(
+                    f"{file} does not match {END_TO_END_FILES} beside it, by its SHA-256: it was changed or damaged "
+                    f"after it was saved; copy it again, or delete {listed} if the change is meant"
+                )
+    return restored(model_class, path)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The weight files that the library will read."""
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        if (path / name).is_file():
+            return [path / name]
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            shards: Any = checked(read_json(index), _Shards, index)
+            return [path / shard for shard in sorted(set(shards.weight_map.values()))]
+    raise FileNotFoundError(f"{path / 'model.safetensors'} is missing: {path} holds no weights in safetensors")

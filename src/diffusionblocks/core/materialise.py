@@ -1,0 +1,172 @@
+"""Building a model block by block, so that neither host nor device ever holds the whole of it.
+
+    source = Fresh("DiT", model_config, seed=0)     # or Pretrained(...): see weights.py
+    model = empty(source, blocks_config)            # on the meta device: names and shapes, no memory
+    for index in range(len(model.blocks)):
+        materialise(model, index, source)           # one block's weights, on the CPU
+        ...                                         # move them elsewhere, before the next
+
+`build` does the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BlocksConfig
+from ..families import instantiate, outline, with_depth
+from .block import Block
+from .conversion import assemble
+from .model import DiffusionBlocks
+from .weights import WeightSource
+
+_LAYER_NORMS = re.compile(r"adaptive\.\d+\.")
+
+
+def build(
+    source: WeightSource,
+    config: BlocksConfig,
+    *,
+    blocks: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> DiffusionBlocks:
+    """The model of a source as blocks, built one after another.
+
+    Host memory beside the finished blocks is at most about that of one block.
+
+    Args:
+        source: where the original model's weights come from.
+        config: how to split it.
+        blocks: build only these; the others stay on the meta device. None builds all.
+        device: each block moves there as soon as it is built.
+
+    Returns:
+        The model, in training mode. A block's weights depend neither on which others are built nor on their order.
+
+    Raises:
+        ValueError: no such block, or what `convert` refuses.
+    """
+    model = empty(source, config)
+    chosen = range(len(model.blocks)) if blocks is None else [model.partition.check_block(b) for b in blocks]
+    for index in chosen:
+        materialise(model, index, source)
+        model.block(index).to(device)
+    return model
+
+
+def empty(source: WeightSource, config: BlocksConfig) -> DiffusionBlocks:
+    """The model of a source as blocks on the meta device, in the source's dtype; `materialise` fills them.
+
+    Raises:
+        ValueError: what `convert` refuses, weights that cannot be trained with this config included.
+    """
+    model = assemble(source.outline(), config, take=True)
+    _check_weights(source, model)
+    return model
+
+
+def _check_weights(source: WeightSource, model: DiffusionBlocks) -> None:
+    """Let the family see the very weights of the head, which is all that it judges."""
+    original = outline(source.model_class, with_depth(source.model_class, source.model_config, 1))
+    head = tuple(f"{path}." for path in model.family.head_paths(original))
+    names = [name for name in original.state_dict() if name.startswith(head)]
+    original.load_state_dict(dict(source.tensors(0, range(1), names)), strict=False, assign=True)
+    model.family.check_weights(original, model.blocks_config)
+
+
+def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> None:
+    """Give memory and initial weights, on the CPU, to all that is still on the meta device in one block.
+
+    Parameters stay the same objects. Under `joint`, the shared parts are filled with the first block.
+
+    Args:
+        model: made by `empty` from the same source.
+        index: of the block.
+        source: where the original model's weights come from.
+
+    Raises:
+        ValueError: no such block.
+    """
+    block = model.block(index)
+    empty_target = any(parameter.is_meta for parameter in block.target.parameters())
+    materialise_added(model, index)
+    waiting = {
+        name.removeprefix("network."): tensor
+        for name, tensor in block.state_dict(keep_vars=True).items()
+        if tensor.is_meta and name.startswith("network.")
+    }
+    layers = model.partition.layer_range(index)
+    for name, value in source.tensors(index, layers, list(waiting)):
+        _fill(waiting.pop(name), value)
+    assert not waiting, f"the source has no {sorted(waiting)}"
+    if empty_target:
+        model.family.fill_target(block.network, block.target, model.blocks_config)
+
+
+def materialise_added(model: DiffusionBlocks, index: int) -> None:
+    """Fill what conversion added to one block (adaptive norms, noise embedder, target, an extra token's position).
+
+    Its initial values depend on `blocks_config.seed` alone; they are those that `convert` gives. Its buffers are filled
+    as by `materialise_buffers`.
+
+    Raises:
+        ValueError: no such block.
+    """
+    block = model.block(index)
+    originals = {name for name in block.state_dict() if name.startswith("network.")}
+    _fill_from_reference(model, block, ((n, t) for n, t in _tensors(block) if n not in originals))
+
+
+def materialise_buffers(model: DiffusionBlocks, index: int) -> None:
+    """Fill the buffers of one block that no file holds (frequencies, sin-cos positions); they follow from the config.
+
+    For loading: on a block whose parameters and persistent buffers are on the meta device, or were assigned already.
+    Buffers are made on the CPU, in the dtype that they have on the meta device.
+
+    Raises:
+        ValueError: no such block.
+    """
+    block = model.block(index)
+    kept = block.state_dict().keys()
+    _fill_from_reference(model, block, ((n, t) for n, t in block.named_buffers() if n not in kept))
+
+
+def _tensors(block: Block) -> Iterator[tuple[str, Tensor]]:
+    yield from block.named_parameters()
+    yield from block.named_buffers()
+
+
+def _fill_from_reference(model: DiffusionBlocks, block: Block, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill tensors that do not depend on the original's weights from a real model of one layer in one block."""
+    waiting = {name: tensor for name, tensor in tensors if tensor.is_meta}
+    if not waiting:
+        return
+    original = instantiate(model.model_class, with_depth(model.model_class, model.config, 1))
+    reference = assemble(original, model.blocks_config.as_one_block(), take=True).block(0)
+    values = dict(_tensors(reference))
+    for name, tensor in waiting.items():
+        # A copy: one layer's norms stand for all layers'.
+        _fill(tensor, values[_name_in_reference(model, block, name)].clone())
+
+
+def _name_in_reference(model: DiffusionBlocks, block: Block, name: str) -> str:
+    """What a tensor of a block is called in a block of one layer, the model's first."""
+    layers = block.layer_paths[0].rpartition(".")[0]
+    found = re.match(rf"network\.{re.escape(layers)}\.(\d+)\.", name)
+    if found is not None and int(found[1]) in model.partition.layer_range(block.index):
+        return f"network.{layers}.0.{name[found.end() :]}"
+    return _LAYER_NORMS.sub("adaptive.0.", name, count=1)
+
+
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    """Let a tensor on the meta device have a value. The object stays the same, wherever it is referred to."""
+    assert tensor.is_meta
+    assert tensor.shape == value.shape, (tensor.shape, value.shape)
+    filled: Tensor = value.detach().to(tensor.dtype)
+    if isinstance(tensor, nn.Parameter):
+        filled = nn.Parameter(filled, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, filled)

@@ -1,0 +1,270 @@
+"""Merging: blocks that were trained apart, on machines that never talked, become one model.
+
+Each folder holds some blocks of one model (`save_pretrained(path, blocks=...)`, or a run with `train.blocks`). Files
+are checked and copied: names, shapes and dtypes by their headers, values for being finite, and the shared parts that
+must be equal by their bits. One tensor is read at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.files import FileDigest, digest, replaced_folder, sealed, write_json
+from ..common.finite import DIVERGED, require_finite
+from ..common.tokenizer_file import same_tokenizer, tokenizer_in
+from ..families import config_values
+from .loading import (
+    SavedModel,
+    check_digest,
+    check_header,
+    check_precisions,
+    files_of,
+    opened,
+    outline_saved,
+    read_saved,
+)
+from .model import DiffusionBlocks
+from .saving import INDEX, WITH_TOKENIZER, block_file, check_out
+
+#: entries of a model's config that say where it came from, and change nothing
+_WRITERS = ("transformers_version", "_name_or_path", "_diffusers_version", "architectures")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a block of a merged model was taken from.
+
+    Attributes:
+        block: its index.
+        layers: the layers of the original network that it owns.
+        folder: the saved model whose copy was taken.
+        passed_over: others that hold a copy which was not.
+        size: bytes of its file.
+    """
+
+    block: int
+    layers: range
+    folder: Path
+    passed_over: tuple[Path, ...]
+    size: int
+
+
+def merge(
+    folders: str | Path | Sequence[str | Path], out: str | Path, prefer: str | Path | Sequence[str | Path] = ()
+) -> tuple[Origin, ...]:
+    """Make one saved model of folders that hold its blocks. Nothing is written before all is checked.
+
+    The tokenizer of a language model goes with it.
+
+    Args:
+        folders: saved models, or folders of runs (whose `model/` is taken); together they hold every block. One that
+            holds all blocks may stand alone, and is copied.
+        out: folder of the merged model; an older model there is replaced.
+        prefer: where several folders hold a block, this one's copy is taken; of several, the first that holds it.
+
+    Returns:
+        Where each block was taken from.
+
+    Raises:
+        FileNotFoundError: a folder holds no model, or lacks a file that its index lists.
+        ValueError: configurations that differ, a block that no folder or more than one holds, a file that does not
+            match the model or holds values that are not finite, shared parts or tokenizers that are not the same where
+            they must be, or an `out` that is an input.
+    """
+    given, preferred = _paths(folders), _paths(prefer)
+    models = [read_saved(_model_folder(folder)) for folder in given]
+    _check_inputs(models, given, Path(out))
+    _check_configs(models)
+    first = models[0]
+    if first.blocks_config.shared == "joint" and len(models) > 1:
+        raise ValueError(
+            "shared = joint: the blocks of each folder were trained with a copy of the shared parts of their own, so "
+            f"they cannot be merged: {_list(models)}; convert with shared: replicated or frozen to train blocks apart"
+        )
+    origins = _origins(models, [_model_folder(folder) for folder in preferred])
+    files = _checked_files(models, origins)
+    index = {**first.index, "blocks": [origin.block for origin in origins]}
+    index["files"] = {path.name: found.model_dump() for path, found in files.items()}
+    with replaced_folder(Path(out), WITH_TOKENIZER) as temporary:
+        for file in [*files, *_tokenizer(models)]:
+            shutil.copyfile(file, temporary / file.name)
+        write_json(temporary / INDEX, sealed(index))
+    return origins
+
+
+# ---- inputs ------------------------------------------------------------------------------------------------
+
+
+def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(path) for path in ([given] if isinstance(given, str | Path) else given)]
+
+
+def _model_folder(path: Path) -> Path:
+    """The saved model at `path`, which may be the folder of a run."""
+    for folder in (path, path / "model"):
+        if (folder / INDEX).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{path} holds no model: there is no {INDEX} in it or in {path / 'model'}; give a saved model or a run's folder"
+    )
+
+
+def _list(models: Sequence[SavedModel]) -> str:
+    return ", ".join(str(model.folder) for model in models)
+
+
+def _check_inputs(models: list[SavedModel], folders: list[Path], out: Path) -> None:
+    if not models:
+        raise ValueError("there is nothing to merge: give at least one folder")
+    seen = set()
+    for model in models:
+        if model.folder.resolve() in seen:
+            raise ValueError(f"{model.folder} is given twice; name each folder once")
+        seen.add(model.folder.resolve())
+    check_out(out, [*folders, *(model.folder for model in models)], "merged")
+
+
+def _check_configs(models: list[SavedModel]) -> None:
+    first = models[0]
+    for other in models[1:]:
+        ours, theirs = _description(first), _description(other)
+        if first.trained is not None and other.trained is not None:  # older folders do not say
+            ours["trained"], theirs["trained"] = first.trained, other.trained
+        generation = [model.index.get("generation_config") for model in (first, other)]
+        if None not in generation:
+            ours["generation_config"], theirs["generation_config"] = map(_without_writers, generation)
+        found = difference(ours, theirs)
+        if found is not None:
+            name, one, another = found
+            raise ValueError(
+                f"{first.folder} and {other.folder} hold parts of different models: {name} is {one} in the first and "
+                f"{another} in the second; merge only blocks that were trained from one recipe"
+            )
+
+
+def _tokenizer(models: list[SavedModel]) -> list[Path]:
+    """The one tokenizer of a language model's folders, where any has one."""
+    found = [path for model in models if (path := tokenizer_in(model.folder)) is not None]
+    for other in found[1:]:
+        if not same_tokenizer(found[0], other):
+            raise ValueError(
+                f"{found[0]} and {other} are different tokenizers, so the blocks beside them learned different tokens; "
+                "merge only blocks that were trained from one recipe on one corpus"
+            )
+    return found[:1]
+
+
+def _description(model: SavedModel) -> dict[str, Any]:
+    """What must agree, in the terms of the libraries installed here, whatever versions wrote the folders."""
+    values = config_values(model.model_class, model.model_config)
+    return {
+        "model_class": model.model_class,
+        "model_config": _without_writers(values),
+        "blocks_config": model.blocks_config.model_dump(mode="json"),
+        "partition": model.partition.to_dict(),
+    }
+
+
+def _without_writers(values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _WRITERS}
+
+
+def difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The dotted name of the first field that differs, and both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            found = difference(a.get(key), b.get(key), f"{name}.{key}" if name else str(key))
+            if found is not None:
+                return found
+        return None
+    return None if a == b else (name, a, b)
+
+
+def _origins(models: list[SavedModel], preferred: list[Path]) -> tuple[Origin, ...]:
+    """Which folder's copy of each block is taken."""
+    given = {model.folder.resolve(): model.folder for model in models}
+    for folder in preferred:
+        if folder.resolve() not in given:
+            raise ValueError(f"prefer = {folder} is none of the folders to merge: {_list(models)}")
+    ranked = [given[folder.resolve()] for folder in preferred]
+    partition = models[0].partition
+    holders = [[model.folder for model in models if b in model.blocks] for b in range(partition.num_blocks)]
+    lacking = [b for b, found in enumerate(holders) if not found]
+    if lacking:
+        raise ValueError(
+            f"blocks {lacking} are in none of {_list(models)}; train them (train.blocks: {lacking}) and name their "
+            "folder as well"
+        )
+    origins = []
+    for b, found in enumerate(holders):
+        for folder in found:
+            if not (folder / block_file(b)).is_file():
+                raise FileNotFoundError(f"{folder / block_file(b)} is missing, though {folder / INDEX} lists block {b}")
+        taken = _taken(b, found, ranked)
+        passed_over = tuple(folder for folder in found if folder != taken)
+        size = (taken / block_file(b)).stat().st_size
+        origins.append(Origin(b, partition.layer_range(b), taken, passed_over, size))
+    return tuple(origins)
+
+
+def _taken(block: int, holders: list[Path], ranked: list[Path]) -> Path:
+    if len(holders) == 1:
+        return holders[0]
+    for folder in ranked:
+        if folder in holders:
+            return folder
+    both = " and in ".join(map(str, holders))
+    raise ValueError(f"block {block} is in {both}; say whose copy to take: --prefer {holders[0]}")
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def _checked_files(models: Sequence[SavedModel], origins: Sequence[Origin]) -> dict[Path, FileDigest]:
+    """The tensor files of the merged model, checked against the model and each against its index, values for being
+    finite, and the shared parts that must be the same by their bits."""
+    model = outline_saved(models[0])
+    by_folder = {saved.folder: saved for saved in models}
+    files: dict[Path, dict[str, torch.Tensor]] = {}
+    for origin in origins:
+        files |= files_of(model, by_folder[origin.folder], [origin.block])
+    check_precisions({path: check_header(path, tensors) for path, tensors in files.items()})
+    _check_shared(model, origins)
+    for path, tensors in files.items():
+        check_digest(by_folder[path.parent], path.name)
+        with opened(path) as file:
+            require_finite(((name, file.get_tensor(name)) for name in tensors), str(path), DIVERGED)
+    return {path: (by_folder[path.parent].files or {}).get(path.name) or digest(path) for path in files}
+
+
+def _check_shared(model: DiffusionBlocks, origins: Sequence[Origin]) -> None:
+    """Refuse shared parts that differ where the policy says that they do not."""
+    policy = model.blocks_config.shared
+    if policy == "joint" or len(origins) == 1:
+        return
+    # Layers keep their places in the whole model, so only shared parts have one name in all blocks; adaptive norms are
+    # counted within a block.
+    everywhere = set.intersection(*(set(model.block(o.block).state_dict()) for o in origins))
+    prefixes = ("network.", "shared.") if policy == "frozen" else ("shared.target.",)
+    names = sorted(name for name in everywhere if name.startswith(prefixes))
+    reference = origins[0].folder / block_file(origins[0].block)
+    for origin in origins[1:]:
+        path = origin.folder / block_file(origin.block)
+        with opened(reference) as ours, opened(path) as theirs:
+            different = next((n for n in names if not _same_bits(ours.get_tensor(n), theirs.get_tensor(n))), None)
+        if different is not None:
+            what = "shared parts are fixed" if policy == "frozen" else "z must live in one space for all blocks"
+            raise ValueError(
+                f"{different} differs between {reference} and {path}, but under shared = {policy} {what}: the two were "
+                "not trained from one start; train one of them again with the other's seeds and pretrained weights"
+            )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

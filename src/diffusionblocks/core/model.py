@@ -1,0 +1,733 @@
+"""DiffusionBlocks: a network as B independent denoisers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..common.generation_config import end_tokens
+from ..common.host import eager, leave_to_host, on_host
+from ..common.modes import evaluating
+from ..common.seeds import TrainingDraws, of_batch
+from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
+from ..families import Family
+from ..noise import EDM, Masking, NoiseProcess, one_level
+from ..sampling import (
+    Callback,
+    Continuations,
+    Prediction,
+    continue_texts,
+    guided,
+    predict_labels,
+    prior_of_seeds,
+    sample_images,
+    sample_tokens,
+)
+from ..targets import (
+    NONE_IGNORED,
+    Batch,
+    ImageTarget,
+    LabelTarget,
+    NextTokenTarget,
+    Target,
+    TokenTarget,
+    check_entries,
+    check_labels,
+    mean_loss,
+)
+from .block import Block
+from .one_at_a_time import OneAtATime
+from .partition import Partition, within
+from .saving import export, export_initialisation, save
+
+#: The batch entries of which each family has one, that of its examples.
+_EXAMPLES = ("pixel_values", "input_ids")
+
+
+@dataclass
+class BlocksOutput(ModelOutput):
+    """What `DiffusionBlocks.forward` returns: `loss`, scalar; `logits` (batch, num_classes) of a classifier."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class DiffusionBlocks(nn.Module):
+    """The whole network as B independent denoisers. Made by `convert` or `load`.
+
+    Attributes:
+        blocks: the B blocks; each trains alone and moves alone.
+        partition: which layers and levels each block owns; `partition.block_of(level)` is the one road.
+        blocks_config: how the model was converted.
+        family: the code that knows the model's family.
+        model_class: name of the original class.
+        config: the original model's config (transformers' name for it).
+        generation_config: of a language model of transformers, its `GenerationConfig`; else None. Of it, only the ids
+            that end a text are followed (`continue_texts`).
+    """
+
+    #: Else `others` would tell transformers.Trainer that the model itself divides its loss by the labels of all
+    #: accumulated batches.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        blocks: list[Block],
+        *,
+        partition: Partition,
+        config: BlocksConfig,
+        family: Family,
+        model_class: str,
+        model_config: Any,
+        generation_config: Any = None,
+    ) -> None:
+        super().__init__()
+        leave_to_host(type(self))
+        self.blocks = nn.ModuleList(blocks)
+        self.partition = partition
+        self.blocks_config = config
+        self.family = family
+        self.model_class = model_class
+        self.config = model_config
+        self.generation_config = generation_config
+        self._turns: OneAtATime | None = None
+        self._draws = TrainingDraws()
+        # Under `joint` every block holds the same shared modules: name them once in the state dict.
+        self.register_state_dict_post_hook(_drop_repeated)
+        self.register_load_state_dict_pre_hook(_restore_repeated)
+
+    @property
+    def noise(self) -> NoiseProcess:
+        """The noise process."""
+        assert self.blocks_config.noise is not None, "conversion resolves it"
+        return self.blocks_config.noise
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks run: the device of block 0, or the one that they take turns on."""
+        return self._turns.device if self._turns else next(self.blocks[0].parameters()).device
+
+    def run_one_at_a_time(self, device: torch.device | str) -> None:
+        """For evaluation and sampling of a model that does not fit: its blocks stay where they are, and each is copied
+        to `device` when it runs, in place of the one before it. Inputs are then wanted on `device`.
+        """
+        self._turns = OneAtATime((self.block(b) for b in range(self.partition.num_blocks)), torch.device(device))
+
+    # ---- activation checkpointing, under both of transformers' names ---------------------------------------
+
+    supports_gradient_checkpointing = True
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the blocks' layers keep only their inputs for the backward pass."""
+        return any(self.block(b).activation_checkpointing for b in range(self.partition.num_blocks))
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Let every layer compute again in the backward pass, together with its adaptive norms.
+
+        Args:
+            activation_checkpointing_kwargs: of torch.utils.checkpoint; only `use_reentrant` = False.
+            every_n_layers, offload: as of transformers; only 1 and False are supported.
+
+        Raises:
+            ValueError: another value, or another option.
+        """
+        options = {"every_n_layers": every_n_layers, "offload": offload, **(activation_checkpointing_kwargs or {})}
+        supported = {"every_n_layers": 1, "offload": False, "use_reentrant": False}
+        for name, value in options.items():
+            if name not in supported or value != supported[name]:
+                only = f"only {supported[name]} is supported" if name in supported else "it is not supported"
+                raise ValueError(f"activation checkpointing with {name} = {value}: {only} by blocks; leave it out")
+        self._set_activation_checkpointing(True)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations for the backward pass, as at first."""
+        self._set_activation_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name of `is_activation_checkpointing`."""
+        return self.is_activation_checkpointing
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    def _set_activation_checkpointing(self, value: bool) -> None:
+        for b in range(self.partition.num_blocks):
+            self.block(b).activation_checkpointing = value
+
+    @property
+    def target(self) -> Target:
+        """What the blocks denoise (block 0's; the same space for all)."""
+        return self.block(0).target
+
+    @eager
+    def block(self, index: int) -> Block:
+        """Block `index`, checked."""
+        block = self.blocks[self.partition.check_block(index)]
+        assert isinstance(block, Block)
+        return block
+
+    @on_host
+    def loss(
+        self,
+        batch: Batch,
+        block: int,
+        generator: torch.Generator | None = None,
+        level: Tensor | None = None,
+    ) -> Tensor:
+        """Training loss of one block, per sample; differentiable only in that block (and shared parts by policy).
+
+        Args:
+            batch: the family's entries: `pixel_values` and (but for an unconditional model) `labels` (batch,), int64;
+                or `input_ids` (batch, length), int64. A next-token model also reads `labels`, of the shape of
+                `input_ids`, with -100 where a token is read but not counted, and `attention_mask`, with 0 where one is
+                neither: see `NextTokenTarget.resolved`.
+            block: index of the block to train.
+            generator: source of level and noise.
+            level: levels (batch,) to use instead of drawing them; all within the block's training interval.
+
+        Returns:
+            Losses, float32, shape (batch,); of a text the mean over the tokens that count, 0 where none does.
+
+        Raises:
+            ValueError: no such block, entries that are missing, unknown or cannot be followed, labels out of range, or
+                levels that are not the block's.
+        """
+        chosen = self.block(block)
+        size = self._check_batch(batch)
+        if level is not None:
+            self._check_levels(level, chosen, size)
+        return chosen.loss(batch, generator, level)
+
+    def denoise(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
+        """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level."""
+        return self.block(self.partition.block_of(level))(inputs, z, one_level(level, z))  # type: ignore[no-any-return]
+
+    @on_host
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        input_ids: Tensor | None = None,
+        **others: Any,
+    ) -> BlocksOutput:
+        """For plain loops and transformers.Trainer.
+
+        In training mode a block is drawn uniformly and `loss` is its mean loss. In evaluation mode: a classifier's
+        `logits` are log-probabilities by `predict` with its defaults, and `loss` their cross-entropy; of other models
+        `loss` is the mean of all blocks' losses, each at levels drawn in its interval. Means are over the samples of
+        which something counts.
+
+        Args:
+            pixel_values: images (batch, channels, height, width).
+            labels: (batch,), int64; a classifier needs them in training mode, an unconditional model never.
+            generator: source of all draws. By default those of evaluation follow from `blocks_config.seed` and the
+                batch: the same batch has the same loss twice, and no other generator is touched. Those of training
+                follow from the seed that `torch.manual_seed` set last and the number of calls since (in the state
+                dict); evaluation in between changes nothing. Where torch.distributed is initialised, ranks of one
+                seed draw the same block, and noise of their own.
+            input_ids: tokens (batch, length), int64, of a text model.
+            others: further entries of a batch, which are refused.
+
+        Raises:
+            TypeError: an entry that the model does not read.
+            ValueError: what `loss` refuses.
+        """
+        given = {"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}
+        return self._output(given | others, generator)
+
+    @on_host
+    def _output(self, given: Mapping[str, Tensor | None], generator: torch.Generator | None) -> BlocksOutput:
+        batch = {name: value for name, value in given.items() if value is not None}
+        self._check_entries(batch)
+        labels = batch.get("labels")
+        if self.training:
+            self._check_batch(batch)
+            drawn, of_noise = self._drawn_block(batch, generator)
+            return BlocksOutput(loss=self._mean_loss(drawn, batch, of_noise))
+        if not isinstance(self.target, LabelTarget):
+            self._check_batch(batch)
+            generator = generator or self._fixed(batch)
+            losses = [self._mean_loss(b, batch, generator) for b in range(self.partition.num_blocks)]
+            return BlocksOutput(loss=torch.stack(losses).mean())
+        self._check_batch(batch, with_target=labels is not None)
+        prediction = self.predict(batch["pixel_values"], generator=generator)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.nll_loss(prediction.logits, labels, ignore_index=NONE_IGNORED)
+        return BlocksOutput(loss=loss, logits=prediction.logits)
+
+    @on_host
+    def _mean_loss(self, block: int, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        return self._mean(self.block(block).loss(batch, generator), batch)
+
+    @eager
+    def _mean(self, losses: Tensor, batch: Batch) -> Tensor:
+        return mean_loss(losses, self.target.resolved(batch))
+
+    @eager
+    def _fixed(self, batch: Batch) -> torch.Generator:
+        # Of what is shown alone: neither what a mask hides nor the mask itself changes the draws.
+        names = {*self.block(0).input_names, *self.target.names}
+        shown = {name: value for name, value in self.target.resolved(batch).items() if name in names}
+        return of_batch(self.blocks_config.seed, shown, _device(batch))
+
+    # What `forward` has drawn so far belongs to the state: a training that another process goes on with draws on.
+    def get_extra_state(self) -> Tensor:
+        """How far the draws of training are, int64 (seeds, 2): see `draws.TrainingDraws`."""
+        return self._draws.state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The inverse of `get_extra_state`."""
+        self._draws.restore(state)
+
+    @eager
+    def _check_entries(self, batch: Batch) -> None:
+        check_entries(batch, self.block(0).entries, f"{self.model_class}: forward", TypeError)
+
+    @eager
+    def _drawn_block(self, batch: Batch, generator: torch.Generator | None) -> tuple[int, torch.Generator]:
+        """A block, drawn uniformly, and what draws its noise."""
+        of_block, of_noise = (generator, generator) if generator is not None else self._draws.next(_device(batch))
+        drawn = torch.randint(len(self.blocks), (1,), generator=of_block, device=of_block.device)
+        return int(drawn.item()), of_noise
+
+    @eager
+    def predict(
+        self,
+        pixel_values: Tensor,
+        *,
+        steps: int = 1,
+        seeds: int = 8,
+        bridge: str | None = None,
+        grid: str = "equal-mass",
+        generator: torch.Generator | None = None,
+        return_trajectory: bool = False,
+    ) -> Prediction:
+        """Classify by denoising, in evaluation mode: see `diffusionblocks.sampling.predict_labels`.
+
+        The default reads the label at the highest level, from eight noise seeds. That is as accurate as more steps or
+        more accurate, and more so than one seed (docs/results.md). It costs `seeds` * `steps` calls of one block; at
+        one step all are of block 0, so that three blocks at eight seeds take 8/3 of what one pass of the whole does.
+
+        Args:
+            pixel_values: images (batch, channels, height, width).
+            steps, seeds, bridge, grid, return_trajectory: see there; `bridge` is by default the model's.
+            generator: source of the starting noise; by default it follows from `blocks_config.seed` and the images.
+
+        Raises:
+            ValueError: the model is no classifier, or an argument is out of range.
+        """
+        target, options = self.target, self.blocks_config.target
+        if not isinstance(target, LabelTarget) or not isinstance(options, LabelTargetConfig):
+            raise ValueError(f"predict is for classifiers; this {self.model_class} {self._what_to_use()}")
+        assert isinstance(self.noise, EDM)
+        inputs = {"pixel_values": pixel_values}
+        self._check_batch(inputs, with_target=False)
+        with evaluating(self):
+            return predict_labels(
+                lambda z, level: self.denoise(inputs, z, level),
+                target,
+                self.noise,
+                batch_size=len(pixel_values),
+                device=pixel_values.device,
+                steps=steps,
+                seeds=seeds,
+                bridge=options.bridge if bridge is None else bridge,
+                grid=grid,
+                generator=generator or self._fixed(inputs),
+                return_trajectory=return_trajectory,
+                owner=self.partition.block_of,
+            )
+
+    def sample(
+        self,
+        labels: Tensor | Sequence[int] | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int = 50,
+        solver: str = "euler",
+        grid: str = "karras",
+        guidance: float = 1.0,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Generate images, in evaluation mode: at every level only the block that owns it runs.
+
+        Args:
+            labels: one an image, in [0, num_classes]; `num_classes` is the null class. None: no labels, which a
+                class-conditional model must have learned by label dropout.
+            seeds: one an image; image i depends on its label and seed alone. Default 0, 1, 2, ...: one a label, or one
+                image.
+            steps: solver steps, >= 1.
+            solver: `euler` (the paper), `heun` (EDM) or `dpmpp-2m`.
+            grid: levels, `karras` (EDM eq. 5) or `equal-mass`; a level of 0 ends either.
+            guidance: classifier-free guidance on D, >= 0; 1 is none, and costs half.
+            callback: called once a step with (step, level, z, D).
+            progress: show a progress bar.
+
+        Returns:
+            Images (n, channels, height, width), float32, scaled as the training data was.
+
+        Raises:
+            ValueError: the model is no diffusion model, a label is out of range, numbers of labels and seeds differ,
+                guidance without a null class, steps < 1, or an unknown solver or grid.
+        """
+        target = self.target
+        if not isinstance(target, ImageTarget):
+            raise ValueError(f"sample is for diffusion models; this {self.model_class} {self._what_to_use()}")
+        assert isinstance(self.noise, EDM)
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = torch.tensor(labels)
+        if seeds is None:
+            seeds = range(len(labels) if labels is not None else 1)
+        z = prior_of_seeds(self.noise, target.shape, seeds, self.device)
+        network_labels = self._sample_labels(labels, target, len(seeds))
+        target.check_guidance(guidance)
+        if guidance != 1 and labels is None:
+            raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
+        denoiser = guided(
+            lambda z, given, level: self.denoise({} if given is None else {"labels": given}, z, level),
+            network_labels,
+            target.null_class,
+            guidance,
+        )
+        with evaluating(self):
+            levels = self.noise.sampling_levels(steps, grid)
+            return sample_images(
+                denoiser,
+                z,
+                levels,
+                solver=solver,
+                callback=callback,
+                progress=progress,
+                owner=self.partition.block_of,
+            )
+
+    def generate(
+        self,
+        seeds: Sequence[int] = (0,),
+        *,
+        steps: int = 64,
+        grid: str = "equal-mass",
+        temperature: float = 1.0,
+        given: Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Generate text by unmasking, in evaluation mode: at every level only the block that owns it runs.
+
+        For masked text models; autoregressive ones go on from prompts: `continue_texts`.
+
+        Args:
+            seeds: one a sequence; a sequence depends on its seed and what is given alone.
+            steps: network calls, >= 1; more than tokens are of no use.
+            grid: levels, see `Masking.levels`.
+            temperature: divides the logits, >= 0; 0 takes the most probable token.
+            given: known tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill.
+            callback: called once a step with (step, level, z, logits).
+            progress: show a progress bar.
+
+        Returns:
+            Tokens, int64, shape (len(seeds), length), on the model's device.
+
+        Raises:
+            ValueError: the model generates no text, or an argument is out of range.
+        """
+        target, noise = self.target, self.noise
+        if not isinstance(target, TokenTarget) or not isinstance(noise, Masking):
+            raise ValueError(f"generate is for masked text models; this {self.model_class} {self._what_to_use()}")
+        levels = noise.levels(steps, grid)
+        with evaluating(self):
+            return sample_tokens(
+                lambda z, level: self.denoise({}, z, level),
+                noise,
+                target.length,
+                levels,
+                seeds,
+                given=given,
+                temperature=temperature,
+                device=self.device,
+                callback=callback,
+                progress=progress,
+                owner=self.partition.block_of,
+            )
+
+    def continue_texts(
+        self,
+        prompts: Sequence[Tensor | Sequence[int]],
+        max_new_tokens: int,
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        grid: str = "equal-mass",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        bridge: str | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        progress: bool = False,
+    ) -> Continuations:
+        """Generate text token by token, in evaluation mode: at every level only the block that owns it runs.
+
+        For autoregressive models; see `diffusionblocks.sampling.continue_texts` for what is not said here.
+
+        Args:
+            prompts: tokens of each row, of any lengths.
+            max_new_tokens: >= 1.
+            seeds: one a row; default 0, 1, 2, ...
+            steps: network calls a token; default one for each block, the cost of the unconverted model.
+            grid: levels, `equal-mass` or `karras`.
+            stop_tokens: a row ends with the first of these that it generates. By default all of the model's
+                `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.
+            temperature, top_p, num_tokens, progress: see there. What `generation_config` says of sampling is kept, for
+                whoever exports the model, and not followed.
+            bridge: what a prediction feeds to the next step; default the model's.
+
+        Raises:
+            ValueError: the model is not autoregressive, or an argument is out of range.
+        """
+        target, options, noise = self.target, self.blocks_config.target, self.noise
+        if not isinstance(target, NextTokenTarget) or not isinstance(options, NextTokenTargetConfig):
+            raise ValueError(
+                f"continue_texts is for autoregressive models; this {self.model_class} {self._what_to_use()}"
+            )
+        assert isinstance(noise, EDM)
+        with evaluating(self):
+            return continue_texts(
+                self.denoise,
+                self.family.past,
+                self.partition.block_of,
+                target,
+                noise,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                levels=noise.levels(self.partition.num_blocks if steps is None else steps, grid),
+                seeds=range(len(prompts)) if seeds is None else seeds,
+                temperature=temperature,
+                top_p=top_p,
+                bridge=bridge or options.bridge,
+                top_k=options.top_k,
+                stop_tokens=end_tokens(self) if stop_tokens is None else stop_tokens,
+                num_tokens=num_tokens,
+                device=self.device,
+                progress=progress,
+            )
+
+    def _what_to_use(self) -> str:
+        if isinstance(self.target, NextTokenTarget):
+            return "goes on from prompts: use continue_texts"
+        if isinstance(self.target, LabelTarget):
+            return "classifies: use predict"
+        return (
+            "generates text: use generate" if isinstance(self.target, TokenTarget) else "generates images: use sample"
+        )
+
+    def _sample_labels(self, labels: Tensor | None, target: ImageTarget, count: int) -> Tensor | None:
+        if labels is not None and not target.num_classes:
+            raise ValueError(f"this {self.model_class} is unconditional and takes no labels; leave them out")
+        if not target.num_classes:
+            return None
+        if labels is None:
+            if target.null_class is None:
+                raise ValueError(
+                    f"labels are needed: in [0, {target.num_classes - 1}]; the model was trained without label dropout "
+                    "and knows no null class"
+                )
+            return torch.full((count,), target.null_class, device=self.device)
+        if labels.dim() == 1 and len(labels) != count:
+            raise ValueError(f"got {len(labels)} labels and {count} seeds; give one of each an image")
+        check_labels(labels, count, target.num_classes, null_class=target.null_class is not None)
+        return labels.to(self.device)
+
+    def compile_layers(self) -> None:
+        """torch.compile layer by layer: all layers share one graph, so it takes seconds at any depth and any number of
+        blocks; stem and head as well. For sampling; training compiles a block whole, which is a tenth faster and takes
+        longer to prepare."""
+        for b in range(self.partition.num_blocks):
+            self.block(b).compile_parts()
+
+    def save_pretrained(self, path: str | Path, blocks: Sequence[int] | None = None) -> None:
+        """Write the model to a folder: safetensors and JSON (see `diffusionblocks.core.saving`).
+
+        Args:
+            path: the folder; an older save there is replaced.
+            blocks: write only these blocks, to be merged with others' later (`diffusionblocks.merge`); None writes all.
+
+        Raises:
+            ValueError: no such block, some blocks of a model with `joint` shared parts, or a block never built.
+        """
+        save(self, Path(path), blocks)
+
+    def export_initialisation(self) -> nn.Module:
+        """The original class with the blocks' weights: an initialisation to train further, not the trained model (see
+        `diffusionblocks.core.saving.export_initialisation`)."""
+        return export_initialisation(self)
+
+    def export(self) -> nn.Module:
+        """`export_initialisation` under its older name."""
+        return export(self)
+
+    # ---- parameters by owner ---------------------------------------------------------------------------
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The parameters that all blocks hold in common: those of the shared parts under `joint`, else none."""
+        if len(self.blocks) == 1 or self.blocks_config.shared != "joint":
+            return []
+        common = {id(p) for p in self.blocks[0].parameters()} & {id(p) for p in self.blocks[1].parameters()}
+        return [p for p in self.blocks[0].parameters() if id(p) in common]
+
+    # ---- checks ----------------------------------------------------------------------------------------
+
+    @eager
+    def _check_batch(self, batch: Batch, *, with_target: bool = True) -> int:
+        names = self.block(0).input_names
+        needed = sorted({*names, *(self.target.names if with_target else ())})
+        missing = [name for name in needed if name not in batch]
+        if missing:
+            raise ValueError(f"the batch lacks {missing}; it has {sorted(batch)}")
+        check_entries(batch, self.block(0).entries, self.model_class)
+        size = len(next(batch[name] for name in _EXAMPLES if name in needed))
+        if not size:
+            raise ValueError("the batch has no examples: there is nothing to take a mean over")
+        if with_target:
+            self.target.check(batch, size)
+        if isinstance(self.target, ImageTarget) and "labels" in names:
+            check_labels(batch["labels"], size, self.target.num_classes, null_class=True)
+        return size
+
+    @eager
+    def _check_levels(self, level: Tensor, block: Block, size: int) -> None:
+        if level.shape != (size,) or level.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"level must be float32 or float64 of shape ({size},), got {level.dtype} {tuple(level.shape)}"
+            )
+        low, high = block.interval
+        outside = ~within(level, low, high)
+        if bool(outside.any()):
+            wrong = level[outside][0].item()
+            owner = self.partition.block_of(wrong)
+            raise ValueError(
+                f"level {wrong:g} is not of block {block.index}, which trains on [{low:g}, {high:g}]; block {owner} "
+                "owns it: a batch holds levels of one block only"
+            )
+
+
+class _LabelsOptional:
+    """A `forward` that names `labels` on a model, and not on its class.
+
+    transformers.Trainer keeps the columns of its data that the model's `forward` names, so labels must be named there,
+    or it would drop those of a text without a word. From the class's it reads that without labels there is no loss to
+    report; but there is.
+    """
+
+    def __init__(self, function: Callable[..., BlocksOutput]) -> None:
+        @functools.wraps(function)
+        def of_class(*args: Any, **entries: Any) -> BlocksOutput:
+            return function(*args, **entries)
+
+        signature = inspect.signature(function)
+        rest = [parameter for name, parameter in signature.parameters.items() if name != "labels"]
+        of_class.__signature__ = signature.replace(parameters=rest)  # type: ignore[attr-defined]
+        self._function, self._of_class, self._on_host = function, of_class, False
+
+    def leave_to_host(self) -> None:
+        """See `host.leave_to_host`."""
+        if not self._on_host:
+            self._function, self._on_host = torch.compiler.disable(self._function, recursive=False), True
+            type(self).__get__ = torch.compiler.disable(type(self).__get__)  # type: ignore[method-assign]
+
+    def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable[..., BlocksOutput]:
+        return self._of_class if model is None else self._function.__get__(model, owner)
+
+
+class UnlabelledBlocks(DiffusionBlocks):
+    """The blocks of a model whose batches need no labels: of text, and of images without classes.
+
+    Only `forward` differs, for transformers.Trainer, which reads from its parameters whether there is a loss to report:
+    one named `labels` makes it report none without them, and `return_loss` (CLIP's name) that there is one.
+    """
+
+    @_LabelsOptional
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool = True,
+        **others: Any,
+    ) -> BlocksOutput:
+        """For plain loops and transformers.Trainer: see `DiffusionBlocks.forward`.
+
+        Args:
+            pixel_values, generator, input_ids: see there.
+            labels, attention_mask: of text, see `loss`. A model of images without classes passes over labels.
+            position_ids: refused: positions follow from `attention_mask`. (Named so that Trainer does not drop them.)
+            return_loss: False computes nothing, as a loss is all that there is.
+            others: further entries of a batch, which are refused.
+
+        Raises:
+            TypeError: an entry that the model does not read.
+            ValueError: what `loss` refuses.
+        """
+        if not return_loss:
+            return BlocksOutput()
+        given = {"pixel_values": pixel_values, "input_ids": input_ids, "labels": labels}
+        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
+        return self._output(given | masks | others, generator)
+
+
+def _device(batch: Batch) -> torch.device:
+    return next(iter(batch.values())).device
+
+
+def _repeated(model: nn.Module) -> dict[str, str]:
+    """Names in the state dict that repeat an earlier tensor -> the earlier name."""
+    first: dict[int, str] = {}
+    repeated: dict[str, str] = {}
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        if first.setdefault(id(tensor), name) != name:
+            repeated[name] = first[id(tensor)]
+    return repeated
+
+
+def _drop_repeated(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in _repeated(module):
+        state.pop(prefix + name, None)
+
+
+def _restore_repeated(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    assert isinstance(module, DiffusionBlocks)
+    state.setdefault(f"{prefix}_extra_state", module.get_extra_state())  # older states lack it
+    for name, earlier in _repeated(module).items():
+        if prefix + earlier in state:
+            state.setdefault(prefix + name, state[prefix + earlier])

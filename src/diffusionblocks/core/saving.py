@@ -1,0 +1,271 @@
+"""Saving: safetensors and JSON, one file a block, which `loading.py` reads back; and an initialisation of the original
+class.
+
+A saved model is a folder:
+
+    diffusionblocks.json        format, original class and config, BlocksConfig, partition, the blocks in the folder,
+                                how a language model generates (generation_config),
+                                length and SHA-256 of every tensor file, of a run what its blocks were trained on,
+                                and the SHA-256 of all that is said here
+    block-00.safetensors ...    everything block b owns, original names under `network.`
+    shared.safetensors          the shared parts, under the `joint` policy only
+    tokenizer.json              of a language model that a recipe trained on tokens (see `tokenizer_file`)
+
+A folder may hold some of the blocks only, for machines that share the training; `merging.py` makes one model of them.
+No code from the folder is run; the original class is looked up by name in the family registry.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..common.files import FileDigest, check_replaceable, digest, replaced_folder, sealed, write_json, write_tensors
+from ..common.finite import DIVERGED, require_finite
+from ..common.generation_config import generation_values
+from ..common.tokenizer_file import TOKENIZER, write_tokenizer
+from ..families import config_values, instantiate
+
+if TYPE_CHECKING:
+    from .block import Block
+    from .model import DiffusionBlocks
+
+FORMAT = 1
+INDEX = "diffusionblocks.json"
+SHARED = "shared.safetensors"
+STAMP = "diffusionblocks"  # in the metadata of a safetensors file
+#: names of the files of a saved model
+OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
+#: and with the tokenizer beside them, where that is replaced as well
+WITH_TOKENIZER = re.compile(rf"{OURS.pattern}|{re.escape(TOKENIZER)}")
+END_TO_END_FILES = "files.json"
+#: names of the files of an end-to-end model, which its own library writes
+_LIBRARY = r"config\.json|generation_config\.json|(model|diffusion_pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
+#: what a run may have left as its model, of either method: all of it is replaced
+MODEL_FILES = re.compile(rf"{WITH_TOKENIZER.pattern}|{_LIBRARY}|files\.json")
+
+
+def check_out(out: Path, inputs: Sequence[Path], done: str) -> None:
+    """Refuse a folder for a model, before any work, that must not be replaced, or that would replace what is read.
+
+    Args:
+        out: the folder.
+        inputs: what is read.
+        done: what is done to them, for the message.
+
+    Raises:
+        ValueError: see `check_replaceable`; or an input lies in `out`.
+    """
+    for place in inputs:
+        if place.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"out = {out} would replace {place}, which is {done}; choose another folder")
+    check_replaceable(out, WITH_TOKENIZER)
+
+
+def save(
+    model: DiffusionBlocks,
+    path: Path,
+    blocks: Sequence[int] | None = None,
+    tokenizer: bytes | None = None,
+    trained: dict[str, Any] | None = None,
+) -> None:
+    """Write `model` to the folder `path`; an older save there is replaced only once the new one is whole.
+
+    One file is written after another, so the host holds at most one block beside the model.
+
+    Args:
+        model: what to save.
+        path: the folder.
+        blocks: write only these blocks; None writes all.
+        tokenizer: the bytes of a language model's `tokenizer.json`; None leaves one that is there as it is.
+        trained: what the blocks were trained on, as JSON values: blocks of different trainings are not merged.
+
+    Raises:
+        ValueError: no such block, some blocks of a model with `joint` shared parts, a block on the meta device, tensors
+            that `load` would refuse or that are not finite, or a place that must not be replaced (`check_replaceable`).
+    """
+    chosen = _chosen(model, blocks)
+    index = describe(model, chosen) | ({} if trained is None else {"trained": trained})
+    _check_readable(model, index)
+    for b in chosen:
+        _require_finite(model.block(b))
+    with replaced_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer)
+        files: dict[str, FileDigest] = {}
+        shared = {id(p) for p in model.shared_parameters()}
+
+        def write(name: str, tensors: dict[str, torch.Tensor], block: int | None) -> None:
+            write_tensors(folder / name, tensors, {STAMP: stamp(index, block)})
+            files[name] = digest(folder / name)
+
+        for b in chosen:
+            tensors = model.block(b).state_dict(keep_vars=True)
+            write(block_file(b), {k: t for k, t in tensors.items() if id(t) not in shared}, b)
+            if shared and b == 0:
+                write(SHARED, {k: t for k, t in tensors.items() if id(t) in shared}, None)
+        write_json(folder / INDEX, sealed(index | {"files": {name: files[name].model_dump() for name in files}}))
+
+
+def stamp(index: dict[str, Any], block: int | None) -> str:
+    """What a block's file says of itself: digests of its model and its training, and which block it is."""
+    model = {name: index[name] for name in ("model_class", "model_config", "blocks_config", "partition")}
+    values = {"model": _short_digest(model), "trained": _short_digest(index.get("trained")), "block": block}
+    return json.dumps(values)
+
+
+def _short_digest(values: Any) -> str | None:
+    if values is None:
+        return None
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_readable(model: DiffusionBlocks, index: dict[str, Any]) -> None:
+    """Refuse, before anything is written, tensors that `load` would refuse: it is the reader's own check."""
+    from .loading import check_tensors, outline_of_index  # they make a model, and models save themselves
+
+    blocks: list[int] = index["blocks"]
+    for b in blocks:
+        for name, tensor in model.block(b).state_dict(keep_vars=True).items():
+            check_plain(tensor, f"block {b}: {name}")
+    described = outline_of_index(index)
+    precisions: dict[frozenset[torch.dtype], int] = {}
+    for b in blocks:
+        states = model.block(b).state_dict(keep_vars=True)
+        tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in states.items()}
+        fix = "save what `convert` made"
+        if any("lora_" in name or ".base_layer." in name for name in tensors):
+            fix = "merge the low-rank weights into the layers first (of PEFT: model.merge_and_unload())"
+        check_tensors(tensors, described.block(b).state_dict(), f"block {b} cannot be saved: it", fix)
+        floating = frozenset(dtype for _, dtype in tensors.values() if dtype.is_floating_point)
+        precisions.setdefault(floating, b)
+    if len(precisions) > 1:
+        (here, one), (there, other), *_ = precisions.items()
+        raise ValueError(
+            f"block {one} has {listed(here)} weights and block {other} {listed(there)}: a model has one precision; "
+            "bring the blocks to the same, as in model.float()"
+        )
+
+
+def listed(dtypes: Iterable[torch.dtype]) -> str:
+    """Dtypes, for a message."""
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def check_plain(tensor: torch.Tensor, what: str) -> None:
+    """Refuse tensors that safetensors would write without what makes sense of them."""
+    kind = type(tensor)
+    if kind not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.is_quantized:
+        raise ValueError(
+            f"{what} is a {kind.__module__}.{kind.__name__}: what makes sense of its numbers (a quantisation, other "
+            "parts of the tensor) would not be saved; make an ordinary tensor of it first, dequantised or gathered"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{what} has layout {tensor.layout}; turn it into a dense tensor first")
+
+
+def _chosen(model: DiffusionBlocks, blocks: Sequence[int] | None) -> list[int]:
+    every = list(range(model.partition.num_blocks))
+    chosen = every if blocks is None else sorted({model.partition.check_block(block) for block in blocks})
+    if not chosen or (blocks is not None and len(chosen) != len(blocks)):
+        raise ValueError(f"blocks = {list(blocks or ())}: name each block to save once, of {every}; None saves all")
+    if chosen != every and model.blocks_config.shared == "joint":
+        raise ValueError(
+            f"blocks = {chosen}: under shared = joint all blocks have one copy of the shared parts, so they cannot be "
+            "saved apart; leave blocks out, or convert with shared: replicated or frozen"
+        )
+    unbuilt = [index for index in chosen if _on_meta(model.block(index))]
+    if unbuilt:
+        built = [index for index in every if not _on_meta(model.block(index))]
+        raise ValueError(
+            f"blocks {unbuilt} are on the meta device: they were never built and have no weights to save; save the "
+            f"others, with blocks={built}"
+        )
+    return chosen
+
+
+def _require_finite(block: Block) -> None:
+    require_finite(block.state_dict().items(), f"block {block.index}", DIVERGED)
+
+
+def _on_meta(block: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in block.state_dict().values())
+
+
+def describe(model: DiffusionBlocks, blocks: Sequence[int] | None = None) -> dict[str, Any]:
+    """Everything needed to rebuild the model and route levels to blocks, and which blocks are there (None: all), as
+    JSON values."""
+    generation = generation_values(model.generation_config)
+    return {
+        "format": FORMAT,
+        "model_class": model.model_class,
+        "model_config": config_values(model.model_class, model.config),
+        "blocks_config": model.blocks_config.model_dump(mode="json"),
+        "partition": model.partition.to_dict(),
+        "blocks": list(range(model.partition.num_blocks) if blocks is None else blocks),
+    } | ({} if generation is None else {"generation_config": generation})
+
+
+def export_initialisation(model: DiffusionBlocks) -> nn.Module:
+    """The original class with the blocks' weights: an initialisation to train further, not the trained model.
+
+    Of a conversion that never trained it is the original again. After training its outputs are far from the blocks':
+    each block was trained on noised targets of its own, with what conversion added, and never on what the block before
+    it gives. The trained model is the blocks: `predict`, `sample`, `generate` or `continue_texts`.
+
+    Layers come from the blocks that own them; shared parts before the layers from block 0, those after them from
+    the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original
+    class and is left out.
+
+    Returns:
+        An instance of the original class, on the CPU.
+
+    Raises:
+        ValueError: a block is on the meta device.
+    """
+    unbuilt = [index for index in range(len(model.blocks)) if _on_meta(model.block(index))]
+    if unbuilt:
+        raise ValueError(
+            f"blocks {unbuilt} are on the meta device: they were never built, so there is no whole model to export; "
+            "save the others, merge the folders of all, and export the merged model"
+        )
+    weights: dict[str, torch.Tensor] = {}
+    original = instantiate(model.model_class, model.config)
+    head = tuple(f"{path}." for path in model.family.head_paths(original))
+    last = len(model.blocks) - 1
+    for index in range(len(model.blocks)):
+        block = model.block(index)
+        for name, tensor in block.network.state_dict().items():
+            of_layer = any(name.startswith(f"{path}.") for path in block.layer_paths)
+            of_head = name.startswith(head)
+            if of_layer or (of_head and index == last) or (not of_head and index == 0):
+                weights[name] = tensor.detach().cpu().clone()
+    nn.Module.to(original, dtype=next(iter(weights.values())).dtype)  # diffusers overrides `to`, and nags
+    original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
+    if model.generation_config is not None and hasattr(original, "generation_config"):
+        original.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[assignment]
+    return original.train(model.training)
+
+
+def export(model: DiffusionBlocks) -> nn.Module:
+    """`export_initialisation` under its older name, which says less; warns of what it gives."""
+    warnings.warn(
+        "export gives an initialisation of the original class to train further, not the trained model, which is the "
+        "blocks; export_initialisation does the same without this warning",
+        stacklevel=2,
+    )
+    return export_initialisation(model)
+
+
+def block_file(index: int) -> str:
+    """Name of the file that holds block `index`."""
+    return f"block-{index:02d}.safetensors"

@@ -1,0 +1,248 @@
+"""Where the weights of an original model come from, block by block: drawn afresh, or read from files."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..common.finite import DIVERGED, require_finite
+from ..families import CannotReadInParts, checkpoint, family_named, instantiate, outline, pretrained, with_depth
+
+_log = logging.getLogger(__name__)
+
+
+class WeightSource(abc.ABC):
+    """Gives the original model's tensors to one block after another.
+
+    Attributes:
+        model_class: name of the original class.
+        model_config: its config object.
+        dtype: of the blocks.
+        generation_config: of a language model, where it is not what the class makes of the config.
+    """
+
+    generation_config: Any = None
+
+    def __init__(self, model_class: str, model_config: Any, dtype: torch.dtype) -> None:
+        self.model_class = model_class
+        self.model_config = model_config
+        self.dtype = dtype
+
+    def outline(self) -> nn.Module:
+        """The original model on the meta device, in the source's dtype: structure, names and shapes, without memory."""
+        model: Any = cast_weights(outline(self.model_class, self.model_config), self.dtype)
+        if self.generation_config is not None:
+            model.generation_config = copy.deepcopy(self.generation_config)
+        return model  # type: ignore[no-any-return]
+
+    @abc.abstractmethod
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors of the original model, on the CPU, each in memory of its own.
+
+        Args:
+            block: index of the block that they are for.
+            layers: its layers.
+            names: names in the original model, of these layers and of shared parts; each comes once, in any order.
+        """
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Bring what files hold of a model to a dtype, in place; buffers that follow from its config keep their digits."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+class Fresh(WeightSource):
+    """Weights as the original class initialises them, without ever making a whole model of it.
+
+    A block's layers are those of an instance with as many layers, seeded by (seed, block); its shared parts those of an
+    instance of one layer, seeded by the seed alone, so they are equal in all blocks. This needs an initialisation that
+    depends neither on the depth of the model nor on a layer's place in it. So it is for all supported classes but one:
+    ViT, DeiT, DINOv2 and language models draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT with
+    torch's defaults, and DINOv2's layer scale and drop path are the same in all layers. The one is our
+    `RecurrentDepth`, which has one block: its shared parts are those of an instance of full depth. Where a class makes
+    layers that differ in their attributes, these are right all the same, because the modules are those of the model at
+    its full depth.
+
+    Args:
+        model_class: name of a supported class.
+        model_config: its config object.
+        seed: of all draws.
+        dtype: of the blocks; weights are drawn in float32.
+    """
+
+    def __init__(self, model_class: str, model_config: Any, *, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(model_class, model_config, dtype)
+        self.seed = seed
+
+    @functools.cached_property
+    def _layers_and_shared(self) -> tuple[str, tuple[str, ...]]:
+        """The prefix of the layers' names, and the paths of the shared parts."""
+        original = outline(self.model_class, with_depth(self.model_class, self.model_config, 1))
+        family = family_named(self.model_class)
+        return f"{family.layers_path(original)}.", family.shared_paths(original)
+
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        shared = [name for name in names if self._is_shared(name)]
+        if shared:
+            depends = family_named(self.model_class).depth_dependent_weights
+            drawn = self._draw(layers.stop if depends else 1, "shared")
+            taken: set[int] = set()
+            for name in shared:
+                tensor = drawn[name]
+                # A tied parameter has several names, and blocks that untie it train each by itself.
+                yield name, tensor.clone() if tensor.data_ptr() in taken else tensor
+                taken.add(tensor.data_ptr())
+            del drawn
+        of_layers = {self._name_from(layers.start, name): name for name in names if not self._is_shared(name)}
+        if of_layers:
+            drawn = self._draw(len(layers), f"block {block}")
+            yield from ((of_layers[name], tensor) for name, tensor in drawn.items() if name in of_layers)
+
+    def _is_shared(self, name: str) -> bool:
+        _, shared = self._layers_and_shared
+        return any(name == path or name.startswith(f"{path}.") for path in shared)
+
+    def _name_from(self, first: int, name: str) -> str:
+        """The name of a layer's tensor when the layer `first` is counted as 0."""
+        layers, _ = self._layers_and_shared
+        place, _, rest = name.removeprefix(layers).partition(".")
+        return f"{layers}{int(place) - first}.{rest}"
+
+    def _draw(self, layers: int, purpose: str) -> dict[str, Tensor]:
+        digest = hashlib.blake2b(f"{self.seed}/{purpose}".encode(), digest_size=8).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+            # `instantiate` forks from here, so the weights depend on this seed alone.
+            return instantiate(self.model_class, with_depth(self.model_class, self.model_config, layers)).state_dict()
+
+
+class InFiles(WeightSource):
+    """A pretrained model's weights, read from its safetensors files as they are asked for.
+
+    Files are mapped into memory. What they lack of the head (a new classifier) is drawn afresh.
+
+    Args:
+        model_class: name of a supported class.
+        path: the folder or hub name of a model of its library.
+        values: config values to override.
+        seed: of what is drawn afresh.
+        dtype: of the blocks; None takes the library's choice.
+
+    Raises:
+        CannotReadInParts: only the library itself can read it; the message says why.
+        ValueError: from `tensors`, for weights that are not finite; the message names file and tensor.
+    """
+
+    def __init__(
+        self,
+        model_class: str,
+        path: str | Path,
+        values: dict[str, Any],
+        *,
+        seed: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        found = checkpoint(model_class, path, values, dtype)
+        super().__init__(model_class, found.config, found.dtype)
+        family = family_named(model_class)
+        head = tuple(f"{part}." for part in family.head_paths(outline(model_class, found.config)))
+        lost = sorted(name for name in found.missing if not name.startswith(head))
+        if lost:
+            raise CannotReadInParts(f"its files lack {', '.join(lost[:3])}")
+        self.generation_config = found.generation_config
+        self._places = found.places
+        self._fresh = Fresh(model_class, found.config, seed=seed)
+
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        stored: dict[Path, dict[str, str]] = {}
+        for name in names:
+            if name in self._places:
+                file, key = self._places[name]
+                stored.setdefault(file, {})[name] = key
+        for path, keys in stored.items():
+            with safe_open(path, "pt") as file:
+                for name, key in keys.items():
+                    tensor = file.get_tensor(key)
+                    require_finite([(key, tensor)], str(path), DIVERGED)
+                    yield name, tensor.clone()  # what is mapped would be shared by blocks
+        yield from self._fresh.tensors(block, layers, [name for name in names if name not in self._places])
+
+
+class InMemory(WeightSource):
+    """A pretrained model that is loaded whole on the host, by its own library.
+
+    Args:
+        model_class: name of a supported class.
+        path: the folder or hub name of a model of its library.
+        values: config values to override.
+        seed: of what the library draws afresh.
+        dtype: of the blocks; None takes the library's choice.
+    """
+
+    def __init__(
+        self,
+        model_class: str,
+        path: str | Path,
+        values: dict[str, Any],
+        *,
+        seed: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any = pretrained(model_class, path, values, dtype)
+        super().__init__(model_class, model.config, next(model.parameters()).dtype)
+        self.generation_config = getattr(model, "generation_config", None)
+        self._tensors: dict[str, Tensor] = model.state_dict()
+
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        yield from ((name, self._tensors[name].clone()) for name in names)
+
+
+def pretrained_source(
+    model_class: str,
+    path: str | Path,
+    values: dict[str, Any],
+    *,
+    seed: int,
+    dtype: torch.dtype | None = torch.float32,
+) -> WeightSource:
+    """The weights of a folder or hub name: read in parts where possible, else loaded whole on the host by the library.
+
+    Which road was taken is logged.
+
+    Args:
+        model_class: name of a supported class.
+        path: the folder or hub name of a model of its library.
+        values: config values to override.
+        seed: of weights that the model has and the files have not.
+        dtype: of the blocks, whatever the files have; None takes the library's choice: what the config says or, where
+            it says nothing, the files have (transformers), or float32 (diffusers).
+
+    Raises:
+        OSError, ValueError: what the library's `from_pretrained` refuses.
+    """
+    try:
+        source = InFiles(model_class, path, values, seed=seed, dtype=dtype)
+    except (CannotReadInParts, OSError, ValueError) as reason:
+        # Whatever is wrong, the library reads it in its own way, or says it in its own words.
+        _log.info("%s is loaded whole on the host: %s", path, reason)
+        return InMemory(model_class, path, values, seed=seed, dtype=dtype)
+    _log.info("%s is read block by block from its safetensors files", path)
+    return source

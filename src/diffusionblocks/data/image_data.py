@@ -1,0 +1,218 @@
+"""Labelled images in memory: scikit-learn's digits, image-classification parquet in the schema of the Hugging
+Face hub. `batches.py` makes batches of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.files import write_tensors
+from .decoder import MODES, decode_image, oversized_refused
+from .tables import ImageTable, open_table
+
+__all__ = ["ImageData", "digits", "image_classification"]
+
+_CACHE_FORMAT = 2  # Raise it when the content of a cache file changes: older files are then not found.
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Labelled images of one size, in ordinary memory.
+
+    Attributes:
+        images: uint8 (N, C, H, W), N >= 1.
+        labels: int64 (N,), each from 0 to num_classes - 1.
+        class_names: one name per class, in the order of the labels.
+
+    Raises:
+        ValueError: a dtype, a shape or a label is not as above.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or len(self.images) == 0:
+            raise ValueError(
+                f"images: {self.images.dtype} {tuple(self.images.shape)}: must be uint8 (N, C, H, W), N >= 1"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels: {self.labels.dtype} {tuple(self.labels.shape)}: must be int64 ({len(self.images)},)"
+            )
+        bad = (self.labels < 0) | (self.labels >= len(self.class_names))
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"row {row}: label {int(self.labels[row])}: must be from 0 to {len(self.class_names) - 1} "
+                f"({len(self.class_names)} classes); rows without a label must be dropped first"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, also of those that have no image here."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        _, c, h, w = self.images.shape
+        return c, h, w
+
+    @property
+    def example_shape(self) -> tuple[int, int, int]:
+        """`image_shape`: of every example."""
+        return self.image_shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def digits(split: str) -> ImageData:
+    """The 8x8 grey digits that come with scikit-learn (1,797 images, 10 classes); needs no download.
+
+    The split is fixed: 80 % of each class for training, 20 % for testing, the same on every machine.
+
+    Args:
+        split: "train" (1,438 images) or "test" (359 images).
+
+    Returns:
+        Images uint8 (N, 1, 8, 8), the original levels 0..16 scaled to 0..255.
+
+    Raises:
+        ValueError: unknown split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split = {split!r}: must be 'train' or 'test'")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    labels = np.asarray(bunch.target, dtype=np.int64)
+    random = np.random.RandomState(0)  # The legacy generator: its stream never changes between NumPy versions.
+    test = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        rows = random.permutation(np.flatnonzero(labels == digit))
+        test[rows[: round(len(rows) / 5)]] = True
+    keep = test if split == "test" else ~test
+    levels = np.rint(np.asarray(bunch.images)[keep] * (255 / 16)).astype(np.uint8)
+    names = tuple(str(digit) for digit in range(10))
+    return ImageData(torch.from_numpy(levels)[:, None], torch.from_numpy(labels[keep]), names)
+
+
+def image_classification(
+    source: str,
+    split_files: Mapping[str, str] | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_size: int = 32,
+    channels: int = 3,
+    num_classes: int | None = None,
+    cache_dir: Path | None = None,
+    *,
+    reference_split: str | None = "train",
+) -> ImageData:
+    """Loads image classification data stored as parquet in the schema of the Hugging Face hub.
+
+    Nothing is resized: every image must be image_size x image_size pixels already. What becomes of transparency, 16
+    bits, orientation tags and other colour spaces is said in `decoder.py`. Files, and the split and its reference, may
+    list their classes in different orders: labels are matched by name.
+
+    Args:
+        source: a local folder, or the name of a data set on the hub such as "uoft-cs/cifar100". A name with a
+            leading "/", "." or "~", with more than one "/", or given with `split_files`, is always a folder.
+        split_files: for a folder: for each split the parquet files, as a glob relative to the folder; by default those
+            named after the split, such as "train-00000-of-00002.parquet", without backups and hidden files.
+        split: which split to load.
+        image_column: column with the images; by default "img" or "image", whichever exists.
+        label_column: column with the integer labels; by default "label" or "fine_label", whichever exists.
+        image_size: height and width that every image must have.
+        channels: 3 converts the images to RGB, 1 to grey.
+        num_classes: number of classes; needed when the label column is plain integers without class names,
+            checked against the file otherwise.
+        cache_dir: folder for the decoded images (one .safetensors file per split) and for the files that the
+            `datasets` library writes for the hub's; made if need be. None decodes anew each time.
+        reference_split: of a folder: the split that says which label is which class, where it is there; None: this one.
+
+    Returns:
+        Images uint8 (N, channels, image_size, image_size) in the order of the files.
+
+    Raises:
+        FileNotFoundError: no such folder, no file for the split, or the hub data set cannot be had.
+        ValueError: unknown split, wrong column, files of other classes, an image that cannot be decoded or has
+            another size, a label out of range, no rows, or an argument outside its range. The message names file and
+            row, value and fix.
+    """
+    if channels not in MODES:
+        raise ValueError(f"channels = {channels!r}: must be 1 (grey) or 3 (RGB)")
+    if image_size < 1:
+        raise ValueError(f"image_size = {image_size!r}: must be at least 1")
+    table = open_table(
+        source,
+        split,
+        split_files=split_files,
+        image_column=image_column,
+        label_column=label_column,
+        num_classes=num_classes,
+        reference_split=reference_split,
+        cache=None if cache_dir is None else str(cache_dir / "datasets"),
+    )
+    cached: Path | None = None
+    if cache_dir is not None and table.files:
+        settings = [split, image_column, label_column, image_size, channels, num_classes, table.class_names]
+        cached = cache_dir / f"images-{_fingerprint(table.files, settings)}.safetensors"
+        data = _read_cache(cached)
+        if data is not None:
+            return data
+    data = _decoded(table, image_size, channels)
+    if cached is not None:
+        _write_cache(cached, data)
+    return data
+
+
+def _decoded(table: ImageTable, size: int, channels: int) -> ImageData:
+    """All images of a table that knows its number of rows."""
+    assert table.rows is not None
+    table.check_labels()
+    images = np.empty((table.rows, size, size, channels), dtype=np.uint8)
+    labels = np.empty(table.rows, dtype=np.int64)
+    with oversized_refused():
+        for number, row in enumerate(table):
+            picture = decode_image(row.encoded, row.where, channels, (size, size))
+            images[number] = np.asarray(picture).reshape(size, size, channels)
+            labels[number] = row.label
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return ImageData(tensor, torch.from_numpy(labels), table.class_names)
+
+
+def _fingerprint(files: Sequence[Path], settings: Sequence[object]) -> str:
+    """Changes when a source file (name, size, time of change) or a setting does."""
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    text = json.dumps([_CACHE_FORMAT, stats, list(settings)])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _read_cache(path: Path) -> ImageData | None:
+    """The cached data, or None if there is none or it is damaged (it is then made again)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = tuple(json.loads(file.metadata()["class_names"]))
+            return ImageData(file.get_tensor("images"), file.get_tensor("labels"), names)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _write_cache(path: Path, data: ImageData) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"class_names": json.dumps(data.class_names)}
+    write_tensors(path, {"images": data.images, "labels": data.labels}, metadata)

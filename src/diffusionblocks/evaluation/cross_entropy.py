@@ -1,0 +1,221 @@
+"""What an autoregressive model knows of a text: cross-entropy of the next token, by noise level.
+
+The figure to rank by is the cross-entropy at the highest level that is read, `EDM.read_max`. There z tells less than
+1 / (2 sigma^2) nats, so it is a next-token cross-entropy, and stands beside an unconverted model's. A mean over levels
+would rank models backwards: most levels are low, where the target can be read off z.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.finite import FiniteCheck
+from ..common.modes import evaluating
+from ..common.seeds import key
+from ..core.model import DiffusionBlocks
+from ..noise import EDM, NoiseProcess, one_level
+from ..targets import NextTokenTarget, cross_entropies
+
+#: Makes the batches {"input_ids": int64 (n, length)} anew.
+Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
+
+_TOKENS = 1024  # whose similarity to every row is computed at once
+_SAMPLE = 4096  # tokens, the first of the text, over which the decodable mass is averaged
+_QUANTILES = 64  # levels of equal mass, over which the decodable share is averaged
+
+
+@dataclass(frozen=True)
+class Level:
+    """At one noise level.
+
+    Attributes:
+        level: sigma.
+        block: that owns it.
+        cross_entropy: nats a token.
+        scrambled: the same where the context is that of another sequence: the one before, for the first the second.
+        decodable: share of the tokens whose own row is the nearest to z.
+    """
+
+    level: float
+    block: int
+    cross_entropy: float
+    scrambled: float
+    decodable: float
+
+
+@dataclass(frozen=True)
+class LanguageRow:
+    """A row: the cross-entropy of a text's tokens, each sequence's first left out, for nothing stands before it.
+
+    Attributes:
+        cross_entropy: nats a token; of blocks at the highest level that is read.
+        standard_error: of it, over sequences.
+        tokens: how many were counted.
+        context_gap: how much worse it is with another sequence's context; 0 for a model that ignores its context. None
+            for an unconverted model.
+        decodable_mass: the share of the training mass of levels at which z alone gives the token away, of the text's
+            first tokens.
+        by_level: blocks: over the levels that are read, from the highest.
+    """
+
+    cross_entropy: float
+    standard_error: float
+    tokens: int
+    context_gap: float | None = None
+    decodable_mass: float | None = None
+    by_level: tuple[Level, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, seed: int = 0) -> LanguageRow:
+    """Measure an autoregressive model, in evaluation mode, each level by the block that owns it.
+
+    Args:
+        model: with a `NextTokenTarget`.
+        batches: the text, in sequences of at least two tokens, two sequences at least.
+        levels: how many, >= 2: even in log sigma over those that are read, the highest first.
+        seed: of the noise, keyed by (seed, batch); a token has the same noise at all levels.
+
+    Raises:
+        ValueError: another target, levels < 2, sequences as `_checked` refuses them, or logits that are not finite.
+    """
+    target, noise = model.target, model.noise
+    if not isinstance(target, NextTokenTarget) or not isinstance(noise, EDM):
+        raise ValueError(f"cross-entropy by level is for autoregressive models, not for a {model.model_class}")
+    if levels < 2:
+        raise ValueError(f"levels must be >= 2, got {levels}")
+    grid = torch.linspace(math.log(noise.read_max), math.log(noise.read_min), levels, dtype=torch.float64).exp()
+    grid[0], grid[-1] = noise.read_max, noise.read_min  # free of rounding
+    matched: list[list[Tensor]] = [[] for _ in grid]
+    scrambled: list[list[Tensor]] = [[] for _ in grid]
+    check = FiniteCheck(owner=model.partition.block_of)
+    table = check.values(target.table, "rows of the target")
+    decoded = torch.zeros(levels, dtype=torch.float64)
+    count, first = 0, 1 - target.shift  # a token without context is left out
+    sample: list[Tensor] = []
+    # The second sequence stands before the first one; so batches of one have another context, too.
+    before = torch.cat(list(itertools.islice(_checked(batches), 2)))[1:2]
+    with torch.no_grad(), evaluating(model):
+        for index, tokens in enumerate(_checked(batches)):
+            y = target.encode({"input_ids": tokens})
+            eps = _noise(y, seed, index)
+            wanted = tokens[:, target.shift :]
+            other = torch.cat([before, tokens[:-1]])
+            before = tokens[-1:]
+            for place, level in enumerate(grid.tolist()):
+                z = noise.corrupt(y, one_level(level, y), eps)
+                for inputs, kept in ((tokens, matched), (other, scrambled)):
+                    logits = check.logits(model.denoise({"input_ids": inputs}, z, level), level)
+                    kept[place].append(_nats(logits[:, first:], wanted[:, first:]))
+                decoded[place] += float(_decoded(z, wanted, table).sum())
+            if count < _SAMPLE:
+                sample.append(wanted.flatten())
+            count += wanted.numel()
+    check.read()
+    rows = [torch.cat(kept) for kept in matched]
+    others = [torch.cat(kept) for kept in scrambled]
+    by_level = tuple(
+        Level(level, model.partition.block_of(level), float(a.mean()), float(b.mean()), share)
+        for level, a, b, share in zip(grid.tolist(), rows, others, (decoded / count).tolist(), strict=True)
+    )
+    return LanguageRow(
+        float(rows[0].mean()),
+        float(rows[0].std() / math.sqrt(len(rows[0]))),
+        len(rows[0]) * (tokens.shape[1] - 1),
+        context_gap=float((others[0] - rows[0]).mean()),
+        decodable_mass=decodable_mass(noise, target, torch.cat(sample)[:_SAMPLE], seed=seed),
+        by_level=by_level,
+    )
+
+
+def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> LanguageRow:
+    """The same of an unconverted model, which maps tokens (n, length) to logits (n, length, vocab_size).
+
+    Raises:
+        ValueError: sequences as `_checked` refuses them, or a cross-entropy that is not finite.
+    """
+    nats = []
+    check = FiniteCheck(_name_of(model))
+    with torch.no_grad():
+        for tokens in _checked(batches):
+            nats.append(check.values(_nats(model(tokens)[:, :-1], tokens[:, 1:]), "cross-entropies"))
+    check.read()
+    rows = torch.cat(nats)
+    return LanguageRow(float(rows.mean()), float(rows.std() / math.sqrt(len(rows))), len(rows) * (tokens.shape[1] - 1))
+
+
+def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor, *, seed: int = 0) -> float:
+    """The share of the training mass at which z alone decodes the target: its own row is nearer than all others.
+
+    Args:
+        noise: says how levels are drawn in training.
+        target: has the rows.
+        tokens: int64, any shape, of the text: frequent ones count as often as they come.
+        seed: of the noise.
+
+    Returns:
+        Mean over the mass and over the tokens, in [0, 1].
+
+    Raises:
+        ValueError: no tokens.
+    """
+    if not tokens.numel():
+        raise ValueError("there are no tokens to decode: give at least one")
+    table, y = target.table, target.rows(tokens.flatten())
+    middles = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+    eps = _noise(y, seed, 0)
+    with torch.no_grad():
+        shares = [
+            _decoded(y + level * eps, tokens.flatten(), table).mean() for level in noise.level_of(middles).tolist()
+        ]
+    return float(torch.stack(shares).mean())
+
+
+def _checked(batches: Batches) -> Iterator[Tensor]:
+    """The tokens of each batch; ValueError for fewer than two sequences, of several lengths, or of a single token."""
+    count, length = 0, None
+    for batch in batches():
+        tokens = batch["input_ids"]
+        length = length or tokens.shape[1]
+        if tokens.shape[1] != length:
+            raise ValueError(f"all sequences must have one length; got {tokens.shape[1]} after {length}")
+        if length < 2:
+            raise ValueError("sequences have 1 token, and the first is not counted: make them longer")
+        count += len(tokens)
+        yield tokens
+    if count < 2:
+        raise ValueError(f"a standard error needs at least two sequences, got {count}: give more text")
+
+
+def _name_of(model: Callable[[Tensor], Tensor]) -> str:
+    """The class of a model, or of one within it."""
+    return type(getattr(model, "model", model)).__name__
+
+
+def _decoded(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+    """1 where the nearest of unit rows is the token's own, float32, flat."""
+    flat, wanted = z.flatten(0, -2), tokens.flatten()
+    with torch.autocast(z.device.type, enabled=False):  # in bfloat16 neighbouring rows are one
+        found = [(some @ table.T).argmax(dim=-1) for some in flat.split(_TOKENS)]
+    return (torch.cat(found) == wanted).float()
+
+
+def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean nats a token of each sequence, float64 (n,)."""
+    return cross_entropies(logits, tokens).double().mean(dim=1)
+
+
+def _noise(like: Tensor, seed: int, index: int) -> Tensor:
+    generator = torch.Generator(device=like.device).manual_seed(key(seed, 0, index, "next token"))
+    return torch.randn(like.shape, generator=generator, device=like.device)

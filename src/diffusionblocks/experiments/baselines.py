@@ -1,0 +1,123 @@
+"""The rows of a comparison: the blocks, and the end-to-end controls that every claim about them needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common.files import read_json
+from .recipe import DEPTH_ON_HOST, Recipe
+from .run import RECIPE, depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth, with_train
+from .scores import Splits
+
+#: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
+_WARM, _TIMED = 12, 36
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the comparison: a recipe and what is particular about it."""
+
+    key: str
+    recipe: Recipe
+    layers: int
+    blocks: int
+
+    @property
+    def name(self) -> str:
+        """The method: `end-to-end` or `diffusionblocks`."""
+        return self.recipe.method
+
+    @property
+    def branched(self) -> bool:
+        """Whether the blocks start from a trunk."""
+        return self.recipe.trunk is not None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the levels are fitted first."""
+        return self.recipe.fit is not None
+
+
+def variants(recipe: Recipe) -> list[Variant]:
+    """The rows that a recipe of method `diffusionblocks` is compared in; of a pretrained model none has fewer layers.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has, or they do not divide.
+    """
+    if recipe.train.blocks is not None:
+        raise ValueError(f"compare trains all blocks, not train.blocks = {list(recipe.train.blocks)}; leave it out")
+    depth, many = depth_of(recipe), recipe.blocks.num_blocks
+    short = layers_of_a_block(recipe)
+    field = "steps" if recipe.train.steps is not None else "epochs"
+    trunk, fit = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
+    # What every block would have had, had they shared the updates of trunk and fit.
+    without_fit = _longer(recipe, fit / many, field).model_copy(update={"fit": None})
+    scratch = _longer(recipe, trunk / many, field).model_copy(update={"trunk": None})
+    ordinary = _longer(recipe, (trunk + fit) / many, field).model_copy(update={"trunk": None, "fit": None})
+    rows = [
+        Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),
+    ]
+    if many > 1 and recipe.model.pretrained is None:  # else one block is the whole model, or has its layers' weights
+        rows.append(Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1))
+        rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
+    rows.append(Variant("diffusionblocks", scratch, depth, many))
+    if recipe.trunk is not None:
+        trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
+        rows.append(Variant("diffusionblocks-branched", recipe, depth, many))
+    if recipe.fit is not None:
+        rows.append(Variant(f"{rows[-1].key}-unfitted", without_fit, depth, many))
+    return rows
+
+
+def _longer(recipe: Recipe, more: float, field: str) -> Recipe:
+    length = getattr(recipe.train, field) + more
+    update = {field: round(length) if field == "steps" else length}
+    return with_train(recipe, **update)
+
+
+def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
+    shallow = with_depth(recipe, layers)
+    changes = {field: getattr(recipe.train, field) * factor}
+    if recipe.model.type in DEPTH_ON_HOST:
+        changes["cuda_graph"] = False
+    return with_train(shallow, **changes).model_copy(update={"method": "end-to-end"})
+
+
+def of_equal_time(rows: list[Variant], seconds: float, folder: Path, splits: Splits) -> list[Variant]:
+    """The end-to-end controls with as many steps as they make in the time that the blocks took.
+
+    Args:
+        rows: of the comparison; those of blocks, and the control of one block's layers at equal steps, are left out.
+        seconds: what training the blocks took, trunk and fit included.
+        folder: of the comparison. A control whose run began there keeps its length.
+        splits: the recipe's data, of which a few steps of each control are timed.
+    """
+    plain = {row.layers: row for row in rows if row.name == "end-to-end"}
+    found = []
+    for row in plain.values():
+        key = f"end-to-end-{row.layers}-same-time"
+        begun = folder / key / RECIPE
+        if begun.is_file():
+            steps = int(read_json(begun)["train"]["steps"])
+        else:
+            steps = max(1, round(seconds / seconds_a_step(row.recipe, splits)))
+        found.append(dataclasses.replace(row, key=key, recipe=with_train(row.recipe, steps=steps, epochs=None)))
+    return found
+
+
+def seconds_a_step(recipe: Recipe, splits: Splits) -> float:
+    """What a training step of a recipe takes once it runs, from a few of each of its units."""
+    recipe = with_train(recipe, steps=_WARM + _TIMED, epochs=None, schedule="round-robin")
+    trainer = make_trainer(recipe, folder=None, progress=False, splits=splits)
+    units = len(trainer.units)
+    trainer.train(until=_WARM * units)
+    before = trainer.seconds
+    trainer.train()
+    return (trainer.seconds - before) / (_TIMED * units)
+
+
+def executed(recipe: Recipe, *, fast: bool) -> Recipe:
+    """The same steps with torch.compile and CUDA graphs, or without either."""
+    return with_train(recipe, compile=fast, cuda_graph=fast)

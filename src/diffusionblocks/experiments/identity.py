@@ -1,0 +1,154 @@
+"""What a run trains, as JSON values: a run resumes only as the one that it was, and blocks are merged only of one.
+
+A description is the recipe, and what tells its data and pretrained weights apart wherever they lie: number, shape and
+classes of the examples, and digests of contents. It lies in every checkpoint; what of it a block learned from lies in
+the index of the saved model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..common.messages import shortened
+from ..core.merging import difference
+from ..data import ImageData, LatentData, TextChunks
+from ..training.train_config import RESUME_MAY_DIFFER
+from .recipe import Recipe
+
+#: Fields of a recipe that may differ between a run and its resumption, by section: they do not change what is trained,
+#: or say where something lies whose content is compared.
+MAY_DIFFER: Mapping[str, frozenset[str]] = {
+    "train": RESUME_MAY_DIFFER,
+    "data": frozenset({"source", "folder", "cache", "placement", "split_files", "test_split", "tokenizer", "vae"}),
+}
+_NOT_COMPARED = frozenset({"name", "device", "evaluate"})
+
+#: Fields of `train` in which runs may differ, beside those, whose blocks become one model.
+_MERGE_MAY_DIFFER = frozenset({"blocks", "schedule", "dwell", "optimizer_in_backward"})
+
+#: What a description has beside the recipe, by section.
+_IDENTITY = {"data": ("examples", "shape", "classes", "content"), "model": ("files",)}
+
+#: What is digested: the whole of so many bytes, else as many evenly spread pieces as make up a quarter of that.
+_WHOLE, _PIECE = 2**28, 2**20
+
+
+def describe_run(recipe: Recipe, data: ImageData | LatentData | TextChunks | None) -> dict[str, Any]:
+    """What a run of the recipe trains on the data (None: data that are not read yet), as JSON values."""
+    description = recipe.model_dump(mode="json")
+    if data is not None:
+        description["data"] |= {"examples": len(data), "shape": list(data.example_shape), **_identity(data)}
+    if recipe.model.pretrained is not None and (folder := Path(recipe.model.pretrained)).is_dir():
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+        description["model"]["files"] = {
+            file.name: [file.stat().st_size, _of_file(file)] for file in files if file.is_file()
+        }
+    return description
+
+
+def learned_from(description: dict[str, Any]) -> dict[str, Any]:
+    """What of a description a block learned from, beside its model: it is the same in all blocks of one model."""
+    compared = _compared(description)
+    train = {name: value for name, value in (compared.get("train") or {}).items() if name not in _MERGE_MAY_DIFFER}
+    return {"train": train, **{name: compared.get(name) for name in ("data", "fit", "trunk")}}
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    """Refuse to go on with a run that trained something else.
+
+    Args:
+        before: its description; what an older version did not note is not compared.
+        now: that of the run that shall go on.
+        where: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: it names the first field that differs, and both values.
+    """
+    if not all(isinstance(before.get(section), dict) for section in ("model", "blocks", "data", "train")):
+        raise ValueError(f"{where}: its description of the run is damaged; start anew with --restart")
+    ours, theirs = _compared(now), _compared(_in_todays_terms(before))
+    for section, names in _IDENTITY.items():
+        for name in names:
+            if name not in ours[section] or name not in theirs.get(section, {}):
+                ours[section].pop(name, None)
+                theirs.get(section, {}).pop(name, None)
+    if "files" in ours["model"]:  # then it does not matter where they lie
+        ours["model"].pop("pretrained")
+        theirs["model"].pop("pretrained")
+    found = difference(theirs, ours)
+    if found is not None:
+        name, old, new = found
+        replaced = " (the data were replaced)" if name == "data.content" else ""
+        raise ValueError(
+            f"{where} was made with {name} = {shortened(str(old), 160)}, this run has "
+            f"{shortened(str(new), 160)}{replaced}: set it back, "
+            "start anew with --restart, or choose another folder"
+        )
+
+
+def _compared(description: dict[str, Any]) -> dict[str, Any]:
+    def of_section(name: str, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {field: value for field, value in values.items() if field not in MAY_DIFFER.get(name, frozenset())}
+
+    return {name: of_section(name, values) for name, values in description.items() if name not in _NOT_COMPARED}
+
+
+def _in_todays_terms(description: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of fields that were added since, and their names of today."""
+    more = {
+        section: {name: description[section][name] for name in names if name in description[section]}
+        for section, names in _IDENTITY.items()
+    }
+    plain = {
+        name: {f: v for f, v in values.items() if f not in more[name]} if name in more else values
+        for name, values in description.items()
+    }
+    try:
+        plain = Recipe.model_validate(plain).model_dump(mode="json")
+    except ValidationError:  # then as it is
+        return description
+    return {name: values | more[name] if name in more else values for name, values in plain.items()}
+
+
+def _identity(data: ImageData | LatentData | TextChunks) -> dict[str, Any]:
+    if isinstance(data, TextChunks):
+        tokenizer = data.text.tokenizer
+        extra = None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest()
+        return {"classes": data.num_classes, "content": _content([data.text.ids], extra)}
+    parts = [data.images] if isinstance(data, ImageData) else [*data.mean, *data.std]
+    return {"classes": list(data.class_names), "content": _content([data.labels, *parts], None)}
+
+
+def _content(tensors: Iterable[Tensor], extra: str | None) -> str:
+    """A digest of tensors: of all their bytes, or of pieces of them where they are large."""
+    tensors = list(tensors)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    share = min(1.0, _WHOLE / 4 / max(1, sum(sizes))) if sum(sizes) > _WHOLE else 1.0
+    found = hashlib.sha256(str(extra).encode())
+    for tensor, size in zip(tensors, sizes, strict=True):
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        pieces = -(-size // _PIECE)
+        taken = max(1, round(share * pieces))
+        for number in range(taken):
+            start = number * pieces // taken * _PIECE
+            found.update(flat[start : start + _PIECE].data)
+    return found.hexdigest()
+
+
+def _of_file(file: Path) -> str:
+    """A digest of the first and the last MiB of a file."""
+    with file.open("rb") as opened:
+        found = hashlib.sha256(opened.read(_PIECE))
+        opened.seek(max(0, file.stat().st_size - _PIECE))
+        found.update(opened.read())
+    return found.hexdigest()

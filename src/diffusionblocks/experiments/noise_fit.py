@@ -1,0 +1,265 @@
+"""Levels fitted to a task before its blocks train: a warm-up that measures where the cross-entropy rises.
+
+One block's worth of layers is trained on all levels. After each round the mean cross-entropy of training examples is
+measured at levels that are even over log sigma, and the next round draws its levels so that equal mass is equal rise
+(`noise/fitting.py`). The last fit is what trunk and blocks then train on, frozen.
+
+Every round has a trainer of its own, which resumes from the checkpoint that the round before left: compiled code and
+CUDA graphs never hold levels of an older fit, and a fit that was killed goes on like one that was not. A round counts
+as finished once its measurement is in `levels.json`; one that was killed goes on from its newest checkpoint, and ends
+with the same levels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.files import read_json, write_json
+from ..common.modes import evaluating
+from ..common.seeds import key
+from ..core.block import Block
+from ..core.merging import difference
+from ..core.model import DiffusionBlocks
+from ..noise import EDM, fitted_quantiles, one_level
+from ..reports.figures import draw_fit
+from ..targets import Batch
+from ..training import BatchMaker, Trainer
+from ..training.checkpoint import checkpoints, read_values, remove
+from ..training.step import arithmetic
+from ..training.train_config import RESUME_MAY_DIFFER
+from .recipe import FitConfig, Recipe
+
+LEVELS = "levels.json"
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round left.
+
+    Attributes:
+        iteration: steps of the fit at its end.
+        losses: mean cross-entropy at each level of the grid, in nats.
+        noise: the process fitted to them.
+        train_seconds: of all rounds' training so far.
+        measure_seconds: of this round's measurement.
+    """
+
+    iteration: int
+    losses: tuple[float, ...]
+    noise: EDM
+    train_seconds: float
+    measure_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Round:
+        """The inverse of `to_dict`."""
+        return cls(**values | {"losses": tuple(values["losses"]), "noise": EDM(**values["noise"])})
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished fit.
+
+    Attributes:
+        levels: the grid at which losses were measured, ascending.
+        rounds: in order; the last one's `noise` is the result.
+    """
+
+    levels: tuple[float, ...]
+    rounds: tuple[Round, ...]
+
+    @property
+    def noise(self) -> EDM:
+        """The fitted process."""
+        return self.rounds[-1].noise
+
+    @property
+    def iterations(self) -> int:
+        """Steps of one block's worth of layers."""
+        return self.rounds[-1].iteration
+
+    @property
+    def seconds(self) -> float:
+        """Training and measurement of all rounds."""
+        return self.rounds[-1].train_seconds + sum(done.measure_seconds for done in self.rounds)
+
+
+def fit_levels(
+    options: FitConfig,
+    recipe: Recipe,
+    folder: Path,
+    prepare: Callable[[Recipe, Path], Trainer],
+    *,
+    data: dict[str, Any] | None = None,
+    resume: bool = True,
+) -> Fit:
+    """Fit levels to a recipe's task, or read back what a finished fit left.
+
+    Leaves `folder`/levels.json, with all measured losses, and a figure of them, levels.png.
+
+    Args:
+        options: the recipe's `fit` section.
+        recipe: of one block on all levels, as long as the fit (`runs.fit_recipe`).
+        folder: of the fit; an unfinished fit there is resumed.
+        prepare: makes the trainer of a recipe in a folder, with a fresh model.
+        data: what tells the data apart, as JSON values: a fit to others is not read back.
+        resume: False starts anew.
+
+    Raises:
+        ValueError: the folder holds a fit with other settings, or checkpoints that are not of its rounds; or rounds
+            without a step.
+    """
+    settings = _settings(options, recipe) | ({} if data is None else {"data": data})
+    grid, rounds = _kept(folder / LEVELS, settings) if resume else ([], [])
+    while len(rounds) < options.rounds:
+        now = recipe if not rounds else with_noise(recipe, rounds[-1].noise)
+        trainer = prepare(now, folder)
+        if not (resume or rounds):
+            (folder / LEVELS).unlink(missing_ok=True)
+            remove(checkpoints(folder / "checkpoints"))
+        model = trainer.model
+        assert isinstance(model, DiffusionBlocks)
+        assert isinstance(model.noise, EDM), "recipes of other processes have no fit"
+        grid = model.noise.boundaries(options.grid - 1, "log-uniform")
+        steps, start = len(trainer.schedule), rounds[-1].iteration if rounds else 0
+        end = round(steps * (len(rounds) + 1) / options.rounds)
+        _check_round(start, end, folder)
+        trainer.train(until=end)
+        started = perf_counter()
+        losses = measured(
+            model.block(0),
+            trainer.stepper.batches,
+            grid,
+            examples=options.examples,
+            batch_size=options.batch_size or recipe.train.batch_size,
+            precision=recipe.train.precision,
+            seed=recipe.train.seed,
+        )
+        noise = dataclasses.replace(
+            model.noise,
+            quantiles=fitted_quantiles(grid, losses, floor=options.floor),
+            coverage=getattr(recipe.blocks.noise, "coverage", None),  # resolved anew, for the partition that comes
+        )
+        seconds = perf_counter() - started
+        rounds.append(Round(end, tuple(losses), noise, trainer.seconds, seconds))
+        del trainer, model  # and their memory, before the next
+        if len(rounds) == options.rounds:  # before the file says that the fit is finished
+            draw_fit(grid, [done.losses for done in rounds], noise, folder / "levels.png")
+        written = [done.to_dict() for done in rounds]
+        write_json(folder / LEVELS, {"settings": settings, "levels": list(grid), "rounds": written})
+    return Fit(tuple(grid), tuple(rounds))
+
+
+def with_noise(recipe: Recipe, noise: EDM) -> Recipe:
+    """The recipe on the levels of a process, which it does not fit again."""
+    return recipe.model_copy(update={"blocks": recipe.blocks.model_copy(update={"noise": noise}), "fit": None})
+
+
+def measured(
+    block: Block,
+    batches: BatchMaker,
+    levels: list[float],
+    *,
+    examples: int,
+    batch_size: int,
+    precision: str,
+    seed: int,
+) -> list[float]:
+    """Mean loss of a block at each level, without the level's weight, in evaluation mode.
+
+    Examples, their augmentation and the noise's direction are the same at all levels, so that the losses differ by the
+    levels alone.
+
+    Args:
+        block: on the device where the batches are made.
+        batches: makes the training batches.
+        levels: where to measure.
+        examples: how many, drawn without repeats; all where there are fewer.
+        batch_size: examples at a time.
+        precision: of the training.
+        seed: of the choice, the augmentation and the noise.
+    """
+    device = next(block.parameters()).device
+    sums = torch.zeros(len(levels), dtype=torch.float64, device=device)
+    count = 0
+    chosen = _chosen(batches.num_examples, examples, seed).to(device)
+    for number, indices in enumerate(chosen.split(batch_size)):
+        generator = torch.Generator(device=device).manual_seed(key(seed, 0, number, "fit noise"))
+        batch = batches(indices, generator)
+        with torch.no_grad(), evaluating(block), arithmetic(device, precision):
+            for place, loss in enumerate(_losses(block, batch, levels, generator)):
+                sums[place] += loss.double().sum()
+        count += len(indices)
+    return [total / count for total in sums.tolist()]
+
+
+def _losses(block: Block, batch: Batch, levels: list[float], generator: torch.Generator) -> Iterator[Tensor]:
+    """Losses (batch,) at one level after the other, with the same noise: `Block.loss` for given draws."""
+    target, noise = block.target, block.noise
+    batch = target.resolved(batch)
+    y = target.encode(batch)
+    draws = noise.draws(y.shape, generator=generator, device=y.device)
+    inputs = target.training_inputs({name: batch[name] for name in block.input_names}, generator)
+    for value in levels:
+        level = one_level(value, y)
+        z = noise.corrupt(y, level, draws)
+        yield target.loss(block(inputs, z, level), batch, z)
+
+
+def _chosen(num_examples: int, examples: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(key(seed, 0, 0, "fit examples"))
+    return torch.randperm(num_examples, generator=generator)[:examples]
+
+
+# ---- what a fit leaves -------------------------------------------------------------------------------------
+
+
+def _settings(options: FitConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What the fitted levels depend on, beside the data."""
+    train = recipe.train.model_dump(mode="json", exclude=set(RESUME_MAY_DIFFER))
+    sections = {"fit": options, "model": recipe.model, "blocks": recipe.blocks}
+    return {name: section.model_dump(mode="json") for name, section in sections.items()} | {"train": train}
+
+
+def _kept(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[float], list[Round]]:
+    """The grid and the finished rounds in a file; none where there is no file."""
+    if not file.is_file():
+        return [], []
+    values = read_json(file)
+    before = values.get("settings", {})
+    for section, now in settings.items():
+        if section == "data" and section not in before:  # version 0.1.0 did not note it
+            continue
+        for field in now:
+            found = before.get(section, {}).get(field)
+            if difference(found, now[field]) is not None:  # a field that there was not yet counts as one of null
+                raise ValueError(
+                    f"{file} was fitted with {section}.{field} = {found}, this run has {now[field]}: set it back, "
+                    "start anew with --restart, or choose another folder"
+                )
+    return list(values["levels"]), [Round.from_dict(done) for done in values["rounds"]]
+
+
+def _check_round(start: int, end: int, folder: Path) -> None:
+    """Refuse a newest checkpoint that is not of the coming round: its steps would have been on other levels."""
+    if start == end:
+        raise ValueError("a round of the fit would have no step: make the fit longer, or fit.rounds fewer")
+    saved = checkpoints(folder / "checkpoints")
+    at = int(read_values(saved[-1])["iteration"]) if saved else 0
+    if not start <= at <= end:
+        raise ValueError(
+            f"{folder} has a checkpoint at iteration {at}, but {LEVELS} is for iterations {start} to {end}: they are "
+            "not of one fit; start anew with --restart, or choose another folder"
+        )

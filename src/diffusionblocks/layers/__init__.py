@@ -1,0 +1,1 @@
+"""What conversion adds to a model's layers."""

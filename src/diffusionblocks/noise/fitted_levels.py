@@ -1,0 +1,96 @@
+"""Noise levels placed by measured difficulty: equal mass is equal rise of the cross-entropy over log sigma.
+
+Where the cross-entropy of a trained network does not change with the level, the levels teach nothing new: at low noise
+the target can be read off z, at high noise z says nothing. Where it rises, what the network knows of the input decides.
+Levels that are drawn evenly over the rise spend the training there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from ..common.fields import MOST_LEVELS, check_count
+
+#: Steps of equal mass that the fitted distribution is written as.
+STEPS = 128
+
+
+def fitted_quantiles(
+    levels: Sequence[float], losses: Sequence[float], *, floor: float = 0.05, steps: int = STEPS
+) -> tuple[float, ...]:
+    """Levels at equal steps of mass, from measured losses: what `EDM.quantiles` takes.
+
+    The mass between two neighbouring levels is their share of the rise of the losses, which are first made monotone
+    (`isotonic`), mixed with a share that is spread evenly over log sigma. Within such an interval mass is even over
+    log sigma. Losses that nowhere rise give levels that are even over log sigma.
+
+    Args:
+        levels: where losses were measured, > 0, ascending, at least two.
+        losses: mean loss at each of them.
+        floor: the share of the mass that is spread evenly, in (0, 1]; so no level is without mass.
+        steps: how many steps of equal mass.
+
+    Returns:
+        `steps` + 1 levels, strictly ascending, the first and last of `levels` included.
+
+    Raises:
+        ValueError: levels that do not ascend, losses of another number or not finite, or a value out of range.
+    """
+    _check(levels, losses, floor, steps)
+    places = [math.log(level) for level in levels]
+    widths = [high - low for low, high in itertools.pairwise(places)]
+    monotone = isotonic(losses)
+    rises = [high - low for low, high in itertools.pairwise(monotone)]
+    width, rise = math.fsum(widths), math.fsum(rises)
+    if rise <= 0:
+        floor = 1.0
+    shares = [(1 - floor) * r / (rise or 1.0) + floor * w / width for r, w in zip(rises, widths, strict=True)]
+    inner = _inverse(places, shares, [step / steps for step in range(1, steps)])
+    return (float(levels[0]), *(math.exp(place) for place in inner), float(levels[-1]))
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The nearest sequence in squares that never falls, by pooling neighbours that do (adjacent violators).
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if wrong := [value for value in values if not math.isfinite(value)]:
+        raise ValueError(f"values must be finite, got {wrong[0]} among {len(values)}")
+    pools: list[tuple[float, int]] = []  # mean and size, from left to right
+    for value in values:
+        mean, size = float(value), 1
+        while pools and pools[-1][0] >= mean:
+            other, more = pools.pop()
+            mean, size = (mean * size + other * more) / (size + more), size + more
+        pools.append((mean, size))
+    return [mean for mean, size in pools for _ in range(size)]
+
+
+def _inverse(places: Sequence[float], shares: Sequence[float], masses: Sequence[float]) -> list[float]:
+    """Where the mass from the left reaches each of `masses` (ascending), if each interval spreads its share evenly."""
+    total = math.fsum(shares)  # 1, up to rounding
+    edges = [0.0, *(below / total for below in itertools.accumulate(shares))]
+    found, interval = [], 0
+    for mass in masses:
+        while interval < len(shares) - 1 and edges[interval + 1] < mass:
+            interval += 1
+        low, high = edges[interval], edges[interval + 1]
+        within = min(1.0, max(0.0, (mass - low) / (high - low)))
+        found.append(places[interval] + within * (places[interval + 1] - places[interval]))
+    return found
+
+
+def _check(levels: Sequence[float], losses: Sequence[float], floor: float, steps: int) -> None:
+    if len(levels) < 2 or len(levels) != len(losses):
+        raise ValueError(f"a fit needs a loss at each of at least 2 levels, got {len(losses)} at {len(levels)}")
+    if not (levels[0] > 0 and math.isfinite(levels[-1]) and all(a < b for a, b in itertools.pairwise(levels))):
+        raise ValueError(f"levels must be finite, > 0 and ascend strictly, got {list(levels)}")
+    for level, loss in zip(levels, losses, strict=True):
+        if not math.isfinite(loss):
+            raise ValueError(f"losses must be finite, got {loss} at level {level:g}")
+    if not 0 < floor <= 1:
+        raise ValueError(f"floor must be in (0, 1], got {floor}: without a floor some levels have no mass")
+    check_count("steps", steps, MOST_LEVELS)

@@ -1,0 +1,132 @@
+"""Plain-text tables, and the JSON files that results are kept in."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.files import write_json
+from ..core.block import Block
+from ..core.model import DiffusionBlocks
+from ..core.partition import Partition
+from ..evaluation.memory import size_of
+from ..noise import NoiseProcess
+from ..training import trainable
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as an aligned text table; None shows as "-"."""
+    names = list(rows[0])
+    cells = [["-" if row[name] is None else str(row[name]) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
+    lines = [names, ["-" * width for width in widths], *cells]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
+    """A row a block: layers, levels, mass, parameters, and predicted bytes of what AdamW training of it holds.
+
+    Bytes are of one block with its shared parts, in the weights' own precision, without activations.
+    """
+    rows = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        low, high = model.partition.interval(block.index)
+        trained = model.partition.training_interval(block.index)
+        mass = model.noise.mass_of(torch.tensor([low, high], dtype=torch.float64)).diff().item()
+        trained_parameters = trainable(block)
+        layers = model.partition.layer_range(block.index)
+        rows.append(
+            {
+                "block": block.index,
+                "layers": f"{layers[0]}-{layers[-1]}",
+                "levels": f"{low:.4g} - {high:.4g}",
+                "trains on": f"{trained[0]:.4g} - {trained[1]:.4g}",
+                "mass": f"{mass:.4f}",
+                "trainable": f"{sum(p.numel() for p in trained_parameters):,}",
+                "total": f"{sum(p.numel() for p in block.parameters()):,}",
+                "parameters": format_bytes(size_of(block.parameters())),
+                "gradients": format_bytes(size_of(trained_parameters)),
+                "optimizer": format_bytes(2 * size_of(trained_parameters)),
+            }
+        )
+    return rows
+
+
+def spread(noise: NoiseProcess, low: float, high: float, count: int) -> torch.Tensor:
+    """Levels from low to high, evenly over what the process spreads them over (their logarithm, or themselves)."""
+    if not noise.logarithmic:
+        return torch.linspace(low, high, count, dtype=torch.float64)
+    return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).clamp(low, high)
+
+
+def partition_sketch(partition: Partition, noise: NoiseProcess, width: int = 72) -> str:
+    """The training density over log sigma (or t) as a line of bars, and below it the block that owns each level."""
+    levels = spread(noise, noise.level_min, noise.level_max, width)
+    density = noise.density(levels)
+    heights = (density / density.max() * 8).round().int().tolist()
+    owners = partition.block_of(levels).tolist()
+    ends = f"{noise.level_min:g}", f"{noise.level_max:g}"
+    return "\n".join(
+        [
+            "density  " + "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights),
+            "block    " + "".join(str(owner % 10) for owner in owners),
+            f"{noise.symbol:<9}" + ends[0] + ends[1].rjust(width - len(ends[0])),
+        ]
+    )
+
+
+def write_results(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write measured figures with the command, device and commit that made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    write_json(
+        path,
+        {
+            "command": _command(),
+            "device": device,
+            "torch": torch.__version__,
+            "commit": commit(),
+            **more,
+            "rows": rows,
+        },
+    )
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    start = ["diffusionblocks"] if program.stem in ("diffusionblocks", "cli") else ["python", str(program)]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The checked-out commit, with "+" where tracked files differ from it; None outside a repository.
+
+    A copy without its repository (a job on another machine) names it by the variable DIFFUSIONBLOCKS_COMMIT.
+    """
+    if named := os.environ.get("DIFFUSIONBLOCKS_COMMIT"):
+        return named
+    try:
+        name = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name + "+" * bool(changed)

@@ -1,0 +1,435 @@
+"""Text token by token: every next token is denoised by a chain of network calls, from the highest level that is read.
+
+Where the chain decides, randomness enters: at every level the logits are divided by the temperature and cut to their
+most probable tokens (top-p), and the bridge makes of these probabilities what the next step is drawn towards. At the
+end of the chain it would be too late: the last distribution is all but a point mass (c_skip -> 1 as sigma -> 0).
+
+The clean tokens' keys and values are kept (`attention.Past`), so a network call runs over what is new only: the one
+wanted position, and at a block's first call for a token the token before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..common.fields import MOST_LENGTH, check_count
+from ..common.finite import FiniteCheck
+from ..common.generation_config import end_tokens
+from ..common.modes import evaluating
+from ..noise import EDM, one_level
+from ..targets import NextTokenTarget
+from .solvers import euler
+
+BRIDGES = ("soft", "hard", "sampled", "top-k")
+
+#: Tokens whose randomness a row draws at once. A constant: the numbers depend on how many are drawn together.
+_AHEAD = 32
+
+#: Runs the block that owns a level: (inputs, z, level) -> logits (n, positions, vocab_size).
+Network = Callable[[Mapping[str, Any], Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What was generated.
+
+    Attributes:
+        tokens: of each row the prompt and what follows it, int64 (length,), on the CPU; a stop token is kept.
+        prompt_lengths: tokens of each prompt.
+        seconds: taken.
+        tokens_per_second: generated tokens (up to the stops) over seconds.
+    """
+
+    tokens: list[Tensor]
+    prompt_lengths: list[int]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """See above."""
+        new = sum(len(row) for row in self.tokens) - sum(self.prompt_lengths)
+        return new / max(self.seconds, 1e-9)
+
+
+def continue_texts(
+    network: Network,
+    make_past: Callable[[int, int, torch.device], Any],
+    owner: Callable[[float], int],
+    target: NextTokenTarget,
+    noise: EDM,
+    prompts: Sequence[Tensor | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    levels: Sequence[float],
+    seeds: Sequence[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    bridge: str = "sampled",
+    top_k: int = 8,
+    stop_tokens: Sequence[int] = (),
+    num_tokens: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Continuations:
+    """Continue prompts, in one batch, without gradients.
+
+    A row depends on its prompt, its seed and the network alone.
+
+    Args:
+        network: runs the block that owns a level on inputs `input_ids` (new clean tokens, right-padded), `counts` (how
+            many of them are tokens, (n,)) and `past`.
+        make_past: (rows, capacity, device) -> an empty `past`.
+        owner: level -> block, whose `past` it is. (With one stream every step has a past of its own: there the clean
+            tokens' states depend on the level.)
+        target: what is denoised; its `shift` says whether there are two streams (0) or one (1).
+        noise: the noise process.
+        prompts: tokens of each row, int64, lengths may differ; none of them empty where there is one stream.
+        max_new_tokens: >= 1.
+        levels: descending, at least two, such as `EDM.levels` gives: a network call at each but the last.
+        seeds: one a row.
+        temperature: divides the logits, >= 0; 0 takes the most probable token.
+        top_p: keep the fewest most probable tokens that have this share of the probability, in (0, 1].
+        bridge: one of `BRIDGES`, see `NextTokenTargetConfig`.
+        top_k: of the bridge `top-k`, >= 1.
+        stop_tokens: a row ends with the first of these that it generates.
+        num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
+        device: where the network is.
+        progress: show a progress bar, one tick a token.
+
+    Raises:
+        ValueError: an argument is not as above, or logits are not finite.
+    """
+    rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
+    _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, bridge, top_k)
+    _check_num_tokens(num_tokens, len(target.embedding))
+    device, lengths = torch.device(device), [len(row) for row in rows]
+    longest = max(lengths)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    known = _known_noise(generators, lengths, target).to(device)
+    chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, known, device)
+    check = FiniteCheck(owner=owner)
+    choose = _Chooser(target, temperature, top_p, bridge, top_k, check, num_tokens)
+    new = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for row, place in zip(rows, new, strict=True):
+        place[: len(row)] = row
+    clean, counts = new.to(device), torch.tensor(lengths, device=device)
+
+    def tokens() -> Iterator[Tensor]:
+        news, many = clean, counts
+        for draws in _draws(generators, max_new_tokens, target, len(levels) - 1, device):
+            token = chain.next(news, many, draws, choose)
+            yield token
+            news, many = token[:, None], torch.ones_like(counts)
+
+    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, check, progress)
+
+
+def continue_plainly(
+    model: nn.Module,
+    prompts: Sequence[Tensor | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    seeds: Sequence[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] | None = None,
+    num_tokens: int | None = None,
+    progress: bool = False,
+) -> Continuations:
+    """The same by an ordinary language model, in evaluation mode: the control.
+
+    Args:
+        model: a causal language model of transformers, which keeps keys and values, or a `RecurrentDepth`, which reads
+            everything anew for each token. The states that its recurrence starts from are drawn for the batch, from
+            the first seed: there a row depends, a little, on its batch.
+        prompts, max_new_tokens, seeds, temperature, top_p, num_tokens, progress: see `continue_texts`; no prompt may be
+            empty, and a row draws one uniform a token.
+        stop_tokens: as there; None takes the model's own, see `DiffusionBlocks.continue_texts`.
+
+    Raises:
+        ValueError: an empty prompt, an argument that `continue_texts` refuses, or logits without a softmax: NaN, inf,
+            or -inf alone. (A logit of -inf rules a token out.)
+    """
+    rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
+    _check_options(rows, max_new_tokens, seeds, temperature, top_p)
+    if not all(len(row) for row in rows):
+        raise ValueError("an empty prompt: an ordinary language model needs at least one token to go on from")
+    _check_tokens(rows, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    _check_num_tokens(num_tokens, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    device = next(model.parameters()).device
+    states = torch.Generator(device).manual_seed(seeds[0])
+    uniforms = torch.stack(
+        [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    ).to(device)
+    lengths, library = [len(row) for row in rows], hasattr(model, "generate")
+    longest = max(lengths)
+    text = torch.zeros(len(rows), longest + max_new_tokens, dtype=torch.int64)
+    seen = torch.zeros_like(text)
+    for r, row in enumerate(rows):  # a library's cache wants padding on the left, the other reading on the right
+        start = longest - len(row) if library else 0
+        text[r, start : start + len(row)], seen[r, start : longest + max_new_tokens] = row, 1
+    text, seen = text.to(device), seen.to(device)
+    places, at = torch.arange(len(rows), device=device), torch.tensor(lengths, device=device)
+    check = FiniteCheck(type(model).__name__)
+
+    def tokens() -> Iterator[Tensor]:
+        past: Any = None
+        for step in range(max_new_tokens):
+            end = longest + step
+            if library:
+                first = 0 if past is None else end - 1
+                mask = seen[:, :end]
+                where = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, first:]
+                options = {"attention_mask": mask, "position_ids": where, "past_key_values": past, "use_cache": True}
+                output = model(input_ids=text[:, first:end], **options)
+                logits, past = output.logits[:, -1], output.past_key_values
+            else:
+                logits = model(text[:, :end], generator=states)[places, at + step - 1]
+            token = _quantile(
+                filtered(_ruled_out(check.logits(logits), num_tokens), temperature, top_p), uniforms[:, step]
+            )
+            yield token
+            text[places, torch.full_like(at, end) if library else at + step] = token
+
+    with evaluating(model):
+        stops = end_tokens(model) if stop_tokens is None else stop_tokens
+        return _grown(tokens(), rows, max_new_tokens, stops, device, check, progress)
+
+
+def _grown(
+    tokens: Iterator[Tensor],
+    rows: list[Tensor],
+    count: int,
+    stop_tokens: Sequence[int],
+    device: torch.device,
+    check: FiniteCheck,
+    progress: bool,
+) -> Continuations:
+    """Rows with `count` tokens (n,) each behind them, fewer where they stop; taken without gradients, and timed.
+
+    `check` was given the logits that they were drawn from.
+    """
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    made: list[Tensor] = []
+    started = time.perf_counter()
+    with torch.no_grad():
+        for token in tqdm(tokens, total=count, disable=not progress, unit="token"):
+            made.append(token)
+            if len(stops):
+                ended |= torch.isin(token, stops)
+                if bool(ended.all()):
+                    break
+    grown = torch.stack(made, dim=1).cpu()  # waits for the device
+    check.read()
+    seconds = time.perf_counter() - started
+    whole = [torch.cat([row, _until(after, stop_tokens)]) for row, after in zip(rows, grown, strict=True)]
+    return Continuations(whole, [len(row) for row in rows], seconds)
+
+
+class _Chooser:
+    """From logits to the token that a step chooses, and to D, which the solver feeds on."""
+
+    def __init__(
+        self,
+        target: NextTokenTarget,
+        temperature: float,
+        top_p: float,
+        bridge: str,
+        top_k: int,
+        check: FiniteCheck,
+        num_tokens: int | None,
+    ) -> None:
+        self.target, self.temperature, self.top_p = target, temperature, top_p
+        self.bridge, self.top_k, self.check, self.num_tokens = bridge, top_k, check, num_tokens
+        self.table = target.table
+
+    def __call__(self, logits: Tensor, level: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, vocab_size) at a level and a uniform each (n,) -> tokens (n,) and D (n, dim)."""
+        logits = _ruled_out(self.check.logits(logits, level), self.num_tokens)
+        probabilities = filtered(logits, self.temperature, self.top_p)
+        token = _quantile(probabilities, uniform)
+        return token, bridged(probabilities, token, self.table, self.bridge, self.top_k)
+
+
+def _ruled_out(logits: Tensor, num_tokens: int | None) -> Tensor:
+    """Logits (n, vocab_size) that leave no probability to ids from `num_tokens` on."""
+    if num_tokens is None or num_tokens == logits.shape[-1]:
+        return logits
+    return logits.index_fill(-1, torch.arange(num_tokens, logits.shape[-1], device=logits.device), -math.inf)
+
+
+def filtered(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Probabilities, float64, of logits (n, vocab_size) under a temperature, cut to the fewest that have a share."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
+    probabilities = (logits.double() / temperature).softmax(dim=-1)
+    if top_p == 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    ordered = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)  # what is before it has less than the share
+    kept = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def bridged(probabilities: Tensor, token: Tensor, table: Tensor, bridge: str, top_k: int) -> Tensor:
+    """D (n, dim), float32: what probabilities (n, vocab_size), and the token drawn from them, feed to the next step.
+
+    `soft` is the expected row, which is shorter than 1 where there is doubt; `hard` and `sampled` are rows; `top-k` is
+    the expected row of the most probable tokens, at unit length.
+    """
+    if bridge == "soft":
+        return probabilities.float() @ table
+    if bridge == "top-k":
+        best, places = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+        return F.normalize((best.float()[..., None] * table[places]).sum(dim=-2), dim=-1)
+    return table[token if bridge == "sampled" else probabilities.argmax(dim=-1)]
+
+
+def _quantile(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    cumulative = probabilities.cumsum(dim=-1)
+    # Rounding may leave the last sum a little below or above 1. `right`: tokens of probability 0 are never drawn.
+    wanted = uniform[:, None].to(cumulative) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
+
+
+class _Chain:
+    """Denoises one token after another; keeps what each block has seen of the clean ones."""
+
+    def __init__(
+        self,
+        network: Network,
+        make_past: Callable[[int, int, torch.device], Any],
+        owner: Callable[[float], int],
+        target: NextTokenTarget,
+        noise: EDM,
+        levels: list[float],
+        capacity: int,
+        known_noise: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.network, self.target, self.noise, self.levels = network, target, noise, levels
+        self.make_past, self.capacity, self.known_noise, self.device = make_past, capacity, known_noise, device
+        self.two_streams = target.shift == 0
+        self.keys = [owner(level) if self.two_streams else step for step, level in enumerate(levels[:-1])]
+        self.pasts: dict[int, Any] = {}
+
+    def next(self, clean: Tensor, counts: Tensor, draws: tuple[Tensor, Tensor], choose: _Chooser) -> Tensor:
+        """The token (n,) after clean tokens (n, new), of which the first `counts` of each row are no padding."""
+        prior, uniforms = draws
+        z = self.levels[0] * prior
+        told: set[int] = set()
+        token = counts
+        for step, (level, following) in enumerate(zip(self.levels[:-1], self.levels[1:], strict=True)):
+            key = self.keys[step]
+            if key not in self.pasts:
+                self.pasts[key] = self.make_past(len(clean), self.capacity, self.device)
+            news = clean if key not in told else clean[:, :0]
+            told.add(key)
+            inputs = {"input_ids": news, "past": self.pasts[key]}
+            inputs["counts"] = counts if news.shape[1] else torch.zeros_like(counts)
+            if self.two_streams:
+                logits = self.network(inputs, z[:, None], level)[:, 0]
+            else:
+                logits = self._one_stream(inputs, z, level)
+            token, denoised = choose(logits, level, uniforms[:, step])
+            z = euler(lambda *_, known=denoised: known, z, [level, following])
+        return token
+
+    def _one_stream(self, inputs: dict[str, Any], z: Tensor, level: float) -> Tensor:
+        """Of the new positions the last wants its token; those before it have theirs, noised as in training."""
+        clean, last = inputs["input_ids"], inputs["counts"] - 1
+        states = z[:, None]
+        if clean.shape[1] > 1:
+            rows = self.target.rows(clean[:, 1:])
+            states = torch.cat([self.noise.corrupt(rows, one_level(level, rows), self.known_noise), states], dim=1)
+            states = states.index_put((torch.arange(len(z), device=z.device), last), z)
+        logits = self.network(inputs, states, level)
+        return logits[torch.arange(len(z), device=z.device), last]
+
+
+def _known_noise(generators: Sequence[torch.Generator], lengths: Sequence[int], target: NextTokenTarget) -> Tensor:
+    """Noise of the prompts' own tokens, each but the first (n, longest - 1, dim); none where there are two streams."""
+    dim = target.embedding.shape[-1]
+    noise = torch.zeros(len(lengths), max(0, max(lengths) - 1) if target.shift else 0, dim)
+    for row, length, generator in zip(noise, lengths, generators, strict=True):
+        if target.shift:
+            row[: length - 1] = torch.randn(length - 1, dim, generator=generator)
+    return noise
+
+
+def _draws(
+    generators: Sequence[torch.Generator], count: int, target: NextTokenTarget, steps: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each token: noise of its chain (n, dim), and uniforms (n, steps)."""
+    dim = target.embedding.shape[-1]
+    for start in range(0, count, _AHEAD):
+        prior = torch.stack([torch.randn(_AHEAD, dim, generator=g) for g in generators]).to(device)
+        uniforms = torch.stack([torch.rand(_AHEAD, steps, generator=g, dtype=torch.float64) for g in generators])
+        uniforms = uniforms.to(device)
+        for i in range(min(_AHEAD, count - start)):
+            yield prior[:, i], uniforms[:, i]
+
+
+def _until(tokens: Tensor, stops: Sequence[int]) -> Tensor:
+    """Tokens up to the first stop, that included."""
+    for place, token in enumerate(tokens.tolist()):
+        if token in stops:
+            return tokens[: place + 1]
+    return tokens
+
+
+def _check(
+    rows: list[Tensor],
+    target: NextTokenTarget,
+    max_new_tokens: int,
+    levels: Sequence[float],
+    seeds: Sequence[int],
+    temperature: float,
+    top_p: float,
+    bridge: str,
+    top_k: int,
+) -> None:
+    _check_options(rows, max_new_tokens, seeds, temperature, top_p)
+    _check_tokens(rows, len(target.embedding))
+    if target.shift and not all(len(row) for row in rows):
+        raise ValueError("an empty prompt: this model needs at least one token to go on from")
+    if len(levels) < 2 or any(low >= high for high, low in itertools.pairwise(levels)):
+        raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
+    if bridge not in BRIDGES:
+        raise ValueError(f"unknown bridge {bridge!r}; allowed: {', '.join(BRIDGES)}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be >= 1, got {top_k}")
+
+
+def _check_tokens(rows: list[Tensor], vocabulary: int) -> None:
+    for row in rows:
+        if len(row) and not (int(row.min()) >= 0 and int(row.max()) < vocabulary):
+            raise ValueError(f"prompt tokens must be in [0, {vocabulary - 1}], got {row.tolist()}")
+
+
+def _check_num_tokens(num_tokens: int | None, vocabulary: int) -> None:
+    if num_tokens is not None and not 1 <= num_tokens <= vocabulary:
+        raise ValueError(f"num_tokens must be from 1 to the vocabulary's {vocabulary}, got {num_tokens}")
+
+
+def _check_options(
+    rows: list[Tensor], max_new_tokens: int, seeds: Sequence[int], temperature: float, top_p: float
+) -> None:
+    if not rows or len(rows) != len(seeds):
+        raise ValueError(f"got {len(rows)} prompts and {len(seeds)} seeds; give at least one prompt, and a seed each")
+    check_count("max_new_tokens", max_new_tokens, MOST_LENGTH)
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")

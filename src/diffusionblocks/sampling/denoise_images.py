@@ -1,0 +1,132 @@
+"""Images by denoising: starting noise that follows seeds alone, classifier-free guidance, and the chain itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..common.fields import MOST_SAMPLES, check_count
+from ..common.finite import FiniteCheck
+from ..noise import EDM
+from .solvers import Callback, Denoiser, solver_named
+
+# (z, labels, level) -> D. Labels are a tensor, or None for a network that has none.
+Network = Callable[[Tensor, Any, float], Tensor]
+
+
+def prior_of_seeds(
+    noise: EDM, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
+    """z at the highest level read (sigma_max), where chains start, one a seed.
+
+    Row i depends on seeds[i] alone: it is drawn on the CPU by a generator of its own, so it is the same in every batch
+    and on every device.
+
+    Args:
+        noise: the noise process.
+        shape: of one sample, such as (C, H, W).
+        seeds: one a sample, whole numbers from 0 to 2^63 - 1; equal seeds give equal rows.
+        device: where the result is needed.
+
+    Returns:
+        z, float32, shape (len(seeds), *shape).
+
+    Raises:
+        ValueError: no seed, or one that is no whole number from 0 to 2^63 - 1.
+    """
+    if len(seeds) == 0:
+        raise ValueError("seeds must be at least one whole number, got none")
+    check_count("the number of seeds", len(seeds), MOST_SAMPLES)
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"every seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    rows = [noise.prior(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+def guided(network: Network, labels: Tensor | None, null_class: int | None, guidance: float) -> Denoiser:
+    """Classifier-free guidance (arXiv 2207.12598) on D: D = D_null + guidance * (D_label - D_null).
+
+    Args:
+        network: maps z (n, ...), labels (n,) and a level to D (n, ...), each row on its own. Labelled and unlabelled
+            rows go through it in one call, of 2n rows, labelled rows first; with guidance 1, one call of n rows.
+        labels: int64 (n,), the class of each sample; None for a model without labels, which then gets None.
+        null_class: the label that stands for "no class"; None if the model has none.
+        guidance: 0 ignores the labels, 1 follows the model, more than 1 exaggerates the labels.
+
+    Returns:
+        The denoiser of these n samples, for `sample_images`.
+
+    Raises:
+        ValueError: guidance negative or not finite, or other than 1 without labels or null class; labels of another
+            shape; or, when called, a z of another batch size.
+    """
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise ValueError(f"guidance must be a finite number >= 0, got {guidance}")
+    if labels is not None and labels.dim() != 1:
+        raise ValueError(f"labels must have shape (n,), one a sample; got {tuple(labels.shape)}")
+    if guidance != 1:
+        for name, value in (("labels", labels), ("null_class", null_class)):
+            if value is None:
+                raise ValueError(f"guidance = {guidance} needs {name}, got None: give {name}, or set guidance to 1")
+
+    def denoise(z: Tensor, level: float) -> Tensor:
+        if labels is not None and len(labels) != len(z):
+            raise ValueError(f"labels must be one a sample: z has {len(z)} samples, labels {len(labels)}")
+        if guidance == 1:
+            return network(z, labels, level)
+        assert labels is not None
+        assert null_class is not None
+        both = torch.cat([labels, torch.full_like(labels, null_class)])
+        of_label, of_null = network(torch.cat([z, z]), both, level).chunk(2)
+        return of_null + guidance * (of_label - of_null)
+
+    return denoise
+
+
+def sample_images(
+    denoiser: Denoiser,
+    z: Tensor,
+    levels: Sequence[float],
+    *,
+    solver: str = "euler",
+    callback: Callback | None = None,
+    progress: bool = False,
+    owner: Callable[[float], int] | None = None,
+) -> Tensor:
+    """Run a chain of denoising steps, without gradients.
+
+    Args:
+        denoiser: maps z and its level to D, such as `guided` gives.
+        z: noised images at levels[0], float32 or float64, such as `prior_of_seeds` gives.
+        levels: descending, such as `EDM.sampling_levels` gives; see `solvers.euler`.
+        solver: a name in `SOLVERS`.
+        callback: called once a step with (step, level, z, D), see `solvers.euler`.
+        progress: show a progress bar, one tick a step.
+        owner: level -> block, which an error then names.
+
+    Returns:
+        z at levels[-1], which at a last level of 0 is the images; shape and dtype of z.
+
+    Raises:
+        ValueError: unknown solver, levels that do not descend or are out of range, z of another dtype, or D or z that
+            are not finite.
+    """
+    solve = solver_named(solver)
+    check = FiniteCheck(owner=owner)
+    with torch.no_grad(), tqdm(total=max(len(levels) - 1, 0), disable=not progress, unit="step") as bar:
+
+        def tick(step: int, level: float, z: Tensor, denoised: Tensor) -> None:
+            if callback is not None:
+                callback(step, level, z, denoised)
+            bar.update()
+
+        images = solve(lambda z, level: check.values(denoiser(z, level), "D", level), z, levels, tick)
+    check.values(images, "the images at the chain's end")
+    check.read()
+    return images

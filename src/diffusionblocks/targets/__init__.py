@@ -1,0 +1,43 @@
+"""What the blocks denoise: a label, an image, masked tokens, the next token."""
+
+from .target import (
+    CONTEXT,
+    NONE_IGNORED,
+    Batch,
+    EmbeddingTarget,
+    ImageTarget,
+    LabelTarget,
+    NextTokenTarget,
+    Target,
+    TextTarget,
+    TokenTarget,
+    check_entries,
+    check_labels,
+    check_loss_chunk,
+    check_tokens,
+    cross_entropies,
+    in_chunks,
+    label_losses,
+    mean_loss,
+)
+
+__all__ = [
+    "CONTEXT",
+    "NONE_IGNORED",
+    "Batch",
+    "EmbeddingTarget",
+    "ImageTarget",
+    "LabelTarget",
+    "NextTokenTarget",
+    "Target",
+    "TextTarget",
+    "TokenTarget",
+    "check_entries",
+    "check_labels",
+    "check_loss_chunk",
+    "check_tokens",
+    "cross_entropies",
+    "in_chunks",
+    "label_losses",
+    "mean_loss",
+]

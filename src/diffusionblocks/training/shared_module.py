@@ -1,0 +1,80 @@
+"""Skeletons: modules without tensors of their own, in which the tensors of any unit of one shape compute."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.tensors import places_of, tensors_of
+from ..core.block import Block
+from .patches import multiply_patches
+from .train_config import TrainConfig
+from .units import Unit
+
+
+class Skeleton:
+    """A unit's module without tensors of its own.
+
+    Attributes:
+        module: runs the network with the tensors that are mounted.
+        unit: whose tensors these are.
+    """
+
+    unit: Unit | None = None
+
+    def __init__(self, unit: Unit, config: TrainConfig) -> None:
+        memo: dict[int, Any] = {}
+        for tensor in tensors_of(unit.module):
+            empty = torch.empty_like(tensor, device="meta")
+            grad = tensor.requires_grad
+            memo[id(tensor)] = nn.Parameter(empty, grad) if isinstance(tensor, nn.Parameter) else empty
+        self.module: nn.Module = copy.deepcopy(unit.module, memo)
+        multiply_patches(self.module)
+        self.module.train()
+        if config.activation_checkpointing:
+            self.module.activation_checkpointing = True  # type: ignore[assignment]
+        if config.loss_chunk is not None:
+            self.module.loss_chunk = config.loss_chunk  # type: ignore[assignment]
+        self._places = list(places_of(self.module))
+
+    def mount(self, unit: Unit, tensors: list[Tensor]) -> None:
+        """Compute with these tensors, in the order of `tensors_of`, for that unit."""
+        self.unit = unit
+        for (entries, name), tensor in zip(self._places, tensors, strict=True):
+            entries[name] = tensor
+        if isinstance(self.module, Block) and isinstance(unit.module, Block):
+            # What a block of the same shape has of its own, beside tensors.
+            self.module.index, self.module.interval = unit.module.index, unit.module.interval
+
+
+def shape_of(unit: Unit) -> tuple[Any, ...]:
+    """Equal for units that one skeleton serves: the same modules, with tensors of the same shapes, tied alike."""
+    tensors = tensors_of(unit.module)
+    first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
+    about = tuple((t.shape, t.dtype, t.requires_grad, first[id(t)]) for t in tensors)
+    modules = [type(part) for part in unit.module.modules()]
+    layers = [repr(layer) for layer in unit.module.layers()] if isinstance(unit.module, Block) else []
+    return about, tuple(modules), tuple(layers)
+
+
+def in_several(modules: list[nn.Module]) -> set[int]:
+    """Identities of the tensors that more than one module holds."""
+    seen: set[int] = set()
+    common: set[int] = set()
+    for module in modules:
+        found = {id(t) for t in tensors_of(module)}
+        common |= found & seen
+        seen |= found
+    return common
+
+
+def move(module: nn.Module, chosen: set[int], device: torch.device) -> None:
+    """Move the chosen parameters and buffers, which may be shared with other modules, to a device."""
+    for entries, name in places_of(module):
+        tensor = entries[name]
+        if id(tensor) in chosen and tensor.device != device:
+            with torch.no_grad():
+                tensor.data = tensor.data.to(device)

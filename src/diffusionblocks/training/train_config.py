@@ -1,0 +1,220 @@
+"""Hyperparameters of the trainer: a section of the recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..common.fields import (
+    MOST_STEPS,
+    BlockIndex,
+    Epochs,
+    Float,
+    Int,
+    Length,
+    NonNegative,
+    Positive,
+    Samples,
+    Seed,
+    Share,
+    Steps,
+)
+
+#: Decay of one of AdamW's averages.
+Decay = Annotated[Float, Field(ge=0, lt=1)]
+
+
+class TrainConfig(BaseModel):
+    """How each unit (a block, or the end-to-end model) is trained. Steps are steps *of that unit*.
+
+    Attributes:
+        steps: optimizer steps of each unit; with B blocks the run has B x steps iterations. Or give `epochs`.
+        epochs: passes over the data by each unit, instead of `steps` (whole batches only).
+        batch_size: samples of a micro-batch.
+        accumulation: micro-batches of an optimizer step.
+        lr, betas, weight_decay: AdamW's; weight decay applies to all parameters.
+        lr_schedule: `constant` or `cosine` (to zero), over the unit's own steps, after `warmup_steps`.
+        warmup_steps / warmup_epochs: linear warm-up, in the unit's own steps or epochs.
+        gradient_clip: largest global gradient norm of a step; None does not clip.
+        precision: `float32`, or `bfloat16` autocast with float32 weights.
+        ema_decay: decay of the moving average of the weights, which moves only with the unit that stepped; it ramps
+            up as (1 + step) / (10 + step). The final model then holds the averages.
+        ema_half_life: instead, EDM's average: half-life in images that the unit has seen, at most `ema_ramp_up` times
+            the images seen so far (EDM, appendix F.2; 500,000 and 0.05 there). Neither: no average is kept.
+        ema_ramp_up: see `ema_half_life`.
+        compile: torch.compile the augmentation and the blocks: `true` a block whole; `layers` layer by layer, which is
+            ready in seconds at any depth, and a few per cent slower where layers are small.
+        activation_memory_budget: what torch.compile may keep for the backward pass, as a share of what it would (its
+            option of that name), in [0, 1]; the backward pass computes the cheapest again. At 0.9 that is norms and
+            activation functions, and no matrix product: about a third of a layer's activations less. Layers under
+            activation_checkpointing keep nothing, whatever it is.
+        cuda_graph: capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph; on CPU it
+            has no effect.
+        schedule: which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
+            block 1, ...). Under `replicated` or `frozen` shared parts it does not change what a block becomes.
+        dwell: steps for which a block stays once its turn comes; with `resident: active` each switch moves two blocks
+            between host and device.
+        blocks: train only these blocks, for runs that share the work and are merged later; null trains all.
+        resident: what the device holds. `all`: every block with its optimizer state and average; `active`: only those
+            of the block that trains.
+        offload: where `resident: active` keeps the other blocks: in (pinned) `host` memory, or on `disk`, in files
+            below the run's folder that are mapped into memory; then the host holds about two blocks.
+        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
+        loss_chunk: of a text model, positions of each sequence whose logits are in memory at a time; the backward pass
+            makes them again, which is the head's matrix product once more. null: all at once.
+        optimizer: `adamw`, or `adamw-8bit` with its state in 8 bits (torchao; extra: savers).
+        optimizer_in_backward: step each parameter as soon as its gradient is there, so that gradients of all
+            parameters never exist together. Rules out gradient_clip and accumulation, which need them all.
+        seed: seed of data order, augmentation, noise and dropout.
+        log_every, checkpoint_every: in iterations; of checkpoint_every None means none by their number.
+        checkpoint_seconds: also save a checkpoint whenever so many seconds have passed since the last one; null saves
+            only as checkpoint_every says, at a signal and at the end. When a run is saved does not change what it
+            becomes.
+        snapshot_every: in iterations; the model as it would be saved (averaged) is kept each time under
+            snapshots/, for curves of quality over training. None keeps none.
+        keep_checkpoints: how many of the newest checkpoints to keep.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: Steps | None = None
+    epochs: Epochs | None = None
+    batch_size: Samples = 128
+    accumulation: Samples = 1
+    lr: Positive = 5e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.01
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: Int = Field(default=0, ge=0, le=MOST_STEPS)
+    warmup_epochs: Float = Field(default=0.0, ge=0, le=MOST_STEPS)
+    gradient_clip: Positive | None = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: Float | None = Field(default=None, gt=0, lt=1)
+    ema_half_life: Positive | None = None
+    ema_ramp_up: Positive = 0.05
+    compile: bool | Literal["layers"] = False
+    activation_memory_budget: Share = 1.0
+    cuda_graph: bool = False
+    schedule: Literal["random", "round-robin", "sequential"] = "random"
+    dwell: Steps = 1
+    blocks: tuple[BlockIndex, ...] | None = Field(default=None, min_length=1)
+    resident: Literal["all", "active"] = "all"
+    offload: Literal["host", "disk"] = "host"
+    activation_checkpointing: bool = False
+    loss_chunk: Length | None = None
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    optimizer_in_backward: bool = False
+    seed: Seed = 0
+    log_every: Steps = 50
+    checkpoint_every: Steps | None = None
+    checkpoint_seconds: float | None = Field(default=60.0, gt=0, allow_inf_nan=False)
+    snapshot_every: Steps | None = None
+    keep_checkpoints: Steps = 2
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Self:
+        if self.ema_decay is not None and self.ema_half_life is not None:
+            raise ValueError(
+                f"give either ema_decay or ema_half_life, got {self.ema_decay} and {self.ema_half_life}; null one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _savers_agree(self) -> Self:
+        if self.activation_memory_budget < 1 and not self.compile:
+            raise ValueError(
+                f"activation_memory_budget = {self.activation_memory_budget} is kept by torch.compile; set "
+                "train.compile to true or layers, or train.activation_memory_budget to 1"
+            )
+        if self.optimizer_in_backward and self.gradient_clip is not None:
+            raise ValueError(
+                f"optimizer_in_backward steps before all gradients are known, so gradient_clip = {self.gradient_clip} "
+                "cannot be applied; set train.gradient_clip to null"
+            )
+        if self.optimizer_in_backward and self.accumulation > 1:
+            raise ValueError(
+                f"optimizer_in_backward frees each gradient at once, so accumulation = {self.accumulation} cannot sum "
+                "them; set train.accumulation to 1"
+            )
+        if self.optimizer == "adamw-8bit" and self.cuda_graph:
+            raise ValueError("optimizer = adamw-8bit counts its steps on the host; set train.cuda_graph to false")
+        if self.blocks is not None and list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(f"blocks must ascend without repeats, got {list(self.blocks)}")
+        return self
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self.ema_decay is not None or self.ema_half_life is not None
+
+    def average_decay(self, step: int) -> float:
+        """Decay of the moving average at a unit's 0-based step."""
+        if self.ema_half_life is not None:
+            images = self.batch_size * self.accumulation
+            half_life = min(self.ema_half_life, step * images * self.ema_ramp_up)
+            return float(0.5 ** (images / max(half_life, 1e-8)))
+        return min(self.ema_decay or 0.0, (1 + step) / (10 + step))
+
+    def unit_steps(self, num_examples: int) -> int:
+        """Optimizer steps of each unit.
+
+        Raises:
+            ValueError: neither or both of steps and epochs given, or fewer examples than one step needs.
+        """
+        per_epoch = self.steps_per_epoch(num_examples)
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give either train.steps or train.epochs, got steps = {self.steps}, epochs = {self.epochs}"
+            )
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        steps = max(1, round(self.epochs * per_epoch))
+        if steps > MOST_STEPS:
+            raise ValueError(
+                f"train.epochs = {self.epochs:g} of {per_epoch:,} steps each are {steps:,} steps, more than the "
+                f"{MOST_STEPS:,} that a block may have: set train.epochs lower"
+            )
+        return steps
+
+    def warmup(self, num_examples: int) -> int:
+        """Warm-up in steps of the unit."""
+        return self.warmup_steps or round(self.warmup_epochs * self.steps_per_epoch(num_examples))
+
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Whole optimizer steps that the data gives in one pass.
+
+        Raises:
+            ValueError: fewer examples than one step needs.
+        """
+        needed = self.batch_size * self.accumulation
+        if num_examples < needed:
+            raise ValueError(
+                f"one step needs batch_size x accumulation = {needed} examples, but the data has {num_examples}; "
+                "lower train.batch_size"
+            )
+        return num_examples // needed
+
+
+#: An `activation_memory_budget` under which norms and activation functions are computed again, and no matrix product.
+LEAN_BUDGET = 0.9
+
+#: Fields that may differ between a checkpoint and the run that resumes it: they do not change what is computed
+#: (compile, its memory budget, cuda_graph and loss_chunk change rounding only).
+RESUME_MAY_DIFFER = frozenset(
+    {
+        "compile",
+        "activation_memory_budget",
+        "cuda_graph",
+        "resident",
+        "offload",
+        "activation_checkpointing",
+        "loss_chunk",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_seconds",
+        "snapshot_every",
+        "keep_checkpoints",
+    }
+)
