@@ -15,8 +15,9 @@ from PIL import Image
 
 from diffusionblocks.cli import main
 from diffusionblocks.data.latents import LatentScale, write_shards
-from diffusionblocks.experiments.recipe import Recipe, load_recipe
-from diffusionblocks.experiments.sources import weight_source
+from diffusionblocks.experiments.recipe import LanguageConfig, Recipe, load_recipe
+from diffusionblocks.experiments.scores import check_evaluation
+from diffusionblocks.experiments.sources import outline_of, weight_source
 from diffusionblocks.families import family_named
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -65,6 +66,18 @@ def test_recipe_parses_and_inspects(path: Path, capsys: pytest.CaptureFixture[st
     blocks = [row for row in rows if row[0].isdigit()]
     assert [row[0] for row in blocks] == [str(b) for b in range(recipe.blocks.num_blocks)]
     assert sum(int(row[1].split("-")[1]) - int(row[1].split("-")[0]) + 1 for row in blocks) == depth
+
+
+@each_recipe
+def test_recipe_is_not_refused_for_what_it_writes(path: Path) -> None:
+    """Its prompts and what follows them have room in its model, in blocks and end to end."""
+    recipe = load_recipe(path)
+    if not isinstance(recipe.evaluate, LanguageConfig):
+        return
+    options = recipe.evaluate.model_copy(update={"mauve": None, "teacher": None})  # which need not be installed
+    for method in ("diffusionblocks", "end-to-end"):
+        measured = recipe.model_copy(update={"method": method, "evaluate": options})
+        check_evaluation(measured, outline_of(measured), {})
 
 
 def test_the_papers_diffusion_transformers_have_their_published_sizes() -> None:
