@@ -150,6 +150,17 @@ def test_branch_keeps_the_trunks_settings_and_changes_the_levels_alone() -> None
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("partition", ["equi-probability", "log-uniform", "uniform"])
+def test_a_branch_is_read_where_its_blocks_train(partition: str) -> None:
+    """At the levels of a conversion of that partition: else no chain would ever call the blocks at the ends."""
+    branched = db.branch(trunk_of("vit"), 6, partition=partition)
+    converted = convert("vit", layers=6, num_blocks=6, partition=partition)
+    assert branched.noise == converted.noise
+    assert branched.partition.block_of(branched.noise.levels(1)[0]) == 0
+    chosen = db.EDM(coverage=(0.1, 0.9))
+    assert db.branch(trunk_of("vit", noise=chosen), 6, partition=partition).noise == chosen
+
+
 @pytest.mark.parametrize("shared", POLICIES)
 @pytest.mark.parametrize("family", ["vit", "dinov2", *DIT_FAMILIES, "masked"])
 def test_a_branch_saves_loads_and_exports(family: str, shared: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ interval of levels; nothing is shared from then on (under `replicated` or `froze
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from typing import Any
 
@@ -14,7 +15,8 @@ from ..common.fields import MOST_LAYERS
 from ..common.finite import DIVERGED, require_finite
 from ..config import BlocksConfig
 from ..families import instantiate, with_depth
-from .conversion import assemble
+from ..noise import EDM
+from .conversion import assemble, resolve
 from .model import DiffusionBlocks
 
 
@@ -50,7 +52,7 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
         )
     default = {"overlap": BlocksConfig().overlap}
     config = BlocksConfig.model_validate(
-        trunk.blocks_config.model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
+        _without_defaults(trunk).model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
     )
     original = instantiate(trunk.model_class, with_depth(trunk.model_class, trunk.config, depth * num_blocks))
     first = trunk.block(0)
@@ -63,6 +65,15 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
         block = branched.block(b)
         block.load_state_dict({name: weights[trunk_name(branched, b, name)] for name in block.state_dict()})
     return branched.train(trunk.training)
+
+
+def _without_defaults(trunk: DiffusionBlocks) -> BlocksConfig:
+    """The trunk's config, without a coverage that follows from its partition: the blocks' follows from theirs."""
+    config = trunk.blocks_config
+    if not isinstance(config.noise, EDM):
+        return config
+    open_config = config.model_copy(update={"noise": dataclasses.replace(config.noise, coverage=None)})
+    return open_config if resolve(open_config, trunk.family, trunk.config) == config else config
 
 
 def trunk_name(branched: DiffusionBlocks, block: int, name: str) -> str:
