@@ -131,16 +131,39 @@ def test_what_changes_nothing_may_differ(left: dict[str, Path], data: dict[str, 
     assert run(harmless, left["diffusionblocks"], same).iterations == 4
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_what_it_noted(data: dict[str, ImageData], tmp_path: Path) -> None:
-    run(recipe(), tmp_path, data)
-    for checkpoint in checkpoints(tmp_path / "checkpoints"):
+def make_first_version(folder: Path) -> None:
+    """Bring a run's folder to what version 0.1.0 left: the recipe beside checkpoints that note no run, no coverage."""
+    for checkpoint in checkpoints(folder / "checkpoints"):
         values = json.loads((checkpoint / "state.json").read_text())
         del values["sha256"]
         del values["run"]
         (checkpoint / "state.json").write_text(json.dumps(values))
+    noted = json.loads((folder / "recipe.json").read_text())
+    (noted["blocks"]["noise"] or {}).pop("coverage", None)
+    (folder / "recipe.json").write_text(json.dumps(noted))
+
+
+@pytest.mark.parametrize("noise", [None, {"p_mean": 0.0}])
+def test_a_run_of_an_earlier_version_goes_on_with_what_it_noted(
+    noise: dict[str, Any] | None, data: dict[str, ImageData], tmp_path: Path
+) -> None:
+    told_all = recipe(blocks={"noise": (noise or {}) | {"coverage": [0, 1]}})
+    run(told_all, tmp_path, data)  # as version 0.1.0 trained
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(blocks={"noise": noise}).model_dump(mode="json")))
+    make_first_version(tmp_path)
     with pytest.raises(ValueError, match=r"blocks\.overlap"):  # the recipe beside them says so
-        run(recipe(blocks={"overlap": 0.2}), tmp_path, data)
-    assert run(recipe(), tmp_path, {"train": replaced(data["train"], "pixel")}).iterations == 4  # nothing says
+        run(recipe(blocks={"overlap": 0.2, "noise": noise}), tmp_path, data)
+    with pytest.raises(ValueError, match=r"--set blocks\.noise\.coverage=\[0,1\]"):
+        run(recipe(blocks={"noise": noise}), tmp_path, data)
+    with pytest.raises(ValueError, match=r"blocks\.noise\.p_mean"):
+        run(recipe(blocks={"noise": {"p_mean": 0.1, "coverage": [0, 1]}}), tmp_path, data)
+    assert run(told_all, tmp_path, {"train": replaced(data["train"], "pixel")}).iterations == 4  # nothing says
+
+
+def test_an_end_to_end_run_of_an_earlier_version_knows_no_levels(data: dict[str, ImageData], tmp_path: Path) -> None:
+    run(recipe(method="end-to-end"), tmp_path, data)
+    make_first_version(tmp_path)
+    assert run(recipe(method="end-to-end"), tmp_path, data).iterations == 2
 
 
 def test_the_index_says_what_blocks_learned_from(left: dict[str, Path]) -> None:

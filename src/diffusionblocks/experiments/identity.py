@@ -19,6 +19,8 @@ from torch import Tensor
 from ..common.messages import shortened
 from ..core.merging import difference
 from ..data import ImageData, LatentData, TextChunks
+from ..families import family_named
+from ..noise import EDM
 from ..training.train_config import RESUME_MAY_DIFFER
 from .recipe import Recipe
 
@@ -91,6 +93,39 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
             f"{shortened(str(new), 160)}{replaced}: set it back, "
             "start anew with --restart, or choose another folder"
         )
+
+
+def check_goes_on_from_first_version(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    """As `check_same_run`, for a run that version 0.1.0 left: it told the network every level, and noted none of it.
+
+    Raises:
+        ValueError: a field differs, or the network would be told fewer levels than before.
+    """
+    if not _leaves_levels_out(now):
+        return check_same_run(before, now, where)
+    check_same_run(_of_every_level(before), _of_every_level(now), where)
+    if (now["blocks"]["noise"] or {}).get("coverage") != [0.0, 1.0]:
+        raise ValueError(
+            f"{where} is of version 0.1.0, which told the network every level; now those where next to nothing is "
+            "trained are left out: go on as before with --set blocks.noise.coverage=[0,1], start anew with --restart, "
+            "or choose another folder"
+        )
+
+
+def _leaves_levels_out(description: dict[str, Any]) -> bool:
+    """Whether blocks of the description are, by default, not told all levels (`LabelTargetConfig.unread`)."""
+    if description["method"] != "diffusionblocks":
+        return False
+    return getattr(family_named(description["model"]["type"]).default_target(), "unread", 0.0) > 0
+
+
+def _of_every_level(description: dict[str, Any]) -> dict[str, Any]:
+    """With the noise process written out, but for its coverage."""
+    blocks = description.get("blocks")
+    if not isinstance(blocks, dict):
+        return description
+    noise = EDM().to_dict() | (blocks.get("noise") or {}) | {"coverage": None}
+    return description | {"blocks": blocks | {"noise": noise}}
 
 
 def _compared(description: dict[str, Any]) -> dict[str, Any]:

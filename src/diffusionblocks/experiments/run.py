@@ -31,7 +31,7 @@ from ..families import check_attention, family_named
 from ..training import Trainer, check_optimizer
 from ..training.checkpoint import checkpoints, read_values
 from ..training.run_log import LOG, Logger
-from .identity import check_same_run, describe_run, learned_from
+from .identity import check_goes_on_from_first_version, check_same_run, describe_run, learned_from
 from .noise_fit import LEVELS, Fit, fit_levels, with_noise
 from .recipe import FitConfig, Recipe, TrunkConfig
 from .scores import Row, Splits, check_evaluation, evaluate, evaluated_splits
@@ -348,12 +348,17 @@ def _branched_trainer(recipe: Recipe, folder: Path, trunk: Trainer, prepare: Cal
     return trainer
 
 
+def _phases(folder: Path) -> tuple[Path, ...]:
+    """Where a run may have checkpoints."""
+    return folder, folder / "trunk", folder / "fit"
+
+
 def _forget(folder: Path) -> None:
     """Delete what a run would resume from. Killed on its way, the next run finishes it: no phase resumes without the
     others."""
     marker = folder / _RESTARTING
     marker.touch()
-    for phase in (folder, folder / "trunk", folder / "fit"):
+    for phase in _phases(folder):
         if (phase / "checkpoints").is_dir():
             delete_folder(phase / "checkpoints")
     (folder / "fit" / LEVELS).unlink(missing_ok=True)
@@ -363,14 +368,13 @@ def _forget(folder: Path) -> None:
 
 def _check_resumes(folder: Path, description: dict[str, Any]) -> None:
     """Refuse another run than the one whose blocks are in the folder, before anything is read or trained."""
-    saved = checkpoints(folder / "checkpoints")
-    if not saved:
-        return
-    before = read_values(saved[-1]).get("run")
-    if before is None and (folder / RECIPE).is_file():  # version 0.1.0 left the recipe alone
-        before = read_json(folder / RECIPE)
-    if before is not None:
-        check_same_run(before, description, saved[-1])
+    for phase in _phases(folder):
+        saved = checkpoints(phase / "checkpoints")
+        before = read_values(saved[-1]).get("run") if saved else None
+        if saved and before is None and (folder / RECIPE).is_file():  # version 0.1.0 left the recipe alone
+            check_goes_on_from_first_version(read_json(folder / RECIPE), description, saved[-1])
+        elif before is not None and phase == folder:  # the other phases' are of recipes of their own
+            check_same_run(before, description, saved[-1])
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
