@@ -54,6 +54,9 @@ NO_ADVICE = ("examples:\n", "--restart", "set model.config or blocks to make it 
 
 #: Fragments of messages whose advice another test follows -> that test.
 ELSEWHERE = {
+    "which told the network every level": (
+        "training/test_resumption.py::test_a_run_of_an_earlier_version_goes_on_with_what_it_noted"
+    ),
     "are different tokenizers": "journey/test_cli_tokens.py::test_another_tokenizer_is_refused",
     "--set {shlex.quote(": "journey/test_cli_plan.py::test_a_plan_can_be_pasted_and_then_fits",
     **dict.fromkeys(
