@@ -609,8 +609,8 @@ def load_model(recipe: Recipe, path: Path) -> nn.Module:
             found = family.example_shape(model.config)
             if found != described:
                 raise ValueError(
-                    f"{path} holds a model of {_EXAMPLES[family.target]} {found}, the recipe describes one of {described}: "
-                    "give the recipe that the model was trained with"
+                    f"{path} holds a model of {_EXAMPLES[family.target]} {found}, the recipe describes one of "
+                    f"{described}: give the recipe that the model was trained with"
                 )
         if one_at_a_time:  # what was too large to train at once may be too large to stand there at once
             model.run_one_at_a_time(device)
