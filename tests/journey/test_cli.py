@@ -92,7 +92,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path: Path) -> None:
         more = ["--set", "train.steps=60", "--set", "train.log_every=1000", "--set", "evaluate.limit=20"]
         return ["train", DIGITS, "--out", str(out), "--quiet", *TINY, *more]
 
-    command = [sys.executable, "-m", "diffusionblocks.cli", *arguments(tmp_path / "a")]
+    command = [sys.executable, "-m", "diffusionblocks", *arguments(tmp_path / "a")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
