@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -55,6 +56,15 @@ def one_line(message: object) -> str:
 def shortened(text: str, longest: int) -> str:
     """A text, cut off with three dots where it has more than `longest` characters."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """What to say of an unknown name: those that are near it, or all there are."""
+    ordered = sorted(names)
+    close = difflib.get_close_matches(name, ordered, n=2)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; allowed: {', '.join(ordered)}" if ordered else ""
 
 
 class OneLineParser(argparse.ArgumentParser):

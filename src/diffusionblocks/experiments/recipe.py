@@ -6,8 +6,6 @@ No imports, interpolation or code in YAML. `--set a.b=v` overrides a field; its 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
@@ -29,6 +27,7 @@ from ..common.fields import (
     Seed,
     Steps,
 )
+from ..common.messages import near
 from ..common.yaml_values import MOST_BYTES, read_yaml
 from ..config import BlocksConfig
 from ..data.data_config import DataConfig, LatentsConfig
@@ -515,15 +514,6 @@ def _shown(value: Any) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """What to say of an unknown name: those that are near it, or all there are."""
-    ordered = sorted(names)
-    close = difflib.get_close_matches(name, ordered, n=2)
-    if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; allowed: {', '.join(ordered)}" if ordered else ""
 
 
 def _named(parts: list[str], config: type[BaseModel] | None) -> tuple[list[str], list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common.files import read_json, recover
 from ..common.generation_config import as_ids, end_tokens, rebuilt_generation_config
+from ..common.messages import near
 from ..common.sizes import SIZES, check_shape, check_sizes
 from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from ..config import BlocksConfig
@@ -65,7 +66,7 @@ from ..families.causal_lm import attention_window
 from ..families.libraries import cached_file
 from ..reports.pictures import to_uint8
 from ..training import BatchMaker, EndToEnd
-from .recipe import Recipe, near
+from .recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
