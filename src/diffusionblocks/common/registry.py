@@ -56,13 +56,11 @@ class Registry(Mapping[str, Entry]):
             where: the setting that it was given for.
 
         Raises:
-            ValueError: nothing is registered under it; the message lists what is.
+            ValueError: nothing is registered under it; the message says what is near.
         """
         if name not in self._entries:
             field = f"{where} = " if where else ""
-            raise ValueError(
-                f"{field}{name!r}: no such {self.kind}; registered: {', '.join(self._entries)}{near(name, self._entries)}"
-            )
+            raise ValueError(f"{field}{name!r}: no such {self.kind}{near(name, self._entries)}")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
