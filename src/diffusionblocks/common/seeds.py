@@ -16,10 +16,27 @@ from torch import Tensor
 _SEEDS = 64  # whose calls are counted, the latest
 
 
+def seed_from(content: str | bytes, *, person: bytes = b"") -> int:
+    """Hash content to a seed of 63 bits; other content, or another `person`, has an independent one.
+
+    Args:
+        content: text counts as its UTF-8 bytes.
+        person: keeps apart what hashes the same content for another purpose, at most 16 bytes.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=person).digest(), "little") >> 1
+
+
 def key(seed: int, unit: int, step: int, purpose: str) -> int:
-    """A 63-bit seed that is independent between any two different arguments."""
-    digest = hashlib.blake2b(f"{seed}/{unit}/{step}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """A seed of 63 bits that is independent between any two different arguments."""
+    return seed_from(f"{seed}/{unit}/{step}/{purpose}")
+
+
+def keyed_generator(
+    seed: int, unit: int, step: int, purpose: str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A fresh generator on a device, seeded with `key` of the same arguments."""
+    return torch.Generator(device).manual_seed(key(seed, unit, step, purpose))
 
 
 class TrainingDraws:
@@ -46,8 +63,7 @@ class TrainingDraws:
         self._calls[seed] = call + 1  # last, as the latest
         if len(self._calls) > _SEEDS:
             del self._calls[next(iter(self._calls))]
-        block = torch.Generator().manual_seed(key(seed, 0, call, "block"))
-        return block, torch.Generator(device).manual_seed(key(seed, _rank(), call, "noise"))
+        return keyed_generator(seed, 0, call, "block"), keyed_generator(seed, _rank(), call, "noise", device)
 
     def state(self) -> Tensor:
         """Each seed and its count, int64 (seeds, 2): what goes on where another process left off."""
@@ -66,7 +82,7 @@ def of_batch(seed: int, batch: Mapping[str, Tensor], device: torch.device) -> to
     """
     # Bytes are added up exactly, in any order, on any device; the sum is fetched once.
     sums = [tensor.detach().reshape(-1).view(torch.uint8).sum() for _, tensor in sorted(batch.items())]
-    return torch.Generator(device).manual_seed(key(seed, 0, int(torch.stack(sums).sum()), "evaluation"))
+    return keyed_generator(seed, 0, int(torch.stack(sums).sum()), "evaluation", device)
 
 
 def _just_seeded(seed: int) -> bool:

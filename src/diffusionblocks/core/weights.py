@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import copy
 import functools
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..common.finite import DIVERGED, require_finite
+from ..common.seeds import seed_from
 from ..families import CannotReadInParts, checkpoint, family_named, instantiate, outline, pretrained, with_depth
 
 _log = logging.getLogger(__name__)
@@ -123,9 +123,8 @@ class Fresh(WeightSource):
         return f"{layers}{int(place) - first}.{rest}"
 
     def _draw(self, layers: int, purpose: str) -> dict[str, Tensor]:
-        digest = hashlib.blake2b(f"{self.seed}/{purpose}".encode(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+            torch.manual_seed(seed_from(f"{self.seed}/{purpose}"))
             # `instantiate` forks from here, so the weights depend on this seed alone.
             return instantiate(self.model_class, with_depth(self.model_class, self.model_config, layers)).state_dict()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.finite import FiniteCheck
-from ..common.seeds import key
+from ..common.seeds import keyed_generator
 from ..core.partition import Partition
 from ..noise import Masking
 
@@ -107,8 +107,7 @@ def bits_per_character(
                     parts.append(torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device))
                     continue
                 if block not in generators:
-                    generator = torch.Generator(tokens.device).manual_seed(key(seed, block, 0, "bits"))
-                    generators[block] = generator
+                    generators[block] = keyed_generator(seed, block, 0, "bits", tokens.device)
                 network = _checked(networks[block], checks[block])
                 drawn = [interval_nats(network, process, tokens, interval, generators[block]) for _ in range(times)]
                 nats = checks[block].values(torch.stack(drawn), f"nats of levels {interval[0]:g} to {interval[1]:g}")

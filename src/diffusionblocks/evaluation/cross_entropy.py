@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..common.finite import FiniteCheck
 from ..common.modes import evaluating
-from ..common.seeds import key
+from ..common.seeds import keyed_generator
 from ..core.model import DiffusionBlocks
 from ..noise import EDM, NoiseProcess, one_level
 from ..targets import NextTokenTarget, cross_entropies
@@ -217,5 +217,5 @@ def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _noise(like: Tensor, seed: int, index: int) -> Tensor:
-    generator = torch.Generator(device=like.device).manual_seed(key(seed, 0, index, "next token"))
+    generator = keyed_generator(seed, 0, index, "next token", like.device)
     return torch.randn(like.shape, generator=generator, device=like.device)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..common.files import read_json, write_json
 from ..common.modes import evaluating
-from ..common.seeds import key
+from ..common.seeds import keyed_generator
 from ..core.block import Block
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
@@ -196,7 +196,7 @@ def measured(
     count = 0
     chosen = _chosen(batches.num_examples, examples, seed).to(device)
     for number, indices in enumerate(chosen.split(batch_size)):
-        generator = torch.Generator(device=device).manual_seed(key(seed, 0, number, "fit noise"))
+        generator = keyed_generator(seed, 0, number, "fit noise", device)
         batch = batches(indices, generator)
         with torch.no_grad(), evaluating(block), arithmetic(device, precision):
             for place, loss in enumerate(_losses(block, batch, levels, generator)):
@@ -219,7 +219,7 @@ def _losses(block: Block, batch: Batch, levels: list[float], generator: torch.Ge
 
 
 def _chosen(num_examples: int, examples: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(key(seed, 0, 0, "fit examples"))
+    generator = keyed_generator(seed, 0, 0, "fit examples")
     return torch.randperm(num_examples, generator=generator)[:examples]
 
 

@@ -15,7 +15,6 @@ the authors' code takes where nothing is said (Huginn itself: 3.4 times).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 
@@ -25,6 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.seeds import seed_from
 from ..targets import check_entries, check_tokens, cross_entropies, in_chunks
 from .masked_transformer import RotaryPositions, Rotation, rotate
 
@@ -360,8 +360,8 @@ def depth_generator(generator: torch.Generator | None) -> torch.Generator:
     """
     if generator is None:
         return torch.default_generator
-    digest = hashlib.blake2b(generator.get_state().numpy().tobytes(), digest_size=8, person=b"depth").digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    state = generator.get_state().numpy().tobytes()
+    return torch.Generator().manual_seed(seed_from(state, person=b"depth"))
 
 
 def layer_passes(prelude: int, core: int, coda: int, iterations: int, backprop_depth: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.seeds import key
+from ..common.seeds import keyed_generator
 
 
 class DataOrder:
@@ -34,7 +34,7 @@ class DataOrder:
         epoch, position = divmod(step, self.steps_per_epoch)
         cached = self._cache.get(unit)
         if cached is None or cached[0] != epoch:
-            generator = torch.Generator().manual_seed(key(self.seed, unit, epoch, "order"))
+            generator = keyed_generator(self.seed, unit, epoch, "order")
             order = torch.randperm(self.num_examples, generator=generator)
             used = order[: self.steps_per_epoch * self.shape[0] * self.shape[1]]
             cached = epoch, used.view(self.steps_per_epoch, *self.shape).to(self.device)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..common.seeds import key
+from ..common.seeds import keyed_generator
 
 #: Iterations that a schedule may have: a byte each, and four more while a random one is drawn.
 MOST_ITERATIONS = 5 * 10**7
@@ -47,7 +47,7 @@ def block_schedule(kind: str, steps: Sequence[int], dwell: int, seed: int) -> Sc
     if kind != "sequential":  # in rounds, each of all units that still have a visit
         order = np.concatenate([np.arange(n, dtype=np.int32) for n in visits]).argsort(kind="stable")
     if kind == "random":
-        generator = torch.Generator().manual_seed(key(seed, 0, 0, "schedule"))
+        generator = keyed_generator(seed, 0, 0, "schedule")
         order = order[torch.randperm(len(units), generator=generator, dtype=torch.int32).numpy()]
     turns: Schedule = units[order]
     if dwell == 1:
