@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz clean
+.PHONY: demo test fuzz docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -19,6 +19,16 @@ test: .venv/ready
 
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz/long.py
+
+# Pages in build/docs. Warnings of links stop the build by themselves, those of docstrings (griffe) are looked for here.
+docs: .venv/docs
+	@mkdir -p build
+	$(BIN)/zensical build --strict --clean > build/docs.log 2>&1; status=$$?; cat build/docs.log; \
+		test $$status = 0 && ! grep -q '^griffe:' build/docs.log
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

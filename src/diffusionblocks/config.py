@@ -15,13 +15,13 @@ class LabelTargetConfig(BaseModel):
     """What a classifier's blocks denoise: the L2-normalised embedding of the label (paper, section 4.1).
 
     Attributes:
-        embedding: `frozen` (fixed random unit rows) or `learned` (needs `shared: joint`, because z must live in
-            the same space for every block); default: learned under `joint`, else frozen.
-        token: where the noised label enters: as an `extra` token (the paper) or in place of the [CLS] token
+        embedding: `frozen` (fixed random unit rows) or `learned` (needs `shared: joint`, for z must live in the same
+            space for every block). null: learned under `joint`, else frozen.
+        token: Where the noised label enters: as an `extra` token (the paper), or in place of the [CLS] token
             (`replace-cls`, the released code).
-        weight: weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2.
-        bridge: what a prediction feeds to the next step: `soft` (the probabilities times the embedding table)
-            or `hard` (the row of the most probable label).
+        weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2.
+        bridge: What a prediction feeds to the next step: `soft` (the probabilities times the embedding table) or
+            `hard` (the row of the most probable label).
     """
 
     #: share of the drawn levels, at either end, beyond which none is read (see `EDM.coverage`): chains read off what
@@ -41,9 +41,9 @@ class ImageTargetConfig(BaseModel):
     """What a diffusion model's blocks denoise: the image or latent, under a squared error.
 
     Attributes:
-        weight: weight of the squared error at each level: `edm` = 1 / c_out^2 (EDM table 1), or `none`.
-        label_dropout: share of the training samples that see the null class instead of their label; 0 rules out
-            classifier-free guidance. Without effect for an unconditional model.
+        weight: Weight of the squared error at each level: `edm` = 1 / c_out^2 (EDM table 1), or `none`.
+        label_dropout: Share of the training examples that see the null class instead of their label. 0 rules out
+            classifier-free guidance. Without effect in an unconditional model.
     """
 
     #: see `LabelTargetConfig`; none here: a chain must start where nothing of the image shows (EDM's sigma_max), for
@@ -61,7 +61,7 @@ class TokenTargetConfig(BaseModel):
     """What a masked text model's blocks denoise: the tokens themselves, under the cross-entropy of the masked ones.
 
     Attributes:
-        weight: weight of the cross-entropy at each level: `elbo` (that of the evidence lower bound: MD4), or `none`.
+        weight: Weight of the cross-entropy at each level: `elbo` (that of the evidence lower bound: MD4), or `none`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,19 +74,18 @@ class NextTokenTargetConfig(BaseModel):
     """What an autoregressive model's blocks denoise: the next token's L2-normalised embedding (paper, section 4.3).
 
     Attributes:
-        embedding: `given` (the unit rows of the model's own input embedding as it is at conversion, fixed), `frozen`
-            (fixed random unit rows) or `learned` (needs `shared: joint`); default: learned under `joint`, else given.
-        weight: weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2, which spans five orders of
+        embedding: `given` (unit rows of the model's own input embedding at conversion, fixed), `frozen` (fixed random
+            unit rows) or `learned` (needs `shared: joint`). null: learned under `joint`, else given.
+        weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2, which spans five orders of
             magnitude and collapses training to copying.
-        bridge: what a prediction feeds to the next denoising step: `soft` (the probabilities times the embedding rows),
-            `hard` (the most probable token's row), `sampled` (the row of a token drawn from the probabilities) or
-            `top-k` (the mixture of the `top_k` most probable rows, rescaled to unit norm).
-        top_k: of the bridge `top-k`.
-        logit_scale: start of a learnable factor on the logits; 1 keeps the function of a pretrained head. A fresh head
-            needs more where the model is narrow: hidden_size * initializer_range * logit_scale should be about 16.
-        previous: add the clean token before it to a noisy position's input, as an ordinary language model has it; where
-            z tells nothing the position is then one of such a model.
-        clean_weight: weight of an extra term, the plain next-token loss of the clean stream through the same head.
+        bridge: What a prediction feeds to the next step: `soft` (the probabilities times the embedding rows), `hard`
+            (the most probable token's row), `sampled` (the row of a token drawn from the probabilities) or `top-k`
+            (the mixture of the `top_k` most probable rows, rescaled to unit norm).
+        top_k: Rows that `top-k` mixes.
+        logit_scale: Start of a learnable factor on the logits; 1 keeps the function of a pretrained head. A fresh head
+            of a narrow model needs more: hidden_size * initializer_range * logit_scale should be about 16.
+        previous: Add the clean token before it to a noisy position's input, as an ordinary language model has it.
+        clean_weight: Weight of an extra term, the plain next-token loss of the clean stream through the same head.
     """
 
     #: see `LabelTargetConfig`
@@ -128,19 +127,19 @@ class BlocksConfig(BaseModel):
     """How to convert a model into DiffusionBlocks.
 
     Attributes:
-        num_blocks: B >= 1; must divide the model's layers unless `layers` is given.
-        layers: number of layers of each block, input side first.
-        partition: how noise levels are split: `equi-probability` (paper, section 3.3), `log-uniform` (not for
+        num_blocks: B, the number of blocks; must divide the model's layers unless `layers` is given.
+        layers: Number of layers of each block, input side first; null: as many in each.
+        partition: How noise levels are split: `equi-probability` (paper, section 3.3), `log-uniform` (not for
             masking), `uniform`.
-        overlap: gamma in [0, 1): how far the levels a block trains on reach into its neighbours'.
-        noise: the noise process, `EDM` or `Masking` (`kind: masking`); None takes the family's default.
-        shared: policy for the shared parts (stem, positions, noise embedder, final norm, head): `joint` (one copy,
-            updated by whichever block steps: the released code), `replicated` (each block owns its copies, so
+        overlap: Gamma: how far the levels that a block trains on reach into its neighbours'.
+        noise: The noise process; null takes the family's default.
+        shared: Policy for the shared parameters (stem, positions, noise embedder, final norm, head): `joint` (one
+            copy, updated by whichever block steps: the released code), `replicated` (each block owns its copy, so
             blocks are independent) or `frozen` (fixed).
-        target: what the blocks denoise; None takes the family's default.
-        conditioning_dim: width of the noise embedding; None takes hidden size / 6, at least 32, as a multiple of 8.
-        seed: seed of all that conversion adds (frozen target embedding, noise embedder): blocks converted on
-            different machines agree on them.
+        target: What the blocks denoise; null takes the family's default.
+        conditioning_dim: Width of the noise embedding; null: hidden size / 6, at least 32, as a multiple of 8.
+        seed: Seed of all that conversion adds (frozen target embedding, noise embedder). Blocks converted on different
+            machines agree on them.
 
     Raises:
         pydantic.ValidationError (a ValueError): an unknown field or a value out of range.

@@ -140,7 +140,8 @@ class DiffusionBlocks(nn.Module):
 
         Args:
             activation_checkpointing_kwargs: of torch.utils.checkpoint; only `use_reentrant` = False.
-            every_n_layers, offload: as of transformers; only 1 and False are supported.
+            every_n_layers: only 1, as transformers passes it by default.
+            offload: only False.
 
         Raises:
             ValueError: another value, or another option.
@@ -334,8 +335,12 @@ class DiffusionBlocks(nn.Module):
 
         Args:
             pixel_values: images (batch, channels, height, width).
-            steps, seeds, bridge, grid, return_trajectory: see there; `bridge` is by default the model's.
+            steps: network calls of a chain, >= 1.
+            seeds: chains whose probabilities are averaged, >= 1.
+            bridge: what a prediction feeds to the next step, `soft` or `hard`; default the model's.
+            grid: levels, `equal-mass` or `karras`.
             generator: source of the starting noise; by default it follows from `blocks_config.seed` and the images.
+            return_trajectory: keep the probabilities of every step.
 
         Raises:
             ValueError: the model is no classifier, or an argument is out of range.
@@ -502,8 +507,11 @@ class DiffusionBlocks(nn.Module):
             grid: levels, `equal-mass` or `karras`.
             stop_tokens: a row ends with the first of these that it generates. By default all of the model's
                 `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.
-            temperature, top_p, num_tokens, progress: see there. What `generation_config` says of sampling is kept, for
-                whoever exports the model, and not followed.
+            temperature: of the tokens' distribution, >= 0; 0 takes the likeliest. What `generation_config` says of
+                sampling is kept, for whoever exports the model, and not followed.
+            top_p: draw from the likeliest tokens of this total probability only, in (0, 1].
+            num_tokens: only ids below this are generated; default all of the vocabulary.
+            progress: show a bar.
             bridge: what a prediction feeds to the next step; default the model's.
 
         Raises:

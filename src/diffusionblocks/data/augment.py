@@ -59,11 +59,11 @@ class AugmentConfig:
     """Which augmentations to apply, always in the order crop, flip, RandAugment.
 
     Attributes:
-        crop_padding: pad every side by this many zero pixels, then crop at a uniform position back to the
-            original size; at least 0 (0: no crop).
-        flip: mirror left to right with probability one half.
-        randaugment_ops: number of RandAugment operations applied one after the other; at least 0 (0: none).
-        randaugment_magnitude: strength of every operation, 0 to 30.
+        crop_padding: Zero pixels added on every side, before a crop at a uniform position back to the original size;
+            at least 0 (0: no crop).
+        flip: Mirror left to right with probability one half.
+        randaugment_ops: Number of RandAugment operations applied one after the other; at least 0 (0: none).
+        randaugment_magnitude: Strength of every operation, 0 to 30.
 
     Raises:
         ValueError: a field is outside the values above; the message names field, value and allowed values.

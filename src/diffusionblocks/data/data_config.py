@@ -20,7 +20,15 @@ class _DataSection(BaseModel):
 
 
 class PixelsConfig(_DataSection):
-    """Images, and how their pixels become the model's numbers."""
+    """Images, and how their pixels become the model's numbers.
+
+    Attributes:
+        mean: Mean of each channel, of pixels in [0, 1]; it is subtracted.
+        std: Standard deviation of each channel, by which the pixels are divided then.
+        augment: Random changes of training images.
+        placement: Where training examples wait: on the `device`, on the `host`, or `auto`: on the device where they
+            take at most a quarter of its free memory.
+    """
 
     mean: tuple[Float, ...]
     std: tuple[Positive, ...]
@@ -49,14 +57,19 @@ class ImageFilesConfig(PixelsConfig):
     """Image-classification parquet in the hub's schema.
 
     Attributes:
-        source: a local folder or a hub name.
-        folder: name below the folder in the environment variable DIFFUSIONBLOCKS_DATA; where that variable is set
-            and `source` was not overridden, the local copy is used.
-        split_files: split name -> file pattern below a local folder; null: files named after the split, no backups.
-        train_split, test_split: names of the splits.
-        image_column, label_column: column names; null finds them.
-        image_size: height and width in pixels; other sizes are refused.
-        cache: folder for decoded images; null decodes at every start.
+        source: A local folder, or a name on the hub.
+        folder: Name below the folder that the environment variable DIFFUSIONBLOCKS_DATA holds. Where that exists, it is
+            used instead of a `source` in the file.
+        split_files: Patterns of file names below a local folder, by split; null: files named after the split, without
+            backups.
+        train_split: Name of the split to train on.
+        test_split: Name of the split to measure on.
+        image_column: Name of the column of images; null finds it.
+        label_column: Name of the column of labels; null finds it.
+        image_size: Height and width in pixels; images of other sizes are refused.
+        channels: Channels of an image.
+        num_classes: Number of classes; null takes that of the data.
+        cache: Folder for decoded images; null decodes at every start.
     """
 
     kind: Literal["images"]
@@ -77,12 +90,14 @@ class LatentsConfig(_DataSection):
     """Latents of an autoencoder, in shards that `python -m diffusionblocks.data.encode` wrote.
 
     Attributes:
-        source: folder of the shards.
-        folder: as for `images`.
-        train_split, test_split: names of the splits.
-        scale: factor that brings the latents to a standard deviation of about sigma_data.
-        sample_posterior: draw each latent from the encoder's posterior, instead of taking its mean.
-        vae: folder or hub name of the autoencoder that decodes samples; null keeps samples as latents.
+        source: Folder of the shards.
+        folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
+        train_split: Name of the split to train on.
+        test_split: Name of the split to measure on.
+        scale: Factor that brings the latents to a standard deviation of about sigma_data.
+        sample_posterior: Draw each latent from the encoder's posterior, instead of taking its mean.
+        vae: Folder or hub name of the autoencoder that decodes samples; null keeps samples as latents.
+        placement: Where training examples wait, see kind `images`.
     """
 
     kind: Literal["latents"]
@@ -97,16 +112,19 @@ class LatentsConfig(_DataSection):
 
 
 class _ChunksConfig(_DataSection):
+    """A text in examples of one length.
+
+    Attributes:
+        length: Characters or tokens of an example; examples overlap in training.
+        placement: Where training examples wait, see kind `images`.
+    """
+
     length: Length
     placement: Literal["auto", "device", "host"] = "auto"
 
 
 class TopicsConfig(_ChunksConfig):
-    """The language reference that CPython carries, in the 27 characters of text8: some 300,000; needs no download.
-
-    Attributes:
-        length: characters of an example, which overlap in training.
-    """
+    """The language reference that CPython carries, in the 27 characters of text8: some 300,000; needs no download."""
 
     kind: Literal["topics"]
 
@@ -115,13 +133,13 @@ class TextConfig(_ChunksConfig):
     """A text in the 27 characters of text8: a file, which is split by shares, or a folder with files for each split.
 
     Attributes:
-        length: characters of an example, which overlap in training.
-        source: a text file (plain, .xz, .gz or .bz2), or a folder.
-        folder: as for `images`.
-        split_files: of a folder: split name -> file pattern; null: files named after the split, no backups.
-        fractions: of a file: shares of train, valid and test.
-        train_split, test_split: names of the splits.
-        cache: folder for the text as ids, which are then mapped and not read into memory; null reads it at every start.
+        source: A text file (plain, .xz, .gz or .bz2), or a folder.
+        folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
+        split_files: Patterns of file names in a folder, by split; null: files named after the split, without backups.
+        fractions: Shares of train, valid and test, of a single file.
+        train_split: Name of the split to train on.
+        test_split: Name of the split to measure on.
+        cache: Folder for the text as ids, which are then mapped and not read into memory; null reads it at every start.
     """
 
     kind: Literal["text"]
@@ -138,18 +156,18 @@ class TokensConfig(_ChunksConfig):
     """A corpus as byte-level BPE tokens, of a tokenizer that is trained on its train split; encoded once, then mapped.
 
     Attributes:
-        length: tokens of an example, which overlap in training.
-        source: a folder with text files for each split (plain, .xz, .gz or .bz2).
-        folder: as for `images`.
-        split_files: split name -> file pattern; null: files named after the split, no backups.
-        train_split, test_split: names of the splits.
-        separator: what stands between documents within a file; null: a file is a document.
-        special_tokens: whether special tokens in the text, such as chat markers, are their ids, as in prompts;
-            otherwise their letters are letters. The letters of <|endoftext|> always are.
-        vocab_size: tokens of the tokenizer that is trained, the end of a document among them.
-        tokenizer: a ready tokenizer.json, which has a size of its own; null trains one.
-        train_characters: train the tokenizer on only so many characters, the first of the train split; null takes all.
-        cache: folder for the tokenizer and the ids; null: runs/tokens-<name of the folder>.
+        source: A folder with text files for each split (plain, .xz, .gz or .bz2).
+        folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
+        split_files: Patterns of file names, by split; null: files named after the split, without backups.
+        train_split: Name of the split to train on.
+        test_split: Name of the split to measure on.
+        separator: What stands between documents within a file; null: a file is a document.
+        special_tokens: Read special tokens in the text, such as chat markers, as their ids. Otherwise their letters are
+            letters; those of <|endoftext|> always are.
+        vocab_size: Tokens of the tokenizer that is trained, the end of a document among them.
+        tokenizer: A ready tokenizer.json, which has a size of its own; null trains one.
+        train_characters: Characters of the train split, the first, on which the tokenizer is trained; null takes all.
+        cache: Folder for the tokenizer and the ids; null: runs/tokens-<name of the folder>.
     """
 
     kind: Literal["tokens"]

@@ -44,12 +44,12 @@ class ModelConfig(_Section):
     """The ordinary model that is trained end to end, or converted.
 
     Attributes:
-        type: a supported class of transformers, for example `ViTForImageClassification`.
-        config: values of that class's config (hidden_size, num_hidden_layers, ...).
-        pretrained: folder or hub name to load weights from, instead of a fresh start. Its shape is kept; of sizes
-            only `num_labels` may differ in `config`, for a new classifier that is drawn from train.seed.
-        dtype: of the weights that are trained, pretrained ones too, whatever their files have: float32, or bfloat16,
-            in which most steps at usual learning rates are rounded away. (train.precision says how a step computes.)
+        type: A supported class, for example `ViTForImageClassification`.
+        config: Values of that class's config (hidden_size, num_hidden_layers, ...).
+        pretrained: Folder or hub name of weights to start from. Their shape is kept; of sizes only `num_labels` may
+            differ in `config`, for a new classifier that is drawn from train.seed.
+        dtype: Precision of the weights that are trained, whatever pretrained files have. In `bfloat16` most steps at
+            usual learning rates are rounded away. (train.precision says how a step computes.)
     """
 
     type: str
@@ -184,16 +184,16 @@ class TrunkConfig(_Section):
     """Train one block's worth of layers on all levels first, then branch it into the blocks.
 
     Attributes:
-        steps, epochs: length of the trunk's training, in the unit that `train` uses; `train` is then the length of
-            each block after the branch.
-        lr: learning rate of the trunk; null takes train.lr.
-        lr_schedule: of the trunk; `constant` because it is not at its end when it branches.
-        weights: what blocks start from, the trunk's `raw` weights or its `averaged` ones.
-        optimizer: AdamW's state, `copied` from the trunk or `fresh`.
-        average: the blocks' moving average, `fresh` from the weights at the branch, or `copied` from the trunk's (then
-            its ramp-up counts the trunk's steps). Fresh was clearly better on CIFAR-10 (docs/results.md).
-        warmup: of the learning rate after the branch: `none`, for the trunk is warm, or `again` as `train` says (for a
-            fresh optimizer).
+        steps: Steps of the trunk, where `train` is in steps; `train` is then the length of each block after the branch.
+        epochs: Epochs of the trunk, where `train` is in epochs.
+        lr: Learning rate of the trunk; null takes train.lr.
+        lr_schedule: Schedule of the trunk; `constant` because it is not at its end when it branches.
+        weights: What blocks start from: the trunk's `raw` weights, or its `averaged` ones.
+        optimizer: AdamW's state after the branch: `copied` from the trunk, or `fresh`.
+        average: The blocks' moving average: `fresh` from the weights at the branch, or `copied` from the trunk's, whose
+            steps then count in its ramp-up.
+        warmup: Warm-up of the learning rate after the branch: `none`, for the trunk is warm, or `again`, as `train`
+            says, for a fresh optimizer.
     """
 
     steps: Steps | None = None
@@ -210,13 +210,13 @@ class FitConfig(_Section):
     """Fit the noise levels first: equal mass is equal rise of the cross-entropy, as one block's worth of layers has it.
 
     Attributes:
-        steps, epochs: length of the fit's training, in the unit that `train` uses; its learning rate and schedule are
-            `train`'s, over this length.
-        rounds: the levels are refitted after each of so many equal parts of it.
-        grid: at how many levels, even over log sigma, the cross-entropy is measured.
-        examples: of so many training examples.
-        batch_size: examples at a time in the measurement; null takes train.batch_size.
-        floor: the share of the training that stays spread evenly over log sigma, in (0, 1].
+        steps: Steps of the fit's training, where `train` is in steps. Learning rate and schedule are `train`'s.
+        epochs: Epochs of the fit's training, where `train` is in epochs.
+        rounds: Equal parts of it, after each of which the levels are fitted again.
+        grid: Levels, even over log sigma, at which the cross-entropy is measured.
+        examples: Training examples on which it is measured.
+        batch_size: Examples at a time in the measurement; null takes train.batch_size.
+        floor: Share of the training draws that stays spread evenly over log sigma.
     """
 
     steps: Steps | None = None
@@ -286,15 +286,19 @@ class Recipe(_Section):
     """A whole run.
 
     Attributes:
-        name: names the default output folder, runs/<name>.
-        method: `diffusionblocks` or `end-to-end` (the control: the same class, unconverted; for a model that denoises
-            anyway, of images or text, one block on all levels, which is the same thing).
-        fit: fit the noise levels to the task before all else (classifiers and autoregressive text); null takes those
-            of blocks.noise as they are.
-        trunk: train a trunk first and branch it into the blocks; null trains the blocks from scratch.
+        name: Name of the run, and of its default output folder, runs/<name>.
+        method: `diffusionblocks`, or `end-to-end`: the baseline, the same class unconverted. Of a model that denoises
+            anyway, of images or masked text, that is one block on all levels.
+        model: The ordinary model.
+        blocks: How it is split into blocks.
+        data: What it is trained and measured on.
+        fit: Fit the noise levels to the task first (classifiers and autoregressive text); null takes blocks.noise as it
+            is.
+        trunk: Train a trunk first and branch it into the blocks; null trains the blocks from scratch.
+        train: How each block is trained.
         evaluate: `accuracy` of a classifier, measures of a diffusion model's `samples`, `bits` a character of a masked
             text model, or `language`: cross-entropies and continuations of an autoregressive one.
-        device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+        device: Where to compute: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)

@@ -29,51 +29,52 @@ class TrainConfig(BaseModel):
     """How each unit (a block, or the end-to-end model) is trained. Steps are steps *of that unit*.
 
     Attributes:
-        steps: optimizer steps of each unit; with B blocks the run has B x steps iterations. Or give `epochs`.
-        epochs: passes over the data by each unit, instead of `steps` (whole batches only).
-        batch_size: samples of a micro-batch.
-        accumulation: micro-batches of an optimizer step.
-        lr, betas, weight_decay: AdamW's; weight decay applies to all parameters.
-        lr_schedule: `constant` or `cosine` (to zero), over the unit's own steps, after `warmup_steps`.
-        warmup_steps / warmup_epochs: linear warm-up, in the unit's own steps or epochs.
-        gradient_clip: largest global gradient norm of a step; None does not clip.
+        steps: Optimizer steps of each unit; a run of B blocks has B x `steps` iterations. Give this or `epochs`.
+        epochs: Passes of each unit over the data, in whole batches. Give this or `steps`.
+        batch_size: Examples of a micro-batch.
+        accumulation: Micro-batches of an optimizer step.
+        lr: AdamW's learning rate.
+        betas: Decay of AdamW's first and second moment.
+        weight_decay: AdamW's weight decay, on all parameters.
+        lr_schedule: `constant`, or `cosine` to zero over the unit's own steps; both after the warm-up.
+        warmup_steps: Steps of the unit over which the learning rate rises linearly from zero.
+        warmup_epochs: The same in epochs; used where `warmup_steps` is 0.
+        gradient_clip: Largest global norm of a step's gradient; null does not clip.
         precision: `float32`, or `bfloat16` autocast with float32 weights.
-        ema_decay: decay of the moving average of the weights, which moves only with the unit that stepped; it ramps
-            up as (1 + step) / (10 + step). The final model then holds the averages.
-        ema_half_life: instead, EDM's average: half-life in images that the unit has seen, at most `ema_ramp_up` times
-            the images seen so far (EDM, appendix F.2; 500,000 and 0.05 there). Neither: no average is kept.
-        ema_ramp_up: see `ema_half_life`.
-        compile: torch.compile the augmentation and the blocks: `true` a block whole; `layers` layer by layer, which is
-            ready in seconds at any depth, and a few per cent slower where layers are small.
-        activation_memory_budget: what torch.compile may keep for the backward pass, as a share of what it would (its
-            option of that name), in [0, 1]; the backward pass computes the cheapest again. At 0.9 that is norms and
-            activation functions, and no matrix product: about a third of a layer's activations less. Layers under
-            activation_checkpointing keep nothing, whatever it is.
-        cuda_graph: capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph; on CPU it
-            has no effect.
-        schedule: which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
-            block 1, ...). Under `replicated` or `frozen` shared parts it does not change what a block becomes.
-        dwell: steps for which a block stays once its turn comes; with `resident: active` each switch moves two blocks
+        ema_decay: Decay of the moving average of the weights, which rises as (1 + step) / (10 + step). The saved model
+            then holds the average. An average moves only with the unit that stepped.
+        ema_half_life: Half-life of EDM's average, in images that the unit has seen (EDM, appendix F.2: 500,000). Give
+            this or `ema_decay`; with neither no average is kept.
+        ema_ramp_up: Largest half-life of EDM's average as a share of the images seen so far.
+        compile: Compile augmentation and blocks with torch.compile. `true`: a block as a whole; `layers`: layer by
+            layer, ready in seconds at any depth, and a few per cent slower where layers are small.
+        activation_memory_budget: Share of the activations that torch.compile may keep for the backward pass; the rest,
+            the cheapest, it computes again. At 0.9 those are norms and activation functions, and no matrix product.
+            Without effect under `activation_checkpointing`.
+        cuda_graph: Capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph. Without effect
+            on a CPU.
+        schedule: Which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
+            block 1). Unless shared parameters are `joint`, it does not change what a block becomes.
+        dwell: Steps that a block takes once its turn comes. With `resident: active` each switch moves two blocks
             between host and device.
-        blocks: train only these blocks, for runs that share the work and are merged later; null trains all.
-        resident: what the device holds. `all`: every block with its optimizer state and average; `active`: only those
-            of the block that trains.
-        offload: where `resident: active` keeps the other blocks: in (pinned) `host` memory, or on `disk`, in files
-            below the run's folder that are mapped into memory; then the host holds about two blocks.
-        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
-        loss_chunk: of a text model, positions of each sequence whose logits are in memory at a time; the backward pass
-            makes them again, which is the head's matrix product once more. null: all at once.
+        blocks: Train only these blocks, for jobs that share the work and are merged later; null trains all.
+        resident: What the device holds: `all` blocks, or the `active` one, with its optimizer state and average.
+        offload: Where `resident: active` keeps the other blocks: in page-locked `host` memory, or on `disk`, in files
+            that are mapped into memory; then the host holds about two blocks.
+        activation_checkpointing: Keep only each layer's input for the backward pass, and compute the rest again.
+        loss_chunk: Positions of each sequence whose logits exist at a time, of a text model. The backward pass makes
+            them again, which costs the head's matrix product once more. null: all at once.
         optimizer: `adamw`, or `adamw-8bit` with its state in 8 bits (torchao; extra: savers).
-        optimizer_in_backward: step each parameter as soon as its gradient is there, so that gradients of all
-            parameters never exist together. Rules out gradient_clip and accumulation, which need them all.
-        seed: seed of data order, augmentation, noise and dropout.
-        log_every, checkpoint_every: in iterations; of checkpoint_every None means none by their number.
-        checkpoint_seconds: also save a checkpoint whenever so many seconds have passed since the last one; null saves
-            only as checkpoint_every says, at a signal and at the end. When a run is saved does not change what it
-            becomes.
-        snapshot_every: in iterations; the model as it would be saved (averaged) is kept each time under
-            snapshots/, for curves of quality over training. None keeps none.
-        keep_checkpoints: how many of the newest checkpoints to keep.
+        optimizer_in_backward: Step each parameter as soon as its gradient is there, so that not all gradients exist
+            together. Rules out `gradient_clip` and `accumulation`.
+        seed: Seed of data order, augmentation, noise and dropout.
+        log_every: Iterations between two lines of the log.
+        checkpoint_every: Iterations between two checkpoints; null: none by their number.
+        checkpoint_seconds: Seconds between two checkpoints; null: none by time. At a signal and at the end one is saved
+            in any case. When a run is saved does not change what it becomes.
+        snapshot_every: Iterations between two snapshots of the model as it would be saved (averaged), kept under
+            snapshots/ for curves of quality; null keeps none.
+        keep_checkpoints: Number of checkpoints that are kept, the newest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
