@@ -11,6 +11,7 @@ from helpers import (
     NUM_LABELS,
     POLICIES,
     convert,
+    image_batch,
     noise_batch,
     parameter_names,
     randomise_adaptive,
@@ -555,3 +556,31 @@ def test_levels_of_a_dtype_without_digits_are_refused() -> None:
         ValueError, match=r"level must be float32 or float64 of shape \(6,\), got torch.bfloat16 \(6,\)"
     ):
         model.loss(noise_batch(), 1, level=torch.full((6,), 0.3).bfloat16())
+
+
+# ---- losses at a level ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "batch", "level"),
+    [
+        ("vit", "label", noise_batch(), 0.3),
+        ("dit", "image", {"pixel_values": image_batch()["pixel_values"]}, 0.3),
+        ("masked", "tokens", token_batch(), 0.6),
+        ("llama", "next-token", token_batch(), 0.3),
+    ],
+)
+def test_the_losses_at_a_level_are_those_of_training_without_the_weight(
+    family: str, kind: str, batch: dict[str, Tensor], level: float
+) -> None:
+    config = {"num_blocks": 1, "target": {"kind": kind, "weight": "none"}}
+    overrides = {"num_classes": 0} if family == "dit" else {}
+    model = db.convert(tiny(family, **overrides), db.BlocksConfig.model_validate(config)).eval()
+    block = model.block(0)
+    with torch.no_grad():
+        result = block.losses_at(batch, level, seeded(3))
+        expected = block.loss(batch, seeded(3), torch.full((len(result.z),), level))
+        other = block.losses_at(batch, level, noise=block.draw_noise(batch, seeded(4)))
+    assert torch.equal(result.losses, expected)
+    assert torch.equal(result.output, block({n: batch[n] for n in block.input_names}, result.z, result.level))
+    assert not torch.equal(other.z, result.z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..families import Family
 from ..families.family import Namespace
 from ..families.text_family import TextFamily
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
-from ..noise import NoiseProcess
+from ..noise import NoiseProcess, one_level
 from ..targets import Batch, Target, TextTarget, check_entries, check_loss_chunk, cross_entropies, in_chunks
 
 
@@ -38,6 +39,30 @@ class SharedParts(nn.Module):
         self.final_norms = final_norms
         self.target = target
         self.added = added
+
+
+@dataclass(frozen=True)
+class LevelLosses:
+    """What a block makes of a batch at given levels: see `Block.losses_at`.
+
+    Attributes:
+        target: what the block denoises.
+        batch: the resolved batch that the losses are of.
+        level: levels, float32 (batch,).
+        z: the noised target at these levels.
+        output: what `Block.forward` returns for z: logits, or D of a diffusion model.
+    """
+
+    target: Target
+    batch: Batch
+    level: Tensor
+    z: Tensor
+    output: Tensor
+
+    @functools.cached_property
+    def losses(self) -> Tensor:
+        """The target's losses, float32 (batch,), without the weight of a level; computed when first asked for."""
+        return self.target.loss(self.output, self.batch, self.z)
 
 
 def computed_again(part: nn.Module, *args: Any, **options: Any) -> Any:
@@ -280,6 +305,52 @@ class Block(nn.Module):
             loss = loss * self.noise.training_weight(level).float()
         assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
+
+    @eager
+    def losses_at(
+        self,
+        batch: Batch,
+        level: float | Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        noise: Tensor | None = None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> LevelLosses:
+        """Noise a batch to given levels, run the block, and compare: the one way in which evaluation asks a block.
+
+        Unlike `loss` it takes any level, drops no label, weights no level and makes all logits at once. Call it
+        without gradients and in evaluation mode (`evaluating(block)` around the loop):
+
+            result = block.losses_at(batch, model.noise.level_max, generator)
+            result.losses, result.output, result.z
+
+        Args:
+            batch: see `loss`.
+            level: one level for all, or levels (batch,).
+            generator: source of the noise, on the batch's device; default the global one.
+            noise: noise to use instead, of `draw_noise`, so that several levels have the same.
+            inputs: entries of the model's inputs x in place of the batch's own, such as another context.
+
+        Returns:
+            Losses (batch,), with the levels, z and the block's output that they are of.
+
+        Raises:
+            ValueError: an entry that nothing reads, or that cannot be followed.
+        """
+        batch = self._resolved(batch)
+        y = self.target.encode(batch)
+        if noise is None:
+            noise = self.noise.draws(y.shape, generator=generator, device=y.device)
+        levels = level if isinstance(level, Tensor) else one_level(level, y)
+        z = self.noise.corrupt(y, levels, noise)
+        given = {name: batch[name] for name in self.input_names} | dict(inputs or {})
+        return LevelLosses(self.target, batch, levels, z, self(given, z, levels))
+
+    @eager
+    def draw_noise(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+        """The noise of a batch, for `losses_at`: it depends on the target's shape alone."""
+        y = self.target.encode(self.target.resolved(batch))
+        return self.noise.draws(y.shape, generator=generator, device=y.device)
 
     def _registers_with_fsdp(self) -> bool:
         """After `fully_shard`, make `loss` a method before which FSDP gathers the parameters; whether it was none."""

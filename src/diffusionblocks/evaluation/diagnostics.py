@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.finite import FiniteCheck
 from ..common.modes import evaluating
 from ..core.model import DiffusionBlocks
-from ..noise import EDM, one_level
+from ..noise import EDM
 from ..targets import LabelTarget
 
 
@@ -68,14 +68,10 @@ def accuracy_by_level(
             hits = nearest = count = 0
             for batch in batches():
                 labels = batch["labels"]
-                y = target.encode(batch)
-                sigma = one_level(level, y)
-                noise = torch.randn(y.shape, generator=generator, device=y.device)
-                z = model.noise.corrupt(y, sigma, noise)
-                inputs = {name: batch[name] for name in block.input_names}
-                logits = check.logits(block(inputs, z, sigma), level)
+                result = block.losses_at(batch, level, generator)
+                logits = check.logits(result.output, level)
                 hits += int((logits.argmax(-1) == labels).sum())
-                similarities = check.values(z @ target.table.T, "products of z and the targets", level)
+                similarities = check.values(result.z @ target.table.T, "products of z and the targets", level)
                 nearest += int((similarities.argmax(-1) == labels).sum())
                 check.read()
                 count += len(labels)

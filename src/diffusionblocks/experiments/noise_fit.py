@@ -13,7 +13,7 @@ with the same levels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -28,9 +28,8 @@ from ..common.seeds import keyed_generator
 from ..core.block import Block
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
-from ..noise import EDM, fitted_quantiles, one_level
+from ..noise import EDM, fitted_quantiles
 from ..reports.figures import draw_fit
-from ..targets import Batch
 from ..training import BatchMaker, Trainer
 from ..training.checkpoint import checkpoints, read_values, remove
 from ..training.step import arithmetic
@@ -199,23 +198,11 @@ def measured(
         generator = keyed_generator(seed, 0, number, "fit noise", device)
         batch = batches(indices, generator)
         with torch.no_grad(), evaluating(block), arithmetic(device, precision):
-            for place, loss in enumerate(_losses(block, batch, levels, generator)):
-                sums[place] += loss.double().sum()
+            noise = block.draw_noise(batch, generator)
+            for place, level in enumerate(levels):
+                sums[place] += block.losses_at(batch, level, noise=noise).losses.double().sum()
         count += len(indices)
     return [total / count for total in sums.tolist()]
-
-
-def _losses(block: Block, batch: Batch, levels: list[float], generator: torch.Generator) -> Iterator[Tensor]:
-    """Losses (batch,) at one level after the other, with the same noise: `Block.loss` for given draws."""
-    target, noise = block.target, block.noise
-    batch = target.resolved(batch)
-    y = target.encode(batch)
-    draws = noise.draws(y.shape, generator=generator, device=y.device)
-    inputs = target.training_inputs({name: batch[name] for name in block.input_names}, generator)
-    for value in levels:
-        level = one_level(value, y)
-        z = noise.corrupt(y, level, draws)
-        yield target.loss(block(inputs, z, level), batch, z)
 
 
 def _chosen(num_examples: int, examples: int, seed: int) -> Tensor:
