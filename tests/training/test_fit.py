@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import diffusionblocks as db
+from diffusionblocks.common.seeds import key
 from diffusionblocks.data import ImageBatches, ImageData, digits
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.baselines import variants
@@ -28,7 +29,6 @@ from diffusionblocks.experiments.sources import build_model
 from diffusionblocks.noise import fitted_quantiles
 from diffusionblocks.training import Trainer
 from diffusionblocks.training.checkpoint import checkpoints
-from diffusionblocks.training.data_order import key
 from diffusionblocks.training.step import Stepper
 from diffusionblocks.training.trainer import Interrupted
 

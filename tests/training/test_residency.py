@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import diffusionblocks as db
+from diffusionblocks.common.seeds import key
 from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData, TextBatches, TextData
 from diffusionblocks.evaluation.memory import size_of, transient_peak
 from diffusionblocks.training import BatchMaker, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.arena import Arena, Layout, host_memory, mapped_file
 from diffusionblocks.training.checkpoint import checkpoints
-from diffusionblocks.training.data_order import key
 from diffusionblocks.training.optim import Updater
 from diffusionblocks.training.residency import ActiveResident, AllResident
 from diffusionblocks.training.schedules import block_schedule, next_others
