@@ -277,7 +277,7 @@ def final_settings(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, 
     change = functools.partial(dataclasses.replace, first)
     settings = [
         *(change(solver="euler", steps=n) for n in (10, 15, 20, 30)),
-        change(grid="equal-mass"),
+        change(grid="equal-quantile"),
         *(change(solver="heun", steps=n) for n in (5, 8, 10, 13, 18, 25)),
         *(change(solver="dpmpp-2m", steps=n) for n in (5, 8, 10, 12, 15, 20, 25)),
         *(change(guidance=g) for g in (1.0, 1.25, 1.5, 3.0)),

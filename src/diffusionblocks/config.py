@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from .common.fields import MOST_TOKENS, Blocks, Float, Int, NonNegative, Positive, Seed, Width
 from .noise import EDM, Masking
+
+#: `bridge` is its name in recipes and saved models of earlier versions.
+FEEDBACK_NAMES = AliasChoices("feedback", "bridge")
 
 
 class LabelTargetConfig(BaseModel):
@@ -20,7 +23,7 @@ class LabelTargetConfig(BaseModel):
         token: Where the noised label enters: as an `extra` token (the paper), or in place of the [CLS] token
             (`replace-cls`, the released code).
         weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2.
-        bridge: What a prediction feeds to the next step: `soft` (the probabilities times the embedding table) or
+        feedback: What a prediction feeds to the next step: `soft` (the probabilities times the embedding table) or
             `hard` (the row of the most probable label).
     """
 
@@ -34,7 +37,7 @@ class LabelTargetConfig(BaseModel):
     embedding: Literal["frozen", "learned"] | None = None
     token: Literal["extra", "replace-cls"] = "extra"
     weight: Literal["none", "edm"] = "none"
-    bridge: Literal["soft", "hard"] = "soft"
+    feedback: Literal["soft", "hard"] = Field(default="soft", validation_alias=FEEDBACK_NAMES)
 
 
 class ImageTargetConfig(BaseModel):
@@ -78,7 +81,7 @@ class NextTokenTargetConfig(BaseModel):
             unit rows) or `learned` (needs `shared: joint`). null: learned under `joint`, else given.
         weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2, which spans five orders of
             magnitude and collapses training to copying.
-        bridge: What a prediction feeds to the next step: `soft` (the probabilities times the embedding rows), `hard`
+        feedback: What a prediction feeds to the next step: `soft` (the probabilities times the embedding rows), `hard`
             (the most probable token's row), `sampled` (the row of a token drawn from the probabilities) or `top-k`
             (the mixture of the `top_k` most probable rows, rescaled to unit norm).
         top_k: Rows that `top-k` mixes.
@@ -96,7 +99,7 @@ class NextTokenTargetConfig(BaseModel):
     kind: Literal["next-token"] = "next-token"
     embedding: Literal["given", "frozen", "learned"] | None = None
     weight: Literal["none", "edm"] = "none"
-    bridge: Literal["soft", "hard", "sampled", "top-k"] = "sampled"
+    feedback: Literal["soft", "hard", "sampled", "top-k"] = Field(default="sampled", validation_alias=FEEDBACK_NAMES)
     top_k: Int = Field(default=8, ge=1, le=MOST_TOKENS)
     logit_scale: Positive = 1.0
     previous: bool = True

@@ -72,7 +72,7 @@ def test_evaluate_gives_a_row_for_every_setting(
         evaluate__features="classifier",
         evaluate__features_folder=features,
         evaluate__solver="[euler, heun, dpmpp-2m]",
-        evaluate__grid="[karras, equal-mass]",
+        evaluate__grid="[karras, equal-quantile]",
         evaluate__guidance="[1, 1.25]",
     )
     path = tmp_path / "more" / "rows.json"
@@ -84,7 +84,7 @@ def test_evaluate_gives_a_row_for_every_setting(
         ("euler", 3, "karras", 1.0),
         ("euler", 3, "karras", 1.25),
         ("heun", 5, "karras", 1.0),
-        ("dpmpp-2m", 3, "equal-mass", 1.25),
+        ("dpmpp-2m", 3, "equal-quantile", 1.25),
     ]
     assert len({row["fd_train"] for row in rows}) == 12
     (trained,) = read_json(run / "result.json")["rows"]
@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_files(run: Path, tmp_path: Path) -> None:
         ["--steps", "6"],
         ["--solver", "heun"],
         ["--guidance", "6"],
-        ["--grid", "equal-mass"],
+        ["--grid", "equal-quantile"],
         ["--seed", "1"],
         ["--labels", "9"],
         ["--labels", "10"],  # the null class: unconditional samples

@@ -61,7 +61,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(run: Path, option: str, 
     with pytest.raises(SystemExit) as error:
         sample(run, tmp_path / "out", option, "rk4")
     assert error.value.code == 2
-    known = {"--solver": ("euler", "heun", "dpmpp-2m"), "--grid": ("karras", "equal-mass")}[option]
+    known = {"--solver": ("euler", "heun", "dpmpp-2m"), "--grid": ("karras", "equal-quantile")}[option]
     shown = capsys.readouterr().err
     assert all(name in shown for name in ("'rk4'", *known))
     assert not (tmp_path / "out").exists()

@@ -117,7 +117,7 @@ def test_sample(llama_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(len(text.split("|")[1]) == 7 for text in texts)
     assert len(set(texts)) == 5
     assert sample(llama_run, tmp_path, "--prompt", "a", "--new-tokens", "7", "--seed", "1") == texts[1:2]
-    for changed in (["--temperature", "0"], ["--top-p", "0.2"], ["--bridge", "soft"], ["--steps", "9"]):
+    for changed in (["--temperature", "0"], ["--top-p", "0.2"], ["--feedback", "soft"], ["--steps", "9"]):
         assert sample(llama_run, tmp_path, *prompts, *changed) != texts, changed
     (nothing,) = sample(llama_run, tmp_path, "--prompt", "")  # the two streams need no prompt
     assert nothing.startswith("|")
@@ -217,7 +217,7 @@ REFUSED: list[tuple[list[str], str]] = [
         "new_tokens: Input should be greater than or equal to 1 (got 0)",
     ),
     (["sample", "--prompt", "a", "--steps", "0"], "steps: Input should be greater than or equal to 1"),
-    (["sample", "--prompt", "a", "--grid", "cosine"], "grid: Input should be 'equal-mass' or 'karras'"),
+    (["sample", "--prompt", "a", "--grid", "cosine"], "grid: Input should be 'equal-quantile' or 'karras'"),
     (["sample", "--count", "100000"], "the test text has only"),
     (["evaluate", "--by-level"], "--by-level is for classifiers; LlamaForCausalLM generates continued text"),
     (["evaluate", *sets(evaluate__kind="bits")], "evaluate.kind must be language for LlamaForCausalLM, got bits"),
@@ -257,7 +257,7 @@ def test_refused(
     ("arguments", "message"),
     [
         (["sample", MASKED, "--prompt", "the"], "--prompt is not for MaskedTransformer, which generates masked text"),
-        (["sample", MASKED, "--bridge", "soft"], "--bridge is not for MaskedTransformer"),
+        (["sample", MASKED, "--feedback", "soft"], "--feedback is not for MaskedTransformer"),
         (["train", DIGITS, *sets(fit="{steps: 3}")], "fit is for models with a cross-entropy over log sigma"),
         (
             ["train", RECURRENT, *sets(method="end-to-end", train__cuda_graph="true")],

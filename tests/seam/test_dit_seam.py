@@ -113,7 +113,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("grid", ["karras", "equal-mass"])
+@pytest.mark.parametrize("grid", ["karras", "equal-quantile"])
 @pytest.mark.parametrize("steps", [1, 3, 9])
 @pytest.mark.parametrize("config", [{}, {"num_blocks": 6, "overlap": 0.0}, {"layers": (1, 1, 4)}])
 def test_sample_calls_the_block_that_trains_on_the_level(config: dict, steps: int, grid: str, solver: str) -> None:
@@ -131,7 +131,7 @@ def test_sample_calls_the_block_that_trains_on_the_level(config: dict, steps: in
         assert low * (1 - 1e-6) <= level <= high * (1 + 1e-6)
         train_low, train_high = model.blocks[place].interval
         assert train_low * (1 - 1e-6) <= level <= train_high * (1 + 1e-6)
-    if steps == 9 and grid == "equal-mass":
+    if steps == 9 and grid == "equal-quantile":
         assert {place for place, *_ in calls} == set(range(model.partition.num_blocks))
 
 
@@ -148,8 +148,8 @@ def test_heuns_correction_across_a_boundary_runs_the_lower_block() -> None:
     """On this grid every inner level is a boundary, which is the lower block's."""
     model = made(overlap=0.0)
     calls = record_calls(model)
-    model.sample([1], steps=4, grid="equal-mass", solver="heun")
-    levels = model.noise.sampling_levels(4, "equal-mass")
+    model.sample([1], steps=4, grid="equal-quantile", solver="heun")
+    levels = model.noise.sampling_levels(4, "equal-quantile")
     assert levels[1:3] == pytest.approx(model.partition.boundaries[1:3][::-1])
     assert [place for place, *_ in calls] == [0, 1, 1, 2, 2, 2, 2]
 
@@ -539,7 +539,7 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ("guidance nan", lambda: sample(guidance=float("nan")), ("guidance", "finite", "nan")),
     ("steps zero", lambda: sample(steps=0), ("steps", ">= 1", "got 0")),
     ("unknown solver", lambda: sample(solver="ddim"), ("'ddim'", "euler", "heun", "dpmpp-2m")),
-    ("unknown grid", lambda: sample(grid="linear"), ("'linear'", "equal-mass", "karras")),
+    ("unknown grid", lambda: sample(grid="linear"), ("'linear'", "equal-quantile", "karras")),
     # the other family's verbs
     (
         "predict on a DiT",

@@ -323,7 +323,7 @@ CASES: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: convert("dit").generate(), ("generate is for masked text models", "DiT generates images: use sample")),
     (lambda: convert("vit").generate(), ("generate is for masked text models", "classifies: use predict")),
     (lambda: MODEL.generate(steps=0), ("steps must be >= 1, got 0",)),
-    (lambda: MODEL.generate(grid="karras"), ("'karras'", "equal-mass", "cosine", "uniform")),
+    (lambda: MODEL.generate(grid="karras"), ("'karras'", "equal-quantile", "cosine", "uniform")),
     (lambda: MODEL.generate(given=TOKENS[0, :5]), ("given", "(12,)", "(5,)")),
     (lambda: MODEL.generate(temperature=-1.0), ("temperature", "-1")),
     (lambda: recipe_of(evaluate={"kind": "accuracy"}), ("evaluate.kind must be bits for MaskedTransformer",)),

@@ -49,7 +49,7 @@ def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBl
 @pytest.mark.parametrize("shared", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bit_equal(family: str, shared: str, token: str, tmp_path: Path) -> None:
-    model = made(family, shared=shared, target={"token": token, "weight": "edm", "bridge": "hard"})
+    model = made(family, shared=shared, target={"token": token, "weight": "edm", "feedback": "hard"})
     model.save_pretrained(tmp_path / "m")
     loaded = db.load(tmp_path / "m").eval()
     assert same_states(loaded.state_dict(), model.state_dict())

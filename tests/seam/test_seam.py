@@ -107,7 +107,7 @@ def test_blocks_in_the_wrong_order_predict_worse(shared: str, trained: Callable)
     assert (wrong[1] - right[1]).abs().max() > 0.2
 
 
-@pytest.mark.parametrize("grid", ["equal-mass", "karras"])
+@pytest.mark.parametrize("grid", ["equal-quantile", "karras"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9, 20])
 @pytest.mark.parametrize("config", [{}, {"num_blocks": 2}, {"num_blocks": 6, "overlap": 0.0}, {"layers": (1, 1, 4)}])
 def test_predict_calls_the_block_that_trains_on_the_level(config: dict, steps: int, grid: str) -> None:
@@ -398,12 +398,12 @@ def test_a_block_called_under_activation_checkpointing_has_the_same_gradients() 
 # ---- prediction -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bridge", ["soft", "hard"])
+@pytest.mark.parametrize("feedback", ["soft", "hard"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_probabilities_sum_to_one_and_are_repeatable(family: str, bridge: str) -> None:
+def test_probabilities_sum_to_one_and_are_repeatable(family: str, feedback: str) -> None:
     model = convert(family).eval()
     images = noise_batch()["pixel_values"]
-    first = model.predict(images, steps=4, seeds=2, bridge=bridge, generator=seeded(), return_trajectory=True)
+    first = model.predict(images, steps=4, seeds=2, feedback=feedback, generator=seeded(), return_trajectory=True)
     assert first.probabilities.shape == first.logits.shape == (6, NUM_LABELS)
     assert first.probabilities.dtype == torch.float32
     torch.testing.assert_close(first.probabilities.sum(-1), torch.ones(6))
@@ -413,9 +413,9 @@ def test_probabilities_sum_to_one_and_are_repeatable(family: str, bridge: str) -
     assert torch.equal(first.trajectory[-1], first.probabilities)
     assert first.levels == tuple(model.noise.levels(4)[:-1])
     torch.rand(3)
-    again = model.predict(images, steps=4, seeds=2, bridge=bridge, generator=seeded(), return_trajectory=True)
+    again = model.predict(images, steps=4, seeds=2, feedback=feedback, generator=seeded(), return_trajectory=True)
     assert torch.equal(again.trajectory, first.trajectory)
-    other = model.predict(images, steps=4, seeds=2, bridge=bridge, generator=seeded(1))
+    other = model.predict(images, steps=4, seeds=2, feedback=feedback, generator=seeded(1))
     assert not torch.equal(other.probabilities, first.probabilities)
     assert other.trajectory is None
 
@@ -432,8 +432,8 @@ def test_one_step_reads_the_label_off_at_the_highest_level() -> None:
     assert prediction.levels == (highest,)
 
 
-@pytest.mark.parametrize("bridge", ["soft", "hard"])
-def test_two_steps_by_hand(bridge: str) -> None:
+@pytest.mark.parametrize("feedback", ["soft", "hard"])
+def test_two_steps_by_hand(feedback: str) -> None:
     model = convert("vit").eval()
     inputs = {"pixel_values": noise_batch()["pixel_values"]}
     high, low, _ = model.noise.levels(2)
@@ -441,10 +441,12 @@ def test_two_steps_by_hand(bridge: str) -> None:
     z = high * torch.randn(6, 32, generator=seeded())
     with torch.no_grad():
         first = model.blocks[0](inputs, z, torch.full((6,), high)).softmax(-1)
-        denoised = first @ table if bridge == "soft" else table[first.argmax(-1)]
+        denoised = first @ table if feedback == "soft" else table[first.argmax(-1)]
         z = z + (low - high) * (z - denoised) / high
         second = model.blocks[model.partition.block_of(low)](inputs, z, torch.full((6,), low)).softmax(-1)
-    prediction = model.predict(**inputs, steps=2, bridge=bridge, seeds=1, generator=seeded(), return_trajectory=True)
+    prediction = model.predict(
+        **inputs, steps=2, feedback=feedback, seeds=1, generator=seeded(), return_trajectory=True
+    )
     torch.testing.assert_close(prediction.trajectory, torch.stack([first, second]), rtol=1e-4, atol=1e-5)
 
 
@@ -460,10 +462,10 @@ def test_seeds_average_independent_chains() -> None:
 
 def test_bridge_defaults_to_the_configs() -> None:
     images = noise_batch()["pixel_values"]
-    hard = convert("vit", target={"bridge": "hard"}).eval()
+    hard = convert("vit", target={"feedback": "hard"}).eval()
     default, explicit, soft = (
         hard.predict(images, steps=3, seeds=1, generator=seeded(), **kwargs).probabilities
-        for kwargs in ({}, {"bridge": "hard"}, {"bridge": "soft"})
+        for kwargs in ({}, {"feedback": "hard"}, {"feedback": "soft"})
     )
     assert torch.equal(default, explicit)
     assert not torch.equal(default, soft)

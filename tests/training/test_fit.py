@@ -171,7 +171,7 @@ def test_levels_go_where_the_label_can_neither_be_read_off_z_nor_be_lost(tmp_pat
     # The grid is even over log sigma: 25 levels from 0.002 to 80, the 13th 0.4, the 16th 1.5.
     assert max(losses[6:10]) < 0.3
     assert min(losses[18:]) > 0.9 * math.log(10)
-    inside = noise.mass_of(torch.tensor([0.1, 3.0], dtype=torch.float64)).diff().item()
+    inside = noise.cdf(torch.tensor([0.1, 3.0], dtype=torch.float64)).diff().item()
     even = math.log(30) / math.log(80 / 0.002)
     assert inside > 0.75 > 2 * even
 

@@ -68,7 +68,7 @@ def test_uniform_predictor_exactly_when_every_mask_is_counted(schedule: str) -> 
     """The expectation over masks in closed form: length * (1 - alpha) tokens are masked; no randomness is left."""
     process = Masking(schedule=schedule)
     level = process.sample(1000, generator=seeded())
-    integral = (process.weight_by_mass(level) * process.masked(level) * 256 * math.log(27)).mean().item()
+    integral = (process.weight_by_quantile(level) * process.masked(level) * 256 * math.log(27)).mean().item()
     nats = integral + process.reconstruction(256) + process.prior_term(256)
     assert nats / (256 * math.log(2)) == pytest.approx(math.log2(27), abs=1e-12)
 

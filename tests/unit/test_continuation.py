@@ -18,7 +18,7 @@ import diffusionblocks as db
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.noise import EDM
 from diffusionblocks.sampling import Continuations, continue_plainly, continue_texts
-from diffusionblocks.sampling.continue_text import bridged, filtered
+from diffusionblocks.sampling.continue_text import feedback_rows, filtered
 from diffusionblocks.targets import NextTokenTarget
 
 PRIOR = torch.tensor([0.40, 0.28, 0.17, 0.10, 0.05], dtype=torch.float64)
@@ -75,7 +75,7 @@ def chi_square(tokens: Tensor, expected: Tensor) -> float:
     return float((len(tokens) * (shares(tokens) - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("grid", ["equal-mass", "karras"])
+@pytest.mark.parametrize("grid", ["equal-quantile", "karras"])
 @pytest.mark.parametrize("steps", [1, 4, 32])
 def test_sampled_chains_give_the_prior_at_any_number_of_steps(steps: int, grid: str) -> None:
     """(z, a token of the posterior) is distributed as (z, the token behind z), so an Euler step keeps the marginal."""
@@ -86,8 +86,8 @@ def test_sampled_chains_give_the_prior_at_any_number_of_steps(steps: int, grid: 
 
 def test_soft_chains_give_the_prior_after_many_steps() -> None:
     """They follow the probability-flow ODE; with few steps they do not."""
-    assert chi_square(draw(NOISE.levels(64, "karras"), bridge="soft"), PRIOR) < CHI_SQUARE
-    assert chi_square(draw(NOISE.levels(3, "karras"), bridge="soft"), PRIOR) > CHI_SQUARE
+    assert chi_square(draw(NOISE.levels(64, "karras"), feedback="soft"), PRIOR) < CHI_SQUARE
+    assert chi_square(draw(NOISE.levels(3, "karras"), feedback="soft"), PRIOR) > CHI_SQUARE
 
 
 def test_one_step_has_the_filtered_prior() -> None:
@@ -130,16 +130,16 @@ def test_bridges() -> None:
     assert torch.allclose(table.norm(dim=1), torch.ones(5))
     p = torch.stack([PRIOR, PRIOR.flip(0), F.one_hot(torch.tensor(2), 5).double()])
     token = torch.tensor([3, 0, 2])
-    soft = bridged(p, token, table, "soft", 8)
+    soft = feedback_rows(p, token, table, "soft", 8)
     assert torch.allclose(soft, torch.stack([sum(q[v] * table[v] for v in range(5)) for q in p]).float(), atol=1e-6)
     assert bool((soft.norm(dim=1)[:2] < 0.95).all())
     assert soft[2].norm().item() == pytest.approx(1)
-    assert torch.equal(bridged(p, token, table, "hard", 8), table[torch.tensor([0, 4, 2])])
-    assert torch.equal(bridged(p, token, table, "sampled", 8), table[token])
-    two = bridged(p, token, table, "top-k", 2)
+    assert torch.equal(feedback_rows(p, token, table, "hard", 8), table[torch.tensor([0, 4, 2])])
+    assert torch.equal(feedback_rows(p, token, table, "sampled", 8), table[token])
+    two = feedback_rows(p, token, table, "top-k", 2)
     expected = torch.stack([0.40 * table[0] + 0.28 * table[1], 0.40 * table[4] + 0.28 * table[3], table[2]])
     assert torch.allclose(two, expected / expected.norm(dim=1, keepdim=True), atol=1e-6)
-    assert torch.allclose(bridged(p, token, table, "top-k", 99), F.normalize(soft, dim=1), atol=1e-6)
+    assert torch.allclose(feedback_rows(p, token, table, "top-k", 99), F.normalize(soft, dim=1), atol=1e-6)
 
 
 def test_filtered() -> None:
@@ -262,7 +262,7 @@ def uncached(model: db.DiffusionBlocks, prompt: list[int], new: int, seed: int, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_equals_uncached(family: str, steps: int) -> None:
     model = converted(family)
-    made = lists(model.continue_texts(PROMPTS, 8, seeds=[3, 4, 5], steps=steps, bridge="sampled"))
+    made = lists(model.continue_texts(PROMPTS, 8, seeds=[3, 4, 5], steps=steps, feedback="sampled"))
     levels = model.noise.levels(steps)
     assert made == [uncached(model, p, 8, s, levels) for p, s in zip(PROMPTS, (3, 4, 5), strict=True)]
     assert len({token for row in made for token in row[-8:]}) > 5, "the model writes the same whatever it reads"
@@ -395,7 +395,7 @@ CHAINS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": [[-1]]}, r"prompt tokens must be in \[0, 4\], got \[-1\]"),
     ({"levels": [80.0]}, r"levels must be at least two, descending; got \[80.0\]"),
     ({"levels": [1.0, 2.0]}, r"levels must be at least two, descending; got \[1.0, 2.0\]"),
-    ({"bridge": "firm"}, "unknown bridge 'firm'; allowed: soft, hard, sampled, top-k"),
+    ({"feedback": "firm"}, "unknown feedback 'firm'; allowed: soft, hard, sampled, top-k"),
     ({"top_k": 0}, "top_k must be >= 1, got 0"),
     ({"prompts": [[]], "target": known(shift=1)}, "an empty prompt: this model needs at least one token"),
 ]

@@ -48,18 +48,18 @@ def reference_boundaries(noise: EDM, n: int) -> list[float]:
 
 @given(PROCESSES, st.floats(0.0, 1.0))
 def test_mass_of_inverts_level_of(noise: EDM, u: float) -> None:
-    assert noise.mass_of(noise.level_of(double(u))).item() == pytest.approx(u, abs=1e-9)
+    assert noise.cdf(noise.icdf(double(u))).item() == pytest.approx(u, abs=1e-9)
 
 
 @given(PROCESSES, st.floats(0.0, 1.0))
 def test_level_of_inverts_mass_of(noise: EDM, fraction: float) -> None:
     level = noise.sigma_min * (min(noise.sigma_max, 20.0) / noise.sigma_min) ** fraction
-    assert noise.level_of(noise.mass_of(double(level))).item() == pytest.approx(level, rel=1e-6)
+    assert noise.icdf(noise.cdf(double(level))).item() == pytest.approx(level, rel=1e-6)
 
 
 @given(PROCESSES, st.lists(st.floats(0.0, 1.0), min_size=2, max_size=20))
 def test_levels_ascend_with_mass(noise: EDM, masses: list[float]) -> None:
-    levels = noise.level_of(double(*sorted(masses)))
+    levels = noise.icdf(double(*sorted(masses)))
     assert bool((levels.diff() >= 0).all())
     assert noise.sigma_min <= levels.min()
     assert levels.max() <= noise.sigma_max
@@ -67,32 +67,32 @@ def test_levels_ascend_with_mass(noise: EDM, masses: list[float]) -> None:
 
 @given(PROCESSES)
 def test_ends_of_the_quantile_function(noise: EDM) -> None:
-    assert noise.mass_of(double(noise.sigma_min, noise.sigma_max)).tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
-    assert noise.level_of(double(0.0)).item() == pytest.approx(noise.sigma_min, rel=1e-6)
+    assert noise.cdf(double(noise.sigma_min, noise.sigma_max)).tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
+    assert noise.icdf(double(0.0)).item() == pytest.approx(noise.sigma_min, rel=1e-6)
     assert (noise.level_min, noise.level_max) == (noise.sigma_min, noise.sigma_max)
 
 
 def test_mass_strictly_ascends_over_the_default_range() -> None:
     levels = torch.logspace(math.log10(0.002), math.log10(80.0), 1000, dtype=torch.float64).clamp(0.002, 80.0)
-    assert bool((DEFAULT.mass_of(levels).diff() > 0).all())
+    assert bool((DEFAULT.cdf(levels).diff() > 0).all())
 
 
 def test_levels_outside_the_range_are_clamped_by_mass_of() -> None:
-    assert DEFAULT.mass_of(double(1e-6, 1e6)).tolist() == [0.0, 1.0]
+    assert DEFAULT.cdf(double(1e-6, 1e6)).tolist() == [0.0, 1.0]
 
 
 def test_quantiles_are_float64_and_keep_the_shape() -> None:
     u = torch.rand(2, 3, generator=seeded())
-    assert DEFAULT.level_of(u).dtype == torch.float64
-    assert DEFAULT.level_of(u).shape == (2, 3)
-    assert DEFAULT.mass_of(u).dtype == torch.float64
+    assert DEFAULT.icdf(u).dtype == torch.float64
+    assert DEFAULT.icdf(u).shape == (2, 3)
+    assert DEFAULT.cdf(u).dtype == torch.float64
 
 
 def test_density_is_the_derivative_of_mass_and_integrates_to_one() -> None:
     log_sigma = torch.linspace(math.log(0.002), math.log(80.0), 20001, dtype=torch.float64)
     density = DEFAULT.density(log_sigma.exp())
     assert torch.trapezoid(density, log_sigma).item() == pytest.approx(1.0, abs=1e-6)
-    slope = DEFAULT.mass_of((log_sigma + 1e-5).exp()) - DEFAULT.mass_of((log_sigma - 1e-5).exp())
+    slope = DEFAULT.cdf((log_sigma + 1e-5).exp()) - DEFAULT.cdf((log_sigma - 1e-5).exp())
     torch.testing.assert_close(slope[1:-1] / 2e-5, density[1:-1], rtol=1e-4, atol=1e-6)
 
 
@@ -117,14 +117,14 @@ def test_sampled_levels_lie_in_the_interval_with_uniform_mass(block: int, overla
     assert sigma.shape == (n,)
     assert sigma.min().item() >= interval[0] * (1 - 1e-6)
     assert sigma.max().item() <= interval[1] * (1 + 1e-6)
-    low, high = DEFAULT.mass_of(double(*interval)).tolist()
-    assert kolmogorov_smirnov((DEFAULT.mass_of(sigma) - low) / (high - low)) < 1.63 / math.sqrt(n)  # 1% level
+    low, high = DEFAULT.cdf(double(*interval)).tolist()
+    assert kolmogorov_smirnov((DEFAULT.cdf(sigma) - low) / (high - low)) < 1.63 / math.sqrt(n)  # 1% level
 
 
 def test_the_uniformity_test_can_fail() -> None:
     n = 20_000
     sigma = DEFAULT.sample(n, generator=seeded())
-    assert kolmogorov_smirnov(EDM(p_mean=-1.1).mass_of(sigma)) > 1.63 / math.sqrt(n)
+    assert kolmogorov_smirnov(EDM(p_mean=-1.1).cdf(sigma)) > 1.63 / math.sqrt(n)
 
 
 def test_sampled_log_levels_have_the_moments_of_the_training_distribution() -> None:
@@ -158,7 +158,7 @@ def test_boundaries_follow_the_papers_formula(noise: EDM, n: int) -> None:
     boundaries = noise.boundaries(n)
     assert boundaries == pytest.approx(reference_boundaries(noise, n), rel=1e-6)
     assert (boundaries[0], boundaries[-1]) == (noise.sigma_min, noise.sigma_max)  # exact
-    masses = noise.mass_of(double(*boundaries)).diff()
+    masses = noise.cdf(double(*boundaries)).diff()
     torch.testing.assert_close(masses, torch.full_like(masses, 1 / n), rtol=0, atol=1e-9)
 
 
@@ -195,7 +195,7 @@ def test_widening_by_hand() -> None:
     assert DEFAULT.widen((0.505, 80.0), 0.05)[1] == 80.0
 
 
-@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-mass", "karras"]))
+@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-quantile", "karras"]))
 def test_level_grids_descend_between_exact_ends(noise: EDM, steps: int, grid: str) -> None:
     levels = noise.levels(steps, grid)
     assert len(levels) == steps + 1
@@ -214,7 +214,7 @@ def test_equal_mass_grid_is_the_partition_upside_down() -> None:
     assert DEFAULT.levels(4) == DEFAULT.boundaries(4)[::-1]
 
 
-@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-mass", "karras"]))
+@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-quantile", "karras"]))
 def test_sampling_levels_descend_from_the_highest_to_zero(noise: EDM, steps: int, grid: str) -> None:
     levels = noise.sampling_levels(steps, grid)
     assert len(levels) == steps + 1
@@ -232,7 +232,7 @@ def test_sampling_levels_are_edm_equation_5_with_its_last_level() -> None:
     assert levels[-2:] == [0.002, 0.0]
 
 
-@pytest.mark.parametrize("grid", ["equal-mass", "karras"])
+@pytest.mark.parametrize("grid", ["equal-quantile", "karras"])
 def test_sampling_levels_of_one_and_two_steps(grid: str) -> None:
     assert DEFAULT.sampling_levels(1, grid) == [80.0, 0.0]
     assert DEFAULT.sampling_levels(2, grid) == [80.0, 0.002, 0.0]
@@ -240,7 +240,7 @@ def test_sampling_levels_of_one_and_two_steps(grid: str) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 5])  # one step needs no grid, and refuses an unknown one all the same
 def test_sampling_levels_refuse_what_levels_refuse(steps: int) -> None:
-    with pytest.raises(ValueError, match="'linear'; allowed: equal-mass, karras"):
+    with pytest.raises(ValueError, match="'linear'; allowed: equal-quantile, karras"):
         DEFAULT.sampling_levels(steps, "linear")
     for rho in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"rho must be a finite number > 0, got {rho}"):
@@ -330,13 +330,13 @@ def ascending_levels(low: float, high: float) -> st.SearchStrategy[tuple[float, 
 
 def test_the_quantiles_are_levels_at_equal_steps_of_mass() -> None:
     masses = torch.linspace(0.0, 1.0, 6, dtype=torch.float64)
-    torch.testing.assert_close(FITTED.mass_of(double(*KNOTS)), masses, rtol=0, atol=1e-12)
-    torch.testing.assert_close(FITTED.level_of(masses), double(*KNOTS), rtol=1e-12, atol=0)
+    torch.testing.assert_close(FITTED.cdf(double(*KNOTS)), masses, rtol=0, atol=1e-12)
+    torch.testing.assert_close(FITTED.icdf(masses), double(*KNOTS), rtol=1e-12, atol=0)
     assert FITTED.boundaries(5) == pytest.approx(KNOTS, rel=1e-12)
     assert FITTED.levels(5) == pytest.approx(KNOTS[::-1], rel=1e-12)
     # Between them mass is even over log sigma: the middle of the mass is the geometric mean of its neighbours.
-    assert FITTED.level_of(double(0.3)).item() == pytest.approx(math.sqrt(0.05 * 0.3))
-    assert FITTED.level_of(double(0.98)).item() == pytest.approx(2.0 * 40.0**0.9)
+    assert FITTED.icdf(double(0.3)).item() == pytest.approx(math.sqrt(0.05 * 0.3))
+    assert FITTED.icdf(double(0.98)).item() == pytest.approx(2.0 * 40.0**0.9)
 
 
 def test_two_quantiles_are_levels_even_over_log_sigma() -> None:
@@ -350,9 +350,9 @@ def test_the_normals_quantiles_are_the_normal() -> None:
     """Parity: at 4,000 steps of mass the interpolation and the closed form differ by little."""
     fine = EDM(quantiles=tuple(DEFAULT.boundaries(4000)))
     masses = torch.linspace(0.01, 0.99, 500, dtype=torch.float64)
-    torch.testing.assert_close(fine.level_of(masses), DEFAULT.level_of(masses), rtol=1e-4, atol=0)
-    levels = DEFAULT.level_of(masses)
-    torch.testing.assert_close(fine.mass_of(levels), masses, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fine.icdf(masses), DEFAULT.icdf(masses), rtol=1e-4, atol=0)
+    levels = DEFAULT.icdf(masses)
+    torch.testing.assert_close(fine.cdf(levels), masses, rtol=0, atol=1e-6)
     torch.testing.assert_close(fine.density(levels), DEFAULT.density(levels), rtol=0.02, atol=0)
     assert torch.equal(fine.weight(levels), DEFAULT.weight(levels))
     assert all(torch.equal(a, b) for a, b in zip(fine.precondition(levels), DEFAULT.precondition(levels), strict=True))
@@ -361,10 +361,10 @@ def test_the_normals_quantiles_are_the_normal() -> None:
 @given(ascending_levels(0.002, 80.0), st.lists(st.floats(0.0, 1.0), min_size=1, max_size=20))
 def test_mass_and_level_invert_each_other_between_any_quantiles(knots: tuple[float, ...], masses: list[float]) -> None:
     noise = EDM(quantiles=knots)
-    levels = noise.level_of(double(*sorted(masses)))
+    levels = noise.icdf(double(*sorted(masses)))
     assert bool((levels.diff() >= 0).all())
     assert 0.002 <= levels.min() <= levels.max() <= 80.0
-    torch.testing.assert_close(noise.mass_of(levels), double(*sorted(masses)), rtol=0, atol=1e-9)
+    torch.testing.assert_close(noise.cdf(levels), double(*sorted(masses)), rtol=0, atol=1e-9)
     grid = torch.linspace(math.log(0.002), math.log(80.0), 100_001, dtype=torch.float64)
     middle = (grid[1:] + grid[:-1]) / 2
     assert noise.density(middle.exp()).mean().item() * (grid[-1] - grid[0]).item() == pytest.approx(1.0, abs=1e-3)
@@ -377,27 +377,27 @@ def test_levels_are_drawn_with_uniform_mass_of_the_quantiles(interval: tuple[flo
     assert sigma.dtype == torch.float32
     assert sigma.min().item() >= interval[0] * (1 - 1e-6)
     assert sigma.max().item() <= interval[1] * (1 + 1e-6)
-    low, high = FITTED.mass_of(double(*interval)).tolist()
-    assert kolmogorov_smirnov((FITTED.mass_of(sigma) - low) / (high - low)) < 1.63 / math.sqrt(n)  # 1% level
+    low, high = FITTED.cdf(double(*interval)).tolist()
+    assert kolmogorov_smirnov((FITTED.cdf(sigma) - low) / (high - low)) < 1.63 / math.sqrt(n)  # 1% level
     of_the_normal = DEFAULT.sample(n, interval, generator=seeded(7))
-    assert (kolmogorov_smirnov((FITTED.mass_of(of_the_normal) - low) / (high - low)) > 1.63 / math.sqrt(n)) == (
+    assert (kolmogorov_smirnov((FITTED.cdf(of_the_normal) - low) / (high - low)) > 1.63 / math.sqrt(n)) == (
         interval != (0.3, 0.4)  # where both are all but even over log sigma
     )
 
 
 def test_levels_outside_the_range_are_clamped_and_masses_outside_refused() -> None:
-    assert FITTED.mass_of(double(1e-6, 1e6)).tolist() == [0.0, 1.0]
+    assert FITTED.cdf(double(1e-6, 1e6)).tolist() == [0.0, 1.0]
     with pytest.raises(ValueError, match=r"mass must be in \[0, 1\]"):
-        FITTED.level_of(double(1.2))
+        FITTED.icdf(double(1.2))
 
 
 def test_quantiles_keep_dtype_shape_and_the_graph_whole() -> None:
     u = torch.rand(2, 3, generator=seeded())
-    assert FITTED.level_of(u).dtype == torch.float64
-    assert FITTED.level_of(u).shape == FITTED.mass_of(u).shape == (2, 3)
-    compiled = torch.compile(lambda levels: FITTED.density(levels) * FITTED.mass_of(levels), backend="eager")
+    assert FITTED.icdf(u).dtype == torch.float64
+    assert FITTED.icdf(u).shape == FITTED.cdf(u).shape == (2, 3)
+    compiled = torch.compile(lambda levels: FITTED.density(levels) * FITTED.cdf(levels), backend="eager")
     levels = torch.tensor([0.01, 0.35, 5.0])
-    assert torch.equal(compiled(levels), FITTED.density(levels) * FITTED.mass_of(levels))
+    assert torch.equal(compiled(levels), FITTED.density(levels) * FITTED.cdf(levels))
 
 
 def test_quantiles_survive_json_and_copies() -> None:
@@ -409,10 +409,10 @@ def test_quantiles_survive_json_and_copies() -> None:
     assert again == config
     assert again.noise == FITTED
     assert again.noise != EDM(quantiles=(*KNOTS[:-2], 3.0, 80.0))
-    assert torch.equal(copy.deepcopy(FITTED).level_of(double(0.3)), FITTED.level_of(double(0.3)))
+    assert torch.equal(copy.deepcopy(FITTED).icdf(double(0.3)), FITTED.icdf(double(0.3)))
     # A replaced distribution has knots of its own, not those kept for the old one.
     other = dataclasses.replace(FITTED, quantiles=(0.002, 80.0))
-    assert other.level_of(double(0.5)).item() == pytest.approx(math.sqrt(0.002 * 80.0))
+    assert other.icdf(double(0.5)).item() == pytest.approx(math.sqrt(0.002 * 80.0))
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_coverage_by_hand() -> None:
         assert (whole.read_min, whole.read_max) == (0.002, 80.0)
 
 
-@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-mass", "karras"]))
+@given(PROCESSES, st.integers(1, 60), st.sampled_from(["equal-quantile", "karras"]))
 def test_grids_and_prior_keep_to_what_is_covered(noise: EDM, steps: int, grid: str) -> None:
     noise = dataclasses.replace(noise, coverage=(0.01, 0.98))
     for levels in (noise.levels(steps, grid), noise.sampling_levels(steps + 1, grid)[:-1]):

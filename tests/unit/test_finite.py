@@ -63,7 +63,7 @@ def measured(model: db.DiffusionBlocks) -> Any:
 
 ANSWERS: list[tuple[str, str, Callable[[db.DiffusionBlocks], Any]]] = [
     ("predict", "vit", lambda m: m.predict(image_batch(6)["pixel_values"], steps=4)),
-    ("predict, hard", "vit", lambda m: m.predict(image_batch(6)["pixel_values"], steps=4, bridge="hard")),
+    ("predict, hard", "vit", lambda m: m.predict(image_batch(6)["pixel_values"], steps=4, feedback="hard")),
     ("forward", "vit", lambda m: m(**image_batch(6))),
     ("accuracy", "vit", lambda m: accuracy_grid(m, batches("vit"), steps=[2])),
     ("accuracy by level", "vit", lambda m: accuracy_by_level(m, batches("vit"))),
@@ -76,7 +76,7 @@ ANSWERS: list[tuple[str, str, Callable[[db.DiffusionBlocks], Any]]] = [
     ("bits", "masked", bits),
     ("continue", "llama", lambda m: m.continue_texts([[1, 2]], 3)),
     ("continue, greedily", "llama", lambda m: m.continue_texts([[1, 2]], 3, temperature=0)),
-    ("continue, top-p", "llama", lambda m: m.continue_texts([[1, 2]], 3, top_p=0.5, bridge="top-k")),
+    ("continue, top-p", "llama", lambda m: m.continue_texts([[1, 2]], 3, top_p=0.5, feedback="top-k")),
     ("cross-entropies", "llama", lambda m: language_row(m, batches("llama"), levels=4)),
 ]
 

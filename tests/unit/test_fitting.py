@@ -21,7 +21,7 @@ LOSSES = st.lists(st.floats(0.0, 10.0), min_size=len(GRID), max_size=len(GRID))
 
 
 def mass_between(quantiles: tuple[float, ...], low: float, high: float) -> float:
-    return EDM(quantiles=quantiles).mass_of(torch.tensor([low, high], dtype=torch.float64)).diff().item()
+    return EDM(quantiles=quantiles).cdf(torch.tensor([low, high], dtype=torch.float64)).diff().item()
 
 
 # ---- monotone ------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_noise_of_the_measurement_moves_little(seed: int) -> None:
     clean = [math.tanh(math.log(level)) for level in GRID]
     noise = torch.randn(len(GRID), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
     noisy = [loss + 0.02 * error for loss, error in zip(clean, noise, strict=True)]
-    masses = EDM(quantiles=fitted_quantiles(GRID, clean)).mass_of(torch.tensor(fitted_quantiles(GRID, noisy)))
+    masses = EDM(quantiles=fitted_quantiles(GRID, clean)).cdf(torch.tensor(fitted_quantiles(GRID, noisy)))
     assert (masses - torch.linspace(0, 1, STEPS + 1)).abs().max().item() < 0.06
 
 

@@ -87,7 +87,7 @@ def chain_std(model: db.DiffusionBlocks, setting: Setting) -> float:
     return std
 
 
-@pytest.mark.parametrize("grid", ["karras", "equal-mass"])
+@pytest.mark.parametrize("grid", ["karras", "equal-quantile"])
 @pytest.mark.parametrize(("solver", "steps"), [("euler", 4), ("euler", 12), ("heun", 12)])
 def test_the_distance_is_that_of_the_two_gaussians(solver: str, steps: int, grid: str) -> None:
     model, setting = exact_denoiser(), Setting(solver, steps, grid)
@@ -157,12 +157,12 @@ def test_a_model_that_repeats_the_training_images_is_at_distance_zero(
 
 def test_labels_take_turns_and_seeds_count_up(replay: tuple[db.DiffusionBlocks, Replay]) -> None:
     model, source = replay
-    batches = list(generated(model, 10, Setting("heun", 3, "equal-mass", 2.0), batch_size=4, seed=5))
+    batches = list(generated(model, 10, Setting("heun", 3, "equal-quantile", 2.0), batch_size=4, seed=5))
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert source.seeds == [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14]]
     assert NUM_LABELS == 4
     assert source.labels == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1]]
-    assert source.settings == 3 * [{"solver": "heun", "steps": 3, "grid": "equal-mass", "guidance": 2.0}]
+    assert source.settings == 3 * [{"solver": "heun", "steps": 3, "grid": "equal-quantile", "guidance": 2.0}]
 
 
 def test_an_unconditional_model_gets_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,9 +219,11 @@ def test_without_features_only_speed_is_measured() -> None:
 
 
 def test_a_row_says_how_it_was_made() -> None:
-    settings = [Setting("euler", 2), Setting("heun", 3, "equal-mass", 1.5)]
+    settings = [Setting("euler", 2), Setting("heun", 3, "equal-quantile", 1.5)]
     rows = [row.to_dict() for row in measure(exact_denoiser(), *settings, samples=20, batch_size=10)]
-    assert {"solver": "heun", "steps": 3, "grid": "equal-mass", "guidance": 1.5, "calls": 5}.items() <= rows[1].items()
+    assert {"solver": "heun", "steps": 3, "grid": "equal-quantile", "guidance": 1.5, "calls": 5}.items() <= rows[
+        1
+    ].items()
     assert {"solver": "euler", "samples": 20, "features": "projection"}.items() <= rows[0].items()
     assert all(math.isfinite(row["images_per_second"]) for row in rows)
 

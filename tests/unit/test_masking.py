@@ -40,14 +40,12 @@ def test_masked_is_one_minus_alpha(process: Masking, t: float) -> None:
 @given(PROCESSES, st.floats(0.0, 1.0))
 def test_mass_is_the_decrement_of_alpha(process: Masking, t: float) -> None:
     whole = alpha(process, 0) - alpha(process, 1)
-    assert process.mass_of(double(t)).item() == pytest.approx(
-        (alpha(process, 0) - alpha(process, t)) / whole, abs=1e-11
-    )
+    assert process.cdf(double(t)).item() == pytest.approx((alpha(process, 0) - alpha(process, t)) / whole, abs=1e-11)
 
 
 @given(PROCESSES, st.floats(0.0, 1.0))
 def test_mass_of_inverts_level_of(process: Masking, u: float) -> None:
-    assert process.mass_of(process.level_of(double(u))).item() == pytest.approx(u, abs=1e-12)
+    assert process.cdf(process.icdf(double(u))).item() == pytest.approx(u, abs=1e-12)
 
 
 @given(PROCESSES, st.floats(0.01, 0.99))
@@ -100,14 +98,14 @@ def test_overlap_is_a_share_of_the_mass(process: Masking) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("grid", ["equal-mass", "uniform", "cosine"])
+@pytest.mark.parametrize("grid", ["equal-quantile", "uniform", "cosine"])
 def test_level_grids_descend_from_1_to_0(process: Masking, grid: str) -> None:
     levels = process.levels(5, grid)
     assert len(levels) == 6
     assert (levels[0], levels[-1]) == (1.0, 0.0)
     assert all(a > b for a, b in itertools.pairwise(levels))
-    mass = process.mass_of(double(*levels))
-    if grid == "equal-mass":
+    mass = process.cdf(double(*levels))
+    if grid == "equal-quantile":
         assert mass.diff().tolist() == pytest.approx([-0.2] * 5)
     if grid == "cosine":
         assert mass.tolist() == pytest.approx([math.sin(math.pi / 2 * (1 - i / 5)) for i in range(6)], abs=1e-12)
@@ -117,13 +115,13 @@ def test_level_grids_descend_from_1_to_0(process: Masking, grid: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("coordinate", ["mass", "level"])
+@pytest.mark.parametrize("coordinate", ["quantile", "level"])
 def test_antithetic_levels_take_one_in_every_stratum(process: Masking, coordinate: str) -> None:
     low, high = process.boundaries(3)[1:3]
     level = process.sample(10, (low, high), generator=seeded(), coordinate=coordinate)
     assert level.dtype == torch.float32
-    place = process.mass_of(level) if coordinate == "mass" else level.double()
-    ends = process.mass_of(double(low, high)).tolist() if coordinate == "mass" else [low, high]
+    place = process.cdf(level) if coordinate == "quantile" else level.double()
+    ends = process.cdf(double(low, high)).tolist() if coordinate == "quantile" else [low, high]
     strata = ((place - ends[0]) / (ends[1] - ends[0]) * 10).sort().values
     offsets = strata - torch.arange(10)
     assert offsets.tolist() == pytest.approx([offsets[0].item()] * 10, abs=1e-4)
@@ -134,7 +132,7 @@ def test_antithetic_levels_take_one_in_every_stratum(process: Masking, coordinat
 
 def test_each_row_of_antithetic_levels_is_uniform() -> None:
     generator = seeded()
-    third = torch.stack([COSINE.mass_of(COSINE.sample(4, generator=generator))[2] for _ in range(2000)])
+    third = torch.stack([COSINE.cdf(COSINE.sample(4, generator=generator))[2] for _ in range(2000)])
     counts = torch.histc(third.float(), 10, 0, 1)
     # 10 bins of 200: chi-square with 9 degrees of freedom is below 27.9 with probability 0.999.
     assert float(((counts - 200) ** 2 / 200).sum()) < 27.9
@@ -148,8 +146,8 @@ def test_both_coordinates_estimate_the_same_integral(process: Masking, antitheti
     m_low, m_high = process.masked(double(low, high)).tolist()
     exact = (m_high**2 - m_low**2) / 2
     generator = seeded()
-    for coordinate, weight in (("level", process.weight), ("mass", process.weight_by_mass)):
-        width = process.share((low, high)) if coordinate == "mass" else high - low
+    for coordinate, weight in (("level", process.weight), ("quantile", process.weight_by_quantile)):
+        width = process.share((low, high)) if coordinate == "quantile" else high - low
         means = []
         for _ in range(400):
             t = process.sample(8, (low, high), generator=generator, coordinate=coordinate, antithetic=antithetic)
@@ -162,8 +160,8 @@ def test_both_coordinates_estimate_the_same_integral(process: Masking, antitheti
 
 def test_mass_varies_less_than_level() -> None:
     """With the loss of a masked token the same at every level, a draw by mass has no variance at all."""
-    t = COSINE.sample(1000, generator=seeded(), coordinate="mass", antithetic=False)
-    assert (COSINE.weight_by_mass(t) * COSINE.masked(t)).std() < 1e-12
+    t = COSINE.sample(1000, generator=seeded(), coordinate="quantile", antithetic=False)
+    assert (COSINE.weight_by_quantile(t) * COSINE.masked(t)).std() < 1e-12
     t = COSINE.sample(1000, generator=seeded(), coordinate="level", antithetic=False)
     assert (COSINE.weight(t) * COSINE.masked(t)).std() > 0.1
 
@@ -231,7 +229,7 @@ def test_to_dict_and_back_through_pydantic() -> None:
         (lambda: LINEAR.sample(4, (0.5, 0.5)), "must ascend"),
         (lambda: LINEAR.sample(4, (0.5, 1.5)), "must ascend within the range"),
         (lambda: LINEAR.sample(4, coordinate="time"), "unknown coordinate 'time'"),
-        (lambda: LINEAR.level_of(double(1.5)), "mass must be in"),
+        (lambda: LINEAR.icdf(double(1.5)), "mass must be in"),
     ],
 )
 def test_refusals(call, message: str) -> None:

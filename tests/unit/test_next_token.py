@@ -238,7 +238,7 @@ def test_decodable_mass_of_two_tokens_in_closed_form(distance: float) -> None:
     noise, target = EDM(), two_rows(distance)
     tokens = torch.arange(200_000) % 2
     middles = (torch.arange(5000, dtype=torch.float64) + 0.5) / 5000
-    wanted = statistics.fmean(normal_cdf(distance / (2 * sigma)) for sigma in noise.level_of(middles).tolist())
+    wanted = statistics.fmean(normal_cdf(distance / (2 * sigma)) for sigma in noise.icdf(middles).tolist())
     # A token's share over the levels has a standard deviation of at most 1/2: this is five standard errors.
     assert decodable_mass(noise, target, tokens) == pytest.approx(wanted, abs=5 * 0.5 / 200_000**0.5)
 
@@ -254,7 +254,7 @@ def test_decodable_mass_of_orthogonal_rows_in_closed_form() -> None:
     def right(sigma: float) -> float:
         return torch.trapezoid(density * torch.special.ndtr(x + 1 / sigma) ** (count - 1), x).item()
 
-    levels = EDM().level_of((torch.arange(500, dtype=torch.float64) + 0.5) / 500).tolist()
+    levels = EDM().icdf((torch.arange(500, dtype=torch.float64) + 0.5) / 500).tolist()
     wanted = statistics.fmean(right(sigma) for sigma in levels)
     tokens = torch.arange(200_004) % count
     assert decodable_mass(EDM(), target, tokens) == pytest.approx(wanted, abs=5 * 0.5 / 200_000**0.5)

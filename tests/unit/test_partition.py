@@ -104,7 +104,7 @@ def test_block_of_keeps_the_shape_and_is_an_index() -> None:
 
 @pytest.mark.parametrize("blocks", range(1, 13))
 def test_equal_mass_of_blocks(blocks: int) -> None:
-    masses = NOISE.mass_of(torch.tensor(build(blocks).boundaries, dtype=torch.float64)).diff()
+    masses = NOISE.cdf(torch.tensor(build(blocks).boundaries, dtype=torch.float64)).diff()
     torch.testing.assert_close(masses, torch.full_like(masses, 1 / blocks), rtol=0, atol=1e-10)
 
 

@@ -128,7 +128,7 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ("config: noise out of range", lambda: BlocksConfig(noise={"p_std": 0}), ("p_std", "> 0", "got 0")),
     ("config: unknown target field", lambda: BlocksConfig(target={"dim": 3}), ("target.label.dim", "not permitted")),
     ("config: target token", lambda: BlocksConfig(target={"token": "cls"}), ("'cls'", "'extra'", "'replace-cls'")),
-    ("config: target bridge", lambda: BlocksConfig(target={"bridge": "mid"}), ("'mid'", "'soft'", "'hard'")),
+    ("config: target feedback", lambda: BlocksConfig(target={"feedback": "mid"}), ("'mid'", "'soft'", "'hard'")),
     ("config: target weight", lambda: BlocksConfig(target={"weight": "snr"}), ("'snr'", "'none'", "'edm'")),
     ("config: seed negative", lambda: BlocksConfig(seed=-1), ("seed", "-1", "greater than or equal to 0")),
     ("config: conditioning_dim zero", lambda: BlocksConfig(conditioning_dim=0), ("conditioning_dim", "0")),
@@ -152,7 +152,7 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ("sigma_max infinite", lambda: EDM(sigma_max=float("inf")), ("sigma_max", "finite", "inf")),
     ("sigma_data negative", lambda: EDM(sigma_data=-0.5), ("sigma_data", "> 0", "-0.5")),
     ("grid: steps zero", lambda: NOISE.levels(0), ("steps", ">= 1", "0")),
-    ("grid: unknown", lambda: NOISE.levels(4, "linear"), ("'linear'", "equal-mass", "karras")),
+    ("grid: unknown", lambda: NOISE.levels(4, "linear"), ("'linear'", "equal-quantile", "karras")),
     ("grid: rho zero", lambda: NOISE.levels(4, "karras", rho=0.0), ("rho", "> 0", "0.0")),
     # numbers beyond all use, none of which takes time or memory
     ("grid: steps beyond use", lambda: NOISE.levels(10**9), ("steps", "at most 10,000", "1,000,000,000")),
@@ -214,8 +214,8 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ("predict: no step", lambda: predict(steps=0), ("steps", ">= 1", "0")),
     ("predict: negative steps", lambda: predict(steps=-2), ("steps", ">= 1", "-2")),
     ("predict: no seed", lambda: predict(seeds=0), ("seeds", ">= 1", "0")),
-    ("predict: bridge", lambda: predict(bridge="mean"), ("'mean'", "soft", "hard")),
-    ("predict: grid", lambda: predict(steps=2, grid="linear"), ("'linear'", "equal-mass", "karras")),
+    ("predict: feedback", lambda: predict(feedback="mean"), ("'mean'", "soft", "hard")),
+    ("predict: grid", lambda: predict(steps=2, grid="linear"), ("'linear'", "equal-quantile", "karras")),
     # samples
     ("samples: of a classifier", lambda: draw(model()), ("DiT", "diffusion models")),
     ("samples: no image", lambda: draw(diffusion(), count=0), ("count", ">= 1", "got 0")),
@@ -343,12 +343,12 @@ UNREFUSED: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ("sample: outside the range", lambda: NOISE.sample(3, (100.0, 200.0), generator=seeded()), ("100",)),
     ("sample: upside down", lambda: NOISE.sample(3, (5.0, 1.0), generator=seeded()), ("5.0", "1.0")),
     # Regression: a mass outside [0, 1] gives nan.
-    ("mass outside [0, 1]", lambda: NOISE.level_of(levels(0.5, 2.0)), ("2", "[0, 1]")),
+    ("mass outside [0, 1]", lambda: NOISE.icdf(levels(0.5, 2.0)), ("2", "[0, 1]")),
     # Regression: so little mass in the range that quantiles of different masses are one level; the message
     # is about boundaries, which the user did not give, and levels() gives [80, 80, 80, 80, 0.002].
     ("range without mass", lambda: EDM(p_mean=-30.0).levels(4), ("p_mean",)),
-    # Regression: bridge="" falls back to the config's in silence.
-    ("predict: bridge empty", lambda: predict(bridge=""), ("''", "soft", "hard")),
+    # Regression: feedback="" falls back to the config's in silence.
+    ("predict: feedback empty", lambda: predict(feedback=""), ("''", "soft", "hard")),
 ]
 
 

@@ -50,7 +50,7 @@ def test_solvers_converge_at_their_order(solver: str, order: int, name: str) -> 
 
 
 def test_euler_error_falls_on_the_equal_mass_grid() -> None:
-    errors = [error(grid("equal-mass", steps)) for steps in (4, 16, 64, 256)]
+    errors = [error(grid("equal-quantile", steps)) for steps in (4, 16, 64, 256)]
     assert errors == sorted(errors, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""The label target: one unit row a class, the same everywhere; its loss and its bridges."""
+"""The label target: one unit row a class, the same everywhere; its loss and its feedback."""
 
 import pytest
 import torch

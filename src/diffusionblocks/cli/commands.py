@@ -20,6 +20,7 @@ from ..common.files import check_writable
 from ..common.messages import STATUSES, OneLineParser, one_line, reported
 from ..experiments.recipe import Recipe, explain, load_recipe
 from ..noise.edm import PARTITION_STRATEGIES
+from ..noise.grids import grid_name
 
 if TYPE_CHECKING:
     from ..core.model import DiffusionBlocks
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _SAMPLE_OPTIONS = {
     "images": ("labels", "solver", "guidance"),
     "masked text": ("infill",),
-    "continued text": ("prompt", "new_tokens", "top_p", "bridge"),
+    "continued text": ("prompt", "new_tokens", "top_p", "feedback"),
     "text": ("temperature",),
 }
 
@@ -176,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's first)")
     sample.add_argument(
         "--grid",
-        choices=("karras", "equal-mass", "cosine", "uniform"),
+        type=grid_name,
+        choices=("karras", "equal-quantile", "cosine", "uniform"),
         help="levels: images and continued text: the first two; masked text: the last three (default: the recipe's)",
     )
     sample.add_argument("--guidance", type=float, help="images: classifier-free guidance (default: the recipe's first)")
@@ -185,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--new-tokens", type=int, help="continued text: how many tokens (default: the recipe's)")
     sample.add_argument("--top-p", type=float, help="continued text: draw from this share only (default: the recipe's)")
     sample.add_argument(
+        "--feedback",
         "--bridge",
         choices=("soft", "hard", "sampled", "top-k"),
         help="continued text: what a prediction feeds to the next step (default: the model's)",
@@ -347,7 +350,7 @@ def _continue_text(recipe: Recipe, model: Any, folder: Path, options: argparse.N
 
     data = None if options.prompt else load_data(recipe, "test")
     assert data is None or isinstance(data, TextChunks)
-    names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "bridge")
+    names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "feedback")
     given = {name: getattr(options, name) for name in names}
     path = write_continuations(
         recipe, model, folder, prompts=options.prompt, data=data, progress=not options.quiet, **given

@@ -257,7 +257,7 @@ class Block(nn.Module):
         Args:
             batch: the entries of `input_names` and of the target's `names`: `pixel_values` and `labels`,
                 or `input_ids`. Next-token models also read `labels` and `attention_mask`, see
-                `NextTokenTarget.resolved`.
+                `NextTokenTarget.resolve`.
             generator: source of level, noise and label dropout, on the batch's device; default the global one.
             level: use these levels, shape (batch,), instead of drawing them.
 
@@ -277,7 +277,7 @@ class Block(nn.Module):
     @eager
     def _resolved(self, batch: Batch) -> Batch:
         check_entries(batch, self.entries, f"block {self.index}")
-        return self.target.resolved(batch)
+        return self.target.resolve(batch)
 
     @eager
     def corrupted(
@@ -349,7 +349,7 @@ class Block(nn.Module):
     @eager
     def draw_noise(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """The noise of a batch, for `losses_at`: it depends on the target's shape alone."""
-        y = self.target.encode(self.target.resolved(batch))
+        y = self.target.encode(self.target.resolve(batch))
         return self.noise.draws(y.shape, generator=generator, device=y.device)
 
     def _registers_with_fsdp(self) -> bool:
@@ -375,8 +375,10 @@ class Block(nn.Module):
         assert isinstance(target, TextTarget)
         states, told, *clean = output
         readers: list[Callable[[Tensor, Tensor], Tensor]] = [functools.partial(self._nats, told), self._clean_nats]
-        streams = zip(readers, [states, *clean], target.wanted(batch), strict=False)  # the clean one need not be there
-        return target.reduced([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], batch, z)
+        streams = zip(
+            readers, [states, *clean], target.target_tokens(batch), strict=False
+        )  # the clean one need not be there
+        return target.reduce([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], batch, z)
 
     def _nats(self, told: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
         shared = self.shared

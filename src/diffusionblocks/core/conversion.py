@@ -139,7 +139,7 @@ def _coverage(noise: EDM, config: BlocksConfig, unread: float) -> tuple[float, f
     if config.partition == "equi-probability" or unread == 0:
         return unread, 1 - unread
     boundaries = torch.tensor(noise.boundaries(config.num_blocks, config.partition), dtype=torch.float64)
-    mass = noise.mass_of(boundaries).diff()
+    mass = noise.cdf(boundaries).diff()
     share = min(0.5, unread * config.num_blocks)  # of what the block at that end draws
     return share * mass[0].item(), 1 - share * mass[-1].item()
 

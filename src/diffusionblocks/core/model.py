@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from ..common.generation_config import end_tokens
 from ..common.host import eager, leave_to_host, on_host
 from ..common.modes import evaluating
+from ..common.renamed import renamed
 from ..common.seeds import TrainingDraws, of_batch
 from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from ..families import Family
@@ -203,7 +204,7 @@ class DiffusionBlocks(nn.Module):
             batch: the family's entries: `pixel_values` and (but for an unconditional model) `labels` (batch,), int64;
                 or `input_ids` (batch, length), int64. A next-token model also reads `labels`, of the shape of
                 `input_ids`, with -100 where a token is read but not counted, and `attention_mask`, with 0 where one is
-                neither: see `NextTokenTarget.resolved`.
+                neither: see `NextTokenTarget.resolve`.
             block: index of the block to train.
             generator: source of level and noise.
             level: levels (batch,) to use instead of drawing them; all within the block's training interval.
@@ -286,13 +287,13 @@ class DiffusionBlocks(nn.Module):
 
     @eager
     def _mean(self, losses: Tensor, batch: Batch) -> Tensor:
-        return mean_loss(losses, self.target.resolved(batch))
+        return mean_loss(losses, self.target.resolve(batch))
 
     @eager
     def _fixed(self, batch: Batch) -> torch.Generator:
         # Of what is shown alone: neither what a mask hides nor the mask itself changes the draws.
         names = {*self.block(0).input_names, *self.target.names}
-        shown = {name: value for name, value in self.target.resolved(batch).items() if name in names}
+        shown = {name: value for name, value in self.target.resolve(batch).items() if name in names}
         return of_batch(self.blocks_config.seed, shown, _device(batch))
 
     # What `forward` has drawn so far belongs to the state: a training that another process goes on with draws on.
@@ -316,14 +317,15 @@ class DiffusionBlocks(nn.Module):
         return int(drawn.item()), of_noise
 
     @eager
+    @renamed(bridge="feedback")
     def predict(
         self,
         pixel_values: Tensor,
         *,
         steps: int = 1,
         seeds: int = 8,
-        bridge: str | None = None,
-        grid: str = "equal-mass",
+        feedback: str | None = None,
+        grid: str = "equal-quantile",
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
     ) -> Prediction:
@@ -337,8 +339,8 @@ class DiffusionBlocks(nn.Module):
             pixel_values: images (batch, channels, height, width).
             steps: network calls of a chain, >= 1.
             seeds: chains whose probabilities are averaged, >= 1.
-            bridge: what a prediction feeds to the next step, `soft` or `hard`; default the model's.
-            grid: levels, `equal-mass` or `karras`.
+            feedback: what a prediction feeds to the next step, `soft` or `hard`; default the model's.
+            grid: levels, `equal-quantile` or `karras`.
             generator: source of the starting noise; by default it follows from `blocks_config.seed` and the images.
             return_trajectory: keep the probabilities of every step.
 
@@ -360,7 +362,7 @@ class DiffusionBlocks(nn.Module):
                 device=pixel_values.device,
                 steps=steps,
                 seeds=seeds,
-                bridge=options.bridge if bridge is None else bridge,
+                feedback=options.feedback if feedback is None else feedback,
                 grid=grid,
                 generator=generator or self._fixed(inputs),
                 return_trajectory=return_trajectory,
@@ -388,7 +390,7 @@ class DiffusionBlocks(nn.Module):
                 image.
             steps: solver steps, >= 1.
             solver: `euler` (the paper), `heun` (EDM) or `dpmpp-2m`.
-            grid: levels, `karras` (EDM eq. 5) or `equal-mass`; a level of 0 ends either.
+            grid: levels, `karras` (EDM eq. 5) or `equal-quantile`; a level of 0 ends either.
             guidance: classifier-free guidance on D, >= 0; 1 is none, and costs half.
             callback: called once a step with (step, level, z, D).
             progress: show a progress bar.
@@ -436,7 +438,7 @@ class DiffusionBlocks(nn.Module):
         seeds: Sequence[int] = (0,),
         *,
         steps: int = 64,
-        grid: str = "equal-mass",
+        grid: str = "equal-quantile",
         temperature: float = 1.0,
         given: Tensor | None = None,
         callback: Callback | None = None,
@@ -480,6 +482,7 @@ class DiffusionBlocks(nn.Module):
                 owner=self.partition.block_of,
             )
 
+    @renamed(bridge="feedback")
     def continue_texts(
         self,
         prompts: Sequence[Tensor | Sequence[int]],
@@ -487,10 +490,10 @@ class DiffusionBlocks(nn.Module):
         *,
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
-        grid: str = "equal-mass",
+        grid: str = "equal-quantile",
         temperature: float = 1.0,
         top_p: float = 1.0,
-        bridge: str | None = None,
+        feedback: str | None = None,
         stop_tokens: Sequence[int] | None = None,
         num_tokens: int | None = None,
         progress: bool = False,
@@ -504,7 +507,7 @@ class DiffusionBlocks(nn.Module):
             max_new_tokens: >= 1.
             seeds: one a row; default 0, 1, 2, ...
             steps: network calls a token; default one for each block, the cost of the unconverted model.
-            grid: levels, `equal-mass` or `karras`.
+            grid: levels, `equal-quantile` or `karras`.
             stop_tokens: a row ends with the first of these that it generates. By default all of the model's
                 `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.
             temperature: of the tokens' distribution, >= 0; 0 takes the likeliest. What `generation_config` says of
@@ -512,7 +515,7 @@ class DiffusionBlocks(nn.Module):
             top_p: draw from the likeliest tokens of this total probability only, in (0, 1].
             num_tokens: only ids below this are generated; default all of the vocabulary.
             progress: show a bar.
-            bridge: what a prediction feeds to the next step; default the model's.
+            feedback: what a prediction feeds to the next step; default the model's.
 
         Raises:
             ValueError: the model is not autoregressive, or an argument is out of range.
@@ -536,7 +539,7 @@ class DiffusionBlocks(nn.Module):
                 seeds=range(len(prompts)) if seeds is None else seeds,
                 temperature=temperature,
                 top_p=top_p,
-                bridge=bridge or options.bridge,
+                feedback=feedback or options.feedback,
                 top_k=options.top_k,
                 stop_tokens=end_tokens(self) if stop_tokens is None else stop_tokens,
                 num_tokens=num_tokens,

@@ -33,8 +33,8 @@ def accuracy_grid(
     *,
     steps: Sequence[int] = (1,),
     seeds: Sequence[int] = (1,),
-    bridge: str | None = None,
-    grid: str = "equal-mass",
+    feedback: str | None = None,
+    grid: str = "equal-quantile",
     seed: int = 0,
 ) -> list[AccuracyRow]:
     """Accuracy for every pair of steps and seeds.
@@ -45,7 +45,7 @@ def accuracy_grid(
         model: a `DiffusionBlocks`, or an `EndToEnd` (one row; steps and seeds do not apply).
         batches: makes an iterable of {"pixel_values", "labels"} on the model's device; read once per number of steps.
         steps, seeds: what to measure; all >= 1.
-        bridge, grid: see `predict_labels`.
+        feedback, grid: see `predict_labels`.
         seed: of the starting noise.
 
     Returns:
@@ -71,7 +71,7 @@ def accuracy_grid(
             total = torch.zeros((), device=model.device)
             for done in range(1, wanted[-1] + 1):
                 prediction = model.predict(
-                    batch["pixel_values"], steps=n, seeds=1, bridge=bridge, grid=grid, generator=generator
+                    batch["pixel_values"], steps=n, seeds=1, feedback=feedback, grid=grid, generator=generator
                 )
                 total = total + prediction.probabilities
                 if done in hits:

@@ -163,7 +163,7 @@ def interval_nats(
     noise = process.draws(tuple(tokens.shape), generator=generator, device=tokens.device)
     z = process.corrupt(tokens, level, noise)
     nats = masked_nats(logits(z, level), tokens, z, process)
-    return process.share(interval) * process.weight_by_mass(level) * nats
+    return process.share(interval) * process.weight_by_quantile(level) * nats
 
 
 def masked_nats(logits: Tensor, tokens: Tensor, z: Tensor, process: Masking) -> Tensor:

@@ -176,9 +176,7 @@ def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor,
     middles = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
     eps = _noise(y, seed, 0)
     with torch.no_grad():
-        shares = [
-            _decoded(y + level * eps, tokens.flatten(), table).mean() for level in noise.level_of(middles).tolist()
-        ]
+        shares = [_decoded(y + level * eps, tokens.flatten(), table).mean() for level in noise.icdf(middles).tolist()]
     return float(torch.stack(shares).mean())
 
 

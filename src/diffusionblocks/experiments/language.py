@@ -176,7 +176,7 @@ def write(
             "progress": progress,
         }
         if isinstance(model, DiffusionBlocks):
-            more: dict[str, Any] = {"steps": options.steps, "grid": options.grid, "bridge": options.bridge}
+            more: dict[str, Any] = {"steps": options.steps, "grid": options.grid, "feedback": options.feedback}
             whole.append(model.continue_texts(some, options.new_tokens, **common, **more))
         else:
             assert isinstance(model, EndToEnd)
@@ -237,7 +237,7 @@ def write_continuations(
         seed: of the first continuation; the next count up.
         data: the test text, where no prompts are given.
         progress: show a progress bar.
-        changes: other values for the fields of `LanguageConfig` (temperature, top_p, bridge, steps, ...).
+        changes: other values for the fields of `LanguageConfig` (temperature, top_p, feedback, steps, ...).
 
     Returns:
         The file.

@@ -98,7 +98,7 @@ def _accuracy(recipe: Recipe, options: AccuracyConfig, model: nn.Module, splits:
             _test_batches(recipe, options, model, splits),
             steps=options.steps,
             seeds=options.seeds,
-            bridge=options.bridge,
+            feedback=options.feedback,
             grid=options.grid,
             seed=options.seed,
         )

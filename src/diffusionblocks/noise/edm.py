@@ -19,6 +19,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from ..common.fields import MOST_LEVELS, Number, check_count
+from .grids import grid_name
 
 PARTITION_STRATEGIES = ("equi-probability", "log-uniform", "uniform")
 
@@ -119,7 +120,7 @@ class EDM:
                 f"coverage must be (lowest, highest) mass with 0 <= lowest < highest <= 1, got {covered}; leave it out "
                 "for the default"
             )
-        low, high = self.level_of(torch.tensor(covered, dtype=torch.float64, device="cpu")).tolist()
+        low, high = self.icdf(torch.tensor(covered, dtype=torch.float64, device="cpu")).tolist()
         return low if covered[0] > 0 else self.sigma_min, high if covered[1] < 1 else self.sigma_max
 
     # ---- the training distribution -------------------------------------------------------------------
@@ -161,7 +162,7 @@ class EDM:
             self._knots_on[device] = torch.tensor(self.quantiles, dtype=torch.float64).log().to(device)
         return self._knots_on[device]
 
-    def mass_of(self, level: Tensor) -> Tensor:
+    def cdf(self, level: Tensor) -> Tensor:
         """Mass u in [0, 1] below each level, float64, shape of `level` (levels outside the range are clamped)."""
         sigma = level.double().clamp(self.sigma_min, self.sigma_max)
         if self.quantiles is not None:
@@ -176,8 +177,8 @@ class EDM:
         mass: Tensor = ((q - q_min) / (q_max - q_min)).clamp(0.0, 1.0)
         return mass
 
-    def level_of(self, mass: Tensor) -> Tensor:
-        """Level sigma at each mass u: the inverse of `mass_of`, float64, shape of `mass`.
+    def icdf(self, mass: Tensor) -> Tensor:
+        """Level sigma at each mass u: the inverse of `cdf`, float64, shape of `mass`.
 
         Raises:
             ValueError: a mass outside [0, 1] (checked on the CPU; on a GPU it is clamped, to save a wait).
@@ -222,9 +223,9 @@ class EDM:
             raise ValueError(
                 f"interval ({low}, {high}) must ascend within the noise range [{self.sigma_min}, {self.sigma_max}]"
             )
-        u_low, u_high = self.mass_of(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        u_low, u_high = self.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
         u = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
-        return self.level_of(u_low + u * (u_high - u_low)).clamp(low, high).float()
+        return self.icdf(u_low + u * (u_high - u_low)).clamp(low, high).float()
 
     def density(self, level: Tensor) -> Tensor:
         """Density of the training distribution per unit of log sigma, float64, shape of `level`."""
@@ -253,7 +254,7 @@ class EDM:
         check_count("the number of blocks", num_intervals, MOST_LEVELS)
         fraction = torch.linspace(0.0, 1.0, num_intervals + 1, dtype=torch.float64)
         if strategy == "equi-probability":
-            sigma = self.level_of(fraction)
+            sigma = self.icdf(fraction)
         elif strategy == "log-uniform":
             sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** fraction
         elif strategy == "uniform":
@@ -271,19 +272,20 @@ class EDM:
 
     # ---- level grids for sampling --------------------------------------------------------------------
 
-    def levels(self, steps: int, grid: str = "equal-mass", *, rho: float = 7.0) -> list[float]:
+    def levels(self, steps: int, grid: str = "equal-quantile", *, rho: float = 7.0) -> list[float]:
         """`steps` + 1 descending levels from `read_max` to `read_min`: one network call at each but the last.
 
         Args:
             steps: number of solver steps, >= 1.
-            grid: `equal-mass` (equal steps of u, the first and the last cut to what is read) or `karras` (EDM eq. 5).
+            grid: `equal-quantile` (equal steps of u, its ends cut to what is read) or `karras` (EDM eq. 5).
             rho: the exponent of the Karras grid, > 0.
 
         Raises:
             ValueError: steps < 1, unknown grid, or rho <= 0.
         """
         check_count("steps", steps, MOST_LEVELS)
-        if grid == "equal-mass":
+        grid = grid_name(grid)
+        if grid == "equal-quantile":
             return self._equal_mass(steps)
         if grid == "karras":
             if not (math.isfinite(rho) and rho > 0):
@@ -292,7 +294,7 @@ class EDM:
             top, bottom = self.read_max ** (1 / rho), self.read_min ** (1 / rho)
             inner: list[float] = ((top + ramp * (bottom - top)) ** rho)[1:-1].tolist()
             return [self.read_max, *inner, self.read_min]
-        raise ValueError(f"unknown level grid {grid!r}; allowed: equal-mass, karras")
+        raise ValueError(f"unknown level grid {grid!r}; allowed: equal-quantile, karras")
 
     def _equal_mass(self, steps: int) -> list[float]:
         mass = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64).flip(0)
@@ -300,10 +302,10 @@ class EDM:
         if steps > 1 and not (low < 0.5 / steps and high > 1 - 0.5 / steps):
             mass = low + mass * (high - low)
         # Else the inner levels stay those of the whole range: with a step a block they are the blocks' boundaries.
-        inner: list[float] = self.level_of(mass)[1:-1].tolist()
+        inner: list[float] = self.icdf(mass)[1:-1].tolist()
         return [self.read_max, *inner, self.read_min]
 
-    def sampling_levels(self, steps: int, grid: str = "equal-mass", rho: float = 7.0) -> list[float]:
+    def sampling_levels(self, steps: int, grid: str = "equal-quantile", rho: float = 7.0) -> list[float]:
         """`steps` + 1 descending levels that end at 0: `read_max` ... `read_min`, 0 (EDM eq. 5 with t_N = 0).
 
         The network is called at the first `steps` of them, which run from `read_max` to `read_min` inclusive; with
@@ -311,7 +313,7 @@ class EDM:
 
         Args:
             steps: number of solver steps, >= 1.
-            grid: `equal-mass` (equal steps of u) or `karras` (equal steps of sigma^(1/rho)).
+            grid: `equal-quantile` (equal steps of u) or `karras` (equal steps of sigma^(1/rho)).
             rho: the exponent of the Karras grid, > 0.
 
         Raises:

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from ..common.fields import MOST_LEVELS, MOST_TOKENS, Int, Number, check_count
 from .edm import match
+from .grids import grid_name
 
 SCHEDULES = ("linear", "cosine")
 _STRATEGIES = ("equi-probability", "uniform")
-_GRIDS = ("equal-mass", "uniform", "cosine")
+_GRIDS = ("equal-quantile", "uniform", "cosine")
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class Masking:
 
     def masked(self, level: Tensor) -> Tensor:
         """1 - alpha(t), the probability that a token is masked: float64, shape of `level`."""
-        return self.epsilon + (1 - 2 * self.epsilon) * self.mass_of(level)
+        return self.epsilon + (1 - 2 * self.epsilon) * self.cdf(level)
 
-    def mass_of(self, level: Tensor) -> Tensor:
+    def cdf(self, level: Tensor) -> Tensor:
         """Mass u in [0, 1] below each level, float64, shape of `level` (levels outside [0, 1] are clamped).
 
         u = t (linear) or cos(pi/2 * (1 - t)) (cosine).
@@ -107,8 +108,8 @@ class Masking:
         t = level.double().clamp(0.0, 1.0)
         return t if self.schedule == "linear" else torch.sin(math.pi / 2 * t)
 
-    def level_of(self, mass: Tensor) -> Tensor:
-        """Level t at each mass u: the inverse of `mass_of`, float64, shape of `mass`.
+    def icdf(self, mass: Tensor) -> Tensor:
+        """Level t at each mass u: the inverse of `cdf`, float64, shape of `mass`.
 
         t = u (linear) or 1 - 2/pi * arccos(u) (cosine).
 
@@ -127,7 +128,7 @@ class Masking:
 
     def share(self, interval: tuple[float, float]) -> float:
         """Mass of a (lowest, highest) level interval: 1/B for each of B blocks of equal mass."""
-        low, high = self.mass_of(torch.tensor(interval, dtype=torch.float64)).tolist()
+        low, high = self.cdf(torch.tensor(interval, dtype=torch.float64)).tolist()
         return float(high - low)
 
     def sample(
@@ -137,10 +138,10 @@ class Masking:
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
-        coordinate: str = "mass",
+        coordinate: str = "quantile",
         antithetic: bool = True,
     ) -> Tensor:
-        """Draw n levels in an interval; weight their losses by `weight_by_mass` (or `weight`, with "level").
+        """Draw n levels in an interval; weight their losses by `weight_by_quantile` (or `weight`, with "level").
 
         Args:
             n: how many.
@@ -165,11 +166,11 @@ class Masking:
             u = (u + torch.arange(n, device=device, dtype=torch.float64) / n) % 1.0
         if coordinate == "level":
             level = low + u * (high - low)
-        elif coordinate == "mass":
-            u_low, u_high = self.mass_of(torch.tensor([low, high], dtype=torch.float64)).tolist()
-            level = self.level_of(u_low + u * (u_high - u_low))
+        elif coordinate == "quantile":
+            u_low, u_high = self.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
+            level = self.icdf(u_low + u * (u_high - u_low))
         else:
-            raise ValueError(f"unknown coordinate {coordinate!r}; allowed: mass, level")
+            raise ValueError(f"unknown coordinate {coordinate!r}; allowed: quantile, level")
         return level.clamp(low, high).float()
 
     # ---- intervals of levels -------------------------------------------------------------------------
@@ -194,7 +195,7 @@ class Masking:
                 "start at 0, where a logarithm has no value)"
             )
         fraction = torch.linspace(0.0, 1.0, num_intervals + 1, dtype=torch.float64)
-        level = self.level_of(fraction) if strategy == "equi-probability" else fraction
+        level = self.icdf(fraction) if strategy == "equi-probability" else fraction
         inner: list[float] = level[1:-1].tolist()
         return [0.0, *inner, 1.0]  # the ends exactly, free of rounding
 
@@ -206,18 +207,18 @@ class Masking:
         """
         if overlap == 0:
             return interval
-        low, high = self.mass_of(torch.tensor(interval, dtype=torch.float64)).tolist()
+        low, high = self.cdf(torch.tensor(interval, dtype=torch.float64)).tolist()
         extra = overlap * (high - low)
         ends = torch.tensor([max(0.0, low - extra), min(1.0, high + extra)], dtype=torch.float64)
-        wide_low, wide_high = self.level_of(ends).tolist()
+        wide_low, wide_high = self.icdf(ends).tolist()
         return wide_low, wide_high
 
-    def levels(self, steps: int, grid: str = "equal-mass") -> list[float]:
+    def levels(self, steps: int, grid: str = "equal-quantile") -> list[float]:
         """`steps` + 1 descending levels from 1 to 0: one network call at each but the last.
 
         Args:
             steps: number of sampling steps, >= 1.
-            grid: `equal-mass` (about as many tokens are revealed in every step), `cosine` (mass
+            grid: `equal-quantile` (about as many tokens are revealed in every step), `cosine` (mass
                 sin(pi/2 * (1 - i/steps)) at step i: fewest tokens at first, when least is known; MD4's for the linear
                 schedule) or `uniform` (equal steps of t).
 
@@ -225,14 +226,15 @@ class Masking:
             ValueError: steps < 1, or unknown grid.
         """
         check_count("steps", steps, MOST_LEVELS)
+        grid = grid_name(grid)
         if grid not in _GRIDS:
             raise ValueError(f"unknown level grid {grid!r} for masking; allowed: {', '.join(_GRIDS)}")
         if grid == "uniform":
             return self.boundaries(steps, "uniform")[::-1]
-        if grid == "equal-mass":
+        if grid == "equal-quantile":
             return self.boundaries(steps)[::-1]
         ramp = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
-        inner: list[float] = self.level_of(torch.sin(math.pi / 2 * ramp))[1:-1].tolist()
+        inner: list[float] = self.icdf(torch.sin(math.pi / 2 * ramp))[1:-1].tolist()
         return [1.0, *inner, 0.0]
 
     # ---- corruption, weights, constant terms ---------------------------------------------------------
@@ -278,14 +280,14 @@ class Masking:
         return raw.float()
 
     def training_weight(self, level: Tensor) -> Tensor:
-        """`weight_by_mass`, because `sample` draws mass."""
-        return self.weight_by_mass(level)
+        """`weight_by_quantile`, because `sample` draws mass."""
+        return self.weight_by_quantile(level)
 
     def weight(self, level: Tensor) -> Tensor:
         """w(t) = |alpha'| / (1 - alpha), for levels uniform in t; float64, shape of `level`."""
-        return self.density(level) * self.weight_by_mass(level)
+        return self.density(level) * self.weight_by_quantile(level)
 
-    def weight_by_mass(self, level: Tensor) -> Tensor:
+    def weight_by_quantile(self, level: Tensor) -> Tensor:
         """v(t) = (1 - 2e) / (1 - alpha), for levels uniform in mass; float64, shape of `level`."""
         return (1 - 2 * self.epsilon) / self.masked(level)
 

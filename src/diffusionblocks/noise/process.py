@@ -48,11 +48,11 @@ class NoiseProcess(Protocol):
     def read_max(self) -> float:
         """The noisiest level at which a trained network is read: chains start there, reports rank by it."""
 
-    def mass_of(self, level: Tensor) -> Tensor:
+    def cdf(self, level: Tensor) -> Tensor:
         """Mass u in [0, 1] below each level, float64."""
 
-    def level_of(self, mass: Tensor) -> Tensor:
-        """The inverse of `mass_of`, float64."""
+    def icdf(self, mass: Tensor) -> Tensor:
+        """The inverse of `cdf`, float64."""
 
     def sample(
         self,

@@ -47,7 +47,7 @@ def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
         assert isinstance(block, Block)
         low, high = model.partition.interval(block.index)
         trained = model.partition.training_interval(block.index)
-        mass = model.noise.mass_of(torch.tensor([low, high], dtype=torch.float64)).diff().item()
+        mass = model.noise.cdf(torch.tensor([low, high], dtype=torch.float64)).diff().item()
         trained_parameters = trainable(block)
         layers = model.partition.layer_range(block.index)
         rows.append(

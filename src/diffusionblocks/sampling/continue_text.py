@@ -1,7 +1,7 @@
 """Text token by token: every next token is denoised by a chain of network calls, from the highest level that is read.
 
 Where the chain decides, randomness enters: at every level the logits are divided by the temperature and cut to their
-most probable tokens (top-p), and the bridge makes of these probabilities what the next step is drawn towards. At the
+most probable tokens (top-p), and the feedback makes of these probabilities what the next step is drawn towards. At the
 end of the chain it would be too late: the last distribution is all but a point mass (c_skip -> 1 as sigma -> 0).
 
 The clean tokens' keys and values are kept (`attention.Past`), so a network call runs over what is new only: the one
@@ -30,7 +30,7 @@ from ..noise import EDM, one_level
 from ..targets import NextTokenTarget
 from .solvers import euler
 
-BRIDGES = ("soft", "hard", "sampled", "top-k")
+FEEDBACKS = ("soft", "hard", "sampled", "top-k")
 
 #: Tokens whose randomness a row draws at once. A constant: the numbers depend on how many are drawn together.
 _AHEAD = 32
@@ -74,7 +74,7 @@ def continue_texts(
     seeds: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
-    bridge: str = "sampled",
+    feedback: str = "sampled",
     top_k: int = 8,
     stop_tokens: Sequence[int] = (),
     num_tokens: int | None = None,
@@ -99,8 +99,8 @@ def continue_texts(
         seeds: one a row.
         temperature: divides the logits, >= 0; 0 takes the most probable token.
         top_p: keep the fewest most probable tokens that have this share of the probability, in (0, 1].
-        bridge: one of `BRIDGES`, see `NextTokenTargetConfig`.
-        top_k: of the bridge `top-k`, >= 1.
+        feedback: one of `FEEDBACKS`, see `NextTokenTargetConfig`.
+        top_k: of the feedback `top-k`, >= 1.
         stop_tokens: a row ends with the first of these that it generates.
         num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
         device: where the network is.
@@ -110,7 +110,7 @@ def continue_texts(
         ValueError: an argument is not as above, or logits are not finite.
     """
     rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
-    _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, bridge, top_k)
+    _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, feedback, top_k)
     _check_num_tokens(num_tokens, len(target.embedding))
     device, lengths = torch.device(device), [len(row) for row in rows]
     longest = max(lengths)
@@ -118,7 +118,7 @@ def continue_texts(
     known = _known_noise(generators, lengths, target).to(device)
     chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, known, device)
     check = FiniteCheck(owner=owner)
-    choose = _Chooser(target, temperature, top_p, bridge, top_k, check, num_tokens)
+    choose = _Chooser(target, temperature, top_p, feedback, top_k, check, num_tokens)
     new = torch.zeros(len(rows), longest, dtype=torch.int64)
     for row, place in zip(rows, new, strict=True):
         place[: len(row)] = row
@@ -245,13 +245,13 @@ class _Chooser:
         target: NextTokenTarget,
         temperature: float,
         top_p: float,
-        bridge: str,
+        feedback: str,
         top_k: int,
         check: FiniteCheck,
         num_tokens: int | None,
     ) -> None:
         self.target, self.temperature, self.top_p = target, temperature, top_p
-        self.bridge, self.top_k, self.check, self.num_tokens = bridge, top_k, check, num_tokens
+        self.feedback, self.top_k, self.check, self.num_tokens = feedback, top_k, check, num_tokens
         self.table = target.table
 
     def __call__(self, logits: Tensor, level: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ class _Chooser:
         logits = _ruled_out(self.check.logits(logits, level), self.num_tokens)
         probabilities = filtered(logits, self.temperature, self.top_p)
         token = _quantile(probabilities, uniform)
-        return token, bridged(probabilities, token, self.table, self.bridge, self.top_k)
+        return token, feedback_rows(probabilities, token, self.table, self.feedback, self.top_k)
 
 
 def _ruled_out(logits: Tensor, num_tokens: int | None) -> Tensor:
@@ -282,18 +282,18 @@ def filtered(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
-def bridged(probabilities: Tensor, token: Tensor, table: Tensor, bridge: str, top_k: int) -> Tensor:
+def feedback_rows(probabilities: Tensor, token: Tensor, table: Tensor, feedback: str, top_k: int) -> Tensor:
     """D (n, dim), float32: what probabilities (n, vocab_size), and the token drawn from them, feed to the next step.
 
     `soft` is the expected row, which is shorter than 1 where there is doubt; `hard` and `sampled` are rows; `top-k` is
     the expected row of the most probable tokens, at unit length.
     """
-    if bridge == "soft":
+    if feedback == "soft":
         return probabilities.float() @ table
-    if bridge == "top-k":
+    if feedback == "top-k":
         best, places = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
         return F.normalize((best.float()[..., None] * table[places]).sum(dim=-2), dim=-1)
-    return table[token if bridge == "sampled" else probabilities.argmax(dim=-1)]
+    return table[token if feedback == "sampled" else probabilities.argmax(dim=-1)]
 
 
 def _quantile(probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -397,7 +397,7 @@ def _check(
     seeds: Sequence[int],
     temperature: float,
     top_p: float,
-    bridge: str,
+    feedback: str,
     top_k: int,
 ) -> None:
     _check_options(rows, max_new_tokens, seeds, temperature, top_p)
@@ -406,8 +406,8 @@ def _check(
         raise ValueError("an empty prompt: this model needs at least one token to go on from")
     if len(levels) < 2 or any(low >= high for high, low in itertools.pairwise(levels)):
         raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
-    if bridge not in BRIDGES:
-        raise ValueError(f"unknown bridge {bridge!r}; allowed: {', '.join(BRIDGES)}")
+    if feedback not in FEEDBACKS:
+        raise ValueError(f"unknown feedback {feedback!r}; allowed: {', '.join(FEEDBACKS)}")
     if top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
 

@@ -41,8 +41,8 @@ def predict_labels(
     device: torch.device,
     steps: int = 1,
     seeds: int = 8,
-    bridge: str = "soft",
-    grid: str = "equal-mass",
+    feedback: str = "soft",
+    grid: str = "equal-quantile",
     generator: torch.Generator | None = None,
     return_trajectory: bool = False,
     owner: Callable[[float], int] | None = None,
@@ -60,18 +60,18 @@ def predict_labels(
         device: where to run.
         steps: network calls a chain, >= 1.
         seeds: chains to average, >= 1.
-        bridge: `soft` or `hard`: what a prediction feeds to the next step.
-        grid: level grid, `equal-mass` or `karras`.
+        feedback: `soft` or `hard`: what a prediction feeds to the next step.
+        grid: level grid, `equal-quantile` or `karras`.
         generator: source of the starting noise.
         return_trajectory: keep the probabilities of every step.
         owner: level -> block, which an error then names.
 
     Raises:
-        ValueError: steps or seeds < 1, unknown bridge or grid, or logits that are not finite.
+        ValueError: steps or seeds < 1, unknown feedback or grid, or logits that are not finite.
     """
     check_count("seeds", seeds, MOST_LEVELS)
-    if bridge not in ("soft", "hard"):
-        raise ValueError(f"unknown bridge {bridge!r}; allowed: soft, hard")
+    if feedback not in ("soft", "hard"):
+        raise ValueError(f"unknown feedback {feedback!r}; allowed: soft, hard")
     levels = noise.levels(steps, grid)
     total: Tensor | None = None
     check = FiniteCheck(owner=owner)
@@ -82,7 +82,7 @@ def predict_labels(
             def denoise(z: Tensor, level: float, visited: list[Tensor] = visited) -> Tensor:
                 logits = check.logits(network(z, level).float(), level)
                 visited.append(logits.softmax(dim=-1))
-                return target.denoised(logits, bridge)
+                return target.denoised(logits, feedback)
 
             shape = (batch_size, target.embedding.shape[-1])
             euler(denoise, noise.prior(shape, generator=generator, device=device), levels)

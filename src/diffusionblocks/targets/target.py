@@ -1,4 +1,4 @@
-"""What y is: the clean target of each task, its inner loss, and the bridge from a prediction back to z."""
+"""What y is: the clean target of each task, its inner loss, and the feedback from a prediction back to z."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Target(nn.Module, abc.ABC):
 
     #: the batch entries that make y and the loss
     names: tuple[str, ...]
-    #: further entries that a batch may have, of which `resolved` takes account
+    #: further entries that a batch may have, of which `resolve` takes account
     optional: tuple[str, ...] = ()
 
     @abc.abstractmethod
@@ -39,7 +39,7 @@ class Target(nn.Module, abc.ABC):
     def check(self, batch: Batch, size: int) -> None:
         """Raise ValueError where an entry of `names` has a wrong shape, dtype or value."""
 
-    def resolved(self, batch: Batch) -> Batch:
+    def resolve(self, batch: Batch) -> Batch:
         """The batch that a loss is made of, with what the `optional` entries say.
 
         Raises:
@@ -56,23 +56,23 @@ class TextTarget(Target):
     """A target whose loss is made of the cross-entropies of positions, of one stream of them or of several."""
 
     @abc.abstractmethod
-    def wanted(self, batch: Batch) -> tuple[Tensor, ...]:
+    def target_tokens(self, batch: Batch) -> tuple[Tensor, ...]:
         """The tokens (batch, length) that the logits of each stream are of, of its first `length` positions."""
 
     @abc.abstractmethod
-    def reduced(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
+    def reduce(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
         """The loss (batch,) of a resolved batch from the cross-entropies (batch, length) of each stream that there is,
         in order."""
 
     def loss(self, output: Tensor, batch: Batch, z: Tensor | None = None) -> Tensor:
-        """`reduced` of logits (batch, positions, vocab_size), those of a second stream behind those of the first."""
-        wanted = self.wanted(batch)
+        """`reduce` of logits (batch, positions, vocab_size), those of a second stream behind those of the first."""
+        wanted = self.target_tokens(batch)
         lengths = [tokens.shape[1] for tokens in wanted]
         parts: Sequence[Tensor] = [output]
         if output.shape[1] > lengths[0]:
             # Split, not sliced: the gradient of a slice is filled up with zeros, once more as large as the logits.
             parts = output.split([*lengths, output.shape[1] - sum(lengths)], dim=1)
-        return self.reduced([cross_entropies(*pair) for pair in zip(parts, wanted, strict=False)], batch, z)
+        return self.reduce([cross_entropies(*pair) for pair in zip(parts, wanted, strict=False)], batch, z)
 
 
 class EmbeddingTarget(Target):
@@ -131,16 +131,16 @@ class LabelTarget(EmbeddingTarget):
         """See `Target`."""
         check_labels(batch["labels"], size, len(self.embedding))
 
-    def denoised(self, logits: Tensor, bridge: str) -> Tensor:
-        """The bridge from logits (batch, num_classes) to D (batch, dim), which the solver feeds on.
+    def denoised(self, logits: Tensor, feedback: str) -> Tensor:
+        """The feedback from logits (batch, num_classes) to D (batch, dim), which the solver feeds on.
 
         `soft`: the expected target under the predicted probabilities. `hard`: the most probable label's row.
         """
-        if bridge == "soft":
+        if feedback == "soft":
             return logits.float().softmax(dim=-1) @ self.table
-        if bridge == "hard":
+        if feedback == "hard":
             return self.table[logits.argmax(dim=-1)]
-        raise ValueError(f"unknown bridge {bridge!r}; allowed: soft, hard")
+        raise ValueError(f"unknown feedback {feedback!r}; allowed: soft, hard")
 
 
 class ImageTarget(Target):
@@ -222,11 +222,11 @@ class TokenTarget(TextTarget):
         """`input_ids` (batch, length), int64."""
         return batch["input_ids"]
 
-    def wanted(self, batch: Batch) -> tuple[Tensor, ...]:
+    def target_tokens(self, batch: Batch) -> tuple[Tensor, ...]:
         """See `TextTarget`."""
         return (batch["input_ids"],)
 
-    def resolved(self, batch: Batch) -> Batch:
+    def resolve(self, batch: Batch) -> Batch:
         """Without `attention_mask`, which must be 1 everywhere: a text has the model's length, and no padding."""
         if (mask := batch.get("attention_mask")) is None:
             return batch
@@ -237,7 +237,7 @@ class TokenTarget(TextTarget):
         )
         return {"input_ids": batch["input_ids"]}
 
-    def reduced(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
+    def reduce(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
         """The sum over the tokens that z hides, over the length.
 
         In nats a token of the whole sequence, so that under the ELBO's weight its mean over all levels is the bound.
@@ -283,12 +283,12 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         """`input_ids` (batch, length) -> y (batch, length - shift, dim)."""
         return self.rows(batch["input_ids"][:, self.shift :])
 
-    def wanted(self, batch: Batch) -> tuple[Tensor, ...]:
+    def target_tokens(self, batch: Batch) -> tuple[Tensor, ...]:
         """See `TextTarget`: of the noisy positions, and of the clean ones, of which the last has nothing to predict."""
         tokens = batch["input_ids"]
         return tokens[:, self.shift :], tokens[:, 1:]
 
-    def resolved(self, batch: Batch) -> Batch:
+    def resolve(self, batch: Batch) -> Batch:
         """With `counted`, bool (batch, length), where `labels` or `attention_mask` leave tokens out of the loss.
 
         Tokens whose label is `CONTEXT` are read and not counted. Those that `attention_mask` hides are moved behind the
@@ -324,11 +324,11 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         )
         return {"input_ids": tokens, "counted": counted}
 
-    def reduced(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
+    def reduce(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
         """The mean over the counted tokens of each sequence, in nats; and `clean_weight` times that of the clean
         stream."""
         if "counted" in batch:
-            starts = (self.shift, 1)  # of the noisy and the clean stream, see `wanted`
+            starts = (self.shift, 1)  # of the noisy and the clean stream, see `target_tokens`
             pairs = zip(nats, starts, strict=False)
             noisy, *clean = (_mean_of(each, batch["counted"][:, start:]) for each, start in pairs)
         else:
