@@ -1,0 +1,32 @@
+"""The Python snippets of the README and of docs/python.md run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def _snippets() -> list[tuple[str, str]]:
+    pages = ("README.md", "docs/python.md")
+    found = [(page, re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)) for page in pages]
+    return [(f"{page}-{place}", code) for page, codes in found for place, code in enumerate(codes)]
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=name) for name, code in _snippets()])
+def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, "snippet", "exec"), {})
+
+
+def test_there_is_one_a_family() -> None:
+    assert len(_snippets()) == 5
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
