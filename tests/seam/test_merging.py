@@ -296,7 +296,7 @@ def test_the_space_of_z_must_be_the_same(shared: str, change: str, tmp_path: Pat
 
     db.merge(folders, tmp_path / "before")  # the positive control
     rewrite(folders[2] / "block-02.safetensors", alter)
-    message = "z must live in one space" if shared == "replicated" else "shared parts are fixed"
+    message = "z must live in one space" if shared == "replicated" else "shared parameters are fixed"
     refused(rf"{name} differs between .*block-00.*block-02.*{message}", folders)
 
 

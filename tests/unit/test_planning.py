@@ -412,7 +412,7 @@ def test_savers_are_proposed_where_only_a_smaller_batch_fits() -> None:
     neither = plan(large, one)
     assert neither.batch is not None
     assert (neither.blocks, neither.savers) == (None, None)
-    assert "what fits at this batch size: nothing, not even all memory savers" in describe(neither, None)
+    assert "what fits at this batch size: nothing, not even all memory optimisations" in describe(neither, None)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Plain:
         self.device = device_of(self.recipe)
         model = build(self.recipe, self.device).to(dtype)
         self.units, shared = units_of(model)
-        assert not shared, "no recipe of the benchmarks has joint shared parts"
+        assert not shared, "no recipe of the benchmarks has joint shared parameters"
         data = splits_of(self.recipe)["train"]
         self.data_bytes = bytes_of_data(data)
         self.batches: BatchMaker = make_batches(self.recipe, data, self.device)

@@ -62,7 +62,7 @@ examples:
   diffusionblocks merge runs/first runs/second --out runs/whole
       one model of blocks that were trained apart, each run with its own --set 'train.blocks=[0, 2]'
   diffusionblocks compare recipes/vit/digits.yaml --out runs/demo
-      DiffusionBlocks beside its end-to-end controls, in one table and a figure
+      DiffusionBlocks beside its end-to-end baselines, in one table and a figure
   diffusionblocks bench memory --models dit-l-2 --blocks 3 --out memory.json --figure memory.png
       on a CUDA GPU: memory and speed beside end-to-end training and other ways to save memory
 
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
     evaluate = _command(
-        commands, "evaluate", _evaluate, "measure a trained model: accuracy, samples, or bits a character"
+        commands, "evaluate", _evaluate, "measure a trained model: accuracy, samples, or bits per character"
     )
     evaluate.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
     evaluate.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--json", type=Path, help="also write the plan to this file")
 
-    compare = _command(commands, "compare", _compare, "train a recipe and its end-to-end controls; table and figure")
+    compare = _command(commands, "compare", _compare, "train a recipe and its end-to-end baselines; table and figure")
     compare.add_argument("--out", type=Path, help="folder (default runs/<name>-compare)")
     compare.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, for example end-to-end-4")
     compare.add_argument(
@@ -447,7 +447,7 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
     print(f"{recipe.name}: {recipe.model.type}, {model.partition.num_layers} layers, {total:,} parameters")
     print(f"blocks: {json.dumps(model.blocks_config.model_dump(mode='json', exclude={'noise'}))}")
     print(format_table(block_table(model)))
-    print("bytes: AdamW in the weights' precision, of one block and its shared parts, without activations")
+    print("bytes: AdamW in the weights' precision, of one block and its shared parameters, without activations")
     print(partition_sketch(model.partition, model.noise))
     print(f"{model.noise.symbol} is read, and told, from {model.noise.read_min:.4g} to {model.noise.read_max:.4g}")
     if options.figure:

@@ -84,8 +84,9 @@ def merge(
     first = models[0]
     if first.blocks_config.shared == "joint" and len(models) > 1:
         raise ValueError(
-            "shared = joint: the blocks of each folder were trained with a copy of the shared parts of their own, so "
-            f"they cannot be merged: {_list(models)}; convert with shared: replicated or frozen to train blocks apart"
+            "shared = joint: the blocks of each folder were trained with a copy of the shared parameters of their own, "
+            f"so they cannot be merged: {_list(models)}; convert with shared: replicated or frozen to train blocks "
+            "apart"
         )
     origins = _origins(models, [_model_folder(folder) for folder in preferred])
     files = _checked_files(models, origins)
@@ -259,7 +260,7 @@ def _check_shared(model: DiffusionBlocks, origins: Sequence[Origin]) -> None:
         with opened(reference) as ours, opened(path) as theirs:
             different = next((n for n in names if not _same_bits(ours.get_tensor(n), theirs.get_tensor(n))), None)
         if different is not None:
-            what = "shared parts are fixed" if policy == "frozen" else "z must live in one space for all blocks"
+            what = "shared parameters are fixed" if policy == "frozen" else "z must live in one space for all blocks"
             raise ValueError(
                 f"{different} differs between {reference} and {path}, but under shared = {policy} {what}: the two were "
                 "not trained from one start; train one of them again with the other's seeds and pretrained weights"

@@ -180,8 +180,8 @@ def _chosen(model: DiffusionBlocks, blocks: Sequence[int] | None) -> list[int]:
         raise ValueError(f"blocks = {list(blocks or ())}: name each block to save once, of {every}; None saves all")
     if chosen != every and model.blocks_config.shared == "joint":
         raise ValueError(
-            f"blocks = {chosen}: under shared = joint all blocks have one copy of the shared parts, so they cannot be "
-            "saved apart; leave blocks out, or convert with shared: replicated or frozen"
+            f"blocks = {chosen}: under shared = joint all blocks have one copy of the shared parameters, so they "
+            "cannot be saved apart; leave blocks out, or convert with shared: replicated or frozen"
         )
     unbuilt = [index for index in chosen if _on_meta(model.block(index))]
     if unbuilt:

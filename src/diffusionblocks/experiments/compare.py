@@ -95,7 +95,7 @@ def remarks(recipe: Recipe) -> list[str]:
         return []
     return [
         f"no rows of fewer layers: {recipe.model.pretrained} has weights of all {depth_of(recipe)} layers; for "
-        "controls of one block's layers train afresh, with all sizes in model.config: --set model.pretrained=null"
+        "baselines of one block's layers train afresh, with all sizes in model.config: --set model.pretrained=null"
     ]
 
 

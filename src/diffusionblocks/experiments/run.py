@@ -483,7 +483,7 @@ def layers_of_a_block(recipe: Recipe) -> int:
     if depth % many:
         divisors = [n for n in range(1, depth + 1) if depth % n == 0]
         raise ValueError(
-            f"a fit, a trunk, or a control of one block's layers, needs layers that divide: {depth} layers, {many} "
+            f"a fit, a trunk, or a baseline of one block's layers, needs layers that divide: {depth} layers, {many} "
             f"blocks; set blocks.num_blocks to one of {divisors}"
         )
     return depth // many
@@ -503,7 +503,7 @@ def with_depth(recipe: Recipe, layers: int) -> Recipe:
     if recipe.model.pretrained is not None:
         if (depth := depth_of(recipe)) != layers:
             raise ValueError(
-                f"a trunk, a fit or a control of {layers} layers starts afresh, but {recipe.model.pretrained} has "
+                f"a trunk, a fit or a baseline of {layers} layers starts afresh, but {recipe.model.pretrained} has "
                 f"{depth}: leave trunk and fit out, or train afresh, with all its sizes in model.config: --set "
                 "model.pretrained=null"
             )

@@ -82,9 +82,9 @@ def describe(plan: Plan, vary: str | None) -> str:
         smaller = "train.batch_size" in plan.savers.changes
         lines.append(_line("what fits" if smaller else "what fits at this batch size", plan.savers, ""))
     elif plan.blocks is None and plan.batch is None:
-        lines.append(f"nothing fits {budget}: not even all memory savers with the most blocks and one example")
+        lines.append(f"nothing fits {budget}: not even all memory optimisations with the most blocks and one example")
     elif plan.blocks is None and vary != "batch":
-        lines.append("what fits at this batch size: nothing, not even all memory savers with the most blocks")
+        lines.append("what fits at this batch size: nothing, not even all memory optimisations with the most blocks")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ def draw_levels(row: LanguageRow, partition: Partition, path: Path, controls: Se
     from matplotlib.figure import Figure
 
     if not row.by_level:
-        raise ValueError("the row has no levels: an unconverted model has none; give it as a control")
+        raise ValueError("the row has no levels: an unconverted model has none; give it as a baseline")
     figure = Figure(figsize=(6.2, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     levels = [at.level for at in row.by_level]

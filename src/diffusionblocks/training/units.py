@@ -194,8 +194,8 @@ def units_of(model: nn.Module, blocks: Sequence[int] | None = None) -> tuple[lis
     shared = [p for p in model.shared_parameters() if p.requires_grad]
     if shared and len(chosen) < many:
         raise ValueError(
-            f"train.blocks = {chosen}: under shared = joint all blocks move the shared parts and cannot train apart; "
-            "use blocks.shared: replicated or frozen"
+            f"train.blocks = {chosen}: under shared = joint all blocks move the shared parameters and cannot train "
+            "apart; use blocks.shared: replicated or frozen"
         )
     common = frozenset(id(p) for p in shared)
     return _checked([Unit(b, f"block {b}", model.block(b), common) for b in chosen], shared)
