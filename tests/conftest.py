@@ -1,5 +1,6 @@
 """Settings of the whole test suite: one thread, quiet libraries, property tests that repeat exactly."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,13 @@ settings.load_profile("suite")
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_the_libraries() -> None:
+    """Collecting garbage looks at no object of the libraries, of which there are half a million."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -36,8 +36,12 @@ EVERY = 5
 ENDINGS = ("success", "refusal", "interrupted")
 
 
-def drawn(bench: Bench, kind: str, batch: int) -> list[Input]:
-    """The inputs of a batch."""
+class _Enough(BaseException):
+    """Ends hypothesis' drawing; no failure of an example, which would be an `Exception`."""
+
+
+def drawn(bench: Bench, kind: str, batch: int, count: int = BATCH) -> list[Input]:
+    """The first `count` inputs of a batch."""
     found: list[Input] = []
     number = list(KINDS).index(kind)
     options: dict[str, Any] = {"database": None, "deadline": None, "derandomize": False, "phases": [Phase.generate]}
@@ -47,8 +51,11 @@ def drawn(bench: Bench, kind: str, batch: int) -> list[Input]:
     @given(KINDS[kind].inputs(bench.root))
     def collect(one: Input) -> None:
         found.append(one)
+        if len(found) == EVERY * count:
+            raise _Enough
 
-    collect()
+    with suppress(_Enough):
+        collect()
     return found[EVERY - 1 :: EVERY]
 
 

@@ -34,7 +34,7 @@ def bench(box: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_every_input_ends_in_success_or_one_clear_line(bench: Bench, kind: str) -> None:
     bench.prepare(kind)
     failures = []
-    for place, one in enumerate(drawn(bench, kind, 0)[:COUNT]):
+    for place, one in enumerate(drawn(bench, kind, 0, COUNT)):
         verdict = bench.judge(kind, one)
         if verdict.fault is not None:
             one, verdict = bench.smallest(kind, one, verdict)
