@@ -228,17 +228,16 @@ def test_a_model_of_the_other_method_is_refused(tmp_path: Path, capsys: pytest.C
 
 
 def test_local_data_is_found_by_the_environment_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from diffusionblocks.data.data_config import resolved_source
     from diffusionblocks.experiments.recipe import load_recipe
 
     recipe = Path(DIGITS).with_name("cifar100.yaml")
     monkeypatch.delenv("DIFFUSIONBLOCKS_DATA", raising=False)
-    assert resolved_source(load_recipe(recipe).data) == "uoft-cs/cifar100"  # type: ignore[union-attr]
+    assert load_recipe(recipe).data.location() == "uoft-cs/cifar100"  # type: ignore[union-attr]
     (tmp_path / "cifar100").mkdir()
     monkeypatch.setenv("DIFFUSIONBLOCKS_DATA", str(tmp_path))
-    assert resolved_source(load_recipe(recipe).data) == str(tmp_path / "cifar100")  # type: ignore[union-attr]
+    assert load_recipe(recipe).data.location() == str(tmp_path / "cifar100")  # type: ignore[union-attr]
     chosen = load_recipe(recipe, ["data.source=elsewhere"])
-    assert resolved_source(chosen.data) == "elsewhere"  # type: ignore[union-attr]
+    assert chosen.data.location() == "elsewhere"  # type: ignore[union-attr]
 
 
 def test_help_does_not_wait_for_libraries_of_models() -> None:

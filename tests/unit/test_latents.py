@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusionblocks.data import LatentBatches, LatentData, latent_folder
+from diffusionblocks.data import LatentBatches, LatentData, autoencoder, latent_folder
 from diffusionblocks.data import encode as tool
 from diffusionblocks.data.data_config import LatentsConfig
 from diffusionblocks.data.latents import LatentScale, scale_of_split, write_shards
@@ -502,11 +502,11 @@ def test_tool_end_to_end(pets: Path, vae: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_decode_undoes_the_scale(vae: Path) -> None:
-    model: Any = tool.load_vae(str(vae), CPU)
+    model: Any = autoencoder.load_vae(str(vae), CPU)
     assert not model.training
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, _ = tool.encode(images, model, 0.5)
-    decoded = tool.decode(mean * 0.25, model, 0.5 * 0.25)
+    mean, _ = autoencoder.encode(images, model, 0.5)
+    decoded = autoencoder.decode(mean * 0.25, model, 0.5 * 0.25)
     assert decoded.shape == images.shape
     assert not decoded.requires_grad
     with torch.no_grad():
@@ -514,15 +514,17 @@ def test_decode_undoes_the_scale(vae: Path) -> None:
     torch.testing.assert_close(decoded, want, atol=1e-5, rtol=0)
     # An autoencoder may also have a shift; it cancels, and it is there.
     model.register_to_config(shift_factor=0.3)
-    shifted, _ = tool.encode(images, model, 0.5)
+    shifted, _ = autoencoder.encode(images, model, 0.5)
     torch.testing.assert_close(shifted, mean - 0.15, atol=1e-5, rtol=0)
-    torch.testing.assert_close(tool.decode(shifted, model, 0.5), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(autoencoder.decode(shifted, model, 0.5), want, atol=1e-4, rtol=0)
 
 
 def statistics(vae: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation, a channel, of the latents of some images."""
-    model: Any = tool.load_vae(str(vae), CPU)
-    raw, _ = tool.encode(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1, model, 1.0)
+    model: Any = autoencoder.load_vae(str(vae), CPU)
+    raw, _ = autoencoder.encode(
+        torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1, model, 1.0
+    )
     mean, std = raw.mean((0, 2, 3)).tolist(), raw.std((0, 2, 3)).tolist()
     return tuple(mean), tuple(std)
 
@@ -543,15 +545,15 @@ def test_decode_inverts_encode_through_the_files(vae: Path, pets: Path, tmp_path
     noted = scale_of_split(tmp_path / "out", "train")
     assert noted == LatentScale(**{"scaling_factor": 0.18215} | changes)
 
-    loaded: Any = tool.load_vae(str(tmp_path / "vae"), CPU)
+    loaded: Any = autoencoder.load_vae(str(tmp_path / "vae"), CPU)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    latents, _ = tool.encode(images, loaded, 1.0)
+    latents, _ = autoencoder.encode(images, loaded, 1.0)
     if kind == "mean and std":
         torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
         torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
     # What comes out of the files and back is what the autoencoder itself makes of its own latents.
     rows = data.rows("mean", torch.arange(7)).float() * 0.5
-    decoded = tool.decode(rows, loaded, data.scaling_factor * 0.5)
+    decoded = autoencoder.decode(rows, loaded, data.scaling_factor * 0.5)
     pixels = torch.stack([tool._pixels(row, 16) for row in tool.open_table(str(pets), "train")])
     with torch.no_grad():
         raw = model.encode(pixels.float() / 127.5 - 1).latent_dist.mean
@@ -578,10 +580,10 @@ def test_decode_inverts_encode_through_the_files(vae: Path, pets: Path, tmp_path
 def test_an_autoencoder_with_odd_statistics(
     vae: Path, pets: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    model: Any = tool.load_vae(str(vae), CPU)
+    model: Any = autoencoder.load_vae(str(vae), CPU)
     model.register_to_config(**changes)
     with pytest.raises(ValueError, match=message):
-        tool.encode(torch.zeros(1, 3, 16, 16), model, 1.0)
+        autoencoder.encode(torch.zeros(1, 3, 16, 16), model, 1.0)
     model.save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match=rf"vae = .*{message}"):
         tool.encode_images(str(pets), str(tmp_path / "vae"), tmp_path / "out", size=16, device="cpu")
@@ -717,7 +719,7 @@ def test_autoencoder_files(vae: Path, tmp_path: Path) -> None:
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
     UNet2DModel(block_out_channels=(8,), **blocks).save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="unet': not an AutoencoderKL of diffusers"):
-        tool.load_vae(str(tmp_path / "unet"), CPU)
+        autoencoder.load_vae(str(tmp_path / "unet"), CPU)
     # Weights that are missing would otherwise be random ones.
     weights = load_file(vae / "diffusion_pytorch_model.safetensors")
     del weights["encoder.conv_out.bias"]
@@ -726,7 +728,7 @@ def test_autoencoder_files(vae: Path, tmp_path: Path) -> None:
     (partial / "config.json").write_text((vae / "config.json").read_text())
     save_file(weights, partial / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"its file lacks \['encoder.conv_out.bias'\]"):
-        tool.load_vae(str(partial), CPU)
+        autoencoder.load_vae(str(partial), CPU)
 
 
 def test_damaged_parquet(pets: Path, vae: Path, tmp_path: Path) -> None:

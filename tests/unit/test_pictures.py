@@ -14,8 +14,9 @@ from torch import Tensor
 
 from diffusionblocks import EDM, Partition
 from diffusionblocks.data import ImageData, evaluation_batches
+from diffusionblocks.data.image_batches import to_uint8
 from diffusionblocks.reports import pictures
-from diffusionblocks.reports.pictures import Chain, draw_chain, draw_routing, save_grid, save_png, to_uint8
+from diffusionblocks.reports.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
 from diffusionblocks.sampling import prior_of_seeds, sample_images
 
 NOISE = EDM()

@@ -23,7 +23,6 @@ from diffusionblocks.experiments.run import make_trainer
 from diffusionblocks.families import family_named, rebuild_config
 from diffusionblocks.planning import WORKSPACE_BYTES, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
-from diffusionblocks.planning.examples import examples_at_hand
 from diffusionblocks.planning.ledger import data_bytes, unit_of_depth
 from diffusionblocks.planning.planner import SAVERS, changed
 from diffusionblocks.planning.report import describe, remarks
@@ -163,7 +162,7 @@ def test_latents_at_hand_are_counted(tmp_path: Path) -> None:
 
 def test_data_that_are_not_counted_are_named(parquet: Path, tmp_path: Path) -> None:
     def said(recipe: Recipe) -> str:
-        assert examples_at_hand(recipe).count is None
+        assert recipe.data.count_examples().count is None
         assert data_bytes(recipe, None) == 0
         (line,) = remarks(recipe, None)
         assert line.startswith("data: NOT COUNTED (")

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.conversion import assemble
 from ..core.partition import even_layers
-from ..data import ImageData, LatentData, TextChunks
+from ..data import ImageData, LatentData
 from ..experiments.recipe import Recipe, parse_recipe
 from ..experiments.sources import Data, blocks_config, is_end_to_end
 from ..families import family_named, outline, rebuild_config
@@ -173,9 +173,7 @@ def examples_of(recipe: Recipe) -> int:
 
 def bytes_of_data(data: Data) -> int:
     """Bytes of the data where they are kept, in whatever form they have there."""
-    assert not isinstance(data, TextChunks), "no text model is measured here"
-    parts = [data.images] if isinstance(data, ImageData) else [*data.mean, *data.std]
-    return sum(t.numel() * t.element_size() for t in [*parts, data.labels])
+    return sum(t.numel() * t.element_size() for t in data.tensors())
 
 
 def splits_of(recipe: Recipe) -> dict[str, Data]:

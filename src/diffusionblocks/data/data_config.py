@@ -1,39 +1,186 @@
-"""Which data a recipe names, and where they lie: its `data` section."""
+"""The `data` section of a recipe: which data, where they lie, and how they are read, batched and counted."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
 from ..common.fields import MOST_TOKENS, Float, Int, IsNumber, Labels, Length, Pixels, Positive, Share
+from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from .augment import AugmentConfig
+from .autoencoder import decode, latent_scale, load_vae
+from .dataset import BatchMaker, Dataset, ExampleCount
+from .image_batches import ImageBatches, evaluation_batches, to_uint8
+from .image_data import ImageData, digits, image_classification
+from .latents import LatentBatches, LatentData, examples_of_split, latent_folder, scale_of_split
+from .tables import rows_of_split
+from .text_batches import TextBatches, TextChunks, evaluation_chunks
+from .text_data import TextData, characters, python_topics
+from .tokenized import (
+    CharacterCodec,
+    TextCodec,
+    TokenCodec,
+    corpus_tokenizer,
+    corpus_tokenizer_path,
+    encoded_split,
+    load_tokenizer,
+    split_files,
+)
 
-#: Folder that holds local data sets, one sub-folder each (see `resolved_source`).
+#: Folder that holds local data sets, one sub-folder each (see `FilesSection.location`).
 DATA_VARIABLE = "DIFFUSIONBLOCKS_DATA"
 
+Batches = Iterator[dict[str, Tensor]]
 
-class _DataSection(BaseModel):
+
+class DataSection(BaseModel, ABC):
+    """What every kind of data answers.
+
+    Attributes:
+        of_text: Whether examples are texts.
+        mapped: Whether a CPU reads examples from files when they are used, instead of having them in memory.
+        kind: Which data they are.
+        placement: Where training examples wait: on the `device`, on the `host`, or `auto`: on the device where they
+            take at most a quarter of its free memory.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    of_text: ClassVar[bool] = False
+    mapped: ClassVar[bool] = False
 
-class PixelsConfig(_DataSection):
+    kind: str
+    placement: Literal["auto", "device", "host"] = "auto"
+
+    @property
+    def name(self) -> str:
+        """A short name of the data."""
+        return self.kind
+
+    @abstractmethod
+    def load(self, split: str) -> Dataset:
+        """Read the examples of a split.
+
+        Args:
+            split: "train" or "test".
+
+        Raises:
+            FileNotFoundError, ValueError: they are missing, damaged, or of another form than the section says.
+        """
+
+    @abstractmethod
+    def batches(self, data: Any, device: torch.device) -> BatchMaker:
+        """What makes training batches of `data`, which `load` gave, on a device."""
+
+    @abstractmethod
+    def evaluation_batches(self, data: Any, *, batch_size: int, device: torch.device) -> Batches:
+        """All of `data` once, in order, without augmentation or noise, as batches on a device."""
+
+    @abstractmethod
+    def count_examples(self) -> ExampleCount:
+        """Count the train split's examples without a download, where that is cheap.
+
+        Data that come with a library are read; of image files and latents it is what the files say they hold. Text
+        files would have to be read, or encoded: theirs is not known.
+        """
+
+    @abstractmethod
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        """Bytes of one example where it is kept, labels included."""
+
+
+class FilesSection(DataSection):
+    """Data in a folder, or on the hub.
+
+    Attributes:
+        source: A local folder, or a name on the hub.
+        folder: Name below the folder that the environment variable DIFFUSIONBLOCKS_DATA holds. Where that exists, it is
+            used instead of a `source` in the file.
+        train_split: Name of the split to train on.
+        test_split: Name of the split to measure on.
+    """
+
+    source: str | None = None
+    folder: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+
+    @property
+    def name(self) -> str:
+        """A short name of the data: that of their folder."""
+        return str(self.folder or Path(str(self.source)).name)
+
+    def split_name(self, split: str) -> str:
+        """What the files call a split."""
+        return {"train": self.train_split, "test": self.test_split}[split]
+
+    def location(self) -> str:
+        """The folder or hub name to read.
+
+        Raises:
+            ValueError: neither source nor folder leads anywhere.
+        """
+        root = os.environ.get(DATA_VARIABLE)
+        if self.folder is not None and root and (Path(root) / self.folder).is_dir():
+            return str(Path(root) / self.folder)
+        if self.source is None:
+            raise ValueError(
+                f"data.source is not set; give a folder or hub name (--set data.source=...), or set {DATA_VARIABLE} to "
+                f"a folder that holds {self.folder!r}"
+            )
+        return self.source
+
+    def count_examples(self) -> ExampleCount:
+        """See `DataSection`."""
+        try:
+            return self._count(self.location())
+        except (OSError, ValueError) as error:
+            return ExampleCount(None, str(error))
+
+    @abstractmethod
+    def _count(self, location: str) -> ExampleCount: ...
+
+
+class ImagesSection(DataSection):
+    """Images, or their latents: what a diffusion model's samples are compared with."""
+
+    @abstractmethod
+    def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """What turns model-space samples (n, C, H, W) into uint8 images (n, 1 or 3, H, W).
+
+        Raises:
+            ValueError: the samples are latents and no autoencoder is named, or one that scales latents otherwise than
+                those of the data are, where they are at hand.
+        """
+
+    @abstractmethod
+    def real_images(
+        self, data: Any, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
+    ) -> Iterator[Tensor]:
+        """The first `count` real images as uint8 (n, C, H, W); of latents, their means' reconstructions by `pixels`."""
+
+
+class PixelsConfig(ImagesSection):
     """Images, and how their pixels become the model's numbers.
 
     Attributes:
         mean: Mean of each channel, of pixels in [0, 1]; it is subtracted.
         std: Standard deviation of each channel, by which the pixels are divided then.
         augment: Random changes of training images.
-        placement: Where training examples wait: on the `device`, on the `host`, or `auto`: on the device where they
-            take at most a quarter of its free memory.
     """
 
     mean: tuple[Float, ...]
     std: tuple[Positive, ...]
     augment: AugmentConfig = AugmentConfig()
-    placement: Literal["auto", "device", "host"] = "auto"
 
     @model_validator(mode="after")
     def _one_number_a_channel(self) -> Self:
@@ -44,6 +191,31 @@ class PixelsConfig(_DataSection):
                 raise ValueError(f"{name} = {list(values)}: must be {count} finite numbers, one a channel")
         return self
 
+    def batches(self, data: ImageData, device: torch.device) -> BatchMaker:
+        """See `DataSection`."""
+        return ImageBatches(
+            data, mean=self.mean, std=self.std, augment=self.augment, device=device, placement=self.placement
+        )
+
+    def evaluation_batches(self, data: ImageData, *, batch_size: int, device: torch.device) -> Batches:
+        """See `DataSection`."""
+        return evaluation_batches(data, mean=self.mean, std=self.std, batch_size=batch_size, device=device)
+
+    def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """See `ImagesSection`."""
+        return lambda samples: to_uint8(samples, self.mean, self.std)
+
+    def real_images(
+        self, data: ImageData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
+    ) -> Iterator[Tensor]:
+        """See `ImagesSection`."""
+        for images in data.images[:count].split(batch_size):
+            yield images.to(device)
+
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        """See `DataSection`."""
+        return math.prod(shape) + 8  # uint8 pixels, and an int64 label
+
 
 class DigitsConfig(PixelsConfig):
     """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,437 train and 360 test images."""
@@ -52,18 +224,21 @@ class DigitsConfig(PixelsConfig):
     mean: tuple[Float, ...] = (0.3,)
     std: tuple[Positive, ...] = (0.376,)
 
+    def load(self, split: str) -> ImageData:
+        """See `DataSection`."""
+        return digits(split)
 
-class ImageFilesConfig(PixelsConfig):
+    def count_examples(self) -> ExampleCount:
+        """See `DataSection`."""
+        return ExampleCount(len(self.load("train")), "")
+
+
+class ImageFilesConfig(PixelsConfig, FilesSection):
     """Image-classification parquet in the hub's schema.
 
     Attributes:
-        source: A local folder, or a name on the hub.
-        folder: Name below the folder that the environment variable DIFFUSIONBLOCKS_DATA holds. Where that exists, it is
-            used instead of a `source` in the file.
         split_files: Patterns of file names below a local folder, by split; null: files named after the split, without
             backups.
-        train_split: Name of the split to train on.
-        test_split: Name of the split to measure on.
         image_column: Name of the column of images; null finds it.
         label_column: Name of the column of labels; null finds it.
         image_size: Height and width in pixels; images of other sizes are refused.
@@ -73,11 +248,7 @@ class ImageFilesConfig(PixelsConfig):
     """
 
     kind: Literal["images"]
-    source: str | None = None
-    folder: str | None = None
     split_files: dict[str, str] | None = None
-    train_split: str = "train"
-    test_split: str = "test"
     image_column: str | None = None
     label_column: str | None = None
     image_size: Pixels
@@ -85,82 +256,217 @@ class ImageFilesConfig(PixelsConfig):
     num_classes: Labels | None = None
     cache: Path | None = None
 
+    def load(self, split: str) -> ImageData:
+        """See `DataSection`."""
+        return image_classification(
+            self.location(),
+            self.split_files,
+            self.split_name(split),
+            self.image_column,
+            self.label_column,
+            self.image_size,
+            self.channels,
+            self.num_classes,
+            self.cache,
+            reference_split=self.train_split,
+        )
 
-class LatentsConfig(_DataSection):
+    def _count(self, location: str) -> ExampleCount:
+        rows = rows_of_split(location, self.split_files, self.train_split)
+        return ExampleCount(
+            rows, location if rows is not None else f"{location!r} is no local folder, and a plan downloads nothing"
+        )
+
+
+class LatentsConfig(ImagesSection, FilesSection):
     """Latents of an autoencoder, in shards that `python -m diffusionblocks.data.encode` wrote.
 
     Attributes:
         source: Folder of the shards.
         folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
-        train_split: Name of the split to train on.
-        test_split: Name of the split to measure on.
         scale: Factor that brings the latents to a standard deviation of about sigma_data.
         sample_posterior: Draw each latent from the encoder's posterior, instead of taking its mean.
         vae: Folder or hub name of the autoencoder that decodes samples; null keeps samples as latents.
-        placement: Where training examples wait, see kind `images`.
     """
 
+    mapped: ClassVar[bool] = True
+
     kind: Literal["latents"]
-    source: str | None = None
-    folder: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
     scale: Positive = 0.5
     sample_posterior: bool = True
     vae: str | None = None
-    placement: Literal["auto", "device", "host"] = "auto"
+
+    def load(self, split: str) -> LatentData:
+        """See `DataSection`."""
+        return latent_folder(self.location(), self.split_name(split), reference_split=self.train_split)
+
+    def batches(self, data: LatentData, device: torch.device) -> BatchMaker:
+        """See `DataSection`."""
+        return LatentBatches(
+            data,
+            device=device,
+            scale=self.scale,
+            sample_posterior=self.sample_posterior,
+            placement=self.placement,
+        )
+
+    def evaluation_batches(self, data: LatentData, *, batch_size: int, device: torch.device) -> Batches:
+        """See `DataSection`: the posteriors' means."""
+        for rows in torch.arange(len(data)).split(batch_size):
+            means = data.rows("mean", rows).to(device).float() * self.scale
+            yield {"pixel_values": means, "labels": data.labels[rows].to(device)}
+
+    def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """See `ImagesSection`."""
+        if self.vae is None:
+            raise ValueError(
+                "samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME"
+            )
+        vae: Any = load_vae(self.vae, device)
+        scale = latent_scale(vae)
+        try:
+            source = self.location()
+        except ValueError:  # without the latents the autoencoder is trusted
+            noted = None
+        else:
+            noted = scale_of_split(source, self.train_split)
+        if noted is not None:
+            scale.check_same(noted, f"vae = {self.vae!r}", f"{source}, split {self.train_split!r},")
+        factor = scale.scaling_factor * self.scale
+        half = (0.5, 0.5, 0.5)
+        return lambda samples: to_uint8(decode(samples, vae, factor), half, half)
+
+    def real_images(
+        self, data: LatentData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
+    ) -> Iterator[Tensor]:
+        """See `ImagesSection`."""
+        for rows in torch.arange(min(count, len(data))).split(batch_size):
+            yield pixels(data.rows("mean", rows).to(device).float() * self.scale)
+
+    def _count(self, location: str) -> ExampleCount:
+        return ExampleCount(examples_of_split(location, self.train_split), location)
+
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        """See `DataSection`."""
+        # float16 means, and deviations if latents are drawn; an int64 label
+        return math.prod(shape) * 2 * (1 + self.sample_posterior) + 8
 
 
-class _ChunksConfig(_DataSection):
+class TextSection(DataSection):
     """A text in examples of one length.
 
     Attributes:
+        unit: What a text is counted in.
         length: Characters or tokens of an example; examples overlap in training.
-        placement: Where training examples wait, see kind `images`.
     """
 
+    of_text: ClassVar[bool] = True
+    unit: ClassVar[str] = "characters"
+
     length: Length
-    placement: Literal["auto", "device", "host"] = "auto"
+
+    @abstractmethod
+    def text(self, split: str) -> TextData:
+        """Read the text of a split; see `load`."""
+
+    def load(self, split: str) -> TextChunks:
+        """See `DataSection`."""
+        return TextChunks(self.text(split), self.length)
+
+    def batches(self, data: TextChunks, device: torch.device) -> BatchMaker:
+        """See `DataSection`."""
+        return TextBatches(data.text, data.length, device=device, placement=self.placement)
+
+    def evaluation_batches(self, data: TextChunks, *, batch_size: int, device: torch.device) -> Batches:
+        """See `DataSection`."""
+        return evaluation_chunks(data.text, data.length, batch_size=batch_size, device=device)
+
+    def codec(self) -> TextCodec:
+        """What turns text into ids and back.
+
+        Of `tokens` this reads the tokenizer, or trains it where it is not there yet, for which the train split must be
+        at hand; with `data.tokenizer` no data are needed.
+
+        Raises:
+            FileNotFoundError, ValueError: what reading or training the tokenizer refuses.
+        """
+        return CharacterCodec()
+
+    def with_tokenizer_of(self, folder: Path) -> Self:
+        """The section with the tokenizer that lies in a model's folder, if one does: then no corpus has to be read.
+
+        Args:
+            folder: of the saved model.
+
+        Raises:
+            ValueError: the section's own tokenizer (`tokenizer`, or the one trained on its corpus, where that is at
+                hand and in the cache) is another one, or the file is no tokenizer.
+        """
+        return self
+
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        """See `DataSection`."""
+        return math.prod(shape)  # uint8 characters
 
 
-class TopicsConfig(_ChunksConfig):
+class TopicsConfig(TextSection):
     """The language reference that CPython carries, in the 27 characters of text8: some 300,000; needs no download."""
 
     kind: Literal["topics"]
 
+    def text(self, split: str) -> TextData:
+        """See `TextSection`."""
+        return python_topics(split)
 
-class TextConfig(_ChunksConfig):
+    def count_examples(self) -> ExampleCount:
+        """See `DataSection`."""
+        return ExampleCount(len(self.load("train")), "")
+
+
+class TextFilesSection(TextSection, FilesSection):
+    """Texts in files.
+
+    Attributes:
+        split_files: Patterns of file names in a folder, by split; null: files named after the split, without backups.
+    """
+
+    split_files: dict[str, str] | None = None
+
+    def _count(self, location: str) -> ExampleCount:
+        return ExampleCount(None, "a plan does not read text")
+
+
+class TextConfig(TextFilesSection):
     """A text in the 27 characters of text8: a file, which is split by shares, or a folder with files for each split.
 
     Attributes:
         source: A text file (plain, .xz, .gz or .bz2), or a folder.
         folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
-        split_files: Patterns of file names in a folder, by split; null: files named after the split, without backups.
         fractions: Shares of train, valid and test, of a single file.
-        train_split: Name of the split to train on.
-        test_split: Name of the split to measure on.
         cache: Folder for the text as ids, which are then mapped and not read into memory; null reads it at every start.
     """
 
     kind: Literal["text"]
-    source: str | None = None
-    folder: str | None = None
-    split_files: dict[str, str] | None = None
     fractions: tuple[Share, Share, Share] = (0.9, 0.05, 0.05)
-    train_split: str = "train"
-    test_split: str = "test"
     cache: Path | None = None
 
+    def text(self, split: str) -> TextData:
+        """See `TextSection`."""
+        return characters(
+            self.location(),
+            self.split_name(split),
+            split_files=self.split_files,
+            fractions=self.fractions,
+            cache_dir=self.cache,
+        )
 
-class TokensConfig(_ChunksConfig):
+
+class TokensConfig(TextFilesSection):
     """A corpus as byte-level BPE tokens, of a tokenizer that is trained on its train split; encoded once, then mapped.
 
     Attributes:
         source: A folder with text files for each split (plain, .xz, .gz or .bz2).
         folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
-        split_files: Patterns of file names, by split; null: files named after the split, without backups.
-        train_split: Name of the split to train on.
-        test_split: Name of the split to measure on.
         separator: What stands between documents within a file; null: a file is a document.
         special_tokens: Read special tokens in the text, such as chat markers, as their ids. Otherwise their letters are
             letters; those of <|endoftext|> always are.
@@ -170,12 +476,9 @@ class TokensConfig(_ChunksConfig):
         cache: Folder for the tokenizer and the ids; null: runs/tokens-<name of the folder>.
     """
 
+    unit: ClassVar[str] = "tokens"
+
     kind: Literal["tokens"]
-    source: str | None = None
-    folder: str | None = None
-    split_files: dict[str, str] | None = None
-    train_split: str = "train"
-    test_split: str = "test"
     separator: str | None = Field(default=None, min_length=1)
     special_tokens: bool = False
     vocab_size: Int = Field(default=8192, ge=257, le=MOST_TOKENS)
@@ -188,22 +491,63 @@ class TokensConfig(_ChunksConfig):
         """Where tokenizer and ids are kept."""
         return self.cache or Path("runs") / f"tokens-{self.folder or Path(str(self.source)).name}"
 
-
-def resolved_source(data: ImageFilesConfig | LatentsConfig | TextConfig | TokensConfig) -> str:
-    """The folder or hub name to read.
-
-    Raises:
-        ValueError: neither source nor folder leads anywhere.
-    """
-    root = os.environ.get(DATA_VARIABLE)
-    if data.folder is not None and root and (Path(root) / data.folder).is_dir():
-        return str(Path(root) / data.folder)
-    if data.source is None:
-        raise ValueError(
-            f"data.source is not set; give a folder or hub name (--set data.source=...), or set {DATA_VARIABLE} to "
-            f"a folder that holds {data.folder!r}"
+    def text(self, split: str) -> TextData:
+        """See `TextSection`."""
+        name = self.split_name(split)
+        files = split_files(Path(self.location()), name, self.split_files)
+        file = self._tokenizer_file()
+        text = encoded_split(
+            files,
+            load_tokenizer(file),
+            self.cache_folder,
+            name,
+            separator=self.separator,
+            special_tokens=self.special_tokens,
+            progress=True,
         )
-    return data.source
+        return dataclasses.replace(text, tokenizer=file.read_bytes())
+
+    def codec(self) -> TextCodec:
+        """See `TextSection`."""
+        return TokenCodec(load_tokenizer(self._tokenizer_file()))
+
+    def with_tokenizer_of(self, folder: Path) -> Self:
+        """See `TextSection`."""
+        saved = tokenizer_in(folder)
+        if saved is None:
+            return self
+        own = self.tokenizer or self._trained_tokenizer()
+        if own is not None and own.is_file() and not same_tokenizer(saved, own):
+            raise ValueError(
+                f"{saved}, which the model learned, and {own}, the recipe's own, are different tokenizers: give the "
+                "recipe and the corpus that the model was trained with, or go by the model's: --set "
+                f"data.tokenizer={saved}"
+            )
+        return self.model_copy(update={"tokenizer": saved})
+
+    def _trained_tokenizer(self) -> Path | None:
+        """Where the tokenizer of the corpus is kept, or would be; None without a corpus."""
+        try:
+            return corpus_tokenizer_path(
+                self._corpus(), self.vocab_size, self.cache_folder, limit=self.train_characters
+            )
+        except (FileNotFoundError, ValueError):  # of the corpus: whoever reads it is told why it cannot be
+            return None
+
+    def _tokenizer_file(self) -> Path:
+        """The tokenizer, which is trained where it is not there yet."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        files, limit = self._corpus(), self.train_characters
+        corpus_tokenizer(files, self.vocab_size, self.cache_folder, limit=limit, progress=True)
+        return corpus_tokenizer_path(files, self.vocab_size, self.cache_folder, limit=limit)
+
+    def _corpus(self) -> list[Path]:
+        return split_files(Path(self.location()), self.train_split, self.split_files)
+
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        """See `DataSection`."""
+        return math.prod(shape) * (2 if num_classes <= 1 << 16 else 4)  # uint16 or uint32, as `encoded_corpus` writes
 
 
 DataConfig = Annotated[

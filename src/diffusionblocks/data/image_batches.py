@@ -12,7 +12,7 @@ from .augment import Augment, AugmentConfig
 from .example_device import on_device
 from .image_data import ImageData
 
-__all__ = ["ImageBatches", "evaluation_batches"]
+__all__ = ["ImageBatches", "evaluation_batches", "to_uint8"]
 
 
 class Normalise:
@@ -30,6 +30,34 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.to(torch.float32) * self.scale + self.shift
+
+
+def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images to pixels: (x * std + mean) * 255, rounded and clamped; undoes the data's normalisation.
+
+    Args:
+        images: floating, shape (n, C, H, W), every value finite.
+        mean: per channel, on the 0..1 scale of the pixels.
+        std: per channel, on the same scale, > 0.
+
+    Returns:
+        uint8, shape (n, C, H, W), on the device of `images`.
+
+    Raises:
+        ValueError: another shape or dtype, values that are not finite, or mean and std not as above.
+    """
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(f"images must be floating, (n, C, H, W); got {images.dtype}, {tuple(images.shape)}")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != images.shape[1] or not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name} = {list(values)}: must be {images.shape[1]} finite numbers, one per channel")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std = {list(std)}: every value must be > 0 (on the 0..1 scale of the pixels)")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images must be finite, some values are nan or inf: the chain that made them diverged")
+    x = images.float()
+    m, s = (x.new_tensor(list(values))[:, None, None] for values in (mean, std))
+    return ((x * s + m) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class ImageBatches:

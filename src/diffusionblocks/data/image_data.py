@@ -3,6 +3,7 @@ Face hub. `batches.py` makes batches of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.files import write_tensors
+from .dataset import Dataset
 from .decoder import MODES, decode_image, oversized_refused
 from .tables import ImageTable, open_table
 
@@ -23,7 +25,7 @@ _CACHE_FORMAT = 2  # Raise it when the content of a cache file changes: older fi
 
 
 @dataclass(frozen=True)
-class ImageData:
+class ImageData(Dataset):
     """Labelled images of one size, in ordinary memory.
 
     Attributes:
@@ -71,6 +73,19 @@ class ImageData:
     def example_shape(self) -> tuple[int, int, int]:
         """`image_shape`: of every example."""
         return self.image_shape
+
+    @property
+    def classes(self) -> list[str]:
+        """See `Dataset`."""
+        return list(self.class_names)
+
+    def tensors(self) -> list[Tensor]:
+        """See `Dataset`."""
+        return [self.labels, self.images]
+
+    def first(self, count: int | None) -> ImageData:
+        """The first `count` images; None: all."""
+        return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
 
     def __len__(self) -> int:
         return len(self.images)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..common.files import checked, read_json, temporary_folder, write_json, write_tensors
+from .dataset import Dataset
 from .example_device import on_device
 from .tables import ClassNames
 
@@ -126,7 +127,7 @@ class LatentScale:
 
 
 @dataclass(frozen=True)
-class LatentData:
+class LatentData(Dataset):
     """Labelled latents of one shape, in ordinary memory or mapped from files: N rows in one or more shards.
 
     Attributes:
@@ -182,6 +183,15 @@ class LatentData:
     def example_shape(self) -> tuple[int, int, int]:
         """`image_shape`: of every example."""
         return self.image_shape
+
+    @property
+    def classes(self) -> list[str]:
+        """See `Dataset`."""
+        return list(self.class_names)
+
+    def tensors(self) -> list[Tensor]:
+        """See `Dataset`."""
+        return [self.labels, *self.mean, *self.std]
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .dataset import Dataset
 from .example_device import on_device
 from .text_data import TextData
 
@@ -17,7 +19,7 @@ _SIGNED = {torch.uint8: torch.uint8, torch.uint16: torch.int16, torch.uint32: to
 
 
 @dataclass(frozen=True)
-class TextChunks:
+class TextChunks(Dataset):
     """A text as examples of one length.
 
     Attributes:
@@ -37,6 +39,26 @@ class TextChunks:
     def example_shape(self) -> tuple[int]:
         """(length,)."""
         return (self.length,)
+
+    @property
+    def classes(self) -> int:
+        """See `Dataset`."""
+        return self.num_classes
+
+    @property
+    def tokenizer(self) -> bytes | None:  # type: ignore[override]
+        """See `Dataset`."""
+        return self.text.tokenizer
+
+    def tensors(self) -> list[Tensor]:
+        """See `Dataset`."""
+        return [self.text.ids]
+
+    def first(self, count: int | None) -> TextChunks:
+        """The first `count` chunks; None: all of the text."""
+        if count is None:
+            return self
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, ids=self.text.ids[: count * self.length]))
 
     def __len__(self) -> int:
         """Chunks that do not overlap."""

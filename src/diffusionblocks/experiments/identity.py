@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..common.messages import shortened
 from ..core.merging import difference
-from ..data import ImageData, LatentData, TextChunks
+from ..data.dataset import Dataset
 from ..families import family_named
 from ..noise import EDM
 from ..training.train_config import RESUME_MAY_DIFFER
@@ -42,7 +42,7 @@ _IDENTITY = {"data": ("examples", "shape", "classes", "content"), "model": ("fil
 _WHOLE, _PIECE = 2**28, 2**20
 
 
-def describe_run(recipe: Recipe, data: ImageData | LatentData | TextChunks | None) -> dict[str, Any]:
+def describe_run(recipe: Recipe, data: Dataset | None) -> dict[str, Any]:
     """What a run of the recipe trains on the data (None: data that are not read yet), as JSON values."""
     description = recipe.model_dump(mode="json")
     if data is not None:
@@ -154,13 +154,9 @@ def _in_todays_terms(description: dict[str, Any]) -> dict[str, Any]:
     return {name: values | more[name] if name in more else values for name, values in plain.items()}
 
 
-def _identity(data: ImageData | LatentData | TextChunks) -> dict[str, Any]:
-    if isinstance(data, TextChunks):
-        tokenizer = data.text.tokenizer
-        extra = None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest()
-        return {"classes": data.num_classes, "content": _content([data.text.ids], extra)}
-    parts = [data.images] if isinstance(data, ImageData) else [*data.mean, *data.std]
-    return {"classes": list(data.class_names), "content": _content([data.labels, *parts], None)}
+def _identity(data: Dataset) -> dict[str, Any]:
+    tokenizer = None if data.tokenizer is None else hashlib.sha256(data.tokenizer).hexdigest()
+    return {"classes": data.classes, "content": _content(data.tensors(), tokenizer)}
 
 
 def _content(tensors: Iterable[Tensor], extra: str | None) -> str:

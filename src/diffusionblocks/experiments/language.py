@@ -19,6 +19,7 @@ from ..common.modes import evaluating
 from ..common.tensors import computes_on
 from ..core.model import DiffusionBlocks
 from ..data import TextChunks, evaluation_chunks
+from ..data.data_config import DataSection
 from ..evaluation.cross_entropy import LanguageRow, language_row, plain_language_row
 from ..evaluation.mauve import HiddenFeatures, Mauve, mauve_score
 from ..evaluation.perplexity import GeneratedText, Perplexity, generated_text, generative_perplexity
@@ -61,11 +62,11 @@ def measure(recipe: Recipe, options: LanguageConfig, model: nn.Module, data: Tex
         model: a `DiffusionBlocks`, or an `EndToEnd`.
         data: the test text.
     """
-    text = data.text
-    if options.limit is not None:
-        text = dataclasses.replace(text, ids=text.ids[: options.limit * data.length])
     device = computes_on(model)
-    batches = functools.partial(evaluation_chunks, text, data.length, batch_size=options.batch_size, device=device)
+    section: DataSection = recipe.data
+    batches = functools.partial(
+        section.evaluation_batches, data.first(options.limit), batch_size=options.batch_size, device=device
+    )
     if isinstance(model, DiffusionBlocks):
         known = language_row(model, batches, levels=options.levels, seed=options.seed)
     else:

@@ -3,14 +3,12 @@ bits a character."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,8 @@ from ..common.fields import MANY_CALLS, MOST_CALLS
 from ..common.modes import evaluating
 from ..common.tensors import computes_on
 from ..core.model import DiffusionBlocks
-from ..data import ImageData, LatentData, TextChunks, evaluation_batches, evaluation_chunks
-from ..data.data_config import LatentsConfig, PixelsConfig
+from ..data import ImageData, TextChunks
+from ..data.data_config import DataSection, ImagesSection, PixelsConfig
 from ..evaluation.accuracy import AccuracyRow, accuracy_grid
 from ..evaluation.bits import Bits, bits_per_character
 from ..evaluation.diagnostics import LevelRow, accuracy_by_level
@@ -34,7 +32,7 @@ from ..targets import ImageTarget
 from . import language
 from .language import check_prompts, check_room
 from .recipe import AccuracyConfig, BitsConfig, LanguageConfig, Recipe, SamplesConfig
-from .sources import Data, check_data, device_of, load_data, pixels_of
+from .sources import Data, check_data, device_of, load_data
 
 _log = logging.getLogger(__name__)
 
@@ -109,16 +107,10 @@ def _test_batches(
 ) -> Callable[[], Iterator[dict[str, Tensor]]]:
     images = splits["test"] if "test" in splits else load_data(recipe, "test")
     assert isinstance(images, ImageData), "recipes of classifiers have images"
-    assert isinstance(recipe.data, PixelsConfig)
-    if options.limit is not None:
-        images = dataclasses.replace(
-            images, images=images.images[: options.limit], labels=images.labels[: options.limit]
-        )
+    section: DataSection = recipe.data
     return functools.partial(
-        evaluation_batches,
-        images,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
+        section.evaluation_batches,
+        images.first(options.limit),
         batch_size=options.batch_size,
         device=computes_on(model),
     )
@@ -131,10 +123,8 @@ def _bits(recipe: Recipe, options: BitsConfig, model: DiffusionBlocks, splits: S
     data = splits["test"] if "test" in splits else load_data(recipe, "test")
     assert isinstance(data, TextChunks), "recipes of text models have text"
     assert isinstance(model.noise, Masking)
-    text = data.text
-    if options.limit is not None:
-        text = dataclasses.replace(text, ids=text.ids[: options.limit * data.length])
-    batches = evaluation_chunks(text, data.length, batch_size=options.batch_size, device=model.device)
+    section: DataSection = recipe.data
+    batches = section.evaluation_batches(data.first(options.limit), batch_size=options.batch_size, device=model.device)
     networks = {b: functools.partial(model.block(b), {}) for b in range(model.partition.num_blocks)}
     with precision(recipe, model), evaluating(model):
         return bits_per_character(
@@ -152,9 +142,12 @@ def _samples(recipe: Recipe, options: SamplesConfig, model: DiffusionBlocks, spl
     if options.features is not None:
         real = {split: splits[split] if split in splits else load_data(recipe, split) for split in ("train", "test")}
         features = features_of(recipe, options, real)
-        pixels = pixels_of(recipe, model.device)
+        section: DataSection = recipe.data
+        assert isinstance(section, ImagesSection), "recipes of diffusion models have images"
+        pixels = section.to_pixels(model.device)
         for split, data in real.items():
-            images = _real_images(data, pixels, options, model.device, recipe)
+            count = min(len(data), options.reference_images or len(data))
+            images = section.real_images(data, pixels, count=count, batch_size=options.batch_size, device=model.device)
             references[split] = statistics(features, images)
     with precision(recipe, model):
         return measure_samples(
@@ -288,7 +281,7 @@ def network_calls(recipe: Recipe, model: nn.Module, test: Data) -> int:
         chains = sum(options.steps) * max(options.seeds) if isinstance(model, DiffusionBlocks) else 1
         return min(len(test), options.limit or len(test)) * chains
     assert isinstance(test, TextChunks)
-    sequences = min(len(test.text) // test.length, options.limit or len(test.text))
+    sequences = min(len(test), options.limit or len(test))
     if isinstance(options, BitsConfig):
         return sequences * blocks * options.times + options.samples * options.steps
     assert isinstance(options, LanguageConfig)
@@ -317,7 +310,7 @@ def _say(text: str) -> None:
 def _check_enough(recipe: Recipe, test: Data) -> None:
     """Refuse a test split with fewer examples than its measure needs: two sequences have a standard error."""
     least = 2 if isinstance(recipe.evaluate, (BitsConfig, LanguageConfig)) else 1
-    count = len(test.text) // test.length if isinstance(test, TextChunks) else len(test)
+    count = len(test)
     if count < least:
         what = f"sequences of data.length = {test.length}" if isinstance(test, TextChunks) else "examples"
         raise ValueError(
@@ -328,23 +321,4 @@ def _check_enough(recipe: Recipe, test: Data) -> None:
 
 def data_name(recipe: Recipe) -> str:
     """A short name of the recipe's data."""
-    data: Any = recipe.data
-    if data.kind in ("digits", "topics"):
-        return str(data.kind)
-    return str(data.folder or Path(str(data.source)).name)
-
-
-def _real_images(
-    data: Data, pixels: Callable[[Tensor], Tensor], options: SamplesConfig, device: torch.device, recipe: Recipe
-) -> Iterator[Tensor]:
-    """The real images as uint8; of latents, their means' reconstructions."""
-    count = min(len(data), options.reference_images or len(data))
-    for start in range(0, count, options.batch_size):
-        stop = min(start + options.batch_size, count)
-        if isinstance(data, LatentData):
-            assert isinstance(recipe.data, LatentsConfig)
-            rows = torch.arange(start, stop)
-            yield pixels(data.rows("mean", rows).to(device).float() * recipe.data.scale)
-        else:
-            assert isinstance(data, ImageData)
-            yield data.images[start:stop].to(device)
+    return recipe.data.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from ..common.files import read_json, recover
 from ..common.generation_config import as_ids, end_tokens, rebuilt_generation_config
 from ..common.messages import near
 from ..common.sizes import SIZES, check_shape, check_sizes
-from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from ..config import BlocksConfig
 from ..core.conversion import assemble
 from ..core.end_to_end import load_end_to_end, save_end_to_end
@@ -25,33 +23,9 @@ from ..core.materialise import build, empty, materialise
 from ..core.model import DiffusionBlocks
 from ..core.saving import INDEX, MODEL_FILES, save
 from ..core.weights import Fresh, WeightSource, cast_weights, pretrained_source
-from ..data import (
-    CharacterCodec,
-    ImageBatches,
-    ImageData,
-    LatentBatches,
-    LatentData,
-    TextBatches,
-    TextChunks,
-    TextCodec,
-    TokenCodec,
-    characters,
-    digits,
-    image_classification,
-    latent_folder,
-    python_topics,
-)
-from ..data.data_config import (
-    DigitsConfig,
-    LatentsConfig,
-    PixelsConfig,
-    TextConfig,
-    TokensConfig,
-    TopicsConfig,
-    resolved_source,
-)
-from ..data.latents import scale_of_split
-from ..data.tokenized import corpus_tokenizer, corpus_tokenizer_path, encoded_split, load_tokenizer, split_files
+from ..data import TextChunks, TextCodec
+from ..data.data_config import DataSection, ImagesSection, TextSection
+from ..data.dataset import BatchMaker, Dataset
 from ..families import (
     config_fields,
     family_named,
@@ -64,14 +38,12 @@ from ..families import (
 )
 from ..families.causal_lm import attention_window
 from ..families.libraries import cached_file
-from ..reports.pictures import to_uint8
-from ..training import BatchMaker, EndToEnd
+from ..training import EndToEnd
 from .recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
-#: All have `example_shape`, `num_classes` (labels, or different tokens) and a length.
-Data = ImageData | LatentData | TextChunks
+Data = Dataset
 
 
 #: What an example is, by what the family denoises.
@@ -95,164 +67,41 @@ def device_of(recipe: Recipe) -> torch.device:
 # ---- data ----------------------------------------------------------------------------------------------
 
 
-def load_data(recipe: Recipe, split: str) -> Data:
+def load_data(recipe: Recipe, split: str) -> Dataset:
     """The recipe's `train` or `test` data."""
-    data = recipe.data
-    if isinstance(data, DigitsConfig):
-        return digits(split)
-    if isinstance(data, TopicsConfig):
-        return TextChunks(python_topics(split), data.length)
-    name = {"train": data.train_split, "test": data.test_split}[split]
-    if isinstance(data, LatentsConfig):
-        return latent_folder(resolved_source(data), name, reference_split=data.train_split)
-    if isinstance(data, TextConfig):
-        source = resolved_source(data)
-        text = characters(source, name, split_files=data.split_files, fractions=data.fractions, cache_dir=data.cache)
-        return TextChunks(text, data.length)
-    if isinstance(data, TokensConfig):
-        files = split_files(Path(resolved_source(data)), name, data.split_files)
-        file = _tokenizer_file(data)
-        tokenizer = load_tokenizer(file)
-        text = encoded_split(
-            files,
-            tokenizer,
-            data.cache_folder,
-            name,
-            separator=data.separator,
-            special_tokens=data.special_tokens,
-            progress=True,
-        )
-        return TextChunks(dataclasses.replace(text, tokenizer=file.read_bytes()), data.length)
-    return image_classification(
-        resolved_source(data),
-        data.split_files,
-        name,
-        data.image_column,
-        data.label_column,
-        data.image_size,
-        data.channels,
-        data.num_classes,
-        data.cache,
-        reference_split=data.train_split,
-    )
+    return recipe.data.load(split)
 
 
 def text_codec(recipe: Recipe) -> TextCodec:
-    """What turns text into the recipe's ids and back.
-
-    Of `tokens` this reads the tokenizer, or trains it where it is not there yet, for which the train split must be at
-    hand; with `data.tokenizer` no data are needed.
+    """What turns text into the recipe's ids and back, see `TextSection.codec`.
 
     Raises:
         FileNotFoundError, ValueError: what reading or training the tokenizer refuses; or a recipe without text.
     """
     data = recipe.data
-    if isinstance(data, (TopicsConfig, TextConfig)):
-        return CharacterCodec()
-    if isinstance(data, TokensConfig):
-        return TokenCodec(load_tokenizer(_tokenizer_file(data)))
-    raise ValueError(f"data.kind: {data.kind} has no text; text has data.kind: topics, text or tokens")
+    if not isinstance(data, TextSection):
+        raise ValueError(f"data.kind: {data.kind} has no text; text has data.kind: topics, text or tokens")
+    return data.codec()
 
 
 def with_saved_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the tokenizer that lies in a model's folder, if one does: no corpus is needed to make it then.
-
-    Args:
-        recipe: of any model; one without tokens is returned as it is.
-        folder: of the saved model.
-
-    Raises:
-        ValueError: the recipe's own tokenizer (`data.tokenizer`, or the one trained on its corpus, where that is at
-            hand and in the cache) is another one, or the file is no tokenizer.
-    """
-    data, saved = recipe.data, tokenizer_in(folder)
-    if not isinstance(data, TokensConfig) or saved is None:
+    """The recipe with the tokenizer that lies in a model's folder, see `TextSection.with_tokenizer_of`."""
+    data = recipe.data
+    if not isinstance(data, TextSection):
         return recipe
-    own = data.tokenizer or _trained_tokenizer(data)
-    if own is not None and own.is_file() and not same_tokenizer(saved, own):
-        raise ValueError(
-            f"{saved}, which the model learned, and {own}, the recipe's own, are different tokenizers: give the recipe "
-            f"and the corpus that the model was trained with, or go by the model's: --set data.tokenizer={saved}"
-        )
-    return recipe.model_copy(update={"data": data.model_copy(update={"tokenizer": saved})})
+    return recipe.model_copy(update={"data": data.with_tokenizer_of(folder)})
 
 
-def _trained_tokenizer(data: TokensConfig) -> Path | None:
-    """Where the tokenizer of the recipe's corpus is kept, or would be; None without a corpus."""
-    try:
-        return corpus_tokenizer_path(
-            _tokenizer_source(data), data.vocab_size, data.cache_folder, limit=data.train_characters
-        )
-    except (FileNotFoundError, ValueError):  # of the corpus: whoever reads it is told why it cannot be
-        return None
-
-
-def _tokenizer_file(data: TokensConfig) -> Path:
-    """The recipe's tokenizer, which is trained where it is not there yet."""
-    if data.tokenizer is not None:
-        return data.tokenizer
-    files, limit = _tokenizer_source(data), data.train_characters
-    corpus_tokenizer(files, data.vocab_size, data.cache_folder, limit=limit, progress=True)
-    return corpus_tokenizer_path(files, data.vocab_size, data.cache_folder, limit=limit)
-
-
-def _tokenizer_source(data: TokensConfig) -> list[Path]:
-    return split_files(Path(resolved_source(data)), data.train_split, data.split_files)
-
-
-def make_batches(recipe: Recipe, data: Data, device: torch.device) -> BatchMaker:
+def make_batches(recipe: Recipe, data: Dataset, device: torch.device) -> BatchMaker:
     """What makes training batches of the data on the device."""
-    options = recipe.data
-    if isinstance(data, LatentData):
-        assert isinstance(options, LatentsConfig)
-        return LatentBatches(
-            data,
-            device=device,
-            scale=options.scale,
-            sample_posterior=options.sample_posterior,
-            placement=options.placement,
-        )
-    if isinstance(data, TextChunks):
-        return TextBatches(data.text, data.length, device=device, placement=options.placement)
-    assert isinstance(options, PixelsConfig)
-    return ImageBatches(
-        data,
-        mean=options.mean,
-        std=options.std,
-        augment=options.augment,
-        device=device,
-        placement=options.placement,
-    )
+    section: DataSection = recipe.data
+    return section.batches(data, device)
 
 
 def pixels_of(recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What turns model-space samples (n, C, H, W) into uint8 images (n, 1 or 3, H, W).
-
-    Raises:
-        ValueError: the samples are latents and no autoencoder is named, or one that scales latents otherwise than those
-            of the recipe are, where they are at hand.
-    """
-    data = recipe.data
-    if isinstance(data, PixelsConfig):
-        return lambda samples: to_uint8(samples, data.mean, data.std)
-    assert isinstance(data, LatentsConfig), "text has no pixels"
-    if data.vae is None:
-        raise ValueError("samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME")
-    from ..data.encode import decode, latent_scale, load_vae
-
-    vae: Any = load_vae(data.vae, device)
-    scale = latent_scale(vae)
-    try:
-        source = resolved_source(data)
-    except ValueError:  # without the latents the autoencoder is trusted
-        noted = None
-    else:
-        noted = scale_of_split(source, data.train_split)
-    if noted is not None:
-        scale.check_same(noted, f"vae = {data.vae!r}", f"{source}, split {data.train_split!r},")
-    factor = scale.scaling_factor * data.scale
-    half = (0.5, 0.5, 0.5)
-    return lambda samples: to_uint8(decode(samples, vae, factor), half, half)
+    """What turns model-space samples into uint8 images, see `ImagesSection.to_pixels`."""
+    assert isinstance(recipe.data, ImagesSection), "text has no pixels"
+    return recipe.data.to_pixels(device)
 
 
 # ---- models --------------------------------------------------------------------------------------------
@@ -560,7 +409,7 @@ def save_model(
         data: what it was trained on: the tokenizer of text in tokens goes with it, as `tokenizer.json`.
         trained: what its blocks learned from, for their index (`identity.learned_from`).
     """
-    tokenizer = data.text.tokenizer if isinstance(data, TextChunks) else None
+    tokenizer = None if data is None else data.tokenizer
     if isinstance(model, DiffusionBlocks):
         save(model, path, blocks, tokenizer, trained)
     elif isinstance(model, EndToEnd):

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.block import Block
-from ..data.data_config import LatentsConfig, TextConfig, TokensConfig, TopicsConfig
 from ..experiments.recipe import Recipe
 from ..experiments.run import with_depth
 from ..experiments.sources import config_of, outline_of
@@ -24,7 +22,6 @@ from ..families import family_named
 from ..training import Unit, units_of
 from ..training.shared_module import shape_of
 from .counting import kept_on_device
-from .examples import examples_at_hand
 from .timeline import Moment
 from .tracing import MakeBatch, StepMoments, trace_step
 
@@ -107,8 +104,8 @@ def predict(recipe: Recipe, *, num_examples: int | None = None) -> Ledger:
     Args:
         recipe: what would be trained; a trunk is not looked at.
         num_examples: how many examples of the data are kept on the device (with `data.placement: host`: none; `auto`
-            counts as `device`). None counts those of the train split where that is cheap (`examples_at_hand`), else
-            none.
+            counts as `device`). None counts those of the train split where that is cheap
+            (`DataSection.count_examples`), else none.
 
     Raises:
         ValueError: what building the recipe's model refuses, num_examples < 0, or nothing to train.
@@ -139,7 +136,7 @@ def keeps_data(recipe: Recipe) -> bool:
     """Whether the data are in the device's memory; `auto` is taken to keep them there."""
     if on_gpu(recipe):
         return recipe.data.placement != "host"
-    return not isinstance(recipe.data, LatentsConfig) or recipe.data.placement == "device"  # else mapped from files
+    return not recipe.data.mapped or recipe.data.placement == "device"  # else mapped from files
 
 
 def data_bytes(recipe: Recipe, num_examples: int | None) -> int:
@@ -149,20 +146,13 @@ def data_bytes(recipe: Recipe, num_examples: int | None) -> int:
 
 
 def _data_bytes(recipe: Recipe, example_shape: tuple[int, ...], num_examples: int | None, num_classes: int) -> int:
-    data = recipe.data
     if num_examples is not None and num_examples < 0:
         raise ValueError(f"num_examples must be >= 0, got {num_examples}")
     if not keeps_data(recipe):
         return 0
     if num_examples is None:
-        num_examples = examples_at_hand(recipe).count or 0
-    if isinstance(data, (TopicsConfig, TextConfig)):
-        return num_examples * math.prod(example_shape)  # uint8 characters
-    if isinstance(data, TokensConfig):  # uint16 or uint32, see data/tokenized.py
-        return num_examples * math.prod(example_shape) * (2 if num_classes <= 1 << 16 else 4)
-    # uint8 images, or float16 latents: means, and deviations if latents are drawn; and int64 labels
-    per_element = 2 * (1 + data.sample_posterior) if isinstance(data, LatentsConfig) else 1
-    return num_examples * (math.prod(example_shape) * per_element + 8)
+        num_examples = recipe.data.count_examples().count or 0
+    return num_examples * recipe.data.example_bytes(example_shape, num_classes)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.data_config import TextConfig, TokensConfig, TopicsConfig
+from ..data.data_config import TextSection
 from ..data.example_device import SHARE
 from ..experiments.recipe import Recipe, parse_recipe
 from ..experiments.run import depth_of
 from ..families import family_named
 from ..training.train_config import LEAN_BUDGET
-from .examples import examples_at_hand
 from .ledger import Forecast, Ledger, data_bytes, forecast, keeps_data, on_gpu
 from .timeline import Moment
 from .tracing import StepMoments
@@ -48,7 +47,7 @@ def savers_of(recipe: Recipe) -> tuple[dict[str, Any], ...]:
     first: list[dict[str, Any]] = []
     if train.compile and train.activation_memory_budget > LEAN_BUDGET:
         first.append({"train.activation_memory_budget": LEAN_BUDGET})
-    if isinstance(data, (TopicsConfig, TextConfig, TokensConfig)) and train.loss_chunk is None:
+    if isinstance(data, TextSection) and train.loss_chunk is None:
         first.append({"train.loss_chunk": max(1, data.length // _CHUNKS)})
     return (*first, *SAVERS)
 
@@ -141,7 +140,7 @@ def plan(recipe: Recipe, budget_bytes: int, *, vary: str | None = None, num_exam
     if vary not in (None, "blocks", "batch"):
         raise ValueError(f"vary = {vary!r}: must be blocks or batch, or left out for both")
     if num_examples is None and keeps_data(recipe):
-        num_examples = examples_at_hand(recipe).count or 0  # once: every forecast would read the files again
+        num_examples = recipe.data.count_examples().count or 0  # once: every forecast would read the files again
     always = _on_the_host(recipe, budget_bytes, num_examples)
     search = _Search(recipe, budget_bytes, num_examples, always)
     blocks = search.fewest_blocks() if vary != "batch" else None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..data.data_config import TextConfig, TokensConfig
+from ..data.data_config import TextSection
 from ..experiments.recipe import Recipe
 from ..reports.tables import format_bytes, format_table
-from .examples import examples_at_hand
 from .ledger import Ledger, data_bytes, keeps_data, on_gpu
 from .planner import Fit, Plan
 
@@ -50,7 +49,7 @@ def _about_data(recipe: Recipe, num_examples: int | None, plan: Plan | None) -> 
         )
     if num_examples is not None:
         return ""
-    examples = examples_at_hand(recipe)
+    examples = recipe.data.count_examples()
     if examples.count is None:
         return f"NOT COUNTED ({examples.where}); --examples N counts N examples of {_one_example(recipe)}"
     if not examples.where:
@@ -63,8 +62,8 @@ def _about_data(recipe: Recipe, num_examples: int | None, plan: Plan | None) -> 
 
 def _one_example(recipe: Recipe) -> str:
     data = recipe.data
-    if isinstance(data, (TextConfig, TokensConfig)):
-        return f"{data.length} {'tokens' if isinstance(data, TokensConfig) else 'characters'}"
+    if isinstance(data, TextSection):
+        return f"{data.length} {data.unit}"
     return f"{data_bytes(recipe, 1):,} bytes"
 
 

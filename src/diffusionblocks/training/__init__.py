@@ -1,7 +1,7 @@
 """One trainer for end-to-end models and for blocks; see `trainer.py`."""
 
+from ..data.dataset import BatchMaker
 from .optim import check_optimizer
-from .step import BatchMaker
 from .train_config import TrainConfig
 from .trainer import Diverged, Interrupted, Trainer
 from .units import EndToEnd, Unit, trainable, units_of

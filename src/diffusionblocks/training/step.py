@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..data.dataset import BatchMaker
 from .residency import Place, Residency
 from .train_config import TrainConfig
 
 _EAGER_STEPS = 3  # real steps before capture: they load kernels and create the optimizer's state
-
-
-class BatchMaker(Protocol):
-    """Makes a batch on the device from example indices (batch,) and a generator."""
-
-    num_examples: int
-
-    def __call__(self, indices: Tensor, generator: torch.Generator | None) -> Mapping[str, Tensor]:
-        """Make the batch."""
-
-    def compile(self) -> None:
-        """torch.compile what can be."""
 
 
 @contextlib.contextmanager

@@ -24,13 +24,14 @@ from ..common.finite import first_not_finite
 from ..common.seeds import key
 from ..core.branching import trunk_name
 from ..core.model import DiffusionBlocks
+from ..data.dataset import BatchMaker
 from .checkpoint import checkpoints, read_owner, read_values, remove, write_checkpoint
 from .compilation import compile_modules, compile_options
 from .data_order import DataOrder
 from .residency import Lengths, make_residency
 from .run_log import LOG, JsonLines, Logger
 from .schedules import block_schedule, next_others
-from .step import BatchMaker, Stepper
+from .step import Stepper
 from .train_config import RESUME_MAY_DIFFER, TrainConfig
 from .units import Unit, units_of
 
