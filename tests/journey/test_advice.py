@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from diffusionblocks.cli import main
 from diffusionblocks.common.files import read_json, write_json
-from diffusionblocks.data.data_config import DATA_VARIABLE, FilesSection, LatentsConfig
+from diffusionblocks.data.data_config import DATA_VARIABLE, LatentsConfig
 from diffusionblocks.experiments.baselines import variants
 from diffusionblocks.experiments.compare import remarks
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
@@ -182,7 +182,6 @@ def with_colours(path: str, changes: dict[str, Any], folder: Path) -> None:
 def with_source(path: str, changes: dict[str, Any], folder: Path) -> None:
     recipe = recipe_of(path, changes)
     assert isinstance(recipe.data, LatentsConfig)
-    assert isinstance(recipe.data, FilesSection)
     recipe.data.location()
 
 
