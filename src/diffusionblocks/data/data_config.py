@@ -48,7 +48,6 @@ class DataSection(BaseModel, ABC):
     Attributes:
         of_text: Whether examples are texts.
         mapped: Whether a CPU reads examples from files when they are used, instead of having them in memory.
-        kind: Which data they are.
         placement: Where training examples wait: on the `device`, on the `host`, or `auto`: on the device where they
             take at most a quarter of its free memory.
     """
