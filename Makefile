@@ -37,4 +37,4 @@ docs: .venv/docs
 	touch $@
 
 clean:
-	rm -rf .venv runs build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .cache runs build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

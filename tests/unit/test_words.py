@@ -38,7 +38,7 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def _prose() -> Iterator[tuple[str, int, str]]:
     """Yield (file, line, text) of every line of prose."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", ROOT / "findings" / "README.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
         if page.name == "recipes.md":  # made of docstrings
             continue
