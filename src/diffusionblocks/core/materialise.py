@@ -81,7 +81,7 @@ def _check_weights(source: WeightSource, model: DiffusionBlocks) -> None:
 def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> None:
     """Give memory and initial weights, on the CPU, to all that is still on the meta device in one block.
 
-    Parameters stay the same objects. Under `joint`, the shared parts are filled with the first block.
+    Parameters stay the same objects. Under `joint`, the shared parameters are filled with the first block.
 
     Args:
         model: made by `empty` from the same source.

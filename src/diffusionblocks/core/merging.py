@@ -1,8 +1,8 @@
 """Merging: blocks that were trained apart, on machines that never talked, become one model.
 
 Each folder holds some blocks of one model (`save_pretrained(path, blocks=...)`, or a run with `train.blocks`). Files
-are checked and copied: names, shapes and dtypes by their headers, values for being finite, and the shared parts that
-must be equal by their bits. One tensor is read at a time.
+are checked and copied: names, shapes and dtypes by their headers, values for being finite, and the shared parameters
+that must be equal by their bits. One tensor is read at a time.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def merge(
     Raises:
         FileNotFoundError: a folder holds no model, or lacks a file that its index lists.
         ValueError: configurations that differ, a block that no folder or more than one holds, a file that does not
-            match the model or holds values that are not finite, shared parts or tokenizers that are not the same where
-            they must be, or an `out` that is an input.
+            match the model or holds values that are not finite, shared parameters or tokenizers that are not the same
+            where they must be, or an `out` that is an input.
     """
     given, preferred = _paths(folders), _paths(prefer)
     models = [read_saved(_model_folder(folder)) for folder in given]
@@ -229,7 +229,7 @@ def _taken(block: int, holders: list[Path], ranked: list[Path]) -> Path:
 
 def _checked_files(models: Sequence[SavedModel], origins: Sequence[Origin]) -> dict[Path, FileDigest]:
     """The tensor files of the merged model, checked against the model and each against its index, values for being
-    finite, and the shared parts that must be the same by their bits."""
+    finite, and the shared parameters that must be the same by their bits."""
     model = outline_saved(models[0])
     by_folder = {saved.folder: saved for saved in models}
     files: dict[Path, dict[str, torch.Tensor]] = {}
@@ -245,12 +245,12 @@ def _checked_files(models: Sequence[SavedModel], origins: Sequence[Origin]) -> d
 
 
 def _check_shared(model: DiffusionBlocks, origins: Sequence[Origin]) -> None:
-    """Refuse shared parts that differ where the policy says that they do not."""
+    """Refuse shared parameters that differ where the policy says that they do not."""
     policy = model.blocks_config.shared
     if policy == "joint" or len(origins) == 1:
         return
-    # Layers keep their places in the whole model, so only shared parts have one name in all blocks; adaptive norms are
-    # counted within a block.
+    # Layers keep their places in the whole model, so only shared parameters have one name in all blocks; adaptive norms
+    # are counted within a block.
     everywhere = set.intersection(*(set(model.block(o.block).state_dict()) for o in origins))
     prefixes = ("network.", "shared.") if policy == "frozen" else ("shared.target.",)
     names = sorted(name for name in everywhere if name.startswith(prefixes))

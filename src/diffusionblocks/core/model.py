@@ -198,7 +198,7 @@ class DiffusionBlocks(nn.Module):
         generator: torch.Generator | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """Training loss of one block, per sample; differentiable only in that block (and shared parts by policy).
+        """Training loss of one block, per sample; differentiable only in that block (and shared parameters by policy).
 
         Args:
             batch: the family's entries: `pixel_values` and (but for an unconditional model) `labels` (batch,), int64;
@@ -588,7 +588,7 @@ class DiffusionBlocks(nn.Module):
             blocks: write only these blocks, to be merged with others' later (`diffusionblocks.merge`); None writes all.
 
         Raises:
-            ValueError: no such block, some blocks of a model with `joint` shared parts, or a block never built.
+            ValueError: no such block, some blocks of a model with `joint` shared parameters, or a block never built.
         """
         save(self, Path(path), blocks)
 
@@ -604,7 +604,7 @@ class DiffusionBlocks(nn.Module):
     # ---- parameters by owner ---------------------------------------------------------------------------
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The parameters that all blocks hold in common: those of the shared parts under `joint`, else none."""
+        """The parameters that all blocks hold in common: those of the shared parameters under `joint`, else none."""
         if len(self.blocks) == 1 or self.blocks_config.shared != "joint":
             return []
         common = {id(p) for p in self.blocks[0].parameters()} & {id(p) for p in self.blocks[1].parameters()}

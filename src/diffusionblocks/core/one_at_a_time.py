@@ -16,7 +16,7 @@ class OneAtATime:
     """Lets blocks take turns on a device: each comes when it is called, and the one before it makes room.
 
     The weights stay where they were and are copied, never moved: what leaves is forgotten. So this is for evaluation
-    and sampling; training has `resident: active`. The added shared parts, which are small, stay on the device.
+    and sampling; training has `resident: active`. The added shared parameters, which are small, stay on the device.
 
     Args:
         blocks: of one model; no other code may call them meanwhile.

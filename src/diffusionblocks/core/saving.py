@@ -8,7 +8,7 @@ A saved model is a folder:
                                 length and SHA-256 of every tensor file, of a run what its blocks were trained on,
                                 and the SHA-256 of all that is said here
     block-00.safetensors ...    everything block b owns, original names under `network.`
-    shared.safetensors          the shared parts, under the `joint` policy only
+    shared.safetensors          the shared parameters, under the `joint` policy only
     tokenizer.json              of a language model that a recipe trained on tokens (see `tokenizer_file`)
 
 A folder may hold some of the blocks only, for machines that share the training; `merging.py` makes one model of them.
@@ -90,8 +90,9 @@ def save(
         trained: what the blocks were trained on, as JSON values: blocks of different trainings are not merged.
 
     Raises:
-        ValueError: no such block, some blocks of a model with `joint` shared parts, a block on the meta device, tensors
-            that `load` would refuse or that are not finite, or a place that must not be replaced (`check_replaceable`).
+        ValueError: no such block, some blocks of a model with `joint` shared parameters, a block on the meta device,
+            tensors that `load` would refuse or that are not finite, or a place that must not be replaced
+            (`check_replaceable`).
     """
     chosen = _chosen(model, blocks)
     index = describe(model, chosen) | ({} if trained is None else {"trained": trained})
@@ -222,7 +223,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
     each block was trained on noised targets of its own, with what conversion added, and never on what the block before
     it gives. The trained model is the blocks: `predict`, `sample`, `generate` or `continue_texts`.
 
-    Layers come from the blocks that own them; shared parts before the layers from block 0, those after them from
+    Layers come from the blocks that own them; shared parameters before the layers from block 0, those after them from
     the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original
     class and is left out.
 

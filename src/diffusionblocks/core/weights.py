@@ -52,7 +52,7 @@ class WeightSource(abc.ABC):
         Args:
             block: index of the block that they are for.
             layers: its layers.
-            names: names in the original model, of these layers and of shared parts; each comes once, in any order.
+            names: names in the original model, of these layers and of shared parameters; each comes once, in any order.
         """
 
 
@@ -67,14 +67,14 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 class Fresh(WeightSource):
     """Weights as the original class initialises them, without ever making a whole model of it.
 
-    A block's layers are those of an instance with as many layers, seeded by (seed, block); its shared parts those of an
-    instance of one layer, seeded by the seed alone, so they are equal in all blocks. This needs an initialisation that
-    depends neither on the depth of the model nor on a layer's place in it. So it is for all supported classes but one:
-    ViT, DeiT, DINOv2 and language models draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT with
-    torch's defaults, and DINOv2's layer scale and drop path are the same in all layers. The one is our
-    `RecurrentDepth`, which has one block: its shared parts are those of an instance of full depth. Where a class makes
-    layers that differ in their attributes, these are right all the same, because the modules are those of the model at
-    its full depth.
+    A block's layers are those of an instance with as many layers, seeded by (seed, block); its shared parameters those
+    of an instance of one layer, seeded by the seed alone, so they are equal in all blocks. This needs an initialisation
+    that depends neither on the depth of the model nor on a layer's place in it. So it is for all supported classes but
+    one: ViT, DeiT, DINOv2 and language models draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT
+    with torch's defaults, and DINOv2's layer scale and drop path are the same in all layers. The one is our
+    `RecurrentDepth`, which has one block: its shared parameters are those of an instance of full depth. Where a class
+    makes layers that differ in their attributes, these are right all the same, because the modules are those of the
+    model at its full depth.
 
     Args:
         model_class: name of a supported class.
@@ -89,7 +89,7 @@ class Fresh(WeightSource):
 
     @functools.cached_property
     def _layers_and_shared(self) -> tuple[str, tuple[str, ...]]:
-        """The prefix of the layers' names, and the paths of the shared parts."""
+        """The prefix of the layers' names, and the paths of the shared parameters."""
         original = outline(self.model_class, with_depth(self.model_class, self.model_config, 1))
         family = family_named(self.model_class)
         return f"{family.layers_path(original)}.", family.shared_paths(original)
