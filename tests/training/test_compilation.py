@@ -19,7 +19,7 @@ from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.planning import predict
 from diffusionblocks.planning.planner import SAVERS, changed, savers_of
 from diffusionblocks.training import TrainConfig
-from diffusionblocks.training.compilation import compile_modules, within_budget
+from diffusionblocks.training.compilation import Compiler, within_budget
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -123,7 +123,7 @@ def compiled_step(checkpointing: bool, backend: str, **config: Any) -> tuple[dic
     block = model.blocks[0]
     block.activation_checkpointing = checkpointing
     train = TrainConfig(steps=1, compile="layers", activation_checkpointing=checkpointing)
-    compile_modules([block], train, backend=lookup_backend(backend))
+    Compiler(train, torch.device("cpu"), backend=lookup_backend(backend)).compile([block])
     for _ in range(2):  # the first compiles
         block.zero_grad()
         torch.manual_seed(3)  # of dropout

@@ -208,8 +208,8 @@ def test_the_fit_is_one_training_whose_levels_change(data: dict[str, ImageData],
         noise = dataclasses.replace(noise, quantiles=fitted_quantiles(grid, losses, floor=0.05))
         assert db.EDM(**done["noise"]) == noise
         model.block(0).noise = converted(noise)
-        for skeleton in trainer.residency.skeletons:
-            skeleton.module.noise = converted(noise)  # type: ignore[assignment]
+        for shared in trainer.residency.shared_modules:
+            shared.module.noise = converted(noise)  # type: ignore[assignment]
     assert len({str(done["losses"]) for done in left["rounds"]}) == 3
     assert (tmp_path / "fit" / "levels.png").read_bytes().startswith(b"\x89PNG")
     assert db.load(tmp_path / "model").noise == converted(noise)

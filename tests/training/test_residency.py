@@ -1,4 +1,4 @@
-"""Residency, schedules, subsets and savers: what is on the device never changes what a block becomes."""
+"""Residency, schedules, subsets and memory settings: what is on the device never changes what a block becomes."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 SCHEDULES = [
     {"schedule": "random"},
-    {"schedule": "random", "dwell": 2},
+    {"schedule": "random", "steps_per_switch": 2},
     {"schedule": "round-robin"},
-    {"schedule": "round-robin", "dwell": 3},
+    {"schedule": "round-robin", "steps_per_switch": 3},
     {"schedule": "sequential"},
 ]
 RESIDENCIES = [{"resident": "all"}, {"resident": "active"}, {"resident": "active", "offload": "disk"}]
@@ -105,9 +105,9 @@ RESIDENCIES = [{"resident": "all"}, {"resident": "active"}, {"resident": "active
 
 
 @pytest.mark.parametrize("kind", ["random", "round-robin", "sequential"])
-@pytest.mark.parametrize("dwell", [1, 3, 100])
-def test_every_unit_steps_exactly_its_steps(kind: str, dwell: int) -> None:
-    schedule = block_schedule(kind, [7, 4, 9], dwell, seed=3)
+@pytest.mark.parametrize("steps_per_switch", [1, 3, 100])
+def test_every_unit_steps_exactly_its_steps(kind: str, steps_per_switch: int) -> None:
+    schedule = block_schedule(kind, [7, 4, 9], steps_per_switch, seed=3)
     assert np.bincount(schedule).tolist() == [7, 4, 9]
 
 
@@ -115,8 +115,8 @@ def test_schedules_are_what_they_are_called() -> None:
     assert [*block_schedule("round-robin", [3, 3, 3], 1, 0)] == [0, 1, 2] * 3
     assert [*block_schedule("round-robin", [3, 5], 2, 0)] == [0, 0, 1, 1, 0, 1, 1, 1]
     assert [*block_schedule("sequential", [2, 3], 1, 0)] == [0, 0, 1, 1, 1]
-    dwelling = block_schedule("random", [6, 6], 3, 0)
-    assert all(len(set(dwelling[i : i + 3])) == 1 for i in range(0, 12, 3))
+    turns = block_schedule("random", [6, 6], 3, 0)
+    assert all(len(set(turns[i : i + 3])) == 1 for i in range(0, 12, 3))
     assert [*block_schedule("random", [50, 50], 1, 0)] != [*block_schedule("round-robin", [50, 50], 1, 0)]
 
 
@@ -126,9 +126,9 @@ def test_the_next_other_unit_is_known_ahead() -> None:
     assert [*next_others([])] == []
 
 
-def listed(kind: str, steps: list[int], dwell: int, seed: int) -> list[int]:
+def listed(kind: str, steps: list[int], steps_per_switch: int, seed: int) -> list[int]:
     """The order of runs that began before schedules were arrays: every visit in a list, which is then permuted."""
-    visits = [[min(dwell, n - start) for start in range(0, n, dwell)] for n in steps]
+    visits = [[min(steps_per_switch, n - start) for start in range(0, n, steps_per_switch)] for n in steps]
     order = [(unit, length) for unit, lengths in enumerate(visits) for length in lengths]
     if kind != "sequential":
         rounds = itertools.zip_longest(*visits)
@@ -145,10 +145,10 @@ def following(order: list[int]) -> list[int | None]:
 
 
 @pytest.mark.parametrize("kind", ["random", "round-robin", "sequential"])
-@pytest.mark.parametrize("dwell", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("steps_per_switch", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("steps", [[1], [9], [8, 8, 8], [7, 4, 9], [0, 3, 1, 3], [20, 1, 1, 13, 6, 20]])
-def test_a_schedule_is_the_order_of_older_runs(kind: str, dwell: int, steps: list[int]) -> None:
-    expected, schedule = listed(kind, steps, dwell, 5), block_schedule(kind, steps, dwell, 5)
+def test_a_schedule_is_the_order_of_older_runs(kind: str, steps_per_switch: int, steps: list[int]) -> None:
+    expected, schedule = listed(kind, steps, steps_per_switch, 5), block_schedule(kind, steps, steps_per_switch, 5)
     assert [*schedule] == expected
     assert len(schedule) == len(expected)
     assert schedule[-1] == expected[-1]
@@ -204,7 +204,7 @@ def test_blocks_of_unequal_shapes(tmp_path: Path) -> None:
     reference = trained(model())
     for number, where in enumerate(RESIDENCIES):
         run = trainer(model(), tmp_path / str(number), **where)
-        assert len(run.residency.skeletons) == 2
+        assert len(run.residency.shared_modules) == 2
         run.train()
         assert same(everything(run), reference)
 
@@ -232,11 +232,13 @@ def test_a_subset_trains_as_in_the_whole(where: dict[str, str], shared: str, tmp
 def test_resume_is_exact_and_may_change_the_residency(
     family: str, where: dict[str, str], shared: str, tmp_path: Path
 ) -> None:
-    reference = trained(blocks_of(family, shared), schedule="random", dwell=2)
-    first = trainer(blocks_of(family, shared), tmp_path, schedule="random", dwell=2, **where)
+    reference = trained(blocks_of(family, shared), schedule="random", steps_per_switch=2)
+    first = trainer(blocks_of(family, shared), tmp_path, schedule="random", steps_per_switch=2, **where)
     first.train(until=7)
     for number, other in enumerate(RESIDENCIES):
-        second = trainer(blocks_of(family, shared), tmp_path / f"again-{number}", schedule="random", dwell=2, **other)
+        second = trainer(
+            blocks_of(family, shared), tmp_path / f"again-{number}", schedule="random", steps_per_switch=2, **other
+        )
         second.load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
         second.train()
         assert same(everything(second), reference), other
@@ -263,7 +265,7 @@ def test_active_holds_one_unit_and_one_shape_for_all(tmp_path: Path) -> None:
     block = run.units[0].module
     weights = sum(t.numel() * t.element_size() for t in [*block.parameters(), *block.buffers()])
     trainable = sum(p.numel() * p.element_size() for p in block.parameters() if p.requires_grad)
-    held = sum(arena.memory.numel() for arena in (slot.luggage.weights, slot.luggage.state))
+    held = sum(arena.memory.numel() for arena in (slot.memory.weights, slot.memory.state))
     count = len(list(block.parameters()))
     assert weights + 2 * trainable <= held <= weights + 2 * trainable + 256 * 5 * count  # alignment
     assert run.residency.host_bytes == BLOCKS * held
@@ -309,7 +311,7 @@ def test_arena_and_mapped_file(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-# ---- savers --------------------------------------------------------------------------------------------------
+# ---- memory optimisations -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked", "llama", "end-to-end"])
@@ -329,23 +331,23 @@ def test_optimizer_in_backward_is_the_optimizer(where: dict[str, str], optimizer
     with without_generated_code("eager"):
         reference = trained(wide_blocks(optimizer), **options)
         for checkpointing in (False, True):
-            savers = {"optimizer_in_backward": True, "activation_checkpointing": checkpointing, **where}
+            settings = {"optimizer_in_backward": True, "activation_checkpointing": checkpointing, **where}
             folder = tmp_path / str(checkpointing)
-            assert same(trained(wide_blocks(optimizer), folder, **options, **savers), reference), checkpointing
+            assert same(trained(wide_blocks(optimizer), folder, **options, **settings), reference), checkpointing
     assert (in_8_bits(reference) > 0.8) == (optimizer == "adamw-8bit")
 
 
 @pytest.mark.parametrize(
-    "savers",
+    "settings",
     [{"resident": "active"}, {"resident": "active", "offload": "disk", "activation_checkpointing": True}],
     ids=["active", "disk-checkpointing"],
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
-def test_accumulation_stacks_with_the_other_savers(optimizer: str, savers: dict[str, Any], tmp_path: Path) -> None:
+def test_accumulation_stacks_with_the_other_savers(optimizer: str, settings: dict[str, Any], tmp_path: Path) -> None:
     options = {"accumulation": 2, "optimizer": optimizer, "steps": 3}
     with without_generated_code("eager"):
         reference = trained(wide_blocks(optimizer), **options)
-        assert same(trained(wide_blocks(optimizer), tmp_path, **options, **savers), reference)
+        assert same(trained(wide_blocks(optimizer), tmp_path, **options, **settings), reference)
         # The positive control: the other micro-batch counts.
         assert not same(trained(wide_blocks(optimizer), **(options | {"accumulation": 1})), reference)
     assert (in_8_bits(reference) > 0.8) == (optimizer == "adamw-8bit")
@@ -367,8 +369,8 @@ def test_8bit_micro_batches_are_one_large_batch() -> None:
 
 def test_checkpointing_keeps_no_copy_of_the_weights_in_bfloat16() -> None:
     model = EndToEnd(tiny("vit", layers=8, hidden_size=128, intermediate_size=512))
-    savers = {"activation_checkpointing": True, "optimizer_in_backward": True, "gradient_clip": None}
-    run = trainer(model, precision="bfloat16", batch_size=1, **savers)
+    settings = {"activation_checkpointing": True, "optimizer_in_backward": True, "gradient_clip": None}
+    run = trainer(model, precision="bfloat16", batch_size=1, **settings)
     run.step(0)
     # Of the weights only one layer's, cast and gradient, is there beside the activations of one image.
     assert transient_peak(lambda: run.step(0), run.device) < 0.3 * size_of(model.parameters())
@@ -425,12 +427,18 @@ def test_8bit_state_moves_saves_and_resumes(where: dict[str, str], tmp_path: Pat
         ({"blocks": [2, 0]}, "blocks must ascend"),
         ({"blocks": []}, "at least 1"),
         ({"blocks": [0, 3]}, "the model has blocks 0 to 2"),
-        ({"dwell": 0}, "greater than or equal to 1"),
+        ({"steps_per_switch": 0}, "greater than or equal to 1"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(blocks_of(), **changes)
+
+
+def test_the_former_name_of_steps_per_switch_is_read() -> None:
+    assert TrainConfig.model_validate({"dwell": 3}) == TrainConfig(steps_per_switch=3)
+    with pytest.raises(ValueError, match=r"steps_per_switch is given twice: .* leave dwell out"):
+        TrainConfig.model_validate({"dwell": 3, "steps_per_switch": 3})
 
 
 def test_blocks_with_joint_parts_cannot_train_apart() -> None:
@@ -473,7 +481,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 def gpu_trainer(folder: Path | None, shared: str = "replicated", family: str = "dit", **changes: Any) -> Trainer:
     device = torch.device("cuda")
-    values: dict[str, Any] = {"steps": 12, "batch_size": 6, "lr": 3e-3, "ema_decay": 0.9, "dwell": 4}
+    values: dict[str, Any] = {"steps": 12, "batch_size": 6, "lr": 3e-3, "ema_decay": 0.9, "steps_per_switch": 4}
     batches = ImageBatches(images(), mean=(0.5,) * 3, std=(0.5,) * 3, augment=AugmentConfig(flip=True), device=device)
     config = TrainConfig.model_validate(values | changes)
     model = blocks_of(family, shared, layers=6)
@@ -513,7 +521,7 @@ def test_gpu_residency_does_not_matter(options: dict[str, Any], shared: str, tmp
 @on_gpu
 @pytest.mark.parametrize("where", RESIDENCIES)
 def test_gpu_steps_and_switches_do_not_wait_for_the_device(where: dict[str, str], tmp_path: Path) -> None:
-    run = gpu_trainer(tmp_path, dwell=2, **where)
+    run = gpu_trainer(tmp_path, steps_per_switch=2, **where)
     for unit in (0, 0, 1, 1, 2, 2):
         run.step(unit, (unit + 1) % 3)
     torch.cuda.set_sync_debug_mode("error")

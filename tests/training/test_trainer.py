@@ -13,10 +13,11 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import diffusionblocks as db
+from diffusionblocks.common.seeds import key
 from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData
 from diffusionblocks.training import Diverged, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.checkpoint import checkpoints
-from diffusionblocks.training.data_order import DataOrder, key
+from diffusionblocks.training.data_order import DataOrder
 from diffusionblocks.training.schedules import block_schedule, lr_factor
 
 

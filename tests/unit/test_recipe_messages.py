@@ -157,7 +157,9 @@ def test_an_unknown_field_is_told_what_is_near(path: str, near: str) -> None:
 
 def test_many_wrong_fields_are_a_few_lines() -> None:
     values = shipped("vit/digits")
-    values["train"] |= dict.fromkeys(("lr", "seed", "dwell", "steps", "batch_size", "schedule", "resident"), "word")
+    values["train"] |= dict.fromkeys(
+        ("lr", "seed", "steps_per_switch", "steps", "batch_size", "schedule", "resident"), "word"
+    )
     with pytest.raises(ValueError, match=r"and 2 more") as error:
         parse_recipe(values, "r.yaml")
     assert len(str(error.value).splitlines()) == 7

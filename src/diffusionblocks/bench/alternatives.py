@@ -23,7 +23,7 @@ from ..experiments.recipe import Recipe
 from ..experiments.sources import device_of, make_batches
 from ..families import family_for
 from ..training import BatchMaker, Diverged, EndToEnd, Unit, units_of
-from ..training.compilation import compile_modules, compile_options
+from ..training.compilation import Compiler
 from ..training.data_order import DataOrder
 from ..training.step import arithmetic
 from .methods import Spec
@@ -33,11 +33,7 @@ from .runners import Runner, bytes_of, tensors_in
 
 def compiled(plain: Plain) -> None:
     """Compile each unit as the trainer does."""
-    compile_modules(
-        [unit.module for unit in plain.units],
-        plain.recipe.train,
-        options=compile_options(plain.recipe.train, plain.device),
-    )
+    Compiler(plain.recipe.train, plain.device).compile([unit.module for unit in plain.units])
 
 
 class Plain:
@@ -189,8 +185,8 @@ class BAdamRunner(RivalRunner):
         if spec.compile:
             # Whole, the model would be compiled anew at every switch; a layer has but few states: frozen or not, after
             # or before the one that trains.
-            for path in _layer_paths(unit):
-                unit.module.get_submodule(path).compile(options=compile_options(plain.recipe.train, plain.device))
+            layers = [unit.module.get_submodule(path) for path in _layer_paths(unit)]
+            Compiler(plain.recipe.train, plain.device).compile(layers)
         self.turns = len(prefixes)
         self._turn = 0
         with contextlib.redirect_stdout(io.StringIO()):  # it prints every switch

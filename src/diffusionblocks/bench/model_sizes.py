@@ -139,7 +139,7 @@ def recipe_of(spec: Spec) -> Recipe:
             "compile": "layers" if spec.compile else False,
             "cuda_graph": spec.cuda_graph,
             "schedule": "round-robin",
-            "dwell": spec.dwell,
+            "steps_per_switch": spec.dwell,
             "offload": spec.offload,
             "log_every": 50,
             **method.train,

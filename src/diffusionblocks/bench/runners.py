@@ -73,7 +73,7 @@ class TrainerRunner(Runner):
         """The modules whose tensors are on the device."""
         if self.trainer.config.resident == "all":
             return [self.trainer.model]
-        return [skeleton.module for skeleton in self.trainer.residency.skeletons]
+        return [each.module for each in self.trainer.residency.shared_modules]
 
     def parameters(self) -> list[nn.Parameter]:
         """See `Runner`."""

@@ -33,7 +33,7 @@ MAY_DIFFER: Mapping[str, frozenset[str]] = {
 _NOT_COMPARED = frozenset({"name", "device", "evaluate"})
 
 #: Fields of `train` in which runs may differ, beside those, whose blocks become one model.
-_MERGE_MAY_DIFFER = frozenset({"blocks", "schedule", "dwell", "optimizer_in_backward"})
+_MERGE_MAY_DIFFER = frozenset({"blocks", "schedule", "steps_per_switch", "optimizer_in_backward"})
 
 #: What a description has beside the recipe, by section.
 _IDENTITY = {"data": ("examples", "shape", "classes", "content"), "model": ("files",)}

@@ -33,7 +33,7 @@ from ..reports.figures import draw_fit
 from ..training import BatchMaker, Trainer
 from ..training.checkpoint import checkpoints, read_values, remove
 from ..training.step import arithmetic
-from ..training.train_config import RESUME_MAY_DIFFER
+from ..training.train_config import RESUME_MAY_DIFFER, under_current_names
 from .recipe import FitConfig, Recipe
 
 LEVELS = "levels.json"
@@ -226,6 +226,7 @@ def _kept(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[floa
         return [], []
     values = read_json(file)
     before = values.get("settings", {})
+    before["train"] = under_current_names(before.get("train", {}))
     for section, now in settings.items():
         if section == "data" and section not in before:  # version 0.1.0 did not note it
             continue

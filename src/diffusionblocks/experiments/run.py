@@ -28,7 +28,7 @@ from ..core.merging import difference
 from ..core.model import DiffusionBlocks
 from ..core.saving import MODEL_FILES
 from ..families import check_attention, family_named
-from ..training import Trainer, check_optimizer
+from ..training import RunDescription, Trainer, check_optimizer
 from ..training.checkpoint import checkpoints, read_values
 from ..training.run_log import LOG, Logger
 from .identity import check_goes_on_from_first_version, check_same_run, describe_run, learned_from
@@ -190,16 +190,14 @@ def make_trainer(
     check_evaluation(recipe, model, splits or {})
     batches = make_batches(recipe, data, device)
 
-    about = None if folder is None else describe_run(described or recipe, data)
+    description = None
+    if folder is not None:
+        description = RunDescription(describe_run(described or recipe, data), check_same_run)
 
     def keep(model: nn.Module, iteration: int) -> None:
-        if folder is not None and about is not None:
+        if folder is not None and description is not None:
             place = folder / "snapshots" / f"iteration-{iteration:09d}"
-            save_model(model, place, recipe.train.blocks, data=data, trained=learned_from(about))
-
-    def check(before: dict[str, Any], path: Path) -> None:
-        if about is not None:
-            check_same_run(before, about, path)
+            save_model(model, place, recipe.train.blocks, data=data, trained=learned_from(description.values))
 
     return Trainer(
         model,
@@ -211,8 +209,7 @@ def make_trainer(
         loggers=loggers,
         progress=progress,
         snapshot=keep,
-        about=about,
-        check_about=check,
+        description=description,
     )
 
 

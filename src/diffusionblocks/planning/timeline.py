@@ -75,7 +75,7 @@ class Timeline(TorchDispatchMode):
             self.work(attention_workspace(args[1]))
         return result
 
-    def is_kept(self, tensors: Iterable[Tensor]) -> None:
+    def is_persistent(self, tensors: Iterable[Tensor]) -> None:
         """Never count these, which are there before the step and outlive it: views of them show their storage."""
         self._kept |= {tensor.untyped_storage()._cdata for tensor in tensors}
 

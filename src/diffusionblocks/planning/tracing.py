@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..common.tensors import tensors_of
 from ..core.block import Block
 from ..training import EndToEnd, TrainConfig, Unit, trainable
-from ..training.compilation import compile_modules
+from ..training.compilation import Compiler
 from ..training.optim import AVERAGED_AT_ONCE
-from ..training.shared_module import Skeleton
+from ..training.shared_module import SharedModule
 from .fused import simulating_backend
 from .timeline import Moment, Timeline
 
@@ -47,19 +47,19 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
         make_batch: number of examples -> a batch of them, whose values do not matter (`Family.empty_batch`).
         on_gpu: choose the GPU's kernels where they keep other things than the CPU's.
     """
-    skeleton = Skeleton(unit, train)
-    module = skeleton.module
+    shared = SharedModule(unit, train)
+    module = shared.module
     if on_gpu:
         _drop_as_a_gpu(module, train)
     parameters = trainable(unit.module)
     timeline = Timeline(sum(p.numel() * p.element_size() for p in parameters), on_gpu=on_gpu)
     if train.compile:
         backend = simulating_backend(timeline, {p.shape for p in parameters})
-        compile_modules([module], train, backend=backend, dynamic=False)
+        Compiler(train, torch.device("cpu"), backend=backend, dynamic=False).compile([module])
     with FakeTensorMode():
-        mounted = _without_memory(tensors_of(unit.module))
-        skeleton.mount(unit, mounted)
-        timeline.is_kept(mounted)
+        tensors = _without_memory(tensors_of(unit.module))
+        shared.bind(unit, tensors)
+        timeline.is_persistent(tensors)
         for parameter in trainable(module):
             parameter.register_post_accumulate_grad_hook(lambda p: _gradient_is_whole(p, train, timeline))
         with timeline:

@@ -1,9 +1,11 @@
 """One trainer for end-to-end models and for blocks; see `trainer.py`."""
 
 from ..data.dataset import BatchMaker
+from .checkpoint import RunDescription
+from .interruption import Interrupted
 from .optim import check_optimizer
 from .train_config import TrainConfig
-from .trainer import Diverged, Interrupted, Trainer
+from .trainer import Diverged, Trainer
 from .units import EndToEnd, Unit, trainable, units_of
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "Diverged",
     "EndToEnd",
     "Interrupted",
+    "RunDescription",
     "TrainConfig",
     "Trainer",
     "Unit",

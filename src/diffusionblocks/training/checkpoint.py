@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ from ..common.finite import require_finite
 
 _FILES = re.compile(r"[a-z0-9-]+\.safetensors|state\.json")
 _NAME = re.compile(r"iteration-(\d{9})")
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a run trains, noted in each of its checkpoints.
+
+    Attributes:
+        values: the description, as JSON values.
+        check: called with a checkpoint's values, these values and its path before the run goes on from it; raises
+            ValueError where they do not go together.
+    """
+
+    values: dict[str, Any]
+    check: Callable[[dict[str, Any], dict[str, Any], Path], None]
 
 
 class _State(BaseModel):
@@ -78,7 +93,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The values of a checkpoint; FileNotFoundError or ValueError names what is wrong with it."""
+    """Read the values of a checkpoint; FileNotFoundError or ValueError names what is wrong with it."""
     file = path / "state.json"
     values = read_json(file)
     checked(values, _State, file)
@@ -87,7 +102,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def read_owner(path: Path, owner: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one owner in a checkpoint.
+    """Read the tensors of one owner in a checkpoint.
 
     Raises:
         FileNotFoundError: its file is missing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,38 +12,49 @@ from ..core.block import Block
 from .train_config import TrainConfig
 
 
-def compile_modules(
-    modules: list[nn.Module],
-    config: TrainConfig,
-    *,
-    backend: Callable[..., Any] | None = None,
-    options: dict[str, Any] | None = None,
-    dynamic: bool | None = None,
-) -> None:
-    """torch.compile a block whole or by its parts, as `config.compile` says; an end-to-end model by its parts.
+class Compiler:
+    """Compiles what trains, as a run's configuration says: the one place where torch.compile's options are chosen.
 
     Args:
-        modules: blocks or an end-to-end model, of different shapes.
-        config: `compile` and `activation_memory_budget`; and `optimizer_in_backward`, which needs parts, because a
-            graph returns all its gradients together: in one of the whole block none could be used up before the last.
-        backend: of torch.compile; None is inductor.
-        options: inductor's.
+        config: `compile`, `activation_memory_budget` and `cuda_graph`; and `optimizer_in_backward`, which needs parts,
+            because a graph returns all its gradients together: in one of the whole block none could be used up before
+            the last.
+        device: where the modules run.
+        backend: of torch.compile; None is inductor, with the options that suit the device.
         dynamic: of torch.compile.
     """
-    dynamo: Any = torch._dynamo.config
-    # Each shape of block is a graph of its own; past the limit torch would quietly run the others eagerly.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(modules))
-    if config.activation_memory_budget < 1:
-        backend, options = within_budget(config.activation_memory_budget, backend, options), None
-    how: dict[str, Any] = {"backend": backend or "inductor", "options": options, "dynamic": dynamic}
-    for module in modules:
-        if isinstance(module, Block) and (config.compile == "layers" or config.optimizer_in_backward):
-            module.compile_parts(**how)
-        else:
-            module.compile(**how)
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        backend: Callable[..., Any] | None = None,
+        dynamic: bool | None = None,
+    ) -> None:
+        self._by_parts = config.compile == "layers" or config.optimizer_in_backward
+        options = _inductor_options(config, device) if backend is None else None
+        if config.activation_memory_budget < 1:
+            backend, options = within_budget(config.activation_memory_budget, backend, options), None
+        self._options: dict[str, Any] = {"backend": backend or "inductor", "options": options, "dynamic": dynamic}
+
+    def compile(self, modules: Sequence[nn.Module]) -> None:
+        """Compile blocks whole or by their parts, and an end-to-end model by its parts.
+
+        Args:
+            modules: of different shapes.
+        """
+        dynamo: Any = torch._dynamo.config
+        # Each shape of block is a graph of its own; past the limit torch would quietly run the others eagerly.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(modules))
+        for module in modules:
+            if isinstance(module, Block) and self._by_parts:
+                module.compile_parts(**self._options)
+            else:
+                module.compile(**self._options)
 
 
-def compile_options(config: TrainConfig, device: torch.device) -> dict[str, Any] | None:
+def _inductor_options(config: TrainConfig, device: torch.device) -> dict[str, Any] | None:
     """A block has many small kernels of one kind (casts, reductions of biases): combined, they launch once.
 
     Not where steps are captured, whose launches cost little, and models so large that they are compiled by layers:

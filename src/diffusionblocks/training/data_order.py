@@ -18,7 +18,7 @@ class DataOrder:
         batch_size: samples of a micro-batch.
         accumulation: micro-batches of a step.
         seed: the run's seed.
-        device: where the indices are wanted.
+        device: of the indices.
     """
 
     def __init__(self, num_examples: int, batch_size: int, accumulation: int, seed: int, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class DataOrder:
         if cached is None or cached[0] != epoch:
             generator = keyed_generator(self.seed, unit, epoch, "order")
             order = torch.randperm(self.num_examples, generator=generator)
-            used = order[: self.steps_per_epoch * self.shape[0] * self.shape[1]]
-            cached = epoch, used.view(self.steps_per_epoch, *self.shape).to(self.device)
+            whole_steps = order[: self.steps_per_epoch * self.shape[0] * self.shape[1]]
+            cached = epoch, whole_steps.view(self.steps_per_epoch, *self.shape).to(self.device)
             self._cache[unit] = cached
         return cached[1][position]

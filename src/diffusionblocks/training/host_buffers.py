@@ -17,8 +17,8 @@ from .arena import Arena, Layout, host_memory, mapped_file, unpin
 
 
 @dataclass(frozen=True)
-class Luggage:
-    """All that a unit brings to the device.
+class UnitMemory:
+    """All of a unit that moves between host and device.
 
     Attributes:
         weights: parameters and buffers.
@@ -28,7 +28,7 @@ class Luggage:
     weights: Arena
     state: Arena
 
-    def copy_(self, other: Luggage) -> None:
+    def copy_(self, other: UnitMemory) -> None:
         """Take over the values of another of the same layout."""
         for mine, theirs in ((self.weights, other.weights), (self.state, other.state)):
             mine.memory.copy_(theirs.memory)
@@ -37,11 +37,11 @@ class Luggage:
 Layouts = tuple[Layout, Layout]
 
 
-class Homes(abc.ABC):
-    """Keeps what units bring, and lends the buffers through which it travels.
+class HostBuffers(abc.ABC):
+    """Keeps the units that are not active, and lends the buffers through which they move.
 
-    A switch from unit a to unit b is: `leaving(a)` gives the buffer to copy into from the device, `coming(b)` the one
-    to copy onto it; `switched` tells that these copies are enqueued.
+    A switch from unit a to unit b is: `outgoing(a)` gives the buffer to copy into from the device, `incoming(b)` the
+    one to copy onto it; `finish_switch` says that these copies are enqueued.
 
     Attributes:
         host_bytes: host memory that it occupies (mapped files do not count: the system can drop their pages).
@@ -50,19 +50,19 @@ class Homes(abc.ABC):
     host_bytes = 0
 
     @abc.abstractmethod
-    def home(self, unit: int) -> Luggage:
-        """The unit's own; up to date when nothing of it is on the device and `settle` was called."""
+    def of(self, unit: int) -> UnitMemory:
+        """The unit's own memory; up to date when nothing of it is on the device and `settle` was called."""
 
     @abc.abstractmethod
-    def leaving(self, unit: int) -> Luggage:
+    def outgoing(self, unit: int) -> UnitMemory:
         """A buffer for what comes off the device."""
 
     @abc.abstractmethod
-    def coming(self, unit: int) -> Luggage:
+    def incoming(self, unit: int) -> UnitMemory:
         """A buffer with what shall go to the device."""
 
-    def switched(self, left: int | None, came: int | None, copied: Callable[[], Any]) -> None:  # noqa: B027
-        """The copies of `left` and `came` are enqueued; `copied()` waits for them."""
+    def finish_switch(self, left: int | None, came: int | None, wait: Callable[[], Any]) -> None:  # noqa: B027
+        """The copies of `left` and `came` are enqueued; `wait()` waits for them."""
 
     def prefetch(self, unit: int) -> None:  # noqa: B027
         """The unit will come next."""
@@ -71,26 +71,26 @@ class Homes(abc.ABC):
         """Wait for all that is under way."""
 
 
-class HostHomes(Homes):
+class MemoryBuffers(HostBuffers):
     """All units in host memory, page-locked where there is a GPU."""
 
     def __init__(self, layouts: list[Layouts], *, pinned: bool) -> None:
-        self._homes = [
-            Luggage(*(Arena(one, host_memory(one.bytes, pinned=pinned)) for one in both)) for both in layouts
+        self._units = [
+            UnitMemory(*(Arena(one, host_memory(one.bytes, pinned=pinned)) for one in both)) for both in layouts
         ]
         self.host_bytes = sum(layout.bytes for both in layouts for layout in both)
         if pinned:
-            memories = [arena.memory for home in self._homes for arena in (home.weights, home.state)]
+            memories = [arena.memory for unit in self._units for arena in (unit.weights, unit.state)]
             weakref.finalize(self, unpin, memories)
 
-    def home(self, unit: int) -> Luggage:
-        """See `Homes`."""
-        return self._homes[unit]
+    def of(self, unit: int) -> UnitMemory:
+        """Return the unit's own memory."""
+        return self._units[unit]
 
-    leaving = coming = home
+    outgoing = incoming = of
 
 
-class DiskHomes(Homes):
+class FileBuffers(HostBuffers):
     """All units in safetensors files that are mapped into memory; two buffers in host memory.
 
     A thread reads the coming unit ahead and writes the last one back, one after the other, while the device computes.
@@ -106,73 +106,73 @@ class DiskHomes(Homes):
         folder.mkdir(parents=True)
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._layouts = layouts
-        self._homes = []
+        self._units = []
         for unit, both in enumerate(layouts):
             paths = [folder / f"unit-{unit:02d}-{part}.safetensors" for part in ("weights", "state")]
             arenas = [Arena(one, mapped_file(path, one)) for one, path in zip(both, paths, strict=True)]
-            self._homes.append(Luggage(*arenas))
+            self._units.append(UnitMemory(*arenas))
         largest = [max(both[part].bytes for both in layouts) for part in range(2)]
         self._free = [[host_memory(size, pinned=pinned) for size in largest] for _ in range(2)]
         self.host_bytes = 2 * sum(largest)
         if pinned:
             weakref.finalize(self, unpin, [memory for pair in self._free for memory in pair])
         self._reads: dict[int, Future[list[Tensor]]] = {}
-        self._lent: dict[int, list[Tensor]] = {}
+        self._moving: dict[int, list[Tensor]] = {}
         self._last: Future[Any] | None = None
-        self._thread = ThreadPoolExecutor(1, "homes")
+        self._thread = ThreadPoolExecutor(1, "host-buffers")
 
-    def home(self, unit: int) -> Luggage:
-        """See `Homes`."""
-        return self._homes[unit]
+    def of(self, unit: int) -> UnitMemory:
+        """Return the unit's own memory."""
+        return self._units[unit]
 
-    def _in(self, unit: int, buffers: list[Tensor]) -> Luggage:
+    def _in(self, unit: int, buffers: list[Tensor]) -> UnitMemory:
         pairs = zip(self._layouts[unit], buffers, strict=True)
-        return Luggage(*(Arena(layout, buffer[: layout.bytes]) for layout, buffer in pairs))
+        return UnitMemory(*(Arena(layout, buffer[: layout.bytes]) for layout, buffer in pairs))
 
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
         self._last = self._thread.submit(work)
         return self._last
 
-    def leaving(self, unit: int) -> Luggage:
-        """See `Homes`."""
+    def outgoing(self, unit: int) -> UnitMemory:
+        """Lend a free buffer; wait for one where both are under way."""
         if not self._free:
             self.settle()
-        self._lent[unit] = self._free.pop()
-        return self._in(unit, self._lent[unit])
+        self._moving[unit] = self._free.pop()
+        return self._in(unit, self._moving[unit])
 
-    def coming(self, unit: int) -> Luggage:
-        """See `Homes`."""
+    def incoming(self, unit: int) -> UnitMemory:
+        """Lend the buffer that the unit was read into; read it now where `prefetch` did not."""
         for other in [u for u in self._reads if u != unit]:  # read ahead, but another one comes
             self._free.append(self._reads.pop(other).result())
         self.prefetch(unit)
-        self._lent[unit] = self._reads.pop(unit).result()
-        return self._in(unit, self._lent[unit])
+        self._moving[unit] = self._reads.pop(unit).result()
+        return self._in(unit, self._moving[unit])
 
     def prefetch(self, unit: int) -> None:
-        """See `Homes`."""
+        """Let the thread read the unit into a free buffer."""
         if unit in self._reads:
             return
         self._reads[unit] = self._submit(lambda: self._read(unit))
 
     def _read(self, unit: int) -> list[Tensor]:
         buffers = self._free.pop()
-        self._in(unit, buffers).copy_(self._homes[unit])
+        self._in(unit, buffers).copy_(self._units[unit])
         return buffers
 
-    def switched(self, left: int | None, came: int | None, copied: Callable[[], Any]) -> None:
-        """See `Homes`."""
-        lent = [(unit, self._lent.pop(unit)) for unit in (left, came) if unit is not None]
+    def finish_switch(self, left: int | None, came: int | None, wait: Callable[[], Any]) -> None:
+        """Let the thread wait for the copies, write back what left, and free the buffers."""
+        pairs = [(unit, self._moving.pop(unit)) for unit in (left, came) if unit is not None]
 
         def finish() -> None:
-            copied()
-            for unit, buffers in lent:
+            wait()
+            for unit, buffers in pairs:
                 if unit == left:
-                    self._homes[unit].copy_(self._in(unit, buffers))
+                    self._units[unit].copy_(self._in(unit, buffers))
                 self._free.append(buffers)
 
         self._submit(finish)
 
     def settle(self) -> None:
-        """See `Homes`."""
+        """Wait for the thread's last work."""
         if self._last is not None:
             self._last.result()

@@ -51,14 +51,14 @@ class ParameterSet:
         """Exchange weights and averages; a second call undoes it."""
         with torch.no_grad():
             for i, (parameter, average) in enumerate(zip(self.parameters, self.ema, strict=False)):
-                kept = parameter.detach().clone()
+                weights = parameter.detach().clone()
                 parameter.copy_(average)
                 if i in self._exact:
                     average.copy_(self._exact.pop(i))
                     continue
                 if average.dtype != parameter.dtype:  # the weights would keep a rounded one
                     self._exact[i] = average.clone()
-                average.copy_(kept)
+                average.copy_(weights)
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state and averages as flat named tensors."""
@@ -234,7 +234,7 @@ def check_optimizer(config: TrainConfig) -> None:
             _adamw_8bit()
         except ImportError as error:
             raise ImportError(
-                f"train.optimizer: adamw-8bit needs torchao ({error}): run pip install 'diffusionblocks[savers]', or "
+                f"train.optimizer: adamw-8bit needs torchao ({error}): run pip install 'diffusionblocks[memory]', or "
                 "--set train.optimizer=adamw"
             ) from error
 
@@ -247,8 +247,8 @@ def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConf
     """
     if config.optimizer == "adamw-8bit":
         check_optimizer(config)
-        made: Optimizer = _adamw_8bit()(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
-        return made
+        optimizer: Optimizer = _adamw_8bit()(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+        return optimizer
     return torch.optim.AdamW(
         parameters,
         lr=lr,
@@ -277,12 +277,12 @@ def _adamw_8bit() -> Any:
     class AdamW8bitCompiledOnce(AdamW8bit):  # type: ignore[misc]
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
-            moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-            if closure is not None or not all(self.state.get(p) for p, _ in moved):
+            pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if closure is not None or not all(self.state.get(p) for p, _ in pairs):
                 return super().step(closure)  # which makes the state
             # As in torchao: every shape is a graph of its own, and there are only so many.
             with torch._dynamo.utils.disable_cache_limit():
-                for p, group in moved:
+                for p, group in pairs:
                     state = self.state[p]
                     state["step"] += 1
                     moments = (state["step"], state["exp_avg"], state["exp_avg_sq"], None)  # no amsgrad

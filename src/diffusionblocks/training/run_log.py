@@ -13,7 +13,7 @@ class Logger(Protocol):
     """Receives the records of a run."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """One record; `iteration` orders them."""
+        """Receive one record; `iteration` orders them."""
 
     def close(self) -> None:
         """Flush and release."""
@@ -32,27 +32,27 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
-        kept: list[str] = []
+        lines: list[str] = []
         if resume_at is not None and path.exists():
             for line in path.read_text().splitlines():
                 try:
                     if json.loads(line).get("iteration", 0) <= resume_at:
-                        kept.append(line)
+                        lines.append(line)
                 except json.JSONDecodeError:
                     break  # the line that a killed run was writing
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w")
-        self._file.writelines(f"{line}\n" for line in kept)
+        self._file.writelines(f"{line}\n" for line in lines)
         self._file.flush()
 
     def log(self, record: dict[str, Any]) -> None:
-        """See `Logger`."""
+        """Write one line, and flush it."""
         with naming(self._file.name):
             self._file.write(json_text(record, self._file.name) + "\n")
             self._file.flush()
 
     def close(self) -> None:
-        """See `Logger`."""
+        """Close the file."""
         with naming(self._file.name):
             self._file.close()
 
@@ -70,12 +70,12 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def log(self, record: dict[str, Any]) -> None:
-        """See `Logger`."""
+        """Write the record's numbers under its unit's name."""
         unit = record.get("unit", "run")
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "iteration":
                 self._writer.add_scalar(f"{unit}/{name}", value, record.get("iteration", 0))
 
     def close(self) -> None:
-        """See `Logger`."""
+        """Flush and release the writer."""
         self._writer.close()

@@ -19,14 +19,14 @@ MOST_ITERATIONS = 5 * 10**7
 Schedule = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
 
 
-def block_schedule(kind: str, steps: Sequence[int], dwell: int, seed: int) -> Schedule:
-    """The unit of every iteration; unit u steps exactly steps[u] times.
+def block_schedule(kind: str, steps: Sequence[int], steps_per_switch: int, seed: int) -> Schedule:
+    """Lay out which unit steps at every iteration; unit u steps exactly steps[u] times.
 
     Args:
         kind: `random` (paper, section 4: blocks drawn at random), `round-robin`, or `sequential` (a unit to its end,
             then the next).
         steps: of each unit.
-        dwell: how many steps a unit makes in a row (the last time, those that are left).
+        steps_per_switch: how many steps a unit makes in a row (the last time, those that are left).
         seed: of the random order.
 
     Returns:
@@ -40,8 +40,8 @@ def block_schedule(kind: str, steps: Sequence[int], dwell: int, seed: int) -> Sc
             f"{len(steps)} units of up to {max(steps):,} steps are {sum(steps):,} iterations, more than the "
             f"{MOST_ITERATIONS:,} that a run may have: set train.steps or train.epochs lower"
         )
-    # A visit is one turn of a unit: `dwell` steps in a row, or those that are left.
-    visits = [-(-n // dwell) for n in steps]
+    # A visit is one turn of a unit: `steps_per_switch` steps in a row, or those that are left.
+    visits = [-(-n // steps_per_switch) for n in steps]
     units = np.repeat(np.arange(len(steps), dtype=np.min_scalar_type(len(steps))), visits)
     order: np.ndarray[Any, Any] = np.arange(len(units), dtype=np.int32)
     if kind != "sequential":  # in rounds, each of all units that still have a visit
@@ -50,12 +50,12 @@ def block_schedule(kind: str, steps: Sequence[int], dwell: int, seed: int) -> Sc
         generator = keyed_generator(seed, 0, 0, "schedule")
         order = order[torch.randperm(len(units), generator=generator, dtype=torch.int32).numpy()]
     turns: Schedule = units[order]
-    if dwell == 1:
+    if steps_per_switch == 1:
         return turns
-    lengths = np.full(len(units), dwell)
+    lengths = np.full(len(units), steps_per_switch)
     for last, n in zip(itertools.accumulate(visits), steps, strict=True):
-        if n % dwell:
-            lengths[last - 1] = n % dwell
+        if n % steps_per_switch:
+            lengths[last - 1] = n % steps_per_switch
     return np.repeat(turns, lengths[order])
 
 

@@ -1,4 +1,4 @@
-"""Skeletons: modules without tensors of their own, in which the tensors of any unit of one shape compute."""
+"""Shared modules: modules without tensors of their own, in which the tensors of any unit of one shape compute."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .train_config import TrainConfig
 from .units import Unit
 
 
-class Skeleton:
-    """A unit's module without tensors of its own.
+class SharedModule:
+    """A copy of a unit's module without tensors, to which the tensors of any unit of its shape are bound.
 
     Attributes:
-        module: runs the network with the tensors that are mounted.
+        module: runs the network with the tensors that are bound.
         unit: whose tensors these are.
     """
 
@@ -40,7 +40,7 @@ class Skeleton:
             self.module.loss_chunk = config.loss_chunk  # type: ignore[assignment]
         self._places = list(places_of(self.module))
 
-    def mount(self, unit: Unit, tensors: list[Tensor]) -> None:
+    def bind(self, unit: Unit, tensors: list[Tensor]) -> None:
         """Compute with these tensors, in the order of `tensors_of`, for that unit."""
         self.unit = unit
         for (entries, name), tensor in zip(self._places, tensors, strict=True):
@@ -51,30 +51,33 @@ class Skeleton:
 
 
 def shape_of(unit: Unit) -> tuple[Any, ...]:
-    """Equal for units that one skeleton serves: the same modules, with tensors of the same shapes, tied alike."""
+    """Return a key that is equal for units which one shared module serves.
+
+    These have the same modules, with tensors of the same shapes, tied alike.
+    """
     tensors = tensors_of(unit.module)
     first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
-    about = tuple((t.shape, t.dtype, t.requires_grad, first[id(t)]) for t in tensors)
+    specs = tuple((t.shape, t.dtype, t.requires_grad, first[id(t)]) for t in tensors)
     modules = [type(part) for part in unit.module.modules()]
     layers = [repr(layer) for layer in unit.module.layers()] if isinstance(unit.module, Block) else []
-    return about, tuple(modules), tuple(layers)
+    return specs, tuple(modules), tuple(layers)
 
 
 def in_several(modules: list[nn.Module]) -> set[int]:
     """Identities of the tensors that more than one module holds."""
-    seen: set[int] = set()
+    every: set[int] = set()
     common: set[int] = set()
     for module in modules:
-        found = {id(t) for t in tensors_of(module)}
-        common |= found & seen
-        seen |= found
+        own = {id(t) for t in tensors_of(module)}
+        common |= own & every
+        every |= own
     return common
 
 
-def move(module: nn.Module, chosen: set[int], device: torch.device) -> None:
-    """Move the chosen parameters and buffers, which may be shared with other modules, to a device."""
+def move_tensors(module: nn.Module, identities: set[int], device: torch.device) -> None:
+    """Move some of a module's parameters and buffers, which other modules may share, to a device."""
     for entries, name in places_of(module):
         tensor = entries[name]
-        if id(tensor) in chosen and tensor.device != device:
+        if id(tensor) in identities and tensor.device != device:
             with torch.no_grad():
                 tensor.data = tensor.data.to(device)

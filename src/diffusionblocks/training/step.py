@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.dataset import BatchMaker
-from .residency import Place, Residency
+from .residency import ActiveUnit, Residency
 from .train_config import TrainConfig
 
 _EAGER_STEPS = 3  # real steps before capture: they load kernels and create the optimizer's state
@@ -43,6 +43,17 @@ def arithmetic(device: torch.device, precision: str, *, keep_casts: bool = True)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=lower, cache_enabled=keep_casts)
     with cast, attention_kernels(device):
         yield
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the generator that dropout draws from.
+
+    On a CPU only that one: `torch.manual_seed` would also note the call for every GPU that may come, with a traceback.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 class Stepper:
@@ -89,26 +100,26 @@ class Stepper:
             keys: of noise and of dropout.
             following: the unit that comes after this one's turn, where known.
         """
-        place = self.residency.activate(unit, following)
+        active = self.residency.activate(unit, following)
         self.generator.manual_seed(keys[0])
-        torch.manual_seed(keys[1])
+        _seed_dropout(keys[1], self.device)
         self.indices.copy_(indices)
         self.step_now.fill_(step)
-        for updater, owner in zip(place.updaters, place.owners, strict=True):
+        for updater, owner in zip(active.updaters, active.sets, strict=True):
             updater.prepare(owner)
         if not self.use_graphs:
-            self._compute(unit, place)
+            self._compute(unit, active)
         elif unit in self._graphs:
             self.residency.wait_for_state()
             self._graphs[unit].replay()
-        elif self._eager_steps.get(place.module, 0) < _EAGER_STEPS:
-            self._eager_steps[place.module] = self._eager_steps.get(place.module, 0) + 1
-            self._compute(unit, place)
+        elif self._eager_steps.get(active.module, 0) < _EAGER_STEPS:
+            self._eager_steps[active.module] = self._eager_steps.get(active.module, 0) + 1
+            self._compute(unit, active)
         else:
-            self._capture(unit, place)
+            self._capture(unit, active)
             self._graphs[unit].replay()
 
-    def _capture(self, unit: int, place: Place) -> None:
+    def _capture(self, unit: int, active: ActiveUnit) -> None:
         self.residency.wait_for_state()
         self.residency.settle()
         if not self._graphs:
@@ -116,39 +127,38 @@ class Stepper:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            self._compute(unit, place)
+            self._compute(unit, active)
         # Every graph makes its own gradients, so graphs may reuse each other's memory.
         self._pool = graph.pool()
         self._graphs[unit] = graph
 
-    def _compute(self, index: int, place: Place) -> None:
+    def _compute(self, index: int, active: ActiveUnit) -> None:
         config = self.config
         if config.optimizer_in_backward:
             self.residency.wait_for_state()
-        parameters = [p for updater in place.updaters for p in updater.parameters]
         total = torch.zeros((), device=self.device)
         for micro in range(config.accumulation):
             batch = self.batches(self.indices[micro], self.generator)
             # Checkpointing throws a layer's casts away and makes them anew: kept ones would be a copy of all weights.
             with arithmetic(self.device, config.precision, keep_casts=not config.activation_checkpointing):
-                losses: Tensor = place.module.loss(batch, self.generator)  # type: ignore[operator]
+                losses: Tensor = active.module.loss(batch, self.generator)  # type: ignore[operator]
             del batch  # what the backward pass needs of it is saved; images in float32 are not
             loss = losses.mean() / config.accumulation
             with attention_kernels(self.device):
                 loss.backward()
             total += loss.detach()
         if config.gradient_clip is not None:
-            moved = [p for p in parameters if p.grad is not None]
-            norm = nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
-            nn.utils.clip_grads_with_norm_(moved, config.gradient_clip, norm)
+            gradients = [p.grad for p in active.parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            nn.utils.clip_grads_with_norm_(active.parameters, config.gradient_clip, norm)
             self.norm_sum[index] += norm
             finite = torch.isfinite(total) & torch.isfinite(norm)
         else:
             finite = torch.isfinite(total)
         self.residency.wait_for_state()
-        for updater in place.updaters:
+        for updater in active.updaters:
             updater.update()
-        for parameter in parameters:
+        for parameter in active.parameters:
             parameter.grad = None
         self.loss_sum[index] += total
         first_bad = (self.bad_step[index] < 0) & ~finite

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from ..common.fields import (
     MOST_STEPS,
@@ -20,6 +21,9 @@ from ..common.fields import (
     Share,
     Steps,
 )
+
+#: Former names of fields, which recipes, checkpoints and fits of older versions have.
+FORMER_NAMES = {"dwell": "steps_per_switch"}
 
 #: Decay of one of AdamW's averages.
 Decay = Annotated[Float, Field(ge=0, lt=1)]
@@ -55,8 +59,8 @@ class TrainConfig(BaseModel):
             on a CPU.
         schedule: Which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
             block 1). Unless shared parameters are `joint`, it does not change what a block becomes.
-        dwell: Steps that a block takes once its turn comes. With `resident: active` each switch moves two blocks
-            between host and device.
+        steps_per_switch: Steps that a block takes once its turn comes. With `resident: active` each switch moves two
+            blocks between host and device. Its former name, `dwell`, is accepted.
         blocks: Train only these blocks, for jobs that share the work and are merged later; null trains all.
         resident: What the device holds: `all` blocks, or the `active` one, with its optimizer state and average.
         offload: Where `resident: active` keeps the other blocks: in page-locked `host` memory, or on `disk`, in files
@@ -64,7 +68,7 @@ class TrainConfig(BaseModel):
         activation_checkpointing: Keep only each layer's input for the backward pass, and compute the rest again.
         loss_chunk: Positions of each sequence whose logits exist at a time, of a text model. The backward pass makes
             them again, which costs the head's matrix product once more. null: all at once.
-        optimizer: `adamw`, or `adamw-8bit` with its state in 8 bits (torchao; extra: savers).
+        optimizer: `adamw`, or `adamw-8bit` with its state in 8 bits (torchao; extra: memory).
         optimizer_in_backward: Step each parameter as soon as its gradient is there, so that not all gradients exist
             together. Rules out `gradient_clip` and `accumulation`.
         seed: Seed of data order, augmentation, noise and dropout.
@@ -98,7 +102,7 @@ class TrainConfig(BaseModel):
     activation_memory_budget: Share = 1.0
     cuda_graph: bool = False
     schedule: Literal["random", "round-robin", "sequential"] = "random"
-    dwell: Steps = 1
+    steps_per_switch: Steps = Field(default=1, validation_alias=AliasChoices("steps_per_switch", "dwell"))
     blocks: tuple[BlockIndex, ...] | None = Field(default=None, min_length=1)
     resident: Literal["all", "active"] = "all"
     offload: Literal["host", "disk"] = "host"
@@ -113,6 +117,14 @@ class TrainConfig(BaseModel):
     snapshot_every: Steps | None = None
     keep_checkpoints: Steps = 2
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, values: Any) -> Any:
+        for former, name in FORMER_NAMES.items():
+            if isinstance(values, dict) and former in values and name in values:
+                raise ValueError(f"{name} is given twice: {former} is its former name; leave {former} out")
+        return values
+
     @model_validator(mode="after")
     def _one_average(self) -> Self:
         if self.ema_decay is not None and self.ema_half_life is not None:
@@ -122,7 +134,7 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _savers_agree(self) -> Self:
+    def _memory_settings_agree(self) -> Self:
         if self.activation_memory_budget < 1 and not self.compile:
             raise ValueError(
                 f"activation_memory_budget = {self.activation_memory_budget} is kept by torch.compile; set "
@@ -189,13 +201,18 @@ class TrainConfig(BaseModel):
         Raises:
             ValueError: fewer examples than one step needs.
         """
-        needed = self.batch_size * self.accumulation
-        if num_examples < needed:
+        size = self.batch_size * self.accumulation
+        if num_examples < size:
             raise ValueError(
-                f"one step needs batch_size x accumulation = {needed} examples, but the data has {num_examples}; "
+                f"one step needs batch_size x accumulation = {size} examples, but the data has {num_examples}; "
                 "lower train.batch_size"
             )
-        return num_examples // needed
+        return num_examples // size
+
+
+def under_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a `train` section that an older version wrote, under the names that fields have now."""
+    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 #: An `activation_memory_budget` under which norms and activation functions are computed again, and no matrix product.

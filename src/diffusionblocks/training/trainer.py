@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,14 +22,15 @@ from ..common.seeds import key
 from ..core.branching import trunk_name
 from ..core.model import DiffusionBlocks
 from ..data.dataset import BatchMaker
-from .checkpoint import checkpoints, read_owner, read_values, remove, write_checkpoint
-from .compilation import compile_modules, compile_options
+from .checkpoint import RunDescription, checkpoints, read_owner, read_values, remove, write_checkpoint
+from .compilation import Compiler
 from .data_order import DataOrder
+from .interruption import Interrupted, SignalWatch
 from .residency import Lengths, make_residency
 from .run_log import LOG, JsonLines, Logger
 from .schedules import block_schedule, next_others
 from .step import Stepper
-from .train_config import RESUME_MAY_DIFFER, TrainConfig
+from .train_config import RESUME_MAY_DIFFER, TrainConfig, under_current_names
 from .units import Unit, units_of
 
 _log = logging.getLogger(__name__)
@@ -42,15 +40,6 @@ class Diverged(RuntimeError):
     """A loss, a gradient, or what a step made of the weights, became NaN or infinite."""
 
     exit_status = 3
-
-
-class Interrupted(RuntimeError):
-    """SIGINT or SIGTERM arrived; the state was saved. `signum` says which."""
-
-    def __init__(self, signum: int, where: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again to resume from {where}")
-        self.signum = signum
-        self.exit_status = 128 + signum
 
 
 class Trainer:
@@ -67,9 +56,7 @@ class Trainer:
         loggers: further receivers of the log.
         progress: show a progress bar.
         snapshot: called every `config.snapshot_every` iterations with the averaged model and the iteration.
-        about: JSON values that say what is trained; every checkpoint has them.
-        check_about: called with those of a checkpoint, and its path, before it is resumed from; raises ValueError where
-            they do not go together with this run.
+        description: says what is trained, in every checkpoint, and checks those that the run would go on from.
 
     Raises:
         ValueError: fewer examples than a step needs, or nothing to train.
@@ -87,12 +74,10 @@ class Trainer:
         loggers: Sequence[Logger] = (),
         progress: bool = True,
         snapshot: Callable[[nn.Module, int], None] | None = None,
-        about: dict[str, Any] | None = None,
-        check_about: Callable[[dict[str, Any], Path], None] | None = None,
+        description: RunDescription | None = None,
     ) -> None:
         self.model = model
-        self.about = about
-        self.check_about = check_about
+        self.description = description
         self.snapshot = snapshot
         self.config = config
         self.folder = folder
@@ -106,16 +91,15 @@ class Trainer:
         self.residency = make_residency(self.units, shared, lengths, config, self.device, folder, fill)
         self.sets = self.residency.sets
         self.stepper = Stepper(self.residency, batches, config, self.device)
-        self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.dwell, config.seed)
+        self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.steps_per_switch, config.seed)
         self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
         self.iteration = 0
         self.seconds = 0.0
-        self._signal: int | None = None
+        self._watch = SignalWatch()
         self._log_file: JsonLines | None = None
         if config.compile:
             batches.compile()
-            modules = [skeleton.module for skeleton in self.residency.skeletons]
-            compile_modules(modules, config, options=compile_options(config, self.device))
+            Compiler(config, self.device).compile([each.module for each in self.residency.shared_modules])
 
     # ---- the loop ------------------------------------------------------------------------------------
 
@@ -133,19 +117,19 @@ class Trainer:
             ValueError: the checkpoint was made with another configuration.
         """
         if self.folder is not None:
-            saved = checkpoints(self.folder / "checkpoints")
+            older = checkpoints(self.folder / "checkpoints")
             if not resume:
                 # Older ones would count as newer than this run's, and be resumed from, by their iteration.
-                remove(saved)
-                saved = []
-            if saved:
-                self.load_checkpoint(saved[-1])
-            self._log_file = JsonLines(self.folder / LOG, self.iteration if saved else None)
+                remove(older)
+                older = []
+            if older:
+                self.load_checkpoint(older[-1])
+            self._log_file = JsonLines(self.folder / LOG, self.iteration if older else None)
         end = min(len(self.schedule), until if until is not None else len(self.schedule))
         self.model.train()
         bar = tqdm(total=len(self.schedule), initial=self.iteration, disable=not self.progress, unit="it")
         try:
-            with self._signals(), self.side_stream():
+            with self._watch.active(), self.side_stream():
                 self._loop(end, bar)
             self.residency.flush()  # the model is whole again
         finally:
@@ -155,22 +139,22 @@ class Trainer:
             self._log_file = None
 
     def step(self, unit: int, following: int | None = None) -> None:
-        """Step one unit on the data and randomness of its own next step (the loop's body; no wait for the device).
+        """Step one unit on the data and randomness of its own next step, without a wait for the device.
 
         Args:
             unit: place of the unit in `units`.
             following: the unit after its turn, where known: its way to the device can be prepared.
         """
-        chosen, seed = self.units[unit], self.config.seed
-        step = self.sets[chosen.name].steps
-        keys = key(seed, chosen.index, step, "noise"), key(seed, chosen.index, step, "dropout")
-        self.stepper.run(unit, step, self.order(chosen.index, step), keys, following)
+        index, seed = self.units[unit].index, self.config.seed
+        step = self.sets[self.units[unit].name].steps
+        keys = key(seed, index, step, "noise"), key(seed, index, step, "dropout")
+        self.stepper.run(unit, step, self.order(index, step), keys, following)
 
     def _loop(self, end: int, bar: tqdm[Any]) -> None:
         config = self.config
         check_every = config.log_every if self.device.type == "cuda" else 1
         counts = [0] * len(self.units)
-        started = logged = saved = time.perf_counter()
+        start = last_log = last_save = time.perf_counter()
         before = self.seconds
         following = next_others(self.schedule, self.iteration)
         while self.iteration < end:
@@ -178,31 +162,36 @@ class Trainer:
             self.step(unit, next(following))
             counts[unit] += 1
             self.iteration += 1
+            now = time.perf_counter()
+            self.seconds = before + now - start
             last = self.iteration == end
-            saving = config.checkpoint_every is not None and self.iteration % config.checkpoint_every == 0
-            if self.folder is not None and config.checkpoint_seconds is not None:
-                saving |= time.perf_counter() - saved >= config.checkpoint_seconds
-            logging = self.iteration % config.log_every == 0 or last
-            every = config.snapshot_every
-            snapshot = self.snapshot is not None and every is not None and self.iteration % every == 0
-            if saving or logging or snapshot or self._signal or self.iteration % check_every == 0:
+            log = last or self._is_due(config.log_every)
+            snapshot = self.snapshot is not None and self._is_due(config.snapshot_every)
+            save = self.folder is not None and (
+                last
+                or self._is_due(config.checkpoint_every)
+                or (config.checkpoint_seconds is not None and now - last_save >= config.checkpoint_seconds)
+            )
+            if save or log or snapshot or self._watch.signum or self._is_due(check_every):
                 self._stop_if_diverged()
-            self.seconds = before + time.perf_counter() - started
-            if logging:
+            if log:
                 now = time.perf_counter()
-                self._log(counts, now - logged)
+                self._log(counts, now - last_log)
                 bar.update(self.iteration - bar.n)
-                counts, logged = [0] * len(self.units), now
-            if self.folder is not None and (saving or last or self._signal):
+                counts, last_log = [0] * len(self.units), now
+            if save or (self.folder is not None and self._watch.signum):
                 self.save_checkpoint()
-                saved = time.perf_counter()
+                last_save = time.perf_counter()
             elif last or snapshot:
                 self._stop_if_state_diverged()
             if self.snapshot is not None and snapshot:
                 with self.averaged() as model:
                     self.snapshot(model, self.iteration)
-            if self._signal:
-                raise Interrupted(self._signal, self.folder or Path("nowhere: the run has no folder"))
+            if self._watch.signum:
+                raise Interrupted(self._watch.signum, self.folder or Path("nowhere: the run has no folder"))
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.iteration % every == 0
 
     def _stop_if_diverged(self) -> None:
         bad = self.stepper.first_bad_step()
@@ -224,11 +213,11 @@ class Trainer:
             name = first_not_finite(tensors.items())
             if name is not None:
                 raise self._diverged(
-                    f"{owner}: {self._described(owner, name)} is NaN or infinite after iteration {self.iteration}"
+                    f"{owner}: {self._full_name(owner, name)} is NaN or infinite after iteration {self.iteration}"
                 )
 
-    def _described(self, owner: str, name: str) -> str:
-        """What a name in `_state` stands for."""
+    def _full_name(self, owner: str, name: str) -> str:
+        """Say what a name in `_state` stands for."""
         kind, _, rest = name.partition(".")
         if kind == "weights":
             return rest
@@ -239,10 +228,10 @@ class Trainer:
         return f"the {what} of {next(names, f'parameter {place}')}"
 
     def _diverged(self, what: str) -> Diverged:
-        saved = checkpoints(self.folder / "checkpoints") if self.folder is not None else []
-        kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint to go back to"
+        older = checkpoints(self.folder / "checkpoints") if self.folder is not None else []
+        way_back = f"the last good checkpoint is {older[-1]}" if older else "there is no checkpoint to go back to"
         return Diverged(
-            f"{what}; {kept}. Try a lower train.lr, a smaller train.gradient_clip, or train.precision: float32"
+            f"{what}; {way_back}. Try a lower train.lr, a smaller train.gradient_clip, or train.precision: float32"
         )
 
     def _log(self, counts: list[int], seconds: float) -> None:
@@ -281,13 +270,13 @@ class Trainer:
         trunk.residency.flush()
         self.residency.flush()
         places = {p: (group, i) for group in trunk.sets.values() for i, p in enumerate(group.parameters)}
-        named = dict(trunk.model.block(0).named_parameters())
+        of_trunk = dict(trunk.model.block(0).named_parameters())
         sources = {
             parameter: places[source]
             for unit in self.units
             for name, parameter in unit.module.named_parameters()
             # A part that is frozen in the trunk can be trained as part of a layer of a later block.
-            if parameter.requires_grad and (source := named[trunk_name(self.model, unit.index, name)]) in places
+            if parameter.requires_grad and (source := of_trunk[trunk_name(self.model, unit.index, name)]) in places
         }
         for group in self.sets.values():
             group.inherit(sources, optimizer=optimizer, average=average)
@@ -316,8 +305,8 @@ class Trainer:
         assert self.folder is not None
         self._stop_if_state_diverged()
         values = {"config": self.config.model_dump(mode="json"), "units": sorted(self.sets), "seconds": self.seconds}
-        if self.about is not None:
-            values["run"] = self.about
+        if self.description is not None:
+            values["run"] = self.description.values
         return write_checkpoint(
             self.folder / "checkpoints", self.iteration, self._state(), values, self.config.keep_checkpoints
         )
@@ -344,48 +333,29 @@ class Trainer:
             ValueError: it was made with other hyperparameters or another model; the message names the difference.
         """
         values = read_values(path)
-        if self.check_about is not None and values.get("run") is not None:
-            self.check_about(values["run"], path)
-        now = self.config.model_dump(mode="json")
+        if self.description is not None and values.get("run") is not None:
+            self.description.check(values["run"], self.description.values, path)
+        before, now = under_current_names(values["config"]), self.config.model_dump(mode="json")
         for field in now.keys() - RESUME_MAY_DIFFER:
-            if values["config"].get(field) != now[field]:
+            if before.get(field) != now[field]:
                 raise ValueError(
-                    f"{path} was made with train.{field} = {values['config'].get(field)}, this run has "
+                    f"{path} was made with train.{field} = {before.get(field)}, this run has "
                     f"{now[field]}: set it back, or start anew in another folder"
                 )
         if sorted(values["units"]) != sorted(self.sets):
             raise ValueError(f"{path} holds {values['units']}, this model has {list(self.sets)}")
         self.residency.flush()
         for name, tensors in self._state():
-            found = read_owner(path, name, tensors)
+            old = read_owner(path, name, tensors)
             with torch.no_grad():
                 for key, tensor in tensors.items():
                     if key.startswith("weights."):
-                        tensor.copy_(found[key])
+                        tensor.copy_(old[key])
             if name in self.sets:
-                self.sets[name].load_state({k.removeprefix("set."): t for k, t in found.items()})
+                self.sets[name].load_state({k.removeprefix("set."): t for k, t in old.items()})
         self.residency.refresh()
         self.iteration = int(values["iteration"])
         self.seconds = float(values["seconds"])
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM instead of dying in the middle of a step (a second one dies)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(signum: int, frame: FrameType | None) -> None:
-            if self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = signum
-
-        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Units: what the trainer steps. A block is a unit; so is a whole unconverted model, the end-to-end control."""
+"""Units: what the trainer steps. A block is a unit; so is a whole unconverted model, the end-to-end baseline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..targets import check_entries, check_loss_chunk, cross_entropies, in_chunk
 
 
 class EndToEnd(nn.Module):
-    """The control: an unconverted classifier or language model of transformers, with the interface of a block.
+    """An unconverted classifier or language model with the interface of a block: the end-to-end baseline.
 
     Args:
         model: the model; it is trained in place.
@@ -101,16 +101,16 @@ class EndToEnd(nn.Module):
         Raises:
             ValueError: texts of fewer than two tokens, or an entry that nothing reads.
         """
-        known = ("input_ids",) if "input_ids" in batch else ("pixel_values", "labels")
-        check_entries(batch, known, type(self.model).__name__)
+        names = ("input_ids",) if "input_ids" in batch else ("pixel_values", "labels")
+        check_entries(batch, names, type(self.model).__name__)
         if self._trains_itself:
             return self.model.loss(batch, generator, self.loss_chunk)  # type: ignore[operator, no-any-return]
         if "input_ids" in batch:
             tokens = batch["input_ids"]
             if tokens.dim() != 2 or tokens.shape[1] < 2:
-                found = tuple(tokens.shape)
-                raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {found}")
-            return in_chunks(self._nats, self._states(tokens), tokens[:, 1:], self.loss_chunk).mean(dim=1)
+                shape = tuple(tokens.shape)
+                raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {shape}")
+            return in_chunks(self._token_losses, self._states(tokens), tokens[:, 1:], self.loss_chunk).mean(dim=1)
         loss = label_losses(self(batch["pixel_values"]), batch["labels"])
         assert loss.shape == batch["labels"].shape
         return loss
@@ -120,7 +120,7 @@ class EndToEnd(nn.Module):
         family: Any = self._family  # of a library's language model, the only one that comes here
         return family.whole_states(self.model, tokens)  # type: ignore[no-any-return]
 
-    def _nats(self, states: Tensor, tokens: Tensor) -> Tensor:
+    def _token_losses(self, states: Tensor, tokens: Tensor) -> Tensor:
         model: Any = self.model
         return cross_entropies(model.get_output_embeddings()(states), tokens)
 
@@ -184,24 +184,24 @@ def units_of(model: nn.Module, blocks: Sequence[int] | None = None) -> tuple[lis
     if isinstance(model, EndToEnd):
         if blocks is not None:
             raise ValueError(f"train.blocks = {list(blocks)}: an end-to-end model has no blocks; leave it out")
-        return _checked([Unit(0, "end-to-end", model)], [])
+        return _require_parameters([Unit(0, "end-to-end", model)], [])
     if not isinstance(model, DiffusionBlocks):
         raise TypeError(f"cannot train a {type(model).__name__}: wrap it in EndToEnd, or convert it first")
     many = model.partition.num_blocks
-    chosen = list(range(many)) if blocks is None else list(blocks)
-    if chosen[-1] >= many:
-        raise ValueError(f"train.blocks = {chosen}: the model has blocks 0 to {many - 1}")
+    indices = list(range(many)) if blocks is None else list(blocks)
+    if indices[-1] >= many:
+        raise ValueError(f"train.blocks = {indices}: the model has blocks 0 to {many - 1}")
     shared = [p for p in model.shared_parameters() if p.requires_grad]
-    if shared and len(chosen) < many:
+    if shared and len(indices) < many:
         raise ValueError(
-            f"train.blocks = {chosen}: under shared = joint all blocks move the shared parameters and cannot train "
+            f"train.blocks = {indices}: under shared = joint all blocks move the shared parameters and cannot train "
             "apart; use blocks.shared: replicated or frozen"
         )
     common = frozenset(id(p) for p in shared)
-    return _checked([Unit(b, f"block {b}", model.block(b), common) for b in chosen], shared)
+    return _require_parameters([Unit(b, f"block {b}", model.block(b), common) for b in indices], shared)
 
 
-def _checked(units: list[Unit], shared: list[nn.Parameter]) -> tuple[list[Unit], list[nn.Parameter]]:
+def _require_parameters(units: list[Unit], shared: list[nn.Parameter]) -> tuple[list[Unit], list[nn.Parameter]]:
     for unit in units:
         if not unit.own and not shared:
             raise ValueError(f"{unit.name} has no trainable parameter")
