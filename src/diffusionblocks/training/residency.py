@@ -104,7 +104,7 @@ class Residency(abc.ABC):
         return list(self._modules.values())
 
     def common_tensors(self) -> list[Tensor]:
-        """What several units hold: the shared parts under `joint`."""
+        """What several units hold: the shared parameters under `joint`."""
         common = {id(t): t for unit in self.units for t in tensors_of(unit.module) if id(t) in self._common}
         return list(common.values())
 
@@ -127,7 +127,7 @@ class Residency(abc.ABC):
         return updater
 
     def _add_shared_set(self) -> None:
-        """As `_add_set`, of the shared parts once they are on the device: they always stay, and step every time."""
+        """As `_add_set`, of the shared parameters once they are on the device: they always stay, and step every time."""
         if self._shared_parameters:
             of_all = Lengths(len(self.units) * self.lengths.steps, len(self.units) * self.lengths.warmup)
             self._shared_updaters = [self._add_set("shared", self._shared_parameters, of_all)]

@@ -1,7 +1,7 @@
 """The trainer: one loop for end-to-end models and for blocks.
 
 Every draw of randomness is keyed by (seed, unit, step of that unit), so a run resumes exactly, and blocks with
-`replicated` or `frozen` shared parts come out the same in whatever order they step.
+`replicated` or `frozen` shared parameters come out the same in whatever order they step.
 """
 
 from __future__ import annotations
