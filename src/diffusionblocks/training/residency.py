@@ -127,7 +127,7 @@ class Residency(abc.ABC):
         return updater
 
     def _add_shared_set(self) -> None:
-        """As `_add_set`, of the shared parameters once they are on the device: they always stay, and step every time."""
+        """As `_add_set`, of the shared parameters, which are on the device by now, always stay, and step every time."""
         if self._shared_parameters:
             of_all = Lengths(len(self.units) * self.lengths.steps, len(self.units) * self.lengths.warmup)
             self._shared_updaters = [self._add_set("shared", self._shared_parameters, of_all)]
