@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    TypeAdapter,
+    WrapValidator,
+    model_validator,
+)
 
 from .common.fields import MOST_TOKENS, Blocks, Float, Int, NonNegative, Positive, Seed, Width
-from .noise import EDM, Masking
+from .noise import NOISE_PROCESSES, NoiseProcess
 
 #: `bridge` is its name in recipes and saved models of earlier versions.
 FEEDBACK_NAMES = AliasChoices("feedback", "bridge")
@@ -67,6 +78,9 @@ class TokenTargetConfig(BaseModel):
         weight: Weight of the cross-entropy at each level: `elbo` (that of the evidence lower bound: MD4), or `none`.
     """
 
+    #: see `LabelTargetConfig`; the bound is an integral over all levels
+    unread: ClassVar[float] = 0.0
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["tokens"] = "tokens"
@@ -123,7 +137,34 @@ TargetConfig = Annotated[
     Discriminator(_kind("label")),
 ]
 
-NoiseConfig = Annotated[Annotated[EDM, Tag("edm")] | Annotated[Masking, Tag("masking")], Discriminator(_kind("edm"))]
+#: The noise processes of this package; those that others register later are looked up by their kind.
+_OURS = dict(NOISE_PROCESSES)
+
+
+def _registered(values: Any, validate: Callable[[Any], NoiseProcess]) -> NoiseProcess:
+    """The noise process that a section describes, by the registry."""
+    if isinstance(values, NoiseProcess):
+        return values
+    kind = _kind("edm")(values)
+    if not isinstance(values, dict) or kind in _OURS:
+        return validate(values)
+    if kind not in NOISE_PROCESSES:
+        raise ValueError(
+            f"kind = {kind!r} is no noise process that is known here; allowed: {', '.join(NOISE_PROCESSES)}. Of your "
+            "own, import the package that registers it first (register_noise_process)"
+        )
+    return TypeAdapter(NOISE_PROCESSES[kind]).validate_python(values)
+
+
+if TYPE_CHECKING:
+    NoiseConfig = NoiseProcess
+else:
+    NoiseConfig = Annotated[
+        Union[tuple(Annotated[process, Tag(kind)] for kind, process in _OURS.items())],  # noqa: UP007
+        Discriminator(_kind("edm")),
+        WrapValidator(_registered),
+        PlainSerializer(NoiseProcess.to_dict),
+    ]
 
 
 class BlocksConfig(BaseModel):

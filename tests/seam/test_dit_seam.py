@@ -241,7 +241,7 @@ def test_guidance_is_its_formula_in_one_call_of_twice_the_rows(family: str, guid
 
     levels = model.noise.sampling_levels(5, "karras")
     with torch.no_grad():
-        expected = euler(denoise, prior_of_seeds(model.noise, (3, 8, 8), [1, 2]), levels)
+        expected = euler(denoise, prior_of_seeds(model.noise, (3, 8, 8), [1, 2]), levels, model.noise)
     calls = record_calls(model)
     images = model.sample(labels, seeds=[1, 2], steps=5, guidance=guidance)
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)

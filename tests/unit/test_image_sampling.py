@@ -117,11 +117,11 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: guided(Network(), LABELS, NULL, 1.0)(images(4), 1.0), ("labels", "4 samples", "3")),
     (lambda: guided(Network(), LABELS, NULL, 2.0)(images(4), 1.0), ("labels", "4 samples", "3")),
     (
-        lambda: sample_images(guided(Network(), None, None, 1.0), images(), [1.0, 0.0], solver="ddim"),
+        lambda: sample_images(guided(Network(), None, None, 1.0), images(), [1.0, 0.0], NOISE, solver="ddim"),
         ("'ddim'", "euler", "heun", "dpmpp-2m"),
     ),
-    (lambda: sample_images(guided(Network(), None, None, 1.0), images(), [1.0]), ("levels", "at least two")),
-    (lambda: sample_images(guided(Network(), None, None, 1.0), images(), []), ("levels", "at least two")),
+    (lambda: sample_images(guided(Network(), None, None, 1.0), images(), [1.0], NOISE), ("levels", "at least two")),
+    (lambda: sample_images(guided(Network(), None, None, 1.0), images(), [], NOISE), ("levels", "at least two")),
 ]
 
 
@@ -142,18 +142,19 @@ def test_a_chain_is_its_solvers_and_counts_its_calls(solver: str) -> None:
     z = prior_of_seeds(NOISE, SHAPE, [1, 2, 3], "cpu")
     seen: list[int] = []
     made = sample_images(
-        guided(network, LABELS, NULL, 3.0), z, levels, solver=solver, callback=lambda step, *_: seen.append(step)
+        guided(network, LABELS, NULL, 3.0), z, levels, NOISE, solver=solver, callback=lambda step, *_: seen.append(step)
     )
     assert seen == [0, 1, 2, 3, 4]
     assert len(network.calls) == calls(solver, 5, ends_at_zero=True)
     assert {n for n, _, _ in network.calls} == {6}
     assert made.dtype == torch.float32
-    assert torch.equal(made, SOLVERS[solver](guided(Network(), LABELS, NULL, 3.0), z, levels))
+    assert torch.equal(made, SOLVERS[solver](guided(Network(), LABELS, NULL, 3.0), z, levels, NOISE))
 
 
 def test_euler_is_the_default() -> None:
     denoiser = guided(Network(), None, None, 1.0)
-    assert torch.equal(sample_images(denoiser, images(), [2.0, 1.0, 0.5]), euler(denoiser, images(), [2.0, 1.0, 0.5]))
+    chain = (denoiser, images(), [2.0, 1.0, 0.5], NOISE)
+    assert torch.equal(sample_images(*chain), euler(*chain))
 
 
 def test_an_image_depends_on_its_seed_and_label_alone() -> None:
@@ -161,7 +162,7 @@ def test_an_image_depends_on_its_seed_and_label_alone() -> None:
 
     def make(seeds: list[int], labels: list[int]) -> Tensor:
         denoiser = guided(Network(), torch.tensor(labels), NULL, 2.0)
-        return sample_images(denoiser, prior_of_seeds(NOISE, SHAPE, seeds, "cpu"), levels, solver="heun")
+        return sample_images(denoiser, prior_of_seeds(NOISE, SHAPE, seeds, "cpu"), levels, NOISE, solver="heun")
 
     many = make([3, 5, 7, 5], [0, 1, 2, 2])
     assert torch.equal(many[1:2], make([5], [1]))
@@ -171,13 +172,13 @@ def test_an_image_depends_on_its_seed_and_label_alone() -> None:
 
 def test_chains_make_no_gradients() -> None:
     scale = torch.ones((), requires_grad=True)
-    assert not sample_images(lambda z, level: scale * z, images(), [2.0, 1.0, 0.0]).requires_grad
+    assert not sample_images(lambda z, level: scale * z, images(), [2.0, 1.0, 0.0], NOISE).requires_grad
     assert torch.is_grad_enabled()
 
 
 def test_progress_is_shown_on_request_alone(capsys: pytest.CaptureFixture[str]) -> None:
     denoiser = guided(Network(), None, None, 1.0)
-    sample_images(denoiser, images(), NOISE.sampling_levels(7))
+    sample_images(denoiser, images(), NOISE.sampling_levels(7), NOISE)
     assert capsys.readouterr().err == ""
-    sample_images(denoiser, images(), NOISE.sampling_levels(7), progress=True)
+    sample_images(denoiser, images(), NOISE.sampling_levels(7), NOISE, progress=True)
     assert "7/7" in capsys.readouterr().err

@@ -227,9 +227,9 @@ def test_to_dict_and_back_through_pydantic() -> None:
         (lambda: LINEAR.levels(0), "steps must be >= 1"),
         (lambda: LINEAR.levels(4, "karras"), "unknown level grid 'karras'"),
         (lambda: LINEAR.sample(4, (0.5, 0.5)), "must ascend"),
-        (lambda: LINEAR.sample(4, (0.5, 1.5)), "must ascend within the range"),
+        (lambda: LINEAR.sample(4, (0.5, 1.5)), "must ascend within the noise range"),
         (lambda: LINEAR.sample(4, coordinate="time"), "unknown coordinate 'time'"),
-        (lambda: LINEAR.icdf(double(1.5)), "mass must be in"),
+        (lambda: LINEAR.icdf(double(1.5)), "quantiles must be in"),
     ],
 )
 def test_refusals(call, message: str) -> None:

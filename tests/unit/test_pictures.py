@@ -176,6 +176,7 @@ def sampled(steps: int = 6, **kwargs: Any) -> tuple[Chain, Tensor]:
         lambda z, level: square + (z - square) * 0.25 / (0.25 + level**2),
         prior_of_seeds(NOISE, (3, 8, 8), [0, 1, 2], "cpu"),
         NOISE.sampling_levels(steps),
+        NOISE,
         callback=chain,
     )
     return chain, final

@@ -9,10 +9,14 @@ from helpers import seeded
 from torch import Tensor
 
 from diffusionblocks import EDM, Partition
-from diffusionblocks.sampling import SOLVERS, calls, dpmpp_2m, euler, heun
+from diffusionblocks.sampling import SOLVERS, Callback, Denoiser, calls, dpmpp_2m, euler, heun
 
 NOISE = EDM()
 MU, S = 0.3, 0.8
+
+
+def run(solver: str, denoiser: Denoiser, z: Tensor, levels: list[float], *more: Callback) -> Tensor:
+    return SOLVERS[solver](denoiser, z, levels, NOISE, *more)
 
 
 def perfect(z: Tensor, sigma: float) -> Tensor:
@@ -37,7 +41,7 @@ def start() -> Tensor:
 
 def error(levels: list[float], solver: str = "euler") -> float:
     z = start()
-    return (SOLVERS[solver](perfect, z, levels) - exact(z, levels[-1])).abs().max().item()
+    return (run(solver, perfect, z, levels) - exact(z, levels[-1])).abs().max().item()
 
 
 @pytest.mark.parametrize("name", ["karras", "log-uniform"])
@@ -68,7 +72,7 @@ def test_one_step_of_a_perfect_denoiser_of_a_point_lands_exactly(solver: str) ->
     y = torch.randn(5, 3, generator=seeded(1), dtype=torch.float64)
     eps = torch.randn(5, 3, generator=seeded(2), dtype=torch.float64)
     for sigma, lower in [(80.0, 0.5), (0.5, 0.18), (0.18, 0.002), (1.0, 0.0)]:
-        landed = SOLVERS[solver](lambda z, level: y, y + sigma * eps, [sigma, lower])
+        landed = run(solver, lambda z, level: y, y + sigma * eps, [sigma, lower])
         torch.testing.assert_close(landed, y + lower * eps, rtol=1e-13, atol=1e-13)
 
 
@@ -76,7 +80,7 @@ def test_one_step_of_a_perfect_denoiser_of_a_point_lands_exactly(solver: str) ->
 def test_many_steps_of_a_perfect_denoiser_of_a_point_land_exactly(solver: str) -> None:
     y = torch.randn(5, 3, generator=seeded(1), dtype=torch.float64)
     eps = torch.randn(5, 3, generator=seeded(2), dtype=torch.float64)
-    landed = SOLVERS[solver](lambda z, level: y, y + 80.0 * eps, NOISE.levels(37, "karras"))
+    landed = run(solver, lambda z, level: y, y + 80.0 * eps, NOISE.levels(37, "karras"))
     torch.testing.assert_close(landed, y + 0.002 * eps, rtol=1e-11, atol=1e-11)
 
 
@@ -90,21 +94,21 @@ def test_every_step_lowers_the_noise() -> None:
         return y
 
     z = y + 80.0 * torch.randn(2000, generator=seeded(), dtype=torch.float64)
-    last = euler(denoise, z, NOISE.levels(10))
+    last = euler(denoise, z, NOISE.levels(10), NOISE)
     assert visited == pytest.approx([visited[0]] * 10)  # the noise in z is at each level what the level says
     assert (last - y).std().item() < 0.003
 
 
 def test_step_is_the_ode_form() -> None:
     z = torch.randn(4, generator=seeded(), dtype=torch.float64)
-    stepped = euler(perfect, z, [2.0, 1.5])
+    stepped = euler(perfect, z, [2.0, 1.5], NOISE)
     torch.testing.assert_close(stepped, z + (1.5 - 2.0) * (z - perfect(z, 2.0)) / 2.0)
 
 
 def test_denoiser_is_called_once_a_level_but_the_last_in_order() -> None:
     calls: list[float] = []
     levels = NOISE.levels(6)
-    euler(lambda z, level: calls.append(level) or z, torch.zeros(2), levels)
+    euler(lambda z, level: calls.append(level) or z, torch.zeros(2), levels, NOISE)
     assert calls == levels[:-1]
 
 
@@ -112,7 +116,7 @@ def test_denoiser_is_called_once_a_level_but_the_last_in_order() -> None:
 def test_solvers_keep_dtype_and_shape(solver: str) -> None:
     for dtype in (torch.float32, torch.float64):
         z = torch.randn(2, 3, 4, generator=seeded(), dtype=dtype)
-        stepped = SOLVERS[solver](perfect, z, NOISE.levels(5))
+        stepped = run(solver, perfect, z, NOISE.levels(5))
         assert stepped.dtype == dtype
         assert stepped.shape == z.shape
 
@@ -139,7 +143,7 @@ def test_heun_is_edm_algorithm_1() -> None:
             d_next = (x_next - perfect(x_next, t_next)) / t_next
             x_next = x + (t_next - t) * (d / 2 + d_next / 2)
         x = x_next
-    torch.testing.assert_close(heun(perfect, start(), levels), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(heun(perfect, start(), levels, NOISE), x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("levels", [NOISE.sampling_levels(9, "karras"), NOISE.levels(9), [5.0, 4.9, 0.3, 0.29, 0.0]])
@@ -158,20 +162,23 @@ def test_dpmpp_2m_is_that_of_k_diffusion(levels: list[float]) -> None:
             mixed = (1 + 1 / (2 * r)) * denoised - (1 / (2 * r)) * before
             x = (sigma[i + 1] / sigma[i]) * x - (-h).expm1() * mixed
         before = denoised
-    torch.testing.assert_close(dpmpp_2m(perfect, start(), levels), x, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(dpmpp_2m(perfect, start(), levels, NOISE), x, rtol=1e-11, atol=1e-11)
 
 
 def test_first_step_of_dpmpp_2m_is_eulers_and_the_second_is_not() -> None:
     levels = NOISE.levels(4, "karras")
-    assert torch.equal(dpmpp_2m(perfect, start(), levels[:2]), euler(perfect, start(), levels[:2]))
-    assert not torch.allclose(dpmpp_2m(perfect, start(), levels[:3]), euler(perfect, start(), levels[:3]))
+    assert torch.equal(dpmpp_2m(perfect, start(), levels[:2], NOISE), euler(perfect, start(), levels[:2], NOISE))
+    assert not torch.allclose(dpmpp_2m(perfect, start(), levels[:3], NOISE), euler(perfect, start(), levels[:3], NOISE))
 
 
 def test_second_order_solvers_in_float32_follow_float64() -> None:
     levels = NOISE.sampling_levels(40, "karras")
     for solver in SOLVERS.values():
         torch.testing.assert_close(
-            solver(perfect, start().float(), levels).double(), solver(perfect, start(), levels), rtol=1e-4, atol=1e-4
+            solver(perfect, start().float(), levels, NOISE).double(),
+            solver(perfect, start(), levels, NOISE),
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
@@ -187,12 +194,12 @@ def test_a_last_level_of_zero_gives_the_last_denoised(solver: str) -> None:
         return visited[-1][1]
 
     levels = NOISE.sampling_levels(6, "karras")
-    landed = SOLVERS[solver](denoise, start(), levels)
+    landed = run(solver, denoise, start(), levels)
     assert torch.equal(landed, visited[-1][1])
     assert visited[-1][0] == NOISE.sigma_min
     assert min(level for level, _ in visited) > 0
     # From the same z, the result is that of a chain which stops at sigma_min, denoised once more.
-    assert torch.equal(landed, perfect(SOLVERS[solver](perfect, start(), levels[:-1]), NOISE.sigma_min))
+    assert torch.equal(landed, perfect(run(solver, perfect, start(), levels[:-1]), NOISE.sigma_min))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -201,7 +208,7 @@ def test_a_last_level_of_zero_gives_the_last_denoised(solver: str) -> None:
 def test_calls_says_how_often_the_network_runs(solver: str, steps: int, ends_at_zero: bool) -> None:
     made: list[float] = []
     levels = NOISE.sampling_levels(steps) if ends_at_zero else NOISE.levels(steps)
-    SOLVERS[solver](lambda z, level: made.append(level) or z, torch.zeros(2), levels)
+    run(solver, lambda z, level: made.append(level) or z, torch.zeros(2), levels)
     assert len(made) == calls(solver, steps, ends_at_zero)
     expected = [level for pair in itertools.pairwise(levels) for level in pair[: 1 + (solver == "heun")] if level > 0]
     assert made == expected  # at the given levels, bit by bit, and in order
@@ -211,20 +218,20 @@ def test_calls_says_how_often_the_network_runs(solver: str, steps: int, ends_at_
 def test_callback_sees_each_step_once_before_it_is_made(solver: str) -> None:
     seen: list[tuple[int, float, Tensor, Tensor]] = []
     levels = NOISE.sampling_levels(5, "karras")
-    landed = SOLVERS[solver](perfect, start(), levels, lambda *shown: seen.append(shown))
+    landed = run(solver, perfect, start(), levels, lambda *shown: seen.append(shown))
     assert [(step, level) for step, level, _, _ in seen] == list(enumerate(levels[:-1]))
     assert torch.equal(seen[0][2], start())
     for step, (_, level, z, denoised) in enumerate(seen):
         assert torch.equal(denoised, perfect(z, level))
         if step:  # z is where the chain to this level ends
-            assert torch.equal(z, SOLVERS[solver](perfect, start(), levels[: step + 1]))
-    assert torch.equal(landed, SOLVERS[solver](perfect, start(), levels))  # looking changes nothing
+            assert torch.equal(z, run(solver, perfect, start(), levels[: step + 1]))
+    assert torch.equal(landed, run(solver, perfect, start(), levels))  # looking changes nothing
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_solvers_leave_their_input_alone(solver: str) -> None:
     z = start()
-    SOLVERS[solver](perfect, z, NOISE.levels(3))
+    run(solver, perfect, z, NOISE.levels(3))
     assert torch.equal(z, start())
 
 
@@ -235,7 +242,7 @@ def blocks_of_calls(solver: str, partition: Partition, levels: list[float]) -> l
         made.append(partition.block_of(level))
         return perfect(z, level)
 
-    SOLVERS[solver](denoise, start(), levels)
+    run(solver, denoise, start(), levels)
     return made
 
 
@@ -257,7 +264,7 @@ def test_a_step_onto_a_boundary_is_corrected_by_the_block_below_it() -> None:
 @pytest.mark.parametrize("levels", [[], [1.0], [1.0, 2.0], [2.0, 2.0], [3.0, 1.0, 2.0], [0.0], [1.0, 0.0, 0.0]])
 def test_levels_that_do_not_descend_are_refused(levels: list[float], solver: str) -> None:
     with pytest.raises(ValueError, match="descending"):
-        SOLVERS[solver](perfect, torch.zeros(2), levels)
+        run(solver, perfect, torch.zeros(2), levels)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -267,16 +274,16 @@ def test_levels_out_of_range_are_refused_before_the_first_call(levels: list[floa
         raise AssertionError("called")
 
     with pytest.raises(ValueError, match="levels must be") as error:
-        SOLVERS[solver](denoise, torch.zeros(2), levels)
+        run(solver, denoise, torch.zeros(2), levels)
     assert str(levels) in str(error.value)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_low_precision_z_and_d_of_another_shape_are_refused(solver: str) -> None:
     with pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16"):
-        SOLVERS[solver](perfect, torch.zeros(2, dtype=torch.bfloat16), [1.0, 0.5])
+        run(solver, perfect, torch.zeros(2, dtype=torch.bfloat16), [1.0, 0.5])
     with pytest.raises(ValueError, match=r"shape of z, \(2, 1\); it gave \(2,\)"):
-        SOLVERS[solver](lambda z, level: z[:, 0], torch.zeros(2, 1), [1.0, 0.5])
+        run(solver, lambda z, level: z[:, 0], torch.zeros(2, 1), [1.0, 0.5])
 
 
 def test_calls_refuses_what_is_no_chain() -> None:

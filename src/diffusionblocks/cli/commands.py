@@ -19,8 +19,7 @@ from ..common.fields import MOST_LAYERS, MOST_LENGTH, MOST_LEVELS, MOST_SAMPLES,
 from ..common.files import check_writable
 from ..common.messages import STATUSES, OneLineParser, one_line, reported
 from ..experiments.recipe import Recipe, explain, load_recipe
-from ..noise.edm import PARTITION_STRATEGIES
-from ..noise.grids import grid_name
+from ..noise import PARTITION_STRATEGIES, grid_name
 
 if TYPE_CHECKING:
     from ..core.model import DiffusionBlocks

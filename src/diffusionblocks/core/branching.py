@@ -7,7 +7,6 @@ interval of levels; nothing is shared from then on (under `replicated` or `froze
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from typing import Any
 
@@ -15,7 +14,6 @@ from ..common.fields import MOST_LAYERS
 from ..common.finite import DIVERGED, require_finite
 from ..config import BlocksConfig
 from ..families import instantiate, with_depth
-from ..noise import EDM
 from .conversion import assemble, resolve
 from .model import DiffusionBlocks
 
@@ -70,9 +68,9 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
 def _without_defaults(trunk: DiffusionBlocks) -> BlocksConfig:
     """The trunk's config, without a coverage that follows from its partition: the blocks' follows from theirs."""
     config = trunk.blocks_config
-    if not isinstance(config.noise, EDM):
+    if config.noise is None or not config.noise.takes_coverage():
         return config
-    open_config = config.model_copy(update={"noise": dataclasses.replace(config.noise, coverage=None)})
+    open_config = config.model_copy(update={"noise": config.noise.with_coverage(None)})
     return open_config if resolve(open_config, trunk.family, trunk.config) == config else config
 
 

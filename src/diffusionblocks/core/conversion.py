@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..common.finite import DIVERGED, require_finite
-from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
+from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from ..families import Family, check_convertible, class_name_of, family_for
 from ..families.family import Namespace, extract
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
-from ..noise import EDM
+from ..noise import NOISE_PROCESSES, NoiseProcess
 from .block import Block, SharedParts
 from .model import DiffusionBlocks, UnlabelledBlocks
 from .partition import Partition
@@ -109,10 +108,11 @@ def resolve(config: BlocksConfig, family: Family, model_config: Any) -> BlocksCo
     """
     known = family.default_noise(model_config)
     noise = config.noise or known
-    if noise.kind != known.kind:
+    if noise.discrete != known.discrete:
+        kinds = " or ".join(name for name, process in NOISE_PROCESSES.items() if process.discrete == known.discrete)
         raise ValueError(
-            f"blocks.noise.kind = {noise.kind}, but {'/'.join(family.classes)} needs {known.kind}; leave noise out, "
-            "or set its kind"
+            f"blocks.noise.kind = {noise.kind}, but {'/'.join(family.classes)} needs {kinds}; leave noise out, or set "
+            "its kind"
         )
     target = config.target or family.default_target()
     if target.kind != family.target:
@@ -124,24 +124,23 @@ def resolve(config: BlocksConfig, family: Family, model_config: Any) -> BlocksCo
     if isinstance(target, (LabelTargetConfig, NextTokenTargetConfig)) and target.embedding is None:
         fixed = "frozen" if isinstance(target, LabelTargetConfig) else "given"
         target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else fixed})
-    if isinstance(noise, EDM) and noise.coverage is None:
-        assert not isinstance(target, TokenTargetConfig), "masked tokens have another process"
-        noise = dataclasses.replace(noise, coverage=_coverage(noise, config, target.unread))
+    if noise.takes_coverage() and noise.coverage is None:
+        noise = noise.with_coverage(_coverage(noise, config, target.unread))
     return config.model_copy(update={"target": target, "noise": noise})
 
 
-def _coverage(noise: EDM, config: BlocksConfig, unread: float) -> tuple[float, float]:
-    """The mass between the quantiles `unread` and 1 - `unread` of the levels that all blocks together train on.
+def _coverage(noise: NoiseProcess, config: BlocksConfig, unread: float) -> tuple[float, float]:
+    """Between the quantiles `unread` and 1 - `unread` of the levels that all blocks together train on.
 
-    Each block draws as many as the others. Where their intervals have equal mass, these are the process's own
-    quantiles. Else the ends of the range belong to blocks of less mass, which draw there the more often.
+    Each block draws as many as the others. Where their intervals are equally likely, these are the process's own
+    quantiles. Else the ends of the range belong to blocks of smaller shares, which draw there the more often.
     """
     if config.partition == "equi-probability" or unread == 0:
         return unread, 1 - unread
     boundaries = torch.tensor(noise.boundaries(config.num_blocks, config.partition), dtype=torch.float64)
-    mass = noise.cdf(boundaries).diff()
-    share = min(0.5, unread * config.num_blocks)  # of what the block at that end draws
-    return share * mass[0].item(), 1 - share * mass[-1].item()
+    shares = noise.cdf(boundaries).diff()
+    at_end = min(0.5, unread * config.num_blocks)  # of what the block at that end draws
+    return at_end * shares[0].item(), 1 - at_end * shares[-1].item()
 
 
 def _build_blocks(

@@ -15,12 +15,12 @@ from transformers.utils import ModelOutput
 
 from ..common.generation_config import end_tokens
 from ..common.host import eager, leave_to_host, on_host
+from ..common.keywords import older_keywords
 from ..common.modes import evaluating
-from ..common.renamed import renamed
 from ..common.seeds import TrainingDraws, of_batch
 from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from ..families import Family
-from ..noise import EDM, Masking, NoiseProcess, one_level
+from ..noise import GaussianProcess, Masking, NoiseProcess, one_level
 from ..sampling import (
     Callback,
     Continuations,
@@ -317,7 +317,7 @@ class DiffusionBlocks(nn.Module):
         return int(drawn.item()), of_noise
 
     @eager
-    @renamed(bridge="feedback")
+    @older_keywords(bridge="feedback")
     def predict(
         self,
         pixel_values: Tensor,
@@ -350,7 +350,7 @@ class DiffusionBlocks(nn.Module):
         target, options = self.target, self.blocks_config.target
         if not isinstance(target, LabelTarget) or not isinstance(options, LabelTargetConfig):
             raise ValueError(f"predict is for classifiers; this {self.model_class} {self._what_to_use()}")
-        assert isinstance(self.noise, EDM)
+        assert isinstance(self.noise, GaussianProcess)
         inputs = {"pixel_values": pixel_values}
         self._check_batch(inputs, with_target=False)
         with evaluating(self):
@@ -376,7 +376,7 @@ class DiffusionBlocks(nn.Module):
         seeds: Sequence[int] | None = None,
         steps: int = 50,
         solver: str = "euler",
-        grid: str = "karras",
+        grid: str | None = None,
         guidance: float = 1.0,
         callback: Callback | None = None,
         progress: bool = False,
@@ -389,8 +389,9 @@ class DiffusionBlocks(nn.Module):
             seeds: one an image; image i depends on its label and seed alone. Default 0, 1, 2, ...: one a label, or one
                 image.
             steps: solver steps, >= 1.
-            solver: `euler` (the paper), `heun` (EDM) or `dpmpp-2m`.
-            grid: levels, `karras` (EDM eq. 5) or `equal-quantile`; a level of 0 ends either.
+            solver: `euler` (the paper), `heun` (EDM), `dpmpp-2m`, or another that is registered.
+            grid: levels, of EDM `karras` (eq. 5) or `equal-quantile`, of flow matching `uniform` or `equal-quantile`; a
+                level of 0 ends each. Default the first.
             guidance: classifier-free guidance on D, >= 0; 1 is none, and costs half.
             callback: called once a step with (step, level, z, D).
             progress: show a progress bar.
@@ -405,7 +406,7 @@ class DiffusionBlocks(nn.Module):
         target = self.target
         if not isinstance(target, ImageTarget):
             raise ValueError(f"sample is for diffusion models; this {self.model_class} {self._what_to_use()}")
-        assert isinstance(self.noise, EDM)
+        assert isinstance(self.noise, GaussianProcess)
         if labels is not None and not isinstance(labels, Tensor):
             labels = torch.tensor(labels)
         if seeds is None:
@@ -427,6 +428,7 @@ class DiffusionBlocks(nn.Module):
                 denoiser,
                 z,
                 levels,
+                self.noise,
                 solver=solver,
                 callback=callback,
                 progress=progress,
@@ -482,7 +484,7 @@ class DiffusionBlocks(nn.Module):
                 owner=self.partition.block_of,
             )
 
-    @renamed(bridge="feedback")
+    @older_keywords(bridge="feedback")
     def continue_texts(
         self,
         prompts: Sequence[Tensor | Sequence[int]],
@@ -525,7 +527,7 @@ class DiffusionBlocks(nn.Module):
             raise ValueError(
                 f"continue_texts is for autoregressive models; this {self.model_class} {self._what_to_use()}"
             )
-        assert isinstance(noise, EDM)
+        assert isinstance(noise, GaussianProcess)
         with evaluating(self):
             return continue_texts(
                 self.denoise,

@@ -1,6 +1,6 @@
 """What an autoregressive model knows of a text: cross-entropy of the next token, by noise level.
 
-The figure to rank by is the cross-entropy at the highest level that is read, `EDM.read_max`. There z tells less than
+The figure to rank by is the cross-entropy at the highest level that is read, `read_max`. There z tells less than
 1 / (2 sigma^2) nats, so it is a next-token cross-entropy, and stands beside an unconverted model's. A mean over levels
 would rank models backwards: most levels are low, where the target can be read off z.
 """
@@ -21,7 +21,7 @@ from ..common.finite import FiniteCheck
 from ..common.modes import evaluating
 from ..common.seeds import keyed_generator
 from ..core.model import DiffusionBlocks
-from ..noise import EDM, NoiseProcess, one_level
+from ..noise import GaussianProcess, NoiseProcess, one_level
 from ..targets import NextTokenTarget, cross_entropies
 
 #: Makes the batches {"input_ids": int64 (n, length)} anew.
@@ -84,18 +84,20 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     Args:
         model: with a `NextTokenTarget`.
         batches: the text, in sequences of at least two tokens, two sequences at least.
-        levels: how many, >= 2: even in log sigma over those that are read, the highest first.
+        levels: how many, >= 2: even (in log sigma, or t) over those that are read, the highest first.
         seed: of the noise, keyed by (seed, batch); a token has the same noise at all levels.
 
     Raises:
         ValueError: another target, levels < 2, sequences as `_checked` refuses them, or logits that are not finite.
     """
     target, noise = model.target, model.noise
-    if not isinstance(target, NextTokenTarget) or not isinstance(noise, EDM):
+    if not isinstance(target, NextTokenTarget) or not isinstance(noise, GaussianProcess):
         raise ValueError(f"cross-entropy by level is for autoregressive models, not for a {model.model_class}")
     if levels < 2:
         raise ValueError(f"levels must be >= 2, got {levels}")
-    grid = torch.linspace(math.log(noise.read_max), math.log(noise.read_min), levels, dtype=torch.float64).exp()
+    top, bottom = (math.log(end) if noise.logarithmic else end for end in (noise.read_max, noise.read_min))
+    grid = torch.linspace(top, bottom, levels, dtype=torch.float64)
+    grid = grid.exp() if noise.logarithmic else grid
     grid[0], grid[-1] = noise.read_max, noise.read_min  # free of rounding
     matched: list[list[Tensor]] = [[] for _ in grid]
     scrambled: list[list[Tensor]] = [[] for _ in grid]
@@ -165,7 +167,7 @@ def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor,
         seed: of the noise.
 
     Returns:
-        Mean over the mass and over the tokens, in [0, 1].
+        Mean over the quantiles and over the tokens, in [0, 1].
 
     Raises:
         ValueError: no tokens.
@@ -176,7 +178,10 @@ def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor,
     middles = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
     eps = _noise(y, seed, 0)
     with torch.no_grad():
-        shares = [_decoded(y + level * eps, tokens.flatten(), table).mean() for level in noise.icdf(middles).tolist()]
+        shares = [
+            _decoded(noise.corrupt(y, one_level(level, y), eps), tokens.flatten(), table).mean()
+            for level in noise.icdf(middles).tolist()
+        ]
     return float(torch.stack(shares).mean())
 
 

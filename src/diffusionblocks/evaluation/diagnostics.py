@@ -13,7 +13,6 @@ from torch import Tensor
 from ..common.finite import FiniteCheck
 from ..common.modes import evaluating
 from ..core.model import DiffusionBlocks
-from ..noise import EDM
 from ..targets import LabelTarget
 
 
@@ -56,7 +55,6 @@ def accuracy_by_level(
     target = model.target
     if not isinstance(target, LabelTarget):
         raise ValueError(f"accuracy by level is for classifiers, and {model.model_class} is none")
-    assert isinstance(model.noise, EDM)
     if levels is None:
         levels = model.noise.levels(12)[:-1]
     rows = []

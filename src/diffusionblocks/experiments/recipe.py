@@ -32,7 +32,7 @@ from ..common.yaml_values import MOST_BYTES, read_yaml
 from ..config import FEEDBACK_NAMES, BlocksConfig
 from ..data.data_config import DataConfig, LatentsConfig
 from ..families import supported_classes
-from ..noise.grids import grid_name
+from ..noise import NOISE_PROCESSES, grid_name
 from ..targets import check_loss_chunk
 from ..training import TrainConfig
 
@@ -236,7 +236,7 @@ _TAGS = {
     "data": ("digits", "images", "latents", "topics", "text", "tokens"),
     "evaluate": ("accuracy", "samples", "bits", "language"),
     "target": ("label", "image", "tokens", "next-token"),
-    "noise": ("edm", "masking"),
+    "noise": tuple(NOISE_PROCESSES),
 }
 
 #: Wrong fields that a message lists, and how long a line of them may be.

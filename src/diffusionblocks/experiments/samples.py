@@ -15,7 +15,7 @@ from ..common.sizes import host_memory
 from ..core.model import DiffusionBlocks
 from ..data.data_config import PixelsConfig
 from ..evaluation.sample_quality import Setting, generated
-from ..noise import EDM
+from ..noise import GaussianProcess
 from ..reports.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
 from ..targets import ImageTarget, check_labels
 from .recipe import Recipe, SamplesConfig
@@ -60,7 +60,7 @@ def draw_samples(
     options, target = recipe.evaluate, model.target
     if not isinstance(options, SamplesConfig) or not isinstance(target, ImageTarget):
         raise ValueError(f"only diffusion models of images make pictures, and {recipe.model.type} is none")
-    assert isinstance(model.noise, EDM)
+    assert isinstance(model.noise, GaussianProcess)
     count = count if count is not None else len(labels) if labels is not None else options.grid_images
     check_count("count", count, MOST_SAMPLES)
     if count * math.prod(target.shape) > host_memory():

@@ -59,10 +59,10 @@ class MaskedTransformerFamily(TextFamily, DenoisingTransformer):
         """See `Family`."""
         super().check_config(model, config)
         noise, count = config.noise, self.num_classes(model.config)
-        assert isinstance(noise, Masking)
-        if noise.vocab_size != count:
+        size = getattr(noise, "vocab_size", count)
+        if size != count:
             raise ValueError(
-                f"blocks.noise.vocab_size = {noise.vocab_size}, but {type(model).__name__} has vocab_size = {count} "
+                f"blocks.noise.vocab_size = {size}, but {type(model).__name__} has vocab_size = {count} "
                 f"and the mask is the id after them; set blocks.noise.vocab_size to {count}"
             )
 

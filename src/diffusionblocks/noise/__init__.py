@@ -1,17 +1,26 @@
 """What a noise level means: its distribution, its corruption of the target, what the network sees and is told of it."""
 
-from .edm import EDM, PARTITION_STRATEGIES, Preconditioning
+from .edm import EDM
 from .fitted_levels import fitted_quantiles
+from .flow import FlowMatching
+from .gaussian import GaussianProcess, Preconditioning
+from .grids import GRIDS, grid_name
 from .masking import SCHEDULES, Masking
-from .process import NoiseProcess, one_level
+from .process import NOISE_PROCESSES, PARTITION_STRATEGIES, NoiseProcess, one_level, register_noise_process
 
 __all__ = [
     "EDM",
+    "GRIDS",
+    "NOISE_PROCESSES",
     "PARTITION_STRATEGIES",
     "SCHEDULES",
+    "FlowMatching",
+    "GaussianProcess",
     "Masking",
     "NoiseProcess",
     "Preconditioning",
     "fitted_quantiles",
+    "grid_name",
     "one_level",
+    "register_noise_process",
 ]

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..common.files import renamed
 from ..core.partition import Partition
 from ..data.image_batches import to_uint8
-from ..noise import EDM
-from ..sampling import calls
+from ..noise import GaussianProcess
+from ..sampling import SOLVERS
+from ..sampling.solvers import check_solver
 from .figures import save_figure
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Chain:
 def draw_chain(
     chain: Chain,
     partition: Partition,
-    noise: EDM,
+    noise: GaussianProcess,
     path: Path,
     *,
     mean: Sequence[float],
@@ -150,7 +151,7 @@ def draw_chain(
 ) -> None:
     """Write a PNG of a few chains: a row a chain, a column a step, titled with its level and the block that owns it.
 
-    z is shown at the contrast of clean images, multiplied by sigma_data / sqrt(sigma_data^2 + sigma^2).
+    z is shown at the contrast of clean images, divided by sqrt(alpha^2 + (sigma / sigma_data)^2).
 
     Args:
         chain: the steps that were kept, one at least; every image in it is drawn.
@@ -180,7 +181,8 @@ def draw_chain(
 
     columns: dict[str, list[Tensor]] = {"z": [], "denoised": []}
     for level, z, denoised in zip(chain.levels, chain.z, chain.denoised, strict=True):
-        columns["z"].append(to_uint8(z / math.hypot(1.0, level / noise.sigma_data), mean, std))
+        alpha, sigma = noise.alpha_sigma(level)
+        columns["z"].append(to_uint8(z / math.hypot(alpha, sigma / noise.sigma_data), mean, std))
         columns["denoised"].append(to_uint8(denoised, mean, std))
     if final is not None:
         last = to_uint8(final.detach().cpu(), mean, std)
@@ -215,7 +217,7 @@ def draw_chain(
     for column, (step, level) in enumerate(zip(chain.steps, chain.levels, strict=True)):
         middle = left + column * (cell_width + gap) + cell_width / 2
         title(middle, 12, f"step {step}")
-        title(middle, 29, f"$\\sigma$ = {level:.3g}")
+        title(middle, 29, f"{_symbol(noise)} = {level:.3g}")
     # One bar over all neighbouring columns of a block.
     for block, group in itertools.groupby(range(len(blocks)), key=lambda column: blocks[column]):
         own = list(group)
@@ -236,11 +238,15 @@ def draw_chain(
     save_figure(figure, path)
 
 
+def _symbol(noise: GaussianProcess) -> str:
+    return "$\\sigma$" if noise.symbol == "sigma" else noise.symbol
+
+
 # ---- routing ----------------------------------------------------------------------------------------------
 
 
 def draw_routing(
-    partition: Partition, noise: EDM, levels: Sequence[float], path: Path, *, solver: str = "euler"
+    partition: Partition, noise: GaussianProcess, levels: Sequence[float], path: Path, *, solver: str = "euler"
 ) -> None:
     """Write a PNG of a chain's network calls: step across, level up, coloured by the block that each call runs.
 
@@ -258,7 +264,7 @@ def draw_routing(
         raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
     steps = len(levels) - 1
     made = [(step, level, True) for step, level in enumerate(levels[:-1])]
-    if calls(solver, steps, ends_at_zero=False) == 2 * steps:
+    if SOLVERS[check_solver(solver)].calls_per_step > 1:
         made += [(step, lower, False) for step, lower in enumerate(levels[1:]) if lower > 0]
     owners = [partition.block_of(level) for _, level, _ in made]
 
@@ -279,8 +285,9 @@ def draw_routing(
         if corrections:
             x, y = zip(*corrections, strict=True)
             axes.plot(x, y, zorder=2, **(style | {"markersize": 10, "markerfacecolor": "none"}))
-    axes.set_yscale("log")
-    axes.set_ylim(noise.level_min / 1.6, noise.level_max * 1.6)
+    if noise.logarithmic:
+        axes.set_yscale("log")
+        axes.set_ylim(noise.level_min / 1.6, noise.level_max * 1.6)
     axes.set_xlim(-0.5, steps - 0.5)
     labelled = math.inf
     for boundary in reversed(partition.boundaries):
@@ -301,7 +308,7 @@ def draw_routing(
     title = f"{solver}: {_plural(steps, 'step')}, {_plural(len(made), 'network call')}"
     if len(made) > steps:
         title += " (open marks correct a step)"
-    axes.set(xlabel="solver step", ylabel="noise level $\\sigma$", title=title)
+    axes.set(xlabel="solver step", ylabel=f"noise level {_symbol(noise)}", title=title)
     figure.legend(fontsize=8, loc="outside right center", frameon=False)
     save_figure(figure, path)
 

@@ -3,7 +3,19 @@
 from .continue_text import Continuations, continue_plainly, continue_texts
 from .denoise_images import guided, prior_of_seeds, sample_images
 from .denoise_labels import Prediction, predict_labels
-from .solvers import SOLVERS, Callback, Denoiser, Solver, calls, dpmpp_2m, euler, heun
+from .solvers import (
+    SOLVERS,
+    Callback,
+    Denoiser,
+    Solver,
+    SolverFunction,
+    SolverName,
+    calls,
+    dpmpp_2m,
+    euler,
+    heun,
+    register_solver,
+)
 from .unmask_tokens import sample_tokens
 
 __all__ = [
@@ -13,6 +25,8 @@ __all__ = [
     "Denoiser",
     "Prediction",
     "Solver",
+    "SolverFunction",
+    "SolverName",
     "calls",
     "continue_plainly",
     "continue_texts",
@@ -22,6 +36,7 @@ __all__ = [
     "heun",
     "predict_labels",
     "prior_of_seeds",
+    "register_solver",
     "sample_images",
     "sample_tokens",
 ]

@@ -26,7 +26,7 @@ from ..common.fields import MOST_LENGTH, check_count
 from ..common.finite import FiniteCheck
 from ..common.generation_config import end_tokens
 from ..common.modes import evaluating
-from ..noise import EDM, one_level
+from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
 from .solvers import euler
 
@@ -66,7 +66,7 @@ def continue_texts(
     make_past: Callable[[int, int, torch.device], Any],
     owner: Callable[[float], int],
     target: NextTokenTarget,
-    noise: EDM,
+    noise: GaussianProcess,
     prompts: Sequence[Tensor | Sequence[int]],
     *,
     max_new_tokens: int,
@@ -95,7 +95,7 @@ def continue_texts(
         noise: the noise process.
         prompts: tokens of each row, int64, lengths may differ; none of them empty where there is one stream.
         max_new_tokens: >= 1.
-        levels: descending, at least two, such as `EDM.levels` gives: a network call at each but the last.
+        levels: descending, at least two, such as `NoiseProcess.levels` gives: a network call at each but the last.
         seeds: one a row.
         temperature: divides the logits, >= 0; 0 takes the most probable token.
         top_p: keep the fewest most probable tokens that have this share of the probability, in (0, 1].
@@ -312,7 +312,7 @@ class _Chain:
         make_past: Callable[[int, int, torch.device], Any],
         owner: Callable[[float], int],
         target: NextTokenTarget,
-        noise: EDM,
+        noise: GaussianProcess,
         levels: list[float],
         capacity: int,
         known_noise: Tensor,
@@ -327,7 +327,7 @@ class _Chain:
     def next(self, clean: Tensor, counts: Tensor, draws: tuple[Tensor, Tensor], choose: _Chooser) -> Tensor:
         """The token (n,) after clean tokens (n, new), of which the first `counts` of each row are no padding."""
         prior, uniforms = draws
-        z = self.levels[0] * prior
+        z = self.noise.alpha_sigma(self.levels[0])[1] * prior
         told: set[int] = set()
         token = counts
         for step, (level, following) in enumerate(zip(self.levels[:-1], self.levels[1:], strict=True)):
@@ -343,7 +343,7 @@ class _Chain:
             else:
                 logits = self._one_stream(inputs, z, level)
             token, denoised = choose(logits, level, uniforms[:, step])
-            z = euler(lambda *_, known=denoised: known, z, [level, following])
+            z = euler(lambda *_, known=denoised: known, z, [level, following], self.noise)
         return token
 
     def _one_stream(self, inputs: dict[str, Any], z: Tensor, level: float) -> Tensor:

@@ -12,17 +12,17 @@ from tqdm import tqdm
 
 from ..common.fields import MOST_SAMPLES, check_count
 from ..common.finite import FiniteCheck
-from ..noise import EDM
-from .solvers import Callback, Denoiser, solver_named
+from ..noise import GaussianProcess
+from .solvers import SOLVERS, Callback, Denoiser, check_solver
 
 # (z, labels, level) -> D. Labels are a tensor, or None for a network that has none.
 Network = Callable[[Tensor, Any, float], Tensor]
 
 
 def prior_of_seeds(
-    noise: EDM, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device | str | None = None
+    noise: GaussianProcess, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device | str | None = None
 ) -> Tensor:
-    """z at the highest level read (sigma_max), where chains start, one a seed.
+    """z at the highest level that is read, where chains start, one a seed.
 
     Row i depends on seeds[i] alone: it is drawn on the CPU by a generator of its own, so it is the same in every batch
     and on every device.
@@ -93,6 +93,7 @@ def sample_images(
     denoiser: Denoiser,
     z: Tensor,
     levels: Sequence[float],
+    process: GaussianProcess,
     *,
     solver: str = "euler",
     callback: Callback | None = None,
@@ -104,7 +105,8 @@ def sample_images(
     Args:
         denoiser: maps z and its level to D, such as `guided` gives.
         z: noised images at levels[0], float32 or float64, such as `prior_of_seeds` gives.
-        levels: descending, such as `EDM.sampling_levels` gives; see `solvers.euler`.
+        levels: descending, such as `GaussianProcess.sampling_levels` gives; see `solvers.euler`.
+        process: the noise process.
         solver: a name in `SOLVERS`.
         callback: called once a step with (step, level, z, D), see `solvers.euler`.
         progress: show a progress bar, one tick a step.
@@ -117,7 +119,7 @@ def sample_images(
         ValueError: unknown solver, levels that do not descend or are out of range, z of another dtype, or D or z that
             are not finite.
     """
-    solve = solver_named(solver)
+    solve = SOLVERS[check_solver(solver)]
     check = FiniteCheck(owner=owner)
     with torch.no_grad(), tqdm(total=max(len(levels) - 1, 0), disable=not progress, unit="step") as bar:
 
@@ -126,7 +128,7 @@ def sample_images(
                 callback(step, level, z, denoised)
             bar.update()
 
-        images = solve(lambda z, level: check.values(denoiser(z, level), "D", level), z, levels, tick)
+        images = solve(lambda z, level: check.values(denoiser(z, level), "D", level), z, levels, process, tick)
     check.values(images, "the images at the chain's end")
     check.read()
     return images

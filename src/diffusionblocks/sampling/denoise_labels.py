@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.fields import MOST_LEVELS, check_count
 from ..common.finite import FiniteCheck
-from ..noise import EDM
+from ..noise import GaussianProcess
 from ..targets import LabelTarget
 from .solvers import euler
 
@@ -35,7 +35,7 @@ class Prediction:
 def predict_labels(
     network: Callable[[Tensor, float], Tensor],
     target: LabelTarget,
-    noise: EDM,
+    noise: GaussianProcess,
     *,
     batch_size: int,
     device: torch.device,
@@ -50,7 +50,7 @@ def predict_labels(
     """Run `steps` network calls at descending levels, from `seeds` noise seeds, and average the probabilities.
 
     A chain with one seed *samples* from p(label | image), so its accuracy falls with more steps; the average over
-    seeds estimates that distribution itself. With steps=1 the label is read off at `EDM.read_max`.
+    seeds estimates that distribution itself. With steps=1 the label is read off at `read_max`.
 
     Args:
         network: maps z (batch, dim) and a level to logits (batch, num_classes).
@@ -61,7 +61,7 @@ def predict_labels(
         steps: network calls a chain, >= 1.
         seeds: chains to average, >= 1.
         feedback: `soft` or `hard`: what a prediction feeds to the next step.
-        grid: level grid, `equal-quantile` or `karras`.
+        grid: level grid, one of `noise.grids`.
         generator: source of the starting noise.
         return_trajectory: keep the probabilities of every step.
         owner: level -> block, which an error then names.
@@ -85,7 +85,7 @@ def predict_labels(
                 return target.denoised(logits, feedback)
 
             shape = (batch_size, target.embedding.shape[-1])
-            euler(denoise, noise.prior(shape, generator=generator, device=device), levels)
+            euler(denoise, noise.prior(shape, generator=generator, device=device), levels, noise)
             chain = torch.stack(visited) if return_trajectory else visited[-1][None]
             total = chain if total is None else total + chain
     assert total is not None

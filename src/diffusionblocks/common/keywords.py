@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def renamed(**names: str) -> Callable[[_Function], _Function]:
+def older_keywords(**names: str) -> Callable[[_Function], _Function]:
     """Accept older names of keyword arguments.
 
     Args:

@@ -4,7 +4,7 @@ import pytest
 from helpers import convert, image_batch, seeded
 
 from diffusionblocks import EDM, BlocksConfig
-from diffusionblocks.common.renamed import renamed
+from diffusionblocks.common.keywords import older_keywords
 
 
 def test_the_older_key_of_feedback_is_read_and_written_as_the_new_one() -> None:
@@ -26,7 +26,7 @@ def test_both_names_at_once_are_refused() -> None:
         _rename(old=1, new=2)
 
 
-@renamed(old="new")
+@older_keywords(old="new")
 def _rename(new: int) -> int:
     return new
 
