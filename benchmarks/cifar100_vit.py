@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.common.files import read_json, write_json
+from diffusionblocks.common.formats import read_json, write_json
 from diffusionblocks.reports.tables import format_table
 
 KEEP = ("name", "key", "layers", "blocks", "iterations", "parameters_trained", "peak_memory_bytes", "seconds")

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.common.files import read_json, renamed, write_json
+from diffusionblocks.common.files import whole_file
+from diffusionblocks.common.formats import read_json, write_json
 from diffusionblocks.reports.tables import format_table
 
 Row = dict[str, Any]
@@ -118,5 +119,5 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     title = "hollow: an earlier run of the same" if any("run" in row for row in rows) else None
     axes.legend(fontsize=8, title=title, title_fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with renamed(path) as temporary:
+    with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -20,7 +20,7 @@ from commands import DIGITS, LATENTS, RECIPES, VIT, sets
 from transformers import ViTConfig, ViTForImageClassification
 
 from diffusionblocks.cli import main
-from diffusionblocks.common.files import read_json, write_json
+from diffusionblocks.common.formats import read_json, write_json
 from diffusionblocks.data.data_config import DATA_VARIABLE, LatentsConfig
 from diffusionblocks.experiments.baselines import variants
 from diffusionblocks.experiments.compare import remarks

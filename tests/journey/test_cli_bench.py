@@ -15,7 +15,7 @@ from diffusionblocks.bench.rows import measure_all, shard, with_method
 from diffusionblocks.bench.speed import specs_of, speed
 from diffusionblocks.bench.worker import answer
 from diffusionblocks.cli import main
-from diffusionblocks.common.files import write_json
+from diffusionblocks.common.formats import write_json
 
 QUICK = ["--device", "cpu", "--tiny", "--no-compile", "--windows", "1", "--iterations", "1"]
 METHODS = ["end-to-end", "end-to-end-cpu-offload", "end-to-end-badam", "resident-all", "resident-active"]

@@ -89,7 +89,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
 
 
 def test_a_second_run_is_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with files.locked(tmp_path / "run"):
+    with files.folder_lock(tmp_path / "run"):
         assert train(tmp_path / "run") == 2
     assert f"is in use by process {os.getpid()} on " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

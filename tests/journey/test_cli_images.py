@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
-from diffusionblocks.common.files import read_json
+from diffusionblocks.common.formats import read_json
 
 
 def files(out: Path) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from commands import DIGITS, LATENTS, TINY, TINY_VIT, VIT, sample, sets
 
 from diffusionblocks.cli import main
-from diffusionblocks.common.files import read_json, write_json
+from diffusionblocks.common.formats import read_json, write_json
 
 
 def refused(message: str, capsys: pytest.CaptureFixture[str]) -> None:

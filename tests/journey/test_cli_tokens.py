@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
-from diffusionblocks.common.generation_config import end_tokens
 from diffusionblocks.common.tokenizer_file import TOKENIZER
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.core.saving import OURS
 from diffusionblocks.data.tokenized import END, train_tokenizer
 from diffusionblocks.experiments.recipe import ModelConfig, load_recipe
 from diffusionblocks.experiments.sources import build_model, note_ends, text_codec, with_saved_tokenizer
+from diffusionblocks.families.generation_config import end_tokens
 
 TOPICS = RECIPES / "text" / "autoregressive_topics.yaml"
 BOOKS = ["It was a dark night — “very” dark.\n\nThe rain fell.", "Émile's 2nd book 😀 is odd.", "The night fell."]

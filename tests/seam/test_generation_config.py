@@ -13,12 +13,12 @@ from helpers import CAUSAL_CLASSES, CAUSAL_FAMILIES, edit_index, listing, tiny
 from torch import Tensor
 
 import diffusionblocks as db
-from diffusionblocks.common.generation_config import end_tokens
 from diffusionblocks.core.end_to_end import load_end_to_end, save_end_to_end
 from diffusionblocks.core.loading import load
 from diffusionblocks.core.materialise import build
 from diffusionblocks.core.merging import merge
 from diffusionblocks.core.weights import InFiles, InMemory, pretrained_source
+from diffusionblocks.families.generation_config import end_tokens
 from diffusionblocks.sampling import continue_plainly
 
 SETTINGS = {"eos_token_id": [3, 5], "temperature": 0.6, "top_p": 0.9, "do_sample": True, "repetition_penalty": 1.5}

@@ -26,7 +26,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 import diffusionblocks as db
-from diffusionblocks.common.files import read_tensors, write_json, write_tensors
+from diffusionblocks.common.formats import read_tensors, write_json, write_tensors
 from diffusionblocks.layers.adaptive_norms import AdaptiveNorms
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.training.checkpoint import read_owner

@@ -27,7 +27,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
-from diffusionblocks.common import files
+from diffusionblocks.common import files, formats
 from diffusionblocks.core.saving import INDEX
 
 
@@ -334,7 +334,7 @@ def test_a_failed_save_leaves_the_older_one(
     if older:
         made(seed=1, shared="joint").save_pretrained(tmp_path / "m")
     before = listing(tmp_path)
-    real, calls = files.save_file, []
+    real, calls = formats.save_file, []
 
     def failing(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -342,7 +342,7 @@ def test_a_failed_save_leaves_the_older_one(
             raise OSError("no space left on device")
         real(*args, **kwargs)
 
-    monkeypatch.setattr(files, "save_file", failing)
+    monkeypatch.setattr(formats, "save_file", failing)
     with pytest.raises(OSError, match="no space"):
         made(seed=2, shared="joint").save_pretrained(tmp_path / "m")
     assert len(calls) == failing_call

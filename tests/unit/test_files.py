@@ -20,21 +20,19 @@ from diffusionblocks.common import files
 from diffusionblocks.common.files import (
     check_replaceable,
     delete_folder,
-    read_json,
     recover,
     recover_in,
-    renamed,
-    replaced_folder,
     sweep,
-    write_json,
-    write_tensors,
+    whole_file,
+    whole_folder,
 )
+from diffusionblocks.common.formats import read_json, write_json, write_tensors
 
 OURS = re.compile(r"[ab]\.json")
 
 
 def write(path: Path, value: int) -> None:
-    with replaced_folder(path, OURS) as folder:
+    with whole_folder(path, OURS) as folder:
         for name in ("a", "b"):
             write_json(folder / f"{name}.json", {"value": value})
 
@@ -106,7 +104,7 @@ def test_what_is_not_ours_is_refused_before_anything_moves(
     path = make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     entered = False
-    with pytest.raises(ValueError, match=message), replaced_folder(path, OURS):
+    with pytest.raises(ValueError, match=message), whole_folder(path, OURS):
         entered = True
     assert not entered
     assert sorted(tmp_path.rglob("*")) == before
@@ -204,13 +202,13 @@ def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
     path = tmp_path / "m"
     dead = workspace_of(path, a_dead_pid())
     given_again = workspace_of(path, os.getpid(), started=1)
-    alive = workspace_of(tmp_path / "n", os.getpid(), started=files._started(os.getpid()) or 0)
+    alive = workspace_of(tmp_path / "n", os.getpid(), started=files._start_of(os.getpid()) or 0)
     elsewhere = workspace_of(tmp_path / "o", 1, machine="0" * 8)
     (tmp_path / ".m.mine.tmp").mkdir()
     (tmp_path / ".cache").mkdir()
     sweep(tmp_path)
     assert not dead.exists()
-    if files._started(os.getpid()) is not None:
+    if files._start_of(os.getpid()) is not None:
         assert not given_again.exists()
     assert alive.exists()
     assert elsewhere.exists()
@@ -250,11 +248,11 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
 def test_modes_follow_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        with replaced_folder(tmp_path / "m", OURS) as folder:
+        with whole_folder(tmp_path / "m", OURS) as folder:
             write_json(folder / "a.json", {})
             write_tensors(folder / "b.json", {"a": torch.zeros(3)})
         write_tensors(tmp_path / "c", {"a": torch.zeros(3)})
-        with renamed(tmp_path / "d") as temporary:
+        with whole_file(tmp_path / "d") as temporary:
             temporary.write_text("")
     finally:
         os.umask(before)

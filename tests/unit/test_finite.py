@@ -13,8 +13,8 @@ from helpers import LENGTH, VOCAB, convert, image_batch, seeded, tiny, token_bat
 from torch import Tensor, nn
 
 import diffusionblocks as db
-from diffusionblocks.common.files import read_json, write_json
 from diffusionblocks.common.finite import FiniteCheck, all_finite, first_not_finite
+from diffusionblocks.common.formats import read_json, write_json
 from diffusionblocks.evaluation.accuracy import accuracy_grid
 from diffusionblocks.evaluation.bits import bits_per_character
 from diffusionblocks.evaluation.cross_entropy import decodable_mass, language_row, plain_language_row

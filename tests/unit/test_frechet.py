@@ -10,7 +10,7 @@ import torch
 from helpers import seeded
 from torch import Tensor
 
-from diffusionblocks.common.files import read_tensors, write_tensors
+from diffusionblocks.common.formats import read_tensors, write_tensors
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
 
 

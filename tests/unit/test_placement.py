@@ -7,7 +7,7 @@ import torch
 from helpers import HIDDEN, noise_batch, randomise_adaptive, same_states, seeded, tiny, token_batch
 
 import diffusionblocks as db
-from diffusionblocks.common.tensors import computes_on, tensors_of
+from diffusionblocks.common.modules import computes_on, tensors_of
 
 META = torch.device("meta")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torchao.optim import AdamW8bit
 
-from diffusionblocks.common.tensors import tensors_of
+from diffusionblocks.common.modules import tensors_of
 from diffusionblocks.evaluation.memory import size_of, step_memory
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.run import make_trainer

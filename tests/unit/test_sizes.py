@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusionblocks.common.sizes import check_memory
+from diffusionblocks.common.machine import check_memory
 from diffusionblocks.experiments.language import check_room
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.run import check_disk, check_machine

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..common.files import read_json, write_json
+from ..common.formats import read_json, write_json
 from ..reports.tables import commit, format_bytes, format_table
 from .measure import LOCK
 from .methods import METHODS, Spec

@@ -1,1 +1,4 @@
-"""What all rooms use and none of them owns: files, seeds, checks, messages."""
+"""What every room may use and what knows none of them: files, formats, messages, ranges of numbers, seeds, registries.
+
+It knows torch, pydantic and the standard library; of a model it knows only that it is a module.
+"""

@@ -1,4 +1,4 @@
-"""Files, whole or not at all: written in a hidden folder and renamed. safetensors and JSON, never pickle.
+"""Files and folders that are there whole or not at all: written in a hidden folder, then renamed.
 
 What is being written lies in `.NAME.OWNER.tmp` beside its place, where OWNER names the process. A process that dies
 leaves it there; the next one that writes to the same place sweeps it, and puts back what a replacement had moved away.
@@ -18,19 +18,10 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from .finite import not_finite_entry
-from .messages import shortened
-
-_WORKSPACE = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp")
+_WORKSPACE = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp")
 
 _OLD = "the-old-one"  # within a workspace: the folder that is being replaced
 
@@ -72,21 +63,21 @@ def free_space(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def check_space(path: Path, needed: int, free: int, advice: str) -> None:
+def check_space(path: Path, size: int, free: int, advice: str) -> None:
     """Refuse to begin what the disk has no room for.
 
     Args:
         path: a folder; it need not exist.
-        needed: bytes that will be written there.
+        size: bytes that will be written there.
         free: bytes that its disk has (`free_space`).
         advice: what to do about it.
 
     Raises:
         ValueError: fewer bytes are free.
     """
-    if needed > free:
+    if size > free:
         raise ValueError(
-            f"{path} will take about {needed / 2**30:,.1f} GiB, and its disk has {free / 2**30:,.1f} free: {advice}"
+            f"{path} will take about {size / 2**30:,.1f} GiB, and its disk has {free / 2**30:,.1f} free: {advice}"
         )
 
 
@@ -125,7 +116,7 @@ def check_replaceable(path: Path, ours: re.Pattern[str]) -> None:
 
 
 @contextlib.contextmanager
-def replaced_folder(path: Path, ours: re.Pattern[str]) -> Iterator[Path]:
+def whole_folder(path: Path, ours: re.Pattern[str]) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when the body ends without error.
 
     Files of an older folder whose names match `ours` are replaced; others are not ours and move to the new folder.
@@ -142,7 +133,7 @@ def replaced_folder(path: Path, ours: re.Pattern[str]) -> Iterator[Path]:
         new.mkdir()
         with naming(path):
             yield new
-        mode = _mode_of_new_files(workspace)
+        mode = mode_of_new_files(workspace)
         for file in new.iterdir():
             if file.is_file():
                 file.chmod(mode)
@@ -182,7 +173,7 @@ def recover(path: Path, ours: re.Pattern[str]) -> None:
 
     Args:
         path: the folder.
-        ours: see `replaced_folder`.
+        ours: see `whole_folder`.
     """
     with contextlib.suppress(OSError):
         for workspace in _workspaces(path.parent):
@@ -198,9 +189,9 @@ def recover(path: Path, ours: re.Pattern[str]) -> None:
                 _move_others(old, path, ours)
             shutil.rmtree(workspace, ignore_errors=True)
         if not os.path.lexists(path):  # as version 0.1.0 moved it away
-            for kept in sorted(path.parent.glob(f".{_literal(path.name)}-old-????????/{_literal(path.name)}")):
-                kept.replace(path)
-                kept.parent.rmdir()
+            for spare in sorted(path.parent.glob(f".{_literal(path.name)}-old-????????/{_literal(path.name)}")):
+                spare.replace(path)
+                spare.parent.rmdir()
                 break
 
 
@@ -211,8 +202,8 @@ def recover_in(folder: Path, ours: re.Pattern[str]) -> None:
 
 
 def _replaced_name(workspace: Path) -> str:
-    found = _WORKSPACE.fullmatch(workspace.name)
-    return "" if found is None else found["name"]
+    match = _WORKSPACE.fullmatch(workspace.name)
+    return "" if match is None else match["name"]
 
 
 def _literal(name: str) -> str:
@@ -227,11 +218,11 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(workspace, ignore_errors=True)
 
 
-_swept = functools.cache(sweep)  # where many files are written, once is enough
+_sweep_once = functools.cache(sweep)  # where many files are written, once is enough
 
 
 @contextlib.contextmanager
-def renamed(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path`. Whoever writes it at once uses another one; the last one names it.
 
     Raises:
@@ -254,7 +245,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Keep a folder, made if need be, to this process: the system lets go of it when the process ends, however it does.
 
     Where the disk has no locks (some network disks) it warns, and does not keep others out.
@@ -301,8 +292,8 @@ def locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _workspace(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path` that no other process or thread has; it goes at the end."""
-    _swept(path.parent)
-    owner = f"{_machine()}-{os.getpid()}-{_started(os.getpid()) or 0}-{secrets.token_hex(4)}"
+    _sweep_once(path.parent)
+    owner = f"{_machine()}-{os.getpid()}-{_start_of(os.getpid()) or 0}-{secrets.token_hex(4)}"
     workspace = path.with_name(f".{path.name}.{owner}.tmp")
     with naming(path):
         workspace.mkdir()
@@ -328,15 +319,15 @@ def _workspaces(folder: Path) -> list[Path]:
 
 def _is_dead(workspace: Path, age: float) -> bool:
     """Whether the process that made it has ended; of another machine, whether it is older than `age` seconds."""
-    found = _WORKSPACE.fullmatch(workspace.name)
-    assert found is not None
-    if found["machine"] != _machine():
+    match = _WORKSPACE.fullmatch(workspace.name)
+    assert match is not None
+    if match["machine"] != _machine():
         parts = [workspace, *workspace.rglob("*")]
         return time.time() - max(part.stat().st_mtime for part in parts) > age
-    return not process_runs(int(found["pid"]), int(found["started"]))
+    return not process_runs(int(match["pid"]), int(match["start"]))
 
 
-def process_runs(pid: int, started: int) -> bool:
+def process_runs(pid: int, start: int) -> bool:
     """Whether a process of this machine is the one that started then (ids are given again)."""
     try:
         os.kill(pid, 0)
@@ -344,11 +335,11 @@ def process_runs(pid: int, started: int) -> bool:
         return False
     except PermissionError:
         pass
-    now = _started(pid)
-    return now is None or not started or now == started
+    now = _start_of(pid)
+    return now is None or not start or now == start
 
 
-def _started(pid: int) -> int | None:
+def _start_of(pid: int) -> int | None:
     """When a process started, in ticks since the machine did; None where the system does not say."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
@@ -372,164 +363,10 @@ def _sync(file: Path) -> None:
         os.close(descriptor)
 
 
-def _mode_of_new_files(workspace: Path) -> int:
+def mode_of_new_files(workspace: Path) -> int:
     """The mode that the umask leaves a new file: safetensors makes files for their owner alone."""
     probe = workspace / "mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     return mode
-
-
-# ---- tensors ---------------------------------------------------------------------------------------------------
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors, and text beside them, to a safetensors file, through a temporary name.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk; it names the file.
-    """
-    with renamed(path) as temporary:
-        mode = _mode_of_new_files(temporary.parent)
-        try:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise ValueError(f"{path} cannot be written: {error}") from None
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        except RuntimeError as error:  # tensors that lie in the same memory
-            raise ValueError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
-        temporary.chmod(mode)
-
-
-def same_shape(stored: Sequence[int], expected: Sequence[int]) -> bool:
-    """Whether a stored tensor is of the shape that a model expects. Older files have no dimension for single values."""
-    return tuple(stored) == tuple(expected) or (not stored and tuple(expected) == (1,))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        FileNotFoundError, ValueError: it is missing or damaged; the message names it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # the last three: an unknown dtype, no bytes
-        raise ValueError(f"{path} is damaged or not safetensors: {error}") from None
-
-
-class FileDigest(BaseModel):
-    """What an index says about a file beside it."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-def digest(path: Path) -> FileDigest:
-    """Length and SHA-256 of a file.
-
-    Raises:
-        FileNotFoundError: it is missing.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    with path.open("rb") as file:
-        return FileDigest(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-
-
-# ---- JSON ------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON through a temporary name. ValueError: a number is not finite (see `json_text`)."""
-    text = json_text(values, str(path), indent=2)
-    with renamed(path) as temporary:
-        temporary.write_text(text + "\n")
-
-
-def json_text(values: Any, what: str, indent: int | None = None) -> str:
-    """JSON values as text.
-
-    Args:
-        values: to write.
-        what: they are for: the message starts with it.
-        indent: of nested values; None writes one line.
-
-    Raises:
-        ValueError: a number is NaN or infinite, which JSON does not know; the message names its entry.
-    """
-    if (found := not_finite_entry(values)) is not None:
-        name, value = found
-        raise ValueError(f"{what} is not written: {name} is {value}, and JSON has finite numbers only")
-    return json.dumps(values, indent=indent, allow_nan=False)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError, ValueError: it is missing or no JSON object; the message names it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        values = json.loads(path.read_bytes(), parse_constant=_refused_constant)
-    except (ValueError, RecursionError) as error:  # not JSON, not text, a number too long, nested too deep
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values
-
-
-def _refused_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON's")
-
-
-def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON values with the SHA-256 of what they say, as their entry `sha256`."""
-    return values | {"sha256": _digest_of_values(values)}
-
-
-def check_seal(values: dict[str, Any], where: Path) -> None:
-    """Refuse values of which `sealed` wrote other ones; older files have no such entry.
-
-    Raises:
-        ValueError: it names the file.
-    """
-    if "sha256" in values and values["sha256"] != _digest_of_values(values):
-        raise ValueError(
-            f"{where} was changed or damaged after it was saved, by its sha256; copy it again, or delete its entry "
-            "sha256 if the change is meant"
-        )
-
-
-def _digest_of_values(values: dict[str, Any]) -> str:
-    as_read = json.loads(json.dumps({name: value for name, value in values.items() if name != "sha256"}))
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
-
-
-_Checked = TypeVar("_Checked", bound=BaseModel)
-
-
-def checked(values: Any, schema: type[_Checked], where: Path | str) -> _Checked:
-    """Validate values that were read from a file.
-
-    Raises:
-        ValueError: one line that names the file, the field, what is wrong with it, and its value.
-    """
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        first, *more = error.errors()
-        field = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] == "missing" else f" (got {shortened(repr(first['input']), 80)})"
-        others = f"; {len(more)} more fields are wrong" if more else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {field}{': ' if field else ''}{message}{given}{others}") from None

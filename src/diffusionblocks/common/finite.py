@@ -120,6 +120,6 @@ def not_finite_entry(values: Any, name: str = "") -> tuple[str, float] | None:
     elif isinstance(values, (list, tuple)):
         entries = enumerate(values)
     for key, value in entries:
-        if (found := not_finite_entry(value, f"{name}.{key}" if name else str(key))) is not None:
-            return found
+        if (entry := not_finite_entry(value, f"{name}.{key}" if name else str(key))) is not None:
+            return entry
     return None

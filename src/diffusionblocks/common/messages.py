@@ -47,10 +47,10 @@ def one_line(message: object) -> str:
     """
     text = str(message) or type(message).__name__
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    joined = "; ".join(line for line in lines if line)
-    joined = re.sub(r"(?<=[:;,.]); ", " ", joined)
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - _END - 5]} ... {shown[-_END:]}"
+    text = "; ".join(line for line in lines if line)
+    text = re.sub(r"(?<=[:;,.]); ", " ", text)
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable if len(printable) <= LONGEST else f"{printable[: LONGEST - _END - 5]} ... {printable[-_END:]}"
 
 
 def shortened(text: str, longest: int) -> str:
@@ -95,14 +95,14 @@ def reported(action: Callable[[], None], way_on: Callable[[], str] | None = None
             _discard_output()
             return 0
         except KeyboardInterrupt:
-            return _told(f"stopped by {_name(stopped_by)}", 128 + (stopped_by or [signal.SIGINT])[0], way_on)
+            return _report(f"stopped by {_name(stopped_by)}", 128 + (stopped_by or [signal.SIGINT])[0], way_on)
         except Exception as error:
             if stopped_by:  # which a library took for an error of its own
-                return _told(f"stopped by {_name(stopped_by)}", 128 + stopped_by[0], way_on)
+                return _report(f"stopped by {_name(stopped_by)}", 128 + stopped_by[0], way_on)
             if os.environ.get("DIFFUSIONBLOCKS_TRACEBACK"):
                 traceback.print_exc()
             status, text = _status_of(error)
-            return _told(text, status, way_on if status in (1, 4, 5) else None)
+            return _report(text, status, way_on if status in (1, 4, 5) else None)
 
 
 def _status_of(error: Exception) -> tuple[int, str]:
@@ -129,7 +129,7 @@ def _status_of(error: Exception) -> tuple[int, str]:
     return 1, f"error: {type(error).__name__}: {error}; {where}"
 
 
-def _told(text: str, status: int, way_on: Callable[[], str] | None) -> int:
+def _report(text: str, status: int, way_on: Callable[[], str] | None) -> int:
     more = ""
     if way_on is not None:
         with contextlib.suppress(Exception):  # what to say about it must not hide what happened

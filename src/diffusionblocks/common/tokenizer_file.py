@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
+from .files import whole_file
 
-from .files import renamed
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 """Its name in a model's folder."""
@@ -23,6 +25,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a tokenizer.json")
+    from tokenizers import Tokenizer
+
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -42,7 +46,7 @@ def write_tokenizer(folder: Path, content: bytes) -> None:
         folder: of the model.
         content: the bytes of a `tokenizer.json`.
     """
-    with renamed(folder / TOKENIZER) as temporary:
+    with whole_file(folder / TOKENIZER) as temporary:
         temporary.write_bytes(content)
 
 

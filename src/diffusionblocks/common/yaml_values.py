@@ -119,18 +119,18 @@ def _reason(error: yaml.MarkedYAMLError) -> str:
     return f"{at}{problem}" + (f" {error.context}" if error.context and error.problem else "")
 
 
-def _size(node: Any, known: dict[int, int], above: tuple[int, ...]) -> int:
+def _size(node: Any, sizes: dict[int, int], above: tuple[int, ...]) -> int:
     """Number of values, those of aliases counted each time; refuses more than `MOST_VALUES`, and circles."""
     if id(node) in above:
         raise ValueError(f"{_line(node)}: an alias that is part of itself")
-    if id(node) not in known:
+    if id(node) not in sizes:
         inner = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_size(part, known, (*above, id(node))) for part in inner)
-    if known[id(node)] > MOST_VALUES:
+        sizes[id(node)] = 1 + sum(_size(part, sizes, (*above, id(node))) for part in inner)
+    if sizes[id(node)] > MOST_VALUES:
         raise ValueError(f"{_line(node)}: more than {MOST_VALUES:,} values, aliases written out; use fewer aliases")
-    return known[id(node)]
+    return sizes[id(node)]
 
 
 def _line(node: Any) -> str:
@@ -146,40 +146,40 @@ def _value(node: Any, path: str) -> Any:
         return _mapping(node, path)
     _check_tag(node, "str", path)
     if "\0" in node.value:
-        raise ValueError(f"{_named(node, path)}: a text with a null character, which no name or path has")
+        raise ValueError(f"{_place(node, path)}: a text with a null character, which no name or path has")
     return node.value if node.style is not None or node.tag != f"{_TAG}str" else _plain(node, path)
 
 
 def _check_tag(node: Any, kind: str, path: str) -> None:
     if node.tag != f"{_TAG}{kind}":
         tag = node.tag.replace(_TAG, "!!")
-        raise ValueError(f"{_named(node, path)}: the tag {tag}; values have no tags, leave it out")
+        raise ValueError(f"{_place(node, path)}: the tag {tag}; values have no tags, leave it out")
 
 
-def _named(node: Any, path: str) -> str:
+def _place(node: Any, path: str) -> str:
     return f"{_line(node)}, {path}" if path else _line(node)
 
 
 def _mapping(node: yaml.MappingNode, path: str) -> dict[str, Any]:
     own: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    merged: dict[str, Any] = {}
+    base: dict[str, Any] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise ValueError(f"{_named(key, path)}: a list or section in the place of a name")
+            raise ValueError(f"{_place(key, path)}: a list or section in the place of a name")
         name = key.value
         inner = f"{path}.{name}" if path else name
         if name in lines:
-            raise ValueError(f"{_named(key, inner)}: given twice, first in line {lines[name]}; leave one out")
+            raise ValueError(f"{_place(key, inner)}: given twice, first in line {lines[name]}; leave one out")
         lines[name] = key.start_mark.line + 1
         if name == _MERGE and key.style is None:
             for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 if not isinstance(part, yaml.MappingNode):
-                    raise ValueError(f"{_named(part, inner)}: only a section can be merged")
-                merged = _mapping(part, path) | merged
+                    raise ValueError(f"{_place(part, inner)}: only a section can be merged")
+                base = _mapping(part, path) | base
         else:
             own[name] = _value(value, inner)
-    return merged | own
+    return base | own
 
 
 def _plain(node: yaml.ScalarNode, path: str) -> Any:
@@ -189,12 +189,12 @@ def _plain(node: yaml.ScalarNode, path: str) -> Any:
         return _WORDS[text.lower()]
     if _ZERO_FIRST.fullmatch(text):
         raise ValueError(
-            f"{_named(node, path)}: {_short(text)} begins with a zero, which some read as octal: write "
+            f"{_place(node, path)}: {_short(text)} begins with a zero, which some read as octal: write "
             f"{_short(text.replace('_', '').lstrip('+-').lstrip('0') or '0')}, or put a text in quotes"
         )
     if _INTEGER.fullmatch(text):
         if len(text) > 30:
-            raise ValueError(f"{_named(node, path)}: a number of {len(text):,} digits: {_short(text)}")
+            raise ValueError(f"{_place(node, path)}: a number of {len(text):,} digits: {_short(text)}")
         return int(text.replace("_", ""), 0)
     if _FLOAT.fullmatch(text):
         digits = text.replace("_", "")

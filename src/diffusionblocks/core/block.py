@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.host import eager, leave_to_host, on_host
+from ..common.graphs import eager, leave_to_host, on_host
 from ..config import BlocksConfig
 from ..families import Family
 from ..families.family import Namespace

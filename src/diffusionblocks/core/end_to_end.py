@@ -15,7 +15,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from ..common.files import FileDigest, checked, digest, read_json, recover, replaced_folder, write_json
+from ..common.digests import FileDigest, digest
+from ..common.files import recover, whole_folder
+from ..common.formats import read_json, validate, write_json
 from ..common.tokenizer_file import write_tokenizer
 from ..families import restored
 from .loading import opened
@@ -54,7 +56,7 @@ def save_end_to_end(model: nn.Module, path: Path, tokenizer: bytes | None = None
         check_plain(tensor, f"{type(model).__name__}: {name}")
         if "lora_" in name or ".base_layer." in name:
             raise ValueError(f"{name} is of a low-rank adapter: merge it first (of PEFT: model.merge_and_unload())")
-    with replaced_folder(path, MODEL_FILES) as folder:
+    with whole_folder(path, MODEL_FILES) as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
         saved = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in _CONFIGS)]
         files = {file.name: digest(file).model_dump() for file in saved if file.is_file()}
@@ -90,7 +92,7 @@ def load_end_to_end(model_class: str, path: Path, *, verify: bool = True) -> nn.
             assert found.keys() is not None
     listed = path / END_TO_END_FILES
     if verify and listed.is_file():
-        files = checked(read_json(listed), _Files, listed).files
+        files = validate(read_json(listed), _Files, listed).files
         for file in [*weights, *(path / name for name in _CONFIGS if name in files)]:
             if files.get(file.name) != digest(file):
                 raise ValueError(
@@ -107,6 +109,6 @@ def _weight_files(path: Path) -> list[Path]:
             return [path / name]
         index = path / f"{name}.index.json"
         if index.is_file():
-            shards: Any = checked(read_json(index), _Shards, index)
+            shards: Any = validate(read_json(index), _Shards, index)
             return [path / shard for shard in sorted(set(shards.weight_map.values()))]
     raise FileNotFoundError(f"{path / 'model.safetensors'} is missing: {path} holds no weights in safetensors")

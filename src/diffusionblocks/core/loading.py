@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.files import FileDigest, check_seal, checked, digest, read_json, read_tensors, recover, same_shape
+from ..common.digests import FileDigest, check_seal, digest
+from ..common.files import recover
 from ..common.finite import DIVERGED, require_finite
-from ..common.generation_config import rebuilt_generation_config
+from ..common.formats import read_json, read_tensors, same_shape, validate
 from ..config import BlocksConfig
 from ..families import family_named, outline, rebuild_config
+from ..families.generation_config import rebuilt_generation_config
 from .conversion import assemble, resolve
 from .materialise import materialise_buffers
 from .model import DiffusionBlocks
@@ -112,7 +114,7 @@ def read_saved(path: str | Path) -> SavedModel:
     index = read_json(folder / INDEX)
     if index.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{folder}: format {index['format']!r}; this version reads format {FORMAT}")
-    described = checked(index, _Index, folder / INDEX)
+    described = validate(index, _Index, folder / INDEX)
     try:
         model_config = rebuild_config(described.model_class, described.config)
         # Older folders lack what is resolved since, such as the coverage of the levels.

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from ..common.files import FileDigest, digest, replaced_folder, sealed, write_json
+from ..common.digests import FileDigest, digest, seal
+from ..common.files import whole_folder
 from ..common.finite import DIVERGED, require_finite
+from ..common.formats import write_json
 from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from ..families import config_values
 from .loading import (
@@ -92,10 +94,10 @@ def merge(
     files = _checked_files(models, origins)
     index = {**first.index, "blocks": [origin.block for origin in origins]}
     index["files"] = {path.name: found.model_dump() for path, found in files.items()}
-    with replaced_folder(Path(out), WITH_TOKENIZER) as temporary:
+    with whole_folder(Path(out), WITH_TOKENIZER) as temporary:
         for file in [*files, *_tokenizer(models)]:
             shutil.copyfile(file, temporary / file.name)
-        write_json(temporary / INDEX, sealed(index))
+        write_json(temporary / INDEX, seal(index))
     return origins
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..common.generation_config import end_tokens
-from ..common.host import eager, leave_to_host, on_host
+from ..common.graphs import eager, leave_to_host, on_host
 from ..common.keywords import older_keywords
-from ..common.modes import evaluating
+from ..common.modules import evaluating
 from ..common.seeds import TrainingDraws, of_batch
 from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from ..families import Family
+from ..families.generation_config import end_tokens
 from ..noise import GaussianProcess, Masking, NoiseProcess, one_level
 from ..sampling import (
     Callback,

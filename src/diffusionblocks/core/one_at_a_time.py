@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.tensors import places_of
+from ..common.modules import places_of
 from .block import Block
 
 

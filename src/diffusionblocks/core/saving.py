@@ -18,7 +18,6 @@ No code from the folder is run; the original class is looked up by name in the f
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 import warnings
@@ -29,11 +28,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..common.files import FileDigest, check_replaceable, digest, replaced_folder, sealed, write_json, write_tensors
+from ..common.digests import FileDigest, digest, json_digest, seal
+from ..common.files import check_replaceable, whole_folder
 from ..common.finite import DIVERGED, require_finite
-from ..common.generation_config import generation_values
+from ..common.formats import write_json, write_tensors
 from ..common.tokenizer_file import TOKENIZER, write_tokenizer
 from ..families import config_values, instantiate
+from ..families.generation_config import generation_values
 
 if TYPE_CHECKING:
     from .block import Block
@@ -99,7 +100,7 @@ def save(
     _check_readable(model, index)
     for b in chosen:
         _require_finite(model.block(b))
-    with replaced_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:
+    with whole_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer)
         files: dict[str, FileDigest] = {}
@@ -114,7 +115,7 @@ def save(
             write(block_file(b), {k: t for k, t in tensors.items() if id(t) not in shared}, b)
             if shared and b == 0:
                 write(SHARED, {k: t for k, t in tensors.items() if id(t) in shared}, None)
-        write_json(folder / INDEX, sealed(index | {"files": {name: files[name].model_dump() for name in files}}))
+        write_json(folder / INDEX, seal(index | {"files": {name: files[name].model_dump() for name in files}}))
 
 
 def stamp(index: dict[str, Any], block: int | None) -> str:
@@ -127,7 +128,7 @@ def stamp(index: dict[str, Any], block: int | None) -> str:
 def _short_digest(values: Any) -> str | None:
     if values is None:
         return None
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(values)[:16]
 
 
 def _check_readable(model: DiffusionBlocks, index: dict[str, Any]) -> None:

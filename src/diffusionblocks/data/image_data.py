@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.files import write_tensors
+from ..common.formats import write_tensors
 from .dataset import Dataset
 from .decoder import MODES, decode_image, oversized_refused
 from .tables import ImageTable, open_table

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.files import checked, read_json, temporary_folder, write_json, write_tensors
+from ..common.files import temporary_folder
+from ..common.formats import read_json, validate, write_json, write_tensors
 from .dataset import Dataset
 from .example_device import on_device
 from .tables import ClassNames
@@ -363,7 +364,7 @@ def _read_index(folder: Path, split: str) -> _Index:
         raise FileNotFoundError(f"{file} is missing; the folder holds the splits {present}; {_MAKE}")
     values = read_json(file)
     try:
-        index = checked(values, _Index, file)
+        index = validate(values, _Index, file)
     except ValueError as error:
         raise ValueError(f"{error}; encode the split again") from None
     if len(index.class_names) != index.num_classes:

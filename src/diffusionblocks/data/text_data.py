@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.files import read_json, renamed, write_json
+from ..common.files import whole_file
+from ..common.formats import read_json, write_json
 from .split_files import TEXT_ENDINGS, files_of_split
 
 __all__ = ["SYMBOLS", "TextData", "characters", "decode", "encode", "normalise", "open_text", "python_topics"]
@@ -294,7 +295,7 @@ def cached_ids(
         path.parent.mkdir(parents=True, exist_ok=True)
         sidecar.unlink(missing_ok=True)  # from here to the end the file is nobody's
         count = 0
-        with renamed(path) as temporary, temporary.open("wb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             for ids in pieces:
                 count += len(ids)
                 file.write(np.asarray(ids, dtype=dtype).tobytes())

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
-from ..common.files import renamed
+from ..common.files import whole_file
 from ..common.tokenizer_file import read_tokenizer
 from .piecewise import copied, document_ids, exact_tokenizer
 from .split_files import TEXT_ENDINGS, files_of_split
@@ -79,7 +79,7 @@ def train_tokenizer(
     passages = itertools.chain.from_iterable(_passages(text) for text in _texts(files, limit))
     tokenizer.train_from_iterator(passages, trainer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with renamed(path) as temporary:
+    with whole_file(path) as temporary:
         tokenizer.save(str(temporary))
     return tokenizer
 

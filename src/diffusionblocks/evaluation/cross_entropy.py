@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..common.finite import FiniteCheck
-from ..common.modes import evaluating
+from ..common.modules import evaluating
 from ..common.seeds import keyed_generator
 from ..core.model import DiffusionBlocks
 from ..noise import GaussianProcess, NoiseProcess, one_level

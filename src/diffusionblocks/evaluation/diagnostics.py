@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.finite import FiniteCheck
-from ..common.modes import evaluating
+from ..common.modules import evaluating
 from ..core.model import DiffusionBlocks
 from ..targets import LabelTarget
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.files import read_json, read_tensors, replaced_folder, write_json, write_tensors
+from ..common.files import whole_folder
 from ..common.finite import require_finite
+from ..common.formats import read_json, read_tensors, write_json, write_tensors
 from ..data import AugmentConfig, ImageBatches, ImageData, evaluation_batches
 from ..data.image_batches import Normalise
 from ..training import EndToEnd, TrainConfig, Trainer
@@ -159,7 +160,7 @@ class ClassifierFeatures:
 
     def save(self, folder: Path) -> None:
         """Write weights and settings to `folder`; an older classifier there is replaced once the new one is whole."""
-        with replaced_folder(folder, _OURS) as temporary:
+        with whole_folder(folder, _OURS) as temporary:
             write_tensors(temporary / _WEIGHTS, self.network.state_dict())
             values = {
                 "format": _FORMAT,

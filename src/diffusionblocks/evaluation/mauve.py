@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.finite import FiniteCheck, require_finite
-from ..common.modes import evaluating
+from ..common.modules import evaluating
 from .teachers import Ids, as_ids, check_foreign_attention, check_ids, load_teacher_tokenizer
 
 #: Texts, as strings or ids, to float features (n, d). See `HiddenFeatures`.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.modes import evaluating
+from ..common.modules import evaluating
 from .mauve import Mauve
 from .teachers import Ids, as_ids, check_counts, check_ids, load_teacher
 

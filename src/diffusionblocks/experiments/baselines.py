@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.files import read_json
+from ..common.formats import read_json
 from .recipe import DEPTH_ON_HOST, Recipe
 from .run import RECIPE, depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth, with_train
 from .scores import Splits

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.fields import MOST_SAMPLES, check_count
-from ..common.files import check_writable, renamed
-from ..common.generation_config import end_tokens
-from ..common.modes import evaluating
-from ..common.tensors import computes_on
+from ..common.files import check_writable, whole_file
+from ..common.modules import computes_on, evaluating
 from ..core.model import DiffusionBlocks
 from ..data import TextChunks, evaluation_chunks
 from ..data.data_config import DataSection
@@ -26,6 +24,7 @@ from ..evaluation.perplexity import GeneratedText, Perplexity, generated_text, g
 from ..evaluation.teachers import Ids, load_teacher_tokenizer, teacher_tokens
 from ..families import family_named
 from ..families.causal_lm import attention_window
+from ..families.generation_config import end_tokens
 from ..models import RecurrentDepth
 from ..sampling import Continuations, continue_plainly
 from ..training import EndToEnd
@@ -267,7 +266,7 @@ def write_continuations(
     made = write(recipe, options, model, starts, seed=seed, progress=progress)
     path = folder / "samples.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    with renamed(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_text("\n\n".join(_shown(made, codec)) + "\n", encoding="utf-8")
     return path
 

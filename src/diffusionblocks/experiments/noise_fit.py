@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import read_json, write_json
-from ..common.modes import evaluating
+from ..common.formats import read_json, write_json
+from ..common.modules import evaluating
 from ..common.seeds import keyed_generator
 from ..core.block import Block
 from ..core.merging import difference

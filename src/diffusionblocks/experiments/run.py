@@ -12,17 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from ..common.files import (
-    check_replaceable,
-    check_space,
-    check_writable,
-    delete_folder,
-    free_space,
-    locked,
-    read_json,
-    write_json,
-)
-from ..common.sizes import check_memory
+from ..common.files import check_replaceable, check_space, check_writable, delete_folder, folder_lock, free_space
+from ..common.formats import read_json, write_json
+from ..common.machine import check_memory
 from ..core.branching import branch
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
@@ -235,7 +227,7 @@ def train(
         splits: the recipe's data, where the caller has loaded them already.
         measure: whether to evaluate; else `rows` is empty.
     """
-    with locked(folder):
+    with folder_lock(folder):
         return _train(recipe, folder, loggers, resume, progress, splits, measure)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.fields import MOST_SAMPLES, check_count
 from ..common.files import check_writable
-from ..common.sizes import host_memory
+from ..common.machine import host_memory
 from ..core.model import DiffusionBlocks
 from ..data.data_config import PixelsConfig
 from ..evaluation.sample_quality import Setting, generated

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.fields import MANY_CALLS, MOST_CALLS
-from ..common.modes import evaluating
-from ..common.tensors import computes_on
+from ..common.modules import computes_on, evaluating
 from ..core.model import DiffusionBlocks
 from ..data import ImageData, TextChunks
 from ..data.data_config import DataSection, ImagesSection, PixelsConfig

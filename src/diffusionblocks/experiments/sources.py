@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.files import read_json, recover
-from ..common.generation_config import as_ids, end_tokens, rebuilt_generation_config
+from ..common.files import recover
+from ..common.formats import read_json
 from ..common.messages import near
-from ..common.sizes import SIZES, check_shape, check_sizes
 from ..config import BlocksConfig
 from ..core.conversion import assemble
 from ..core.end_to_end import load_end_to_end, save_end_to_end
@@ -37,7 +36,9 @@ from ..families import (
     with_depth,
 )
 from ..families.causal_lm import attention_window
+from ..families.generation_config import as_ids, end_tokens, rebuilt_generation_config
 from ..families.libraries import cached_file
+from ..families.sizes import SIZES, check_shape, check_sizes
 from ..training import EndToEnd
 from .recipe import Recipe
 

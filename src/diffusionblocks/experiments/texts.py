@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.fields import MOST_SAMPLES, check_count
-from ..common.files import check_writable, renamed
+from ..common.files import check_writable, whole_file
 from ..core.model import DiffusionBlocks
 from ..data.text_data import SYMBOLS, decode, encode
 from ..targets import TokenTarget
@@ -81,7 +81,7 @@ def write_texts(
             lines += [decode(row[:length]) for row in tokens]
     path = folder / "samples.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    with renamed(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
     return path
 

@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
 
-from ..common.files import read_json
-from ..common.generation_config import rebuilt_generation_config
+from ..common.formats import read_json
+from .generation_config import rebuilt_generation_config
 
 #: Attention implementations that a recipe or a saved model may ask for. Others can make transformers fetch kernels.
 _EVERYWHERE = ("eager", "sdpa", "flex_attention")

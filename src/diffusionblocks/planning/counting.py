@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..common.tensors import tensors_of
+from ..common.modules import tensors_of
 from ..training import TrainConfig, Unit
 from ..training.optim import average_dtype
 from ..training.shared_module import in_several

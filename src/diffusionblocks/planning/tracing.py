@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..common.tensors import tensors_of
+from ..common.modules import tensors_of
 from ..core.block import Block
 from ..training import EndToEnd, TrainConfig, Unit, trainable
 from ..training.compilation import Compiler

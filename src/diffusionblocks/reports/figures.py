@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.files import renamed
+from ..common.files import whole_file
 from ..core.partition import Partition
 from ..evaluation.accuracy import AccuracyRow
 from ..noise import NoiseProcess
@@ -26,7 +26,7 @@ def _axes(count: int) -> tuple[Any, list[Axes]]:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as a PNG, whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with renamed(path) as temporary:
+    with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..common.files import renamed
+from ..common.files import whole_file
 from ..core.partition import Partition
 from ..data.image_batches import to_uint8
 from ..noise import GaussianProcess
@@ -52,7 +52,7 @@ def save_png(image: Tensor, path: Path) -> None:
     pixels = image.cpu().permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[:, :, 0] if image.shape[0] == 1 else pixels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with renamed(path) as temporary:
+    with whole_file(path) as temporary:
         picture.save(temporary, format="PNG")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..common.files import write_json
+from ..common.formats import write_json
 from ..core.block import Block
 from ..core.model import DiffusionBlocks
 from ..core.partition import Partition

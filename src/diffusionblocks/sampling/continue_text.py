@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from ..common.fields import MOST_LENGTH, check_count
 from ..common.finite import FiniteCheck
-from ..common.generation_config import end_tokens
-from ..common.modes import evaluating
+from ..common.modules import evaluating
+from ..families.generation_config import end_tokens
 from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
 from .solvers import euler

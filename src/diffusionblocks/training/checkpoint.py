@@ -11,22 +11,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..common.files import (
-    FileDigest,
-    check_seal,
-    checked,
-    delete_folder,
-    digest,
-    read_json,
-    read_tensors,
-    recover_in,
-    replaced_folder,
-    same_shape,
-    sealed,
-    write_json,
-    write_tensors,
-)
+from ..common.digests import FileDigest, check_seal, digest, seal
+from ..common.files import delete_folder, recover_in, whole_folder
 from ..common.finite import require_finite
+from ..common.formats import read_json, read_tensors, same_shape, validate, write_json, write_tensors
 
 _FILES = re.compile(r"[a-z0-9-]+\.safetensors|state\.json")
 _NAME = re.compile(r"iteration-(\d{9})")
@@ -64,12 +52,12 @@ def write_checkpoint(
 ) -> Path:
     """Write `folder`/iteration-..., one file an owner, and delete all but the newest `keep` checkpoints."""
     path = folder / f"iteration-{iteration:09d}"
-    with replaced_folder(path, _FILES) as temporary:
+    with whole_folder(path, _FILES) as temporary:
         files = {}
         for name, tensors in owners:
             write_tensors(temporary / _file(name), tensors)
             files[_file(name)] = digest(temporary / _file(name)).model_dump()
-        write_json(temporary / "state.json", sealed({"iteration": iteration, **values, "files": files}))
+        write_json(temporary / "state.json", seal({"iteration": iteration, **values, "files": files}))
     remove(checkpoints(folder)[:-keep])
     return path
 
@@ -96,7 +84,7 @@ def read_values(path: Path) -> dict[str, Any]:
     """Read the values of a checkpoint; FileNotFoundError or ValueError names what is wrong with it."""
     file = path / "state.json"
     values = read_json(file)
-    checked(values, _State, file)
+    validate(values, _State, file)
     check_seal(values, file)
     return values
 

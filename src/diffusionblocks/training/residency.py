@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.tensors import places_of, tensors_of
+from ..common.modules import places_of, tensors_of
 from .arena import Arena, Layout
 from .host_buffers import FileBuffers, HostBuffers, Layouts, MemoryBuffers, UnitMemory
 from .optim import ParameterSet, Updater, average_dtype

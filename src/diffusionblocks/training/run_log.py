@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..common.files import json_text, naming
+from ..common.files import naming
+from ..common.formats import json_text
 
 
 class Logger(Protocol):

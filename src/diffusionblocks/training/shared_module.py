@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.tensors import places_of, tensors_of
+from ..common.modules import places_of, tensors_of
 from ..core.block import Block
 from .patches import multiply_patches
 from .train_config import TrainConfig

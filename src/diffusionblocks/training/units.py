@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.finite import FiniteCheck
-from ..common.modes import evaluating
+from ..common.modules import evaluating
 from ..core.model import DiffusionBlocks
 from ..families import Family, family_for
 from ..sampling import Prediction

@@ -42,19 +42,19 @@ def end_tokens(model: Any) -> tuple[int, ...]:
         ValueError: one of them is no id.
     """
     for name in ("generation_config", "config"):
-        found = getattr(getattr(model, name, None), "eos_token_id", None)
-        if found is not None:
-            return as_ids(found, name)
+        ids = getattr(getattr(model, name, None), "eos_token_id", None)
+        if ids is not None:
+            return as_ids(ids, name)
     return ()
 
 
-def as_ids(found: Any, where: str = "model.config") -> tuple[int, ...]:
+def as_ids(value: Any, where: str = "model.config") -> tuple[int, ...]:
     """The ids in an `eos_token_id`: one, several or none.
 
     Raises:
         ValueError: it is none of these.
     """
-    ids = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
+    ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
-        raise ValueError(f"{where}: eos_token_id = {found!r}: must be an id, a list of ids, or null")
+        raise ValueError(f"{where}: eos_token_id = {value!r}: must be an id, a list of ids, or null")
     return tuple(ids)

@@ -1,7 +1,8 @@
-"""Where a module's tensors are, in a fixed order, and on which device it computes."""
+"""Helpers for any module: its tensors in a fixed order, its device, and evaluation mode for a while."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,3 +28,16 @@ def computes_on(model: nn.Module) -> torch.device:
     """The device that a model takes its inputs on."""
     device = getattr(model, "device", None)
     return device if isinstance(device, torch.device) else next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the context; afterwards every module has the mode that it had, after an error too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])  # a module may do more there than take the mode
+        for module, training in modes:
+            module.training = training

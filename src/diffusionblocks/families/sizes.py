@@ -1,16 +1,11 @@
-"""Sizes of models: what a config may ask for, what goes together, and whether the machine can hold it."""
+"""Sizes in the configs of models: what a config may ask for, and what goes together."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from .fields import MOST_LABELS, MOST_LAYERS, MOST_LENGTH, MOST_PIXELS, MOST_TOKENS, MOST_WIDTH
+from ..common.fields import MOST_LABELS, MOST_LAYERS, MOST_LENGTH, MOST_PIXELS, MOST_TOKENS, MOST_WIDTH
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_core_layers", "mean_recurrence", "backprop_depth")
 _COUNTS = ("num_attention_heads", "num_key_value_heads")
@@ -62,8 +57,8 @@ def check_shape(config: Any, where: str = "model.config") -> None:
     """
 
     def size(*names: str) -> tuple[str, int | None]:
-        found = next((name for name in names if getattr(config, name, None) is not None), names[0])
-        return found, getattr(config, found, None)
+        name = next((name for name in names if getattr(config, name, None) is not None), names[0])
+        return name, getattr(config, name, None)
 
     (_, width), (_, heads), (_, keys) = size("hidden_size"), size("num_attention_heads"), size("num_key_value_heads")
     if width and heads and getattr(config, "head_dim", None) in (None, width // heads) and width % heads:
@@ -83,33 +78,3 @@ def check_shape(config: Any, where: str = "model.config") -> None:
             f"{where}.patch_size = {patch} does not divide {image} = {pixels}: set {where}.patch_size to one of "
             f"{fitting}"
         )
-
-
-def check_memory(model: nn.Module, copies: float, device: torch.device, advice: str) -> None:
-    """Refuse weights that the machine cannot hold, before it tries to.
-
-    Args:
-        model: on the meta device.
-        copies: how many times its weights are there: themselves, gradients, optimizer state, average; a share of them
-            where only some blocks are.
-        device: where they go.
-        advice: what to do about it.
-
-    Raises:
-        ValueError: more bytes than the device or the host has.
-    """
-    needed = int(sum(p.numel() * p.element_size() for p in model.parameters()) * copies)
-    most = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
-    if needed > most:
-        raise ValueError(
-            f"the model's weights with gradients and optimizer state need at least {needed / 2**30:,.1f} GiB, and "
-            f"{'the device' if device.type == 'cuda' else 'this machine'} has {most / 2**30:,.1f}: {advice}"
-        )
-
-
-def host_memory() -> int:
-    """Bytes of memory that this process may have: the machine's, or its control group's where that is less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(physical, int(text)) if text.isdecimal() else physical
