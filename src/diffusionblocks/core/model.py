@@ -66,7 +66,8 @@ class DiffusionBlocks(nn.Module):
 
     Attributes:
         blocks: the B blocks; each trains alone and moves alone.
-        partition: which layers and levels each block owns; `partition.block_of(level)` is the one road.
+        partition: which layers and levels each block owns; `partition.block_of(level)` is the one function from a level
+            to its block.
         blocks_config: how the model was converted.
         family: the code that knows the model's family.
         model_class: name of the original class.
@@ -118,7 +119,7 @@ class DiffusionBlocks(nn.Module):
 
     def run_one_at_a_time(self, device: torch.device | str) -> None:
         """For evaluation and sampling of a model that does not fit: its blocks stay where they are, and each is copied
-        to `device` when it runs, in place of the one before it. Inputs are then wanted on `device`.
+        to `device` when it runs, in place of the one before it. Inputs are then expected on `device`.
         """
         self._turns = OneAtATime((self.block(b) for b in range(self.partition.num_blocks)), torch.device(device))
 
@@ -508,7 +509,7 @@ class DiffusionBlocks(nn.Module):
             prompts: tokens of each row, of any lengths.
             max_new_tokens: >= 1.
             seeds: one a row; default 0, 1, 2, ...
-            steps: network calls a token; default one for each block, the cost of the unconverted model.
+            steps: network calls per token; default one for each block, the cost of the unconverted model.
             grid: levels, `equal-quantile` or `karras`.
             stop_tokens: a row ends with the first of these that it generates. By default all of the model's
                 `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.

@@ -1,4 +1,4 @@
-"""The partition: which layers and which noise levels each block owns, and the one road from level to block."""
+"""The partition: which layers and which noise levels each block owns, and the one function from level to block."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Partition:
     @overload
     def block_of(self, level: Tensor) -> Tensor: ...
     def block_of(self, level: float | Tensor) -> int | Tensor:
-        """The block that owns a level: the one road used by training, evaluation, sampling and reports.
+        """The block that owns a level: the one function used by training, evaluation, sampling and reports.
 
         Args:
             level: a number, or a tensor of levels of any shape.

@@ -45,7 +45,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
     Args:
         image: in a mode that can be averaged, such as "RGB".
-        size: height and width wanted, in pixels.
+        size: height and width of the result, in pixels.
     """
     from PIL import Image
 

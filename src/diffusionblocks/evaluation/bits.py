@@ -1,8 +1,8 @@
 """Bits per character of masked diffusion: the evidence bound, block by block (paper, section 4; MD4, arXiv 2406.04329).
 
 The bound is an integral over levels, so it is the sum of the integrals over the blocks' own intervals (overlap 0, each
-level in one block), and each can be estimated by its block alone, on whatever machine. With equal mass each in-block
-estimate enters with the weight 1/B. `noise/masking.py` has the formulas.
+level in one block), and each can be estimated by its block alone, on whatever machine. With equal probability each
+in-block estimate enters with the weight 1/B. `noise/masking.py` has the formulas.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def interval_nats(
 ) -> Tensor:
     """An unbiased estimate, for each sequence, of the bound's integral over an interval of levels.
 
-    One antithetic level a sequence, uniform in mass: share of the interval * v(t) * nats of the masked tokens.
+    One antithetic level per sequence, uniform in quantile: share of the interval * v(t) * nats of the masked tokens.
 
     Args:
         logits: the network that owns the interval.

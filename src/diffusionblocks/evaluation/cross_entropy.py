@@ -28,8 +28,8 @@ from ..targets import NextTokenTarget, cross_entropies
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 _TOKENS = 1024  # whose similarity to every row is computed at once
-_SAMPLE = 4096  # tokens, the first of the text, over which the decodable mass is averaged
-_QUANTILES = 64  # levels of equal mass, over which the decodable share is averaged
+_SAMPLE = 4096  # tokens, the first of the text, over which the decodable share is averaged
+_QUANTILES = 64  # levels of equal probability, over which the decodable share is averaged
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Level:
     Attributes:
         level: sigma.
         block: that owns it.
-        cross_entropy: nats a token.
+        cross_entropy: NLL in nats per token.
         scrambled: the same where the context is that of another sequence: the one before, for the first the second.
         decodable: share of the tokens whose own row is the nearest to z.
     """
@@ -56,12 +56,12 @@ class LanguageRow:
     """A row: the cross-entropy of a text's tokens, each sequence's first left out, for nothing stands before it.
 
     Attributes:
-        cross_entropy: nats a token; of blocks at the highest level that is read.
+        cross_entropy: NLL in nats per token; of blocks at the highest level that is read.
         standard_error: of it, over sequences.
         tokens: how many were counted.
         context_gap: how much worse it is with another sequence's context; 0 for a model that ignores its context. None
             for an unconverted model.
-        decodable_mass: the share of the training mass of levels at which z alone gives the token away, of the text's
+        decodable_mass: the share of the training draws of levels at which z alone gives the token away, of the text's
             first tokens.
         by_level: blocks: over the levels that are read, from the highest.
     """
@@ -158,7 +158,7 @@ def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> L
 
 
 def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor, *, seed: int = 0) -> float:
-    """The share of the training mass at which z alone decodes the target: its own row is nearer than all others.
+    """The share of the training draws at which z alone decodes the target: its own row is nearer than all others.
 
     Args:
         noise: says how levels are drawn in training.
@@ -215,7 +215,7 @@ def _decoded(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
 
 
 def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean nats a token of each sequence, float64 (n,)."""
+    """NLL in nats per token of each sequence, float64 (n,)."""
     return cross_entropies(logits, tokens).double().mean(dim=1)
 
 

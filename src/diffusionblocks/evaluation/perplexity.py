@@ -34,7 +34,7 @@ class Perplexity:
     Attributes:
         perplexity: exp of the mean over all continuations' tokens of their cross-entropy.
         standard_error: of it, over texts; None for a single one, or where the perplexity is infinite.
-        nats: that mean, in nats a token of the teacher's.
+        nats: that mean, in nats per token of the teacher's.
         tokens: how many were scored.
         texts: how many continuations they are of.
     """

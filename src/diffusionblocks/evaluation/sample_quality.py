@@ -30,7 +30,7 @@ class Setting:
 
     @property
     def calls(self) -> int:
-        """Network calls a chain; with guidance each is for two images."""
+        """Network calls per chain; with guidance each is for two images."""
         return calls(self.solver, self.steps, ends_at_zero=True)
 
 

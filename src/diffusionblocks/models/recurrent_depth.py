@@ -243,7 +243,7 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return x
 
     def recur(self, state: Tensor, context: Tensor, rotation: Rotation, iterations: int) -> Tensor:
-        """`iterations` times `core_pass`; gradients, where they are wanted, go through the last `backprop_depth`."""
+        """`iterations` times `core_pass`; gradients, where they are asked for, go through the last `backprop_depth`."""
         free = max(0, iterations - self.backprop_depth)
         if free:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What fits into a budget of device memory: the fewest blocks, the largest batch, or the memory savers it takes."""
+"""What fits into a budget of device memory: fewest blocks, largest batch, or the memory optimisations it takes."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class Plan:
         batch: the largest batch that fits with the recipe's blocks; None: not even one example does, or it was not
             asked for.
         savers: where no number of blocks fits (of `vary="batch"`: not even one example), the first combination of
-            memory savers that does, at the recipe's batch size; at a smaller one only where `batch` is None too. None:
-            not needed, or nothing fits.
+            memory optimisations that does, at the recipe's batch size; at a smaller one only where `batch` is None too.
+            None: not needed, or nothing fits.
         always: changes that are part of every answer: data that `data.placement: auto` would keep on the host of a GPU
             with the budget's memory are kept there on a larger one too, without a CUDA graph, which cannot read them.
     """
@@ -219,7 +219,7 @@ class _Search:
         return self.fit({"train.batch_size": size})
 
     def first_savers(self, *, smaller: bool) -> Fit | None:
-        """The first combination of savers that fits, with fewest blocks; then of smaller batches with all of them."""
+        """First combination of memory optimisations that fits, with fewest blocks; then all, with smaller batches."""
         steps = savers_of(self.recipe)
         for count in range(1, len(steps) + 1):
             savers = {name: value for saver in steps[:count] for name, value in saver.items()}

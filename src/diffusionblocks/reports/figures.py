@@ -44,7 +44,7 @@ def draw_run(
     noise: NoiseProcess,
     path: Path,
 ) -> None:
-    """Write a PNG: accuracy against steps, a line a number of seeds, controls as levels; and the partition.
+    """Write a PNG: accuracy against steps, a line per number of seeds, baselines as levels; and the partition.
 
     Args:
         rows: accuracies of DiffusionBlocks.

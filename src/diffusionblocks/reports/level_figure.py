@@ -18,7 +18,7 @@ def draw_levels(row: LanguageRow, partition: Partition, path: Path, controls: Se
         row: of DiffusionBlocks.
         partition: of the same model; its borders are marked.
         path: the PNG.
-        controls: (label, cross-entropy) of unconverted models, in nats a token.
+        controls: (label, cross-entropy) of unconverted models, in nats per token.
 
     Raises:
         ValueError: the row of an unconverted model, which has no levels.

@@ -38,7 +38,7 @@ def format_bytes(count: int) -> str:
 
 
 def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
-    """A row a block: layers, levels, mass, parameters, and predicted bytes of what AdamW training of it holds.
+    """A row per block: layers, levels, probability, parameters, and predicted bytes of what AdamW training of it holds.
 
     Bytes are of one block with its shared parameters, in the weights' own precision, without activations.
     """

@@ -146,7 +146,7 @@ def continue_plainly(
     num_tokens: int | None = None,
     progress: bool = False,
 ) -> Continuations:
-    """The same by an ordinary language model, in evaluation mode: the control.
+    """The same by an ordinary language model, in evaluation mode: the baseline.
 
     Args:
         model: a causal language model of transformers, which keeps keys and values, or a `RecurrentDepth`, which reads

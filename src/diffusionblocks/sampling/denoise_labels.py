@@ -58,7 +58,7 @@ def predict_labels(
         noise: the noise process.
         batch_size: number of samples.
         device: where to run.
-        steps: network calls a chain, >= 1.
+        steps: network calls per chain, >= 1.
         seeds: chains to average, >= 1.
         feedback: `soft` or `hard`: what a prediction feeds to the next step.
         grid: level grid, one of `noise.grids`.

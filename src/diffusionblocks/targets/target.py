@@ -240,7 +240,7 @@ class TokenTarget(TextTarget):
     def reduce(self, nats: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
         """The sum over the tokens that z hides, over the length.
 
-        In nats a token of the whole sequence, so that under the ELBO's weight its mean over all levels is the bound.
+        In nats per token of the whole sequence, so that under the ELBO's weight its mean over all levels is the bound.
         Without z every token counts.
         """
         (each,) = nats
