@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import diffusionblocks as db
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILE = r"`((?:tests|src|benchmarks|recipes|findings|docs)/[\w./-]+)`"
@@ -28,3 +30,8 @@ def test_what_a_page_names_is_there(page: Path) -> None:
 def test_what_is_missing_would_be_found() -> None:
     text = "[a](nothing.md), [b](concepts.md#words), `tests/unit/test_pages.py` and `tests/unit/nothing.py`"
     assert _missing(ROOT / "docs" / "index.md", text) == ["nothing.md", "tests/unit/nothing.py"]
+
+
+def test_the_reference_has_all_that_is_public() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"^::: diffusionblocks\.(\w+)$", page, re.M)) == set(db.__all__) - {"__version__"}

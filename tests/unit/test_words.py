@@ -28,6 +28,7 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     r"(?:at|from|go(?:es)?|their|its) home": ("host buffer", ()),
     r"honest (?:rival|control|baseline)s?": ("baseline", ()),
+    r"mass": ("probability, or quantile", ("point mass",)),
     r"in nats a token|nats a character|a token's nats": ("nats per token, NLL", ()),
     r"controls?": ("baseline", ("control character", "positive control")),
     r"shared parts?": ("shared parameters", ()),

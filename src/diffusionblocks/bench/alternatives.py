@@ -286,7 +286,7 @@ _RIVALS: dict[str, Callable[[Spec], Runner]] = {
 
 
 def rival(spec: Spec) -> Runner:
-    """The rival of a specification, ready to step.
+    """The alternative of a specification, ready to step.
 
     Raises:
         ImportError: its package is missing; the message says how to install it.

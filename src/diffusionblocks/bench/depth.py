@@ -70,7 +70,8 @@ def line_end(a: tuple[int, int], b: tuple[int, int], budget: int) -> int:
 def depth(
     base: Spec, blocks: int, out: Path, limit: float, asked: Measures, *, predict: bool = True
 ) -> list[dict[str, Any]]:
-    """Search end to end and with one block resident, each plainly and with all savers; write and return the rows.
+    """Search end to end and with one block resident, each plainly and with all memory optimisations; write and return
+    the rows.
 
     Args:
         base: model, device and budget.

@@ -218,7 +218,7 @@ class _Gradients:
     def __enter__(self) -> _Gradients:
         for parameter in self._parameters:
             grad = parameter.requires_grad
-            parameter.requires_grad_(True)  # a rival may train it later
+            parameter.requires_grad_(True)  # an alternative may train it later
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._came))
             parameter.requires_grad_(grad)
         return self

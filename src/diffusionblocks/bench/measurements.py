@@ -45,7 +45,7 @@ def runner_of(spec: Spec) -> Iterator[Runner]:
     """What a specification asks for, ready to step.
 
     Raises:
-        ImportError: a rival's package is missing; the message says how to install it.
+        ImportError: an alternative's package is missing; the message says how to install it.
         ValueError: what the specification asks for cannot be.
     """
     if METHODS[spec.method].kind == "rival":
@@ -141,7 +141,7 @@ def _switch_ms(runner: Runner, spec: Spec, steady: Times) -> float | None:
 
 
 def _dwell(spec: Spec) -> dict[str, Any]:
-    """Milliseconds of a step, switches included, for several dwells, beside steps without switches."""
+    """Milliseconds of a step, switches included, for several steps per switch, beside steps without switches."""
     with runner_of(spec) as runner, alone():
         warm_up(runner)
         steady = steady_times(runner, spec.windows, spec.iterations)

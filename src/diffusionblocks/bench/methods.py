@@ -72,15 +72,15 @@ class Spec:
         model: a name of `models.MODELS`.
         method: a name of `METHODS`.
         blocks: B; of `end-to-end-short` the B that its depth is the block of; else 1.
-        task: a `row` of memory and speed; total time at several dwells (`dwell`); the trainer's loop against a bare
-            one (`overhead`); or only whether it `fits` a budget.
+        task: a `row` of memory and speed; total time at several steps per switch (`dwell`); the trainer's loop against
+            a bare one (`overhead`); or only whether it `fits` a budget.
         depth: number of layers instead of the model's own.
         batch_size: instead of the model's own.
         device: `cuda` or `cpu`.
         tiny: shrink the model to toy size.
         compile: torch.compile, as the trainer does it.
         cuda_graph: capture the trainer's steps; a row then has its speed alone.
-        captured: of a row, time captured steps too, of another trainer; not of rivals, nor of 8-bit AdamW.
+        captured: of a row, time captured steps too, of another trainer; not of alternatives, nor of 8-bit AdamW.
         windows: timed windows, of which the median is reported.
         iterations: steps of each block in a window.
         dwell: steps over which a row spreads the cost of a switch of blocks.

@@ -106,7 +106,7 @@ def batch_size_of(spec: Spec) -> int:
 
 
 def recipe_of(spec: Spec) -> Recipe:
-    """The recipe of a measurement; of a rival, with our own AdamW in place of its optimizer.
+    """The recipe of a measurement; of an alternative, with our own AdamW in place of its optimizer.
 
     Raises:
         ValueError: an unknown model or method, or more blocks than layers.

@@ -166,7 +166,7 @@ def with_predictions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def prediction(spec: Spec) -> dict[str, Any]:
-    """What the planner says the row needs; nothing for rivals, whose optimizers it does not know."""
+    """What the planner says the row needs; nothing for alternatives, whose optimizers it does not know."""
     if METHODS[spec.method].kind == "rival" or spec.task not in ("row", "fits"):
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a measurement steps: our trainer, behind the interface that rivals share."""
+"""What a measurement steps: our trainer, behind the interface that alternatives share."""
 
 from __future__ import annotations
 

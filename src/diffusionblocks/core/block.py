@@ -78,7 +78,7 @@ class Block(nn.Module):
         network: the block's part of the original model, under the original parameter names.
         adaptive: adaptive norms of each of its layers (empty where the model knows the noise level by itself).
         input_names: the batch entries that are the input x.
-        shared: the added shared parts (one object for all blocks under the `joint` policy).
+        shared: the added shared parameters (one object for all blocks under the `joint` policy).
         interval: the (lowest, highest) level that the block trains on.
         activation_checkpointing: whether the layers keep only their inputs for the backward pass, and compute the rest
             again there; default False.

@@ -29,7 +29,7 @@ class Family(abc.ABC):
     target: ClassVar[str]
     #: whether the model knows the noise level by itself; if not, conversion adds a noise embedding and adaptive norms
     knows_noise_level: ClassVar[bool] = False
-    #: whether shared parts are initialised by the number of layers (then a model has one block)
+    #: whether shared parameters are initialised by the number of layers (then a model has one block)
     depth_dependent_weights: ClassVar[bool] = False
     #: further inputs of a block's forward pass while text is generated
     generation_names: ClassVar[tuple[str, ...]] = ()

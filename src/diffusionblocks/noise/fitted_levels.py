@@ -1,4 +1,4 @@
-"""Noise levels placed by measured difficulty: equal mass is equal rise of the cross-entropy over log sigma.
+"""Noise levels placed by measured difficulty: equal probability is equal rise of the cross-entropy over log sigma.
 
 Where the cross-entropy of a trained network does not change with the level, the levels teach nothing new: at low noise
 the target can be read off z, at high noise z says nothing. Where it rises, what the network knows of the input decides.
@@ -13,24 +13,24 @@ from collections.abc import Sequence
 
 from ..common.fields import MOST_LEVELS, check_count
 
-#: Steps of equal mass that the fitted distribution is written as.
+#: Steps of equal probability that the fitted distribution is written as.
 STEPS = 128
 
 
 def fitted_quantiles(
     levels: Sequence[float], losses: Sequence[float], *, floor: float = 0.05, steps: int = STEPS
 ) -> tuple[float, ...]:
-    """Levels at equal steps of mass, from measured losses: what `EDM.quantiles` takes.
+    """Levels at equal steps of probability, from measured losses: what `EDM.quantiles` takes.
 
-    The mass between two neighbouring levels is their share of the rise of the losses, which are first made monotone
-    (`isotonic`), mixed with a share that is spread evenly over log sigma. Within such an interval mass is even over
-    log sigma. Losses that nowhere rise give levels that are even over log sigma.
+    The probability between two neighbouring levels is their share of the rise of the losses, which are first made
+    monotone (`isotonic`), mixed with a share that is spread evenly over log sigma. Within such an interval probability
+    is even over log sigma. Losses that nowhere rise give levels that are even over log sigma.
 
     Args:
         levels: where losses were measured, > 0, ascending, at least two.
         losses: mean loss at each of them.
-        floor: the share of the mass that is spread evenly, in (0, 1]; so no level is without mass.
-        steps: how many steps of equal mass.
+        floor: the share of the probability that is spread evenly, in (0, 1]; so no level is without.
+        steps: how many steps of equal probability.
 
     Returns:
         `steps` + 1 levels, strictly ascending, the first and last of `levels` included.
@@ -69,16 +69,16 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [mean for mean, size in pools for _ in range(size)]
 
 
-def _inverse(places: Sequence[float], shares: Sequence[float], masses: Sequence[float]) -> list[float]:
-    """Where the mass from the left reaches each of `masses` (ascending), if each interval spreads its share evenly."""
+def _inverse(places: Sequence[float], shares: Sequence[float], quantiles: Sequence[float]) -> list[float]:
+    """Where the probability from the left reaches each of `quantiles`, ascending; within an interval it is even."""
     total = math.fsum(shares)  # 1, up to rounding
     edges = [0.0, *(below / total for below in itertools.accumulate(shares))]
     found, interval = [], 0
-    for mass in masses:
-        while interval < len(shares) - 1 and edges[interval + 1] < mass:
+    for quantile in quantiles:
+        while interval < len(shares) - 1 and edges[interval + 1] < quantile:
             interval += 1
         low, high = edges[interval], edges[interval + 1]
-        within = min(1.0, max(0.0, (mass - low) / (high - low)))
+        within = min(1.0, max(0.0, (quantile - low) / (high - low)))
         found.append(places[interval] + within * (places[interval + 1] - places[interval]))
     return found
 
@@ -92,5 +92,5 @@ def _check(levels: Sequence[float], losses: Sequence[float], floor: float, steps
         if not math.isfinite(loss):
             raise ValueError(f"losses must be finite, got {loss} at level {level:g}")
     if not 0 < floor <= 1:
-        raise ValueError(f"floor must be in (0, 1], got {floor}: without a floor some levels have no mass")
+        raise ValueError(f"floor must be in (0, 1], got {floor}: without a floor some levels are never drawn")
     check_count("steps", steps, MOST_LEVELS)

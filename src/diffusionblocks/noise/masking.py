@@ -193,6 +193,6 @@ class Masking(NoiseProcess):
     def prior_term(self, length: int) -> float:
         """Nats for what z at level 1 still shows, length * alpha(1) * ln V.
 
-        MD4 leaves it out as negligible (e * log2 V, 0.0005 bits a character); with it the bound is strict.
+        MD4 leaves it out as negligible (e * log2 V, 0.0005 bits per character); with it the bound is strict.
         """
         return length * self.epsilon * math.log(self.vocab_size)

@@ -60,7 +60,7 @@ class TrainConfig(BaseModel):
         schedule: Which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
             block 1). Unless shared parameters are `joint`, it does not change what a block becomes.
         steps_per_switch: Steps that a block takes once its turn comes. With `resident: active` each switch moves two
-            blocks between host and device. Its former name, `dwell`, is accepted.
+            blocks between host and device.
         blocks: Train only these blocks, for jobs that share the work and are merged later; null trains all.
         resident: What the device holds: `all` blocks, or the `active` one, with its optimizer state and average.
         offload: Where `resident: active` keeps the other blocks: in page-locked `host` memory, or on `disk`, in files
