@@ -108,7 +108,10 @@ class Masking(NoiseProcess):
         """Draw n levels in an interval; weight their losses by `weight_by_quantile` (or `weight`, with "level").
 
         Args:
-            n, interval, generator, device: see `NoiseProcess.sample`.
+            n: how many levels.
+            interval: (lowest, highest) level; default the whole range.
+            generator: source of the draws.
+            device: where the levels are made.
             coordinate: what is uniform in the interval: "quantile" (the training distribution) or "level" (t itself).
             antithetic: spread the levels evenly, (u + i/n) mod 1 with a single uniform u (arXiv 2107.00630, and MD4):
                 each level by itself is uniform, so nothing is biased, and their mean varies less. Else independent.
