@@ -9,7 +9,7 @@ from helpers import seeded
 from torch import Tensor
 
 from diffusionblocks.core.partition import Partition
-from diffusionblocks.evaluation.bits import Moments, bits_per_character, interval_nats
+from diffusionblocks.evaluation.bits import Moments, bits_per_character, interval_nll
 from diffusionblocks.noise import Masking
 from diffusionblocks.sampling.unmask_tokens import sample_tokens
 
@@ -112,7 +112,7 @@ def test_the_integral_over_a_block_of_the_pair_in_closed_form() -> None:
     low, high = process.boundaries(3)[1:3]
     m_low, m_high = process.masked(torch.tensor([low, high])).tolist()
     exact = (m_high**2 - m_low**2) / 2 * marginal + ((m_high - m_low) - (m_high**2 - m_low**2) / 2) * conditional
-    nats = interval_nats(exact_pair, process, pairs(50_000), (low, high), seeded(1))
+    nats = interval_nll(exact_pair, process, pairs(50_000), (low, high), seeded(1))
     error = nats.std().item() / 50_000**0.5
     assert nats.dtype == torch.float64
     assert nats.mean().item() == pytest.approx(exact, abs=4 * error)
@@ -194,9 +194,9 @@ def test_an_impossible_token_that_is_not_masked_costs_nothing() -> None:
     process = Masking(vocab_size=2)
     never = torch.tensor([0.0, -math.inf])
     tokens = torch.tensor([[1, 0]])
-    nats = interval_nats(lambda z, t: never.expand(*z.shape, 2), process, tokens, (0.0, 1e-9), seeded())
+    nats = interval_nll(lambda z, t: never.expand(*z.shape, 2), process, tokens, (0.0, 1e-9), seeded())
     assert nats.tolist() == [0.0]
-    nats = interval_nats(lambda z, t: never.expand(*z.shape, 2), process, tokens, (0.9999, 1.0), seeded())
+    nats = interval_nll(lambda z, t: never.expand(*z.shape, 2), process, tokens, (0.9999, 1.0), seeded())
     assert nats.tolist() == [math.inf]
 
 

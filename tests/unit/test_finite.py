@@ -17,7 +17,7 @@ from diffusionblocks.common.finite import FiniteCheck, all_finite, first_not_fin
 from diffusionblocks.common.formats import read_json, write_json
 from diffusionblocks.evaluation.accuracy import accuracy_grid
 from diffusionblocks.evaluation.bits import bits_per_character
-from diffusionblocks.evaluation.cross_entropy import decodable_mass, language_row, plain_language_row
+from diffusionblocks.evaluation.cross_entropy import decodable_share, language_row, plain_language_row
 from diffusionblocks.evaluation.diagnostics import accuracy_by_level
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
 from diffusionblocks.evaluation.mauve import HiddenFeatures
@@ -126,7 +126,7 @@ def test_numbers_that_come_from_nothing_are_refused() -> None:
         convert("vit")(pixel_values=torch.empty(0, 3, 8, 8), labels=torch.empty(0, dtype=torch.int64))
     llama = convert("llama")
     with pytest.raises(ValueError, match="no tokens"):
-        decodable_mass(llama.noise, llama.target, torch.empty(0, dtype=torch.int64))  # type: ignore[arg-type]
+        decodable_share(llama.noise, llama.target, torch.empty(0, dtype=torch.int64))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
         measure_samples(convert("dit"), [], samples=0, batch_size=1, pixels=lambda x: x, features=None, references={})
 

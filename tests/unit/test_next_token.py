@@ -19,7 +19,7 @@ import diffusionblocks as db
 from diffusionblocks.evaluation.cross_entropy import (
     Batches,
     LanguageRow,
-    decodable_mass,
+    decodable_share,
     language_row,
     plain_language_row,
 )
@@ -105,7 +105,7 @@ def test_known_chances_in_closed_form() -> None:
     assert row.cross_entropy == pytest.approx(statistics.fmean(means), rel=1e-6)
     assert row.standard_error == pytest.approx(statistics.stdev(means) / 3, rel=1e-5)
     assert row.tokens == 9 * (LONG - 1)
-    assert (row.context_gap, row.decodable_mass, row.by_level) == (None, None, ())
+    assert (row.context_gap, row.decodable_share, row.by_level) == (None, None, ())
 
 
 def test_the_plain_model_is_scored_as_the_library_scores_it() -> None:
@@ -233,17 +233,17 @@ def two_rows(distance: float) -> NextTokenTarget:
 
 
 @pytest.mark.parametrize("distance", [0.3, 1.2, 2.0])
-def test_decodable_mass_of_two_tokens_in_closed_form(distance: float) -> None:
+def test_decodable_share_of_two_tokens_in_closed_form(distance: float) -> None:
     """P(the nearest of two is right) = Phi(distance / (2 sigma)), over the training distribution."""
     noise, target = EDM(), two_rows(distance)
     tokens = torch.arange(200_000) % 2
     middles = (torch.arange(5000, dtype=torch.float64) + 0.5) / 5000
     wanted = statistics.fmean(normal_cdf(distance / (2 * sigma)) for sigma in noise.icdf(middles).tolist())
     # A token's share over the levels has a standard deviation of at most 1/2: this is five standard errors.
-    assert decodable_mass(noise, target, tokens) == pytest.approx(wanted, abs=5 * 0.5 / 200_000**0.5)
+    assert decodable_share(noise, target, tokens) == pytest.approx(wanted, abs=5 * 0.5 / 200_000**0.5)
 
 
-def test_decodable_mass_of_orthogonal_rows_in_closed_form() -> None:
+def test_decodable_share_of_orthogonal_rows_in_closed_form() -> None:
     """Independent scores: P(right) = integral of phi(x) Phi(x + 1 / sigma)^(n - 1)."""
     count = 12
     target = NextTokenTarget(count, 16, learned=False, seed=0)
@@ -257,7 +257,7 @@ def test_decodable_mass_of_orthogonal_rows_in_closed_form() -> None:
     levels = EDM().icdf((torch.arange(500, dtype=torch.float64) + 0.5) / 500).tolist()
     wanted = statistics.fmean(right(sigma) for sigma in levels)
     tokens = torch.arange(200_004) % count
-    assert decodable_mass(EDM(), target, tokens) == pytest.approx(wanted, abs=5 * 0.5 / 200_000**0.5)
+    assert decodable_share(EDM(), target, tokens) == pytest.approx(wanted, abs=5 * 0.5 / 200_000**0.5)
 
 
 def test_decodable_share_at_each_level_in_closed_form() -> None:
@@ -274,23 +274,23 @@ def test_decodable_share_at_each_level_in_closed_form() -> None:
         assert at.decodable == pytest.approx(wanted, abs=5 * error + 1e-9)
         between += 0.6 < wanted < 0.99
     assert between >= 1
-    assert row.decodable_mass is not None
-    assert row.by_level[0].decodable < row.decodable_mass < row.by_level[-1].decodable == 1.0
+    assert row.decodable_share is not None
+    assert row.by_level[0].decodable < row.decodable_share < row.by_level[-1].decodable == 1.0
 
 
 def test_neighbouring_rows_are_told_apart_under_autocast() -> None:
     target = two_rows(0.02)
     noise, tokens = EDM(sigma_min=1e-4, sigma_max=1e-3, p_mean=-8.0), torch.arange(400) % 2
-    assert decodable_mass(noise, target, tokens) == 1.0
+    assert decodable_share(noise, target, tokens) == 1.0
     with torch.autocast("cpu", torch.bfloat16):
         scores = target.rows(tokens) @ target.table.T
         assert (scores.argmax(dim=-1) == tokens).float().mean() < 0.6  # the control: products in bfloat16 do not
-        assert decodable_mass(noise, target, tokens) == 1.0
+        assert decodable_share(noise, target, tokens) == 1.0
 
 
-def test_decodable_mass_depends_on_the_distribution_of_levels() -> None:
+def test_decodable_share_depends_on_the_distribution_of_levels() -> None:
     target, tokens = two_rows(1.0), torch.arange(4000) % 2
-    low, usual, high = (decodable_mass(EDM(p_mean=mean), target, tokens) for mean in (-3.0, -1.2, 1.5))
+    low, usual, high = (decodable_share(EDM(p_mean=mean), target, tokens) for mean in (-3.0, -1.2, 1.5))
     assert low > usual + 0.02 > high + 0.1
 
 
@@ -323,7 +323,7 @@ def test_refusals() -> None:
 def test_figure(tmp_path: Path) -> None:
     model = blocks()
     row = language_row(model, split(text(4)), levels=6)
-    draw_levels(row, model.partition, tmp_path / "new" / "levels.png", controls=[("end to end, 2 layers", 2.5)])
+    draw_levels(row, model.partition, tmp_path / "new" / "levels.png", baselines=[("end to end, 2 layers", 2.5)])
     assert (tmp_path / "new" / "levels.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["levels.png"]
     with pytest.raises(ValueError, match="the row has no levels"):

@@ -287,9 +287,8 @@ class Block(nn.Module):
         y = self.target.encode(batch)
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
-        draws = self.noise.draws(y.shape, generator=generator, device=y.device)
-        inputs = self.target.training_inputs({name: batch[name] for name in self.input_names}, generator)
-        return inputs, self.noise.corrupt(y, level, draws), level
+        z = self.noise.noised(y, level, generator)
+        return self.target.training_inputs({name: batch[name] for name in self.input_names}, generator), z, level
 
     def losses(
         self, batch: Batch, inputs: Batch, z: Tensor, level: Tensor, layers: list[tuple[Any, Any]] | None = None
@@ -339,10 +338,8 @@ class Block(nn.Module):
         """
         batch = self._resolved(batch)
         y = self.target.encode(batch)
-        if noise is None:
-            noise = self.noise.draws(y.shape, generator=generator, device=y.device)
         levels = level if isinstance(level, Tensor) else one_level(level, y)
-        z = self.noise.corrupt(y, levels, noise)
+        z = self.noise.noised(y, levels, generator) if noise is None else self.noise.corrupt(y, levels, noise)
         given = {name: batch[name] for name in self.input_names} | dict(inputs or {})
         return LevelLosses(self.target, batch, levels, z, self(given, z, levels))
 

@@ -62,20 +62,20 @@ def accuracy_grid(
             count += len(batch["labels"])
         return [_row(None, None, correct, count)]
     rows = []
-    wanted = sorted(set(seeds))
+    counts = sorted(set(seeds))
     for n in steps:
         generator = torch.Generator(device=model.device).manual_seed(seed)
-        hits = dict.fromkeys(wanted, 0)
+        hits = dict.fromkeys(counts, 0)
         count = 0
         for batch in batches():
             total = torch.zeros((), device=model.device)
-            for done in range(1, wanted[-1] + 1):
+            for chain in range(1, counts[-1] + 1):
                 prediction = model.predict(
                     batch["pixel_values"], steps=n, seeds=1, feedback=feedback, grid=grid, generator=generator
                 )
                 total = total + prediction.probabilities
-                if done in hits:
-                    hits[done] += int((total.argmax(-1) == batch["labels"]).sum())
+                if chain in hits:
+                    hits[chain] += int((total.argmax(-1) == batch["labels"]).sum())
             count += len(batch["labels"])
         rows += [_row(n, s, hits[s], count) for s in seeds]
     return rows

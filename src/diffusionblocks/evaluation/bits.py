@@ -1,8 +1,8 @@
 """Bits per character of masked diffusion: the evidence bound, block by block (paper, section 4; MD4, arXiv 2406.04329).
 
 The bound is an integral over levels, so it is the sum of the integrals over the blocks' own intervals (overlap 0, each
-level in one block), and each can be estimated by its block alone, on whatever machine. With equal probability each
-in-block estimate enters with the weight 1/B. `noise/masking.py` has the formulas.
+level in one block), and each can be estimated by its block alone, on whatever machine. Where intervals are equally
+probable each estimate enters with the weight 1/B. `noise/masking.py` has the formulas.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def bits_per_character(
         logits: one network for all levels, or that of each block by its index. Without gradients.
         process: the masking process; the partition must be of its levels.
         batches: {"input_ids": int64 (n, length)} on the networks' device; at least two sequences, all of one length.
-        partition: which levels each block owns. None: one network on all levels, one level a sequence, as in MD4. One
+        partition: which levels each block owns. None: one network on all levels, one level per sequence, as in MD4. One
             network with a partition has its levels stratified by the blocks' intervals.
         times: levels drawn for each sequence and block, >= 1; a sequence's estimate is their mean.
         seed: of levels and masks. Those of a block are keyed by (seed, block): the same for every network and whichever
@@ -108,10 +108,10 @@ def bits_per_character(
                     continue
                 if block not in generators:
                     generators[block] = keyed_generator(seed, block, 0, "bits", tokens.device)
-                network = _checked(networks[block], checks[block])
-                drawn = [interval_nats(network, process, tokens, interval, generators[block]) for _ in range(times)]
-                nats = checks[block].values(torch.stack(drawn), f"nats of levels {interval[0]:g} to {interval[1]:g}")
-                parts.append(nats.mean(dim=0))
+                network = _finite_logits(networks[block], checks[block])
+                estimates = [interval_nll(network, process, tokens, interval, generators[block]) for _ in range(times)]
+                what = f"nats of levels {interval[0]:g} to {interval[1]:g}"
+                parts.append(checks[block].values(torch.stack(estimates), what).mean(dim=0))
             moments.add(torch.stack([*parts, sum(parts, torch.zeros_like(parts[0]))], dim=1))
     if length is None or moments.count < 2:
         raise ValueError(f"a standard error needs at least two sequences, got {moments.count}: give more text")
@@ -131,11 +131,11 @@ def bits_per_character(
     )
 
 
-def _checked(logits: Logits, check: FiniteCheck) -> Logits:
+def _finite_logits(logits: Logits, check: FiniteCheck) -> Logits:
     return lambda z, level: check.logits(logits(z, level))
 
 
-def interval_nats(
+def interval_nll(
     logits: Logits,
     process: Masking,
     tokens: Tensor,
@@ -144,7 +144,7 @@ def interval_nats(
 ) -> Tensor:
     """An unbiased estimate, for each sequence, of the bound's integral over an interval of levels.
 
-    One antithetic level per sequence, uniform in quantile: share of the interval * v(t) * nats of the masked tokens.
+    One antithetic level per sequence, uniform in its quantile: share of the interval * v(t) * NLL of the masked tokens.
 
     Args:
         logits: the network that owns the interval.
@@ -160,13 +160,13 @@ def interval_nats(
         ValueError: logits of another shape, or an interval out of range.
     """
     level = process.sample(len(tokens), interval, generator=generator, device=tokens.device)
-    noise = process.draws(tuple(tokens.shape), generator=generator, device=tokens.device)
-    z = process.corrupt(tokens, level, noise)
-    nats = masked_nats(logits(z, level), tokens, z, process)
-    return process.share(interval) * process.weight_by_quantile(level) * nats
+    z = process.noised(tokens, level, generator)
+    return (
+        process.share(interval) * process.weight_by_quantile(level) * masked_nll(logits(z, level), tokens, z, process)
+    )
 
 
-def masked_nats(logits: Tensor, tokens: Tensor, z: Tensor, process: Masking) -> Tensor:
+def masked_nll(logits: Tensor, tokens: Tensor, z: Tensor, process: Masking) -> Tensor:
     """S: the sum of -log p(token) over the masked positions of each sequence, float64, shape (n,).
 
     Args:
@@ -183,9 +183,9 @@ def masked_nats(logits: Tensor, tokens: Tensor, z: Tensor, process: Masking) -> 
             f"logits must have shape {(*tokens.shape, process.vocab_size)} (n, length, vocab_size), without an entry "
             f"for the mask; got {tuple(logits.shape)}"
         )
-    nats = -logits.double().log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+    nll = -logits.double().log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
     # Not by multiplication: an impossible token at a position that is not asked for would give inf * 0.
-    return torch.where(z == process.mask_id, nats, 0.0).sum(dim=1)
+    return torch.where(z == process.mask_id, nll, 0.0).sum(dim=1)
 
 
 class Moments:

@@ -29,7 +29,7 @@ Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 _TOKENS = 1024  # whose similarity to every row is computed at once
 _SAMPLE = 4096  # tokens, the first of the text, over which the decodable share is averaged
-_QUANTILES = 64  # levels of equal probability, over which the decodable share is averaged
+_QUANTILES = 64  # levels at equal steps of their quantile, over which the decodable share is averaged
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class LanguageRow:
         tokens: how many were counted.
         context_gap: how much worse it is with another sequence's context; 0 for a model that ignores its context. None
             for an unconverted model.
-        decodable_mass: the share of the training draws of levels at which z alone gives the token away, of the text's
-            first tokens.
+        decodable_share: of training's levels those at which z alone gives the token away, of the text's first tokens.
         by_level: blocks: over the levels that are read, from the highest.
     """
 
@@ -70,7 +69,7 @@ class LanguageRow:
     standard_error: float
     tokens: int
     context_gap: float | None = None
-    decodable_mass: float | None = None
+    decodable_share: float | None = None
     by_level: tuple[Level, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
         seed: of the noise, keyed by (seed, batch); a token has the same noise at all levels.
 
     Raises:
-        ValueError: another target, levels < 2, sequences as `_checked` refuses them, or logits that are not finite.
+        ValueError: another target, levels < 2, sequences as `_tokens` refuses them, or logits that are not finite.
     """
     target, noise = model.target, model.noise
     if not isinstance(target, NextTokenTarget) or not isinstance(noise, GaussianProcess):
@@ -107,26 +106,27 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     count, first = 0, 1 - target.shift  # a token without context is left out
     sample: list[Tensor] = []
     # The second sequence stands before the first one; so batches of one have another context, too.
-    before = torch.cat(list(itertools.islice(_checked(batches), 2)))[1:2]
+    before = torch.cat(list(itertools.islice(_tokens(batches), 2)))[1:2]
     with torch.no_grad(), evaluating(model):
-        for index, tokens in enumerate(_checked(batches)):
-            y = target.encode({"input_ids": tokens})
-            eps = _noise(y, seed, index)
-            wanted = tokens[:, target.shift :]
+        for index, tokens in enumerate(_tokens(batches)):
+            batch = {"input_ids": tokens}
+            eps = _noise(target.encode(batch), seed, index)
+            labels = tokens[:, target.shift :]
             other = torch.cat([before, tokens[:-1]])
             before = tokens[-1:]
             for place, level in enumerate(grid.tolist()):
-                z = noise.corrupt(y, one_level(level, y), eps)
-                for inputs, kept in ((tokens, matched), (other, scrambled)):
-                    logits = check.logits(model.denoise({"input_ids": inputs}, z, level), level)
-                    kept[place].append(_nats(logits[:, first:], wanted[:, first:]))
-                decoded[place] += float(_decoded(z, wanted, table).sum())
+                block = model.block(model.partition.block_of(level))
+                for context, losses in ((tokens, matched), (other, scrambled)):
+                    result = block.losses_at(batch, level, noise=eps, inputs={"input_ids": context})
+                    logits = check.logits(result.output, level)
+                    losses[place].append(_token_loss(logits[:, first:], labels[:, first:]))
+                decoded[place] += float(_decoded(result.z, labels, table).sum())
             if count < _SAMPLE:
-                sample.append(wanted.flatten())
-            count += wanted.numel()
+                sample.append(labels.flatten())
+            count += labels.numel()
     check.read()
-    rows = [torch.cat(kept) for kept in matched]
-    others = [torch.cat(kept) for kept in scrambled]
+    rows = [torch.cat(losses) for losses in matched]
+    others = [torch.cat(losses) for losses in scrambled]
     by_level = tuple(
         Level(level, model.partition.block_of(level), float(a.mean()), float(b.mean()), share)
         for level, a, b, share in zip(grid.tolist(), rows, others, (decoded / count).tolist(), strict=True)
@@ -136,7 +136,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
         float(rows[0].std() / math.sqrt(len(rows[0]))),
         len(rows[0]) * (tokens.shape[1] - 1),
         context_gap=float((others[0] - rows[0]).mean()),
-        decodable_mass=decodable_mass(noise, target, torch.cat(sample)[:_SAMPLE], seed=seed),
+        decodable_share=decodable_share(noise, target, torch.cat(sample)[:_SAMPLE], seed=seed),
         by_level=by_level,
     )
 
@@ -145,20 +145,20 @@ def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> L
     """The same of an unconverted model, which maps tokens (n, length) to logits (n, length, vocab_size).
 
     Raises:
-        ValueError: sequences as `_checked` refuses them, or a cross-entropy that is not finite.
+        ValueError: sequences as `_tokens` refuses them, or a cross-entropy that is not finite.
     """
-    nats = []
+    losses = []
     check = FiniteCheck(_name_of(model))
     with torch.no_grad():
-        for tokens in _checked(batches):
-            nats.append(check.values(_nats(model(tokens)[:, :-1], tokens[:, 1:]), "cross-entropies"))
+        for tokens in _tokens(batches):
+            losses.append(check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:]), "cross-entropies"))
     check.read()
-    rows = torch.cat(nats)
+    rows = torch.cat(losses)
     return LanguageRow(float(rows.mean()), float(rows.std() / math.sqrt(len(rows))), len(rows) * (tokens.shape[1] - 1))
 
 
-def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor, *, seed: int = 0) -> float:
-    """The share of the training draws at which z alone decodes the target: its own row is nearer than all others.
+def decodable_share(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor, *, seed: int = 0) -> float:
+    """The share of training's levels at which z alone decodes the target: its own row is nearer than all others.
 
     Args:
         noise: says how levels are drawn in training.
@@ -185,7 +185,7 @@ def decodable_mass(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor,
     return float(torch.stack(shares).mean())
 
 
-def _checked(batches: Batches) -> Iterator[Tensor]:
+def _tokens(batches: Batches) -> Iterator[Tensor]:
     """The tokens of each batch; ValueError for fewer than two sequences, of several lengths, or of a single token."""
     count, length = 0, None
     for batch in batches():
@@ -208,14 +208,14 @@ def _name_of(model: Callable[[Tensor], Tensor]) -> str:
 
 def _decoded(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     """1 where the nearest of unit rows is the token's own, float32, flat."""
-    flat, wanted = z.flatten(0, -2), tokens.flatten()
+    flat, labels = z.flatten(0, -2), tokens.flatten()
     with torch.autocast(z.device.type, enabled=False):  # in bfloat16 neighbouring rows are one
-        found = [(some @ table.T).argmax(dim=-1) for some in flat.split(_TOKENS)]
-    return (torch.cat(found) == wanted).float()
+        nearest = [(some @ table.T).argmax(dim=-1) for some in flat.split(_TOKENS)]
+    return (torch.cat(nearest) == labels).float()
 
 
-def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
-    """NLL in nats per token of each sequence, float64 (n,)."""
+def _token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean loss per token of each sequence, float64 (n,)."""
     return cross_entropies(logits, tokens).double().mean(dim=1)
 
 

@@ -83,8 +83,8 @@ class FeatureStatistics:
         if len(features) == 0:
             return
         if self.count == 0:
-            home = torch.device("cpu") if features.device.type == "mps" else features.device
-            self._mean, self._scatter = self._mean.to(home), self._scatter.to(home)
+            device = torch.device("cpu") if features.device.type == "mps" else features.device
+            self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
         rows = features.detach().to(self._mean.device).double()
         mean = rows.mean(0)
         rows = rows - mean
@@ -219,5 +219,5 @@ def _root(covariance: Tensor) -> Tensor:
     values: Tensor
     vectors: Tensor
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt()
+    positive = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, positive] * values[positive].sqrt()

@@ -28,14 +28,14 @@ class Mauve:
     Attributes:
         scaling: the constant c of exp(-c KL). The reference's is 5; a smaller one gives larger scores.
         mean: over k-means seeds; from 0 to 1, higher is closer.
-        spread: standard deviation over the seeds; None for a single one.
+        deviation: standard deviation over the seeds; None for a single one.
         scores: of each seed.
         buckets: clusters of k-means.
     """
 
     scaling: float
     mean: float
-    spread: float | None
+    deviation: float | None
     scores: tuple[float, ...]
     buckets: int
 
@@ -78,9 +78,11 @@ class HiddenFeatures:
 
             check_foreign_attention(model)
             tokenizer = tokenizer or load_teacher_tokenizer(model)
-            found = AutoModel.from_pretrained(model, dtype="auto", use_safetensors=True, trust_remote_code=False)
-            require_finite(found.state_dict().items(), f"MAUVE's model {model}", "choose another one, or load it again")
-            model = found.to(device).eval()
+            network = AutoModel.from_pretrained(model, dtype="auto", use_safetensors=True, trust_remote_code=False)
+            require_finite(
+                network.state_dict().items(), f"MAUVE's model {model}", "choose another one, or load it again"
+            )
+            model = network.to(device).eval()
         self.model: Any = getattr(model, "base_model", model)  # without a language model's head
         self.tokenizer, self.pooling, self.max_tokens, self.batch_size = tokenizer, pooling, max_tokens, batch_size
 
@@ -159,14 +161,14 @@ def mauve_score(
         raise ValueError(f"buckets = {clusters}: must be from 2 to {most}, the texts of the smaller set")
     compute = require_mauve()
     p, q = (np.asarray(features.float().cpu()) for features in (references, generated))
-    found = []
+    results = []
     for scaling in scalings:
         scores = tuple(
             float(compute(p, q, num_buckets=clusters, mauve_scaling_factor=scaling, seed=seed).mauve) for seed in seeds
         )
-        spread = statistics.stdev(scores) if len(scores) > 1 else None
-        found.append(Mauve(float(scaling), statistics.fmean(scores), spread, scores, clusters))
-    return tuple(found)
+        deviation = statistics.stdev(scores) if len(scores) > 1 else None
+        results.append(Mauve(float(scaling), statistics.fmean(scores), deviation, scores, clusters))
+    return tuple(results)
 
 
 def require_mauve() -> Callable[..., Any]:

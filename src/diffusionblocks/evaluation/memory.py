@@ -90,10 +90,10 @@ def transient_peak(step: Callable[[], None], device: torch.device) -> int:
     # Not torch.profiler's, which makes a tree of all events: that takes far longer than the step.
     with profile(use_device=None, profile_memory=True) as profiler:
         step()
-    held = peak = 0
+    total = peak = 0
     assert profiler.kineto_results is not None
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        total += event.nbytes()
+        peak = max(peak, total)
     return peak

@@ -34,14 +34,14 @@ class Perplexity:
     Attributes:
         perplexity: exp of the mean over all continuations' tokens of their cross-entropy.
         standard_error: of it, over texts; None for a single one, or where the perplexity is infinite.
-        nats: that mean, in nats per token of the teacher's.
+        cross_entropy: that mean, in nats per token of the teacher's.
         tokens: how many were scored.
         texts: how many continuations they are of.
     """
 
     perplexity: float
     standard_error: float | None
-    nats: float
+    cross_entropy: float
     tokens: int
     texts: int
 
@@ -74,8 +74,8 @@ class GeneratedText:
         """As JSON values; an infinite perplexity (of a token that the teacher rules out) has none, and is null."""
         values = dataclasses.asdict(self)
         if self.perplexity is not None and not math.isfinite(self.perplexity.perplexity):
-            nats = self.perplexity.nats if math.isfinite(self.perplexity.nats) else None
-            values["perplexity"] |= {"perplexity": None, "nats": nats}
+            mean = self.perplexity.cross_entropy
+            values["perplexity"] |= {"perplexity": None, "cross_entropy": mean if math.isfinite(mean) else None}
         return values
 
 
@@ -158,24 +158,24 @@ def generative_perplexity(
         raise ValueError("no continuation has a token to score: give longer ones, or a start token")
     check_ids(model, [text for text, _ in some])
     with torch.no_grad(), evaluating(model):
-        nats = torch.cat([_nats(model, some[i : i + batch_size]) for i in range(0, len(some), batch_size)]).cpu()
-    if bool(nats.isnan().any()):
-        place = int(nats.isnan().nonzero()[0])
+        nll = torch.cat([_nll(model, some[i : i + batch_size]) for i in range(0, len(some), batch_size)]).cpu()
+    if bool(nll.isnan().any()):
+        place = int(nll.isnan().nonzero()[0])
         raise ValueError(
             f"the teacher {type(model).__name__} gives NaN for the tokens of text {place}: its weights are damaged, or "
             "overflow in their precision; choose another teacher, or load this one in float32"
         )
     counts = torch.tensor([len(text) - length for text, length in some], dtype=torch.float64)
-    mean = float(nats.sum() / counts.sum())
+    mean = float(nll.sum() / counts.sum())
     perplexity, error = math.exp(mean) if mean < 700 else math.inf, None
     if len(some) > 1 and math.isfinite(perplexity):
-        residuals = (nats - mean * counts).square().sum()
+        residuals = (nll - mean * counts).square().sum()
         error = perplexity * float((residuals * len(some) / (len(some) - 1)).sqrt() / counts.sum())
     return Perplexity(perplexity, error, mean, int(counts.sum()), len(some))
 
 
-def _nats(model: nn.Module, texts: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """Nats of the continuation of each text, float64 (n,), on the model's device."""
+def _nll(model: nn.Module, texts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Negative log-likelihood of the continuation of each text, float64 (n,), on the model's device."""
     longest = max(len(text) for text, _ in texts)
     ids = torch.zeros(len(texts), longest, dtype=torch.int64)
     there, scored = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -194,10 +194,10 @@ def _nats(model: nn.Module, texts: Sequence[tuple[Tensor, int]]) -> Tensor:
     total = torch.zeros(len(texts), dtype=torch.float64, device=device)
     for begin in range(first, longest, _CHUNK):
         end = min(begin + _CHUNK, longest)
-        some, wanted = logits[:, begin - first : end - first].float(), ids[:, begin:end]
-        nats = F.cross_entropy(some.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        some, labels = logits[:, begin - first : end - first].float(), ids[:, begin:end]
+        losses = F.cross_entropy(some.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         # Not by multiplication: an impossible token in a prompt would give inf * 0.
-        total += torch.where(scored[:, begin:end] == 1, nats, 0.0).double().sum(dim=1)
+        total += torch.where(scored[:, begin:end] == 1, losses, 0.0).double().sum(dim=1)
     return total
 
 
@@ -236,10 +236,10 @@ def repetition_rate(sequences: Sequence[Sequence[Hashable] | Tensor], n: int = 4
     Raises:
         ValueError: n < 1, or no sequence has n items.
     """
-    found = [grams for sequence in sequences if (grams := _grams(sequence, n))]
-    if not found:
+    repeats = [1 - len(set(grams)) / len(grams) for sequence in sequences if (grams := _grams(sequence, n))]
+    if not repeats:
         raise ValueError(f"no sequence has {n} items, of {len(sequences)} sequences: give longer ones")
-    return statistics.fmean(1 - len(set(grams)) / len(grams) for grams in found)
+    return statistics.fmean(repeats)
 
 
 def _grams(sequence: Sequence[Hashable] | Tensor, n: int) -> list[tuple[Hashable, ...]]:

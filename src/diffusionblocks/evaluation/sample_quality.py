@@ -131,19 +131,21 @@ def measure_samples(
         raise ValueError(f"samples must be >= 1, got {samples}")
     rows = []
     for setting in settings:
-        found = FeatureStatistics(features.dim) if features is not None else None
+        own = FeatureStatistics(features.dim) if features is not None else None
         seconds, timed = 0.0, 0
         source = generated(model, samples, setting, batch_size=batch_size, seed=seed, progress=progress)
-        started = _now(model.device)
+        begin = _now(model.device)
         for number, batch in enumerate(source):
             # The first batch warms up, and counts only where it is the only one.
-            ended = _now(model.device)
+            end = _now(model.device)
             if number or samples <= batch_size:
-                seconds, timed = seconds + ended - started, timed + len(batch)
-            if found is not None and features is not None:
-                found.update(features(pixels(batch)))
-            started = _now(model.device)
-        distances = {name: frechet_distance(found, real) for name, real in references.items()} if found else {}
+                seconds, timed = seconds + end - begin, timed + len(batch)
+            if own is not None and features is not None:
+                own.update(features(pixels(batch)))
+            begin = _now(model.device)
+        distances = {}
+        if own is not None:
+            distances = {name: frechet_distance(own, real) for name, real in references.items()}
         rows.append(
             SampleRow(
                 **dataclasses.asdict(setting),

@@ -77,14 +77,14 @@ def check_teacher(name: str | Path, field: str, *, tokenizer: bool, causal: bool
         ) from error
     if tokenizer:
         try:
-            found = load_teacher_tokenizer(name)
+            words = load_teacher_tokenizer(name)
         except Exception as error:  # the library has no error of its own for a tokenizer that is damaged or not there
             raise ValueError(
                 f"{field} = {name}: its tokenizer cannot be read ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}); give a folder with tokenizer.json"
             ) from error
-        if causal and not getattr(found, "is_fast", False):
-            raise ValueError(f"{field} = {name}: {type(found).__name__} gives no offsets of its tokens; name another")
+        if causal and not getattr(words, "is_fast", False):
+            raise ValueError(f"{field} = {name}: {type(words).__name__} gives no offsets of its tokens; name another")
 
 
 def check_foreign_attention(name: str | Path) -> None:
@@ -134,9 +134,9 @@ def teacher_tokens(
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     tokens, lengths = [], []
     for prompt, continuation in zip(prompts, continuations, strict=True):
-        found = tokenizer(prompt + continuation, add_special_tokens=False, return_offsets_mapping=True)
-        tokens.append(begin + list(found["input_ids"]))
-        lengths.append(len(begin) + sum(end <= len(prompt) for _, end in found["offset_mapping"]))
+        encoding = tokenizer(prompt + continuation, add_special_tokens=False, return_offsets_mapping=True)
+        tokens.append(begin + list(encoding["input_ids"]))
+        lengths.append(len(begin) + sum(end <= len(prompt) for _, end in encoding["offset_mapping"]))
     return tokens, lengths
 
 
@@ -161,7 +161,7 @@ def check_ids(model: Any, texts: Sequence[Tensor]) -> None:
         raise ValueError(f"a text has {longest} tokens, the model takes at most {most}: give shorter texts")
 
 
-def check_counts(name: str, found: int, wanted: int) -> None:
+def check_counts(name: str, count: int, texts: int) -> None:
     """Refuse lists of different lengths."""
-    if found != wanted:
-        raise ValueError(f"{name}: {found} for {wanted} texts; give one for each")
+    if count != texts:
+        raise ValueError(f"{name}: {count} for {texts} texts; give one for each")

@@ -271,6 +271,10 @@ class NoiseProcess(abc.ABC):
     def corrupt(self, target: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """z: the target (batch, ...) at levels (batch,), from `draws` of its shape."""
 
+    def noised(self, target: Tensor, level: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """z: the target (batch, ...) at levels (batch,), with noise of its own from `generator`."""
+        return self.corrupt(target, level, self.draws(target.shape, generator=generator, device=target.device))
+
     @abc.abstractmethod
     def prior(self, shape: tuple[int, ...], *, generator: torch.Generator | None = None, device: Any = None) -> Tensor:
         """z at `read_max`, where chains start."""

@@ -10,7 +10,7 @@ from ..common.files import whole_file
 from ..core.partition import Partition
 from ..evaluation.accuracy import AccuracyRow
 from ..noise import NoiseProcess
-from .tables import spread
+from .tables import level_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,16 +39,16 @@ def draw_partition(partition: Partition, noise: NoiseProcess, path: Path) -> Non
 
 def draw_run(
     rows: Sequence[AccuracyRow],
-    controls: Sequence[tuple[str, float]],
+    baselines: Sequence[tuple[str, float]],
     partition: Partition,
     noise: NoiseProcess,
     path: Path,
 ) -> None:
-    """Write a PNG: accuracy against steps, a line per number of seeds, baselines as levels; and the partition.
+    """Write a PNG: accuracy against steps, a line per number of seeds, baselines as lines across; and the partition.
 
     Args:
         rows: accuracies of DiffusionBlocks.
-        controls: (label, accuracy) of end-to-end rows.
+        baselines: (label, accuracy) of end-to-end rows.
         partition, noise: of the converted model.
         path: the PNG.
     """
@@ -56,16 +56,16 @@ def draw_run(
     averaged = sorted({row.seeds for row in rows if row.seeds is not None})
     for index, seeds in enumerate(averaged):
         beside = 0.15 * (index - (len(averaged) - 1) / 2)  # lines that coincide stay visible
-        chosen = sorted((row for row in rows if row.seeds == seeds), key=lambda row: row.steps or 0)
+        line = sorted((row for row in rows if row.seeds == seeds), key=lambda row: row.steps or 0)
         left.errorbar(
-            [(row.steps or 0) + beside for row in chosen],
-            [100 * row.accuracy for row in chosen],
-            yerr=[100 * row.standard_error for row in chosen],
+            [(row.steps or 0) + beside for row in line],
+            [100 * row.accuracy for row in line],
+            yerr=[100 * row.standard_error for row in line],
             marker="o",
             capsize=2,
             label=f"DiffusionBlocks, {seeds} noise seed{'s' * (seeds > 1)}",
         )
-    for index, (label, accuracy) in enumerate(controls):
+    for index, (label, accuracy) in enumerate(baselines):
         left.axhline(100 * accuracy, linestyle=(0, (4, 1 + index)), color=f"{0.15 + 0.25 * index}", label=label)
     left.set(xlabel="denoising steps", ylabel="test accuracy (%)", title="Accuracy against denoising steps")
     left.set_xticks(sorted({row.steps for row in rows if row.steps is not None}))
@@ -89,8 +89,8 @@ def draw_fit(levels: Sequence[float], curves: Sequence[Sequence[float]], noise: 
         shade = f"{0.75 * (1 - (index + 1) / len(curves)):.2f}"
         axes.plot(levels, losses, marker=".", color=shade, label=f"cross-entropy after round {index + 1}")
     beside = axes.twinx()
-    spreads = spread(noise, noise.level_min, noise.level_max, 400)
-    beside.fill_between(spreads.numpy(), noise.density(spreads).numpy(), alpha=0.4, label="fitted density")
+    grid = level_grid(noise, noise.level_min, noise.level_max, 400)
+    beside.fill_between(grid.numpy(), noise.density(grid).numpy(), alpha=0.4, label="fitted density")
     beside.set(ylabel=f"training density per unit of {'log ' * noise.logarithmic}{noise.symbol}", ylim=(0, None))
     axes.set_zorder(beside.get_zorder() + 1)
     axes.patch.set_visible(False)
@@ -109,7 +109,7 @@ def draw_fit(levels: Sequence[float], curves: Sequence[Sequence[float]], noise: 
 
 def _draw_partition(axes: Axes, partition: Partition, noise: NoiseProcess) -> None:
     def curve(low: float, high: float) -> tuple[Any, Any]:
-        levels = spread(noise, low, high, 200)
+        levels = level_grid(noise, low, high, 200)
         return levels.numpy(), noise.density(levels).numpy()
 
     axes.plot(*curve(noise.level_min, noise.level_max), color="black", linewidth=1)

@@ -11,14 +11,16 @@ from ..evaluation.cross_entropy import LanguageRow
 from .figures import save_figure
 
 
-def draw_levels(row: LanguageRow, partition: Partition, path: Path, controls: Sequence[tuple[str, float]] = ()) -> None:
+def draw_levels(
+    row: LanguageRow, partition: Partition, path: Path, baselines: Sequence[tuple[str, float]] = ()
+) -> None:
     """Write a PNG: cross-entropy over log sigma with its own and with another context, and the decodable share.
 
     Args:
         row: of DiffusionBlocks.
         partition: of the same model; its borders are marked.
         path: the PNG.
-        controls: (label, cross-entropy) of unconverted models, in nats per token.
+        baselines: (label, cross-entropy) of unconverted models, in nats per token.
 
     Raises:
         ValueError: the row of an unconverted model, which has no levels.
@@ -32,9 +34,9 @@ def draw_levels(row: LanguageRow, partition: Partition, path: Path, controls: Se
     levels = [at.level for at in row.by_level]
     axes.plot(levels, [at.cross_entropy for at in row.by_level], marker="o", label="cross-entropy")
     axes.plot(levels, [at.scrambled for at in row.by_level], marker=".", label="with another sequence's context")
-    for index, (label, nats) in enumerate(controls):
-        axes.axhline(nats, linestyle=(0, (4, 1 + index)), color=f"{0.15 + 0.25 * index}", label=label)
-    highest = [*(max(at.cross_entropy, at.scrambled) for at in row.by_level), *(nats for _, nats in controls)]
+    for index, (label, loss) in enumerate(baselines):
+        axes.axhline(loss, linestyle=(0, (4, 1 + index)), color=f"{0.15 + 0.25 * index}", label=label)
+    highest = [*(max(at.cross_entropy, at.scrambled) for at in row.by_level), *(loss for _, loss in baselines)]
     for border in partition.boundaries[1:-1]:
         axes.axvline(border, color="black", linewidth=0.8, linestyle=":")
     for block, (high, low) in enumerate(itertools.pairwise(reversed(partition.boundaries))):
@@ -51,7 +53,7 @@ def draw_levels(row: LanguageRow, partition: Partition, path: Path, controls: Se
     axes.set_xscale("log")
     axes.set(
         xlabel="noise level sigma (dotted: borders of the blocks, numbered)",
-        ylabel="cross-entropy (nats a token)",
+        ylabel="cross-entropy (nats per token)",
         ylim=(0, 1.15 * max(highest)),  # room for the numbers
         title="Cross-entropy against noise level",
     )

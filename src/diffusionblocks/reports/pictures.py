@@ -263,10 +263,10 @@ def draw_routing(
     if len(levels) < 2:
         raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
     steps = len(levels) - 1
-    made = [(step, level, True) for step, level in enumerate(levels[:-1])]
+    calls = [(step, level, True) for step, level in enumerate(levels[:-1])]
     if SOLVERS[check_solver(solver)].calls_per_step > 1:
-        made += [(step, lower, False) for step, lower in enumerate(levels[1:]) if lower > 0]
-    owners = [partition.block_of(level) for _, level, _ in made]
+        calls += [(step, lower, False) for step, lower in enumerate(levels[1:]) if lower > 0]
+    owners = [partition.block_of(level) for _, level, _ in calls]
 
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -276,7 +276,7 @@ def draw_routing(
     for block in range(partition.num_blocks):
         colour, marker = _colour(block, partition.num_blocks), _MARKERS[block % len(_MARKERS)]
         axes.axhspan(*partition.interval(block), color=colour, alpha=0.10, linewidth=0)
-        own = [call for call, owner in zip(made, owners, strict=True) if owner == block]
+        own = [call for call, owner in zip(calls, owners, strict=True) if owner == block]
         label = f"block {block}: {_layers(partition.layer_range(block))}, {_plural(len(own), 'call')}"
         style: dict[str, Any] = {"linestyle": "none", "marker": marker, "markersize": 6, "color": colour}
         starts = [(step, level) for step, level, starts in own if starts]
@@ -305,8 +305,8 @@ def draw_routing(
             )
             labelled = boundary
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"{solver}: {_plural(steps, 'step')}, {_plural(len(made), 'network call')}"
-    if len(made) > steps:
+    title = f"{solver}: {_plural(steps, 'step')}, {_plural(len(calls), 'network call')}"
+    if len(calls) > steps:
         title += " (open marks correct a step)"
     axes.set(xlabel="solver step", ylabel=f"noise level {_symbol(noise)}", title=title)
     figure.legend(fontsize=8, loc="outside right center", frameon=False)

@@ -38,7 +38,7 @@ def format_bytes(count: int) -> str:
 
 
 def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
-    """A row per block: layers, levels, probability, parameters, and predicted bytes of what AdamW training of it holds.
+    """A row per block: layers, levels, probability, parameters, and predicted bytes of training with AdamW.
 
     Bytes are of one block with its shared parameters, in the weights' own precision, without activations.
     """
@@ -46,28 +46,28 @@ def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
     for block in model.blocks:
         assert isinstance(block, Block)
         low, high = model.partition.interval(block.index)
-        trained = model.partition.training_interval(block.index)
-        mass = model.noise.cdf(torch.tensor([low, high], dtype=torch.float64)).diff().item()
-        trained_parameters = trainable(block)
+        trains_on = model.partition.training_interval(block.index)
+        probability = model.noise.cdf(torch.tensor([low, high], dtype=torch.float64)).diff().item()
+        trainable_parameters = trainable(block)
         layers = model.partition.layer_range(block.index)
         rows.append(
             {
                 "block": block.index,
                 "layers": f"{layers[0]}-{layers[-1]}",
                 "levels": f"{low:.4g} - {high:.4g}",
-                "trains on": f"{trained[0]:.4g} - {trained[1]:.4g}",
-                "mass": f"{mass:.4f}",
-                "trainable": f"{sum(p.numel() for p in trained_parameters):,}",
+                "trains on": f"{trains_on[0]:.4g} - {trains_on[1]:.4g}",
+                "probability": f"{probability:.4f}",
+                "trainable": f"{sum(p.numel() for p in trainable_parameters):,}",
                 "total": f"{sum(p.numel() for p in block.parameters()):,}",
                 "parameters": format_bytes(size_of(block.parameters())),
-                "gradients": format_bytes(size_of(trained_parameters)),
-                "optimizer": format_bytes(2 * size_of(trained_parameters)),
+                "gradients": format_bytes(size_of(trainable_parameters)),
+                "optimizer": format_bytes(2 * size_of(trainable_parameters)),
             }
         )
     return rows
 
 
-def spread(noise: NoiseProcess, low: float, high: float, count: int) -> torch.Tensor:
+def level_grid(noise: NoiseProcess, low: float, high: float, count: int) -> torch.Tensor:
     """Levels from low to high, evenly over what the process spreads them over (their logarithm, or themselves)."""
     if not noise.logarithmic:
         return torch.linspace(low, high, count, dtype=torch.float64)
@@ -76,7 +76,7 @@ def spread(noise: NoiseProcess, low: float, high: float, count: int) -> torch.Te
 
 def partition_sketch(partition: Partition, noise: NoiseProcess, width: int = 72) -> str:
     """The training density over log sigma (or t) as a line of bars, and below it the block that owns each level."""
-    levels = spread(noise, noise.level_min, noise.level_max, width)
+    levels = level_grid(noise, noise.level_min, noise.level_max, width)
     density = noise.density(levels)
     heights = (density / density.max() * 8).round().int().tolist()
     owners = partition.block_of(levels).tolist()
@@ -118,8 +118,8 @@ def commit() -> str | None:
 
     A copy without its repository (a job on another machine) names it by the variable DIFFUSIONBLOCKS_COMMIT.
     """
-    if named := os.environ.get("DIFFUSIONBLOCKS_COMMIT"):
-        return named
+    if variable := os.environ.get("DIFFUSIONBLOCKS_COMMIT"):
+        return variable
     try:
         name = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
