@@ -188,7 +188,8 @@ def write_latents(folder: Path) -> None:
     """Latents of two splits, in shards."""
     import torch
 
-    from diffusionblocks.data.latents import LatentScale, write_shards
+    from diffusionblocks.data.latent_data import LatentScale
+    from diffusionblocks.data.latent_shards import write_shards
 
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "validation"):

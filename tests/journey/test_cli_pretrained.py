@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, ViTConfig, ViTForImageCl
 
 from diffusionblocks.cli import main
 from diffusionblocks.core.loading import load
-from diffusionblocks.data.tokenized import train_tokenizer
+from diffusionblocks.data.token_text import train_tokenizer
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.experiments.sources import build_model, build_original
 

@@ -19,7 +19,7 @@ from diffusionblocks.cli import main
 from diffusionblocks.common.tokenizer_file import TOKENIZER
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.core.saving import OURS
-from diffusionblocks.data.tokenized import END, train_tokenizer
+from diffusionblocks.data.token_text import END, train_tokenizer
 from diffusionblocks.experiments.recipe import ModelConfig, load_recipe
 from diffusionblocks.experiments.sources import build_model, note_ends, text_codec, with_saved_tokenizer
 from diffusionblocks.families.generation_config import end_tokens

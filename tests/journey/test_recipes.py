@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffusionblocks.cli import main
-from diffusionblocks.data.latents import LatentScale, write_shards
+from diffusionblocks.data.latent_data import LatentScale
+from diffusionblocks.data.latent_shards import write_shards
 from diffusionblocks.experiments.recipe import LanguageConfig, Recipe, load_recipe
 from diffusionblocks.experiments.scores import check_evaluation
 from diffusionblocks.experiments.sources import outline_of, weight_source

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from diffusionblocks.data import image_classification
-from diffusionblocks.data.decoder import BACKGROUND, decode_image, oversized_refused
 from diffusionblocks.data.encode import _pixels
-from diffusionblocks.data.tables import ImageRow
+from diffusionblocks.data.image_decoder import BACKGROUND, decode_image, oversized_refused
+from diffusionblocks.data.image_table import ImageRow
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

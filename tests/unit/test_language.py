@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from diffusionblocks.data.tokenized import END, train_tokenizer
+from diffusionblocks.data.token_text import END, train_tokenizer
 from diffusionblocks.evaluation.mauve import HiddenFeatures, mauve_score
 from diffusionblocks.evaluation.perplexity import distinct_n, generated_text, generative_perplexity, repetition_rate
 from diffusionblocks.evaluation.teachers import load_teacher, teacher_tokens

@@ -14,7 +14,7 @@ from helpers import HIDDEN, LENGTH, VOCAB, seeded, token_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionblocks.data.text_data import python_topics
+from diffusionblocks.data.character_text import python_topics
 from diffusionblocks.families.libraries import OURS
 from diffusionblocks.layers.two_streams import Past, Streams, two_streams
 from diffusionblocks.models import RecurrentDepth

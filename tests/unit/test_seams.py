@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from diffusionblocks.data import TokenCodec
-from diffusionblocks.data import piecewise as seams
-from diffusionblocks.data.piecewise import document_ids, exact_tokenizer
-from diffusionblocks.data.tokenized import END, encoded_corpus, load_tokenizer, train_tokenizer
+from diffusionblocks.data import document_pieces as seams
+from diffusionblocks.data.document_pieces import document_ids, exact_tokenizer
+from diffusionblocks.data.token_text import END, encoded_corpus, load_tokenizer, train_tokenizer
 
 _TEXT = (
     "The quick brown fox, 12345 dogs -- isn't it?  Well...\n\nÉmile's “cafe\u0301” (no.\t42)\r\n\r\n   the end   \n\n\n"

@@ -14,9 +14,10 @@ from helpers import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionblocks.data import text_data as room
+from diffusionblocks.data import character_text as room
+from diffusionblocks.data.character_text import SYMBOLS, characters, decode, encode, normalise, python_topics
 from diffusionblocks.data.text_batches import TextBatches, evaluation_chunks
-from diffusionblocks.data.text_data import SYMBOLS, TextData, characters, decode, encode, normalise, python_topics
+from diffusionblocks.data.text_data import TextData
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionblocks.data.tokenized import END, encoded_corpus, load_tokenizer, train_tokenizer
+from diffusionblocks.data.token_text import END, encoded_corpus, load_tokenizer, train_tokenizer
 
 PROSE = (
     "It was a dark night.\n\nThe rain — “heavy rain” — fell on 1,000 roofs.\n\n\n"
@@ -37,8 +37,8 @@ def test_tokenizer_is_byte_level_and_comes_back(tmp_path: Path, prose: Path) -> 
 def test_corpus_is_decoded_to_its_documents(tmp_path: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer([prose], 300, tmp_path / "tokenizer.json")
     whole = encoded_corpus([prose], tokenizer, tmp_path / "whole", separator="\n\n\n").ids.numpy().tolist()
-    monkeypatch.setattr("diffusionblocks.data.piecewise._PIECE", 10)
-    monkeypatch.setattr("diffusionblocks.data.piecewise._AHEAD", 40)
+    monkeypatch.setattr("diffusionblocks.data.document_pieces._PIECE", 10)
+    monkeypatch.setattr("diffusionblocks.data.document_pieces._AHEAD", 40)
     data = encoded_corpus([prose], tokenizer, tmp_path / "cut", separator="\n\n\n")
     ids = data.ids.numpy().tolist()
     assert data.ids.dtype == torch.uint16

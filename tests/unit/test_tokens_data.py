@@ -11,8 +11,8 @@ from helpers import listing
 
 from diffusionblocks.data import TextChunks
 from diffusionblocks.data.data_config import DigitsConfig, TokensConfig
-from diffusionblocks.data.text_data import open_text
-from diffusionblocks.data.tokenized import END, corpus_tokenizer, encoded_split, split_files, train_tokenizer
+from diffusionblocks.data.text_files import open_text
+from diffusionblocks.data.token_text import END, corpus_tokenizer, encoded_split, split_files, train_tokenizer
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.experiments.sources import load_data, make_batches, text_codec
 
@@ -124,7 +124,7 @@ def test_the_tokenizer_reads_only_so_many_characters(corpus: Path, tmp_path: Pat
 JOB = """
 import sys
 from pathlib import Path
-from diffusionblocks.data.tokenized import corpus_tokenizer, encoded_split
+from diffusionblocks.data.token_text import corpus_tokenizer, encoded_split
 files, cache = [Path(sys.argv[1])], Path(sys.argv[2])
 sys.stdin.readline()  # all start at once
 for vocab_size in (300, 290, 280):

@@ -1,12 +1,18 @@
-"""Images in memory, their latents on disk, and text; and the batches made from them."""
+"""Data sets and the batches made from them: images, their latents, text as characters and as tokens.
+
+`data_config.py` has the `data` section of a recipe, whose classes load, batch and count what they name.
+"""
 
 from .augment import Augment, AugmentConfig
+from .character_text import characters, normalise, python_topics
 from .image_batches import ImageBatches, evaluation_batches
 from .image_data import ImageData, digits, image_classification
-from .latents import LatentBatches, LatentData, latent_folder
-from .text_batches import TextBatches, TextChunks, evaluation_chunks
-from .text_data import TextData, characters, normalise, python_topics
-from .tokenized import CharacterCodec, TextCodec, TokenCodec
+from .latent_batches import LatentBatches
+from .latent_data import LatentData
+from .latent_shards import latent_folder
+from .text_batches import TextBatches, evaluation_chunks
+from .text_codec import CharacterCodec, TextCodec, TokenCodec
+from .text_data import TextChunks, TextData
 
 __all__ = [
     "Augment",

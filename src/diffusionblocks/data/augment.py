@@ -156,8 +156,8 @@ class Augment:
                 "as returned by draw(n, ...) of the same Augment"
             )
         slots = self.config.randaugment_ops
-        moved = self.config.crop_padding > 0 or self.config.flip
-        if not moved and slots == 0:
+        moves = self.config.crop_padding > 0 or self.config.flip
+        if not moves and slots == 0:
             return images
 
         # The geometric operation of the first slot and the crop and flip before it are one gather: follow
@@ -167,7 +167,7 @@ class Augment:
         where = grid
         if slots:
             where = self._affine(grid, columns[:, 3], columns[:, 4], images.shape[2], images.shape[3])
-        if moved:
+        if moves:
             where = self._crop_flip(where, columns, images.shape[2], images.shape[3])
         images = _gather(images, where)
         if slots:
@@ -199,13 +199,13 @@ class Augment:
         op, negative = _uniform_integer(op, len(RANDAUGMENT_OPS)), sign < 0.5
         coefficients = [torch.full_like(op, value) for value in _AFFINE_IDENTITY]
         for name in _GEOMETRIC:
-            chosen = op == _INDEX[name]
+            uses = op == _INDEX[name]
             plus, minus = (self._inverse_affine(name, s, h, w) for s in (1, -1))
             for i, identity in enumerate(_AFFINE_IDENTITY):
                 if plus[i] != identity:
-                    coefficients[i] = torch.where(chosen & ~negative, plus[i], coefficients[i])
+                    coefficients[i] = torch.where(uses & ~negative, plus[i], coefficients[i])
                 if minus[i] != identity:
-                    coefficients[i] = torch.where(chosen & negative, minus[i], coefficients[i])
+                    coefficients[i] = torch.where(uses & negative, minus[i], coefficients[i])
         y, x = grid
         a, b, c, d, e, f = coefficients
         return (d * x + e * y + f) >> _AFFINE_BITS, (a * x + b * y + c) >> _AFFINE_BITS

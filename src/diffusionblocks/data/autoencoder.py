@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .latents import LatentScale
+from .latent_data import LatentScale
 
 __all__ = ["decode", "encode", "latent_scale", "load_vae"]
 
 
 def load_vae(name: str, device: torch.device) -> nn.Module:
-    """Loads diffusers' `AutoencoderKL` in float32, for inference. No code and no pickle is loaded with it.
+    """Load diffusers' `AutoencoderKL` in float32, for inference. No code and no pickle is loaded with it.
 
     Args:
         name: a local folder, or a name on the hub such as "stabilityai/sd-vae-ft-ema".
@@ -30,7 +30,7 @@ def load_vae(name: str, device: torch.device) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"an autoencoder needs the diffusers library ({error}): pip install diffusers") from error
     try:
-        loaded: Any = AutoencoderKL.from_pretrained(
+        result: Any = AutoencoderKL.from_pretrained(
             name, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except OSError as error:
@@ -40,7 +40,7 @@ def load_vae(name: str, device: torch.device) -> nn.Module:
         ) from error
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # Another class of model, or other shapes.
         raise ValueError(f"vae = {name!r}: not an AutoencoderKL of diffusers: {error}") from error
-    vae, report = loaded
+    vae, report = result
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"vae = {name!r}: not an AutoencoderKL of diffusers: its file lacks {missing[:3]}, ...")
     model: nn.Module = vae.to(device).eval().requires_grad_(False)

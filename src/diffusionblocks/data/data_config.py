@@ -18,17 +18,18 @@ from ..common.fields import MOST_TOKENS, Float, Int, IsNumber, Labels, Length, P
 from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from .augment import AugmentConfig
 from .autoencoder import decode, latent_scale, load_vae
+from .character_text import characters, python_topics
 from .dataset import BatchMaker, Dataset, ExampleCount
 from .image_batches import ImageBatches, evaluation_batches, to_uint8
 from .image_data import ImageData, digits, image_classification
-from .latents import LatentBatches, LatentData, examples_of_split, latent_folder, scale_of_split
-from .tables import rows_of_split
-from .text_batches import TextBatches, TextChunks, evaluation_chunks
-from .text_data import TextData, characters, python_topics
-from .tokenized import (
-    CharacterCodec,
-    TextCodec,
-    TokenCodec,
+from .image_table import rows_of_split
+from .latent_batches import LatentBatches
+from .latent_data import LatentData
+from .latent_shards import examples_of_split, latent_folder, scale_of_split
+from .text_batches import TextBatches, evaluation_chunks
+from .text_codec import CharacterCodec, TextCodec, TokenCodec
+from .text_data import TextChunks, TextData
+from .token_text import (
     corpus_tokenizer,
     corpus_tokenizer_path,
     encoded_split,
@@ -512,17 +513,17 @@ class TokensConfig(TextFilesSection):
 
     def with_tokenizer_of(self, folder: Path) -> Self:
         """See `TextSection`."""
-        saved = tokenizer_in(folder)
-        if saved is None:
+        theirs = tokenizer_in(folder)
+        if theirs is None:
             return self
         own = self.tokenizer or self._trained_tokenizer()
-        if own is not None and own.is_file() and not same_tokenizer(saved, own):
+        if own is not None and own.is_file() and not same_tokenizer(theirs, own):
             raise ValueError(
-                f"{saved}, which the model learned, and {own}, the recipe's own, are different tokenizers: give the "
+                f"{theirs}, which the model learned, and {own}, the recipe's own, are different tokenizers: give the "
                 "recipe and the corpus that the model was trained with, or go by the model's: --set "
-                f"data.tokenizer={saved}"
+                f"data.tokenizer={theirs}"
             )
-        return self.model_copy(update={"tokenizer": saved})
+        return self.model_copy(update={"tokenizer": theirs})
 
     def _trained_tokenizer(self) -> Path | None:
         """Where the tokenizer of the corpus is kept, or would be; None without a corpus."""

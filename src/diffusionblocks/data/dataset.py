@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BatchMaker", "Dataset", "ExampleCount"]
+__all__ = ["BatchMaker", "Dataset", "ExampleCount", "check_labels"]
 
 
 class Dataset(ABC):
@@ -68,3 +68,24 @@ class BatchMaker(Protocol):
 
     def compile(self) -> None:
         """torch.compile what can be."""
+
+
+def check_labels(labels: Tensor, classes: int, where: str = "", first_row: int = 0) -> None:
+    """Refuse a label below 0 or above classes - 1.
+
+    Args:
+        labels: int64 (n,).
+        classes: how many there are.
+        where: file or argument that holds them, for the message.
+        first_row: number of the first label's row.
+
+    Raises:
+        ValueError: it names place, row and label.
+    """
+    bad = (labels < 0) | (labels >= classes)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{where}{', ' if where else ''}row {first_row + row}: label {int(labels[row])}: must be from 0 to "
+            f"{classes - 1} ({classes} classes); rows without a label must be dropped first"
+        )

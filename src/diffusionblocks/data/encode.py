@@ -1,4 +1,4 @@
-"""From labelled images to a folder of latents (see `latents.py`), once, before training:
+"""From labelled images to a folder of latents (see `latent_shards.py`), once, before training:
 
     python -m diffusionblocks.data.encode --source FOLDER_OR_HUB_NAME --vae FOLDER_OR_HUB_NAME --out FOLDER
 
@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from ..common.messages import OneLineParser, reported
 from .autoencoder import encode, latent_scale, load_vae
-from .decoder import decode_image, oversized_refused
-from .latents import LatentData, _check_split, latent_folder, write_shards
-from .tables import ImageRow, open_table
+from .image_decoder import decode_image, oversized_refused
+from .image_table import ImageRow, open_table
+from .latent_data import LatentData
+from .latent_shards import check_split, latent_folder, write_shards
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,7 +41,7 @@ _AHEAD = 2  # batches whose images are decoded while the autoencoder works on an
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the shorter side to `size` and cuts out the middle, with the pixels that ADM and DiT get: halved by box
+    """Resize the shorter side to `size` and cuts out the middle, with the pixels that ADM and DiT get: halved by box
     averaging while it is at least twice too large, then bicubic.
 
     Args:
@@ -105,7 +106,7 @@ def encode_images(
     overwrite: bool = False,
     progress: bool = False,
 ) -> LatentData:
-    """Encodes a split of an image classification data set of any size, and writes it as a folder of latents.
+    """Encode a split of an image classification data set of any size, and writes it as a folder of latents.
 
     Args:
         source: a local folder with `<split>*.parquet` files in the schema of the Hugging Face hub, or the name of a
@@ -141,7 +142,7 @@ def encode_images(
     for name, value in (("size", size), ("batch_size", batch_size), ("shard_rows", shard_rows), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value!r}: must be at least 1")
-    _check_split(split)
+    check_split(split)
     table = open_table(
         source,
         split,
@@ -200,7 +201,7 @@ def _device(name: str) -> torch.device:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Returns:
         The exit status (`messages.STATUSES`).

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .augment import Augment, AugmentConfig
-from .example_device import on_device
 from .image_data import ImageData
+from .placement import gather, on_device
 
 __all__ = ["ImageBatches", "evaluation_batches", "to_uint8"]
 
@@ -61,7 +61,7 @@ def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
 
 
 class ImageBatches:
-    """Makes training batches on a device: gathers the images, augments and normalises them.
+    """Make training batches on a device: gathers the images, augments and normalises them.
 
     Args:
         data: the images.
@@ -98,14 +98,14 @@ class ImageBatches:
         self.num_examples = len(data)
         self.device = torch.device(device)
         self.on_device = on_device(placement, data.images.nbytes, self.device) or self.device.type == "cpu"
-        home = self.device if self.on_device else torch.device("cpu")
-        self._images, self._labels = data.images.to(home), data.labels.to(home)
+        place = self.device if self.on_device else torch.device("cpu")
+        self._images, self._labels = data.images.to(place), data.labels.to(place)
         self._augment = None if augment is None else Augment(augment)
         self._normalise = Normalise(mean, std, channels, self.device)
         self._transform = self._eager_transform
 
     def compile(self) -> None:
-        """Compiles augmentation and normalisation into few kernels; the pixels stay the same, up to rounding
+        """Compile augmentation and normalisation into few kernels; the pixels stay the same, up to rounding
         of the normalisation."""
         self._transform = torch.compile(self._eager_transform, fullgraph=True)
 
@@ -115,7 +115,7 @@ class ImageBatches:
         return self._normalise(images)
 
     def __call__(self, indices: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Makes the batch of the given examples.
+        """Make the batch of the given examples.
 
         Args:
             indices: int64 (n,), 0 to num_examples - 1; on the device when the images are there (then nothing
@@ -125,22 +125,11 @@ class ImageBatches:
         Returns:
             On the device: "pixel_values" float32 (n, C, H, W) and "labels" int64 (n,).
         """
-        images, labels = self._rows(self._images, indices), self._rows(self._labels, indices)
+        images, labels = (gather(rows, indices, self.device) for rows in (self._images, self._labels))
         draws = None
         if self._augment is not None:
             draws = self._augment.draw(len(indices), self.device, generator)
         return {"pixel_values": self._transform(images, draws), "labels": labels}
-
-    def _rows(self, source: Tensor, indices: Tensor) -> Tensor:
-        if self.on_device:
-            return source.index_select(0, indices)
-        # Copies from page-locked memory run beside the device's work. Fresh memory each time: its allocator
-        # keeps a buffer until the copy out of it has ended.
-        indices = indices.cpu()
-        pinned = self.device.type == "cuda"
-        rows = torch.empty((len(indices), *source.shape[1:]), dtype=source.dtype, pin_memory=pinned)
-        torch.index_select(source, 0, indices, out=rows)
-        return rows.to(self.device, non_blocking=True)
 
 
 def evaluation_batches(

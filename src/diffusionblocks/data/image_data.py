@@ -4,9 +4,8 @@ Face hub. `batches.py` makes batches of them."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..common.formats import write_tensors
-from .dataset import Dataset
-from .decoder import MODES, decode_image, oversized_refused
-from .tables import ImageTable, open_table
+from .dataset import Dataset, check_labels
+from .image_decoder import MODES, decode_image, oversized_refused
+from .image_table import ImageTable, open_table
+from .split_files import source_digest
 
 __all__ = ["ImageData", "digits", "image_classification"]
 
@@ -50,13 +50,7 @@ class ImageData(Dataset):
             raise ValueError(
                 f"labels: {self.labels.dtype} {tuple(self.labels.shape)}: must be int64 ({len(self.images)},)"
             )
-        bad = (self.labels < 0) | (self.labels >= len(self.class_names))
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            raise ValueError(
-                f"row {row}: label {int(self.labels[row])}: must be from 0 to {len(self.class_names) - 1} "
-                f"({len(self.class_names)} classes); rows without a label must be dropped first"
-            )
+        check_labels(self.labels, len(self.class_names))
 
     @property
     def num_classes(self) -> int:
@@ -135,10 +129,10 @@ def image_classification(
     *,
     reference_split: str | None = "train",
 ) -> ImageData:
-    """Loads image classification data stored as parquet in the schema of the Hugging Face hub.
+    """Load image classification data stored as parquet in the schema of the Hugging Face hub.
 
     Nothing is resized: every image must be image_size x image_size pixels already. What becomes of transparency, 16
-    bits, orientation tags and other colour spaces is said in `decoder.py`. Files, and the split and its reference, may
+    bits, orientation tags and other colour spaces is said in `image_decoder.py`. Files, and split and reference, may
     list their classes in different orders: labels are matched by name.
 
     Args:
@@ -183,7 +177,7 @@ def image_classification(
     cached: Path | None = None
     if cache_dir is not None and table.files:
         settings = [split, image_column, label_column, image_size, channels, num_classes, table.class_names]
-        cached = cache_dir / f"images-{_fingerprint(table.files, settings)}.safetensors"
+        cached = cache_dir / f"images-{source_digest(_CACHE_FORMAT, table.files, settings)}.safetensors"
         data = _read_cache(cached)
         if data is not None:
             return data
@@ -206,13 +200,6 @@ def _decoded(table: ImageTable, size: int, channels: int) -> ImageData:
             labels[number] = row.label
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return ImageData(tensor, torch.from_numpy(labels), table.class_names)
-
-
-def _fingerprint(files: Sequence[Path], settings: Sequence[object]) -> str:
-    """Changes when a source file (name, size, time of change) or a setting does."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    text = json.dumps([_CACHE_FORMAT, stats, list(settings)])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _read_cache(path: Path) -> ImageData | None:

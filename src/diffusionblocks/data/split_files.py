@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["IMAGE_ENDINGS", "PACKED", "TEXT_ENDINGS", "files_of_split"]
+from ..common.digests import json_digest
+
+__all__ = ["IMAGE_ENDINGS", "PACKED", "TEXT_ENDINGS", "files_of_split", "source_digest"]
 
 PACKED = (".xz", ".gz", ".bz2")
 IMAGE_ENDINGS = (".parquet",)
@@ -38,21 +40,21 @@ def files_of_split(
             and packed, which would be read twice.
     """
     if patterns is None:
-        shown = f"{split}*{endings[0]}"
+        pattern = f"{split}*{endings[0]}"
         files = [path for path in folder.iterdir() if _is_default(path.name, split, endings)]
     elif split not in patterns:
         raise ValueError(f"split = {split!r}: must be one of {sorted(patterns)}, or be added to split_files")
     else:
-        shown = patterns[split]
-        if not shown or Path(shown).is_absolute() or ".." in Path(shown).parts:
-            raise ValueError(f"split_files: {split}: {shown!r}: must be a pattern for files below {folder}")
-        hidden = Path(shown).name.startswith(".")
-        files = [path for path in folder.glob(shown) if hidden or not path.name.startswith(".")]
+        pattern = patterns[split]
+        if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            raise ValueError(f"split_files: {split}: {pattern!r}: must be a pattern for files below {folder}")
+        hidden = Path(pattern).name.startswith(".")
+        files = [path for path in folder.glob(pattern) if hidden or not path.name.startswith(".")]
     files = sorted(path for path in files if path.is_file())
     if not files:
         present = sorted(path.name for path in folder.iterdir())[:20]
         raise FileNotFoundError(
-            f"split {split!r}: no file in {folder} matches {shown!r}; the folder holds {present}; set split_files"
+            f"split {split!r}: no file in {folder} matches {pattern!r}; the folder holds {present}; set split_files"
         )
     _refuse_twins(files)
     return files
@@ -79,3 +81,15 @@ def _refuse_twins(files: Sequence[Path]) -> None:
                 "remove one, or name the other in split_files"
             )
         first[plain] = path
+
+
+def source_digest(version: int, files: Sequence[Path], settings: Sequence[object]) -> str:
+    """A name for what is made of files: it changes when one of them (name, size, time of change) or a setting does.
+
+    Args:
+        version: of the format in which it is stored.
+        files: the sources.
+        settings: JSON values.
+    """
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json_digest([version, stats, list(settings)])[:24]

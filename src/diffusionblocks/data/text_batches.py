@@ -2,71 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .dataset import Dataset
-from .example_device import on_device
+from .placement import gather, on_device, refuse_capture
 from .text_data import TextData
 
-__all__ = ["TextBatches", "TextChunks", "evaluation_chunks"]
+__all__ = ["TextBatches", "evaluation_chunks"]
 
 _SIGNED = {torch.uint8: torch.uint8, torch.uint16: torch.int16, torch.uint32: torch.int32}
 
 
-@dataclass(frozen=True)
-class TextChunks(Dataset):
-    """A text as examples of one length.
-
-    Attributes:
-        text: the text.
-        length: ids of an example.
-    """
-
-    text: TextData
-    length: int
-
-    @property
-    def num_classes(self) -> int:
-        """Number of different ids."""
-        return self.text.vocab_size
-
-    @property
-    def example_shape(self) -> tuple[int]:
-        """(length,)."""
-        return (self.length,)
-
-    @property
-    def classes(self) -> int:
-        """See `Dataset`."""
-        return self.num_classes
-
-    @property
-    def tokenizer(self) -> bytes | None:  # type: ignore[override]
-        """See `Dataset`."""
-        return self.text.tokenizer
-
-    def tensors(self) -> list[Tensor]:
-        """See `Dataset`."""
-        return [self.text.ids]
-
-    def first(self, count: int | None) -> TextChunks:
-        """The first `count` chunks; None: all of the text."""
-        if count is None:
-            return self
-        return dataclasses.replace(self, text=dataclasses.replace(self.text, ids=self.text.ids[: count * self.length]))
-
-    def __len__(self) -> int:
-        """Chunks that do not overlap."""
-        return len(self.text) // self.length
-
-
 class TextBatches:
-    """Makes training batches on a device: chunks of `length` ids that start anywhere in the text.
+    """Make training batches on a device: chunks of `length` ids that start anywhere in the text.
 
     Example i is a chunk that starts at i * length plus a number below `length`, drawn anew each time. So every start is
     equally likely over time, and an epoch reads the text about once.
@@ -102,7 +52,7 @@ class TextBatches:
         """There is nothing to compile: a batch is one gather."""
 
     def __call__(self, indices: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Makes the batch of the given examples.
+        """Make the batch of the given examples.
 
         Args:
             indices: int64 (n,), 0 to num_examples - 1; on the device when the ids are there (then nothing waits for the
@@ -115,24 +65,15 @@ class TextBatches:
         Raises:
             ValueError: a CUDA graph is being captured, but the ids are not on the device.
         """
-        if not self.on_device and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "a CUDA graph cannot gather text from ordinary memory; set placement to 'device', or cuda_graph to "
-                "false"
-            )
+        if not self.on_device:
+            refuse_capture(self.device, "text")
         # Drawn on the device in either placement, so that batches do not depend on it.
         shift = torch.randint(self.length, indices.shape, generator=generator, device=self.device)
-        home = self._ids.device
-        starts = indices.to(home) * self.length + shift.to(home)
-        return {"input_ids": self._chunks(starts)}
-
-    def _chunks(self, starts: Tensor) -> Tensor:
-        places = (starts[:, None] + torch.arange(self.length, device=starts.device)).flatten()
-        pinned = self.device.type == "cuda" and not self.on_device
-        # Fresh page-locked memory each time: its allocator keeps a buffer until the copy out of it has ended.
-        chunks = torch.empty(len(places), dtype=self._ids.dtype, device=places.device, pin_memory=pinned)
-        torch.index_select(self._ids, 0, places, out=chunks)
-        return _widened(chunks.view(-1, self.length).to(self.device, non_blocking=True), self._highest)
+        place = self._ids.device
+        starts = indices.to(place) * self.length + shift.to(place)
+        positions = (starts[:, None] + torch.arange(self.length, device=place)).flatten()
+        chunks = gather(self._ids, positions, self.device).view(-1, self.length)
+        return {"input_ids": _widen(chunks, self._highest)}
 
 
 def evaluation_chunks(
@@ -160,7 +101,7 @@ def evaluation_chunks(
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for some in chunks.split(batch_size):
-            yield {"input_ids": _widened(some.to(device), _all_ones(data))}
+            yield {"input_ids": _widen(some.to(device), _all_ones(data))}
 
     return batches()
 
@@ -179,6 +120,6 @@ def _all_ones(data: TextData) -> int:
     return (1 << 8 * data.ids.element_size()) - 1
 
 
-def _widened(ids: Tensor, highest: int) -> Tensor:
+def _widen(ids: Tensor, highest: int) -> Tensor:
     """int64 of the unsigned bits."""
     return ids.to(torch.int64) & highest

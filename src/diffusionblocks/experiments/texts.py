@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.fields import MOST_SAMPLES, check_count
 from ..common.files import check_writable, whole_file
 from ..core.model import DiffusionBlocks
-from ..data.text_data import SYMBOLS, decode, encode
+from ..data.character_text import SYMBOLS, decode, encode
 from ..targets import TokenTarget
 from .recipe import BitsConfig, Recipe
 from .scores import precision

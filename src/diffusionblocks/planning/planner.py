@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.data_config import TextSection
-from ..data.example_device import SHARE
+from ..data.placement import SHARE
 from ..experiments.recipe import Recipe, parse_recipe
 from ..experiments.run import depth_of
 from ..families import family_named

@@ -42,20 +42,20 @@ class ClassNames:
         if other.names == self.names or (_digits(other.names) and _digits(self.names)):
             return None
         if self.names is None or other.names is None:
-            named, plain = (self, other) if other.names is None else (other, self)
+            rich, plain = (self, other) if other.names is None else (other, self)
             raise ValueError(
-                f"{plain.where} has labels without class names, {named.where} has the names {_shown(named.names)}: "
+                f"{plain.where} has labels without class names, {rich.where} has the names {_some(rich.names)}: "
                 "which label is which class cannot be told; store both with the same names (datasets.ClassLabel)"
             )
         for names in (self, other):
             if len(set(names.names or ())) < len(names.names or ()):
-                raise ValueError(f"{names.where}: a class name is there twice: {_shown(names.names)}; make them differ")
+                raise ValueError(f"{names.where}: a class name is there twice: {_some(names.names)}; make them differ")
         if set(other.names) != set(self.names):
             more = [name for name in other.names if name not in self.names]
             less = [name for name in self.names if name not in other.names]
             raise ValueError(
-                f"{other.where} and {self.where} have different classes: only the first has {_shown(more)}, only the "
-                f"second {_shown(less)}; store both with the same class names"
+                f"{other.where} and {self.where} have different classes: only the first has {_some(more)}, only the "
+                f"second {_some(less)}; store both with the same class names"
             )
         place = {name: label for label, name in enumerate(self.names)}
         return np.asarray([place[name] for name in other.names], dtype=np.int64)
@@ -66,7 +66,7 @@ def _digits(names: Sequence[str] | None) -> bool:
     return names is None or list(names) == [str(label) for label in range(len(names))]
 
 
-def _shown(names: Sequence[str] | None) -> str:
+def _some(names: Sequence[str] | None) -> str:
     names = list(names or ())
     return f"{names[:5]}" if len(names) <= 5 else f"{names[:5]} and {len(names) - 5} more"
 
@@ -167,7 +167,7 @@ def open_table(
     streaming: bool = False,
     cache: str | None = None,
 ) -> ImageTable:
-    """Opens a split of labelled images; of parquet files only the headers are read.
+    """Open a split of labelled images; of parquet files only the headers are read.
 
     Args:
         source: a local folder, or a name on the hub.
@@ -275,8 +275,8 @@ def _hub_part(name: str, split: str, streaming: bool, cache: str | None) -> tupl
         yield from table.select_columns(columns).with_format("arrow").iter(batch_size=_READ)
 
     if streaming:
-        known = (table.info.splits or {}).get(split)
-        return [_Part(where, table.features, None if known is None else known.num_examples, read)], []
+        split_info = (table.info.splits or {}).get(split)
+        return [_Part(where, table.features, None if split_info is None else split_info.num_examples, read)], []
     files = [Path(entry["filename"]) for entry in table.cache_files]
     return [_Part(where, table.features, len(table), read)], files
 
@@ -335,25 +335,25 @@ def _columns(parts: Sequence[_Part], image: str | None, label: str | None) -> tu
                     f"{part.where}: no column {column!r}, which {first.where} has; it has {list(part.features)}"
                 )
         kind = part.features[image]
-        known = isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
-        if not known and _type(kind) not in ("binary", "large_binary", "binary_view"):
+        binary = isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
+        if not binary and _type(kind) not in ("binary", "large_binary", "binary_view"):
             raise ValueError(
                 f"{part.where}: image column {image!r} has type {_type(kind)}: must be struct<bytes, path>, or binary"
             )
     return image, label
 
 
-def _pick_column(kind: str, asked: str | None, candidates: tuple[str, ...], part: _Part) -> str:
+def _pick_column(kind: str, name: str | None, candidates: tuple[str, ...], part: _Part) -> str:
     columns = list(part.features)
-    if asked is not None:
-        if asked not in columns:
-            raise ValueError(f"{part.where}: {kind}_column = {asked!r}: must be one of {columns}")
-        return asked
-    known = [name for name in candidates if name in columns]
-    if len(known) != 1:
-        why = "none" if not known else "more than one"
+    if name is not None:
+        if name not in columns:
+            raise ValueError(f"{part.where}: {kind}_column = {name!r}: must be one of {columns}")
+        return name
+    present = [name for name in candidates if name in columns]
+    if len(present) != 1:
+        why = "none" if not present else "more than one"
         raise ValueError(f"{part.where}: {why} of {list(candidates)} in the columns {columns}; set {kind}_column")
-    return known[0]
+    return present[0]
 
 
 def _type(feature: Any) -> str:
@@ -392,8 +392,8 @@ def _checked_labels(array: Any, where: str, first: int, column: str, count: int)
 
     if not pyarrow.types.is_integer(array.type):
         raise ValueError(f"{where}: label column {column!r} has type {array.type}: must be integers or a ClassLabel")
-    allowed = f"must be from 0 to {count - 1} ({count} classes)"
-    fix = f"{allowed}; set num_classes or label_column, or drop rows without a label"
+    rule = f"must be from 0 to {count - 1} ({count} classes)"
+    fix = f"{rule}; set num_classes or label_column, or drop rows without a label"
     if array.null_count:
         row = int(np.flatnonzero(np.asarray(array.is_null()))[0])
         raise ValueError(f"{where}, row {first + row}: no label in {column!r}: {fix}")

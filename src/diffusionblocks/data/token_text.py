@@ -7,25 +7,20 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from tqdm import tqdm
 
 from ..common.files import whole_file
 from ..common.tokenizer_file import read_tokenizer
-from .piecewise import copied, document_ids, exact_tokenizer
+from .document_pieces import document_ids, exact_tokenizer
 from .split_files import TEXT_ENDINGS, files_of_split
-from .text_data import SYMBOLS, TextData, cached_ids, check_text, decode, encode, fingerprint, open_text
+from .text_data import TextData
+from .text_files import cached_ids, check_text, fingerprint, open_text
 
 __all__ = [
     "END",
-    "CharacterCodec",
-    "TextCodec",
-    "TokenCodec",
     "corpus_tokenizer",
     "corpus_tokenizer_path",
     "encoded_corpus",
@@ -41,7 +36,7 @@ END = "<|endoftext|>"
 _SMALLEST = 257  # every byte, and END
 _PASSAGE = 1 << 16  # characters after which a passage ends at the next empty line
 _FORMAT = 2  # Raise it when the ids of a text change: older files are then not found.
-_MAKES_END = f"the tokenizer's model itself makes {END} of its letters, so that they end a document; take them out"
+MAKES_END = f"the tokenizer's model itself makes {END} of its letters, so that they end a document; take them out"
 
 
 def train_tokenizer(
@@ -91,7 +86,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         FileNotFoundError, ValueError: it is missing, is no tokenizer, or has no `END`.
     """
     tokenizer = read_tokenizer(path)
-    _end(tokenizer)
+    end_of(tokenizer)
     return tokenizer
 
 
@@ -107,7 +102,7 @@ def encoded_corpus(
     """A corpus as tokens, encoded once: a later call with the same files and tokenizer only maps the file.
 
     A document's ids are those that the tokenizer gives for all of it, without truncation and padding; `END` follows.
-    Memory holds one file's text at a time, and a million characters or so as tokens (see `seams.py`).
+    Memory holds one file's text at a time, and a million characters or so as tokens (see `document_pieces.py`).
 
     Args:
         files: UTF-8 text, plain or packed (.xz, .gz, .bz2).
@@ -130,8 +125,8 @@ def encoded_corpus(
     _check_files(files)
     if separator == "":
         raise ValueError("separator is empty: must be text, or None for one document a file")
-    _end(tokenizer)
-    vocab_size = _vocab_size(tokenizer)
+    end_of(tokenizer)
+    vocab_size = vocab_size_of(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     index = {
         "source": _fingerprint(files, tokenizer, separator, special_tokens),
@@ -214,77 +209,6 @@ def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = N
     return files_of_split(source, split, patterns, endings=TEXT_ENDINGS)
 
 
-# ---- text to ids and back --------------------------------------------------------------------------------
-
-
-class TextCodec(Protocol):
-    """Text to ids and back; `decode(encode(text)) == text`.
-
-    Attributes:
-        vocab_size: number of different ids.
-        end: the id that ends a document and can stand before a text's first token; None where there is none.
-    """
-
-    vocab_size: int
-    end: int | None
-
-    def encode(self, text: str) -> Tensor:
-        """Ids, int64, shape (n,); ValueError where the text cannot be encoded."""
-
-    def decode(self, ids: Tensor) -> str:
-        """The text of ids (n,), any integer dtype; ValueError for an id that is none."""
-
-
-class CharacterCodec:
-    """The 27 characters."""
-
-    def __init__(self) -> None:
-        self.vocab_size = len(SYMBOLS)
-        self.end: int | None = None
-
-    def encode(self, text: str) -> Tensor:
-        """Ids, int64, shape (n,); ValueError for a character that is not among the 27."""
-        return encode(text).long()
-
-    def decode(self, ids: Tensor) -> str:
-        """The text of ids (n,); `_` for the mask."""
-        return decode(ids)
-
-
-class TokenCodec:
-    """The tokens of a tokenizer that has `END`.
-
-    Special tokens in a text, such as chat markers, are their ids; the letters of `END` are letters.
-
-    Args:
-        tokenizer: it is copied, without truncation and padding.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.end: int | None = _end(tokenizer)
-        self.vocab_size: int = _vocab_size(tokenizer)
-        self._encoder = exact_tokenizer(tokenizer, END, special_tokens=True)
-        self._decoder = copied(tokenizer)
-
-    def encode(self, text: str) -> Tensor:
-        """Ids, int64, shape (n,); ValueError where the tokenizer's model itself makes `END` of its letters."""
-        ids = self._encoder.encode(text, add_special_tokens=False).ids
-        if self.end in ids:
-            raise ValueError(f"{text[:80]!r}: {_MAKES_END}")
-        return torch.tensor(ids, dtype=torch.int64)
-
-    def decode(self, ids: Tensor) -> str:
-        """The text of ids (n,), with the letters of `END` where a document ends; bytes that are no UTF-8 become �.
-
-        Raises:
-            ValueError: an id that is none, such as a mask's, or ids of another shape.
-        """
-        values = ids.tolist()
-        if ids.dim() != 1 or not all(0 <= value < self.vocab_size for value in values):
-            raise ValueError(f"ids: {tuple(ids.shape)}: must be (n,), each from 0 to {self.vocab_size - 1}")
-        return str(self._decoder.decode(values, skip_special_tokens=False))
-
-
 # ---- the parts -------------------------------------------------------------------------------------------
 
 
@@ -293,15 +217,15 @@ def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, separator: str | N
     return fingerprint(files, [_FORMAT, content, separator, special_tokens])
 
 
-def _vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the highest id: a tokenizer may leave ids out."""
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """How many ids a tokenizer spans: one more than the highest id: a tokenizer may leave ids out."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
 def _ids(
     files: Sequence[Path], tokenizer: Tokenizer, separator: str | None, special_tokens: bool, progress: bool
 ) -> Iterator[list[int]]:
-    end, empty = _end(tokenizer), True
+    end, empty = end_of(tokenizer), True
     tokenizer = exact_tokenizer(tokenizer, END, special_tokens=special_tokens)
     for file, text in zip(files, _texts(files), strict=True):
         hidden = None if progress else True  # None shows it on terminals only
@@ -311,7 +235,7 @@ def _ids(
                     continue
                 for ids, length in document_ids(document, tokenizer):
                     if end in ids:
-                        raise ValueError(f"{file}: {_MAKES_END}")
+                        raise ValueError(f"{file}: {MAKES_END}")
                     yield ids
                     bar.update(length)
                 yield [end]
@@ -351,7 +275,8 @@ def _check_files(files: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{file} is missing")
 
 
-def _end(tokenizer: Tokenizer) -> int:
+def end_of(tokenizer: Tokenizer) -> int:
+    """The id of `END`; ValueError where the tokenizer has none."""
     end: int | None = tokenizer.token_to_id(END)
     if end is None:
         raise ValueError(f"the tokenizer has no token {END}, which ends a document; add it, or train one that has it")

@@ -70,7 +70,7 @@ def decode_image(encoded: bytes | None, where: str, channels: int, size: tuple[i
             _check_size(picture, size)
             _check_mode(picture, image.format)  # again: some readers know the mode only now
             return _flat(picture, MODES[channels])
-    except _Refused as error:
+    except _Refusal as error:
         raise ValueError(f"{where}: {error}") from None
     except UnidentifiedImageError:
         raise ValueError(
@@ -81,14 +81,14 @@ def decode_image(encoded: bytes | None, where: str, channels: int, size: tuple[i
         raise ValueError(f"{where}: cannot decode the image ({len(encoded)} bytes): {reason}") from error
 
 
-class _Refused(Exception):
+class _Refusal(Exception):
     """Why a picture that Pillow reads is not taken."""
 
 
 def _check_size(image: Image.Image, size: tuple[int, int] | None, *, turned: bool = False) -> None:
     """`turned`: an orientation tag may yet exchange width and height."""
     if size is not None and image.size != size and not (turned and image.size == size[::-1]):
-        raise _Refused(
+        raise _Refusal(
             f"image is {image.width}x{image.height}: must be {size[0]}x{size[1]}; set image_size, or resize the data"
         )
 
@@ -97,7 +97,7 @@ def _check_frames(image: Image.Image) -> None:
     # Of an MPO, as cameras write it, the first picture is meant; the others are its previews.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
-        raise _Refused(f"image holds {frames} pictures (an animation or a stack): store the one that is meant")
+        raise _Refusal(f"image holds {frames} pictures (an animation or a stack): store the one that is meant")
 
 
 def _check_mode(image: Image.Image, file_format: str | None) -> None:
@@ -106,9 +106,9 @@ def _check_mode(image: Image.Image, file_format: str | None) -> None:
         return
     if mode in _SIXTEEN or (mode == "I" and file_format in ("PNG", "PPM")):  # there "I" holds 16 bits
         if "transparency" in image.info:
-            raise _Refused(f"image has mode {mode!r} with a transparent level: store it with 8 bits")
+            raise _Refusal(f"image has mode {mode!r} with a transparent level: store it with 8 bits")
     elif not image.has_transparency_data:
-        raise _Refused(f"image has mode {mode!r}, whose values have no known range: convert it to 8 bits")
+        raise _Refusal(f"image has mode {mode!r}, whose values have no known range: convert it to 8 bits")
 
 
 def _check_transparent_level(image: Image.Image) -> None:
@@ -116,7 +116,7 @@ def _check_transparent_level(image: Image.Image) -> None:
     if image.format != "PNG" or image.mode not in ("1", "L", "RGB") or "transparency" not in image.info:
         return
     if any(tile.args not in ("L", "RGB") for tile in getattr(image, "tile", ())):
-        raise _Refused("image has a transparent level, and not 8 bits: store it with 8 bits")
+        raise _Refusal("image has a transparent level, and not 8 bits: store it with 8 bits")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,0 +1,205 @@
+"""Images as the posteriors of an autoencoder, in memory or mapped from files, and the scale that they are on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .dataset import Dataset, check_labels
+
+__all__ = ["LatentData", "LatentScale"]
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How an autoencoder's latents are brought to a mean of about 0 and a deviation of about 1, as diffusers does:
+    `(latent - shift_factor) * scaling_factor`, or `(latent - latents_mean) / latents_std * scaling_factor` a channel.
+
+    Attributes:
+        scaling_factor: finite, > 0.
+        shift_factor: None where it was not noted (folders of older versions).
+        latents_mean, latents_std: a number a channel, std > 0; None for an autoencoder without them.
+
+    Raises:
+        ValueError: a value is not as above, only one of mean and std is there, or mean and shift_factor are.
+    """
+
+    scaling_factor: float
+    shift_factor: float | None = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
+            raise ValueError(f"scaling_factor = {self.scaling_factor!r}: must be finite and > 0")
+        if self.shift_factor is not None and not math.isfinite(self.shift_factor):
+            raise ValueError(f"shift_factor = {self.shift_factor!r}: must be finite")
+        mean, std = self.latents_mean, self.latents_std
+        if (mean is None) != (std is None):
+            raise ValueError(f"latents_mean = {mean}, latents_std = {std}: must both be there, or neither")
+        if mean is None or std is None:
+            return
+        if self.shift_factor:
+            raise ValueError(f"latents_mean and shift_factor = {self.shift_factor}: only one of them can be meant")
+        if len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std):
+            raise ValueError(
+                f"latents_mean = {list(mean)}, latents_std = {list(std)}: must be finite, as many as channels, std > 0"
+            )
+
+    def check_channels(self, channels: int) -> None:
+        """ValueError unless mean and std, where they are there, have a value a channel."""
+        if self.latents_mean is not None and len(self.latents_mean) != channels:
+            raise ValueError(f"latents_mean has {len(self.latents_mean)} values: must be {channels}, one per channel")
+
+    def shift_and_factor(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What is subtracted first and multiplied with then: float32 (C or 1, 1, 1) on the device of `like`."""
+        mean = torch.tensor(self.latents_mean or [self.shift_factor or 0.0], dtype=torch.float32, device=like.device)
+        std = torch.tensor(self.latents_std or [1.0], dtype=torch.float32, device=like.device)
+        return mean.view(-1, 1, 1), (self.scaling_factor / std).view(-1, 1, 1)
+
+    def check_same(self, other: LatentScale, here: str, there: str) -> None:
+        """Refuse latents of another scale.
+
+        Raises:
+            ValueError: it is another one; the message names the field and both places.
+        """
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            own, theirs = getattr(self, name), getattr(other, name)
+            unknown = name == "shift_factor" and (own is None or theirs is None)
+            if own != theirs and not unknown:
+                raise ValueError(
+                    f"{here} has {name} = {own}, {there} has {theirs}: latents of one are not those of the other; "
+                    "encode with the autoencoder that is meant"
+                )
+
+
+@dataclass(frozen=True)
+class LatentData(Dataset):
+    """Labelled latents of one shape, in ordinary memory or mapped from files: N rows in one or more shards.
+
+    Attributes:
+        mean: per shard, float16 (n, C, H, W), n >= 1: the mean of the autoencoder's posterior, multiplied by
+            `scaling_factor`.
+        std: the posterior's standard deviation, multiplied by it too; shapes as in `mean`.
+        labels: int64 (N,), each from 0 to num_classes - 1.
+        class_names: one name per class, in the order of the labels.
+        vae: folder or hub name of the autoencoder.
+        scaling_factor: the autoencoder's factor, which makes the latents' deviation about 1.
+        files: per shard, where it is from, for messages; empty for latents that were never in a file.
+
+    Raises:
+        ValueError: a dtype, a shape or a label is not as above.
+    """
+
+    mean: tuple[Tensor, ...]
+    std: tuple[Tensor, ...]
+    labels: Tensor
+    class_names: tuple[str, ...]
+    vae: str
+    scaling_factor: float
+    files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(f"mean: {len(self.mean)} shards, std: {len(self.std)}: must be as many, and at least one")
+        for shard, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            shape = (len(mean), *self.mean[0].shape[1:])
+            for name, tensor in (("mean", mean), ("std", std)):
+                if tensor.dtype != torch.float16 or tensor.shape != shape or tensor.dim() != 4 or 0 in shape:
+                    raise ValueError(
+                        f"shard {shard}, {name}: {tensor.dtype} {tuple(tensor.shape)}: must be float16 (n, C, H, W), "
+                        "n >= 1, C, H, W the same everywhere"
+                    )
+        rows = sum(len(mean) for mean in self.mean)
+        if self.labels.dtype != torch.int64 or self.labels.shape != (rows,):
+            raise ValueError(f"labels: {self.labels.dtype} {tuple(self.labels.shape)}: must be int64 ({rows},)")
+        check_labels(self.labels, len(self.class_names), "labels")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, also of those that have no row here."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every latent."""
+        _, c, h, w = self.mean[0].shape
+        return c, h, w
+
+    @property
+    def example_shape(self) -> tuple[int, int, int]:
+        """`image_shape`: of every example."""
+        return self.image_shape
+
+    @property
+    def classes(self) -> list[str]:
+        """See `Dataset`."""
+        return list(self.class_names)
+
+    def tensors(self) -> list[Tensor]:
+        """See `Dataset`."""
+        return [self.labels, *self.mean, *self.std]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, part: Literal["mean", "std"], indices: Tensor, pin_memory: bool = False) -> Tensor:
+        """Gather rows of all shards into fresh memory.
+
+        Args:
+            part: which tensor.
+            indices: int64 (n,) on the CPU, 0 to N - 1, in any order, repeats rule.
+            pin_memory: whether the result is page-locked.
+
+        Returns:
+            float16 (n, C, H, W) on the CPU.
+
+        Raises:
+            IndexError: an index is out of range.
+            ValueError: a row has a value that is not finite, or a negative deviation.
+        """
+        shards = self.mean if part == "mean" else self.std
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise IndexError(f"indices from {int(indices.min())} to {int(indices.max())}: must be 0 to {len(self) - 1}")
+        result = torch.empty((len(indices), *self.image_shape), dtype=torch.float16, pin_memory=pin_memory)
+        shard = torch.searchsorted(self._ends, indices, right=True)
+        order = shard.argsort()
+        numbers, counts = shard[order].unique_consecutive(return_counts=True)
+        for number, places in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
+            local = indices[places] - (int(self._ends[number]) - len(shards[number]))
+            rows = shards[number].index_select(0, local)
+            self.check_values(part, number, rows, local)
+            result.index_copy_(0, places, rows)
+        return result
+
+    def check_values(
+        self, part: Literal["mean", "std"], shard: int, rows: Tensor, numbers: Tensor | None = None
+    ) -> None:
+        """Refuse what no autoencoder gives.
+
+        Args:
+            part: which tensor.
+            shard: its number.
+            rows: float16 (n, C, H, W), of the shard.
+            numbers: int64 (n,), which rows of the shard they are; None: the first n.
+
+        Raises:
+            ValueError: a value is not finite, or a deviation is negative; the message names shard and row.
+        """
+        fine = rows.isfinite() if part == "mean" else rows.isfinite() & (rows >= 0)
+        if not bool(fine.all()):
+            first = int((~fine.flatten(1).all(dim=1)).nonzero()[0])
+            row = first if numbers is None else int(numbers[first])
+            where = self.files[shard] if self.files else f"shard {shard}"
+            rule = "finite" if part == "mean" else "finite and >= 0"
+            raise ValueError(f"{where}, row {row}: {part} has values that are not {rule}; encode the split again")
+
+    @functools.cached_property
+    def _ends(self) -> Tensor:
+        """int64 (number of shards,): the row after each shard's last."""
+        return torch.tensor([len(mean) for mean in self.mean]).cumsum(0)
