@@ -51,9 +51,11 @@ def streams_of(block: Block, ids: Tensor, z: Tensor, level: Tensor) -> tuple[Ten
     assert block.shared.noise_embedding is not None
     condition = block.shared.noise_embedding(block.noise.condition(level))
     given = block.noise.scaled(z, level)
-    return block.family.hidden(
-        block.network, block.callable_layers(), block.shared.added, {"input_ids": ids}, given, condition
-    )
+    return block.family.hidden(block.call(condition, {"input_ids": ids}, given))
+
+
+def clean_logits(block: Block, clean: Tensor) -> Tensor:
+    return block.family.clean_logits(block.call(LEVEL, {}, clean), clean)
 
 
 # ---- the clean stream is the library's model ----------------------------------------------------------------
@@ -147,7 +149,7 @@ def test_one_block_has_the_librarys_logits(family: str, tied: bool) -> None:
     block = model.block(0)
     with torch.no_grad():
         clean, _ = streams_of(block, IDS, noise(), LEVEL)
-        logits = model.family.clean_logits(block.network, block.shared.added, clean)
+        logits = clean_logits(block, clean)
         torch.testing.assert_close(logits, original(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
@@ -165,7 +167,7 @@ def test_a_bfloat16_models_positions_are_those_of_the_library(tmp_path: Path) ->
         block = model.block(0)
         with torch.no_grad():
             clean, _ = streams_of(block, ids, z, level)
-            return model.family.clean_logits(block.network, block.shared.added, clean).float()
+            return clean_logits(block, clean).float()
 
     with torch.no_grad():
         expected = original(ids).logits.float()

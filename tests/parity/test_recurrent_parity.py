@@ -112,7 +112,7 @@ def by_hand(weights: dict[str, Tensor], tokens: Tensor, state: Tensor, iteration
     context = layer(w["embedding.weight"][tokens] * D**0.5, "prelude.0")
     state = state.double()
     for _ in range(iterations):
-        state = torch.cat([state, context], dim=-1) @ w["family.weight"].T
+        state = torch.cat([state, context], dim=-1) @ w["adapter.weight"].T
         for i in range(2):
             state = layer(state, f"core.{i}")
     x = layer(norm(state, "final_norm"), "coda.0")

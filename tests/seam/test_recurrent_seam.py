@@ -124,7 +124,7 @@ def logits_by_hand(block: Block, tokens: Tensor, z: Tensor, sigma: Tensor) -> Te
     context = network.get_submodule("embedding")(tokens)
     for layer in network.get_submodule("prelude").children():
         context = layer(context, rotation)
-    x = network.get_submodule("family")(torch.cat([c_in * z, context], dim=-1))
+    x = network.get_submodule("adapter")(torch.cat([c_in * z, context], dim=-1))
     for layer, adaptive in zip(network.get_submodule("core").children(), block.adaptive, strict=True):
         part: Any = layer
         (scale1, shift1), (scale3, shift3) = modulations(adaptive)
@@ -319,7 +319,7 @@ def test_the_end_to_end_depth_is_random_and_keyed(tmp_path: Path) -> None:
     def counted(depths: list[int]) -> EndToEnd:
         model = original()
         model.prelude.get_submodule("0").register_forward_pre_hook(lambda *_: depths.append(0))
-        model.family.register_forward_pre_hook(lambda *_: depths.__setitem__(-1, depths[-1] + 1))
+        model.adapter.register_forward_pre_hook(lambda *_: depths.__setitem__(-1, depths[-1] + 1))
         return EndToEnd(model)
 
     whole: list[int] = []

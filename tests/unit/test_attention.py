@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusionblocks as db
 from diffusionblocks.core.block import Block
+from diffusionblocks.families import BlockCall
 from diffusionblocks.layers import two_streams as attention
 from diffusionblocks.layers.two_streams import KERNELS, Past, Streams, two_streams
 
@@ -51,11 +53,11 @@ def leaks(block: Block) -> list[str]:
         """Logits of the noisy positions, and the clean stream."""
         hidden = block.family.hidden
 
-        def spy(network: Any, layers: Any, added: Any, inputs: Any, *args: Any) -> tuple[Tensor, Tensor]:
-            # The last layer runs at the noisy positions alone, unless the clean stream is wanted.
-            nothing, lean = hidden(network, layers, added, inputs, *args)
+        def spy(call: BlockCall) -> tuple[Tensor, Tensor]:
+            # The last layer runs at the noisy positions alone, unless the clean stream is read.
+            nothing, lean = hidden(call)
             assert nothing.shape == (3, 0, HIDDEN)
-            states, raw = hidden(network, layers, added, {**inputs, "clean_wanted": True}, *args)
+            states, raw = hidden(dataclasses.replace(call, clean_output=True))
             torch.testing.assert_close(lean, raw, rtol=1e-5, atol=1e-5)
             clean.append(norm(states))
             return nothing, lean

@@ -73,9 +73,7 @@ def test_what_is_denoised_is_the_preconditioned_sum() -> None:
     sigma = level[:, None, None]
     root = (sigma**2 + 0.25).sqrt()
     with torch.no_grad():
-        _, raw = block.family.hidden(
-            block.network, block.callable_layers(), block.shared.added, {"input_ids": IDS}, z / root, condition
-        )
+        _, raw = block.family.hidden(block.call(condition, {"input_ids": IDS}, z / root))
         denoised = 0.25 / root**2 * z + sigma * 0.5 / root * raw
         scale, shift = block.shared.final_norms.linear(F.silu(condition))[:, None].chunk(2, dim=-1)
         original: Any = tiny("llama", layers=4)

@@ -136,7 +136,7 @@ def test_initialisation() -> None:
     small = std / math.sqrt(2 * (1 + 4 * 32 + 1))
     layer: Any = model.core[2]
     gate, up = layer.mlp.gate_up.weight.chunk(2)
-    for weight in (model.family.weight, layer.attn.query_key.weight, layer.attn.value.weight, gate):
+    for weight in (model.adapter.weight, layer.attn.query_key.weight, layer.attn.value.weight, gate):
         assert weight.std().item() == pytest.approx(std, rel=0.03)
     for weight in (layer.attn.proj.weight, up, layer.mlp.down.weight):
         assert weight.std().item() == pytest.approx(small, rel=0.03)
@@ -168,7 +168,7 @@ def explicit(model: RecurrentDepth, tokens: Tensor, iterations: int, cut: int, g
     for i in range(iterations):
         if i == iterations - cut:
             state = state.detach()
-        state = model.family(torch.cat([state, context], dim=-1)).to(context.dtype)
+        state = model.adapter(torch.cat([state, context], dim=-1)).to(context.dtype)
         for layer in model.core:
             state = layer(state, rotation)
     x = model.core_norm(state)
@@ -195,7 +195,7 @@ def test_the_gradient_is_that_of_an_explicit_loop_with_detach(autocast: bool) ->
     for name in found:
         # Sums over iterations may be taken in another order.
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-7, msg=name)
-    for name in ("core.0.attn.proj.weight", "family.weight", "prelude.0.mlp.down.weight"):
+    for name in ("core.0.attn.proj.weight", "adapter.weight", "prelude.0.mlp.down.weight"):
         assert not torch.allclose(found[name], other[name], rtol=1e-2, atol=1e-5)
 
 

@@ -455,24 +455,24 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 def _plan(recipe: Recipe, options: argparse.Namespace) -> None:
-    from ..planning import Predictor, parse_budget, plan_with
+    from ..planning import parse_budget, plan, predict
     from ..planning.report import describe, ledger_table, remarks
     from ..reports.tables import write_results
 
-    predictor, plan = Predictor(recipe, options.examples), None
+    made = None
     if options.budget is not None:
-        plan = plan_with(predictor, parse_budget(options.budget), vary=options.vary)
+        made = plan(recipe, parse_budget(options.budget), vary=options.vary, num_examples=options.examples)
     elif options.vary:
         raise ValueError(f"--vary {options.vary} needs a budget to fit: give --budget, as 12GiB")
-    ledger = plan.ledger if plan else predictor.forecast().ledger
-    notes = remarks(predictor, plan)
+    ledger = made.ledger if made else predict(recipe, num_examples=options.examples)
+    said = remarks(recipe, options.examples, made)
     print(ledger_table(recipe, ledger))
-    for line in notes:
+    for line in said:
         print(line)
-    if plan:
-        print(describe(plan, options.vary))
+    if made:
+        print(describe(made, options.vary))
     if options.json:
-        write_results(options.json, [ledger.to_dict()], remarks=notes, **({"plan": plan.to_dict()} if plan else {}))
+        write_results(options.json, [ledger.to_dict()], remarks=said, **({"plan": made.to_dict()} if made else {}))
 
 
 def _compare(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -13,32 +13,34 @@ from torch.utils.checkpoint import checkpoint
 
 from ..common.graphs import eager, leave_to_host, on_host
 from ..config import BlocksConfig
-from ..families import Family
-from ..families.family import Namespace
-from ..families.text_family import TextFamily
+from ..families import BlockCall, Family, TextFamily
+from ..families.module_tree import Namespace
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
 from ..noise import NoiseProcess, one_level
 from ..targets import Batch, Target, TextTarget, check_entries, check_loss_chunk, cross_entropies, in_chunks
 
 
-class SharedParts(nn.Module):
-    """What conversion adds that is not of one layer: noise embedder, final adaptive norms, target, family's parts.
+class SharedModules(nn.Module):
+    """What conversion adds that is not of one layer: noise embedding, final adaptive norms, target, the family's parts.
 
-    Noise embedder and norms are None for a model that knows the noise level by itself.
+    Noise embedding and norms are None for a model that knows the noise level by itself. The family's parts are the
+    submodule `added`: state dicts have that name.
     """
+
+    added: nn.ModuleDict
 
     def __init__(
         self,
         noise_embedding: NoiseEmbedding | None,
         final_norms: AdaptiveNorms | None,
         target: Target,
-        added: nn.ModuleDict,
+        extra: nn.ModuleDict,
     ) -> None:
         super().__init__()
         self.noise_embedding = noise_embedding
         self.final_norms = final_norms
         self.target = target
-        self.added = added
+        self.add_module("added", extra)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Block(nn.Module):
         network: the block's part of the original model, under the original parameter names.
         adaptive: adaptive norms of each of its layers (empty where the model knows the noise level by itself).
         input_names: the batch entries that are the input x.
-        shared: the added shared parameters (one object for all blocks under the `joint` policy).
+        final_norm_path: path of the head's norm that is adapted to the noise level, if any.
+        shared: the shared modules that conversion adds (one object for all blocks under the `joint` policy).
         interval: the (lowest, highest) level that the block trains on.
         activation_checkpointing: whether the layers keep only their inputs for the backward pass, and compute the rest
             again there; default False.
@@ -93,7 +96,8 @@ class Block(nn.Module):
         network: nn.Module,
         layer_paths: list[str],
         adaptive: nn.ModuleList,
-        shared: SharedParts,
+        final_norm_path: str | None,
+        shared: SharedModules,
         interval: tuple[float, float],
         input_names: tuple[str, ...],
     ) -> None:
@@ -108,6 +112,7 @@ class Block(nn.Module):
         self.layer_paths = layer_paths
         self.network = network
         self.adaptive = adaptive
+        self.final_norm_path = final_norm_path
         self.shared = shared
         self.interval = interval
         self.input_names = input_names
@@ -149,12 +154,12 @@ class Block(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """The original model's modules in the block: its layers, and its copies of stem and head."""
-        found: list[nn.Module] = []
-        places = [self.network]
-        while places:
-            for child in places.pop().children():
-                (places if isinstance(child, (Namespace, nn.ModuleList)) else found).append(child)
-        return found
+        parts: list[nn.Module] = []
+        trees = [self.network]
+        while trees:
+            for child in trees.pop().children():
+                (trees if isinstance(child, (Namespace, nn.ModuleList)) else parts).append(child)
+        return parts
 
     def compile_parts(self, **options: Any) -> None:
         """torch.compile each of `parts`, norms together with what adapts them: all layers share one graph.
@@ -178,7 +183,7 @@ class Block(nn.Module):
         states_only: bool = False,
         layers: list[tuple[Any, Any]] | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Denoise, and read off what the task wants.
+        """Denoise, and read off the labels, tokens or image.
 
         Under EDM D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7); under masking D = F(z, t, x).
 
@@ -196,39 +201,62 @@ class Block(nn.Module):
         Returns:
             Logits (batch, num_classes) of a classifier, (batch, length, vocab_size) of a text model (in training under
             `clean_weight` with those of the clean stream behind them); D, float32, of the shape of z, of a diffusion
-            model. With `states_only` what the logits are made of: states (batch, length, dim) and what is told of each
-            sample (batch, dim), see `TextFamily.states`; in training under `clean_weight` the clean stream as well.
+            model. With `states_only` what the logits are computed from: states (batch, length, dim) and the
+            condition of each sample (batch, dim), see `TextFamily.states`; in training under `clean_weight` the clean
+            stream as well.
 
         Raises:
             ValueError: an entry of the inputs that is neither the model's nor its target's.
         """
         if layers is None:  # else `loss` has checked them, and its graph must not know which block it is of
-            known = (*self.input_names, *self.target.names, *self.family.generation_names)
-            check_entries(inputs, known, f"block {self.index}")
-        embedding = self.shared.noise_embedding
-        # A text model's clean stream is a context: what its last layer makes of it is wanted by that loss alone.
-        clean_wanted = self.training and getattr(self.target, "clean_weight", 0) > 0
+            names = (*self.input_names, *self.target.names, *self.family.generation_names)
+            check_entries(inputs, names, f"block {self.index}")
+        # A text model's clean stream is a context: what its last layer gives is read by the loss of that stream alone.
+        clean_output = self.training and getattr(self.target, "clean_weight", 0) > 0
         condition = self.noise.condition(level)
-        if embedding is not None:
-            condition = embedding(condition)
-        shared = self.shared
-        hidden, raw = self.family.hidden(
-            self.network,
-            self._callable_layers() if layers is None else layers,
-            shared.added,
-            {**inputs, "clean_wanted": clean_wanted},
-            self.noise.scaled(z, level),
-            condition,
-        )
+        if self.shared.noise_embedding is not None:
+            condition = self.shared.noise_embedding(condition)
+        call = self.call(condition, inputs, self.noise.scaled(z, level), layers, clean_output=clean_output)
+        hidden, raw = self.family.hidden(call)
         denoised = self.noise.combine(z, raw, level)
         if states_only:
             assert isinstance(self.family, TextFamily), "no states of positions"
-            found = self.family.states(self.network, shared.final_norms, hidden, denoised, condition)
-            return (*found, hidden) if clean_wanted else found
-        output = self.family.readout(self.network, shared.final_norms, shared.added, hidden, denoised, condition)
-        if clean_wanted:
-            output = torch.cat([output, self.family.clean_logits(self.network, shared.added, hidden)], dim=1)
+            states = self.family.states(call, hidden, denoised)
+            return (*states, hidden) if clean_output else states
+        output = self.family.readout(call, hidden, denoised)
+        if clean_output:
+            output = torch.cat([output, self.family.clean_logits(call, hidden)], dim=1)
         return output
+
+    def call(
+        self,
+        condition: Tensor,
+        inputs: Mapping[str, Any],
+        z: Tensor,
+        layers: list[tuple[Any, Any]] | None = None,
+        *,
+        clean_output: bool = True,
+    ) -> BlockCall:
+        """What the family runs, for a noise embedding (or what the model knows the level by); arguments: `BlockCall`.
+
+        Args:
+            condition, inputs, z, clean_output: see there.
+            layers: what `callable_layers` gives; None looks them up.
+        """
+        adapted = [
+            layer if norms is None else functools.partial(norms, layer, condition)
+            for layer, norms in (self._callable_layers() if layers is None else layers)
+        ]
+        return self._readout_call(condition, layers=adapted, inputs=inputs, z=z, clean_output=clean_output)
+
+    def _readout_call(self, condition: Tensor, **rest: Any) -> BlockCall:
+        """A call that has the modules of the head alone, and whatever else is given."""
+        final_norm = None
+        if self.shared.final_norms is not None:
+            assert self.final_norm_path is not None
+            norm = self.network.get_submodule(self.final_norm_path)
+            final_norm = functools.partial(self.shared.final_norms, norm, condition)
+        return BlockCall(self.network, self.shared.added, condition, final_norm, **rest)
 
     @eager
     def callable_layers(self) -> list[tuple[Any, Any]]:
@@ -340,8 +368,8 @@ class Block(nn.Module):
         y = self.target.encode(batch)
         levels = level if isinstance(level, Tensor) else one_level(level, y)
         z = self.noise.noised(y, levels, generator) if noise is None else self.noise.corrupt(y, levels, noise)
-        given = {name: batch[name] for name in self.input_names} | dict(inputs or {})
-        return LevelLosses(self.target, batch, levels, z, self(given, z, levels))
+        x = {name: batch[name] for name in self.input_names} | dict(inputs or {})
+        return LevelLosses(self.target, batch, levels, z, self(x, z, levels))
 
     @eager
     def draw_noise(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
@@ -370,21 +398,19 @@ class Block(nn.Module):
         """As the target's loss of what `forward` gives, without all logits in memory together."""
         target, chunk = self.target, self.loss_chunk
         assert isinstance(target, TextTarget)
-        states, told, *clean = output
-        readers: list[Callable[[Tensor, Tensor], Tensor]] = [functools.partial(self._nats, told), self._clean_nats]
+        states, condition, *clean = output
+        readers = [functools.partial(read, condition) for read in (self._token_losses, self._clean_token_losses)]
         streams = zip(
             readers, [states, *clean], target.target_tokens(batch), strict=False
         )  # the clean one need not be there
         return target.reduce([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], batch, z)
 
-    def _nats(self, told: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
-        shared = self.shared
+    def _token_losses(self, condition: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
         assert isinstance(self.family, TextFamily)
-        logits = self.family.logits(self.network, shared.final_norms, shared.added, states, told)
-        return cross_entropies(logits, tokens)
+        return cross_entropies(self.family.logits(self._readout_call(condition), states, condition), tokens)
 
-    def _clean_nats(self, states: Tensor, tokens: Tensor) -> Tensor:
-        return cross_entropies(self.family.clean_logits(self.network, self.shared.added, states), tokens)
+    def _clean_token_losses(self, condition: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
+        return cross_entropies(self.family.clean_logits(self._readout_call(condition), states), tokens)
 
     def extra_repr(self) -> str:
         """Shown by print(block)."""

@@ -12,10 +12,10 @@ from torch import nn
 from ..common.finite import DIVERGED, require_finite
 from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
 from ..families import Family, check_convertible, class_name_of, family_for
-from ..families.family import Namespace, extract
+from ..families.module_tree import Namespace, extract
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
 from ..noise import NOISE_PROCESSES, NoiseProcess
-from .block import Block, SharedParts
+from .block import Block, SharedModules
 from .model import DiffusionBlocks, UnlabelledBlocks
 from .partition import Partition
 
@@ -75,7 +75,7 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         overlap=config.overlap,
     )
     model_config = model.config if take else copy.deepcopy(model.config)
-    family.settle_config(model_config)
+    family.adjust_config(model_config)
     # What is added to a model without memory has none either.
     place = torch.device("meta") if _on_meta(model) else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), place:
@@ -152,22 +152,24 @@ def _build_blocks(
     model_config: Any,
     take: bool,
 ) -> list[Block]:
-    hidden = family.hidden_size(model)
+    hidden = family.hidden_size(model.config)
     condition_dim = config.conditioning_dim or max(32, -(-hidden // 6 // 8) * 8)
-    shared_paths = family.shared_paths(model)
+    shared_paths, final_norm_path = family.shared_paths(model), family.final_norm_path(model)
 
     def adaptive_norms(module: nn.Module, norms: list[nn.Module]) -> AdaptiveNorms:
         return AdaptiveNorms(module, norms, [hidden] * len(norms), condition_dim)
 
-    def final_norms(foreign: nn.Module) -> AdaptiveNorms:
-        (norm,) = family.final_norms(foreign)
+    def final_norms(foreign: nn.Module) -> AdaptiveNorms | None:
+        if family.knows_noise_level or final_norm_path is None:
+            return None
+        norm = foreign.get_submodule(final_norm_path)
         return adaptive_norms(norm, [norm])
 
-    def shared_parts() -> tuple[Namespace, SharedParts]:
+    def shared_modules() -> tuple[Namespace, SharedModules]:
         foreign = extract(model, shared_paths, memo={id(model.config): model_config})
-        added = SharedParts(
+        added = SharedModules(
             None if family.knows_noise_level else NoiseEmbedding(condition_dim),
-            None if family.knows_noise_level else final_norms(foreign),
+            final_norms(foreign),
             family.make_target(model, config),
             family.add_parts(model, config),
         )
@@ -176,21 +178,21 @@ def _build_blocks(
             added.requires_grad_(False)
         return foreign, added
 
-    foreign, added = shared_parts()
+    foreign, added = shared_modules()
     checkpointing = _is_checkpointing(model)
     # Copies start equal: under `replicated` the blocks are told apart by their layers and levels alone.
     first = added.state_dict()
     blocks = []
     for index in range(partition.num_blocks):
         if index and config.shared != "joint":
-            foreign, added = shared_parts()
+            foreign, added = shared_modules()
             added.load_state_dict(first)
         layer_paths = [f"{layers_path}.{i}" for i in partition.layer_range(index)]
         network = extract(model, layer_paths, memo={id(model.config): model_config}, take=take)
         _stop_checkpointing_inside(network)
         for path in shared_paths:
             network.attach(path, foreign.get_submodule(path))
-        family.settle(network)
+        family.adjust(network)
         adaptive = nn.ModuleList()
         if not family.knows_noise_level:
             for path in layer_paths:
@@ -203,6 +205,7 @@ def _build_blocks(
             network=network,
             layer_paths=layer_paths,
             adaptive=adaptive,
+            final_norm_path=final_norm_path,
             shared=added,
             interval=partition.training_interval(index),
             input_names=family.input_names(model.config),

@@ -1,7 +1,12 @@
-"""Families: the only code that knows the attributes of foreign models, one file a family."""
+"""Families: the only code that knows the attributes of foreign models, one file a family.
 
-from .family import Family
-from .libraries import CannotReadInParts, check_attention
+A user's own package registers a family by `register_family`, as ours do: see docs/extending.md.
+"""
+
+from . import causal_lm, dit, masked_lm, recurrent, vit  # noqa: F401 - they register their families
+from .family import BlockCall, Family, register_family
+from .kinds import ClassifierFamily, DenoiserFamily, ImageFamily, NextTokenFamily, TextFamily
+from .libraries import DIFFUSERS, TRANSFORMERS, CannotReadInParts, Diffusers, Library, Transformers, check_attention
 from .lookup import (
     check_convertible,
     checkpoint,
@@ -21,8 +26,19 @@ from .lookup import (
 )
 
 __all__ = [
+    "DIFFUSERS",
+    "TRANSFORMERS",
+    "BlockCall",
     "CannotReadInParts",
+    "ClassifierFamily",
+    "DenoiserFamily",
+    "Diffusers",
     "Family",
+    "ImageFamily",
+    "Library",
+    "NextTokenFamily",
+    "TextFamily",
+    "Transformers",
     "check_attention",
     "check_convertible",
     "checkpoint",
@@ -36,6 +52,7 @@ __all__ = [
     "outline",
     "pretrained",
     "rebuild_config",
+    "register_family",
     "restored",
     "supported_classes",
     "with_depth",

@@ -1,26 +1,30 @@
 """Causal language models of transformers, of the Llama kind: Llama, Mistral, Qwen2 and Qwen3.
 
 A block sees every sequence twice: noisy positions, which denoise one token each, and clean ones, which are their
-context (paper, section 4.3; `attention.py`). Both run through the same layers, with the same rotary positions; only the
-noisy ones are told the noise level, so the clean stream of a pretrained model's first block is the model's own.
+context (paper, section 4.3; `two_streams.py`). Both run through the same layers, with the same rotary positions; only
+the noisy ones depend on the noise level, so the clean stream of a pretrained model's first block is the model's own.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from ..layers.adaptive_norms import AdaptiveNorms, unadapted
+from ..config import BlocksConfig, NextTokenTargetConfig
+from ..layers.adaptive_norms import unadapted
+from ..layers.exact_buffers import ExactRotation
+from ..layers.logit_scale import LogitScale
+from ..layers.target_tokens import NoisyToken
 from ..layers.two_streams import KERNELS, Streams, library_attention
-from .family import LogitScale
-from .libraries import TRANSFORMERS, Library
-from .next_token_family import NextTokenFamily
+from .family import BlockCall, register_family
+from .kinds import NextTokenFamily
+from .libraries import TRANSFORMERS
 
 _PREFIX = "diffusionblocks_"
 #: The library's own `sdpa`, under a name for which it makes no masks.
@@ -37,63 +41,7 @@ def _register_kernels() -> None:
     AttentionInterface.register(_CAUSAL, AttentionInterface()["sdpa"])
 
 
-class NoisyToken(nn.Module):
-    """How a noised embedding enters a noisy position: a linear map, and what stands for "a token is wanted here".
-
-    The map starts at zero: most of z is noise, and at the scale of ordinary weights it would drown the embeddings,
-    which are a tenth as large. Each block lets in as much as is of use at its levels.
-
-    Args:
-        dim: size of an embedding.
-        std: of the initial bias.
-        previous: whether the clean token before it is added to a noisy position, as in an ordinary language model.
-    """
-
-    def __init__(self, dim: int, std: float, *, previous: bool) -> None:
-        super().__init__()
-        self.previous = previous
-        self.linear = nn.Linear(dim, dim)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.normal_(self.linear.bias, std=std)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z (batch, length, dim) -> hidden (batch, length, dim)."""
-        return self.linear(z.to(self.linear.weight.dtype))  # type: ignore[no-any-return]
-
-
-class ExactRotation(nn.Module):
-    """The library's rotary positions; their frequencies stay float32 when a block is cast to another dtype.
-
-    The library loads a bfloat16 model with float32 frequencies, too: rounded ones are off by whole turns at some
-    hundred tokens.
-    """
-
-    def __init__(self, rotary: nn.Module) -> None:
-        super().__init__()
-        self.rotary = rotary
-        # Made anew: those of a model that was cast are rounded already, and no file holds them.
-        exact = dict(type(rotary)(self.config).named_buffers())
-        for name, buffer in rotary.named_buffers():
-            setattr(rotary, name, exact[name].float().to(buffer.device))
-
-    @property
-    def config(self) -> Any:
-        """The model's config."""
-        return self.rotary.config
-
-    def forward(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (1 or batch, length, dim of a head), of the dtype of `states`."""
-        return self.rotary(states, positions)  # type: ignore[no-any-return]
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ExactRotation:
-        exact = dict(self.rotary.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in self.rotary.named_buffers():
-            if buffer.dtype != torch.float32:
-                setattr(self.rotary, name, exact[name].to(buffer.device))
-        return self
-
-
+@register_family
 class CausalLMFamily(NextTokenFamily):
     """Converts `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` and `Qwen3ForCausalLM`.
 
@@ -101,42 +49,19 @@ class CausalLMFamily(NextTokenFamily):
     start as they were.
     """
 
-    classes: ClassVar[dict[str, Library]] = {
-        "LlamaForCausalLM": TRANSFORMERS,
-        "MistralForCausalLM": TRANSFORMERS,
-        "Qwen2ForCausalLM": TRANSFORMERS,
-        "Qwen3ForCausalLM": TRANSFORMERS,
-    }
+    classes = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    library = TRANSFORMERS
+    layers = "model.layers"
+    stem = ("model.embed_tokens", "model.rotary_emb")
+    head = ("model.norm", "lm_head")
+    norms = ("input_layernorm", "post_attention_layernorm")
+    final_norm = "model.norm"
     embedding_path = "model.embed_tokens.weight"
     shift = 0  # a noisy position of its own for each token
-    depth_field = "num_hidden_layers"
+    shape_fields = ("max_position_embeddings",)  # texts may be shorter
 
-    def layers_path(self, model: nn.Module) -> str:
-        """See `Family`."""
-        return "model.layers"
-
-    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("model.embed_tokens", "model.rotary_emb", *self.head_paths(model))
-
-    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("model.norm", "lm_head")
-
-    def layer_norms(self, layer: nn.Module) -> list[nn.Module]:
-        """See `Family`."""
-        return [layer.get_submodule("input_layernorm"), layer.get_submodule("post_attention_layernorm")]
-
-    def final_norms(self, network: nn.Module) -> list[nn.Module]:
-        """See `Family`."""
-        return [network.get_submodule("model.norm")]
-
-    def example_shape(self, config: Any) -> tuple[int]:
-        """See `Family`. Texts may be shorter."""
-        return (int(config.max_position_embeddings),)
-
+    @override
     def check(self, model: nn.Module) -> None:
-        """See `Family`."""
         config: Any = model.config
         name = type(model).__name__
         kernel = config._attn_implementation
@@ -150,17 +75,15 @@ class CausalLMFamily(NextTokenFamily):
         if rope in ("dynamic", "longrope"):
             raise ValueError(f"{name} has rotary positions of rope_type {rope}, which change with the text's length")
 
-    def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
-        """See `Family`."""
+    @override
+    def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
+        assert isinstance(config.target, NextTokenTargetConfig)
         std = float(getattr(model.config, "initializer_range", 0.02))
-        return nn.ModuleDict(
-            {
-                "noisy_token": NoisyToken(self.hidden_size(model), std, previous=config.target.previous),
-                "logit_scale": LogitScale(config.target.logit_scale),
-            }
-        )
+        noisy = NoisyToken(self.hidden_size(model.config), std, previous=config.target.previous)
+        return nn.ModuleDict({"noisy_token": noisy, "logit_scale": LogitScale(config.target.logit_scale)})
 
-    def settle(self, network: nn.Module) -> None:
+    @override
+    def adjust(self, network: nn.Module) -> None:
         """Untie the head, keep the positions exact, and let the layers attend in two streams."""
         _register_kernels()
         head, embedding = network.get_submodule("lm_head"), network.get_submodule("model.embed_tokens")
@@ -176,51 +99,36 @@ class CausalLMFamily(NextTokenFamily):
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = f"{_PREFIX}{kernel}"
 
-    def settle_config(self, config: Any) -> None:
-        """See `Family`."""
+    @override
+    def adjust_config(self, config: Any) -> None:
         config.tie_word_embeddings = False
 
-    def hidden(
-        self,
-        network: nn.Module,
-        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
-        added: nn.ModuleDict,
-        inputs: Mapping[str, Any],
-        z: Tensor,
-        condition: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Family`.
+    @override
+    def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        """Run both streams.
 
         Args:
-            network, layers, added, condition: as there.
-            inputs: `input_ids` (batch, length), the clean tokens; where text is generated the new ones only (none, or
-                right-padded), with `past` and `counts` (batch,), see `Streams`. `clean_wanted` (bool): whether the
-                clean stream's last states are wanted; without it they are, as far as they go.
-            z: (batch, length, dim), or (batch, 1, dim) of the one token that is wanted next.
+            call: `inputs` has `input_ids` (batch, length), the clean tokens; where text is generated the new ones only
+                (none, or right-padded), with `past` and `counts` (batch,), see `Streams`. `z` is (batch, length, dim),
+                or (batch, 1, dim) of the one next token.
 
         Returns:
-            (clean stream (batch, length or, where it is not wanted, 0, dim), F (batch, noisy length, dim)).
+            (clean stream (batch, length, dim), or of length 0 without `clean_output`; F (batch, noisy length, dim)).
         """
-        tokens, past = inputs["input_ids"], inputs.get("past")
-        noisy = z.shape[1]
-        embed, rotary = network.get_submodule("model.embed_tokens"), network.get_submodule("model.rotary_emb")
-        streams = Streams(noisy, tokens.shape[1], z.device, past=past, counts=inputs.get("counts"))
-        self._check_length(network, noisy if past is None else past.most + tokens.shape[1] + noisy)
-        clean = embed(tokens)
-        wanted = added["noisy_token"](z).to(clean.dtype)
-        if added["noisy_token"].previous:
-            wanted = wanted + _before(clean, streams)
-        states = torch.cat([wanted, clean], dim=1)
-        rotation = rotary(states, streams.positions)
-        with_clean = len(layers) if inputs.get("clean_wanted", True) else len(layers) - 1
-        for i, (layer, adaptive) in enumerate(layers):
-            assert adaptive is not None
-            if i < with_clean:
-                states = adaptive(
-                    layer, condition, states, leading=noisy, position_embeddings=rotation, streams=streams
-                )
-            else:
-                states = adaptive(layer, condition, states, rotation, streams, call=_noisy_alone)
+        tokens, past, noisy = call.inputs["input_ids"], call.inputs.get("past"), call.z.shape[1]
+        streams = Streams(noisy, tokens.shape[1], call.z.device, past=past, counts=call.inputs.get("counts"))
+        self._check_length(call.network, noisy if past is None else past.most + tokens.shape[1] + noisy)
+        clean = call.module("model.embed_tokens")(tokens)
+        noisy_tokens = call.extra["noisy_token"](call.z).to(clean.dtype)
+        if call.extra["noisy_token"].previous:
+            noisy_tokens = noisy_tokens + _before(clean, streams)
+        states = torch.cat([noisy_tokens, clean], dim=1)
+        rotation = call.module("model.rotary_emb")(states, streams.positions)
+        both = len(call.layers) if call.clean_output else len(call.layers) - 1
+        for layer in call.layers[:both]:
+            states = layer(states, leading=noisy, position_embeddings=rotation, streams=streams)
+        for layer in call.layers[both:]:
+            states = layer(states, rotation, streams, call=_noisy_alone)
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
@@ -246,28 +154,24 @@ class CausalLMFamily(NextTokenFamily):
         _register_kernels()
         whole: Any = model
         config, window = whole.base_model.config, attention_window(whole.base_model.config)
-        chosen = config._attn_implementation
-        plain = chosen in ("sdpa", "flex_attention") and (window is None or tokens.shape[1] <= window)
+        kernel = config._attn_implementation
+        plain = kernel in ("sdpa", "flex_attention") and (window is None or tokens.shape[1] <= window)
         try:
             if plain:
                 config._attn_implementation = _CAUSAL
             return whole.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
         finally:
-            config._attn_implementation = chosen
+            config._attn_implementation = kernel
 
-    def logits(
-        self, network: nn.Module, final: AdaptiveNorms | None, added: nn.ModuleDict, states: Tensor, told: Tensor
-    ) -> Tensor:
-        """See `TextFamily`: norm and head, of D."""
-        assert final is not None
-        head = network.get_submodule("lm_head")
-        normed = final(network.get_submodule("model.norm"), told, states.to(next(head.parameters()).dtype))
-        return added["logit_scale"](head(normed))  # type: ignore[no-any-return]
+    @override
+    def logits(self, call: BlockCall, states: Tensor, condition: Tensor) -> Tensor:
+        assert call.final_norm is not None
+        head = call.module("lm_head")
+        return call.extra["logit_scale"](head(call.final_norm(states.to(next(head.parameters()).dtype))))  # type: ignore[no-any-return]
 
-    def clean_logits(self, network: nn.Module, added: nn.ModuleDict, hidden: Tensor) -> Tensor:
-        """See `Family`."""
-        states = network.get_submodule("model.norm")(hidden)
-        return added["logit_scale"](network.get_submodule("lm_head")(states))  # type: ignore[no-any-return]
+    @override
+    def clean_logits(self, call: BlockCall, hidden: Tensor) -> Tensor:
+        return call.extra["logit_scale"](call.module("lm_head")(call.module("model.norm")(hidden)))  # type: ignore[no-any-return]
 
 
 def attention_window(config: Any) -> int | None:
@@ -281,7 +185,7 @@ def _noisy_alone(layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], st
     from transformers.models.llama.modeling_llama import rotate_half
 
     noisy = streams.noisy
-    wanted, clean = states.split([noisy, streams.clean], dim=1)
+    at_noisy, clean = states.split([noisy, streams.clean], dim=1)
     rotations = [part.split([noisy, streams.clean], dim=1) for part in rotation]
     cosine, sine = (part[1][:, None] for part in rotations)
     attention = layer.self_attn
@@ -294,7 +198,7 @@ def _noisy_alone(layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], st
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     key = key * cosine + rotate_half(key) * sine
     return layer(  # type: ignore[no-any-return]
-        wanted, position_embeddings=tuple(part[0] for part in rotations), streams=streams, clean=(key, value)
+        at_noisy, position_embeddings=tuple(part[0] for part in rotations), streams=streams, clean=(key, value)
     )
 
 

@@ -1,174 +1,74 @@
-"""Diffusion transformers: our DiT and diffusers' `DiTTransformer2DModel`. They know the noise level by themselves."""
+"""Diffusion transformers: our DiT and diffusers' `DiTTransformer2DModel`."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from ..config import BlocksConfig, ImageTargetConfig
-from ..layers.adaptive_norms import AdaptiveNorms, ExactBuffers
-from ..targets import ImageTarget
-from .family import Family
-from .libraries import DIFFUSERS, OURS, Library
-
-
-class DenoisingTransformer(Family):
-    """A transformer that knows the noise level by itself and is one block's whole network: F is what it returns."""
-
-    knows_noise_level = True
-    depth_field = "num_layers"
-    #: path of the last linear layer
-    _read_out: ClassVar[str]
-
-    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
-        """See `Family`."""
-        if config.conditioning_dim is not None:
-            raise ValueError(
-                f"conditioning_dim = {config.conditioning_dim}: {type(model).__name__} knows the noise level by "
-                "itself, so none is added; leave it out"
-            )
-
-    def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:
-        """See `Family`."""
-        head = model.get_submodule(self._read_out)
-        if config.shared == "frozen" and not any(bool(p.any()) for p in head.parameters()):
-            raise ValueError(
-                f"shared = frozen would freeze {self._read_out}, which is zero in a fresh {type(model).__name__}: it "
-                "could never learn; use shared: replicated, or start from trained weights"
-            )
-
-    def readout(
-        self,
-        network: nn.Module,
-        final: AdaptiveNorms | None,
-        added: nn.ModuleDict,
-        hidden: Tensor,
-        denoised: Tensor,
-        condition: Tensor,
-    ) -> Tensor:
-        """See `Family`."""
-        return denoised
+from ..layers.exact_buffers import ExactBuffers
+from .family import BlockCall, register_family
+from .kinds import ImageFamily
+from .libraries import DIFFUSERS, OURS
 
 
-class _ImageTransformer(DenoisingTransformer):
-    """What the two classes have in common: F is of the noised image, given c_noise and the label."""
-
-    target = "image"
-
-    def example_shape(self, config: Any) -> tuple[int, int, int]:
-        """See `Family`."""
-        return config.in_channels, config.sample_size, config.sample_size
-
-    def input_names(self, config: Any) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("labels",) if self.num_classes(config) else ()
-
-    def default_target(self) -> ImageTargetConfig:
-        """See `Family`."""
-        return ImageTargetConfig()
-
-    def make_target(self, model: nn.Module, config: BlocksConfig) -> ImageTarget:
-        """See `Family`."""
-        assert isinstance(config.target, ImageTargetConfig)
-        shape, count = self.example_shape(model.config), self.num_classes(model.config)
-        return ImageTarget(shape, num_classes=count, label_dropout=config.target.label_dropout)
-
-
-class DiTFamily(_ImageTransformer):
+@register_family
+class DiTFamily(ImageFamily):
     """Converts `diffusionblocks.models.DiT`."""
 
-    classes: ClassVar[dict[str, Library]] = {"DiT": OURS}
+    classes = ("DiT",)
+    library = OURS
     class_count_field = "num_classes"
-    _read_out = "final_layer.linear"
+    layers = "layers"
+    head = ("final_layer",)
+    last_linear = "final_layer.linear"
 
-    def layers_path(self, model: nn.Module) -> str:
-        """See `Family`."""
-        return "layers"
-
-    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
+    @override
+    def stem_paths(self, model: nn.Module) -> tuple[str, ...]:
         labels = ("label_embedder",) if self.num_classes(model.config) else ()
-        return ("patch_embedder", "timestep_embedder", *labels, *self.head_paths(model))
+        return ("patch_embedder", "timestep_embedder", *labels)
 
-    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("final_layer",)
+    @override
+    def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        from ..models.diffusion_transformer import condition_of, unpatchify  # bring diffusers: classifiers need none
 
-    def hidden_size(self, model: nn.Module) -> int:
-        """See `Family`."""
-        return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-
-    def num_classes(self, config: Any) -> int:
-        """See `Family`."""
-        return int(config.num_classes)
-
-    def hidden(
-        self,
-        network: nn.Module,
-        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
-        added: nn.ModuleDict,
-        inputs: Mapping[str, Tensor],
-        z: Tensor,
-        condition: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Family`."""
-        from ..models.diffusion_transformer import (  # brings diffusers, which a classifier does not need
-            condition_of,
-            unpatchify,
-        )
-
-        stem = network.get_submodule("patch_embedder")
-        embedder = network.get_submodule("label_embedder") if "labels" in inputs else None
-        c = condition_of(network.get_submodule("timestep_embedder"), embedder, condition, inputs.get("labels"))
-        tokens = stem(z)
-        for layer, _ in layers:
+        stem, labels = call.module("patch_embedder"), call.inputs.get("labels")
+        embedder = None if labels is None else call.module("label_embedder")
+        c = condition_of(call.module("timestep_embedder"), embedder, call.condition, labels)
+        tokens = stem(call.z)
+        for layer in call.layers:
             tokens = layer(tokens, c)
-        raw = unpatchify(network.get_submodule("final_layer")(tokens, c), stem.patch, z.shape[1])  # type: ignore[arg-type]
-        return tokens, raw
+        return tokens, unpatchify(call.module("final_layer")(tokens, c), stem.patch, call.z.shape[1])
 
 
-class DiffusersDiTFamily(_ImageTransformer):
+@register_family
+class DiffusersDiTFamily(ImageFamily):
     """Converts diffusers' `DiTTransformer2DModel`.
 
-    Every layer has a time and label embedder of its own; that of layer 0 also conditions the head, so it is a shared
-    part. Its layers drop labels by themselves, each on its own, so that a dropped label is hardly ever dropped in
+    Every layer has a time and label embedder of its own; that of layer 0 also conditions the head, so it is shared.
+    Its layers drop labels by themselves, each on its own, so that a dropped label is hardly ever dropped in
     all layers; in the blocks that is switched off and `label_dropout` drops it for the whole block.
     """
 
-    classes: ClassVar[dict[str, Library]] = {"DiTTransformer2DModel": DIFFUSERS}
+    classes = ("DiTTransformer2DModel",)
+    library = DIFFUSERS
     class_count_field = "num_embeds_ada_norm"
-    _read_out = "proj_out_2"
-    _head_embedder = "transformer_blocks.0.norm1.emb"
+    layers = "transformer_blocks"
+    stem = ("pos_embed", "transformer_blocks.0.norm1.emb")
+    head = ("norm_out", "proj_out_1", "proj_out_2")
+    last_linear = "proj_out_2"
 
-    def layers_path(self, model: nn.Module) -> str:
-        """See `Family`."""
-        return "transformer_blocks"
-
-    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("pos_embed", self._head_embedder, *self.head_paths(model))
-
-    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("norm_out", "proj_out_1", "proj_out_2")
-
-    def hidden_size(self, model: nn.Module) -> int:
-        """See `Family`."""
-        config: Any = model.config
+    @override
+    def hidden_size(self, config: Any) -> int:
         return int(config.num_attention_heads * config.attention_head_dim)
 
-    def num_classes(self, config: Any) -> int:
-        """See `Family`."""
-        return int(config.num_embeds_ada_norm)
-
+    @override
     def check(self, model: nn.Module) -> None:
-        """See `Family`."""
         config: Any = model.config
         if not config.num_embeds_ada_norm:
             raise ValueError(
@@ -181,43 +81,35 @@ class DiffusersDiTFamily(_ImageTransformer):
                 f"{config.in_channels}: a learned sigma is not supported; set out_channels to {config.in_channels}"
             )
 
-    def settle(self, network: nn.Module) -> None:
-        """Keep the positions exact, and switch off what drops labels layer by layer."""
+    @override
+    def adjust(self, network: nn.Module) -> None:
+        """Replace the positions by exact ones, and switch off what drops labels layer by layer."""
         network.add_module("pos_embed", _exact_positions(network.get_submodule("pos_embed")))
         for module in network.modules():
             if type(module).__name__ == "LabelEmbedding":
                 setattr(module, "dropout_prob", 0.0)  # noqa: B010 - the attribute is a foreign class's
 
-    def hidden(
-        self,
-        network: nn.Module,
-        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
-        added: nn.ModuleDict,
-        inputs: Mapping[str, Tensor],
-        z: Tensor,
-        condition: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Family`."""
-        labels = inputs["labels"]
-        stem = network.get_submodule("pos_embed")
-        tokens = stem(z.to(next(stem.parameters()).dtype))
-        for layer, _ in layers:
-            tokens = layer(tokens, timestep=condition, class_labels=labels)
-        c = network.get_submodule(self._head_embedder)(condition, labels, hidden_dtype=tokens.dtype)
-        shift, scale = network.get_submodule("proj_out_1")(F.silu(c)).chunk(2, dim=1)
-        out = network.get_submodule("norm_out")(tokens) * (1 + scale[:, None]) + shift[:, None]
-        patches = network.get_submodule("proj_out_2")(out)
+    @override
+    def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        stem, labels = call.module("pos_embed"), call.inputs["labels"]
+        tokens = stem(call.z.to(next(stem.parameters()).dtype))
+        for layer in call.layers:
+            tokens = layer(tokens, timestep=call.condition, class_labels=labels)
+        c = call.module(self.stem[1])(call.condition, labels, hidden_dtype=tokens.dtype)
+        shift, scale = call.module("proj_out_1")(F.silu(c)).chunk(2, dim=1)
+        out = call.module("norm_out")(tokens) * (1 + scale[:, None]) + shift[:, None]
+        patches = call.module("proj_out_2")(out)
         n, count, _ = patches.shape
-        side, channels = round(count**0.5), z.shape[1]
-        patch = z.shape[-1] // side
+        side, channels = round(count**0.5), call.z.shape[1]
+        patch = call.z.shape[-1] // side
         images = torch.einsum("nhwpqc->nchpwq", patches.reshape(n, side, side, patch, patch, channels))
-        return tokens, images.reshape(z.shape)
+        return tokens, images.reshape(call.z.shape)
 
 
 def _exact_positions(patches: nn.Module) -> nn.Module:
     """The library's patch embedding with the same parameters, whose positions are not rounded with them.
 
-    They are made anew: those of a model that was cast are rounded already, and no file holds them.
+    They are computed anew: those of a model that was cast are rounded already, and no file holds them.
     """
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 

@@ -1,78 +1,194 @@
-"""What a family tells about its family, and the module tree that holds a part of a foreign model."""
+"""Model families: where the parts of a class of foreign models are, how a block runs them, and their registry."""
 
 from __future__ import annotations
 
 import abc
-import copy
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..common.registry import Registry
 from ..config import BlocksConfig, NoiseConfig, TargetConfig
-from ..layers.adaptive_norms import AdaptiveNorms
 from ..noise import EDM
 from ..targets import Target
 from .libraries import Library
 
 
-class Family(abc.ABC):
-    """Knows one family of foreign models: where its parts are and how one block's forward runs. Stateless.
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block: the modules that a family runs, and what it runs them on.
 
-    All paths are dotted module names in the original model, so parameters keep their original names.
+    Attributes:
+        network: the block's part of the model, under the original names.
+        extra: the modules of `Family.add_parts`.
+        condition: the noise embedding (batch, dim); where the model knows the noise level, what the process gives the
+            network of it (batch,): c_noise under EDM, t under masking.
+        final_norm: maps states to normalised states, adapted to the noise level; None where the family names none.
+        layers: the block's layers, in order, to be called like the originals. Those with adaptive norms also take
+            `leading` and `call`, see `AdaptiveNorms.forward`.
+        inputs: the batch entries `Family.input_names`; where text is generated, also `Family.generation_names`.
+        z: what the noise process shows of z: c_in * z under EDM, z itself under masking.
+        clean_output: whether the clean stream's last states are read, for families that have such a stream.
     """
 
-    #: names of the public classes the family converts -> the library that has them
-    classes: ClassVar[dict[str, Library]]
-    #: what the family's blocks denoise: `label`, `image`, `tokens` or `next-token`
-    target: ClassVar[str]
-    #: whether the model knows the noise level by itself; if not, conversion adds a noise embedding and adaptive norms
-    knows_noise_level: ClassVar[bool] = False
-    #: whether shared parameters are initialised by the number of layers (then a model has one block)
-    depth_dependent_weights: ClassVar[bool] = False
+    network: nn.Module
+    extra: nn.ModuleDict
+    condition: Tensor
+    final_norm: Callable[[Tensor], Tensor] | None = None
+    layers: Sequence[Callable[..., Any]] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    z: Tensor = field(default_factory=lambda: torch.empty(0))
+    clean_output: bool = True
+
+    def module(self, path: str) -> Any:
+        """The network's module at a dotted path."""
+        return self.network.get_submodule(path)
+
+
+class Family(abc.ABC):
+    """A family of foreign models: where its parts are, and how one block's forward pass runs. Stateless.
+
+    Paths are dotted module names in the original model, so that parameters keep their original names. In them
+    `{base}` stands for the model's `base_model_prefix` (transformers).
+
+    Subclass one of `ClassifierFamily`, `ImageFamily`, `TextFamily` or `NextTokenFamily`, which know what is denoised.
+    """
+
+    #: names of the public classes that the family converts
+    classes: ClassVar[tuple[str, ...]]
+    #: the library that has them
+    library: ClassVar[Library]
+    #: path of the list of layers; several where versions of a library differ, of which a model has one
+    layers: ClassVar[str | tuple[str, ...]]
+    #: paths of the shared modules before the layers, in data-flow order
+    stem: ClassVar[tuple[str, ...]] = ()
+    #: paths of the shared modules after the layers
+    head: ClassVar[tuple[str, ...]] = ()
+    #: paths within a layer of the norms that are made adaptive
+    norms: ClassVar[tuple[str, ...]] = ()
+    #: path of the norm of the head that is made adaptive
+    final_norm: ClassVar[str | None] = None
+    #: the batch entries that are the input x
+    inputs: ClassVar[tuple[str, ...]] = ()
     #: further inputs of a block's forward pass while text is generated
     generation_names: ClassVar[tuple[str, ...]] = ()
     #: the config value that holds the number of layers
-    depth_field: ClassVar[str]
+    depth_field: ClassVar[str] = "num_hidden_layers"
+    #: the config value that holds the width of the residual stream
+    width_field: ClassVar[str] = "hidden_size"
     #: the config value that holds the number of labels, or of different tokens
     class_count_field: ClassVar[str]
+    #: the config values that make the shape of an example: (channels, height, width), or (length,)
+    shape_fields: ClassVar[tuple[str, ...]]
+    #: how targets are configured; its `kind` is what the blocks denoise
+    target_config: ClassVar[type[Any]]
+    #: whether the model knows the noise level by itself; if not, conversion adds a noise embedding and adaptive norms
+    knows_noise_level: ClassVar[bool] = False
+    #: whether shared modules are initialised by the number of layers (then a model has one block)
+    depth_dependent_weights: ClassVar[bool] = False
+
+    # ---- how one block runs ----------------------------------------------------------------------------
 
     @abc.abstractmethod
+    def hidden(self, call: BlockCall) -> tuple[Any, Tensor]:
+        """Run stem and layers on the inputs and the scaled target.
+
+        Returns:
+            (hidden states, F): F is what the noise process combines with z: of its shape under EDM, the states (batch,
+            length, dim) of all positions under masking. Hidden states are whatever else `readout` looks at.
+        """
+
+    @abc.abstractmethod
+    def readout(self, call: BlockCall, hidden: Any, denoised: Tensor) -> Tensor:
+        """What the block returns.
+
+        Args:
+            call: as of `hidden`.
+            hidden: the hidden states that `hidden` returned.
+            denoised: D, float32, of the shape of F.
+
+        Returns:
+            Logits (batch, num_classes) of labels or (batch, length, vocab_size) of tokens, or D itself.
+        """
+
+    # ---- what differs from model to model; the defaults follow from the attributes -----------------------
+
+    @property
+    def target(self) -> str:
+        """What the blocks denoise: `label`, `image`, `tokens` or `next-token`."""
+        return str(self.default_target().kind)
+
     def layers_path(self, model: nn.Module) -> str:
-        """Path of the model's one list of layers."""
+        """Path of the model's one list of layers.
 
-    @abc.abstractmethod
-    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """Paths of the parts that are no layer, in data-flow order: before the layers (stem), then after (head)."""
+        Raises:
+            ValueError: there is none at `layers`, or there are several.
+        """
+        places = self._at(model, (self.layers,) if isinstance(self.layers, str) else self.layers)
+        lists = [path for path in places if isinstance(_module_at(model, path), nn.ModuleList)]
+        if len(lists) != 1:
+            raise ValueError(
+                f"{type(model).__name__}: expected exactly one list of layers among {list(places)}, found {lists}"
+            )
+        return lists[0]
 
-    @abc.abstractmethod
+    def stem_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """Paths of the shared modules before the layers, in data-flow order."""
+        return self._at(model, self.stem)
+
     def head_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """The subset of `shared_paths` that comes after the layers."""
+        """Paths of the shared modules after the layers."""
+        return self._at(model, self.head)
+
+    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """Paths of all shared modules, in data-flow order."""
+        return (*self.stem_paths(model), *self.head_paths(model))
+
+    def final_norm_path(self, model: nn.Module) -> str | None:
+        """Path of the norm of the head that is made adaptive."""
+        return None if self.final_norm is None else self._at(model, (self.final_norm,))[0]
 
     def layer_norms(self, layer: nn.Module) -> list[nn.Module]:
-        """The norms of one layer that are to be made adaptive."""
-        return []
+        """The norms of one layer that are made adaptive."""
+        if missing := [name for name in self.norms if _module_at(layer, name) is None]:
+            raise ValueError(f"{type(layer).__name__} has no norm named {' or '.join(missing)}")
+        return [layer.get_submodule(name) for name in self.norms]
 
-    def final_norms(self, network: nn.Module) -> list[nn.Module]:
-        """The norms of the head that are to be made adaptive."""
-        return []
+    @staticmethod
+    def _at(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+        return tuple(path.format(base=getattr(model, "base_model_prefix", "")) for path in paths)
 
-    @abc.abstractmethod
-    def hidden_size(self, model: nn.Module) -> int:
-        """Width of the residual stream."""
+    def hidden_size(self, config: Any) -> int:
+        """Width of the residual stream of a model with that config."""
+        return int(getattr(config, self.width_field))
 
-    @abc.abstractmethod
     def num_classes(self, config: Any) -> int:
         """Number of labels (or of different tokens) of a model with that config; 0 for a model that knows none."""
+        return int(getattr(config, self.class_count_field) or 0)
 
-    @abc.abstractmethod
     def example_shape(self, config: Any) -> tuple[int, ...]:
         """(channels, height, width) of the images, or (length,) of the texts, of a model with that config."""
+        return tuple(int(getattr(config, name)) for name in self.shape_fields)
 
-    @abc.abstractmethod
+    def input_names(self, config: Any) -> tuple[str, ...]:
+        """The batch entries that are the input x."""
+        return self.inputs
+
+    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
+        """A training batch of `size` examples whose values are whatever was in memory: for its shapes and dtypes."""
+        return {
+            "pixel_values": torch.empty(size, *self.example_shape(config)),
+            "labels": torch.empty(size, dtype=torch.int64),
+        }
+
+    # ---- target and noise ------------------------------------------------------------------------------
+
     def default_target(self) -> TargetConfig:
-        """What the blocks denoise where their config does not say; its `kind` is the family's `target`."""
+        """What the blocks denoise where their config does not say."""
+        return self.target_config()  # type: ignore[no-any-return]
 
     def default_noise(self, config: Any) -> NoiseConfig:
         """The noise process where the blocks' config does not say; no process of another kind will do."""
@@ -82,16 +198,10 @@ class Family(abc.ABC):
     def make_target(self, model: nn.Module, config: BlocksConfig) -> Target:
         """The target of a model's blocks, of a config whose `target` is resolved."""
 
-    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
-        """A training batch of `size` examples whose values are whatever was in memory: for its shapes and dtypes."""
-        return {
-            "pixel_values": torch.empty(size, *self.example_shape(config)),
-            "labels": torch.empty(size, dtype=torch.int64),
-        }
+    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:  # noqa: B027
+        """Give the target what it takes from the model's weights, once `network` has them."""
 
-    @abc.abstractmethod
-    def input_names(self, config: Any) -> tuple[str, ...]:
-        """The batch entries that are the input x."""
+    # ---- what is refused, and what conversion changes -----------------------------------------------------
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ValueError if this very model cannot be converted, saying why."""
@@ -102,115 +212,66 @@ class Family(abc.ABC):
     def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:  # noqa: B027
         """Raise ValueError if its very weights cannot be trained with this BlocksConfig, saying why."""
 
-    def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
-        """New shared modules the family needs (for example the position of an extra token)."""
+    def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
+        """New shared modules that the family needs, such as the position of an extra token."""
         return nn.ModuleDict()
 
-    def settle(self, network: nn.Module) -> None:  # noqa: B027
+    def adjust(self, network: nn.Module) -> None:  # noqa: B027
         """Adjust a block's own copy of its layers, where the original does something that conversion does itself."""
 
-    def settle_config(self, config: Any) -> None:  # noqa: B027
+    def adjust_config(self, config: Any) -> None:  # noqa: B027
         """Adjust the converted model's own copy of the original's config, where conversion changes what it says."""
 
-    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:  # noqa: B027
-        """Give the target what it takes from the model's weights, once `network` has them."""
-
-    @abc.abstractmethod
-    def hidden(
-        self,
-        network: nn.Module,
-        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
-        added: nn.ModuleDict,
-        inputs: Mapping[str, Any],
-        z: Tensor,
-        condition: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Run stem and layers on the input and the scaled target.
-
-        Args:
-            network: the block's part of the model, under the original names.
-            layers: the block's layers, each with its adaptive norms (None where the model knows the noise level).
-            added: what `add_parts` made.
-            inputs: the batch entries `input_names`.
-            z: what the noise process shows of z: c_in * z under EDM, z itself under masking.
-            condition: the noise embedding (batch, dim); where the model knows the noise level, what the process
-                tells of it (batch,): c_noise under EDM, t under masking.
-
-        Returns:
-            (hidden states, F): F is what the noise process combines with z: of its shape under EDM, the states (batch,
-            length, dim) of all positions under masking. Hidden states are whatever else the read-out looks at.
-        """
-
-    @abc.abstractmethod
-    def readout(
-        self,
-        network: nn.Module,
-        final: AdaptiveNorms | None,
-        added: nn.ModuleDict,
-        hidden: Tensor,
-        denoised: Tensor,
-        condition: Tensor,
-    ) -> Tensor:
-        """What the block returns, from D (float32): logits (batch, num_classes) of labels or (batch, length,
-        vocab_size) of tokens, or D itself."""
+    # ---- text that is generated token by token ------------------------------------------------------------
 
     def past(self, batch: int, capacity: int, device: torch.device) -> Any:
-        """What is kept of `batch` sequences of at most `capacity` tokens while they are generated token by token."""
+        """The cache of `batch` sequences of at most `capacity` tokens while they are generated token by token."""
         raise NotImplementedError(f"{type(self).__name__} does not generate token by token")
 
-    def clean_logits(self, network: nn.Module, added: nn.ModuleDict, hidden: Tensor) -> Tensor:
+    def clean_logits(self, call: BlockCall, hidden: Tensor) -> Tensor:
         """Logits (batch, length, vocab_size) that the clean stream gives by itself, for families that have one."""
         raise NotImplementedError(f"{type(self).__name__} has no clean stream")
 
 
-class LogitScale(nn.Module):
-    """A learnable factor on the logits, kept as its logarithm."""
-
-    def __init__(self, start: float) -> None:
-        super().__init__()
-        # One value, not none of a dimension: sharded parameters (FSDP2) must have a first dimension.
-        self.log = nn.Parameter(torch.tensor([float(start)]).log())
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Same shape and dtype."""
-        return logits * self.log.exp().to(logits.dtype)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
-        name = f"{prefix}log"
-        if name in state_dict and state_dict[name].dim() == 0:  # saved before it had a dimension
-            state_dict[name] = state_dict[name].reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args, **options)
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
-class Namespace(nn.Module):
-    """A module that only holds children, so that a part of a model can keep the whole model's parameter names."""
+# ---- the registry --------------------------------------------------------------------------------------------
 
-    def attach(self, path: str, part: nn.Module | nn.Parameter) -> None:
-        """Register a module or parameter at a dotted path below this one."""
-        *parents, name = path.split(".")
-        place: nn.Module = self
-        for parent in parents:
-            if parent not in place._modules:
-                place.add_module(parent, Namespace())
-            place = place.get_submodule(parent)
-        if isinstance(part, nn.Parameter):
-            place.register_parameter(name, part)
-        else:
-            place.add_module(name, part)
+#: Class name -> family, for every class that can be converted.
+FAMILIES: Registry[Family] = Registry("model class")
+
+_FamilyClass = TypeVar("_FamilyClass", bound=type[Family])
 
 
-def extract(model: nn.Module, paths: Iterable[str], *, memo: dict[int, Any], take: bool = False) -> Namespace:
-    """Copy the modules (or bare parameters) at the dotted `paths` into a tree of the same names.
+def register_family(family: _FamilyClass) -> _FamilyClass:
+    """Register a family, so that models of its `classes` are converted, saved and loaded; a class decorator.
+
+    A saved model names its class, and is loaded only where that name is registered: import the package that registers
+    it first. Nothing else is imported for a file.
 
     Args:
-        model: the foreign model; it is not changed.
-        paths: dotted names in it.
-        memo: `copy.deepcopy`'s memo: what it already holds (a config, say) is shared instead of copied.
-        take: put the model's own modules into the tree, without a copy.
+        family: a subclass of `Family`, made without arguments.
+
+    Returns:
+        The same class.
+
+    Raises:
+        TypeError: no such subclass, or methods that it must write are missing.
+        ValueError: attributes are missing, or a name in `classes` is registered already.
     """
-    root = Namespace()
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        part = getattr(model.get_submodule(parent), name)
-        root.attach(path, part if take else copy.deepcopy(part, memo))
-    return root
+    if not isinstance(family, type) or not issubclass(family, Family):
+        raise TypeError(f"register_family takes a subclass of diffusionblocks.families.Family, got {family!r}")
+    needed = ("classes", "library", "layers", "class_count_field", "shape_fields", "target_config")
+    if missing := [name for name in needed if not hasattr(family, name)]:
+        raise ValueError(f"{family.__name__} lacks {', '.join(missing)}: a family says these as class attributes")
+    instance = family()
+    if known := [name for name in instance.classes if name in FAMILIES]:
+        raise ValueError(f"{family.__name__}: {', '.join(known)} is registered already, for another family")
+    for name in instance.classes:
+        FAMILIES.register(name, instance)
+    return family

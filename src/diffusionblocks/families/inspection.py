@@ -22,7 +22,7 @@ def check_unwrapped(model: nn.Module) -> None:
     ancestors = {f"{ancestor.__module__.partition('.')[0]}.{ancestor.__name__}" for ancestor in type(model).__mro__}
     advice = None
     if any(ancestor.startswith("peft.") for ancestor in ancestors):
-        advice = "model = model.merge_and_unload(), or model.unload() to leave its families out"
+        advice = "model = model.merge_and_unload(), or model.unload() to leave its adapters out"
     elif "torch.OptimizedModule" in ancestors:
         advice = "convert model._orig_mod, and compile what convert returns"
     elif ancestors & {"torch.DistributedDataParallel", "torch.DataParallel"}:
@@ -102,7 +102,7 @@ def _check_class(path: str, part: nn.Module, expected: type, refuse: Callable[[s
     if not issubclass(found, expected):
         refuse(
             f"{where} is a {found.__name__} in place of a {expected.__name__}",
-            "convert the model without it, or see docs/design.md, 'Adding a family'",
+            "convert the model without it, or see docs/extending.md, 'A family'",
         )
     methods = _CALLS | {name for name, value in vars(expected).items() if _computes(name, value)}
     for ancestor in found.__mro__[: found.__mro__.index(expected)]:

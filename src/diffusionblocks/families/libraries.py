@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
+from typing_extensions import override
 
 from ..common.formats import read_json
 from .generation_config import rebuilt_generation_config
@@ -111,19 +112,23 @@ class Library(abc.ABC):
 
     Args:
         module: where its public classes are imported from.
-        packages: prefixes of the modules that define them.
-        weights: name of a pretrained model's safetensors file.
+        package: the module or package in which they are defined; default the top-level package of `module`.
     """
 
+    #: name of a pretrained model's safetensors file
+    weights: ClassVar[str]
     #: config values that follow from the number of layers
     depth_dependent: ClassVar[frozenset[str]] = frozenset()
     #: the argument of `from_pretrained` that is a dtype
     dtype_option: ClassVar[str] = "torch_dtype"
 
-    def __init__(self, module: str, packages: tuple[str, ...], weights: str) -> None:
+    def __init__(self, module: str, package: str | None = None) -> None:
         self.module = module
-        self.packages = packages
-        self.weights = weights
+        self.package = package or module.partition(".")[0]
+
+    def defines(self, model_class: type) -> bool:
+        """Whether a class is the library's own, and not another of the same name."""
+        return f"{model_class.__module__}.".startswith(f"{self.package}.")
 
     def model_class(self, name: str) -> Any:
         """The public class of that name."""
@@ -194,23 +199,23 @@ class Library(abc.ABC):
         Raises:
             CannotReadInParts: there are no safetensors files, or what is in them is not as the model has it.
         """
-        found = safetensors_keys(path, self.weights)
-        dtypes, shapes = _described(found)
+        files = safetensors_keys(path, self.weights)
+        dtypes, shapes = _headers(files)
         config, dtype = self._pretrained_config(model_class, path, values, set(dtypes.values()), dtype)
         model = self.outline(model_class, config)
-        expected = model.state_dict()
+        tensors = model.state_dict()
         places: dict[str, tuple[Path, str]] = {}
-        for key, name in self._names(model, found).items():
-            if name not in expected:
+        for key, name in self._names(model, files).items():
+            if name not in tensors:
                 continue  # the library reads over it, too
-            if name in places or shapes[key] != expected[name].shape:
+            if name in places or shapes[key] != tensors[name].shape:
                 raise CannotReadInParts(f"{key} does not fit {name}")
-            places[name] = found[key], key
+            places[name] = files[key], key
         for names in self._tied(model):
             stored = next((places[name] for name in names if name in places), None)
             if stored is not None:
                 places |= {name: stored for name in names if name not in places}
-        missing = frozenset(expected.keys() - places.keys())
+        missing = frozenset(tensors.keys() - places.keys())
         return Checkpoint(config, dtype, places, missing, self.generation_config(path))
 
     def generation_config(self, path: str | Path) -> Any:
@@ -243,13 +248,15 @@ class Transformers(Library):
     # The stages of a model that can serve as a backbone (DINOv2), the kinds of layers (Qwen): one a layer.
     depth_dependent = frozenset({"stage_names", "out_features", "out_indices", "layer_types"})
     dtype_option = "dtype"
+    weights = "model.safetensors"
 
+    @override
     def fields(self, model_class: Any) -> set[str]:
-        """See `Library`."""
         return set(model_class.config_class().to_dict()) | {"num_labels", "attn_implementation"}
 
+    @override
     def config(self, model_class: Any, values: dict[str, Any]) -> Any:
-        """See `Library`. ValueError: what `check_attention` refuses."""
+        """The config object of a class from plain values. ValueError: what `check_attention` refuses."""
         values = dict(values)
         attention = values.pop("attn_implementation", None)
         with _refusing(f"model.config of {model_class.__name__}"):
@@ -259,25 +266,30 @@ class Transformers(Library):
         check_attention(config)
         return config
 
+    @override
     def values(self, config: Any) -> dict[str, Any]:
-        """See `Library`."""
         return dict(config.to_dict()) | {"attn_implementation": config._attn_implementation}
 
+    @override
     def _create(self, model_class: Any, config: Any) -> nn.Module:
         check_attention(config)
         return model_class(config)  # type: ignore[no-any-return]
 
+    @override
     def pretrained(
         self, model_class: Any, path: str | Path, values: dict[str, Any], dtype: torch.dtype | None = None
     ) -> nn.Module:
-        """See `Library`. ValueError: a `generation_config.json` that the library does not take, or an attention
-        implementation that `check_attention` refuses."""
+        """An instance with the weights of a folder or hub name; `values` override its config.
+
+        ValueError: a `generation_config.json` that the library does not take, or an attention implementation that
+        `check_attention` refuses.
+        """
         self.generation_config(path)
         self._config_of(model_class, path, values)
         return super().pretrained(model_class, path, values, dtype)
 
+    @override
     def restored(self, model_class: Any, path: Path) -> nn.Module:
-        """See `Library`."""
         self._config_of(model_class, path, {})
         return super().restored(model_class, path)
 
@@ -290,11 +302,12 @@ class Transformers(Library):
         check_attention(config, f"{path}/config.json: ")
         return config, unused
 
+    @override
     def generation_config(self, path: str | Path) -> Any:
-        """See `Library`."""
         file = cached_file(path, "generation_config.json")
         return None if file is None else rebuilt_generation_config(read_json(file), str(file))
 
+    @override
     def _pretrained_config(
         self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str], dtype: torch.dtype | None
     ) -> tuple[Any, torch.dtype]:
@@ -314,9 +327,11 @@ class Transformers(Library):
         config.dtype, config.name_or_path = dtype, str(path)
         return config, dtype
 
+    @override
     def _tied(self, model: nn.Module) -> list[tuple[str, str]]:
         return list(model.all_tied_weights_keys.items())  # type: ignore[union-attr, operator]
 
+    @override
     def _names(self, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
@@ -325,13 +340,13 @@ class Transformers(Library):
             mapping: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
             renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
             converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-            prefix, expected = str(model.base_model_prefix), model.state_dict()
+            prefix, tensors = str(model.base_model_prefix), model.state_dict()
             names = {}
             for key in keys:
-                name, changed = rename_source_key(key, renamings, converters, prefix, expected)
+                name, changed = rename_source_key(key, renamings, converters, prefix, tensors)
                 if changed is not None:
                     raise CannotReadInParts(f"the library changes {key} when it loads it, not only its name")
-                names[key] = key if name not in expected and key in expected else name
+                names[key] = key if name not in tensors and key in tensors else name
         except (ImportError, AttributeError, TypeError) as error:
             raise CannotReadInParts(f"this version of transformers renames weights in another way: {error}") from error
         return names
@@ -340,12 +355,14 @@ class Transformers(Library):
 class Diffusers(Library):
     """diffusers: the config is the mapping of the constructor's arguments."""
 
+    weights = "diffusion_pytorch_model.safetensors"
+
+    @override
     def fields(self, model_class: Any) -> set[str]:
-        """See `Library`."""
         return set(model_class._get_init_keys(model_class)) - {"self", "kwargs"}
 
+    @override
     def config(self, model_class: Any, values: dict[str, Any]) -> Any:
-        """See `Library`."""
         unknown = sorted(set(values) - self.fields(model_class))
         if unknown:
             raise ValueError(f"{model_class.__name__} takes no {unknown}")
@@ -353,22 +370,25 @@ class Diffusers(Library):
         with torch.device("meta"), _refusing(f"model.config of {model_class.__name__}"):
             return model_class(**values).config
 
+    @override
     def values(self, config: Any) -> dict[str, Any]:
-        """See `Library`."""
         return {name: value for name, value in config.items() if not name.startswith("_")}
 
+    @override
     def _create(self, model_class: Any, config: Any) -> nn.Module:
         return model_class(**self.values(config))  # type: ignore[no-any-return]
 
+    @override
     def _pretrained_config(
         self, model_class: Any, path: str | Path, values: dict[str, Any], stored: set[str], dtype: torch.dtype | None
     ) -> tuple[Any, torch.dtype]:
-        described = model_class.load_config(path)
-        if described.get("quantization_config") is not None:
+        values_there = model_class.load_config(path)
+        if values_there.get("quantization_config") is not None:
             raise CannotReadInParts("it is quantised")
         with torch.device("meta"):
-            return model_class.from_config(described, **values).config, dtype or torch.float32
+            return model_class.from_config(values_there, **values).config, dtype or torch.float32
 
+    @override
     def _names(self, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
         names = {key: key for key in keys}
         unknown = sorted(names.keys() - model.state_dict().keys())
@@ -398,25 +418,25 @@ def cached_file(path: str | Path, name: str) -> Path | None:
     from transformers.utils import cached_file as cached
 
     try:
-        found = cached(str(path), name)
+        file = cached(str(path), name)
     except OSError:
         return None
-    return None if found is None else Path(found)
+    return None if file is None else Path(file)
 
 
-def _described(keys: dict[str, Path]) -> tuple[dict[str, str], dict[str, torch.Size]]:
+def _headers(keys: dict[str, Path]) -> tuple[dict[str, str], dict[str, torch.Size]]:
     """Dtype (its safetensors name) and shape of every tensor, from the files' headers."""
     dtypes, shapes = {}, {}
     for path in set(keys.values()):
         with safe_open(path, "pt") as file:
-            for key in set(file.keys()) & {key for key, found in keys.items() if found == path}:
+            for key in set(file.keys()) & {key for key, file_of_key in keys.items() if file_of_key == path}:
                 part = file.get_slice(key)
                 dtypes[key], shapes[key] = part.get_dtype(), torch.Size(part.get_shape())
-    if lost := sorted(keys.keys() - shapes.keys()):
-        raise CannotReadInParts(f"its files lack {', '.join(lost[:3])}")
+    if missing := sorted(keys.keys() - shapes.keys()):
+        raise CannotReadInParts(f"its files lack {', '.join(missing[:3])}")
     return dtypes, shapes
 
 
-TRANSFORMERS = Transformers("transformers", ("transformers.",), "model.safetensors")
-DIFFUSERS = Diffusers("diffusers", ("diffusers.",), "diffusion_pytorch_model.safetensors")
-OURS = Diffusers("diffusionblocks.models", ("diffusionblocks.models.",), "diffusion_pytorch_model.safetensors")
+TRANSFORMERS = Transformers("transformers")
+DIFFUSERS = Diffusers("diffusers")
+OURS = Diffusers("diffusionblocks.models", "diffusionblocks.models")

@@ -1,7 +1,8 @@
-"""Which family serves which class. Discovery proposes, never guesses: an unknown class is an error."""
+"""Look-up by class name: family, public class, config and weights. An unknown class is an error, never a guess."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,14 @@ import torch
 from torch import nn
 
 from ..common.finite import DIVERGED, require_finite
-from .causal_lm import CausalLMFamily
-from .dit import DiffusersDiTFamily, DiTFamily
-from .family import Family
+from .family import FAMILIES, Family
 from .inspection import check_plain, check_unwrapped
 from .libraries import Checkpoint, Library
-from .masked_lm import MaskedTransformerFamily
-from .recurrent import RecurrentDepthFamily
-from .vit import ViTFamily
-
-_FAMILIES: tuple[Family, ...] = (
-    ViTFamily(),
-    DiTFamily(),
-    DiffusersDiTFamily(),
-    MaskedTransformerFamily(),
-    CausalLMFamily(),
-    RecurrentDepthFamily(),
-)
 
 
-def supported_classes() -> dict[str, Family]:
+def supported_classes() -> Mapping[str, Family]:
     """Class name -> family, for every class that can be converted."""
-    return {name: family for family in _FAMILIES for name in family.classes}
+    return FAMILIES
 
 
 def family_for(model: nn.Module) -> Family:
@@ -43,22 +30,31 @@ def family_for(model: nn.Module) -> Family:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
     check_unwrapped(model)
-    known = supported_classes()
-    for ancestor in type(model).__mro__:  # a user's subclass of a known class keeps its structure
-        family = known.get(ancestor.__name__)
-        if family is not None and ancestor.__module__.startswith(family.classes[ancestor.__name__].packages):
-            family.check(model)
-            return family
+    if (name := _registered_name(model)) is not None:
+        family = FAMILIES[name]
+        family.check(model)
+        return family
     raise ValueError(
-        f"cannot convert {type(model).__name__}: no family knows this class; supported: {', '.join(sorted(known))}. "
-        "See docs/design.md, 'Adding a family'."
+        f"cannot convert {type(model).__name__}: no family knows this class; supported: {', '.join(sorted(FAMILIES))}. "
+        "To register one, see docs/extending.md, 'A family'."
     )
+
+
+def _registered_name(model: nn.Module) -> str | None:
+    """The name of the registered class that a model is an instance of: a user's subclass keeps its structure."""
+    for ancestor in type(model).__mro__:
+        family = FAMILIES.get(ancestor.__name__)
+        if family is not None and family.library.defines(ancestor):
+            return ancestor.__name__
+    return None
 
 
 def class_name_of(model: nn.Module) -> str:
     """The name of the supported class that a model is an instance of."""
-    family = family_for(model)
-    return next(ancestor.__name__ for ancestor in type(model).__mro__ if ancestor.__name__ in family.classes)
+    family_for(model)
+    name = _registered_name(model)
+    assert name is not None
+    return name
 
 
 def check_convertible(model: nn.Module) -> None:
@@ -66,36 +62,38 @@ def check_convertible(model: nn.Module) -> None:
     family: Any = family_for(model)
     reference = outline(class_name_of(model), model.config)
     layers = family.layers_path(reference)
-    kept = [f"{layers}.{name}" for name, _ in reference.get_submodule(layers).named_children()]
-    check_plain(model, reference, [*kept, *family.shared_paths(reference)])
+    in_blocks = [f"{layers}.{name}" for name, _ in reference.get_submodule(layers).named_children()]
+    check_plain(model, reference, [*in_blocks, *family.shared_paths(reference)])
 
 
 def family_named(model_class: str) -> Family:
     """The family of the class of that name.
 
     Raises:
-        ValueError: the name is not in the registry.
+        ValueError: the name is not registered.
     """
-    known = supported_classes()
-    if model_class not in known:
-        raise ValueError(f"unknown model class {model_class!r}; supported: {', '.join(sorted(known))}")
-    return known[model_class]
+    if model_class not in FAMILIES:
+        raise ValueError(
+            f"unknown model class {model_class!r}; supported: {', '.join(sorted(FAMILIES))}. Of a class of your own, "
+            "first import the package that registers its family (diffusionblocks.register_family)"
+        )
+    return FAMILIES[model_class]
 
 
-def _found(model_class: str) -> tuple[Library, Any]:
-    library = family_named(model_class).classes[model_class]
+def _imported(model_class: str) -> tuple[Library, Any]:
+    library = family_named(model_class).library
     return library, library.model_class(model_class)
 
 
 def model_class_named(name: str) -> Any:
-    """The public class of that name, imported from its library; only names in the registry are imported."""
-    return _found(name)[1]
+    """The public class of a registered name, imported from its library; nothing else is imported."""
+    return _imported(name)[1]
 
 
 def config_fields(model_class: str) -> set[str]:
     """Names of the config values that a supported class takes."""
-    library, found = _found(model_class)
-    return library.fields(found)
+    library, imported = _imported(model_class)
+    return library.fields(imported)
 
 
 def rebuild_config(model_class: str, values: dict[str, Any]) -> Any:
@@ -106,32 +104,32 @@ def rebuild_config(model_class: str, values: dict[str, Any]) -> Any:
     """
     if not isinstance(model_class, str) or not isinstance(values, dict):
         raise ValueError(f"a model is described by a class name and a mapping, got {model_class!r}, {values!r}")
-    library, found = _found(model_class)
-    return library.config(found, values)
+    library, imported = _imported(model_class)
+    return library.config(imported, values)
 
 
 def config_values(model_class: str, config: Any) -> dict[str, Any]:
     """The plain JSON values of a config: the inverse of `rebuild_config`."""
-    return _found(model_class)[0].values(config)
+    return _imported(model_class)[0].values(config)
 
 
 def instantiate(model_class: str, model_config: Any) -> nn.Module:
     """A freshly initialised instance of a supported class; the global random state is left as it was."""
-    library, found = _found(model_class)
-    return library.create(found, model_config)
+    library, imported = _imported(model_class)
+    return library.create(imported, model_config)
 
 
 def outline(model_class: str, model_config: Any) -> nn.Module:
     """An instance of a supported class on the meta device: no memory, and no random draws."""
-    library, found = _found(model_class)
-    return library.outline(found, model_config)
+    library, imported = _imported(model_class)
+    return library.outline(imported, model_config)
 
 
 def with_depth(model_class: str, model_config: Any, layers: int) -> Any:
     """The config with another number of layers."""
-    library, found = _found(model_class)
+    library, imported = _imported(model_class)
     values = {n: v for n, v in library.values(model_config).items() if n not in library.depth_dependent}
-    return library.config(found, values | {family_named(model_class).depth_field: layers})
+    return library.config(imported, values | {family_named(model_class).depth_field: layers})
 
 
 def pretrained(
@@ -148,8 +146,8 @@ def pretrained(
     Raises:
         OSError, ValueError: what the library's `from_pretrained` refuses; or weights that are not finite.
     """
-    library, found = _found(model_class)
-    model = library.pretrained(found, path, values, dtype)
+    library, imported = _imported(model_class)
+    model = library.pretrained(imported, path, values, dtype)
     require_finite(model.state_dict().items(), str(path), DIVERGED)
     return model
 
@@ -160,8 +158,8 @@ def restored(model_class: str, path: Path) -> nn.Module:
     Raises:
         ValueError: tensors are missing, unexpected or of another shape, or the library cannot read them.
     """
-    library, found = _found(model_class)
-    return library.restored(found, path)
+    library, imported = _imported(model_class)
+    return library.restored(imported, path)
 
 
 def checkpoint(
@@ -172,5 +170,5 @@ def checkpoint(
     Raises:
         CannotReadInParts: only the library itself can read it; the message says why.
     """
-    library, found = _found(model_class)
-    return library.checkpoint(found, path, values, dtype)
+    library, imported = _imported(model_class)
+    return library.checkpoint(imported, path, values, dtype)

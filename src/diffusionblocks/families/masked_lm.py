@@ -2,61 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..config import BlocksConfig, TokenTargetConfig
-from ..layers.adaptive_norms import AdaptiveNorms
 from ..noise import Masking
 from ..targets import TokenTarget
-from .dit import DenoisingTransformer
-from .libraries import OURS, Library
-from .text_family import TextFamily
+from .family import BlockCall, register_family
+from .kinds import DenoiserFamily, TextFamily
+from .libraries import OURS
 
 
-class MaskedTransformerFamily(TextFamily, DenoisingTransformer):
+@register_family
+class MaskedTransformerFamily(TextFamily, DenoiserFamily):
     """Converts `diffusionblocks.models.MaskedTransformer`: z is the partly masked sequence, and there is no other x."""
 
-    classes: ClassVar[dict[str, Library]] = {"MaskedTransformer": OURS}
-    target = "tokens"
-    _read_out = "head.linear"
+    classes = ("MaskedTransformer",)
+    library = OURS
+    target_config = TokenTargetConfig
+    layers = "layers"
+    stem = ("token_embedder", "time_embedder", "positions")
+    head = ("head",)
+    last_linear = "head.linear"
 
-    def layers_path(self, model: nn.Module) -> str:
-        """See `Family`."""
-        return "layers"
-
-    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("token_embedder", "time_embedder", "positions", *self.head_paths(model))
-
-    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("head",)
-
-    def example_shape(self, config: Any) -> tuple[int]:
-        """See `Family`."""
-        return (int(config.sequence_length),)
-
-    def input_names(self, config: Any) -> tuple[str, ...]:
-        """See `Family`."""
-        return ()
-
-    def default_target(self) -> TokenTargetConfig:
-        """See `Family`."""
-        return TokenTargetConfig()
-
+    @override
     def default_noise(self, config: Any) -> Masking:
-        """See `Family`."""
         return Masking(vocab_size=self.num_classes(config))
 
+    @override
     def make_target(self, model: nn.Module, config: BlocksConfig) -> TokenTarget:
-        """See `Family`."""
         return TokenTarget(self.num_classes(model.config), *self.example_shape(model.config))
 
+    @override
     def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
-        """See `Family`."""
         super().check_config(model, config)
         noise, count = config.noise, self.num_classes(model.config)
         size = getattr(noise, "vocab_size", count)
@@ -66,32 +46,21 @@ class MaskedTransformerFamily(TextFamily, DenoisingTransformer):
                 f"and the mask is the id after them; set blocks.noise.vocab_size to {count}"
             )
 
-    def hidden(
-        self,
-        network: nn.Module,
-        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
-        added: nn.ModuleDict,
-        inputs: Mapping[str, Tensor],
-        z: Tensor,
-        condition: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Family`: what the head is told of t, and what it is given."""
-        c = network.get_submodule("time_embedder")(condition)
-        rotation = network.get_submodule("positions")(z)
-        tokens = network.get_submodule("token_embedder")(z)
-        for layer, _ in layers:
+    @override
+    def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        """Returns the embedding of t, which also conditions the head, and the states that the head reads."""
+        c = call.module("time_embedder")(call.condition)
+        rotation = call.module("positions")(call.z)
+        tokens = call.module("token_embedder")(call.z)
+        for layer in call.layers:
             tokens = layer(tokens, c, rotation)
         return c, tokens
 
-    def states(
-        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Tensor, denoised: Tensor, condition: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `TextFamily`."""
+    @override
+    def states(self, call: BlockCall, hidden: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor]:
         return denoised, hidden
 
-    def logits(
-        self, network: nn.Module, final: AdaptiveNorms | None, added: nn.ModuleDict, states: Tensor, told: Tensor
-    ) -> Tensor:
-        """See `TextFamily`."""
-        head = network.get_submodule("head")
-        return head(states.to(next(head.parameters()).dtype), told).float()  # type: ignore[no-any-return]
+    @override
+    def logits(self, call: BlockCall, states: Tensor, condition: Tensor) -> Tensor:
+        head = call.module("head")
+        return head(states.to(next(head.parameters()).dtype), condition).float()  # type: ignore[no-any-return]

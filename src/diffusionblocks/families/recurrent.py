@@ -9,19 +9,20 @@ nothing to split: one block owns all levels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..config import BlocksConfig, NextTokenTargetConfig
-from ..layers.adaptive_norms import AdaptiveNorms
+from ..layers.logit_scale import LogitScale
 from ..layers.two_streams import Streams, two_streams
-from .family import LogitScale
-from .libraries import OURS, Library
-from .next_token_family import NextTokenFamily
+from .family import BlockCall, register_family
+from .kinds import NextTokenFamily
+from .libraries import OURS
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -40,41 +41,24 @@ class _Places:
         return functools.partial(two_streams, streams=self.streams, layer=layer)
 
 
+@register_family
 class RecurrentDepthFamily(NextTokenFamily):
     """Converts our `RecurrentDepth`. The layers of the block are those of the core."""
 
-    classes: ClassVar[dict[str, Library]] = {"RecurrentDepth": OURS}
+    classes = ("RecurrentDepth",)
+    library = OURS
+    layers = "core"
+    stem = ("embedding", "positions", "prelude", "adapter")
+    head = ("coda", "final_norm")
+    norms = ("norm1", "norm3")
+    final_norm = "final_norm"
     embedding_path = "embedding.weight"
     shift = 1  # the position of a token denoises the one after it
     depth_dependent_weights = True
     depth_field = "num_core_layers"
 
-    def layers_path(self, model: nn.Module) -> str:
-        """See `Family`."""
-        return "core"
-
-    def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("embedding", "positions", "prelude", "family", *self.head_paths(model))
-
-    def head_paths(self, model: nn.Module) -> tuple[str, ...]:
-        """See `Family`."""
-        return ("coda", "final_norm")
-
-    def layer_norms(self, layer: nn.Module) -> list[nn.Module]:
-        """See `Family`."""
-        return [layer.get_submodule("norm1"), layer.get_submodule("norm3")]
-
-    def final_norms(self, network: nn.Module) -> list[nn.Module]:
-        """See `Family`."""
-        return [network.get_submodule("final_norm")]
-
-    def example_shape(self, config: Any) -> tuple[int]:
-        """See `Family`."""
-        return (int(config.sequence_length),)
-
+    @override
     def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
-        """See `Family`."""
         assert isinstance(config.target, NextTokenTargetConfig)
         if config.num_blocks != 1:
             raise ValueError(
@@ -87,66 +71,55 @@ class RecurrentDepthFamily(NextTokenFamily):
                 "leave it out"
             )
 
-    def add_parts(self, model: nn.Module, config: Any) -> nn.ModuleDict:
-        """See `Family`."""
+    @override
+    def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
+        assert isinstance(config.target, NextTokenTargetConfig)
         return nn.ModuleDict({"logit_scale": LogitScale(config.target.logit_scale)})
 
-    def hidden(
-        self,
-        network: nn.Module,
-        layers: Sequence[tuple[nn.Module, AdaptiveNorms | None]],
-        added: nn.ModuleDict,
-        inputs: Mapping[str, Any],
-        z: Tensor,
-        condition: Tensor,
-    ) -> tuple[Any, Tensor]:
-        """See `Family`.
+    @override
+    def hidden(self, call: BlockCall) -> tuple[Any, Tensor]:
+        """Run prelude and core.
 
         Args:
-            network, layers, added, condition: as there.
-            inputs: `input_ids` (batch, length), of which the last one is not read: nothing comes after it; where text
-                is generated the new tokens (right-padded), with `past` and `counts` (batch,), see `Streams`.
-            z: (batch, length - 1, dim), or one state for each new token.
+            call: `inputs` has `input_ids` (batch, length), of which the last one is not read: nothing comes after it;
+                where text is generated the new tokens (right-padded), with `past` and `counts` (batch,), see `Streams`.
+                `z` is (batch, length - 1, dim), or one state for each new token.
 
         Returns:
             (what the coda needs to know of the positions, F of the shape of z).
         """
-        tokens, past = inputs["input_ids"], inputs.get("past")
-        positions = network.get_submodule("positions")
+        tokens, past = call.inputs["input_ids"], call.inputs.get("past")
+        positions = call.module("positions")
         if past is None:
             tokens = tokens[:, :-1]
             places = _Places(positions(tokens), None)
         else:
-            streams = Streams(0, tokens.shape[1], z.device, past=past, counts=inputs.get("counts"))
+            streams = Streams(0, tokens.shape[1], call.z.device, past=past, counts=call.inputs.get("counts"))
             cos, sin = positions(tokens, streams.positions)
             places = _Places((cos[:, None], sin[:, None]), streams)
-        context = network.get_submodule("embedding")(tokens)
-        prelude = list(network.get_submodule("prelude").children())
+        context = call.module("embedding")(tokens)
+        prelude = list(call.module("prelude").children())
         for number, layer in enumerate(prelude):
             context = layer(context, places.rotation, places.attend(number))
-        family = network.get_submodule("family")
-        state = family(torch.cat([z.to(context.dtype), context], dim=-1)).to(context.dtype)
-        for number, (layer, adaptive) in enumerate(layers, len(prelude)):
-            assert adaptive is not None
-            state = adaptive(layer, condition, state, places.rotation, places.attend(number))
-        return (places, len(prelude) + len(layers)), state
+        state = call.module("adapter")(torch.cat([call.z.to(context.dtype), context], dim=-1)).to(context.dtype)
+        for number, core_layer in enumerate(call.layers, len(prelude)):
+            state = core_layer(state, places.rotation, places.attend(number))
+        return (places, len(prelude) + len(call.layers)), state
 
-    def states(
-        self, network: nn.Module, final: AdaptiveNorms | None, hidden: Any, denoised: Tensor, condition: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `TextFamily`: the coda, of the normalised D."""
-        assert final is not None
+    @override
+    def states(self, call: BlockCall, hidden: Any, denoised: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the coda, on the normalised D."""
+        assert call.final_norm is not None
         places, before = hidden
-        norm = network.get_submodule("final_norm")
-        x = final(norm, condition, denoised.to(next(norm.parameters()).dtype))
-        for number, layer in enumerate(network.get_submodule("coda").children(), before):
+        norm = call.module("final_norm")
+        x = call.final_norm(denoised.to(next(norm.parameters()).dtype))
+        for number, layer in enumerate(call.module("coda").children(), before):
             x = layer(x, places.rotation, places.attend(number))
         if places.streams is not None:
             places.streams.past.advance(places.streams.counts, x.shape[1])
-        return norm(x), condition
+        return norm(x), call.condition
 
-    def logits(
-        self, network: nn.Module, final: AdaptiveNorms | None, added: nn.ModuleDict, states: Tensor, told: Tensor
-    ) -> Tensor:
-        """See `TextFamily`: the tied head."""
-        return added["logit_scale"](network.get_submodule("embedding").logits(states))  # type: ignore[operator, no-any-return]
+    @override
+    def logits(self, call: BlockCall, states: Tensor, condition: Tensor) -> Tensor:
+        """Logits by the tied head."""
+        return call.extra["logit_scale"](call.module("embedding").logits(states))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Telling a layer its noise level: a noise embedding, and adaptive norms for models that have none.
+"""Conditioning on the noise level: a noise embedding, and adaptive norms for models that have none.
 
 The adaptive norms wrap the model's own norms from outside, by forward hooks: no module is replaced, so parameters
 keep their original names, and the scale and shift are zero-initialised, so that a converted layer starts as the
@@ -15,21 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class ExactBuffers(nn.Module):
-    """A module whose own buffers keep at least float32's digits when it is cast to another dtype.
-
-    For the frequencies that a noise level is told with: rounded to bfloat16 they tell other levels, by tenths of a
-    radian.
-    """
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ExactBuffers:
-        exact = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, exact[name].to(buffer.device))
-        return self
+from .exact_buffers import ExactBuffers
 
 
 class NoiseEmbedding(ExactBuffers):

@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.adaptive_norms import ExactBuffers
+from ..layers.exact_buffers import ExactBuffers
 
 
 class TimestepEmbedder(ExactBuffers):

@@ -5,7 +5,7 @@ what the prelude gave; coda layers read the answer off the last state. No librar
 an ordinary diffusers model (`save_pretrained`, `from_pretrained`, `config`), so it is converted like any other.
 
 What is from where. The Huginn paper: sandwich norms, RMSNorm, gated SiLU MLP, rotary positions of base 50,000, biases
-on queries and keys alone, the family on (state, prelude output), one norm n_c after the recurrence and again after
+on queries and keys alone, the adapter on (state, prelude output), one norm n_c after the recurrence and again after
 the coda, the tied head, the state's and the weights' distribution, the random depth. The authors' code (seal-rg,
 recurrent-pretraining): norms' eps, that the linear half of the gated MLP starts as small as the output projections,
 that the depth is drawn once a batch. The DiffusionBlocks paper: the shape, of Pythia-70M (2 + 4 + 2 layers, width
@@ -116,7 +116,7 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Causal language model whose core layers are iterated. The default shape is Pythia-70M's, over 32,000 tokens.
 
     Its parts are called one by one by whoever trains it in another way: `embed`, `prelude`, `initial_state`,
-    `core_pass` (`family` and `core`), `core_norm`, `coda`, `final_norm`, `head`.
+    `core_pass` (`adapter` and `core`), `core_norm`, `coda`, `final_norm`, `head`.
 
     Args:
         vocab_size: number of different tokens, >= 2.
@@ -188,7 +188,7 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.embedding = TiedEmbedding(vocab_size, hidden_size)
         self.positions = RotaryPositions(hidden_size // num_attention_heads, rope_base)
         self.prelude = layers(num_prelude_layers)
-        self.family = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+        self.adapter = nn.Linear(2 * hidden_size, hidden_size, bias=False)
         self.core = layers(num_core_layers)
         self.coda = layers(num_coda_layers)
         self.final_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
@@ -200,7 +200,7 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         std = self.state_std
         small = std / math.sqrt(2 * depth)
         _draw(self.embedding.weight, std)
-        _draw(self.family.weight, std)
+        _draw(self.adapter.weight, std)
         for layer in [*self.prelude, *self.core, *self.coda]:
             assert isinstance(layer, SandwichLayer)
             gate, up = layer.mlp.gate_up.weight.chunk(2)
@@ -236,8 +236,8 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def core_pass(self, state: Tensor, context: Tensor, rotation: Rotation) -> Tensor:
         """One iteration: state and the prelude's output, each (batch, length, d) -> the next state, likewise."""
-        # Under autocast the family gives bfloat16; the residual stream stays as it is.
-        x: Tensor = self.family(torch.cat([state, context], dim=-1)).to(state.dtype)
+        # Under autocast the adapter gives bfloat16; the residual stream stays as it is.
+        x: Tensor = self.adapter(torch.cat([state, context], dim=-1)).to(state.dtype)
         for layer in self.core:
             x = layer(x, rotation)
         return x
@@ -365,7 +365,7 @@ def depth_generator(generator: torch.Generator | None) -> torch.Generator:
 
 
 def layer_passes(prelude: int, core: int, coda: int, iterations: int, backprop_depth: int) -> tuple[int, int]:
-    """Layers that a training step runs (forward, backward); the family, an eighth of a layer at the
+    """Layers that a training step runs (forward, backward); the adapter, an eighth of a layer at the
     default shape, is not counted.
 
     Args:

@@ -1,8 +1,7 @@
 """Planning: the bytes of a recipe's training step before it runs, and what fits into a budget."""
 
-from .ledger import Forecast, Ledger
-from .planner import Fit, Plan, parse_budget, plan, plan_with
-from .predictor import WORKSPACE_BYTES, Predictor, forecast, predict
+from .ledger import WORKSPACE_BYTES, Forecast, Ledger, forecast, predict
+from .planner import Fit, Plan, parse_budget, plan
 
 __all__ = [
     "WORKSPACE_BYTES",
@@ -10,10 +9,8 @@ __all__ = [
     "Forecast",
     "Ledger",
     "Plan",
-    "Predictor",
     "forecast",
     "parse_budget",
     "plan",
-    "plan_with",
     "predict",
 ]

@@ -1,0 +1,154 @@
+"""Kinds of families, by what their blocks denoise: a label, an image, masked tokens, or the next token."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig
+from ..layers.two_streams import Past
+from ..targets import ImageTarget, LabelTarget, NextTokenTarget, Target
+from .family import BlockCall, Family
+
+
+class ClassifierFamily(Family):
+    """Classifiers: an image in, logits of its label out; the label's embedding is denoised."""
+
+    target_config = LabelTargetConfig
+    inputs = ("pixel_values",)
+    class_count_field = "num_labels"
+    shape_fields = ("num_channels", "image_size", "image_size")
+
+    @override
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> LabelTarget:
+        assert isinstance(config.target, LabelTargetConfig)
+        count, dim = self.num_classes(model.config), self.hidden_size(model.config)
+        return LabelTarget(count, dim, learned=config.target.embedding == "learned", seed=config.seed)
+
+
+class DenoiserFamily(Family):
+    """Transformers that know the noise level by themselves and are one block's whole network: F is what they return."""
+
+    knows_noise_level = True
+    depth_field = "num_layers"
+    #: path of the last linear layer, which may start at zero
+    last_linear: ClassVar[str]
+
+    @override
+    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
+        if config.conditioning_dim is not None:
+            raise ValueError(
+                f"conditioning_dim = {config.conditioning_dim}: {type(model).__name__} knows the noise level by "
+                "itself, so none is added; leave it out"
+            )
+
+    @override
+    def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:
+        last = model.get_submodule(self.last_linear)
+        if config.shared == "frozen" and not any(bool(p.any()) for p in last.parameters()):
+            raise ValueError(
+                f"shared = frozen would freeze {self.last_linear}, which is zero in a fresh {type(model).__name__}: "
+                "it could never learn; use shared: replicated, or start from trained weights"
+            )
+
+
+class ImageFamily(DenoiserFamily):
+    """Diffusion models of images: F is of the noised image, given c_noise and the label."""
+
+    target_config = ImageTargetConfig
+    shape_fields = ("in_channels", "sample_size", "sample_size")
+
+    @override
+    def input_names(self, config: Any) -> tuple[str, ...]:
+        return ("labels",) if self.num_classes(config) else ()
+
+    @override
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> ImageTarget:
+        assert isinstance(config.target, ImageTargetConfig)
+        channels, height, width = self.example_shape(model.config)
+        count, dropout = self.num_classes(model.config), config.target.label_dropout
+        return ImageTarget((channels, height, width), num_classes=count, label_dropout=dropout)
+
+    @override
+    def readout(self, call: BlockCall, hidden: Tensor, denoised: Tensor) -> Tensor:
+        return denoised
+
+
+class TextFamily(Family):
+    """Models of text: tokens in, logits at every position out.
+
+    The read-out comes in two halves: the states of all positions, and the logits of any of them. Only the second is as
+    large as the vocabulary, and there each position is on its own. So a loss can be computed on some positions at a
+    time (`Block.loss_chunk`).
+    """
+
+    class_count_field = "vocab_size"
+    shape_fields = ("sequence_length",)
+
+    @override
+    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
+
+    def states(self, call: BlockCall, hidden: Any, denoised: Tensor) -> tuple[Tensor, Tensor]:
+        """The first half of `readout`, whose arguments see.
+
+        Returns:
+            (states (batch, length, dim), the condition of `logits` for each sample (batch, dim)).
+        """
+        return denoised, call.condition
+
+    @abc.abstractmethod
+    def logits(self, call: BlockCall, states: Tensor, condition: Tensor) -> Tensor:
+        """The second half, of any of the positions: (batch, some, dim) -> (batch, some, vocab_size).
+
+        Args:
+            call: has modules only: `network`, `extra`, and `final_norm` for that condition.
+            states, condition: what `states` returned.
+        """
+
+    @override
+    def readout(self, call: BlockCall, hidden: Any, denoised: Tensor) -> Tensor:
+        return self.logits(call, *self.states(call, hidden, denoised))
+
+
+class NextTokenFamily(TextFamily):
+    """Language models: tokens in, the embedding of a token each out."""
+
+    target_config = NextTokenTargetConfig
+    inputs = ("input_ids",)
+    generation_names = ("past", "counts")
+    #: path of the input embedding's weight, whose rows the target can take
+    embedding_path: ClassVar[str]
+    #: see `NextTokenTarget`
+    shift: ClassVar[int]
+
+    @override
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> NextTokenTarget:
+        options = config.target
+        assert isinstance(options, NextTokenTargetConfig)
+        target = NextTokenTarget(
+            self.num_classes(model.config),
+            self.hidden_size(model.config),
+            learned=options.embedding == "learned",
+            seed=config.seed,
+            shift=self.shift,
+            clean_weight=options.clean_weight,
+        )
+        if not next(model.parameters()).is_meta:
+            self.fill_target(model, target, config)
+        return target
+
+    @override
+    def fill_target(self, network: nn.Module, target: Target, config: BlocksConfig) -> None:
+        assert isinstance(target, NextTokenTarget)
+        assert isinstance(config.target, NextTokenTargetConfig)
+        if config.target.embedding != "frozen":
+            target.take_rows(network.get_parameter(self.embedding_path))
+
+    @override
+    def past(self, batch: int, capacity: int, device: torch.device) -> Past:
+        return Past(batch, capacity, device)
