@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .core.model import BlocksOutput, DiffusionBlocks
     from .core.partition import Partition
     from .core.saving import export, export_initialisation
-    from .noise import EDM, Masking
+    from .noise import EDM, FlowMatching, GaussianProcess, Masking, NoiseProcess, register_noise_process
+    from .sampling import register_solver
 
 __version__ = "0.1.0"
 
@@ -27,9 +28,12 @@ _ROOMS = {
     "BlocksConfig": "config",
     "BlocksOutput": "core.model",
     "DiffusionBlocks": "core.model",
+    "FlowMatching": "noise",
+    "GaussianProcess": "noise",
     "ImageTargetConfig": "config",
     "LabelTargetConfig": "config",
     "Masking": "noise",
+    "NoiseProcess": "noise",
     "Partition": "core.partition",
     "TokenTargetConfig": "config",
     "branch": "core.branching",
@@ -38,6 +42,8 @@ _ROOMS = {
     "export_initialisation": "core.saving",
     "load": "core.loading",
     "merge": "core.merging",
+    "register_noise_process": "noise",
+    "register_solver": "sampling",
 }
 
 __all__ = [
@@ -46,9 +52,12 @@ __all__ = [
     "BlocksConfig",
     "BlocksOutput",
     "DiffusionBlocks",
+    "FlowMatching",
+    "GaussianProcess",
     "ImageTargetConfig",
     "LabelTargetConfig",
     "Masking",
+    "NoiseProcess",
     "Partition",
     "TokenTargetConfig",
     "__version__",
@@ -58,6 +67,8 @@ __all__ = [
     "export_initialisation",
     "load",
     "merge",
+    "register_noise_process",
+    "register_solver",
 ]
 
 
