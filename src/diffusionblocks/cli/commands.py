@@ -19,7 +19,8 @@ from ..common.fields import MOST_LAYERS, MOST_LENGTH, MOST_LEVELS, MOST_SAMPLES,
 from ..common.files import check_writable
 from ..common.messages import STATUSES, OneLineParser, one_line, reported
 from ..experiments.recipe import Recipe, explain, load_recipe
-from ..noise import PARTITION_STRATEGIES, grid_name
+from ..noise import GRIDS, PARTITION_STRATEGIES, grid_name
+from ..sampling import SOLVERS
 
 if TYPE_CHECKING:
     from ..core.model import DiffusionBlocks
@@ -170,15 +171,15 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, help="seed of the first sample (default: evaluate.seed); the next count up")
     sample.add_argument(
         "--solver",
-        choices=("euler", "heun", "dpmpp-2m"),
+        choices=tuple(SOLVERS),
         help="images (default: the recipe's first; euler is the paper's)",
     )
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's first)")
     sample.add_argument(
         "--grid",
         type=grid_name,
-        choices=("karras", "equal-quantile", "cosine", "uniform"),
-        help="levels: images and continued text: the first two; masked text: the last three (default: the recipe's)",
+        choices=tuple(GRIDS),
+        help="levels, those that suit the noise process: of EDM the first two (default: the recipe's)",
     )
     sample.add_argument("--guidance", type=float, help="images: classifier-free guidance (default: the recipe's first)")
     sample.add_argument("--temperature", type=float, help="text: divides the logits (default: the recipe's)")

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ..common.fields import (
     MOST_LENGTH,
@@ -32,11 +32,10 @@ from ..common.yaml_values import MOST_BYTES, read_yaml
 from ..config import FEEDBACK_NAMES, BlocksConfig
 from ..data.data_config import DataConfig, LatentsConfig
 from ..families import supported_classes
-from ..noise import NOISE_PROCESSES, grid_name
+from ..noise import NOISE_PROCESSES, GridName
+from ..sampling import SolverName
 from ..targets import check_loss_chunk
 from ..training import TrainConfig
-
-GRID = BeforeValidator(grid_name)
 
 
 class _Section(BaseModel):
@@ -68,7 +67,7 @@ class AccuracyConfig(_Section):
         steps: denoising steps.
         seeds: noise seeds whose probabilities are averaged.
         feedback: `soft` or `hard`; null takes the model's.
-        grid: level grid, `equal-quantile` or `karras`.
+        grid: level grid, one that suits the noise process: of EDM `equal-quantile` or `karras`.
         batch_size: images at a time.
         limit: only the first so many test images, for a quick look; null takes all.
         seed: of the starting noise.
@@ -78,7 +77,7 @@ class AccuracyConfig(_Section):
     steps: Many[Levels] = (1, 3)
     seeds: Many[Levels] = (1, 8)
     feedback: Literal["soft", "hard"] | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
-    grid: Annotated[Literal["equal-quantile", "karras"], GRID] = "equal-quantile"
+    grid: GridName = "equal-quantile"
     batch_size: Samples = 500
     limit: Samples | None = None
     seed: Seed = 0
@@ -89,9 +88,9 @@ class SamplesConfig(_Section):
 
     Attributes:
         samples: how many images; labels take turns, image i starts from the noise of seed `seed` + i.
-        solver: `euler` (the paper), `heun` (EDM) or `dpmpp-2m` (DPM-Solver++(2M)).
+        solver: `euler` (the paper), `heun` (EDM), `dpmpp-2m` (DPM-Solver++(2M)) or one that is registered.
         steps: solver steps.
-        grid: levels, `karras` (EDM eq. 5) or `equal-quantile`.
+        grid: levels: of EDM `karras` (EDM eq. 5) or `equal-quantile`, of flow matching `uniform` or `equal-quantile`.
         guidance: classifier-free guidance on D; 1 is none.
         features: `classifier`: a small CNN that is trained on the data set first, and kept; `inception`: FID (extra:
             fid); null: only draw pictures.
@@ -105,9 +104,9 @@ class SamplesConfig(_Section):
 
     kind: Literal["samples"]
     samples: Int = Field(default=10_000, ge=2, le=MOST_SAMPLES)
-    solver: Many[Literal["euler", "heun", "dpmpp-2m"]] = ("euler",)
+    solver: Many[SolverName] = ("euler",)
     steps: Many[Levels] = (50,)
-    grid: Many[Annotated[Literal["equal-quantile", "karras"], GRID]] = ("karras",)
+    grid: Many[GridName] = ("karras",)
     guidance: Many[NonNegative] = (1.0,)
     features: Literal["classifier", "inception"] | None = "classifier"
     features_folder: Path | None = None
@@ -136,7 +135,7 @@ class BitsConfig(_Section):
     seed: Seed = 0
     samples: Samples = 16
     steps: Levels = 64
-    grid: Annotated[Literal["equal-quantile", "cosine", "uniform"], GRID] = "equal-quantile"
+    grid: GridName = "equal-quantile"
     temperature: NonNegative = 1.0
 
 
@@ -154,7 +153,7 @@ class LanguageConfig(_Section):
         prompt_length: tokens of a prompt; 0 writes from nothing.
         new_tokens: tokens of a continuation.
         steps: denoising steps a token; null: one a block.
-        grid: level grid, `equal-quantile` or `karras`.
+        grid: level grid, one that suits the noise process: of EDM `equal-quantile` or `karras`.
         feedback: `soft`, `hard`, `sampled` or `top-k`; null takes the model's.
         temperature: of the tokens' distribution; 0 takes the likeliest.
         top_p: draw from the likeliest tokens of this total probability only; 1 draws from all.
@@ -174,7 +173,7 @@ class LanguageConfig(_Section):
     prompt_length: Int = Field(default=50, ge=0, le=MOST_LENGTH)
     new_tokens: Length = 50
     steps: Levels | None = None
-    grid: Annotated[Literal["equal-quantile", "karras"], GRID] = "equal-quantile"
+    grid: GridName = "equal-quantile"
     feedback: Literal["soft", "hard", "sampled", "top-k"] | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
     temperature: NonNegative = 1.0
     top_p: Float = Field(default=1.0, gt=0, le=1)

@@ -234,6 +234,9 @@ def check_evaluation(recipe: Recipe, model: nn.Module, splits: Splits) -> None:
         ImportError: Inception's features without the package that has them.
     """
     options, test = recipe.evaluate, splits.get("test")
+    if isinstance(model, DiffusionBlocks):
+        for grid in (options.grid,) if isinstance(options.grid, str) else options.grid:
+            model.noise.check_grid(grid, "evaluate.grid")
     if test is not None:
         check_data(recipe, model, test)
         _check_enough(recipe, test)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 if TYPE_CHECKING:
     from .process import NoiseProcess
@@ -61,3 +62,23 @@ GRIDS: dict[str, Callable[[NoiseProcess, int, float], torch.Tensor]] = {
     "uniform": _uniform,
     "cosine": _cosine,
 }
+
+
+def check_grid(name: str) -> str:
+    """Return the name of a level grid.
+
+    Raises:
+        ValueError: there is none of that name; the message says which there are.
+    """
+    if name not in GRIDS:
+        raise ValueError(f"unknown level grid {name!r}; allowed: {', '.join(GRIDS)}")
+    return name
+
+
+#: The name of a level grid, as a field of a config; which of them suit a process, `NoiseProcess.check_grid` says.
+GridName = Annotated[
+    str,
+    BeforeValidator(grid_name),
+    AfterValidator(check_grid),
+    WithJsonSchema({"type": "string", "enum": list(GRIDS)}),
+]

@@ -249,11 +249,25 @@ class NoiseProcess(abc.ABC):
             ValueError: steps < 1, unknown grid, or rho <= 0.
         """
         check_count("steps", steps, MOST_LEVELS)
-        grid = grid_name(grid)
-        if grid not in self.grids:
-            raise ValueError(f"unknown level grid {grid!r} for {self.kind}; allowed: {', '.join(self.grids)}")
+        grid = self.check_grid(grid)
         inner: list[float] = GRIDS[grid](self, steps, rho)[1:-1].tolist()
         return [self.read_max, *inner, self.read_min]
+
+    def check_grid(self, grid: str, where: str = "") -> str:
+        """Return a grid's name of today, if it is one of `grids`.
+
+        Args:
+            grid: the name.
+            where: the setting that it is of, for the message.
+
+        Raises:
+            ValueError: it is not; the message names the process and its grids.
+        """
+        grid = grid_name(grid)
+        if grid not in self.grids:
+            field = f"{where}: " if where else ""
+            raise ValueError(f"{field}unknown level grid {grid!r} for {self.kind}; allowed: {', '.join(self.grids)}")
+        return grid
 
     # ---- corruption, and what the network is shown and told ------------------------------------------
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 from torch import Tensor
 
 from ..common.registry import Registry
@@ -108,10 +108,6 @@ def check_solver(name: str) -> str:
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}; allowed: {', '.join(SOLVERS)}")
     return name
-
-
-#: The name of a solver, as a field of a config.
-SolverName = Annotated[str, AfterValidator(check_solver)]
 
 
 def euler(
@@ -225,6 +221,9 @@ def dpmpp_2m(
 register_solver("euler", euler, order=1)
 register_solver("heun", heun, order=2, calls_per_step=2)
 register_solver("dpmpp-2m", dpmpp_2m, order=2)
+
+#: The name of a solver, as a field of a config.
+SolverName = Annotated[str, AfterValidator(check_solver), WithJsonSchema({"type": "string", "enum": list(SOLVERS)})]
 
 
 def calls(solver: str, steps: int, ends_at_zero: bool) -> int:

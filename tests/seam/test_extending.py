@@ -1,0 +1,140 @@
+"""What docs/extending.md says works from a package of the user's own, which touches none of our source."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import convert, noise_batch, seeded, train_a_little
+from torch import Tensor
+
+import diffusionblocks as db
+from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.noise import NOISE_PROCESSES
+from diffusionblocks.sampling import SOLVERS, calls
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "dit" / "digits.yaml"
+
+
+def section(title: str) -> str:
+    """The first code of a section of the page."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    return re.search(rf"^## {title}$.*?```python\n(.*?)```", page, re.S | re.M)[1]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A package made of the page's code, imported as a user would; afterwards nothing of it is registered."""
+    folder = tmp_path / "site" / "my_blocks"
+    folder.mkdir(parents=True)
+    (folder / "noise.py").write_text(section("A noise process"))
+    (folder / "solver.py").write_text(section("A solver"))
+    (folder / "__init__.py").write_text("from . import noise, solver\n")
+    for registry in (NOISE_PROCESSES, SOLVERS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.syspath_prepend(str(folder.parent))
+    yield importlib.import_module("my_blocks")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_blocks"]:
+        del sys.modules[name]
+
+
+def test_a_process_is_short() -> None:
+    assert len(section("A noise process").strip().splitlines()) < 60
+
+
+def test_a_model_trains_saves_loads_and_samples_with_a_user_s_process_and_solver(
+    package: ModuleType, tmp_path: Path
+) -> None:
+    model = convert("dit", layers=3, noise={"kind": "cosine", "lowest": 0.01}, overlap=0.1)
+    assert type(model.noise) is package.noise.Cosine
+    assert model.partition.boundaries == pytest.approx([0.01, 0.01 + 0.988 / 3, 0.01 + 2 * 0.988 / 3, 0.998])
+    before = model.loss(noise_batch(32), 1, seeded()).mean().item()
+    train_a_little(model, noise_batch)
+    assert model.loss(noise_batch(32), 1, seeded()).mean().item() < before
+    model.eval().save_pretrained(tmp_path / "model")
+    loaded = db.load(tmp_path / "model").eval()
+    assert (loaded.noise, loaded.partition) == (model.noise, model.partition)
+    options = {"steps": 5, "solver": "adams-bashforth", "seeds": [7, 8]}
+    drawn = loaded.sample([0, 1], **options)
+    assert drawn.isfinite().all()
+    assert torch.equal(drawn, model.sample([0, 1], **options))
+    assert not torch.allclose(drawn, loaded.sample([0, 1], steps=5, seeds=[7, 8]))  # Euler's is another
+
+
+def test_recipes_take_both_by_name(package: ModuleType) -> None:
+    overrides = ["blocks.noise.kind=cosine", "blocks.noise.lowest=0.05", "evaluate.solver=[adams-bashforth]"]
+    recipe = load_recipe(RECIPE, [*overrides, "evaluate.grid=[uniform]"])
+    assert recipe.blocks.noise == package.noise.Cosine(lowest=0.05)
+    assert load_recipe(RECIPE, overrides).model_dump(mode="json")["blocks"]["noise"]["lowest"] == 0.05
+    with pytest.raises(ValueError, match=r"blocks\.noise\.lowst: no such field"):
+        load_recipe(RECIPE, ["blocks.noise.kind=cosine", "blocks.noise.lowst=0.05"])
+    with pytest.raises(ValueError, match=r"blocks\.noise: 0 < lowest < highest < 1 must hold, got 2"):
+        load_recipe(RECIPE, ["blocks.noise.kind=cosine", "blocks.noise.lowest=2.0"])
+
+
+def test_without_the_package_both_are_refused_and_the_message_says_what_to_import(
+    package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert("dit", layers=3, noise={"kind": "cosine"}).save_pretrained(tmp_path / "model")
+    monkeypatch.delitem(NOISE_PROCESSES._entries, "cosine")
+    monkeypatch.delitem(SOLVERS._entries, "adams-bashforth")
+    for refused in (
+        lambda: db.load(tmp_path / "model"),
+        lambda: load_recipe(RECIPE, ["blocks.noise.kind=cosine"]),
+        lambda: db.BlocksConfig(noise={"kind": "cosine"}),
+    ):
+        with pytest.raises(ValueError, match=r"kind = 'cosine' is no noise process.*edm.*import the package"):
+            refused()
+    with pytest.raises(ValueError, match=r"unknown solver 'adams-bashforth'; allowed: euler, heun, dpmpp-2m"):
+        load_recipe(RECIPE, ["evaluate.solver=[adams-bashforth]"])
+
+
+@pytest.mark.parametrize("kind", ["edm", "flow", "cosine"])
+def test_the_solver_is_of_the_order_that_it_is_registered_with(package: ModuleType, kind: str) -> None:
+    """On Gaussian data D is linear in z, and the probability flow keeps z over its standard deviation."""
+    process = NOISE_PROCESSES[kind]()
+    z = torch.randn(16, generator=seeded(), dtype=torch.float64)
+    high, low = (0.9, 0.1) if kind != "edm" else (5.0, 0.5)
+
+    def scale(level: float) -> float:
+        alpha, sigma = process.alpha_sigma(level)
+        return math.hypot(0.5 * alpha, sigma)
+
+    def denoiser(z: Tensor, level: float) -> Tensor:
+        return 0.25 * process.alpha_sigma(level)[0] / scale(level) ** 2 * z
+
+    def error(steps: int) -> float:
+        levels = [high + (low - high) * i / steps for i in range(steps + 1)]
+        landed = SOLVERS["adams-bashforth"](denoiser, scale(high) * z, levels, process)
+        return (landed - scale(low) * z).abs().max().item()
+
+    errors = [error(steps) for steps in (64, 128, 256)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(SOLVERS["adams-bashforth"].order, abs=0.2)
+    assert calls("adams-bashforth", 7, ends_at_zero=True) == 7
+
+
+# ---- registration itself ----------------------------------------------------------------------------------
+
+
+def test_registration_refuses_what_is_no_process_or_solver_and_taken_names() -> None:
+    with pytest.raises(TypeError, match="dataclass on NoiseProcess"):
+        db.register_noise_process(int)
+    with pytest.raises(ValueError, match="noise process 'edm' is registered already"):
+        db.register_noise_process(type("Other", (db.EDM,), {"__dataclass_fields__": db.EDM.__dataclass_fields__}))
+    with pytest.raises(TypeError, match="solver 'mine' must be a function, got 3"):
+        db.register_solver("mine", 3)
+    with pytest.raises(ValueError, match="solver 'euler' is registered already"):
+        db.register_solver("euler", lambda *_: None)
+    with pytest.raises(ValueError, match="calls_per_step must be >= 1, got 0"):
+        db.register_solver("mine", lambda *_: None, calls_per_step=0)
+    assert "mine" not in SOLVERS
