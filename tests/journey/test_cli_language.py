@@ -217,7 +217,7 @@ REFUSED: list[tuple[list[str], str]] = [
         "new_tokens: Input should be greater than or equal to 1 (got 0)",
     ),
     (["sample", "--prompt", "a", "--steps", "0"], "steps: Input should be greater than or equal to 1"),
-    (["sample", "--prompt", "a", "--grid", "cosine"], "unknown level grid 'cosine' for edm; allowed: equal-quantile, karras"),
+    (["sample", "--prompt", "a", "--grid", "cosine"], "unknown level grid 'cosine' for edm; allowed: equal-quantile"),
     (["sample", "--count", "100000"], "the test text has only"),
     (["evaluate", "--by-level"], "--by-level is for classifiers; LlamaForCausalLM generates continued text"),
     (["evaluate", *sets(evaluate__kind="bits")], "evaluate.kind must be language for LlamaForCausalLM, got bits"),
