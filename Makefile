@@ -1,21 +1,42 @@
 # make demo: on the digits, block by block beside their controls, a ViT that reads them and a DiT that draws them;
-# make test: tests, lint, format, types. make fuzz: thousands of damaged and odd inputs, of which tests try some.
-# Both build .venv first. PYTHON names the interpreter to build it with (3.11 or newer).
+# make test: tests, lint, format, types. make test-fast: tests that train nothing, for the inner loop, in about a minute.
+# make test-all: also every case of the tests of which make test runs as many as show each value of each parameter.
+# make fuzz: thousands of damaged and odd inputs, of which tests try some.
+# All build .venv first. PYTHON names the interpreter to build it with (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz docs clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+# Without bytecode every worker, and every process that a test starts, would compile all sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo demo-vit demo-dit test test-fast test-all lint fuzz docs clean
 .DELETE_ON_ERROR:
 
+# Side by side, on a core each: models as small gain little from two.
 demo: .venv/ready
-	$(BIN)/diffusionblocks compare recipes/vit/digits.yaml --out runs/demo
-	$(BIN)/diffusionblocks compare recipes/dit/digits.yaml --out runs/demo-dit --rows end-to-end-2-x3 diffusionblocks-branched
+	$(MAKE) --no-print-directory -j 2 demo-vit demo-dit
 
-test: .venv/ready
+demo-vit demo-dit: export OMP_NUM_THREADS := 1
+demo-vit: .venv/ready
+	$(BIN)/diffusionblocks compare recipes/vit/digits.yaml --out runs/demo
+demo-dit: .venv/ready
+	$(BIN)/diffusionblocks compare recipes/dit/digits.yaml --out runs/demo-dit --quiet \
+		--rows end-to-end-2-x3 diffusionblocks-branched
+
+test: lint
+	$(PYTEST) -m "not exhaustive"
+
+test-fast: .venv/ready
+	$(PYTEST) -m "not slow and not exhaustive"
+
+test-all: lint
+	$(PYTEST)
+
+lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadgroup
 
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz/long.py

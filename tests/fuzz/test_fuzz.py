@@ -13,8 +13,6 @@ from kinds import KINDS, Bench
 from long import drawn
 from sandbox import Sandbox, sandbox
 
-pytestmark = pytest.mark.xdist_group("fuzz")  # one worker: the sandbox imports the libraries once
-
 COUNT = 6
 EMPTY: tuple[dict[str, str], dict[str, str], set[str]] = ({}, {}, set())
 

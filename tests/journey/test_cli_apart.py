@@ -42,6 +42,7 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{n}": t for file in sorted(model.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("shared", ["replicated", "frozen"])
 def test_merged_jobs_are_one_run(

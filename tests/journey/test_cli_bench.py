@@ -38,7 +38,6 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
 def test_rows_are_measured_each_in_a_process_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, figure = tmp_path / "memory.json", tmp_path / "memory.png"
     models = ["--models", "dit-l-2", "--blocks", "2", "--methods", "end-to-end", "resident-active"]
@@ -83,7 +82,6 @@ def test_shards_are_measured_resumed_and_gathered(tmp_path: Path, capsys: pytest
     assert "resident-active" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_speed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first of three shards: the end-to-end row and one of the trainer's loop."""
     out = tmp_path / "speed.json"

@@ -64,6 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.each_value
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
 @pytest.mark.parametrize("limit", [0, 300, 5_000, 60_000])
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
@@ -95,6 +96,7 @@ def test_a_second_run_is_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("place", ["load_data", "evaluate"])
 def test_a_signal_outside_training_is_one_line(

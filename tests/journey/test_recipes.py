@@ -168,6 +168,7 @@ def settings(recipe: Recipe) -> int:
     return len(options.steps) * len(options.seeds) if recipe.method == "diffusionblocks" else 1
 
 
+@pytest.mark.each_value
 @each_recipe
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 @pytest.mark.filterwarnings("ignore:.*covariance is singular:UserWarning")

@@ -309,6 +309,8 @@ def assert_kernels_agree(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("rows", [512, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_agree(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,7 @@ def test_layers_compute_what_the_original_layers_do(family: str, shared: str) ->
     assert all(not torch.allclose(a, b, atol=1e-2) for a, b in zip(outputs, [x, *outputs], strict=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DIT_FAMILIES)
 def test_a_block_is_the_original_with_its_layers_alone(family: str) -> None:
     """The whole block, by the class's own forward: an original whose other layers are cut out."""

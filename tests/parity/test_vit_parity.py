@@ -322,7 +322,7 @@ def test_gradients_are_right_with_transformers_own_gradient_checkpointing(use_re
     # no gradient at all, silently. Not re-entrant: CheckpointError.
     plain = tiny().train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     grads = []
     for original in (plain, checkpointed):
         model = db.convert(original)

@@ -36,6 +36,7 @@ from diffusionblocks.training import EndToEnd
 # ---- a block depends on nothing else ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_family
 def test_a_block_depends_neither_on_the_others_nor_on_the_order(family: str) -> None:
     source, config = fresh(family), db.BlocksConfig()
@@ -290,6 +291,7 @@ def sources_of(family: str, tmp_path: Path) -> dict[str, Callable[[], WeightSour
     }
 
 
+@pytest.mark.slow
 @each_family
 @pytest.mark.parametrize("kind", ["fresh", "in-files"])
 def test_building_holds_one_block_besides_the_finished(family: str, kind: str, tmp_path: Path) -> None:
@@ -383,6 +385,7 @@ def recipe(family: str = "vit", **changes: Any) -> Recipe:
     return Recipe.model_validate(values | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "dit"])
 def test_a_recipes_blocks_are_the_same_alone(family: str) -> None:
     whole = build_model(recipe(family))

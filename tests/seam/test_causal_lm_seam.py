@@ -171,6 +171,8 @@ def test_checkpointing_computes_the_same(family: str, target: dict[str, Any]) ->
     assert not torch.equal(loss_and_gradients(block, block.loss)[0], plain)
 
 
+@pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "by-layers"])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_a_compiled_block_computes_the_same_in_one_graph(whole: bool, kernel: str) -> None:
@@ -196,6 +198,7 @@ def test_a_compiled_block_computes_the_same_in_one_graph(whole: bool, kernel: st
     assert graphs == 1 if whole else graphs <= 6
 
 
+@pytest.mark.slow
 def test_blocks_share_their_compiled_layers() -> None:
     from torch._dynamo.utils import counters
 
@@ -305,6 +308,7 @@ def test_transformers_trainer_trains_a_converted_model_unchanged(shared: str, tm
     assert same_states(saved, model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_plain_loop_learns_which_token_follows(family: str) -> None:
     model = db.convert(
@@ -325,6 +329,7 @@ def test_a_plain_loop_learns_which_token_follows(family: str) -> None:
     assert [row.tolist() for row in made] == [list(range(3, 12)), [(20 + i) % VOCAB for i in range(7)]]
 
 
+@pytest.mark.slow
 def test_what_is_read_was_trained_at_either_end_of_the_levels() -> None:
     """A short training draws next to nothing above sigma 10; there and below 0.01 it must not be guessed at."""
     vocabulary = 64

@@ -61,6 +61,7 @@ def record_calls(model: db.DiffusionBlocks) -> list[tuple[int, float, int, list[
 # ---- the whole journey --------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shared", POLICIES)
 @pytest.mark.parametrize("family", [*DIT_FAMILIES, UNCONDITIONAL])
 def test_convert_train_save_load_sample(family: str, shared: str, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", [*DIT_FAMILIES, *CAUSAL_FAMILIES, "masked", "recurrent", "vit"])
 @pytest.mark.parametrize("how", CASTS)
 def test_a_cast_rounds_weights_alone(family: str, how: str, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def settings_of(model: Any) -> dict[str, Any]:
     return {name: values.get(name) for name in SETTINGS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_it_goes_through_the_whole_seam(family: str, tmp_path: Path) -> None:
     source = original(family)
@@ -91,6 +92,7 @@ def until(rows: list[Tensor], ends: set[int]) -> list[list[int]]:
     return cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["blocks", "plain", "loaded"])
 def test_all_eos_ids_end_a_text_and_nothing_else_is_followed(of: str, tmp_path: Path) -> None:
     model: Any = original()

@@ -156,6 +156,7 @@ def test_training_levels_are_the_blocks_own() -> None:
 # ---- known answers ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_uniform_model_takes_log2_27_bits(schedule: str, method: str) -> None:
@@ -175,6 +176,7 @@ def test_a_uniform_model_takes_log2_27_bits(schedule: str, method: str) -> None:
         assert bits == pytest.approx(math.log2(27) / blocks, abs=4 * error)
 
 
+@pytest.mark.slow
 def test_the_unigram_model_takes_the_cross_entropy_of_its_letters() -> None:
     """Biases of the read-out make a model of letters by their frequency, at every level and in every block."""
     recipe = recipe_of(evaluate={"kind": "bits", "limit": 600, "times": 8})

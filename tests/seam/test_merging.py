@@ -56,6 +56,7 @@ def refused(message: str, folders: list[Path], error: type[Exception] = ValueErr
 # ---- what comes out ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shared", ["replicated", "frozen"])
 @pytest.mark.parametrize("family", [*FAMILIES, *DIT_FAMILIES])
 def test_the_merged_model_is_the_whole_one(family: str, shared: str, tmp_path: Path) -> None:
@@ -123,6 +124,7 @@ def test_what_else_is_in_the_output_folder_stays(parts: list[Path], tmp_path: Pa
     assert listing(tmp_path / "out") == listing(tmp_path / "whole") | {"notes.txt": b"mine"}
 
 
+@pytest.mark.slow
 def test_a_failed_copy_leaves_the_older_model(
     parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +258,7 @@ def test_frozen_parts_must_be_the_same(family: str, tmp_path: Path) -> None:
     db.merge([tmp_path / "replicated" / "a", tmp_path / "replicated" / "b"], tmp_path / "out")  # the positive control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "diffusers-dit"])
 def test_every_frozen_part_is_compared_and_nothing_else(family: str, tmp_path: Path) -> None:
     model = made(family, shared="frozen")

@@ -267,6 +267,7 @@ def counted() -> Iterator[Any]:
         counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "checkpointing"), [*((family, False) for family in FAMILIES), ("vit", True), ("llama", True)]
 )
@@ -291,6 +292,7 @@ def test_the_compiled_model_has_one_graph_for_all_blocks_of_a_shape(
         torch.testing.assert_close(found, model(**batch, generator=seeded(seed)).loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_compiled_loss_has_no_graph_break(family: str, counted: Any) -> None:
     model = convert(family, num_blocks=3).train()
@@ -303,6 +305,7 @@ def test_the_compiled_loss_has_no_graph_break(family: str, counted: Any) -> None
     assert not counted["graph_break"]
 
 
+@pytest.mark.slow
 def test_blocks_of_two_shapes_have_two_graphs(counted: Any) -> None:
     model = db.convert(tiny("vit", layers=5), db.BlocksConfig(num_blocks=4, layers=(1, 1, 2, 1))).train()
     compiled = torch.compile(model)
@@ -311,6 +314,7 @@ def test_blocks_of_two_shapes_have_two_graphs(counted: Any) -> None:
     assert counted["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_transformers_trainer_compiles_the_model(tmp_path: Path, counted: Any) -> None:
     model = convert("vit", layers=10, num_blocks=10)
     trainer = trainer_of(model, tmp_path, torch_compile=True, torch_compile_backend="eager")

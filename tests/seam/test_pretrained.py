@@ -22,6 +22,8 @@ from diffusionblocks.core.materialise import build
 from diffusionblocks.core.weights import InFiles, InMemory, WeightSource, pretrained_source
 
 
+@pytest.mark.slow
+@pytest.mark.each_value
 @each_family
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "40KB"}], ids=["one-file", "shards"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

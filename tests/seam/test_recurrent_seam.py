@@ -300,6 +300,7 @@ def everything(run: Trainer) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["replicated", "end-to-end"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
     whole = trainer(model_of(kind), tmp_path / "whole")
@@ -313,6 +314,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, tmp_p
     assert same_states(everything(whole), everything(second))
 
 
+@pytest.mark.slow
 def test_the_end_to_end_depth_is_random_and_keyed(tmp_path: Path) -> None:
     """Passes of the core, counted in what really runs, of a run in one piece and of one in two."""
 
@@ -335,6 +337,7 @@ def test_the_end_to_end_depth_is_random_and_keyed(tmp_path: Path) -> None:
     assert other != whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["replicated", "end-to-end"])
 def test_it_learns(kind: str) -> None:
     model = model_of(kind)
@@ -400,6 +403,8 @@ def test_the_number_of_iterations_is_free_at_inference(steps: int) -> None:
 # ---- the memory of a step, predicted -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_predicted_step_is_the_measured_one(method: str, precision: str) -> None:
@@ -412,6 +417,7 @@ def test_the_predicted_step_is_the_measured_one(method: str, precision: str) -> 
     assert ledger.activations + ledger.gradients == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.slow
 def test_end_to_end_memory_grows_with_the_gradients_depth_alone() -> None:
     def held(**model: int) -> int:
         return predict(recipe_of("end-to-end", {"num_core_layers": 1} | model)).activations
@@ -422,6 +428,7 @@ def test_end_to_end_memory_grows_with_the_gradients_depth_alone() -> None:
     assert held(backprop_depth=3, mean_recurrence=60) == more
 
 
+@pytest.mark.slow
 def test_a_plan_tries_one_block_alone() -> None:
     recipe = recipe_of(batch_size=4)
     peak = predict(recipe).peak
@@ -434,6 +441,7 @@ def test_a_plan_tries_one_block_alone() -> None:
     assert 1 <= tight.batch.changes["train.batch_size"] < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_compiled_by_parts_every_layer_is(end_to_end: bool) -> None:
     model = original()

@@ -45,6 +45,7 @@ def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBl
 # ---- round trips ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("token", ["extra", "replace-cls"])
 @pytest.mark.parametrize("shared", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,6 +113,7 @@ def test_loading_leaves_the_random_state_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shared", POLICIES)
 @pytest.mark.parametrize("family", [*FAMILIES, *DIT_FAMILIES])

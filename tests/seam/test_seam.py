@@ -73,6 +73,7 @@ def record_calls(model: db.DiffusionBlocks) -> list[tuple[int, float]]:
 # ---- the whole journey --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", POLICIES)
 def test_train_save_load_route_predict(shared: str, trained: Callable, tmp_path: Path) -> None:
     model = trained(shared)
@@ -292,6 +293,7 @@ def test_bfloat16_model_has_a_float32_loss_near_the_float32_models(family: str, 
     assert prediction.probabilities.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_one_block_is_one_denoiser_over_all_levels() -> None:
     model = convert("vit", num_blocks=1)
     assert model.partition.training_interval(0) == (0.002, 80.0)

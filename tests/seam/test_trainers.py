@@ -39,6 +39,7 @@ def accuracy(logits: Any, labels: Any) -> float:
     return float((np.asarray(logits).argmax(-1) == np.asarray(labels)).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", POLICIES)
 def test_plain_loop(shared: str) -> None:
     model = convert("vit", shared=shared)
@@ -90,6 +91,7 @@ def trainer_for(model: nn.Module, folder: Path, **overrides: Any) -> Trainer:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", POLICIES)
 def test_transformers_trainer_trains_saves_evaluates_and_predicts(shared: str, tmp_path: Path) -> None:
     model = convert("vit", shared=shared)
@@ -114,6 +116,7 @@ def test_transformers_trainer_trains_saves_evaluates_and_predicts(shared: str, t
     np.testing.assert_allclose(np.exp(predictions.predictions).sum(-1), 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["joint", "replicated"])
 def test_transformers_trainer_resumes_to_the_same_weights(shared: str, tmp_path: Path) -> None:
     straight = convert("vit", shared=shared)
@@ -124,6 +127,7 @@ def test_transformers_trainer_resumes_to_the_same_weights(shared: str, tmp_path:
         torch.testing.assert_close(resumed.state_dict()[name], tensor, msg=name)
 
 
+@pytest.mark.slow
 def test_transformers_trainer_learns(tmp_path: Path) -> None:
     model = convert("vit")
     trainer = trainer_for(
@@ -301,6 +305,7 @@ def test_transformers_trainer_passes_on_what_says_which_tokens_count(name: str, 
     assert reported != pytest.approx(of_all.item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_transformers_trainer_with_what_a_text_model_cannot_follow(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
     plain = {"input_ids": torch.arange(LENGTH)}
@@ -327,6 +332,7 @@ def test_a_models_kind_survives_copying_saving_and_branching(name: str, tmp_path
 # ---- what evaluation must not touch, and what ranks must not share -----------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "llama"])
 def test_evaluation_between_the_steps_does_not_change_the_training(name: str, tmp_path: Path) -> None:
     """Neither what the model draws in evaluation, nor what the loaders that Trainer opens for it draw."""

@@ -161,6 +161,7 @@ def test_a_branch_is_read_where_its_blocks_train(partition: str) -> None:
     assert db.branch(trunk_of("vit", noise=chosen), 6, partition=partition).noise == chosen
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shared", POLICIES)
 @pytest.mark.parametrize("family", ["vit", "dinov2", *DIT_FAMILIES, "masked"])
 def test_a_branch_saves_loads_and_exports(family: str, shared: str, tmp_path: Path) -> None:
@@ -241,6 +242,7 @@ def owned(run: Trainer) -> dict[str, tuple[Any, int]]:
     return {name: places[id(p)] for name, p in named if p.requires_grad}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("optimizer", [True, False])
 @pytest.mark.parametrize(

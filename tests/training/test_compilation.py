@@ -92,7 +92,6 @@ def test_a_budget_needs_the_compiler() -> None:
         TrainConfig(steps=1, compile=True, activation_memory_budget=1.5)
 
 
-@pytest.mark.slow
 def test_blocks_train_alike_within_a_budget() -> None:
     """With generated code, and layers that are computed again."""
     from diffusionblocks.bench.measurements import runner_of
@@ -140,7 +139,6 @@ def test_compiled_layers_compute_all_but_their_last_product_again() -> None:
         torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: n + m)
 
 
-@pytest.mark.slow
 def test_compiled_layers_drop_out_the_same_again() -> None:
     expected, found = (compiled_step(again, "inductor", hidden_dropout_prob=0.5)[0] for again in (False, True))
     for name, gradient in expected.items():

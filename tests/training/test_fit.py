@@ -217,6 +217,7 @@ def test_the_fit_is_one_training_whose_levels_change(data: dict[str, ImageData],
     assert result.seconds > trainer.seconds / 10
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("trunk", [None, TRUNK])
 @pytest.mark.parametrize("shared", ["replicated", "joint"])
 def test_trunk_and_blocks_train_on_the_fitted_levels(
@@ -286,6 +287,7 @@ def whole(data: dict[str, ImageData], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("gently", [True, False])
 @pytest.mark.parametrize("stop_at", [1, 2, 4, 7, 10])
 def test_a_killed_run_ends_with_the_same_levels_and_blocks(

@@ -179,6 +179,7 @@ def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) 
         assert far.double().mean() < 0.01, name
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "options",
     [
@@ -292,6 +293,7 @@ def language(*overrides: str, family: str = "autoregressive", device: str = "cpu
     return load_recipe(RECIPES / "text" / f"{family}_topics.yaml", [*sets, *overrides])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("chunk", ["null", "8"])
 @pytest.mark.parametrize("family", ["autoregressive", "masked", "recurrent"])
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])

@@ -114,6 +114,7 @@ def test_low_precision_is_told_once_and_only_of_what_is_trained(caplog: pytest.L
     assert dtypes(db.convert(tiny().to(torch.bfloat16))) == {torch.bfloat16}  # conversion keeps what it is given
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["end-to-end", "replicated", "joint"])
 @pytest.mark.parametrize("resident", ["all", "active"])
 def test_averages_of_bfloat16_weights_are_float32(kind: str, resident: str, tmp_path: Path) -> None:

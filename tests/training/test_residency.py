@@ -175,6 +175,7 @@ def test_a_schedule_of_too_many_iterations_is_refused() -> None:
 # ---- the same blocks, whatever the schedule and the residency ------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shared", ["replicated", "frozen"])
 @pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked", "llama"])
 def test_schedule_and_residency_do_not_matter(family: str, shared: str, tmp_path: Path) -> None:
@@ -209,6 +210,7 @@ def test_blocks_of_unequal_shapes(tmp_path: Path) -> None:
         assert same(everything(run), reference)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shared", ["replicated", "frozen"])
 @pytest.mark.parametrize("where", RESIDENCIES)
 def test_a_subset_trains_as_in_the_whole(where: dict[str, str], shared: str, tmp_path: Path) -> None:
@@ -226,6 +228,7 @@ def test_a_subset_trains_as_in_the_whole(where: dict[str, str], shared: str, tmp
 # ---- exact resume ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shared", ["replicated", "joint"])
 @pytest.mark.parametrize("where", RESIDENCIES)
 @pytest.mark.parametrize("family", ["dit", "masked", "llama"])
@@ -314,6 +317,7 @@ def test_arena_and_mapped_file(tmp_path: Path) -> None:
 # ---- memory optimisations -----------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["vit", "dit", "diffusers-dit", "masked", "llama", "end-to-end"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_checkpointing_computes_the_same(family: str, accumulation: int) -> None:
@@ -324,6 +328,7 @@ def test_checkpointing_computes_the_same(family: str, accumulation: int) -> None
     assert same(trained(model(), accumulation=accumulation, activation_checkpointing=True), reference)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("where", RESIDENCIES)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
 def test_optimizer_in_backward_is_the_optimizer(where: dict[str, str], optimizer: str, tmp_path: Path) -> None:
@@ -337,6 +342,7 @@ def test_optimizer_in_backward_is_the_optimizer(where: dict[str, str], optimizer
     assert (in_8_bits(reference) > 0.8) == (optimizer == "adamw-8bit")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "settings",
     [{"resident": "active"}, {"resident": "active", "offload": "disk", "activation_checkpointing": True}],
@@ -456,7 +462,6 @@ def test_log_tells_each_blocks_own_learning_rate(tmp_path: Path) -> None:
     assert len({record["lr"] for record in records}) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["dit", "vit"])
 def test_blocks_of_one_shape_share_one_compiled_graph(family: str) -> None:
     from torch._dynamo.utils import counters

@@ -117,6 +117,7 @@ def test_the_log_of_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     assert [r["loss"] for r in records] == [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["replicated", "frozen"])
 @pytest.mark.parametrize("order", ["one after another", "last first", "round robin"])
 def test_blocks_do_not_depend_on_the_schedule(kind: str, order: str) -> None:
@@ -322,7 +323,6 @@ def test_keys_are_distinct() -> None:
     assert len(keys) == 4 * 4 * 50 * 2
 
 
-@pytest.mark.slow
 def test_compiled_training_follows_eager_training() -> None:
     def run(compiled: bool) -> nn.Module:
         batches = ImageBatches(images(), mean=(0.5,), std=(0.3,), augment=None, device=torch.device("cpu"))

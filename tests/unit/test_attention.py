@@ -96,6 +96,7 @@ def leaks(block: Block) -> list[str]:
     return found
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("previous", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)

@@ -246,6 +246,7 @@ def test_draws_follow_the_generator() -> None:
     assert torch.equal(images, before), "apply must not write to its input"
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.integers(0, 5),
@@ -284,6 +285,7 @@ def test_any_size_agrees_with_pillow(op: str, c: int, h: int, w: int, magnitude:
     assert int(compare(op, magnitude, sign, make_images(4, c, h, w)).max()) <= 1
 
 
+@pytest.mark.slow
 def test_traces_without_graph_breaks() -> None:
     torch.compiler.reset()
     aug = Augment(AugmentConfig(crop_padding=4, flip=True, randaugment_ops=2))

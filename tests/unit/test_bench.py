@@ -136,6 +136,7 @@ def needs_apollo() -> None:
         pytest.skip("apollo-torch is not installed (extra: bench); it brings bitsandbytes, which is large")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("model", MODEL_NAMES)
 @pytest.mark.parametrize("method", ON_CPU)
 def test_every_row_runs(model: str, method: str) -> None:
@@ -197,6 +198,7 @@ def test_gradients_at_the_peak_are_read_off_the_allocators_history() -> None:
     assert at_peak(events(("alloc", 30, 64 * 2**20), ("free_requested", 30, 64 * 2**20)), places) == 0
 
 
+@pytest.mark.slow
 def test_blocks_and_savers_need_less() -> None:
     peaks = {}
     methods = ("end-to-end", "end-to-end-checkpointing", "resident-all", "resident-active", "end-to-end-short")
@@ -207,6 +209,7 @@ def test_blocks_and_savers_need_less() -> None:
     assert peaks["resident-active"] == pytest.approx(peaks["end-to-end-short"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_bigger_batch_has_bigger_activations_and_data() -> None:
     small, large = (answer(spec(batch_size=size))["bytes"] for size in (4, 8))
     grows = {"activations", "data"}
@@ -225,6 +228,7 @@ def test_measurements_are_processes_of_their_own(fork: bool) -> None:
     assert reply["method"] == "resident-active"
 
 
+@pytest.mark.slow
 def test_the_server_imports_nothing_that_starts_cuda() -> None:
     """torchao does, and diffusers imports it: no fork could use the GPU. The rows that need it import it themselves."""
     pytest.importorskip("torchao")
@@ -238,6 +242,7 @@ def test_the_server_imports_nothing_that_starts_cuda() -> None:
     subprocess.run([python, dash_c, code], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_measurement_that_takes_too_long_is_ended() -> None:
     started = time.perf_counter()
     reply = isolated({"spec": spec(windows=10**6).to_dict(), "limit": 1.5}, True)
@@ -245,6 +250,7 @@ def test_a_measurement_that_takes_too_long_is_ended() -> None:
     assert time.perf_counter() - started < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "changes"),
     [
@@ -325,6 +331,7 @@ def test_apollo_mini_keeps_little_for_the_layers_matrices(model: str) -> None:
     assert moved_by(runner, 0, runner.module) == {name for name, _ in runner.module.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["end-to-end-badam", "end-to-end-apollo-mini"])
 def test_rivals_learn(method: str) -> None:
     if "apollo" in method:
@@ -428,6 +435,7 @@ def test_blocks_take_turns_in_the_trainer() -> None:
     assert min(counts.values()) >= 4
 
 
+@pytest.mark.slow
 def test_overhead_compares_two_loops() -> None:
     row = answer(spec(method="resident-all", blocks=2, task="overhead", iterations=2))
     assert "error" not in row
@@ -442,6 +450,7 @@ def test_of_captured_steps_only_the_time_is_told() -> None:
     assert spec(cuda_graph=True).key != spec().key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "too"), [("resident-active", True), ("end-to-end", True), ("end-to-end-all-savers", False)]
 )
@@ -468,6 +477,7 @@ def test_a_row_outlives_its_captured_steps(monkeypatch: pytest.MonkeyPatch) -> N
     assert "failed" in printed([row | {"key": "x"}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["host", "disk"])
 def test_dwells_are_measured(offload: str) -> None:
     row = answer(spec(method="resident-active", blocks=2, task="dwell", dwells=(1, 3), offload=offload))
@@ -553,6 +563,7 @@ def test_gather_takes_the_row_without_an_error(tmp_path: Path) -> None:
     assert (written["command"], written["rows"]) == ("1 && 2", found)
 
 
+@pytest.mark.slow
 def test_the_figure_shows_rows_and_errors(tmp_path: Path) -> None:
     row = answer(spec())
     failed = {"model": "dit-l-2", "method": "end-to-end-badam", "blocks": 1, "error": "out of memory"}

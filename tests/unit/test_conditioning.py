@@ -43,6 +43,7 @@ def outcome(run: Any, modules: list[nn.Module], layer: nn.Module, leading: int |
     return [output, *torch.autograd.grad(output.float().square().sum(), [x, condition, *parameters])]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("bias", "affine", "leading"), [(True, True, None), (False, True, None), (True, False, None), (True, True, 2)]
 )
@@ -63,6 +64,7 @@ def test_compiled_norms_are_the_same_function(
     torch.testing.assert_close(found, expected, **close)
 
 
+@pytest.mark.slow
 def test_compiled_norms_sum_over_the_tokens_once() -> None:
     """For their scale and shift; what their own weights get is made of those sums, and the norm sums nothing."""
     torch._dynamo.reset()

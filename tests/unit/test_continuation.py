@@ -209,6 +209,7 @@ def lists(made: Continuations) -> list[list[int]]:
     return [row.tolist() for row in made.tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_apart(family: str) -> None:
     model = converted(family)
@@ -258,6 +259,8 @@ def uncached(model: db.DiffusionBlocks, prompt: list[int], new: int, seed: int, 
     return text
 
 
+@pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("steps", [2, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_equals_uncached(family: str, steps: int) -> None:

@@ -46,6 +46,7 @@ def gradients(step: int, like: list[nn.Parameter]) -> list[Tensor]:
     return [torch.randn(p.shape, generator=generator) for p in like]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_steps_are_torchaos_own(in_backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(

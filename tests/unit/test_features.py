@@ -85,6 +85,7 @@ def test_small_cnn_refuses(change: dict[str, Any]) -> None:
 # ---- the trained classifier --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_the_digits(classifier: ClassifierFeatures) -> None:
     assert classifier.accuracy > 0.95
     assert (classifier.name, classifier.dim, classifier.dataset) == ("classifier on digits", 64, "digits")

@@ -146,6 +146,7 @@ def dying_write(path: Path, last: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
+@pytest.mark.slow
 def test_killed_at_any_call_the_folder_is_the_older_or_the_newer_one(tmp_path: Path) -> None:
     """One process after another dies one call of the system later, until one does not die."""
     path, seen, status = tmp_path / "m", set(), -1

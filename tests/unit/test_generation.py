@@ -87,6 +87,7 @@ def chain_std(model: db.DiffusionBlocks, setting: Setting) -> float:
     return std
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("grid", ["karras", "equal-quantile"])
 @pytest.mark.parametrize(("solver", "steps"), [("euler", 4), ("euler", 12), ("heun", 12)])
 def test_the_distance_is_that_of_the_two_gaussians(solver: str, steps: int, grid: str) -> None:
@@ -102,6 +103,7 @@ def test_the_distance_is_that_of_the_two_gaussians(solver: str, steps: int, grid
         assert measured == pytest.approx(DIM * (std - real) ** 2, rel=0.2, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_better_solver_is_nearer() -> None:
     """The samples of the exact denoiser come near the data as the chain is solved better."""
     rough, many, heun = measure(exact_denoiser(), Setting("euler", 6), Setting("euler", 60), Setting("heun", 24))
@@ -173,6 +175,7 @@ def test_an_unconditional_model_gets_no_labels(monkeypatch: pytest.MonkeyPatch) 
     assert source.labels == [None, None]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_samples_of_the_same_kind() -> None:
     model = exact_denoiser()
     (a,), (again,), (b,) = (measure(model, Setting("euler", 30), seed=seed) for seed in (0, 0, 10_000))
@@ -239,6 +242,7 @@ def test_settings_are_all_combinations_the_first_of_each_first() -> None:
     assert found[-1] == Setting("euler", 9, "karras", 2.0)
 
 
+@pytest.mark.slow
 def test_the_headline_is_the_first_setting_whatever_the_distances() -> None:
     rows = measure(exact_denoiser(), Setting("euler", 3), Setting("heun", 20))
     assert rows[1].fd_test < rows[0].fd_test or rows[1].fd_train < rows[0].fd_train  # type: ignore[operator]
@@ -285,6 +289,7 @@ def test_real_images_are_measured_whole(limit: int | None, tmp_path: Path, monke
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "width"), [(8, 32), (16, 64)])
 def test_small_images_get_a_small_classifier_and_few_images_a_small_batch(
     size: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

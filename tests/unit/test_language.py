@@ -84,6 +84,7 @@ def test_a_teacher_that_knows_nothing_is_perplexed_by_its_vocabulary() -> None:
     assert found.standard_error == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_standard_error() -> None:
     model, some = teacher(), texts(*[12] * 50)
     found = generative_perplexity(model, some, 2)

@@ -68,6 +68,7 @@ def test_the_encoder_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert line.startswith("error: argument --size: invalid int value: 'wide'; see ")
 
 
+@pytest.mark.slow
 def test_libraries_say_nothing_on_standard_error() -> None:
     """diffusers and torchao log at their import, which only a fresh process shows."""
     command = [sys.executable, "-m", "diffusionblocks", "inspect", str(RECIPES / "dit" / "digits.yaml")]

@@ -243,6 +243,7 @@ def test_decodable_share_of_two_tokens_in_closed_form(distance: float) -> None:
     assert decodable_share(noise, target, tokens) == pytest.approx(wanted, abs=5 * 0.5 / 200_000**0.5)
 
 
+@pytest.mark.slow
 def test_decodable_share_of_orthogonal_rows_in_closed_form() -> None:
     """Independent scores: P(right) = integral of phi(x) Phi(x + 1 / sigma)^(n - 1)."""
     count = 12
@@ -320,6 +321,7 @@ def test_refusals() -> None:
             plain_language_row(EndToEnd(llama()), lambda batches=batches: batches)
 
 
+@pytest.mark.slow
 def test_figure(tmp_path: Path) -> None:
     model = blocks()
     row = language_row(model, split(text(4)), levels=6)

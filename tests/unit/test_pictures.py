@@ -266,6 +266,7 @@ def test_routing_figure_has_the_colours_of_its_blocks(tmp_path: Path, blocks: in
     assert [file.name for file in tmp_path.iterdir()] == ["routing.png"]
 
 
+@pytest.mark.slow
 def test_routing_figure_draws_the_corrections_of_heun(tmp_path: Path) -> None:
     levels = NOISE.sampling_levels(10)
     for solver in ("euler", "heun"):
@@ -273,6 +274,7 @@ def test_routing_figure_draws_the_corrections_of_heun(tmp_path: Path) -> None:
     assert not torch.equal(read(tmp_path / "euler.png"), read(tmp_path / "heun.png"))
 
 
+@pytest.mark.slow
 def test_a_block_that_does_not_work_has_no_mark(tmp_path: Path) -> None:
     """Block 1 keeps its colour in the legend alone."""
     draw_routing(PARTITION, NOISE, [80.0, 60.0, 40.0, 20.0, 0.01, 0.005, 0.0], tmp_path / "without.png")

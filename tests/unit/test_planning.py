@@ -42,6 +42,7 @@ def small(family: str, *overrides: str, device: str = "cpu") -> Recipe:
 # ---- what stays between steps -------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["vit", "dit"])
 @pytest.mark.parametrize(
     "overrides",
@@ -67,6 +68,7 @@ def test_what_stays_is_what_a_real_trainer_keeps(family: str, overrides: list[st
     assert ledger.data == trainer.stepper.batches.num_examples * (8 * 8 + 8)
 
 
+@pytest.mark.slow
 def test_active_residency_keeps_the_largest_block_and_what_blocks_share() -> None:
     every, active = (predict(small("dit", f"train.resident={kind}")) for kind in ("all", "active"))
     assert (every.parameters, every.optimizer, every.ema) == tuple(
@@ -126,6 +128,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.mark.slow
 def test_image_files_at_hand_are_counted(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 3 * 32 * 32 + 8
     given = images(f"data.source={parquet}")
@@ -145,6 +148,7 @@ def test_image_files_at_hand_are_counted(parquet: Path, monkeypatch: pytest.Monk
     assert remarks(images(), 5) == []
 
 
+@pytest.mark.slow
 def test_latents_at_hand_are_counted(tmp_path: Path) -> None:
     index = {"rows": [4, 3], "shape": [4, 32, 32], "num_classes": 1, "class_names": ["a"], "vae": "v"}
     (tmp_path / "train.json").write_text(json.dumps(index | {"format": 1, "scaling_factor": 1.0}))
@@ -160,6 +164,7 @@ def test_latents_at_hand_are_counted(tmp_path: Path) -> None:
     assert held("data.placement=device", device="cpu") == held()
 
 
+@pytest.mark.slow
 def test_data_that_are_not_counted_are_named(parquet: Path, tmp_path: Path) -> None:
     def said(recipe: Recipe) -> str:
         assert recipe.data.count_examples().count is None
@@ -195,6 +200,7 @@ def test_a_captured_step_is_said_to_need_more() -> None:
     assert remarks(small("vit", "train.cuda_graph=true"), None) == []  # a CPU captures nothing
 
 
+@pytest.mark.slow
 def test_data_of_more_than_a_quarter_of_the_budget_stay_on_the_host(parquet: Path) -> None:
     recipe = images(f"data.source={parquet}", "train.batch_size=4", "train.cuda_graph=true")
     alone = predict(recipe, num_examples=0).peak
@@ -221,6 +227,8 @@ def test_data_of_more_than_a_quarter_of_the_budget_stay_on_the_host(parquet: Pat
 # ---- the step -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", ["vit", "dit"])
 @pytest.mark.parametrize(
     "overrides",
@@ -255,6 +263,7 @@ def _trained(recipe: Recipe) -> Sequence[torch.Tensor]:
     return [p for p in unit.module.parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_step_is_affine_in_the_batch(compile: bool) -> None:
     def early(size: int) -> int:
@@ -280,6 +289,7 @@ def test_deep_compiled_blocks_are_extrapolated_to_what_they_are(checkpointing: b
     assert extrapolated.peak.gradients == pytest.approx(traced.peak.gradients, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_saves_less_and_holds_gradients_until_their_graph_ends() -> None:
     eager, compiled = (
         predict(small("dit", "train.precision=bfloat16", f"train.compile={on}", device="cuda")) for on in (False, True)
@@ -293,6 +303,7 @@ def test_a_compiled_step_saves_less_and_holds_gradients_until_their_graph_ends()
     assert predict(small("dit", "train.optimizer_in_backward=true", *few)).gradients < 0.3 * whole.gradients
 
 
+@pytest.mark.slow
 def test_what_saves_memory_saves_it() -> None:
     def peak(*overrides: str) -> int:
         return predict(small("dit", *overrides)).peak
@@ -335,6 +346,7 @@ def test_dropout_keeps_a_byte_an_element_on_a_gpu_and_attentions_keeps_nothing()
 # ---- the planner --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_fewest_blocks_and_the_largest_batch() -> None:
     recipe = small("dit", "model.config.num_layers=4", "blocks.num_blocks=4")
     two = predict(changed(recipe, {"blocks.num_blocks": 2, "train.resident": "active"})).peak
@@ -354,6 +366,7 @@ def test_the_plan_is_the_fewest_blocks_and_the_largest_batch() -> None:
     assert plan(recipe, budget, vary="blocks").batch is None
 
 
+@pytest.mark.slow
 def test_an_end_to_end_recipe_is_told_of_blocks_that_can_be_pasted() -> None:
     recipe = small("vit", "method=end-to-end")
     made = plan(recipe, predict(recipe).peak - 1, vary="blocks")
@@ -364,6 +377,7 @@ def test_an_end_to_end_recipe_is_told_of_blocks_that_can_be_pasted() -> None:
     assert predict(pasted) == made.blocks.ledger
 
 
+@pytest.mark.slow
 def test_savers_are_tried_in_their_order() -> None:
     recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
     most = {"blocks.num_blocks": 2, "train.resident": "active"}
@@ -388,6 +402,7 @@ def test_savers_are_tried_in_their_order() -> None:
     assert (nothing.blocks, nothing.batch, nothing.savers) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_savers_are_proposed_where_only_a_smaller_batch_fits() -> None:
     recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
     most = {"blocks.num_blocks": 2, "train.resident": "active"}

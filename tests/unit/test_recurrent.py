@@ -315,6 +315,7 @@ def test_what_it_cannot_read() -> None:
         model.loss({"input_ids": torch.full((1, 4), 27)})
 
 
+@pytest.mark.slow
 def test_it_learns_text() -> None:
     """40 steps on Python's own documentation: held-out text is better predicted than by the letters' frequencies."""
     ids = python_topics("train").ids.long()

@@ -185,6 +185,7 @@ def test_calls_of_an_evaluation_are_counted(path: Path, changes: list[str], call
     assert network_calls(recipe, outline_of(recipe), load_data(recipe, "test")) == calls
 
 
+@pytest.mark.slow
 def test_many_calls_are_said_and_too_many_refused(caplog: pytest.LogCaptureFixture) -> None:
     def check(*changes: str) -> None:
         recipe = load_recipe(DIT, ["device=cpu", "evaluate.features=null", *changes])

@@ -45,6 +45,8 @@ def chi_square(drawn: Tensor, p: Tensor) -> float:
 CRITICAL = 54.05
 
 
+@pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("grid", ["equal-quantile", "cosine"])
 def test_many_steps_give_the_joint_distribution(schedule: str, grid: str) -> None:

@@ -134,6 +134,7 @@ for vocab_size in (300, 290, 280):
 """
 
 
+@pytest.mark.slow
 def test_jobs_that_share_a_cache(corpus: Path) -> None:
     def start(cache: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", JOB, str(corpus / "train.txt"), str(corpus.parent / cache)]

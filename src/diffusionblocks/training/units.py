@@ -37,7 +37,7 @@ class EndToEnd(nn.Module):
     @property
     def activation_checkpointing(self) -> bool:
         """Whether the layers keep only their inputs for the backward pass (the library's own way)."""
-        return bool(self.model.is_gradient_checkpointing)
+        return bool(getattr(self.model, f"is_{self._library_word}_checkpointing"))
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, value: bool) -> None:
@@ -49,13 +49,17 @@ class EndToEnd(nn.Module):
                     "checkpointing of its layers; set it to false, and backprop_depth lower to save memory"
                 )
             return
-        options = {"use_reentrant": False}
-        if not value:
-            model.gradient_checkpointing_disable()
-        elif hasattr(model, "activation_checkpointing_enable"):  # its newer name in transformers
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        word = self._library_word
+        if value:
+            options = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(model, f"{word}_checkpointing_enable")(**options)
         else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            getattr(model, f"{word}_checkpointing_disable")()
+
+    @property
+    def _library_word(self) -> str:
+        """What transformers calls checkpointing: newer versions warn of the older word."""
+        return "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
 
     @property
     def loss_chunk(self) -> int | None:
