@@ -85,29 +85,30 @@ def test_shards_are_measured_resumed_and_gathered(tmp_path: Path, capsys: pytest
 def test_speed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first of three shards: the end-to-end row and one of the trainer's loop."""
     out = tmp_path / "speed.json"
-    options = ["--models", "vit-h", "--blocks", "2", "--dwells", "1", "--shard", "1/3"]
+    options = ["--models", "vit-h", "--blocks", "2", "--switching-steps", "1", "--shard", "1/3"]
     assert main(["bench", "speed", *options, *QUICK, "--out", str(out)]) == 0
     written = read(out)
-    assert [row["task"] for row in written["rows"]] == ["overhead", "dwell"]
+    assert [row["task"] for row in written["rows"]] == ["overhead", "switching"]
     assert not [row for row in written["rows"] if "error" in row]
     assert {ratio["what"] for ratio in written["ratios"]} == {
         "trainer over bare loop",
-        "resident-active, dwell 1, host, over no switch",
+        "resident-active, 1 step per switch, host, over no switch",
     }
     assert "trainer over bare loop" in capsys.readouterr().out
 
 
 def test_speed_of_blocks_switches_and_trainer(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
-    specs = specs_of(["vit-h"], [2], ["resident-active"], ["host", "disk"], tiny("vit-h", dwells=(1, 3)))
+    specs = specs_of(["vit-h"], [2], ["resident-active"], ["host", "disk"], tiny("vit-h", switching_steps=(1, 3)))
     speed(specs, out, 60.0, Here())
     written = read(out)
     assert not [row for row in written["rows"] if "error" in row]
     whats = [ratio["what"] for ratio in written["ratios"]]
     assert whats.count("trainer over bare loop") == 2
     assert whats.count("blocks over end to end") == 1
-    for home in ("host", "disk"):
-        assert {f"resident-active, dwell {n}, {home}, over no switch" for n in (1, 3)} <= set(whats)
+    for place in ("host", "disk"):
+        for steps in ("1 step", "3 steps"):
+            assert f"resident-active, {steps} per switch, {place}, over no switch" in whats
     assert all(ratio["ratio"] > 0 for ratio in written["ratios"])
 
 
@@ -127,7 +128,7 @@ def test_depth_within_a_budget() -> None:
 def test_depth_keeps_the_searches_that_its_file_has(tmp_path: Path) -> None:
     out = tmp_path / "depth.json"
     base = tiny("dit-l-2", task="fits", budget=2**20)
-    methods = ("end-to-end", "resident-active", "end-to-end-all-savers", "resident-active-all-savers")
+    methods = ("end-to-end", "resident-active", "end-to-end-all-optimisations", "resident-active-all-optimisations")
     specs = [with_method(base, method, 2 if "active" in method else 1) for method in methods]
     answers = iter(["error", *["layers"] * 3])
     rows = [{"key": spec.key, "method": spec.method, next(answers): 4} for spec in specs]
@@ -147,7 +148,8 @@ def test_depth_keeps_the_searches_that_its_file_has(tmp_path: Path) -> None:
         (["memory", "--windows", "0"], "--windows must be at least 1, got 0"),
         (["memory", "--limit", "0"], "--limit must be above 0 seconds, got 0"),
         (["depth", "--budget", "16Gb"], "budget = '16Gb': must be bytes above zero, as 12GiB"),
-        (["speed", "--dwells", "0"], "--dwells must be at least 1, got 0"),
+        (["speed", "--switching-steps", "0"], "--switching-steps must be at least 1, got 0"),
+        (["speed", "--dwells", "0"], "--switching-steps must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_refused(

@@ -1,4 +1,4 @@
-"""The benchmarks' parts, at toy size on the CPU: what is built and counted, what rivals move, how depth is found."""
+"""The benchmarks' parts, at toy size on the CPU: what is built and counted, what alternatives move, the depth search."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionblocks.bench.alternatives import BAdamRunner, RivalRunner, rival
+from diffusionblocks.bench.alternatives import AlternativeRunner, BAdamRunner, alternative_runner
+from diffusionblocks.bench.bench_models import MODELS, build, recipe_of, splits_of
 from diffusionblocks.bench.depth import largest_depth
-from diffusionblocks.bench.measure import LOCK, alone, at_peak, dwelling_times, measure_memory, steady_times, warm_up
 from diffusionblocks.bench.measurements import runner_of
 from diffusionblocks.bench.methods import METHODS, Spec, rows_of
-from diffusionblocks.bench.model_sizes import MODELS, build, recipe_of, splits_of
+from diffusionblocks.bench.peak_memory import at_peak, measure_memory
 from diffusionblocks.bench.plots import draw_memory
-from diffusionblocks.bench.rows import gather, printed, shard, summary
+from diffusionblocks.bench.rows import gather, in_current_terms, memory_table, rows_in, shard, summary
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain
 from diffusionblocks.bench.speed import ratios_of
+from diffusionblocks.bench.timing import LOCK, alone, steady_times, switching_times, warm_up
 from diffusionblocks.bench.worker import answer, isolated, server_command
 from diffusionblocks.core.model import DiffusionBlocks
 from diffusionblocks.core.partition import even_layers
@@ -65,7 +66,7 @@ def test_every_method_has_its_rows_for_every_number_of_blocks() -> None:
 
 
 def test_a_specification_survives_json() -> None:
-    given = spec(method="resident-active", blocks=3, dwells=(1, 7), budget=5)
+    given = spec(method="resident-active", blocks=3, switching_steps=(1, 7), budget=5)
     assert Spec.from_dict(json.loads(json.dumps(given.to_dict()))) == given
 
 
@@ -199,7 +200,7 @@ def test_gradients_at_the_peak_are_read_off_the_allocators_history() -> None:
 
 
 @pytest.mark.slow
-def test_blocks_and_savers_need_less() -> None:
+def test_blocks_and_memory_optimisations_need_less() -> None:
     peaks = {}
     methods = ("end-to-end", "end-to-end-checkpointing", "resident-all", "resident-active", "end-to-end-short")
     for method in methods:
@@ -257,7 +258,7 @@ def test_a_measurement_that_takes_too_long_is_ended() -> None:
         ("row", {}),
         ("overhead", {}),
         ("fits", {"budget": 2**30}),
-        ("dwell", {"method": "resident-active", "blocks": 2, "dwells": (1,)}),
+        ("switching", {"method": "resident-active", "blocks": 2, "switching": (1,)}),
     ],
 )
 def test_benches_of_one_gpu_take_turns(
@@ -274,7 +275,7 @@ def test_benches_of_one_gpu_take_turns(
     assert "error" not in rows[0]
 
 
-# ---- rivals ------------------------------------------------------------------------------------------------
+# ---- alternatives ------------------------------------------------------------------------------------------------
 
 
 def moved_by(runner: Runner, turn: int, module: torch.nn.Module) -> set[str]:
@@ -311,14 +312,14 @@ def test_badam_keeps_a_float32_copy_and_moments_of_one_layer() -> None:
     runner.step(1)
     own = [p for p in runner.parameters() if p.requires_grad]
     numbers, steps = sum(p.numel() for p in own), len(own)
-    assert runner.held()["optimizer"] == 3 * 4 * numbers + 4 * steps
-    assert runner.held()["parameters"] == sum(2 * p.numel() for p in runner.parameters())
+    assert runner.persistent_bytes()["optimizer"] == 3 * 4 * numbers + 4 * steps
+    assert runner.persistent_bytes()["parameters"] == sum(2 * p.numel() for p in runner.parameters())
 
 
 @pytest.mark.parametrize("model", MODEL_NAMES)
 def test_apollo_mini_keeps_little_for_the_layers_matrices(model: str) -> None:
     needs_apollo()
-    runner: Any = rival(spec(model, "end-to-end-apollo-mini"))
+    runner: Any = alternative_runner(spec(model, "end-to-end-apollo-mini"))
     runner.step(0)
     rest, low_rank = runner.optimizer.param_groups
     assert (low_rank["rank"], low_rank["scale"], low_rank["scale_type"]) == (1, 128, "tensor")
@@ -327,17 +328,17 @@ def test_apollo_mini_keeps_little_for_the_layers_matrices(model: str) -> None:
     assert len(rest["params"]) + matrices == len(runner.parameters())
     full = 2 * bytes_of(rest["params"])
     # Two moments and a projection of one row or column a matrix.
-    assert full < runner.held()["optimizer"] < full + 0.2 * bytes_of(low_rank["params"])
+    assert full < runner.persistent_bytes()["optimizer"] < full + 0.2 * bytes_of(low_rank["params"])
     assert moved_by(runner, 0, runner.module) == {name for name, _ in runner.module.named_parameters()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["end-to-end-badam", "end-to-end-apollo-mini"])
-def test_rivals_learn(method: str) -> None:
+def test_alternatives_learn(method: str) -> None:
     if "apollo" in method:
         needs_apollo()
-    runner = rival(spec(method=method))
-    assert isinstance(runner, RivalRunner)
+    runner = alternative_runner(spec(method=method))
+    assert isinstance(runner, AlternativeRunner)
 
     def loss() -> float:
         runner.plain.generator.manual_seed(0)
@@ -407,13 +408,13 @@ class Recorder(Runner):
     def parameters(self) -> list[torch.nn.Parameter]:
         return []
 
-    def held(self) -> dict[str, int]:
+    def persistent_bytes(self) -> dict[str, int]:
         return {}
 
     def check(self) -> None: ...
 
 
-def test_steady_windows_do_not_time_switches_and_dwelling_ones_do() -> None:
+def test_steady_windows_do_not_time_switches_and_switching_ones_do() -> None:
     runner = Recorder(2, switches=True)
     steady_times(runner, windows=1, iterations=3)
     assert [turn for turn, _ in runner.steps] == [0] * 4 + [1] * 4  # the first of each brings it in
@@ -421,7 +422,7 @@ def test_steady_windows_do_not_time_switches_and_dwelling_ones_do() -> None:
     steady_times(free, windows=2, iterations=2)
     assert [turn for turn, _ in free.steps] == [0, 1] * 4
     runner.steps.clear()
-    dwelling_times(runner, windows=1, dwell=5)
+    switching_times(runner, windows=1, steps_per_switch=5)
     assert runner.steps == ([(0, 1)] * 5 + [(1, 0)] * 5) * 2
 
 
@@ -452,10 +453,10 @@ def test_of_captured_steps_only_the_time_is_told() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "too"), [("resident-active", True), ("end-to-end", True), ("end-to-end-all-savers", False)]
+    ("method", "too"), [("resident-active", True), ("end-to-end", True), ("end-to-end-all-optimisations", False)]
 )
 def test_captured_steps_are_timed_beside_the_others(method: str, too: bool) -> None:
-    if "all-savers" in method:
+    if "all-optimisations" in method:
         pytest.importorskip("torchao")
     blocks = 2 if method.startswith("resident") else 1
     row = answer(spec(method=method, blocks=blocks, captured=True, compile=False))
@@ -474,15 +475,15 @@ def test_a_row_outlives_its_captured_steps(monkeypatch: pytest.MonkeyPatch) -> N
     assert row["peak_bytes"] > 0
     assert "error" not in row
     assert summary(row).endswith("captured: RuntimeError: operation not permitted when stream is capturing")
-    assert "failed" in printed([row | {"key": "x"}])
+    assert "failed" in memory_table([row | {"key": "x"}])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", ["host", "disk"])
-def test_dwells_are_measured(offload: str) -> None:
-    row = answer(spec(method="resident-active", blocks=2, task="dwell", dwells=(1, 3), offload=offload))
+def test_steps_per_switch_are_timed(offload: str) -> None:
+    row = answer(spec(method="resident-active", blocks=2, task="switching", switching_steps=(1, 3), offload=offload))
     assert "error" not in row
-    assert [entry["dwell"] for entry in row["dwells"]] == [1, 3]
+    assert [entry["steps_per_switch"] for entry in row["switching"]] == [1, 3]
 
 
 def test_ratios_are_of_equal_epochs() -> None:
@@ -492,15 +493,21 @@ def test_ratios_are_of_equal_epochs() -> None:
         common | {"method": "end-to-end", "blocks": 1, "step_ms": {"median": 100.0}},
         common | {"method": "resident-all", "blocks": 3, "step_ms": times},
         common
-        | {"method": "resident-active", "blocks": 3, "task": "dwell", "offload": "host", "step_ms": {"median": 32.0}}
-        | {"dwells": [{"dwell": 10, "step_ms": {"median": 48.0}}]},
+        | {
+            "method": "resident-active",
+            "blocks": 3,
+            "task": "switching",
+            "offload": "host",
+            "step_ms": {"median": 32.0},
+        }
+        | {"switching": [{"steps_per_switch": 10, "step_ms": {"median": 48.0}}]},
         common | {"method": "end-to-end-badam", "blocks": 1, "error": "x"},
     ]
     found = {(r["what"]): r["ratio"] for r in ratios_of(rows)}
     assert found == {
         "blocks over end to end": pytest.approx(0.9),
-        "resident-active, dwell 10, host, over no switch": pytest.approx(1.5),
-        "resident-active, dwell 10, host, over resident all": pytest.approx(1.6),
+        "resident-active, 10 steps per switch, host, over no switch": pytest.approx(1.5),
+        "resident-active, 10 steps per switch, host, over resident all": pytest.approx(1.6),
     }
 
 
@@ -541,6 +548,34 @@ def test_a_model_that_is_too_big_for_the_budget_does_not_fit() -> None:
     fitting, failing = (answer(spec(task="fits", budget=size)) for size in (2**30, 2**20))
     assert (fitting["fits"], failing["fits"]) == (True, False)
     assert fitting["peak_bytes"] == failing["peak_bytes"]
+
+
+# ---- what older versions wrote -------------------------------------------------------------------------------
+
+
+def test_rows_of_older_versions_are_read_under_todays_names(tmp_path: Path) -> None:
+    spec_then = {"model": "dit-l-2", "method": "end-to-end-all-savers", "blocks": 1, "task": "dwell"}
+    spec_then |= {"dwell": 10, "dwells": [1, 10], "offload": "host", "budget": None}
+    row = {"key": "dit-l-2 end-to-end-all-savers blocks=1 task=dwell", "method": "end-to-end-all-savers"}
+    row |= {"task": "dwell", "dwell": 10, "dwells": [{"dwell": 10, "step_ms": {"median": 1.0}}], "spec": spec_then}
+    now = in_current_terms(row)
+    assert now["key"] == Spec.from_dict(spec_then).key == "dit-l-2 end-to-end-all-optimisations blocks=1 task=switching"
+    assert (now["method"], now["task"], now["steps_per_switch"]) == ("end-to-end-all-optimisations", "switching", 10)
+    assert now["switching"] == [{"steps_per_switch": 10, "step_ms": {"median": 1.0}}]
+    assert Spec.from_dict(now["spec"]).switching_steps == (1, 10)
+    assert in_current_terms(now) == now
+    (tmp_path / "old.json").write_text(json.dumps({"rows": [row]}))
+    assert list(rows_in(tmp_path / "old.json").values()) == [now]
+
+
+def test_the_tables_of_the_project_are_read() -> None:
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "memory.json"
+    rows = rows_in(file)
+    assert len(rows) > 50
+    for key, row in rows.items():
+        assert row["method"] in METHODS
+        assert Spec.from_dict(row["spec"]).key == key
+    assert "resident-active-all-optimisations" in memory_table(list(rows.values()))
 
 
 # ---- tables and figures ------------------------------------------------------------------------------------

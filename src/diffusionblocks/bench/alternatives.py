@@ -26,12 +26,12 @@ from ..training import BatchMaker, Diverged, EndToEnd, Unit, units_of
 from ..training.compilation import Compiler
 from ..training.data_order import DataOrder
 from ..training.step import arithmetic
+from .bench_models import build, bytes_of_data, recipe_of, splits_of
 from .methods import Spec
-from .model_sizes import build, bytes_of_data, recipe_of, splits_of
 from .runners import Runner, bytes_of, tensors_in
 
 
-def compiled(plain: Plain) -> None:
+def compile_units(plain: Plain) -> None:
     """Compile each unit as the trainer does."""
     Compiler(plain.recipe.train, plain.device).compile([unit.module for unit in plain.units])
 
@@ -73,7 +73,7 @@ class Plain:
         return {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
 
 
-class RivalRunner(Runner):
+class AlternativeRunner(Runner):
     """A whole model, end to end, with an optimizer of another package.
 
     Args:
@@ -95,7 +95,7 @@ class RivalRunner(Runner):
         self._finite = torch.ones((), dtype=torch.bool, device=plain.device)
 
     def step(self, turn: int, following: int | None = None) -> None:
-        """See `Runner`."""
+        """Go to the part, and step it."""
         self._go_to(turn)
         loss = self.plain.loss(0, self._steps)
         loss.backward()
@@ -113,28 +113,28 @@ class RivalRunner(Runner):
         return self.plain.units[0].module
 
     def parameters(self) -> list[nn.Parameter]:
-        """See `Runner`."""
+        """The parameters of the whole model."""
         return list(self.module.parameters())
 
-    def _kept(self, *, here: bool) -> int:
+    def _state_bytes(self, *, here: bool) -> int:
         return bytes_of(t for t in self._state() if (t.device.type == self.device.type) == here)
 
     @property
     def host_bytes(self) -> int:  # type: ignore[override]
-        """See `Runner`."""
-        return self._kept(here=False)
+        """Bytes of the optimizer's state on the host."""
+        return self._state_bytes(here=False)
 
-    def held(self) -> dict[str, int]:
-        """See `Runner`."""
+    def persistent_bytes(self) -> dict[str, int]:
+        """Bytes of weights, buffers and the optimizer's state on the device."""
         return {
             "parameters": bytes_of(self.parameters()),
-            "optimizer": self._kept(here=True),
+            "optimizer": self._state_bytes(here=True),
             "ema": 0,
             "buffers": bytes_of(self.module.buffers()),
         }
 
     def check(self) -> None:
-        """See `Runner`."""
+        """Raise `Diverged` if a loss was not finite."""
         if not self._finite:
             raise Diverged("a loss was not finite, so the figures are of no use")
 
@@ -149,7 +149,7 @@ def _cpu_offload(spec: Spec) -> Runner:
     optimizer_class = _imported("torchao.optim", "torchao").CPUOffloadOptimizer
     plain = Plain(spec)
     if spec.compile:
-        compiled(plain)
+        compile_units(plain)
     optimizer = optimizer_class(
         plain.units[0].own, torch.optim.AdamW, offload_gradients=True, fused=True, **plain.adamw()
     )
@@ -162,20 +162,20 @@ def _cpu_offload(spec: Spec) -> Runner:
         if optimizer.d_opt is not None:  # parameters too small to be worth the way
             yield from tensors_in(dict(optimizer.d_opt.state))
 
-    return RivalRunner(plain, optimizer, state)
+    return AlternativeRunner(plain, optimizer, state)
 
 
 # ---- BAdam -------------------------------------------------------------------------------------------------
 
 
-class BAdamRunner(RivalRunner):
+class BAdamRunner(AlternativeRunner):
     """BAdam: Adam on one layer at a time, in turn; stem and head take the last turn, as they start untrained here.
 
     All weights are in bfloat16, as its README asks; the layer that trains has a float32 copy beside Adam's state.
     """
 
     switches = True
-    dwell = 100  # its README's switch_block_every
+    steps_per_switch = 100  # its README's switch_block_every
 
     def __init__(self, spec: Spec) -> None:
         optimizer_class = _imported("badam", "badam").BlockOptimizer
@@ -249,14 +249,14 @@ def _apollo_mini(spec: Spec) -> Runner:
     plain = Plain(spec)
     (unit,) = plain.units
     if spec.compile:
-        compiled(plain)
+        compile_units(plain)
     layers = tuple(f"{path}." for path in _layer_paths(unit))
-    named = dict(unit.module.named_parameters())
-    low_rank = [p for name, p in named.items() if name.startswith(layers) and p.dim() == 2]
-    chosen = {id(p) for p in low_rank}
-    rest = [p for p in named.values() if id(p) not in chosen]
+    parameters = dict(unit.module.named_parameters())
+    low_rank = [p for name, p in parameters.items() if name.startswith(layers) and p.dim() == 2]
+    identities = {id(p) for p in low_rank}
+    rest = [p for p in parameters.values() if id(p) not in identities]
     optimizer = optimizer_class([{"params": rest}, {"params": low_rank, **_MINI}], **plain.adamw())
-    return RivalRunner(plain, optimizer, lambda: tensors_in(dict(optimizer.state)))
+    return AlternativeRunner(plain, optimizer, lambda: tensors_in(dict(optimizer.state)))
 
 
 def _apollo_module() -> Any:
@@ -266,33 +266,33 @@ def _apollo_module() -> Any:
         raise _missing("apollo_torch", "apollo-torch")
     package = types.ModuleType("apollo_torch")
     package.__path__ = list(spec.submodule_search_locations)
-    known = sys.modules.get("apollo_torch")
+    imported = sys.modules.get("apollo_torch")
     sys.modules["apollo_torch"] = package
     try:
         return importlib.import_module("apollo_torch.apollo")
     finally:
         del sys.modules["apollo_torch"]
-        if known is not None:
-            sys.modules["apollo_torch"] = known
+        if imported is not None:
+            sys.modules["apollo_torch"] = imported
 
 
 # ---- packages ----------------------------------------------------------------------------------------------
 
-_RIVALS: dict[str, Callable[[Spec], Runner]] = {
+_ALTERNATIVES: dict[str, Callable[[Spec], Runner]] = {
     "end-to-end-cpu-offload": _cpu_offload,
     "end-to-end-badam": BAdamRunner,
     "end-to-end-apollo-mini": _apollo_mini,
 }
 
 
-def rival(spec: Spec) -> Runner:
+def alternative_runner(spec: Spec) -> Runner:
     """The alternative of a specification, ready to step.
 
     Raises:
         ImportError: its package is missing; the message says how to install it.
         ValueError: it needs a GPU.
     """
-    return _RIVALS[spec.method](spec)
+    return _ALTERNATIVES[spec.method](spec)
 
 
 def _imported(module: str, package: str) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..reports.tables import format_bytes
 from .methods import Spec
-from .rows import Measures, ordered, prediction, rows_in, with_method, write_table
+from .rows import ordered, prediction, rows_in, with_method, write_table
+from .server import Measurer
 
 #: Deepest model that is tried.
 _DEEPEST = 4096
@@ -47,18 +48,18 @@ def largest_depth(
 
 
 def _next(trials: list[Trial], fitting: int, failing: int, stride: int, budget: int, guess: int | None) -> int:
-    fitted = sorted((t["depth"], t["peak_bytes"]) for t in trials if t["fits"])
+    points = sorted((t["depth"], t["peak_bytes"]) for t in trials if t["fits"])
     if len(trials) > 8:
-        wanted = (fitting + failing) // 2  # the peak is no line, then
+        depth = (fitting + failing) // 2  # the peak is no line, then
     elif not trials:
-        wanted = 2 * stride if guess is None else guess
-    elif len(fitted) > 1:
-        wanted = line_end(fitted[-2], fitted[-1], budget)
-    elif fitted:  # through the origin, as if nothing but layers took memory: not too deep, then
-        wanted = line_end((0, 0), fitted[0], budget)
+        depth = 2 * stride if guess is None else guess
+    elif len(points) > 1:
+        depth = line_end(points[-2], points[-1], budget)
+    elif points:  # through the origin, as if nothing but layers took memory: not too deep, then
+        depth = line_end((0, 0), points[0], budget)
     else:
-        wanted = failing // 2
-    return min(max(wanted // stride * stride, fitting + stride), failing - stride)
+        depth = failing // 2
+    return min(max(depth // stride * stride, fitting + stride), failing - stride)
 
 
 def line_end(a: tuple[int, int], b: tuple[int, int], budget: int) -> int:
@@ -68,7 +69,7 @@ def line_end(a: tuple[int, int], b: tuple[int, int], budget: int) -> int:
 
 
 def depth(
-    base: Spec, blocks: int, out: Path, limit: float, asked: Measures, *, predict: bool = True
+    base: Spec, blocks: int, out: Path, limit: float, measurer: Measurer, *, predict: bool = True
 ) -> list[dict[str, Any]]:
     """Search end to end and with one block resident, each plainly and with all memory optimisations; write and return
     the rows.
@@ -78,13 +79,13 @@ def depth(
         blocks: B; the depths of blocks are multiples of it.
         out: the JSON file, written after every search; searches that it has already are kept.
         limit: seconds for each trial.
-        asked: who tries.
+        measurer: tries each.
         predict: begin where the planner says that the end is.
     """
     assert base.budget is not None
     specs = [
-        with_method(base, f"{method}{savers}", count, task="fits")
-        for savers in ("", "-all-savers")
+        with_method(base, f"{method}{suffix}", count, task="fits")
+        for suffix in ("", "-all-optimisations")
         for method, count in (("end-to-end", 1), ("resident-active", blocks))
     ]
     rows = rows_in(out)
@@ -92,35 +93,35 @@ def depth(
         if spec.key in rows:
             print(f"{spec.key}: searched before", flush=True)
             continue
-        rows[spec.key] = search(asked, spec, limit, guess_of(spec) if predict else None)
+        rows[spec.key] = search(measurer, spec, limit, guess_of(spec) if predict else None)
         write_table(out, ordered(rows, specs), budget_bytes=base.budget)
     return [rows[spec.key] for spec in specs]
 
 
-def search(asked: Measures, spec: Spec, limit: float, guess: int | None = None) -> dict[str, Any]:
+def search(measurer: Measurer, spec: Spec, limit: float, guess: int | None = None) -> dict[str, Any]:
     """The row of one method: `layers` of the deepest model within `spec.budget`, and the trials that found it."""
     assert spec.budget is not None
     about = {"key": spec.key, "model": spec.model, "method": spec.method, "blocks": spec.blocks, "task": "depth"}
 
     def fits(layers: int) -> Trial:
-        found = asked.ask(with_method(spec, spec.method, spec.blocks, depth=layers), limit)
-        if "error" in found and found["error"] != "out of memory":
-            raise _Stopped(f"at {layers} layers: {found['error']}")
+        answer = measurer.ask(with_method(spec, spec.method, spec.blocks, depth=layers), limit)
+        if "error" in answer and answer["error"] != "out of memory":
+            raise _NoAnswer(f"at {layers} layers: {answer['error']}")
         names = ("fits", "peak_bytes", "reserved_bytes", "host_bytes", "device", "detail", "process_seconds")
-        trial = {"depth": layers, "fits": False} | {name: found[name] for name in names if name in found}
+        trial = {"depth": layers, "fits": False} | {name: answer[name] for name in names if name in answer}
         size = format_bytes(trial["peak_bytes"]) if "peak_bytes" in trial else "out of memory"
         print(f"{spec.key}: {layers} layers {'fit' if trial['fits'] else 'do not fit'} ({size})", flush=True)
         return trial
 
     try:
         layers, trials = largest_depth(fits, spec.blocks, spec.budget, guess)
-    except _Stopped as stopped:
-        return about | {"guess": guess, "error": str(stopped)}
+    except _NoAnswer as error:
+        return about | {"guess": guess, "error": str(error)}
     device = next((trial["device"] for trial in trials if "device" in trial), None)
     return about | {"layers": layers, "guess": guess, "trials": trials} | ({"device": device} if device else {})
 
 
-class _Stopped(RuntimeError):
+class _NoAnswer(RuntimeError):
     """A trial ended without an answer."""
 
 
@@ -129,8 +130,8 @@ def guess_of(spec: Spec) -> int | None:
     points = []
     for factor in (2, 4):
         layers = max(4, spec.blocks) * factor // spec.blocks * spec.blocks
-        found = prediction(with_method(spec, spec.method, spec.blocks, depth=layers))
-        if "predicted_bytes" not in found:
+        row = prediction(with_method(spec, spec.method, spec.blocks, depth=layers))
+        if "predicted_bytes" not in row:
             return None
-        points.append((layers, int(found["predicted_bytes"])))
+        points.append((layers, int(row["predicted_bytes"])))
     return line_end(points[0], points[1], spec.budget or 0)

@@ -19,11 +19,12 @@ from ..core.partition import even_layers
 from ..experiments.run import make_trainer
 from ..experiments.sources import device_of
 from ..training import Trainer
-from .alternatives import Plain, compiled, rival
-from .measure import Clock, Times, alone, dwelling_times, measure_memory, steady_times, warm_up
+from .alternatives import Plain, alternative_runner, compile_units
+from .bench_models import batch_size_of, build, bytes_of_data, layers_of, recipe_of, splits_of
 from .methods import METHODS, Spec
-from .model_sizes import batch_size_of, build, bytes_of_data, layers_of, recipe_of, splits_of
+from .peak_memory import measure_memory
 from .runners import Runner, TrainerRunner
+from .timing import Clock, Times, alone, steady_times, switching_times, warm_up
 
 #: Allocators, of the device and of the host, say one of these when there is no more.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
@@ -48,8 +49,8 @@ def runner_of(spec: Spec) -> Iterator[Runner]:
         ImportError: an alternative's package is missing; the message says how to install it.
         ValueError: what the specification asks for cannot be.
     """
-    if METHODS[spec.method].kind == "rival":
-        yield rival(spec)
+    if METHODS[spec.method].kind == "alternative":
+        yield alternative_runner(spec)
         return
     recipe = recipe_of(spec)
     waits_on_host = recipe.train.resident == "active"
@@ -64,10 +65,10 @@ def runner_of(spec: Spec) -> Iterator[Runner]:
 
 
 def _row(spec: Spec) -> dict[str, Any]:
-    """Memory and speed of a method."""
+    """Measure memory and speed of a method."""
     row = _launched(spec)
     method = METHODS[spec.method]
-    if spec.captured and method.kind != "rival" and method.train.get("optimizer") != "adamw-8bit":
+    if spec.captured and method.kind != "alternative" and method.train.get("optimizer") != "adamw-8bit":
         try:
             row["captured_ms"] = _captured_times(spec).to_dict()
         except Exception as error:  # what was measured before must not be lost to it
@@ -86,9 +87,9 @@ def _captured_times(spec: Spec) -> Times:
 
 
 def _launched(spec: Spec) -> dict[str, Any]:
-    started = time.perf_counter()
+    start = time.perf_counter()
     with runner_of(spec) as runner, alone():
-        built = time.perf_counter()
+        ready = time.perf_counter()
         warm_up(runner)
         Clock(runner.device).wait()
         warm = time.perf_counter()
@@ -97,8 +98,8 @@ def _launched(spec: Spec) -> dict[str, Any]:
         steady = steady_times(runner, spec.windows, spec.iterations)
         switch = _switch_ms(runner, spec, steady)
         runner.check()
-        dwell = runner.dwell or spec.dwell
-        step_ms = steady.median + (switch or 0.0) / dwell
+        steps_per_switch = runner.steps_per_switch or spec.steps_per_switch
+        step_ms = steady.median + (switch or 0.0) / steps_per_switch
         batch = batch_size_of(spec)
         per_second = 1000.0 * batch / step_ms
         return {
@@ -106,12 +107,12 @@ def _launched(spec: Spec) -> dict[str, Any]:
             **memory,
             "step_ms": steady.to_dict(),
             "switch_ms": switch,
-            "dwell": dwell if runner.switches else None,
+            "steps_per_switch": steps_per_switch if runner.switches else None,
             "samples_per_second": per_second,
             "epoch_samples_per_second": per_second / (spec.blocks if METHODS[spec.method].kind == "blocks" else 1),
             "host_bytes": runner.host_bytes,
-            "start_seconds": built - started,
-            "warm_up_seconds": warm - built,
+            "start_seconds": ready - start,
+            "warm_up_seconds": warm - ready,
         }
 
 
@@ -137,22 +138,22 @@ def _switch_ms(runner: Runner, spec: Spec, steady: Times) -> float | None:
     """What a switch adds to a step, from steps that all switch; an upper bound, as a longer stay hides more of it."""
     if not runner.switches:
         return None
-    return dwelling_times(runner, spec.windows, 1).median - steady.median
+    return switching_times(runner, spec.windows, 1).median - steady.median
 
 
-def _dwell(spec: Spec) -> dict[str, Any]:
+def _switching(spec: Spec) -> dict[str, Any]:
     """Milliseconds of a step, switches included, for several steps per switch, beside steps without switches."""
     with runner_of(spec) as runner, alone():
         warm_up(runner)
         steady = steady_times(runner, spec.windows, spec.iterations)
-        dwells = {dwell: dwelling_times(runner, spec.windows, dwell) for dwell in spec.dwells}
+        switching = [(steps, switching_times(runner, spec.windows, steps)) for steps in spec.switching_steps]
         runner.check()
         return {
             **_about(spec),
             "offload": spec.offload,
             "host_bytes": runner.host_bytes,
             "step_ms": steady.to_dict(),
-            "dwells": [{"dwell": dwell, "step_ms": times.to_dict()} for dwell, times in dwells.items()],
+            "switching": [{"steps_per_switch": steps, "step_ms": times.to_dict()} for steps, times in switching],
         }
 
 
@@ -197,18 +198,18 @@ def _bare_loop(spec: Spec) -> Callable[[int], None]:
     plain = Plain(spec)
     if spec.compile:
         plain.batches.compile()
-        compiled(plain)
+        compile_units(plain)
     optimizers = [torch.optim.AdamW(unit.own, fused=True, **plain.adamw()) for unit in plain.units]
-    done = 0
+    count_so_far = 0
 
     def run(count: int) -> None:
-        nonlocal done
+        nonlocal count_so_far
         for _ in range(count):
-            step, turn = divmod(done, len(optimizers))
+            step, turn = divmod(count_so_far, len(optimizers))
             plain.loss(turn, step).backward()
             optimizers[turn].step()
             optimizers[turn].zero_grad(set_to_none=True)
-            done += 1
+            count_so_far += 1
 
     return run
 
@@ -229,7 +230,7 @@ def _fits(spec: Spec) -> dict[str, Any]:
 
 TASKS: dict[str, Callable[[Spec], dict[str, Any]]] = {
     "row": _row,
-    "dwell": _dwell,
+    "switching": _switching,
     "overhead": _overhead,
     "fits": _fits,
 }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..training.train_config import LEAN_BUDGET
 
 _BUDGET = {"activation_memory_budget": LEAN_BUDGET}
-_SAVERS = {"activation_checkpointing": True, "optimizer": "adamw-8bit", "optimizer_in_backward": True}
+_OPTIMISATIONS = {"activation_checkpointing": True, "optimizer": "adamw-8bit", "optimizer_in_backward": True}
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,16 @@ class Method:
         about: what a reader must know about it.
     """
 
-    kind: Literal["whole", "short", "rival", "blocks"]
+    kind: Literal["whole", "short", "alternative", "blocks"]
     about: str
     train: dict[str, Any] = field(default_factory=dict)
 
+
+#: Former names of methods, which tables of older versions have and the command line accepts.
+FORMER_NAMES = {
+    "end-to-end-all-savers": "end-to-end-all-optimisations",
+    "resident-active-all-savers": "resident-active-all-optimisations",
+}
 
 METHODS: dict[str, Method] = {
     "end-to-end": Method("whole", "AdamW, float32 weights, bfloat16 autocast"),
@@ -37,13 +43,15 @@ METHODS: dict[str, Method] = {
         "8-bit AdamW, which steps inside the backward pass",
         {"optimizer": "adamw-8bit", "optimizer_in_backward": True},
     ),
-    "end-to-end-all-savers": Method("whole", "checkpointing and 8-bit AdamW in the backward pass", _SAVERS),
-    "end-to-end-cpu-offload": Method("rival", "torchao's CPUOffloadOptimizer: AdamW and gradients on the host"),
+    "end-to-end-all-optimisations": Method(
+        "whole", "checkpointing and 8-bit AdamW in the backward pass", _OPTIMISATIONS
+    ),
+    "end-to-end-cpu-offload": Method("alternative", "torchao's CPUOffloadOptimizer: AdamW and gradients on the host"),
     "end-to-end-badam": Method(
-        "rival",
+        "alternative",
         "BAdam: a layer at a time; weights in bfloat16 without float32 copies, but for the layer that trains",
     ),
-    "end-to-end-apollo-mini": Method("rival", "APOLLO-Mini: rank 1 for the layers' matrices, AdamW for the rest"),
+    "end-to-end-apollo-mini": Method("alternative", "APOLLO-Mini: rank 1 for the layers' matrices, AdamW for the rest"),
     "end-to-end-short": Method("short", "a model of one block's layers, end to end"),
     "resident-all": Method("blocks", "every block stays on the device"),
     "resident-active": Method("blocks", "only the block that trains is on the device", {"resident": "active"}),
@@ -53,12 +61,12 @@ METHODS: dict[str, Method] = {
     "resident-active-checkpointing": Method(
         "blocks", "and each layer is computed again", {"resident": "active", "activation_checkpointing": True}
     ),
-    "resident-active-all-savers": Method(
-        "blocks", "and 8-bit AdamW in the backward pass", {"resident": "active", **_SAVERS}
+    "resident-active-all-optimisations": Method(
+        "blocks", "and 8-bit AdamW in the backward pass", {"resident": "active", **_OPTIMISATIONS}
     ),
 }
 
-Task = Literal["row", "dwell", "overhead", "fits"]
+Task = Literal["row", "switching", "overhead", "fits"]
 
 #: What tells rows of one model, method and B apart, where it is not the default.
 _IN_KEY = ("task", "depth", "batch_size", "tiny", "device", "compile", "cuda_graph", "captured", "offload", "budget")
@@ -72,8 +80,8 @@ class Spec:
         model: a name of `models.MODELS`.
         method: a name of `METHODS`.
         blocks: B; of `end-to-end-short` the B that its depth is the block of; else 1.
-        task: a `row` of memory and speed; total time at several steps per switch (`dwell`); the trainer's loop against
-            a bare one (`overhead`); or only whether it `fits` a budget.
+        task: a `row` of memory and speed; total time at several steps per switch (`switching`); the trainer's loop
+            against a bare one (`overhead`); or only whether it `fits` a budget.
         depth: number of layers instead of the model's own.
         batch_size: instead of the model's own.
         device: `cuda` or `cpu`.
@@ -83,8 +91,8 @@ class Spec:
         captured: of a row, time captured steps too, of another trainer; not of alternatives, nor of 8-bit AdamW.
         windows: timed windows, of which the median is reported.
         iterations: steps of each block in a window.
-        dwell: steps over which a row spreads the cost of a switch of blocks.
-        dwells: those of the task `dwell`.
+        steps_per_switch: steps over which a row spreads the cost of a switch of blocks.
+        switching_steps: steps per switch that the task `switching` times.
         offload: where blocks wait, `host` or `disk`.
         budget: bytes that the allocator may take; None: all there are.
     """
@@ -102,8 +110,8 @@ class Spec:
     captured: bool = False
     windows: int = 5
     iterations: int = 5
-    dwell: int = 10
-    dwells: tuple[int, ...] = (1, 10, 50)
+    steps_per_switch: int = 10
+    switching_steps: tuple[int, ...] = (1, 10, 50)
     offload: str = "host"
     budget: int | None = None
 
@@ -119,19 +127,31 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return dataclasses.asdict(self) | {"dwells": list(self.dwells)}
+        return dataclasses.asdict(self) | {"switching_steps": list(self.switching_steps)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Spec:
-        """The inverse of `to_dict`."""
-        return cls(**(values | {"dwells": tuple(values["dwells"])}))
+        """Read what `to_dict` gave, of this version or an older one."""
+        values = {_FORMER_FIELDS.get(name, name): value for name, value in values.items()}
+        task = "switching" if values["task"] == "dwell" else values["task"]
+        steps = tuple(values["switching_steps"])
+        return cls(**values | {"method": current_name(values["method"]), "task": task, "switching_steps": steps})
 
 
-def check_names(what: str, given: list[str], allowed: list[str]) -> None:
-    """Refuse a name that is not allowed."""
-    unknown = [name for name in given if name not in allowed]
+#: Former names of fields of a specification.
+_FORMER_FIELDS = {"dwell": "steps_per_switch", "dwells": "switching_steps"}
+
+
+def current_name(method: str) -> str:
+    """The name of a method, given that or a former one."""
+    return FORMER_NAMES.get(method, method)
+
+
+def check_names(what: str, names: list[str], choices: list[str]) -> None:
+    """Refuse a name that is no choice."""
+    unknown = [name for name in names if name not in choices]
     if unknown:
-        raise ValueError(f"unknown {what} {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; allowed: {', '.join(choices)}")
 
 
 def rows_of(models: list[str], blocks: list[int], methods: list[str], base: Spec) -> list[Spec]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS, Spec, check_names, rows_of
+from .methods import METHODS, Spec, check_names, current_name, rows_of
 
 _MODELS = ["dit-l-2", "vit-h"]
 
@@ -19,7 +19,14 @@ def add_bench(commands: Any) -> None:
 
     memory = _measuring(kinds, "memory", _memory, "peak memory by kind and speed, of every method")
     _models(memory)
-    memory.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    memory.add_argument(
+        "--methods",
+        nargs="+",
+        type=current_name,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=", ".join(METHODS),
+    )
     memory.add_argument("--figure", type=Path, help="draw the memory of the rows to this PNG")
     memory.add_argument("--shard", default="0/1", metavar="I/N", help="only rows I, I + N, ...: several GPUs share")
     memory.add_argument("--captured", action="store_true", help="time captured steps (CUDA graphs) as well")
@@ -34,12 +41,21 @@ def add_bench(commands: Any) -> None:
     speed.add_argument(
         "--methods",
         nargs="+",
+        type=current_name,
         default=["resident-active"],
         choices=[name for name, method in METHODS.items() if method.train.get("resident") == "active"],
         help="whose switches are timed (default resident-active)",
     )
     speed.add_argument("--cuda-graph", action="store_true", help="capture steps, but not those of the bare loop")
-    speed.add_argument("--dwells", type=int, nargs="+", default=[1, 10, 50], help="steps that a block stays")
+    speed.add_argument(
+        "--switching-steps",
+        "--dwells",
+        type=int,
+        nargs="+",
+        default=[1, 10, 50],
+        metavar="N",
+        help="steps per switch that are timed (default 1 10 50); --dwells is its former name",
+    )
     speed.add_argument("--shard", default="0/1", metavar="I/N", help="only rows I, I + N, ...: several GPUs share")
     _windows(speed)
 
@@ -99,7 +115,12 @@ def _windows(command: argparse.ArgumentParser) -> None:
     command.add_argument("--windows", type=int, default=5, help="timed windows, of which the median counts (default 5)")
     command.add_argument("--iterations", type=int, default=5, help="steps of each block in a window (default 5)")
     command.add_argument(
-        "--dwell", type=int, default=10, help="steps over which a row spreads a switch of blocks (default 10)"
+        "--steps-per-switch",
+        "--dwell",
+        type=int,
+        default=10,
+        metavar="N",
+        help="steps over which a row spreads a switch of blocks (default 10); --dwell is its former name",
     )
 
 
@@ -107,11 +128,11 @@ def _base(options: argparse.Namespace, models: list[str], blocks: list[int]) -> 
     """What all specifications of a command have in common, checked before anything is measured."""
     import dataclasses
 
-    from .model_sizes import MODELS, recipe_of
+    from .bench_models import MODELS, recipe_of
     from .rows import check_device
 
     check_names("model", models, list(MODELS))
-    for name in ("windows", "iterations", "dwell", "batch_size"):
+    for name in ("windows", "iterations", "steps_per_switch", "batch_size"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -119,7 +140,17 @@ def _base(options: argparse.Namespace, models: list[str], blocks: list[int]) -> 
         raise ValueError(f"--limit must be above 0 seconds, got {options.limit}")
     if min(blocks) < 2:
         raise ValueError(f"--blocks must be at least 2, got {min(blocks)}: one block is the row end-to-end")
-    names = ("batch_size", "device", "tiny", "compile", "cuda_graph", "captured", "windows", "iterations", "dwell")
+    names = (
+        "batch_size",
+        "device",
+        "tiny",
+        "compile",
+        "cuda_graph",
+        "captured",
+        "windows",
+        "iterations",
+        "steps_per_switch",
+    )
     base = Spec(models[0], **{name: getattr(options, name) for name in names if hasattr(options, name)})
     for model in models:
         for count in blocks:
@@ -131,16 +162,17 @@ def _base(options: argparse.Namespace, models: list[str], blocks: list[int]) -> 
 
 def _memory(options: argparse.Namespace) -> None:
     from .plots import draw_memory
-    from .rows import measure_all, printed, server, shard, with_predictions, write_table
+    from .rows import measure_all, memory_table, shard, with_predictions, write_table
+    from .server import server
 
     base = _base(options, options.models, options.blocks)
     specs = shard(rows_of(options.models, options.blocks, options.methods, base), options.shard)
-    with server(options.lock) as asked:
-        rows = measure_all(specs, options.out, options.limit, asked)
+    with server(options.lock) as measurer:
+        rows = measure_all(specs, options.out, options.limit, measurer)
     if options.predict:
         rows = with_predictions(rows)
         write_table(options.out, rows)
-    print(printed(rows))
+    print(memory_table(rows))
     if options.figure:
         draw_memory(rows, options.figure)
 
@@ -149,16 +181,17 @@ def _speed(options: argparse.Namespace) -> None:
     import dataclasses
 
     from ..reports.tables import format_table
-    from .rows import server, shard
+    from .rows import shard
+    from .server import server
     from .speed import specs_of, speed
 
     base = _base(options, options.models, options.blocks)
-    if min(options.dwells) < 1:
-        raise ValueError(f"--dwells must be at least 1, got {min(options.dwells)}")
-    base = dataclasses.replace(base, dwells=tuple(options.dwells))
+    if min(options.switching_steps) < 1:
+        raise ValueError(f"--switching-steps must be at least 1, got {min(options.switching_steps)}")
+    base = dataclasses.replace(base, switching_steps=tuple(options.switching_steps))
     specs = shard(specs_of(options.models, options.blocks, options.methods, options.offload, base), options.shard)
-    with server(options.lock) as asked:
-        ratios = speed(specs, options.out, options.limit, asked)
+    with server(options.lock) as measurer:
+        ratios = speed(specs, options.out, options.limit, measurer)
     if ratios:
         print(format_table([row | {"ratio": f"{row['ratio']:.3f}"} for row in ratios]))
 
@@ -169,23 +202,23 @@ def _depth(options: argparse.Namespace) -> None:
     from ..planning import parse_budget
     from ..reports.tables import format_table
     from .depth import depth
-    from .rows import server
+    from .server import server
 
     budget = parse_budget(options.budget)
     base = dataclasses.replace(_base(options, [options.model], [options.blocks]), budget=budget)
     # Fragments of memory would decide otherwise; the same for all.
     segments = "expandable_segments:True"
-    with server(options.lock, {"PYTORCH_ALLOC_CONF": segments, "PYTORCH_CUDA_ALLOC_CONF": segments}) as asked:
-        rows = depth(base, options.blocks, options.out, options.limit, asked, predict=options.predict)
-    shown = [{"method": r["method"], "B": r["blocks"], "layers": r.get("layers", r.get("error"))} for r in rows]
-    print(format_table(shown))
+    with server(options.lock, {"PYTORCH_ALLOC_CONF": segments, "PYTORCH_CUDA_ALLOC_CONF": segments}) as measurer:
+        rows = depth(base, options.blocks, options.out, options.limit, measurer, predict=options.predict)
+    lines = [{"method": r["method"], "B": r["blocks"], "layers": r.get("layers", r.get("error"))} for r in rows]
+    print(format_table(lines))
 
 
 def _gather(options: argparse.Namespace) -> None:
     from .plots import draw_memory
-    from .rows import gather, printed
+    from .rows import gather, memory_table
 
     rows = gather(options.parts, options.out, predict=options.predict)
-    print(printed(rows))
+    print(memory_table(rows))
     if options.figure:
         draw_memory(rows, options.figure)

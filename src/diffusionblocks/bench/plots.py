@@ -79,7 +79,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _title(model: str, rows: Sequence[dict[str, Any]]) -> str:
-    done = next((row for row in rows if row["model"] == model and "bytes" in row), None)
-    if done is None:
+    first = next((row for row in rows if row["model"] == model and "bytes" in row), None)
+    if first is None:
         return model
-    return f"{model}{' (toy size)' if done['tiny'] else ''}, batch {done['batch_size']}, {done['device']}"
+    return f"{model}{' (toy size)' if first['tiny'] else ''}, batch {first['batch_size']}, {first['device']}"

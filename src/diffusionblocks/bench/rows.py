@@ -2,87 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..common.formats import read_json, write_json
 from ..reports.tables import commit, format_bytes, format_table
-from .measure import LOCK
-from .methods import METHODS, Spec
-from .model_sizes import examples_of, recipe_of
-from .worker import server_command
-
-
-class Measures(Protocol):
-    """Where measurements are made."""
-
-    def ask(self, spec: Spec, limit: float) -> dict[str, Any]:
-        """The measurement's answer, an `error` if there is none.
-
-        Args:
-            spec: what to measure.
-            limit: seconds that it may take.
-        """
-
-
-class Server:
-    """A process that measures what it is asked, each in a process of its own (`worker.py`).
-
-    Args:
-        lock: a file that benches of one GPU share: each measures while it holds it (`measure.alone`).
-        environment: variables for it, beside this process's own.
-    """
-
-    def __init__(self, lock: Path | None = None, environment: dict[str, str] | None = None) -> None:
-        shared = {} if lock is None else {LOCK: str(lock.absolute())}
-        self._environment = {**os.environ, **(environment or {}), **shared}
-        self._process: subprocess.Popen[str] | None = None
-
-    def ask(self, spec: Spec, limit: float) -> dict[str, Any]:
-        """See `Measures`."""
-        if self._process is None:
-            self._process = subprocess.Popen(
-                server_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"spec": spec.to_dict(), "limit": limit}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            self._process = None
-            return {"error": f"the measuring process ended with exit status {code}; see its messages above"}
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            self._process.wait()
-            self._process = None
-
-
-@contextlib.contextmanager
-def server(lock: Path | None = None, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """A `Server` for the length of a `with` block."""
-    found = Server(lock, environment)
-    try:
-        yield found
-    finally:
-        found.close()
+from .bench_models import examples_of, recipe_of
+from .methods import FORMER_NAMES, METHODS, Spec, current_name
+from .server import Measurer
 
 
 def check_device(device: str) -> None:
@@ -105,28 +38,28 @@ def shard(rows: Sequence[Spec], text: str) -> list[Spec]:
     return list(rows)[int(first) :: int(count)]
 
 
-def measure_all(specs: Sequence[Spec], out: Path, limit: float, asked: Measures) -> list[dict[str, Any]]:
+def measure_all(specs: Sequence[Spec], out: Path, limit: float, measurer: Measurer) -> list[dict[str, Any]]:
     """Measure every specification that `out` does not hold yet, and write it after each.
 
     Args:
         specs: what to measure; their order is that of the rows.
         out: the JSON file. Rows that an earlier run left there without an error are kept.
         limit: seconds for each.
-        asked: who measures.
+        measurer: measures each.
 
     Returns:
         The rows of `specs`, and others that the file had.
     """
     rows = rows_in(out)
-    kept = set(rows)
+    before = set(rows)
     for number, spec in enumerate(specs, start=1):
-        if spec.key in kept:
+        if spec.key in before:
             print(f"[{number}/{len(specs)}] {spec.key}: measured before", flush=True)
             continue
         about = {"key": spec.key, "model": spec.model, "method": spec.method, "blocks": spec.blocks}
-        found = asked.ask(spec, limit)
-        rows[spec.key] = about | {"task": spec.task} | found | {"spec": spec.to_dict()}
-        print(f"[{number}/{len(specs)}] {spec.key}: {summary(found)}", flush=True)
+        answer = measurer.ask(spec, limit)
+        rows[spec.key] = about | {"task": spec.task} | answer | {"spec": spec.to_dict()}
+        print(f"[{number}/{len(specs)}] {spec.key}: {summary(answer)}", flush=True)
         write_table(out, ordered(rows, specs))
     write_table(out, ordered(rows, specs))
     return ordered(rows, specs)
@@ -136,27 +69,46 @@ def rows_in(out: Path) -> dict[str, dict[str, Any]]:
     """The rows without an error that an earlier run left in its file, by their keys."""
     if not out.exists():
         return {}
-    return {row["key"]: row for row in read_json(out)["rows"] if "error" not in row}
+    rows = (in_current_terms(row) for row in read_json(out)["rows"])
+    return {row["key"]: row for row in rows if "error" not in row}
+
+
+def in_current_terms(row: dict[str, Any]) -> dict[str, Any]:
+    """A row under today's names, where an older version wrote it: methods, tasks, and fields."""
+    key = row["key"].replace("task=dwell", "task=switching")
+    for former, name in FORMER_NAMES.items():
+        key = key.replace(former, name)
+    row = row | {"key": key, "method": current_name(row["method"])}
+    if row.get("task") == "dwell":
+        row["task"] = "switching"
+    if "dwell" in row:
+        row["steps_per_switch"] = row.pop("dwell")
+    if "dwells" in row:
+        entries = row.pop("dwells")
+        row["switching"] = [{"steps_per_switch": e["dwell"], "step_ms": e["step_ms"]} for e in entries]
+    if "spec" in row:
+        row["spec"] = Spec.from_dict(row["spec"]).to_dict()
+    return row
 
 
 def ordered(rows: dict[str, dict[str, Any]], specs: Sequence[Spec]) -> list[dict[str, Any]]:
     """The rows of the specifications, as far as they are there, and then the others."""
-    wanted = [spec.key for spec in specs if spec.key in rows]
-    return [rows[key] for key in [*wanted, *(key for key in rows if key not in set(wanted))]]
+    first = [spec.key for spec in specs if spec.key in rows]
+    return [rows[key] for key in [*first, *(key for key in rows if key not in set(first))]]
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(answer: dict[str, Any]) -> str:
     """A measurement in a few words."""
-    if "error" in found:
-        return str(found["error"])
+    if "error" in answer:
+        return str(answer["error"])
     parts = []
-    if "peak_bytes" in found:
-        parts.append(f"peak {format_bytes(found['peak_bytes'])}")
+    if "peak_bytes" in answer:
+        parts.append(f"peak {format_bytes(answer['peak_bytes'])}")
     for name in ("step_ms", "trainer_ms", "bare_ms"):
-        if name in found:
-            parts.append(f"{name.removesuffix('_ms')} {found[name]['median']:.2f} ms")
-    if "captured_error" in found:
-        parts.append(f"captured: {found['captured_error'].splitlines()[0]}")
+        if name in answer:
+            parts.append(f"{name.removesuffix('_ms')} {answer[name]['median']:.2f} ms")
+    if "captured_error" in answer:
+        parts.append(f"captured: {answer['captured_error'].splitlines()[0]}")
     return ", ".join(parts)
 
 
@@ -167,7 +119,7 @@ def with_predictions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def prediction(spec: Spec) -> dict[str, Any]:
     """What the planner says the row needs; nothing for alternatives, whose optimizers it does not know."""
-    if METHODS[spec.method].kind == "rival" or spec.task not in ("row", "fits"):
+    if METHODS[spec.method].kind == "alternative" or spec.task not in ("row", "fits"):
         return {}
     try:
         from ..planning import predict  # brings torch's compiler, whose inner parts change
@@ -203,40 +155,40 @@ def gather(parts: Sequence[Path], out: Path, *, predict: bool = False) -> list[d
     files = [read_json(path) for path in parts]
     rows: dict[str, dict[str, Any]] = {}
     for file in files:
-        for row in file["rows"]:
+        for row in map(in_current_terms, file["rows"]):
             if row["key"] not in rows or "error" in rows[row["key"]]:
                 rows[row["key"]] = row
     models = list(dict.fromkeys(row["model"] for row in rows.values()))
     methods = list(METHODS)
     # As one run would have had them: by model, then B, then method.
-    found = sorted(rows.values(), key=lambda r: (models.index(r["model"]), r["blocks"], methods.index(r["method"])))
+    whole = sorted(rows.values(), key=lambda r: (models.index(r["model"]), r["blocks"], methods.index(r["method"])))
     if predict:
-        found = with_predictions(found)
-    joined = {name: ", ".join(sorted({str(file[name]) for file in files})) for name in ("device", "torch", "commit")}
+        whole = with_predictions(whole)
+    origin = {name: ", ".join(sorted({str(file[name]) for file in files})) for name in ("device", "torch", "commit")}
     command = " && ".join(dict.fromkeys(file["command"] for file in files))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"command": command, **joined, "rows": found})
-    return found
+    write_json(out, {"command": command, **origin, "rows": whole})
+    return whole
 
 
-def printed(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of memory and speed as a text table."""
-    shown = []
+def memory_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Format rows of memory and speed as a text table."""
+    lines = []
     for row in rows:
-        done = "error" not in row
+        whole = "error" not in row
         cell = {"model": row["model"], "method": row["method"], "B": row["blocks"]}
-        cell |= {"layers": row.get("layers"), "peak": format_bytes(row["peak_bytes"]) if done else row["error"][:40]}
+        cell |= {"layers": row.get("layers"), "peak": format_bytes(row["peak_bytes"]) if whole else row["error"][:40]}
         predicted = row.get("predicted_bytes")
         cell["predicted"] = None if predicted is None else format_bytes(predicted)
-        cell["host"] = format_bytes(row["host_bytes"]) if done else None
-        cell["step ms"] = f"{row['step_ms']['median']:.2f}" if done else None
+        cell["host"] = format_bytes(row["host_bytes"]) if whole else None
+        cell["step ms"] = f"{row['step_ms']['median']:.2f}" if whole else None
         captured = row.get("captured_ms")
         cell["captured ms"] = f"{captured['median']:.2f}" if captured else "failed" if "captured_error" in row else None
-        cell["switch ms"] = f"{row['switch_ms']:.1f}" if done and row["switch_ms"] is not None else None
-        cell["samples/s"] = f"{row['samples_per_second']:.0f}" if done else None
-        cell["of all layers"] = f"{row['epoch_samples_per_second']:.0f}" if done else None
-        shown.append(cell)
-    return format_table(shown) if shown else "no rows"
+        cell["switch ms"] = f"{row['switch_ms']:.1f}" if whole and row["switch_ms"] is not None else None
+        cell["samples/s"] = f"{row['samples_per_second']:.0f}" if whole else None
+        cell["of all layers"] = f"{row['epoch_samples_per_second']:.0f}" if whole else None
+        lines.append(cell)
+    return format_table(lines) if lines else "no rows"
 
 
 def with_method(spec: Spec, method: str, blocks: int, **changes: Any) -> Spec:

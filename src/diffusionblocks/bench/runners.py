@@ -18,7 +18,7 @@ class Runner(abc.ABC):
     Attributes:
         turns: how many parts take turns: blocks, or layers where those train one at a time; else 1.
         switches: whether going over to another part takes time of its own.
-        dwell: steps after which the method itself goes over to the next part; None leaves it to the caller.
+        steps_per_switch: steps after which the method itself goes over to the next part; None leaves it to the caller.
         device: where it trains.
         host_bytes: bytes of training state in host memory.
         data_bytes: bytes of the examples, which are on the device.
@@ -26,7 +26,7 @@ class Runner(abc.ABC):
 
     turns: int = 1
     switches: bool = False
-    dwell: int | None = None
+    steps_per_switch: int | None = None
     device: torch.device
     host_bytes: int = 0
     data_bytes: int = 0
@@ -45,7 +45,7 @@ class Runner(abc.ABC):
         """The parameters on the device."""
 
     @abc.abstractmethod
-    def held(self) -> dict[str, int]:
+    def persistent_bytes(self) -> dict[str, int]:
         """Bytes on the device between steps: of `parameters`, `optimizer`, `ema` and `buffers`."""
 
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class TrainerRunner(Runner):
         self.host_bytes = trainer.residency.host_bytes
 
     def step(self, turn: int, following: int | None = None) -> None:
-        """See `Runner`."""
+        """Step a unit of the trainer."""
         self.trainer.step(turn, following)
 
     def _modules(self) -> list[nn.Module]:
@@ -76,11 +76,11 @@ class TrainerRunner(Runner):
         return [each.module for each in self.trainer.residency.shared_modules]
 
     def parameters(self) -> list[nn.Parameter]:
-        """See `Runner`."""
+        """The parameters of the modules on the device."""
         return [p for module in self._modules() for p in module.parameters()]
 
-    def held(self) -> dict[str, int]:
-        """See `Runner`."""
+    def persistent_bytes(self) -> dict[str, int]:
+        """Bytes of the units that the device has room for."""
         present = self.trainer.units
         if self.switches:  # there is room for the largest
             present = [max(present, key=lambda unit: bytes_of(unit.module.parameters()))]
@@ -93,7 +93,7 @@ class TrainerRunner(Runner):
         }
 
     def check(self) -> None:
-        """See `Runner`."""
+        """Raise `Diverged` if the trainer noted a step that was not finite."""
         if self.trainer.stepper.first_bad_step() is not None:
             raise Diverged("a loss was not finite, so the figures are of no use")
 

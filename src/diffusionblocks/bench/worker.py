@@ -37,12 +37,12 @@ def answer(spec: Spec) -> dict[str, Any]:
     """Measure; what goes wrong becomes the answer's `error`."""
     from .measurements import TASKS, failure
 
-    started = time.perf_counter()
+    start = time.perf_counter()
     try:
         result = TASKS[spec.task](spec)
     except Exception as error:
         return failure(error)
-    return result | {"seconds": time.perf_counter() - started}
+    return result | {"seconds": time.perf_counter() - start}
 
 
 def server_command() -> list[str]:
@@ -82,21 +82,21 @@ def _preload() -> None:
 
 
 def isolated(request: dict[str, Any], fork: bool) -> dict[str, Any]:
-    """The answer of a process of its own, which is ended with all its helpers when its time is up."""
-    started = time.perf_counter()
+    """The answer of a process of its own, which is has_ended with all its helpers when its time is up."""
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="diffusionblocks-bench-") as folder:
         out = Path(folder) / "answer.json"
-        number, ended = _forked(request, out) if fork else _fresh(request, out)
-        late = not _waits(ended, request["limit"])
+        number, has_ended = _forked(request, out) if fork else _fresh(request, out)
+        late = not _waits(has_ended, request["limit"])
         _end_group(number)
         if late:
-            while not ended():
+            while not has_ended():
                 time.sleep(0.01)
             return {"error": f"timed out after {request['limit']:g} s"}
         if not out.is_file():
             return {"error": "the process died without an answer (killed by the system, or for memory of the host)"}
         reply: dict[str, Any] = json.loads(out.read_text())
-    return reply | {"process_seconds": time.perf_counter() - started}
+    return reply | {"process_seconds": time.perf_counter() - start}
 
 
 def _forked(request: dict[str, Any], out: Path) -> tuple[int, Callable[[], bool]]:
@@ -113,10 +113,10 @@ def _forked(request: dict[str, Any], out: Path) -> tuple[int, Callable[[], bool]
             sys.stderr.flush()
             os._exit(0)
 
-    def ended() -> bool:
+    def has_ended() -> bool:
         return os.waitpid(number, os.WNOHANG)[0] == number
 
-    return number, ended
+    return number, has_ended
 
 
 def _fresh(request: dict[str, Any], out: Path) -> tuple[int, Callable[[], bool]]:
@@ -128,10 +128,10 @@ def _fresh(request: dict[str, Any], out: Path) -> tuple[int, Callable[[], bool]]
     return process.pid, lambda: process.poll() is not None
 
 
-def _waits(ended: Callable[[], bool], seconds: float) -> bool:
+def _waits(has_ended: Callable[[], bool], seconds: float) -> bool:
     limit = time.perf_counter() + seconds
     while time.perf_counter() < limit:
-        if ended():
+        if has_ended():
             return True
         time.sleep(0.01)
     return False

@@ -139,7 +139,7 @@ def recipe_of(spec: Spec) -> Recipe:
             "compile": "layers" if spec.compile else False,
             "cuda_graph": spec.cuda_graph,
             "schedule": "round-robin",
-            "steps_per_switch": spec.dwell,
+            "steps_per_switch": spec.steps_per_switch,
             "offload": spec.offload,
             "log_every": 50,
             **method.train,
