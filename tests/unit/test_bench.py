@@ -1,4 +1,4 @@
-"""The benchmarks' parts, at toy size on the CPU: what is built and counted, what alternatives move, the depth search."""
+"""The benchmarks' parts, at toy size on the CPU: what is built and counted, what alternatives move, the depth found."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_a_measurement_that_takes_too_long_is_ended() -> None:
         ("row", {}),
         ("overhead", {}),
         ("fits", {"budget": 2**30}),
-        ("switching", {"method": "resident-active", "blocks": 2, "switching": (1,)}),
+        ("switching", {"method": "resident-active", "blocks": 2, "switching_steps": (1,)}),
     ],
 )
 def test_benches_of_one_gpu_take_turns(
