@@ -17,7 +17,7 @@ from torch.profiler import profile
 import diffusionblocks as db
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.planning import predict
-from diffusionblocks.planning.planner import SAVERS, changed, savers_of
+from diffusionblocks.planning.planner import OPTIMISATIONS, optimisations_of, with_changes
 from diffusionblocks.training import TrainConfig
 from diffusionblocks.training.compilation import Compiler, within_budget
 
@@ -70,7 +70,8 @@ def test_a_budget_keeps_less_and_computes_no_matrix_product_again() -> None:
 def test_the_plan_counts_what_a_budget_keeps(compile: str) -> None:
     recipe = load_recipe(RECIPES / "dit" / "cifar10.yaml", [f"train.compile={compile}", "train.batch_size=32"])
     every, some = (
-        predict(changed(recipe, {"train.activation_memory_budget": budget}), num_examples=0) for budget in (1.0, 0.9)
+        predict(with_changes(recipe, {"train.activation_memory_budget": budget}), num_examples=0)
+        for budget in (1.0, 0.9)
     )
     assert some.activations < 0.8 * every.activations
     assert some.parameters == every.parameters
@@ -78,11 +79,11 @@ def test_the_plan_counts_what_a_budget_keeps(compile: str) -> None:
 
 def test_a_plan_proposes_it_first_where_it_can_be_had() -> None:
     compiled = load_recipe(RECIPES / "dit" / "cifar10.yaml", [])
-    first, *others = savers_of(compiled)
+    first, *others = optimisations_of(compiled)
     assert first == {"train.activation_memory_budget": 0.9}
-    assert tuple(others) == SAVERS
-    assert savers_of(changed(compiled, first)) == SAVERS
-    assert savers_of(changed(compiled, {"train.compile": False})) == SAVERS
+    assert tuple(others) == OPTIMISATIONS
+    assert optimisations_of(with_changes(compiled, first)) == OPTIMISATIONS
+    assert optimisations_of(with_changes(compiled, {"train.compile": False})) == OPTIMISATIONS
 
 
 def test_a_budget_needs_the_compiler() -> None:

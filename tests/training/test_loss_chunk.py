@@ -30,7 +30,7 @@ from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.sources import build_model
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.planning import plan, predict
-from diffusionblocks.planning.planner import SAVERS, savers_of
+from diffusionblocks.planning.planner import OPTIMISATIONS, optimisations_of
 from diffusionblocks.targets import in_chunks
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 
@@ -151,7 +151,7 @@ def test_bfloat16_autocast(kind: str) -> None:
     assert 0 < errors[1] < 1.5 * errors[0]
 
 
-# ---- in the trainer, with other savers ---------------------------------------------------------------------------
+# ---- in the trainer, with other memory optimisations -------------------------------------------------------------
 
 
 def batches_of(vocab: int, length: int = LENGTH, device: torch.device = CPU) -> TextBatches:
@@ -192,7 +192,7 @@ def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) 
     ids=["checkpointing", "active", "in-backward", "accumulation", "8-bit"],
 )
 @pytest.mark.parametrize("kind", ["masked", "llama-clean", "recurrent"])
-def test_it_stacks_with_the_other_savers(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_it_stacks_with_the_other_memory_optimisations(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     if "optimizer" in options:
         pytest.importorskip("torchao")
     with without_generated_code("eager"):
@@ -322,13 +322,13 @@ def test_the_plan_sees_what_is_saved(precision: str, compile: str) -> None:
 def test_a_plan_proposes_it_first() -> None:
     recipe = language("blocks.num_blocks=2", "train.resident=active")
     made = plan(recipe, predict(recipe).peak - 1, vary="blocks")
-    assert made.savers is not None
+    assert made.optimisations is not None
     # So much less that even one block fits.
-    assert made.savers.changes == {"blocks.num_blocks": 1, "train.resident": "active", "train.loss_chunk": 4}
-    assert made.savers.ledger.peak < predict(recipe).peak
-    pasted = made.savers.options.replace("--set ", "").split()
-    assert predict(language(*pasted)) == made.savers.ledger
-    assert savers_of(language("train.loss_chunk=2")) == SAVERS
+    assert made.optimisations.changes == {"blocks.num_blocks": 1, "train.resident": "active", "train.loss_chunk": 4}
+    assert made.optimisations.ledger.peak < predict(recipe).peak
+    pasted = made.optimisations.options.replace("--set ", "").split()
+    assert predict(language(*pasted)) == made.optimisations.ledger
+    assert optimisations_of(language("train.loss_chunk=2")) == OPTIMISATIONS
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------

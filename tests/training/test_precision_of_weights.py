@@ -17,7 +17,7 @@ from diffusionblocks.core.weights import InFiles, InMemory, pretrained_source
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.experiments.sources import build_model, outline_of
 from diffusionblocks.families import pretrained
-from diffusionblocks.planning.counting import kept_on_device
+from diffusionblocks.planning.counting import count_persistent
 from diffusionblocks.training import EndToEnd, TrainConfig
 from diffusionblocks.training.units import units_of
 
@@ -126,7 +126,7 @@ def test_averages_of_bfloat16_weights_are_float32(kind: str, resident: str, tmp_
     assert before
     assert {e.dtype for e in before} == {torch.float32}
     units, shared = units_of(run.model)
-    counted = kept_on_device(units, shared, run.config.model_copy(update={"resident": "all"}))
+    counted = count_persistent(units, shared, run.config.model_copy(update={"resident": "all"}))
     assert counted.ema == sum(e.numel() * e.element_size() for e in before)
     run.train()
     after = [e for s in run.sets.values() for e in s.ema]
@@ -150,4 +150,4 @@ def test_averages_of_float32_weights_are_as_they_were() -> None:
     config = TrainConfig(steps=1, ema_decay=0.9)
     model = EndToEnd(tiny())
     units, shared = units_of(model)
-    assert kept_on_device(units, shared, config).ema == sum(p.numel() * 4 for p in units[0].own)
+    assert count_persistent(units, shared, config).ema == sum(p.numel() * 4 for p in units[0].own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import socket
@@ -20,12 +19,11 @@ from diffusionblocks.common.modules import tensors_of
 from diffusionblocks.evaluation.memory import size_of, step_memory
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.run import make_trainer
-from diffusionblocks.families import family_named, rebuild_config
-from diffusionblocks.planning import WORKSPACE_BYTES, forecast, parse_budget, plan, predict
+from diffusionblocks.planning import WORKSPACE_BYTES, Plan, Predictor, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
-from diffusionblocks.planning.ledger import data_bytes, unit_of_depth
-from diffusionblocks.planning.planner import SAVERS, changed
-from diffusionblocks.planning.report import describe, remarks
+from diffusionblocks.planning.planner import OPTIMISATIONS, with_changes
+from diffusionblocks.planning.report import describe
+from diffusionblocks.planning.report import remarks as remarks_of
 from diffusionblocks.planning.tracing import trace_step
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -33,6 +31,14 @@ SMALL = {
     "vit": ["model.config.num_hidden_layers=3", "model.config.hidden_size=96", "model.config.intermediate_size=192"],
     "dit": ["model.config.num_layers=3", "model.config.hidden_size=96"],
 }
+
+
+def remarks(recipe: Recipe, num_examples: int | None, plan: Plan | None = None) -> list[str]:
+    return remarks_of(Predictor(recipe, num_examples), plan)
+
+
+def data_bytes(recipe: Recipe) -> int:
+    return Predictor(recipe).data_bytes()
 
 
 def small(family: str, *overrides: str, device: str = "cpu") -> Recipe:
@@ -141,7 +147,7 @@ def test_image_files_at_hand_are_counted(parquet: Path, monkeypatch: pytest.Monk
         "data: not on the device (data.placement: host)"
     ]
     monkeypatch.setenv("DIFFUSIONBLOCKS_DATA", str(parquet.parent))
-    assert data_bytes(images(), None) == 7 * size
+    assert data_bytes(images()) == 7 * size
     assert remarks(images("data.placement=device"), None) == [f"data: 7 examples in {parquet}"]
     (line,) = remarks(images(), None)
     assert "auto keeps them on the GPU if they take at most a quarter of its free memory" in line
@@ -155,7 +161,7 @@ def test_latents_at_hand_are_counted(tmp_path: Path) -> None:
 
     def held(*overrides: str, device: str = "cuda") -> int:
         options = [f"device={device}", f"data.source={tmp_path}", *overrides]
-        return data_bytes(load_recipe(RECIPES / "dit" / "imagenet-latents.yaml", options), None)
+        return data_bytes(load_recipe(RECIPES / "dit" / "imagenet-latents.yaml", options))
 
     assert held() == 7 * (2 * 2 * 4 * 32 * 32 + 8)
     assert held("data.sample_posterior=false") == 7 * (2 * 4 * 32 * 32 + 8)
@@ -168,7 +174,7 @@ def test_latents_at_hand_are_counted(tmp_path: Path) -> None:
 def test_data_that_are_not_counted_are_named(parquet: Path, tmp_path: Path) -> None:
     def said(recipe: Recipe) -> str:
         assert recipe.data.count_examples().count is None
-        assert data_bytes(recipe, None) == 0
+        assert data_bytes(recipe) == 0
         (line,) = remarks(recipe, None)
         assert line.startswith("data: NOT COUNTED (")
         assert "--examples N counts N examples of " in line
@@ -219,9 +225,9 @@ def test_data_of_more_than_a_quarter_of_the_budget_stay_on_the_host(parquet: Pat
 
     small_part = plan(recipe, alone + 7 * 3_080, vary="batch")
     assert (small_part.always, small_part.ledger.data) == ({}, 7 * 3_080)
-    told = changed(recipe, {"data.placement": "device"})
+    told = with_changes(recipe, {"data.placement": "device"})
     assert plan(told, alone, vary="batch", num_examples=most).always == {}
-    assert plan(changed(recipe, {"device": "cpu"}), alone, vary="batch", num_examples=most).always == {}
+    assert plan(with_changes(recipe, {"device": "cpu"}), alone, vary="batch", num_examples=most).always == {}
 
 
 # ---- the step -----------------------------------------------------------------------------------------------
@@ -281,9 +287,7 @@ def test_deep_compiled_blocks_are_extrapolated_to_what_they_are(checkpointing: b
     overrides = ["train.compile=true", "train.precision=bfloat16", "method=end-to-end", "model.config.num_layers=7"]
     recipe = small("dit", *overrides, f"train.activation_checkpointing={checkpointing}", device="cuda")
     (extrapolated,) = forecast(recipe).moments.values()
-    config = rebuild_config(recipe.model.type, recipe.model.config)
-    make_batch = functools.partial(family_named(recipe.model.type).empty_batch, config)
-    traced = trace_step(unit_of_depth(recipe, 7), recipe.train, make_batch, on_gpu=True)
+    traced = Predictor(recipe)._trace_at_depth(recipe, 7)
     # With checkpointing nearly equal moments of a layer compete, and which one wins changes with the depth.
     assert extrapolated.peak.total == pytest.approx(traced.peak.total, rel=1e-2 if checkpointing else 1e-3)
     assert extrapolated.peak.gradients == pytest.approx(traced.peak.gradients, rel=1e-2)
@@ -349,18 +353,18 @@ def test_dropout_keeps_a_byte_an_element_on_a_gpu_and_attentions_keeps_nothing()
 @pytest.mark.slow
 def test_the_plan_is_the_fewest_blocks_and_the_largest_batch() -> None:
     recipe = small("dit", "model.config.num_layers=4", "blocks.num_blocks=4")
-    two = predict(changed(recipe, {"blocks.num_blocks": 2, "train.resident": "active"})).peak
+    two = predict(with_changes(recipe, {"blocks.num_blocks": 2, "train.resident": "active"})).peak
     budget = two + 1000
     made = plan(recipe, budget)
     assert made.blocks is not None
     assert made.blocks.changes == {"blocks.num_blocks": 2, "train.resident": "active"}
     assert made.blocks.ledger.peak == two
-    assert predict(changed(recipe, {"blocks.num_blocks": 1, "train.resident": "active"})).peak > budget
+    assert predict(with_changes(recipe, {"blocks.num_blocks": 1, "train.resident": "active"})).peak > budget
     assert made.batch is not None
     size = made.batch.changes["train.batch_size"]
-    assert predict(changed(recipe, {"train.batch_size": size})).peak <= budget
-    assert predict(changed(recipe, {"train.batch_size": size + 1})).peak > budget
-    assert made.savers is None
+    assert predict(with_changes(recipe, {"train.batch_size": size})).peak <= budget
+    assert predict(with_changes(recipe, {"train.batch_size": size + 1})).peak > budget
+    assert made.optimisations is None
     assert "--set blocks.num_blocks=2 --set train.resident=active" in made.blocks.options
     assert plan(recipe, budget, vary="batch").blocks is None
     assert plan(recipe, budget, vary="blocks").batch is None
@@ -378,55 +382,73 @@ def test_an_end_to_end_recipe_is_told_of_blocks_that_can_be_pasted() -> None:
 
 
 @pytest.mark.slow
-def test_savers_are_tried_in_their_order() -> None:
+def test_memory_optimisations_are_tried_in_their_order() -> None:
     recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
     most = {"blocks.num_blocks": 2, "train.resident": "active"}
     plain, checked = (
-        predict(changed(recipe, {**most, **more})).peak for more in ({}, {"train.activation_checkpointing": True})
+        predict(with_changes(recipe, {**most, **more})).peak for more in ({}, {"train.activation_checkpointing": True})
     )
     made = plan(recipe, plain - 1, vary="blocks")
     assert checked < plain
-    assert made.savers is not None
-    assert made.savers.changes["train.activation_checkpointing"] is True
-    assert "train.optimizer" not in made.savers.changes
+    assert made.optimisations is not None
+    assert made.optimisations.changes["train.activation_checkpointing"] is True
+    assert "train.optimizer" not in made.optimisations.changes
     every = {
         **most,
-        **{name: value for saver in SAVERS for name, value in saver.items()},
+        **{name: value for step in OPTIMISATIONS for name, value in step.items()},
         "train.batch_size": 4,
     }
-    tight = plan(recipe, predict(changed(recipe, every)).peak, vary="blocks")
-    assert tight.savers is not None
-    assert tight.savers.changes == every
-    assert "--set train.gradient_clip=null" in tight.savers.options
+    tight = plan(recipe, predict(with_changes(recipe, every)).peak, vary="blocks")
+    assert tight.optimisations is not None
+    assert tight.optimisations.changes == every
+    assert "--set train.gradient_clip=null" in tight.optimisations.options
     nothing = plan(recipe, 1000, vary="batch")
-    assert (nothing.blocks, nothing.batch, nothing.savers) == (None, None, None)
+    assert (nothing.blocks, nothing.batch, nothing.optimisations) == (None, None, None)
 
 
 @pytest.mark.slow
-def test_savers_are_proposed_where_only_a_smaller_batch_fits() -> None:
+def test_memory_optimisations_are_proposed_where_only_a_smaller_batch_fits() -> None:
     recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
     most = {"blocks.num_blocks": 2, "train.resident": "active"}
-    plain = predict(changed(recipe, most)).peak
+    plain = predict(with_changes(recipe, most)).peak
     made = plan(recipe, plain - 1)
     assert made.blocks is None
     assert made.batch is not None
-    assert made.savers is not None
-    assert made.savers.changes["train.activation_checkpointing"] is True
-    assert "train.batch_size" not in made.savers.changes
+    assert made.optimisations is not None
+    assert made.optimisations.changes["train.activation_checkpointing"] is True
+    assert "train.batch_size" not in made.optimisations.changes
     said = describe(made, None)
     assert "what fits at this batch size: " in said
-    assert made.savers.options in said
-    assert plan(recipe, plain - 1, vary="batch").savers is None  # a batch was asked for, and fits
-    assert plan(recipe, plain).savers is None  # so do two blocks
+    assert made.optimisations.options in said
+    assert plan(recipe, plain - 1, vary="batch").optimisations is None  # a batch was asked for, and fits
+    assert plan(recipe, plain).optimisations is None  # so do two blocks
 
-    every = {**most, **{name: value for saver in SAVERS for name, value in saver.items()}}
-    one = predict(changed(recipe, {"train.batch_size": 1})).peak
-    large = changed(recipe, {"train.batch_size": 4096})
-    assert one < predict(changed(large, every)).peak
+    every = {**most, **{name: value for step in OPTIMISATIONS for name, value in step.items()}}
+    one = predict(with_changes(recipe, {"train.batch_size": 1})).peak
+    large = with_changes(recipe, {"train.batch_size": 4096})
+    assert one < predict(with_changes(large, every)).peak
     neither = plan(large, one)
     assert neither.batch is not None
-    assert (neither.blocks, neither.savers) == (None, None)
+    assert (neither.blocks, neither.optimisations) == (None, None)
     assert "what fits at this batch size: nothing, not even all memory optimisations" in describe(neither, None)
+
+
+def test_each_step_is_traced_once_and_gives_what_it_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
+    calls: list[tuple[str, str]] = []
+
+    def counting(unit: Any, train: Any, *args: Any, **options: Any) -> Any:
+        calls.append((unit.name, train.model_dump_json(exclude={"resident", "optimizer", "cuda_graph"})))
+        return trace_step(unit, train, *args, **options)
+
+    monkeypatch.setattr("diffusionblocks.planning.predictor.trace_step", counting)
+    predictor = Predictor(recipe)
+    counts = {"train.resident": "active", "train.optimizer": "adamw-8bit"}
+    changes = [{}, *({name: value} for name, value in counts.items()), counts, {"train.batch_size": 16}]
+    together = [predictor.forecast(with_changes(recipe, each)) for each in changes]
+    assert len(calls) == len(set(calls)) == 2  # one for each batch size
+    assert together == [forecast(with_changes(recipe, each)) for each in changes]
+    assert len({each.ledger.peak for each in together}) == len(changes)
 
 
 @pytest.mark.parametrize(

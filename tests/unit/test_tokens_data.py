@@ -15,7 +15,6 @@ from diffusionblocks.data.text_files import open_text
 from diffusionblocks.data.token_text import END, corpus_tokenizer, encoded_split, split_files, train_tokenizer
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.experiments.sources import load_data, make_batches, text_codec
-from diffusionblocks.planning.ledger import _data_bytes
 
 BOOKS = ["It was a dark night — “very” dark.\n\nThe rain fell.", "Émile's 2nd book 😀 is odd.", "The night fell."]
 
@@ -160,13 +159,13 @@ def test_jobs_that_share_a_cache(corpus: Path) -> None:
 
 def test_bytes_on_the_device_of_tokens(corpus: Path) -> None:
     recipe = recipe_of(**options(corpus))
-    assert _data_bytes(recipe, (8,), 10, 300) == 10 * 8 * 2
-    assert _data_bytes(recipe, (8,), 10, 1 << 16) == 10 * 8 * 2
-    assert _data_bytes(recipe, (8,), 10, (1 << 16) + 1) == 10 * 8 * 4
+    assert recipe.data.example_bytes((8,), 300) == 8 * 2
+    assert recipe.data.example_bytes((8,), 1 << 16) == 8 * 2
+    assert recipe.data.example_bytes((8,), (1 << 16) + 1) == 8 * 4
     data = load_data(recipe, "train")
     assert isinstance(data, TextChunks)
     assert data.text.ids.element_size() == 2
-    assert _data_bytes(recipe, (8,), None, 300) == 0  # counted only of data that are at hand without a cache
+    assert recipe.data.count_examples().count is None  # counted only of data that are at hand without a cache
 
 
 def test_refusals(corpus: Path) -> None:

@@ -456,24 +456,24 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 def _plan(recipe: Recipe, options: argparse.Namespace) -> None:
-    from ..planning import parse_budget, plan, predict
+    from ..planning import Predictor, parse_budget, plan_with
     from ..planning.report import describe, ledger_table, remarks
     from ..reports.tables import write_results
 
-    made = None
+    predictor, plan = Predictor(recipe, options.examples), None
     if options.budget is not None:
-        made = plan(recipe, parse_budget(options.budget), vary=options.vary, num_examples=options.examples)
+        plan = plan_with(predictor, parse_budget(options.budget), vary=options.vary)
     elif options.vary:
         raise ValueError(f"--vary {options.vary} needs a budget to fit: give --budget, as 12GiB")
-    ledger = made.ledger if made else predict(recipe, num_examples=options.examples)
-    said = remarks(recipe, options.examples, made)
+    ledger = plan.ledger if plan else predictor.forecast().ledger
+    notes = remarks(predictor, plan)
     print(ledger_table(recipe, ledger))
-    for line in said:
+    for line in notes:
         print(line)
-    if made:
-        print(describe(made, options.vary))
+    if plan:
+        print(describe(plan, options.vary))
     if options.json:
-        write_results(options.json, [ledger.to_dict()], remarks=said, **({"plan": made.to_dict()} if made else {}))
+        write_results(options.json, [ledger.to_dict()], remarks=notes, **({"plan": plan.to_dict()} if plan else {}))
 
 
 def _compare(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Planning: the bytes of a recipe's training step before it runs, and what fits into a budget."""
 
-from .ledger import WORKSPACE_BYTES, Forecast, Ledger, forecast, predict
-from .planner import Fit, Plan, parse_budget, plan
+from .ledger import Forecast, Ledger
+from .planner import Fit, Plan, parse_budget, plan, plan_with
+from .predictor import WORKSPACE_BYTES, Predictor, forecast, predict
 
 __all__ = [
     "WORKSPACE_BYTES",
@@ -9,8 +10,10 @@ __all__ = [
     "Forecast",
     "Ledger",
     "Plan",
+    "Predictor",
     "forecast",
     "parse_budget",
     "plan",
+    "plan_with",
     "predict",
 ]

@@ -20,7 +20,7 @@ _TABLE_BYTES = 256 * 4
 
 
 @dataclass(frozen=True)
-class Kept:
+class PersistentBytes:
     """Bytes that stay on the device between steps."""
 
     parameters: int
@@ -29,8 +29,8 @@ class Kept:
     ema: int
 
 
-def kept_on_device(units: Sequence[Unit], shared: Sequence[nn.Parameter], train: TrainConfig) -> Kept:
-    """Count what training keeps on the device.
+def count_persistent(units: Sequence[Unit], shared: Sequence[nn.Parameter], train: TrainConfig) -> PersistentBytes:
+    """Count what stays on the device between steps.
 
     With `resident: all` it is all units. With `active` it is the largest (see `training/residency.py`), and what
     several units hold in common; a single unit is always there.
@@ -44,14 +44,14 @@ def kept_on_device(units: Sequence[Unit], shared: Sequence[nn.Parameter], train:
     if train.resident == "active":
         present = [max(units, key=lambda unit: _bytes(tensors_of(unit.module)))]
     common = in_several([unit.module for unit in units])
-    held = {id(t): t for unit in present for t in tensors_of(unit.module)}
-    held |= {id(t): t for unit in units for t in tensors_of(unit.module) if id(t) in common}
-    moved = [*(p for unit in present for p in unit.own), *shared]
-    return Kept(
-        parameters=_bytes(t for t in held.values() if isinstance(t, nn.Parameter)),
-        buffers=_bytes(t for t in held.values() if not isinstance(t, nn.Parameter)),
-        optimizer=sum(optimizer_bytes(p, train.optimizer) for p in moved),
-        ema=sum(p.numel() * average_dtype(p).itemsize for p in moved) if train.keeps_average else 0,
+    tensors = {id(t): t for unit in present for t in tensors_of(unit.module)}
+    tensors |= {id(t): t for unit in units for t in tensors_of(unit.module) if id(t) in common}
+    updates = [*(p for unit in present for p in unit.own), *shared]
+    return PersistentBytes(
+        parameters=_bytes(t for t in tensors.values() if isinstance(t, nn.Parameter)),
+        buffers=_bytes(t for t in tensors.values() if not isinstance(t, nn.Parameter)),
+        optimizer=sum(optimizer_bytes(p, train.optimizer) for p in updates),
+        ema=sum(p.numel() * average_dtype(p).itemsize for p in updates) if train.keeps_average else 0,
     )
 
 

@@ -53,10 +53,10 @@ def simulating_backend(timeline: Timeline, parameter_shapes: set[torch.Size]) ->
     def backward(graph: fx.GraphModule, inputs: Any) -> Program:
         return Program(graph, timeline, parameter_shapes)
 
-    made: Callable[..., Any] = aot_autograd(
+    backend: Callable[..., Any] = aot_autograd(
         fw_compiler=forward, bw_compiler=backward, partition_fn=_partition, decompositions=select_decomp_table()
     )
-    return made
+    return backend
 
 
 def _partition(graph: fx.GraphModule, inputs: Any, **options: Any) -> Any:
@@ -89,10 +89,10 @@ class Program:
 
     def _plan(self) -> None:
         """Choose the nodes that are in memory, what each of their kernels reads, and who reads a buffer last."""
-        written = {_base(n) for n in self._outputs if isinstance(n, fx.Node)}
+        in_memory = {_base(n) for n in self._outputs if isinstance(n, fx.Node)}
         for node in self._nodes:
             if _is_external(node):
-                written |= {_base(n) for n in node.all_input_nodes}
+                in_memory |= {_base(n) for n in node.all_input_nodes}
         reads: dict[fx.Node, frozenset[fx.Node]] = {}  # the buffers that a node's value is computed from
         self._reads: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self._nodes:
@@ -103,21 +103,21 @@ class Program:
                 reads[node] = frozenset()
             elif _is_view(node):
                 reads[node] = inputs
-            elif node in written or not _is_pointwise(node) or _is_costly(node, len(inputs)):
+            elif node in in_memory or not _is_pointwise(node) or _is_costly(node, len(inputs)):
                 self._reads[node] = inputs
                 reads[node] = frozenset([node])
             else:
                 reads[node] = inputs
-        kept = frozenset[fx.Node]().union(*(reads[n] for n in self._outputs if isinstance(n, fx.Node)))
+        outputs = frozenset[fx.Node]().union(*(reads[n] for n in self._outputs if isinstance(n, fx.Node)))
         last: dict[fx.Node, fx.Node] = {}
         for node, buffers in self._reads.items():
             last[node] = node  # what nobody reads dies at once
             last |= dict.fromkeys(buffers, node)
         self._dying: dict[fx.Node, list[fx.Node]] = {}
         for buffer, node in last.items():
-            if buffer not in kept:
+            if buffer not in outputs:
                 self._dying.setdefault(node, []).append(buffer)
-        self._unread = [n for n in self._nodes if n.op == "placeholder" and n not in last and n not in kept]
+        self._unread = [n for n in self._nodes if n.op == "placeholder" and n not in last and n not in outputs]
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """Outputs of inputs; see the class."""
@@ -130,7 +130,7 @@ class Program:
             dying = self._dying.get(node, [])
             if not _is_external(node):
                 self._write_in_place(node, dying, live)
-            live[node] = tree_map(_allocated, _value(node))
+            live[node] = tree_map(_allocate, _value(node))
             if node.target is CPU_ATTENTION_BACKWARD:
                 self._timeline.work(attention_workspace(_value(node.args[1])))  # type: ignore[arg-type]
             if node in self._gradients:
@@ -152,16 +152,16 @@ class Program:
         base = _base(node)
         if node is base:
             return live[base]
-        value, held = node.meta["val"], live[base]
+        value, source = node.meta["val"], live[base]
         for index in _path(node):
-            held = held[index]
-        if not isinstance(value, Tensor) or (held.shape == value.shape and held.stride() == value.stride()):
-            return held
+            source = source[index]
+        if not isinstance(value, Tensor) or (source.shape == value.shape and source.stride() == value.stride()):
+            return source
         # The same storage seen otherwise; bounds are of no concern where there is no memory.
-        return held.as_strided(value.shape, value.stride()) if held.numel() >= value.numel() else _allocated(value)
+        return source.as_strided(value.shape, value.stride()) if source.numel() >= value.numel() else _allocate(value)
 
 
-def _allocated(value: Any) -> Any:
+def _allocate(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if not _is_static(value):

@@ -1,4 +1,4 @@
-"""What fits into a budget of device memory: fewest blocks, largest batch, or the memory optimisations it takes."""
+"""What fits into a budget of device memory: fewest blocks, largest batch, or the memory optimisations that it takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ..experiments.recipe import Recipe, parse_recipe
 from ..experiments.run import depth_of
 from ..families import family_named
 from ..training.train_config import LEAN_BUDGET
-from .ledger import Forecast, Ledger, data_bytes, forecast, keeps_data, on_gpu
+from .ledger import Forecast, Ledger
+from .predictor import Predictor
 from .timeline import Moment
 from .tracing import StepMoments
 
@@ -30,26 +31,29 @@ _SMALLEST = 2**20  # No training step fits less; a smaller budget lacks its unit
 
 #: Settings that save memory, in the order in which they are tried where no number of blocks fits: checkpointing costs
 #: about a third more time, 8-bit state its precision, the optimizer in the backward pass clipping and accumulation.
-SAVERS: tuple[dict[str, Any], ...] = (
+OPTIMISATIONS: tuple[dict[str, Any], ...] = (
     {"train.activation_checkpointing": True},
     {"train.optimizer": "adamw-8bit", "train.cuda_graph": False},
     {"train.optimizer_in_backward": True, "train.gradient_clip": None, "train.accumulation": 1},
 )
 
 # Chunks of the logits of a text model: so many leave little of them. It costs the head's matrix product once more, less
-# than `SAVERS`, and is tried before them, behind torch.compile's budget, which costs no matrix product at all.
+# than `OPTIMISATIONS`, and is tried before them, behind torch.compile's budget, which costs no matrix product at all.
 _CHUNKS = 16
 
 
-def savers_of(recipe: Recipe) -> tuple[dict[str, Any], ...]:
-    """`SAVERS`, behind those that not every recipe can have: torch.compile's budget, and chunks of a text's logits."""
+def optimisations_of(recipe: Recipe) -> tuple[dict[str, Any], ...]:
+    """The memory optimisations of a recipe: `OPTIMISATIONS`, behind those that only some recipes can have.
+
+    These are torch.compile's budget, and chunks of a text's logits.
+    """
     data, train = recipe.data, recipe.train
     first: list[dict[str, Any]] = []
     if train.compile and train.activation_memory_budget > LEAN_BUDGET:
         first.append({"train.activation_memory_budget": LEAN_BUDGET})
     if isinstance(data, TextSection) and train.loss_chunk is None:
         first.append({"train.loss_chunk": max(1, data.length // _CHUNKS)})
-    return (*first, *SAVERS)
+    return (*first, *OPTIMISATIONS)
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,9 @@ class Plan:
             does, or it was not asked for.
         batch: the largest batch that fits with the recipe's blocks; None: not even one example does, or it was not
             asked for.
-        savers: where no number of blocks fits (of `vary="batch"`: not even one example), the first combination of
-            memory optimisations that does, at the recipe's batch size; at a smaller one only where `batch` is None too.
-            None: not needed, or nothing fits.
+        optimisations: where no number of blocks fits (of `vary="batch"`: not even one example), the first memory
+            optimisations with which one does, at the recipe's batch size; at a smaller one only where `batch` is None
+            too. None: not needed, or nothing fits.
         always: changes that are part of every answer: data that `data.placement: auto` would keep on the host of a GPU
             with the budget's memory are kept there on a larger one too, without a CUDA graph, which cannot read them.
     """
@@ -96,12 +100,12 @@ class Plan:
     ledger: Ledger
     blocks: Fit | None
     batch: Fit | None
-    savers: Fit | None
+    optimisations: Fit | None
     always: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        fits = {name: getattr(self, name) for name in ("blocks", "batch", "savers")}
+        fits = {name: getattr(self, name) for name in ("blocks", "batch", "optimisations")}
         answers = {name: None if fit is None else fit.to_dict() for name, fit in fits.items()}
         return {"budget": self.budget, "always": self.always, "ledger": self.ledger.to_dict(), **answers}
 
@@ -112,79 +116,81 @@ def parse_budget(text: str) -> int:
     Raises:
         ValueError: it is none of these, or less than 1 MiB.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2] not in _UNITS or not float(found[1]) * _UNITS[found[2]] >= 1:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2] not in _UNITS or not float(match[1]) * _UNITS[match[2]] >= 1:
         raise ValueError(f"budget = {text!r}: must be bytes above zero, as 12GiB, 16GB, 800MiB or 12884901888")
-    size = int(float(found[1]) * _UNITS[found[2]])
+    size = int(float(match[1]) * _UNITS[match[2]])
     if size < _SMALLEST:
         many = "1 byte" if size == 1 else f"{size:,} bytes"
-        unit = "GiB" if float(found[1]) < 256 else "MiB"
-        raise ValueError(f"budget = {text!r} is {many}: must be at least 1MiB; did you mean {found[1]}{unit}?")
+        unit = "GiB" if float(match[1]) < 256 else "MiB"
+        raise ValueError(f"budget = {text!r} is {many}: must be at least 1MiB; did you mean {match[1]}{unit}?")
     return size
 
 
 def plan(recipe: Recipe, budget_bytes: int, *, vary: str | None = None, num_examples: int | None = None) -> Plan:
-    """Find what fits into a budget of device memory.
+    """Find what fits into a budget of device memory; see `plan_with`, and `Predictor` for `num_examples`."""
+    return plan_with(Predictor(recipe, num_examples), budget_bytes, vary=vary)
+
+
+def plan_with(predictor: Predictor, budget_bytes: int, *, vary: str | None = None) -> Plan:
+    """Find what fits into a budget of device memory, with the predictions that were made before.
 
     Args:
-        recipe: where to start from.
+        predictor: of the recipe to start from.
         budget_bytes: bytes on the device, which the predicted peak must not exceed.
         vary: only the number of `blocks`, or only the `batch` size; None tries both.
-        num_examples: see `predict`.
 
     Raises:
-        ValueError: a budget below one byte, an unknown `vary`, or what `predict` refuses.
+        ValueError: a budget below one byte, an unknown `vary`, or what `Predictor` refuses.
     """
     if budget_bytes < 1:
         raise ValueError(f"budget_bytes must be >= 1, got {budget_bytes}")
     if vary not in (None, "blocks", "batch"):
         raise ValueError(f"vary = {vary!r}: must be blocks or batch, or left out for both")
-    if num_examples is None and keeps_data(recipe):
-        num_examples = recipe.data.count_examples().count or 0  # once: every forecast would read the files again
-    always = _on_the_host(recipe, budget_bytes, num_examples)
-    search = _Search(recipe, budget_bytes, num_examples, always)
+    always = _on_the_host(predictor, budget_bytes)
+    search = _Search(predictor, budget_bytes, always)
     blocks = search.fewest_blocks() if vary != "batch" else None
     batch = search.largest_batch() if vary != "blocks" else None
-    wanted = blocks is None and (vary != "batch" or batch is None)
-    savers = search.first_savers(smaller=batch is None) if wanted else None
-    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, savers, always)
+    optimisations = None
+    if blocks is None and (vary != "batch" or batch is None):
+        optimisations = search.first_optimisations(smaller_batch=batch is None)
+    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, optimisations, always)
 
 
-def _on_the_host(recipe: Recipe, budget: int, num_examples: int | None) -> dict[str, Any]:
-    """See `Plan.always`."""
-    if not on_gpu(recipe) or recipe.data.placement != "auto":
-        return {}
-    if data_bytes(recipe, num_examples) <= budget * SHARE:
+def _on_the_host(predictor: Predictor, budget: int) -> dict[str, Any]:
+    """The changes that leave the data on the host where `data.placement: auto` would (`Plan.always`)."""
+    recipe = predictor.recipe
+    if not predictor.on_gpu or recipe.data.placement != "auto" or predictor.data_bytes() <= budget * SHARE:
         return {}
     return {"data.placement": "host"} | ({"train.cuda_graph": False} if recipe.train.cuda_graph else {})
 
 
 class _Search:
-    """Forecasts of a recipe with changes, each made once."""
+    """Tries changes of a recipe against a budget."""
 
-    def __init__(self, recipe: Recipe, budget: int, num_examples: int | None, always: dict[str, Any]) -> None:
-        self.recipe = recipe
+    def __init__(self, predictor: Predictor, budget: int, always: dict[str, Any]) -> None:
+        self.recipe = predictor.recipe
         self.budget = budget
+        self._predictor = predictor
         self._always = always
-        self._num_examples = num_examples
-        self._made: dict[str, Forecast] = {}
+        self._forecasts: dict[str, Forecast] = {}
 
     def at(self, changes: Mapping[str, Any]) -> Forecast:
         """The forecast with the changes."""
         key = repr(sorted(changes.items()))
-        if key not in self._made:
-            recipe = changed(self.recipe, {**changes, **self._always})
-            self._made[key] = forecast(recipe, num_examples=self._num_examples)
-        return self._made[key]
+        if key not in self._forecasts:
+            recipe = with_changes(self.recipe, {**changes, **self._always})
+            self._forecasts[key] = self._predictor.forecast(recipe)
+        return self._forecasts[key]
 
     def fit(self, changes: dict[str, Any]) -> Fit | None:
         """The changes if they fit."""
         ledger = self.at(changes).ledger
         return Fit({**changes, **self._always}, ledger) if ledger.peak <= self.budget else None
 
-    def fewest_blocks(self, savers: Mapping[str, Any] | None = None) -> Fit | None:
+    def fewest_blocks(self, optimisations: Mapping[str, Any] | None = None) -> Fit | None:
         """The fewest blocks that fit, with one of them on the device at a time."""
-        splits = [{**changes, **(savers or {})} for changes in self._splits()]
+        splits = [{**changes, **(optimisations or {})} for changes in self._splits()]
         if self.fit(splits[-1]) is None:  # then neither do fewer
             return None
         return next(fit for changes in splits if (fit := self.fit(changes)))
@@ -218,27 +224,27 @@ class _Search:
             size -= max(1, size // 64)
         return self.fit({"train.batch_size": size})
 
-    def first_savers(self, *, smaller: bool) -> Fit | None:
-        """First combination of memory optimisations that fits, with fewest blocks; then all, with smaller batches."""
-        steps = savers_of(self.recipe)
+    def first_optimisations(self, *, smaller_batch: bool) -> Fit | None:
+        """The first memory optimisations that fit, with the fewest blocks; then all of them with smaller batches."""
+        steps = optimisations_of(self.recipe)
         for count in range(1, len(steps) + 1):
-            savers = {name: value for saver in steps[:count] for name, value in saver.items()}
-            if "train.activation_checkpointing" in savers:  # of a layer that is computed again nothing else is kept
-                savers.pop("train.activation_memory_budget", None)
-            if fit := self.fewest_blocks(savers):
+            changes = {name: value for step in steps[:count] for name, value in step.items()}
+            if "train.activation_checkpointing" in changes:  # of a layer that is computed again nothing else is kept
+                changes.pop("train.activation_memory_budget", None)
+            if fit := self.fewest_blocks(changes):
                 return fit
-        if not smaller:
+        if not smaller_batch:
             return None
         *_, deepest = self._splits()
         size = self.recipe.train.batch_size // 2
         while size >= 1:
-            if fit := self.fit({**deepest, **savers, "train.batch_size": size}):
+            if fit := self.fit({**deepest, **changes, "train.batch_size": size}):
                 return fit
             size //= 2
         return None
 
 
-def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with other values in some fields, checked.
 
     Raises:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ..data.data_config import TextSection
 from ..experiments.recipe import Recipe
 from ..reports.tables import format_bytes, format_table
-from .ledger import Ledger, data_bytes, keeps_data, on_gpu
+from .ledger import Ledger
 from .planner import Fit, Plan
+from .predictor import Predictor
 
 
 def ledger_table(recipe: Recipe, ledger: Ledger) -> str:
@@ -19,52 +20,52 @@ def ledger_table(recipe: Recipe, ledger: Ledger) -> str:
     return f"{what}{how}; predicted for {ledger.unit}\n{format_table(rows)}"
 
 
-def remarks(recipe: Recipe, num_examples: int | None, plan: Plan | None = None) -> list[str]:
+def remarks(predictor: Predictor, plan: Plan | None = None) -> list[str]:
     """What the ledger's figures do and do not hold, a line each.
 
     Args:
-        recipe: that of the ledger.
-        num_examples: as given to `predict` or `plan`.
+        predictor: made the ledger.
         plan: with a budget.
     """
     lines = []
-    if about_data := _about_data(recipe, num_examples, plan):
+    if about_data := _about_data(predictor, plan):
         lines.append(f"data: {about_data}")
-    if on_gpu(recipe) and recipe.train.cuda_graph and not (plan and plan.always):
+    if predictor.on_gpu and predictor.recipe.train.cuda_graph and not (plan and plan.always):
         lines.append(
             "train.cuda_graph: the plan is of a step that is not captured; a graph's private pool takes some more"
         )
     return lines
 
 
-def _about_data(recipe: Recipe, num_examples: int | None, plan: Plan | None) -> str:
-    if not keeps_data(recipe):
+def _about_data(predictor: Predictor, plan: Plan | None) -> str:
+    recipe = predictor.recipe
+    if not predictor.keeps_data(recipe):
         return f"not on the device (data.placement: {recipe.data.placement})"
     if plan and plan.always:
-        size = format_bytes(data_bytes(recipe, num_examples))
+        size = format_bytes(predictor.data_bytes())
         graph = ", without a CUDA graph, which cannot read them there" if "train.cuda_graph" in plan.always else ""
         return (
             f"{size} are more than a quarter of the budget, so data.placement: auto would leave them on the host of "
             f"such a GPU; this plan has them there{graph}"
         )
-    if num_examples is not None:
+    if predictor.num_examples is not None:
         return ""
-    examples = recipe.data.count_examples()
+    examples = predictor.examples
     if examples.count is None:
-        return f"NOT COUNTED ({examples.where}); --examples N counts N examples of {_one_example(recipe)}"
+        return f"NOT COUNTED ({examples.where}); --examples N counts N examples of {_one_example(predictor)}"
     if not examples.where:
         return ""
     auto = "; data.placement: auto keeps them on the GPU if they take at most a quarter of its free memory"
     return f"{examples.count:,} examples in {examples.where}" + (
-        auto if plan is None and on_gpu(recipe) and recipe.data.placement == "auto" else ""
+        auto if plan is None and predictor.on_gpu and recipe.data.placement == "auto" else ""
     )
 
 
-def _one_example(recipe: Recipe) -> str:
-    data = recipe.data
+def _one_example(predictor: Predictor) -> str:
+    data = predictor.recipe.data
     if isinstance(data, TextSection):
         return f"{data.length} {data.unit}"
-    return f"{data_bytes(recipe, 1):,} bytes"
+    return f"{predictor.example_bytes():,} bytes"
 
 
 def describe(plan: Plan, vary: str | None) -> str:
@@ -77,9 +78,9 @@ def describe(plan: Plan, vary: str | None) -> str:
         lines.append(_line("fewest blocks", plan.blocks, f"no number of blocks fits {budget} at this batch size"))
     if vary != "blocks":
         lines.append(_line("largest batch", plan.batch, f"not even one example fits {budget} with these blocks"))
-    if plan.savers is not None:
-        smaller = "train.batch_size" in plan.savers.changes
-        lines.append(_line("what fits" if smaller else "what fits at this batch size", plan.savers, ""))
+    if plan.optimisations is not None:
+        smaller = "train.batch_size" in plan.optimisations.changes
+        lines.append(_line("what fits" if smaller else "what fits at this batch size", plan.optimisations, ""))
     elif plan.blocks is None and plan.batch is None:
         lines.append(f"nothing fits {budget}: not even all memory optimisations with the most blocks and one example")
     elif plan.blocks is None and vary != "batch":

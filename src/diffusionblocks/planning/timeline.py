@@ -56,14 +56,14 @@ class Timeline(TorchDispatchMode):
         self.early = self.late = Moment()
         self._half = gradient_bytes / 2
         self._on_gpu = on_gpu
-        self._held = {"activations": 0, "gradients": 0}
-        self._made = 0
+        self._bytes = {"activations": 0, "gradients": 0}
+        self._gradient_bytes = 0  # of this forward pass, as they are made
         self._live: dict[int, tuple[Any, str, int]] = {}
-        self._kept: set[int] = set()
+        self._persistent: set[int] = set()
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """See `TorchDispatchMode`."""
+        """Say that torch.compile may run under this mode (see the comment above)."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,20 +77,20 @@ class Timeline(TorchDispatchMode):
 
     def is_persistent(self, tensors: Iterable[Tensor]) -> None:
         """Never count these, which are there before the step and outlive it: views of them show their storage."""
-        self._kept |= {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._persistent |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def _watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._live and key not in self._kept:
+        if key not in self._live and key not in self._persistent:
             size = storage.nbytes()
             self._live[key] = (weakref.ref(storage, lambda _: self._died(key)), "activations", size)
-            self._held["activations"] += size
+            self._bytes["activations"] += size
             self._note()
 
     def _died(self, key: int) -> None:
         _, kind, size = self._live.pop(key)
-        self._held[kind] -= size
+        self._bytes[kind] -= size
 
     def is_gradient(self, tensor: Tensor) -> None:
         """From now on this tensor counts as a gradient."""
@@ -98,14 +98,14 @@ class Timeline(TorchDispatchMode):
         if key in self._live and self._live[key][1] == "activations":
             reference, _, size = self._live[key]
             self._live[key] = (reference, "gradients", size)
-            self._held["activations"] -= size
-            self._held["gradients"] += size
-            self._made += size
+            self._bytes["activations"] -= size
+            self._bytes["gradients"] += size
+            self._gradient_bytes += size
             self._note()
 
     def forward_begins(self) -> None:
         """A forward pass begins: what comes is early until half of its gradients are made."""
-        self._made = 0
+        self._gradient_bytes = 0
 
     def work(self, size: int) -> None:
         """Note that a kernel of the GPU works with so many bytes of its own, at this moment."""
@@ -113,8 +113,8 @@ class Timeline(TorchDispatchMode):
             self._note(size)
 
     def _note(self, extra: int = 0) -> None:
-        now = Moment(self._held["activations"] + extra, self._held["gradients"])
-        if self._made <= self._half:
+        now = Moment(self._bytes["activations"] + extra, self._bytes["gradients"])
+        if self._gradient_bytes <= self._half:
             self.early = max(self.early, now, key=lambda moment: moment.total)
         else:
             self.late = max(self.late, now, key=lambda moment: moment.total)
@@ -135,5 +135,5 @@ def attention_workspace(query: Tensor) -> int:
     batch, heads, tokens, size = query.shape
     if query.dtype == torch.float32:  # the memory-efficient kernel: a float32 sum for each query
         return 4 * batch * heads * tokens
-    rounded = -(-tokens // 128) * 128
-    return 4 * batch * heads * rounded * (-(-size // 32) * 32 + 1)
+    rows = -(-tokens // 128) * 128
+    return 4 * batch * heads * rows * (-(-size // 32) * 32 + 1)

@@ -74,13 +74,13 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
 
 def _without_memory(tensors: list[Tensor]) -> list[Tensor]:
     """Fake tensors of the same shapes, tied alike; inside a FakeTensorMode."""
-    made: dict[int, Tensor] = {}
+    fakes: dict[int, Tensor] = {}
     for tensor in tensors:
-        if id(tensor) not in made:
+        if id(tensor) not in fakes:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
             is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return [made[id(tensor)] for tensor in tensors]
+            fakes[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return [fakes[id(tensor)] for tensor in tensors]
 
 
 def _step(module: nn.Module, train: TrainConfig, make_batch: MakeBatch, timeline: Timeline) -> None:

@@ -1,0 +1,175 @@
+"""Predicts the bytes of a recipe's training step, without a device and without weights.
+
+What stays between steps is counted on the model's outline; what a step makes is followed on fake tensors
+(`tracing.py`). A `Predictor` serves a recipe and what is changed of it: each model is laid out once, each distinct step
+is traced once, and the examples are counted once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..core.block import Block
+from ..data.dataset import ExampleCount
+from ..experiments.recipe import Recipe
+from ..experiments.run import with_depth
+from ..experiments.sources import config_of, outline_of
+from ..families import Family, family_named
+from ..training import Unit, units_of
+from ..training.shared_module import shape_of
+from .counting import count_persistent
+from .ledger import Forecast, Ledger
+from .timeline import Moment
+from .tracing import StepMoments, trace_step
+
+#: What cuBLAS keeps on a Hopper GPU: torch gives each host thread that calls it 32 MiB from the caching allocator, and
+#: the forward and the backward pass run in one thread each. (Other GPUs: 8 MiB.)
+WORKSPACE_BYTES = 2 * 32 * 2**20
+
+# A compiled block takes seconds a layer to trace. Deeper ones are traced at these two depths; what a step holds is
+# affine in the number of equal layers, at both of its candidate moments.
+_TRACED_WHOLE = 6
+_DEPTHS = (3, 4)
+
+#: Fields of `train` that a planner changes, or a run of blocks is given, and that a step on fake tensors does not read.
+_UNTRACED = {"resident", "offload", "optimizer", "cuda_graph", "blocks", "schedule", "steps_per_switch"}
+#: Sections of a recipe that do not change its model.
+_OUTSIDE_THE_MODEL = {"name", "train", "evaluate", "device"}
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A model on the meta device.
+
+    Attributes:
+        key: equal for recipes of this model.
+        module: the model.
+        config: of its original.
+    """
+
+    key: str
+    family: Family
+    module: nn.Module
+    config: Any
+
+
+class Predictor:
+    """Predicts the bytes of a recipe's training step, and of the same recipe with changes.
+
+    Args:
+        recipe: what would be trained; a trunk is not looked at. With `device: cpu` it is a CPU's step; otherwise a
+            GPU's, whether or not there is one.
+        num_examples: how many examples of the data are kept on the device (with `data.placement: host`: none; `auto`
+            counts as `device`). None counts those of the train split where that is cheap
+            (`DataSection.count_examples`), else none.
+
+    Raises:
+        ValueError: num_examples < 0.
+    """
+
+    def __init__(self, recipe: Recipe, num_examples: int | None = None) -> None:
+        if num_examples is not None and num_examples < 0:
+            raise ValueError(f"num_examples must be >= 0, got {num_examples}")
+        self.recipe = recipe
+        self.num_examples = num_examples
+        self._outlines: dict[str, _Outline] = {}
+        self._traces: dict[tuple[str, str, str], StepMoments] = {}
+
+    @functools.cached_property
+    def examples(self) -> ExampleCount:
+        """The examples that are counted where none are given."""
+        return self.recipe.data.count_examples()
+
+    @functools.cached_property
+    def on_gpu(self) -> bool:
+        """Whether the step is a GPU's."""
+        return self.recipe.device != "cpu"
+
+    def keeps_data(self, recipe: Recipe) -> bool:
+        """Whether the data are in the device's memory; `auto` is taken to keep them there."""
+        if self.on_gpu:
+            return recipe.data.placement != "host"
+        return not recipe.data.mapped or recipe.data.placement == "device"  # else mapped from files
+
+    def example_bytes(self) -> int:
+        """Bytes of one example on the device."""
+        outline = self._outline(self.recipe)
+        shape, classes = outline.family.example_shape(outline.config), outline.family.num_classes(outline.config)
+        return self.recipe.data.example_bytes(shape, classes)
+
+    def data_bytes(self, recipe: Recipe | None = None) -> int:
+        """Bytes of the data on the device, of the recipe or of a changed one."""
+        if not self.keeps_data(recipe or self.recipe):
+            return 0
+        count = self.num_examples if self.num_examples is not None else self.examples.count or 0
+        return count * self.example_bytes() if count else 0
+
+    def forecast(self, recipe: Recipe | None = None) -> Forecast:
+        """Predict both candidate moments of every shape of unit.
+
+        Args:
+            recipe: this one with changes; None: as it is.
+
+        Raises:
+            ValueError: what building the recipe's model refuses, or nothing to train.
+        """
+        recipe = recipe or self.recipe
+        outline = self._outline(recipe)
+        units, shared = units_of(outline.module, recipe.train.blocks)
+        persistent = dataclasses.asdict(count_persistent(units, shared, recipe.train))
+        persistent |= {"data": self.data_bytes(recipe), "workspace": WORKSPACE_BYTES if self.on_gpu else 0}
+        distinct = {shape_of(unit): unit for unit in reversed(units)}
+        moments = {unit.name: self._moments(recipe, outline, unit) for unit in distinct.values()}
+        return Forecast(persistent, moments)
+
+    def _outline(self, recipe: Recipe) -> _Outline:
+        key = json.dumps(recipe.model_dump(mode="json", exclude=_OUTSIDE_THE_MODEL), sort_keys=True)
+        if key not in self._outlines:
+            module = outline_of(recipe)
+            self._outlines[key] = _Outline(key, family_named(recipe.model.type), module, config_of(module))
+        return self._outlines[key]
+
+    def _moments(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepMoments:
+        layers = len(unit.module.layers()) if isinstance(unit.module, Block) else 0
+        if recipe.train.compile is not True or layers <= _TRACED_WHOLE:
+            return self._trace(recipe, outline, unit)
+        low, high = (self._trace_at_depth(recipe, depth) for depth in _DEPTHS)
+        return StepMoments(_extrapolate(low.early, high.early, layers), _extrapolate(low.late, high.late, layers))
+
+    def _trace_at_depth(self, recipe: Recipe, layers: int) -> StepMoments:
+        """Trace a step of a block like the recipe's, of another number of layers."""
+        one_block = {"blocks": recipe.blocks.as_one_block()}
+        outline = self._outline(with_depth(recipe, layers).model_copy(update=one_block))
+        (unit,), _ = units_of(outline.module)
+        return self._trace(recipe, outline, unit)
+
+    def _trace(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepMoments:
+        key = outline.key, unit.name, recipe.train.model_dump_json(exclude=_UNTRACED)
+        if key not in self._traces:
+            make_batch = functools.partial(outline.family.empty_batch, outline.config)
+            self._traces[key] = trace_step(unit, recipe.train, make_batch, on_gpu=self.on_gpu)
+        return self._traces[key]
+
+
+def predict(recipe: Recipe, *, num_examples: int | None = None) -> Ledger:
+    """Predict the bytes of a training step of a recipe; see `Predictor` for arguments and errors."""
+    return Predictor(recipe, num_examples).forecast().ledger
+
+
+def forecast(recipe: Recipe, *, num_examples: int | None = None) -> Forecast:
+    """Predict as `predict`, with both candidate moments of every shape of unit."""
+    return Predictor(recipe, num_examples).forecast()
+
+
+def _extrapolate(low: Moment, high: Moment, layers: int) -> Moment:
+    steps = (layers - _DEPTHS[0]) // (_DEPTHS[1] - _DEPTHS[0])
+    return Moment(
+        low.activations + steps * (high.activations - low.activations),
+        low.gradients + steps * (high.gradients - low.gradients),
+    )
