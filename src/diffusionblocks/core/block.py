@@ -237,10 +237,13 @@ class Block(nn.Module):
         *,
         clean_output: bool = True,
     ) -> BlockCall:
-        """What the family runs, for a noise embedding (or what the model knows the level by); arguments: `BlockCall`.
+        """Gather what the family runs, for a noise embedding (or what the model knows the level by).
 
         Args:
-            condition, inputs, z, clean_output: see there.
+            condition: the noise embedding.
+            inputs: the batch entries that the model reads.
+            z: what the noise process shows of z.
+            clean_output: whether the clean stream's last states are read, for families that have such a stream.
             layers: what `callable_layers` gives; None looks them up.
         """
         adapted = [
