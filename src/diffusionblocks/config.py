@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
 from pydantic import (
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -18,106 +17,19 @@ from pydantic import (
     model_validator,
 )
 
-from .common.fields import MOST_TOKENS, Blocks, Float, Int, NonNegative, Positive, Seed, Width
+from .common.fields import Blocks, Float, Seed, Width
 from .noise import NOISE_PROCESSES, NoiseProcess
+from .targets import ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
 
-#: `bridge` is its name in recipes and saved models of earlier versions.
-FEEDBACK_NAMES = AliasChoices("feedback", "bridge")
-
-
-class LabelTargetConfig(BaseModel):
-    """What a classifier's blocks denoise: the L2-normalised embedding of the label (paper, section 4.1).
-
-    Attributes:
-        embedding: `frozen` (fixed random unit rows) or `learned` (needs `shared: joint`, for z must live in the same
-            space for every block). null: learned under `joint`, else frozen.
-        token: Where the noised label enters: as an `extra` token (the paper), or in place of the [CLS] token
-            (`replace-cls`, the released code).
-        weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2.
-        feedback: What a prediction feeds to the next step: `soft` (the probabilities times the embedding table) or
-            `hard` (the row of the most probable label).
-    """
-
-    #: share of the drawn levels, at either end, beyond which none is read (see `EDM.coverage`): chains read off what
-    #: the network knows of the label, and a level where nothing was trained tells nothing of that
-    unread: ClassVar[float] = 0.001
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["label"] = "label"
-    embedding: Literal["frozen", "learned"] | None = None
-    token: Literal["extra", "replace-cls"] = "extra"
-    weight: Literal["none", "edm"] = "none"
-    feedback: Literal["soft", "hard"] = Field(default="soft", validation_alias=FEEDBACK_NAMES)
-
-
-class ImageTargetConfig(BaseModel):
-    """What a diffusion model's blocks denoise: the image or latent, under a squared error.
-
-    Attributes:
-        weight: Weight of the squared error at each level: `edm` = 1 / c_out^2 (EDM table 1), or `none`.
-        label_dropout: Share of the training examples that see the null class instead of their label. 0 rules out
-            classifier-free guidance. Without effect in an unconditional model.
-    """
-
-    #: see `LabelTargetConfig`; none here: a chain must start where nothing of the image shows (EDM's sigma_max), for
-    #: at sigma 10 the noised image still tells its mean colour, which noise alone would get wrong
-    unread: ClassVar[float] = 0.0
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["image"] = "image"
-    weight: Literal["none", "edm"] = "edm"
-    label_dropout: Float = Field(default=0.1, ge=0.0, lt=1.0)
-
-
-class TokenTargetConfig(BaseModel):
-    """What a masked text model's blocks denoise: the tokens themselves, under the cross-entropy of the masked ones.
-
-    Attributes:
-        weight: Weight of the cross-entropy at each level: `elbo` (that of the evidence lower bound: MD4), or `none`.
-    """
-
-    #: see `LabelTargetConfig`; the bound is an integral over all levels
-    unread: ClassVar[float] = 0.0
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["tokens"] = "tokens"
-    weight: Literal["elbo", "none"] = "elbo"
-
-
-class NextTokenTargetConfig(BaseModel):
-    """What an autoregressive model's blocks denoise: the next token's L2-normalised embedding (paper, section 4.3).
-
-    Attributes:
-        embedding: `given` (unit rows of the model's own input embedding at conversion, fixed), `frozen` (fixed random
-            unit rows) or `learned` (needs `shared: joint`). null: learned under `joint`, else given.
-        weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2, which spans five orders of
-            magnitude and collapses training to copying.
-        feedback: What a prediction feeds to the next step: `soft` (the probabilities times the embedding rows), `hard`
-            (the most probable token's row), `sampled` (the row of a token drawn from the probabilities) or `top-k`
-            (the mixture of the `top_k` most probable rows, rescaled to unit norm).
-        top_k: Rows that `top-k` mixes.
-        logit_scale: Start of a learnable factor on the logits; 1 keeps the function of a pretrained head. A fresh head
-            of a narrow model needs more: hidden_size * initializer_range * logit_scale should be about 16.
-        previous: Add the clean token before it to a noisy position's input, as an ordinary language model has it.
-        clean_weight: Weight of an extra term, the plain next-token loss of the clean stream through the same head.
-    """
-
-    #: see `LabelTargetConfig`
-    unread: ClassVar[float] = 0.001
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["next-token"] = "next-token"
-    embedding: Literal["given", "frozen", "learned"] | None = None
-    weight: Literal["none", "edm"] = "none"
-    feedback: Literal["soft", "hard", "sampled", "top-k"] = Field(default="sampled", validation_alias=FEEDBACK_NAMES)
-    top_k: Int = Field(default=8, ge=1, le=MOST_TOKENS)
-    logit_scale: Positive = 1.0
-    previous: bool = True
-    clean_weight: NonNegative = 0.0
+__all__ = [
+    "BlocksConfig",
+    "ImageTargetConfig",
+    "LabelTargetConfig",
+    "NextTokenTargetConfig",
+    "NoiseConfig",
+    "TargetConfig",
+    "TokenTargetConfig",
+]
 
 
 def _kind(default: str) -> Callable[[Any], str]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..common.finite import DIVERGED, require_finite
-from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
+from ..config import BlocksConfig
 from ..families import Family, check_convertible, class_name_of, family_for
 from ..families.module_tree import Namespace, extract
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
@@ -121,9 +121,7 @@ def resolve(config: BlocksConfig, family: Family, model_config: Any) -> BlocksCo
             f"blocks.target.kind = {target.kind}, but {'/'.join(family.classes)} denoises {what}; "
             "leave target out, or set its kind"
         )
-    if isinstance(target, (LabelTargetConfig, NextTokenTargetConfig)) and target.embedding is None:
-        fixed = "frozen" if isinstance(target, LabelTargetConfig) else "given"
-        target = target.model_copy(update={"embedding": "learned" if config.shared == "joint" else fixed})
+    target = target.resolve(config.shared)
     if noise.takes_coverage() and noise.coverage is None:
         noise = noise.with_coverage(_coverage(noise, config, target.unread))
     return config.model_copy(update={"target": target, "noise": noise})

@@ -29,12 +29,12 @@ from ..common.fields import (
 )
 from ..common.messages import near
 from ..common.yaml_values import MOST_BYTES, read_yaml
-from ..config import FEEDBACK_NAMES, BlocksConfig
+from ..config import BlocksConfig
 from ..data.data_config import DataConfig, LatentsConfig
 from ..families import supported_classes
 from ..noise import NOISE_PROCESSES, GridName
 from ..sampling import SolverName
-from ..targets import check_loss_chunk
+from ..targets import FEEDBACK_NAMES, LabelFeedback, TokenFeedback, check_loss_chunk
 from ..training import TrainConfig
 
 
@@ -76,7 +76,7 @@ class AccuracyConfig(_Section):
     kind: Literal["accuracy"] = "accuracy"
     steps: Many[Levels] = (1, 3)
     seeds: Many[Levels] = (1, 8)
-    feedback: Literal["soft", "hard"] | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
+    feedback: LabelFeedback | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
     grid: GridName = "equal-quantile"
     batch_size: Samples = 500
     limit: Samples | None = None
@@ -174,7 +174,7 @@ class LanguageConfig(_Section):
     new_tokens: Length = 50
     steps: Levels | None = None
     grid: GridName = "equal-quantile"
-    feedback: Literal["soft", "hard", "sampled", "top-k"] | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
+    feedback: TokenFeedback | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
     temperature: NonNegative = 1.0
     top_p: Float = Field(default=1.0, gt=0, le=1)
     teacher: str | None = None

@@ -1,37 +1,43 @@
 """What the blocks denoise: a label, an image, masked tokens, the next token."""
 
+from .image import ImageTarget, ImageTargetConfig
+from .label import NONE_IGNORED, LabelFeedback, LabelTarget, LabelTargetConfig, check_labels, label_losses
+from .masked_tokens import TokenTarget, TokenTargetConfig
+from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig, TokenFeedback
 from .target import (
-    CONTEXT,
-    NONE_IGNORED,
+    FEEDBACK_NAMES,
+    BaseTargetConfig,
     Batch,
     EmbeddingTarget,
-    ImageTarget,
-    LabelTarget,
-    NextTokenTarget,
     Target,
     TextTarget,
-    TokenTarget,
     check_entries,
-    check_labels,
     check_loss_chunk,
     check_tokens,
     cross_entropies,
     in_chunks,
-    label_losses,
     mean_loss,
 )
 
 __all__ = [
     "CONTEXT",
+    "FEEDBACK_NAMES",
     "NONE_IGNORED",
+    "BaseTargetConfig",
     "Batch",
     "EmbeddingTarget",
     "ImageTarget",
+    "ImageTargetConfig",
+    "LabelFeedback",
     "LabelTarget",
+    "LabelTargetConfig",
     "NextTokenTarget",
+    "NextTokenTargetConfig",
     "Target",
     "TextTarget",
+    "TokenFeedback",
     "TokenTarget",
+    "TokenTargetConfig",
     "check_entries",
     "check_labels",
     "check_loss_chunk",
