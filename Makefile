@@ -1,4 +1,4 @@
-# make demo: on the digits, block by block beside their controls, a ViT that reads them and a DiT that draws them;
+# make demo: on the digits, block by block beside their baselines, a ViT that reads them and a DiT that draws them;
 # make test: tests, lint, format, types. make test-fast: tests that train nothing, for the inner loop, in about a minute.
 # make test-all: also every case of the tests of which make test runs as many as show each value of each parameter.
 # make fuzz: thousands of damaged and odd inputs, of which tests try some.

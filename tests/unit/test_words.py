@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 #: word (a regular expression, whole words) -> (instead, allowed phrases)
 WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    r"adapters?": ("family", ("PEFT", "peft", "LoRA")),
+    r"adapters?": ("family", ("PEFT", "peft", "LoRA", "merge_and_unload")),
     r"rivals?": ("baseline, or alternative", ()),
     r"savers?": ("memory optimisation", ("extra: savers", "[savers]")),
     r"bridges?": ("feedback", ()),
-    r"dwells?": ("steps per switch", ("--dwells",)),
+    r"dwells?": ("steps per switch", ("former name",)),
     r"luggage|occupants?|skeletons?|mounts?|mounted": (
         "host buffer, active unit, shared module, bind",
         ("disk is mounted",),
