@@ -210,6 +210,13 @@ def without_generated_code(backend: str = "aot_eager") -> Iterator[None]:
         torch._dynamo.reset()
 
 
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """What torch.compile would run is run as it stands: for tests of other things than graphs."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def listing(folder: Path) -> dict[str, bytes]:
     """Path below the folder -> content, of all files in it."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}

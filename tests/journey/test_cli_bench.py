@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffusionblocks.bench import server
 from diffusionblocks.bench.depth import depth, search
 from diffusionblocks.bench.methods import Spec, rows_of
 from diffusionblocks.bench.rows import measure_all, shard, with_method
@@ -82,11 +84,14 @@ def test_shards_are_measured_resumed_and_gathered(tmp_path: Path, capsys: pytest
     assert "resident-active" in capsys.readouterr().out
 
 
-def test_speed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first of three shards: the end-to-end row and one of the trainer's loop."""
+def test_speed_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of three shards: the end-to-end row and one of the trainer's loop; measured here, as `Here` says."""
+    monkeypatch.setattr(server, "server", lambda *_: contextlib.nullcontext(Here()))
     out = tmp_path / "speed.json"
-    options = ["--models", "vit-h", "--blocks", "2", "--switching-steps", "1", "--shard", "1/3"]
-    assert main(["bench", "speed", *options, *QUICK, "--out", str(out)]) == 0
+    few = ["--models", "vit-h", "--blocks", "2", "--switching-steps", "1", "--shard", "1/3"]
+    assert main(["bench", "speed", *few, *QUICK, "--out", str(out)]) == 0
     written = read(out)
     assert [row["task"] for row in written["rows"]] == ["overhead", "switching"]
     assert not [row for row in written["rows"] if "error" in row]

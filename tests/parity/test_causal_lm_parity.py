@@ -227,6 +227,7 @@ def test_convert_leaves_the_model_as_it_was(family: str, tied: bool, shared: str
     assert not any(module._forward_hooks for module in original.modules())
 
 
+@pytest.mark.each_value
 @each_family
 @each_tying
 @pytest.mark.parametrize("shared", POLICIES)

@@ -86,6 +86,7 @@ def test_layers_are_drawn_apart_and_shared_parts_start_equal(family: str) -> Non
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 
 
+@pytest.mark.each_value
 @each_family
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_two_tensors_share_memory_but_the_jointly_trained(family: str, policy: str) -> None:
@@ -133,6 +134,7 @@ def test_parameters_stay_the_same_objects(family: str) -> None:
 # ---- it is what conversion makes ----------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @each_family
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_conversion_adds_and_computes_is_the_same(family: str, policy: str) -> None:
@@ -158,6 +160,7 @@ def test_what_conversion_adds_and_computes_is_the_same(family: str, policy: str)
     assert built.blocks_config == converted.blocks_config
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("family", [*DIT_FAMILIES, "vit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_buffers_that_no_file_holds(family: str, dtype: torch.dtype) -> None:
@@ -201,6 +204,7 @@ def test_a_model_on_the_meta_device_is_converted_there(family: str) -> None:
     assert same(model, build(fresh(family), db.BlocksConfig()))
 
 
+@pytest.mark.each_value
 @each_family
 @pytest.mark.parametrize("policy", POLICIES)
 def test_blocks_may_take_the_models_own_layers(family: str, policy: str) -> None:
@@ -291,6 +295,7 @@ def sources_of(family: str, tmp_path: Path) -> dict[str, Callable[[], WeightSour
     }
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @each_family
 @pytest.mark.parametrize("kind", ["fresh", "in-files"])
@@ -411,6 +416,7 @@ def test_controls_of_a_recipe() -> None:
     assert isinstance(build_model(recipe("vit", method="end-to-end")), EndToEnd)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 @pytest.mark.parametrize("family", ["vit", "dit", "pretrained"])
 def test_the_outline_of_a_recipe_is_its_model_without_memory(family: str, method: str, tmp_path: Path) -> None:

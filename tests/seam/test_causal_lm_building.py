@@ -80,6 +80,7 @@ def given(model: db.DiffusionBlocks, block: int) -> None:
 # ---- from a seed ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @each_family
 @each_policy
 @each_tying
@@ -127,6 +128,7 @@ def test_random_rows_are_those_that_conversion_draws() -> None:
 # ---- from files ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @each_family
 @each_policy
 @each_tying

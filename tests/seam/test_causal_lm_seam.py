@@ -110,6 +110,7 @@ def test_training_levels_are_the_blocks_own(overlap: float) -> None:
 # ---- the whole journey ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shared", POLICIES)
 @each_family
 def test_convert_train_save_load_generate(family: str, shared: str, tmp_path: Path) -> None:

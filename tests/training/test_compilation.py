@@ -68,7 +68,10 @@ def test_a_budget_keeps_less_and_computes_no_matrix_product_again() -> None:
 
 @pytest.mark.parametrize("compile", ["layers", "true"])
 def test_the_plan_counts_what_a_budget_keeps(compile: str) -> None:
-    recipe = load_recipe(RECIPES / "dit" / "cifar10.yaml", [f"train.compile={compile}", "train.batch_size=32"])
+    recipe = load_recipe(
+        RECIPES / "dit" / "cifar10.yaml",
+        [f"train.compile={compile}", "train.batch_size=32", "model.config.num_layers=6"],
+    )
     every, some = (
         predict(with_changes(recipe, {"train.activation_memory_budget": budget}), num_examples=0)
         for budget in (1.0, 0.9)

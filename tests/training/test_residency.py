@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import IMAGE, LENGTH, NUM_LABELS, VOCAB, seeded, tiny, without_generated_code
+from helpers import IMAGE, LENGTH, NUM_LABELS, VOCAB, seeded, tiny, without_compiler, without_generated_code
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -333,7 +333,7 @@ def test_checkpointing_computes_the_same(family: str, accumulation: int) -> None
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
 def test_optimizer_in_backward_is_the_optimizer(where: dict[str, str], optimizer: str, tmp_path: Path) -> None:
     options = {"gradient_clip": None, "optimizer": optimizer, "steps": 3}
-    with without_generated_code("eager"):
+    with without_compiler():
         reference = trained(wide_blocks(optimizer), **options)
         for checkpointing in (False, True):
             settings = {"optimizer_in_backward": True, "activation_checkpointing": checkpointing, **where}
@@ -351,7 +351,7 @@ def test_optimizer_in_backward_is_the_optimizer(where: dict[str, str], optimizer
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
 def test_accumulation_stacks_with_the_other_savers(optimizer: str, settings: dict[str, Any], tmp_path: Path) -> None:
     options = {"accumulation": 2, "optimizer": optimizer, "steps": 3}
-    with without_generated_code("eager"):
+    with without_compiler():
         reference = trained(wide_blocks(optimizer), **options)
         assert same(trained(wide_blocks(optimizer), tmp_path, **options, **settings), reference)
         # The positive control: the other micro-batch counts.
@@ -367,7 +367,7 @@ def test_8bit_micro_batches_are_one_large_batch() -> None:
         trained(whole, optimizer="adamw-8bit", ema_decay=None, **sizes)
         return {name: p.detach() for name, p in whole.named_parameters()}
 
-    with without_generated_code("eager"):
+    with without_compiler():
         micro, large, one = weights(batch_size=3, accumulation=2), weights(batch_size=6), weights(batch_size=3)
     far = [torch.cat([(found[n] - large[n]).abs().flatten() for n in large]).mean() for found in (micro, one)]
     assert far[0] < 0.01 * far[1]
@@ -413,7 +413,7 @@ def test_8bit_state_moves_saves_and_resumes(where: dict[str, str], tmp_path: Pat
     def model() -> db.DiffusionBlocks:
         return db.convert(tiny("dit", hidden_size=64, mlp_ratio=4.0), db.BlocksConfig(num_blocks=BLOCKS))
 
-    with without_generated_code("eager"):
+    with without_compiler():
         reference = trained(model(), optimizer="adamw-8bit")
         assert any(name.endswith("exp_avg.codes") for name in reference)
         assert not same(trained(model()), reference)

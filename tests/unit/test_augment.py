@@ -296,6 +296,7 @@ def test_traces_without_graph_breaks() -> None:
     assert torch.equal(traced(images, draws), aug.apply(images, draws))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     torch.compiler.reset()

@@ -282,7 +282,7 @@ def test_a_step_is_affine_in_the_batch(compile: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_deep_compiled_blocks_are_extrapolated_to_what_they_are(checkpointing: bool) -> None:
     overrides = ["train.compile=true", "train.precision=bfloat16", "method=end-to-end", "model.config.num_layers=7"]
     recipe = small("dit", *overrides, f"train.activation_checkpointing={checkpointing}", device="cuda")
