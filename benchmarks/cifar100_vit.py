@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.common.formats import read_json, write_json
+from diffusionblocks.common.formats import read_json
+from diffusionblocks.reports.results import joint_header, write_results
 from diffusionblocks.reports.tables import format_table
 
 KEEP = ("name", "key", "layers", "blocks", "iterations", "parameters_trained", "peak_memory_bytes", "seconds")
@@ -26,24 +27,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar100_vit.json"))
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    sources = []
-    for path in options.tables:
-        table = read_json(path)
-        sources.append({name: table[name] for name in ("command", "device", "torch")})
+    tables = [read_json(path) for path in options.tables]
+    for table in tables:
         for row in table["rows"]:
             for measured in row["accuracies"]:
                 rows.append({name: row[name] for name in KEEP} | measured)
-    commits = {read_json(path)["commit"] for path in options.tables} - {None}
-    write_json(
-        options.out,
-        {
-            "command": " && ".join(source["command"] for source in sources),
-            "device": ", ".join(sorted({source["device"] for source in sources})),
-            "torch": ", ".join(sorted({source["torch"] for source in sources})),
-            "commit": options.commit or ", ".join(sorted(commits)),
-            "rows": rows,
-        },
-    )
+    header = joint_header(tables)
+    write_results(options.out, rows, header | {"commit": options.commit or header["commit"]})
     print(format_table(rows))
 
 

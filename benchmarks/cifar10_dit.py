@@ -38,7 +38,8 @@ from diffusionblocks.experiments.run import branched, depth_of, make_trainer, wi
 from diffusionblocks.experiments.samples import draw_samples
 from diffusionblocks.experiments.scores import features_of, precision, settings_of
 from diffusionblocks.experiments.sources import build_model, device_of, load_data, pixels_of
-from diffusionblocks.reports.tables import format_table, write_results
+from diffusionblocks.reports.results import write_results
+from diffusionblocks.reports.tables import format_table
 from diffusionblocks.training import Trainer
 
 RESULTS = Path("benchmarks/results/cifar10_dit.json")

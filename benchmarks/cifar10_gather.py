@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusionblocks.common.files import whole_file
-from diffusionblocks.common.formats import read_json, write_json
+from diffusionblocks.common.formats import read_json
+from diffusionblocks.reports.results import joint_header, write_results
 from diffusionblocks.reports.tables import format_table
 
 Row = dict[str, Any]
@@ -43,12 +44,10 @@ def gather(options: argparse.Namespace) -> None:
         else:
             rows += [row | {"commit": part["commit"]} for row in part["rows"]]
     number_runs(rows)
-    joined = {name: ", ".join(sorted({str(part[name]) for part in parts})) for name in ("device", "torch", "commit")}
     main_setting = [row for row in rows if row.get("study", "branching") == "branching"]
     main_setting.sort(key=_place)
     sampling = [row for row in rows if row not in main_setting]
-    command = " && ".join(dict.fromkeys(part["command"] for part in parts))
-    write_json(options.out, {"command": command, **joined, "rows": main_setting, "sampling": sampling, **more})
+    write_results(options.out, main_setting, joint_header(parts), sampling=sampling, **more)
     shown = ("name", "layers", "blocks", "branched", "average", "changes", "epochs", "run", "fd_train", "fd_test")
     print(format_table([{name: row.get(name) for name in shown} for row in main_setting]))
     draw_curves(main_setting, options.figure)

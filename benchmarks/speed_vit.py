@@ -20,7 +20,8 @@ from diffusionblocks.experiments.baselines import executed, variants
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.run import make_trainer
 from diffusionblocks.experiments.sources import load_data
-from diffusionblocks.reports.tables import format_table, write_results
+from diffusionblocks.reports.results import write_results
+from diffusionblocks.reports.tables import format_table
 
 
 def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[str, float]:

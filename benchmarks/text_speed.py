@@ -21,7 +21,8 @@ from diffusionblocks.experiments.language import prompts_of, write
 from diffusionblocks.experiments.recipe import LanguageConfig, Recipe, load_recipe
 from diffusionblocks.experiments.run import make_trainer
 from diffusionblocks.experiments.sources import load_data
-from diffusionblocks.reports.tables import format_table, write_results
+from diffusionblocks.reports.results import write_results
+from diffusionblocks.reports.tables import format_table
 
 
 def generation(recipe: Recipe, splits: dict[str, Any]) -> float:

@@ -30,11 +30,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import diffusionblocks as db
-from diffusionblocks.evaluation.memory import size_of, transient_peak
+from diffusionblocks.common.modules import bytes_of
+from diffusionblocks.evaluation.memory import transient_peak
 from diffusionblocks.layers.two_streams import KERNELS
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.models.recurrent_depth import draw_depth, layer_passes
-from diffusionblocks.reports.tables import format_table, write_results
+from diffusionblocks.reports.results import write_results
+from diffusionblocks.reports.tables import format_table
 from diffusionblocks.training import EndToEnd, trainable
 
 #: A backward pass is counted as two forward passes.
@@ -92,7 +94,7 @@ def wait(device: torch.device) -> None:
 
 def held(module: torch.nn.Module) -> int:
     """Bytes of the weights and AdamW's state between two steps."""
-    return size_of([*module.parameters(), *module.buffers()]) + 2 * size_of(trainable(module))
+    return bytes_of([*module.parameters(), *module.buffers()]) + 2 * bytes_of(trainable(module))
 
 
 def random_tokens(options: argparse.Namespace, device: torch.device) -> Tensor:

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diffusionblocks as db
+from diffusionblocks.common.modules import bytes_of
 from diffusionblocks.core.block import Block
 from diffusionblocks.core.materialise import build
 from diffusionblocks.core.weights import Fresh
 from diffusionblocks.data import TextBatches
 from diffusionblocks.data.text_data import TextData
-from diffusionblocks.evaluation.memory import size_of, step_memory
+from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.experiments.run import make_trainer
 from diffusionblocks.experiments.sources import build_model, load_model, save_model
@@ -412,7 +413,7 @@ def test_the_predicted_step_is_the_measured_one(method: str, precision: str) -> 
     recipe = recipe_of(method, {"mean_recurrence": 12, "backprop_depth": 2}, precision=precision)
     ledger = predict(recipe)
     run = make_trainer(recipe, folder=None, progress=False)
-    assert ledger.parameters == size_of(run.units[0].module.parameters())
+    assert ledger.parameters == bytes_of(run.units[0].module.parameters())
     measured = max(unit.transient for unit in step_memory(run))
     assert ledger.activations + ledger.gradients == pytest.approx(measured, rel=0.02)
 

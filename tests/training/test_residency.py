@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import diffusionblocks as db
+from diffusionblocks.common.modules import bytes_of
 from diffusionblocks.common.seeds import key
 from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData, TextBatches, TextData
-from diffusionblocks.evaluation.memory import size_of, transient_peak
+from diffusionblocks.evaluation.memory import transient_peak
 from diffusionblocks.training import BatchMaker, EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.arena import Arena, Layout, host_memory, mapped_file
 from diffusionblocks.training.checkpoint import checkpoints
@@ -379,7 +380,7 @@ def test_checkpointing_keeps_no_copy_of_the_weights_in_bfloat16() -> None:
     run = trainer(model, precision="bfloat16", batch_size=1, **settings)
     run.step(0)
     # Of the weights only one layer's, cast and gradient, is there beside the activations of one image.
-    assert transient_peak(lambda: run.step(0), run.device) < 0.3 * size_of(model.parameters())
+    assert transient_peak(lambda: run.step(0), run.device) < 0.3 * bytes_of(model.parameters())
 
 
 @pytest.mark.parametrize("in_backward", [False, True])

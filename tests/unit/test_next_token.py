@@ -25,7 +25,7 @@ from diffusionblocks.evaluation.cross_entropy import (
 )
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.noise import EDM
-from diffusionblocks.reports.level_figure import draw_levels
+from diffusionblocks.reports.figures import draw_levels
 from diffusionblocks.targets import NextTokenTarget
 from diffusionblocks.training import EndToEnd
 

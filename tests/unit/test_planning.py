@@ -15,8 +15,8 @@ import pytest
 import torch
 from torchao.optim import AdamW8bit
 
-from diffusionblocks.common.modules import tensors_of
-from diffusionblocks.evaluation.memory import size_of, step_memory
+from diffusionblocks.common.modules import bytes_of, tensors_of
+from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.run import make_trainer
 from diffusionblocks.planning import WORKSPACE_BYTES, Plan, Predictor, forecast, parse_budget, plan, predict
@@ -67,10 +67,10 @@ def test_what_stays_is_what_a_real_trainer_keeps(family: str, overrides: list[st
     tensors = {id(t): t for unit in trainer.units for t in tensors_of(unit.module)}.values()
     parameters = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
     sets = trainer.sets.values()
-    assert ledger.parameters == size_of(parameters)
-    assert ledger.buffers == size_of(tensors) - size_of(parameters)
-    assert ledger.optimizer == size_of(v for s in sets for moments in s.moments for v in moments.values())
-    assert ledger.ema == size_of(average for s in sets for average in s.ema)
+    assert ledger.parameters == bytes_of(parameters)
+    assert ledger.buffers == bytes_of(tensors) - bytes_of(parameters)
+    assert ledger.optimizer == bytes_of(v for s in sets for moments in s.moments for v in moments.values())
+    assert ledger.ema == bytes_of(average for s in sets for average in s.ema)
     assert ledger.data == trainer.stepper.batches.num_examples * (8 * 8 + 8)
 
 
@@ -87,8 +87,8 @@ def test_active_residency_keeps_the_largest_block_and_what_blocks_share() -> Non
 
     joint = small("dit", "blocks.shared=joint", "train.resident=active")
     trainer = make_trainer(joint, folder=None, progress=False)
-    shared = size_of(trainer.residency.common_tensors())
-    own = size_of(tensors_of(trainer.units[0].module)) - shared
+    shared = bytes_of(trainer.residency.common_tensors())
+    own = bytes_of(tensors_of(trainer.units[0].module)) - shared
     ledger = predict(joint)
     assert ledger.parameters + ledger.buffers == shared + own
 
@@ -101,7 +101,7 @@ def test_bytes_of_eight_bit_adamw(shape: tuple[int, ...]) -> None:
     for signed in (True, False):
         state: Any = optimizer._new_buffer(parameter, signed)
         parts = [getattr(state, name) for name in state.tensor_attrs] if hasattr(state, "tensor_attrs") else [state]
-        found += size_of(parts)
+        found += bytes_of(parts)
     assert optimizer_bytes(parameter, "adamw-8bit") == found
 
 
@@ -257,7 +257,7 @@ def test_the_predicted_step_is_the_measured_one(family: str, overrides: list[str
     largest = max(unit.transient for unit in measured)
     assert ledger.activations + ledger.gradients == pytest.approx(largest, rel=0.02)
     # At few examples the peak is at the end of the backward pass, where the gradients are.
-    gradients = size_of(p for p in _trained(recipe))
+    gradients = bytes_of(p for p in _trained(recipe))
     if "train.batch_size=2" in overrides:
         assert ledger.gradients > 0.5 * gradients
     elif not overrides:

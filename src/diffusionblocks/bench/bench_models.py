@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.modules import bytes_of
 from ..core.conversion import assemble
 from ..core.partition import even_layers
 from ..data import ImageData, LatentData
@@ -173,7 +174,7 @@ def examples_of(recipe: Recipe) -> int:
 
 def bytes_of_data(data: Data) -> int:
     """Bytes of the data where they are kept, in whatever form they have there."""
-    return sum(t.numel() * t.element_size() for t in data.tensors())
+    return bytes_of(data.tensors())
 
 
 def splits_of(recipe: Recipe) -> dict[str, Data]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..common.formats import read_json, write_json
-from ..reports.tables import commit, format_bytes, format_table
+from ..common.formats import read_json
+from ..reports.results import joint_header, results_header, write_results
+from ..reports.tables import format_bytes, format_table
 from .bench_models import examples_of, recipe_of
 from .methods import FORMER_NAMES, METHODS, Spec, current_name
 from .server import Measurer
@@ -133,15 +132,8 @@ def prediction(spec: Spec) -> dict[str, Any]:
 
 def write_table(out: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write rows with the command, device and commit that made them; does not touch the GPU."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     devices = sorted({row["device"] for row in rows if "device" in row})
-    about = {
-        "command": shlex.join(["diffusionblocks", *sys.argv[1:]]),
-        "device": ", ".join(devices),
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
-    write_json(out, about | more | {"rows": rows})
+    write_results(out, rows, results_header(", ".join(devices)), **more)
 
 
 def gather(parts: Sequence[Path], out: Path, *, predict: bool = False) -> list[dict[str, Any]]:
@@ -164,10 +156,7 @@ def gather(parts: Sequence[Path], out: Path, *, predict: bool = False) -> list[d
     whole = sorted(rows.values(), key=lambda r: (models.index(r["model"]), r["blocks"], methods.index(r["method"])))
     if predict:
         whole = with_predictions(whole)
-    origin = {name: ", ".join(sorted({str(file[name]) for file in files})) for name in ("device", "torch", "commit")}
-    command = " && ".join(dict.fromkeys(file["command"] for file in files))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"command": command, **origin, "rows": whole})
+    write_results(out, whole, joint_header(files))
     return whole
 
 

@@ -277,7 +277,8 @@ def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from ..experiments.recipe import AccuracyConfig
     from ..experiments.scores import check_evaluation, diagnose, evaluate
     from ..experiments.sources import load_data, load_model, with_saved_tokenizer
-    from ..reports.tables import format_table, write_results
+    from ..reports.results import write_results
+    from ..reports.tables import format_table
 
     place = options.model or Path("runs") / recipe.name / "model"
     recipe = with_saved_tokenizer(recipe, place)
@@ -458,7 +459,7 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> None:
 def _plan(recipe: Recipe, options: argparse.Namespace) -> None:
     from ..planning import Predictor, parse_budget, plan_with
     from ..planning.report import describe, ledger_table, remarks
-    from ..reports.tables import write_results
+    from ..reports.results import write_results
 
     predictor, plan = Predictor(recipe, options.examples), None
     if options.budget is not None:

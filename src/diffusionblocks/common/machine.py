@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .modules import bytes_of
+
 
 def check_memory(model: nn.Module, copies: float, device: torch.device, advice: str) -> None:
     """Refuse weights that the machine cannot hold, before it tries to.
@@ -22,7 +24,7 @@ def check_memory(model: nn.Module, copies: float, device: torch.device, advice: 
     Raises:
         ValueError: more bytes than the device or the host has.
     """
-    size = int(sum(p.numel() * p.element_size() for p in model.parameters()) * copies)
+    size = int(bytes_of(model.parameters()) * copies)
     most = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
     if size > most:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,11 @@ def places_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers in a fixed order, one that is used twice named twice."""
     return [entries[name] for entries, name in places_of(module)]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def computes_on(model: nn.Module) -> torch.device:

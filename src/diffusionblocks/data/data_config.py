@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from ..common.fields import MOST_TOKENS, Float, Int, IsNumber, Labels, Length, Pixels, Positive, Share
 from ..common.tokenizer_file import same_tokenizer, tokenizer_in
@@ -139,8 +140,8 @@ class FilesSection(DataSection):
             )
         return self.source
 
+    @override
     def count_examples(self) -> ExampleCount:
-        """See `DataSection`."""
         try:
             return self._count(self.location())
         except (OSError, ValueError) as error:
@@ -191,29 +192,29 @@ class PixelsConfig(ImagesSection):
                 raise ValueError(f"{name} = {list(values)}: must be {count} finite numbers, one a channel")
         return self
 
+    @override
     def batches(self, data: ImageData, device: torch.device) -> BatchMaker:
-        """See `DataSection`."""
         return ImageBatches(
             data, mean=self.mean, std=self.std, augment=self.augment, device=device, placement=self.placement
         )
 
+    @override
     def evaluation_batches(self, data: ImageData, *, batch_size: int, device: torch.device) -> Batches:
-        """See `DataSection`."""
         return evaluation_batches(data, mean=self.mean, std=self.std, batch_size=batch_size, device=device)
 
+    @override
     def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """See `ImagesSection`."""
         return lambda samples: to_uint8(samples, self.mean, self.std)
 
+    @override
     def real_images(
         self, data: ImageData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
     ) -> Iterator[Tensor]:
-        """See `ImagesSection`."""
         for images in data.images[:count].split(batch_size):
             yield images.to(device)
 
+    @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
-        """See `DataSection`."""
         return math.prod(shape) + 8  # uint8 pixels, and an int64 label
 
 
@@ -224,12 +225,12 @@ class DigitsConfig(PixelsConfig):
     mean: tuple[Float, ...] = (0.3,)
     std: tuple[Positive, ...] = (0.376,)
 
+    @override
     def load(self, split: str) -> ImageData:
-        """See `DataSection`."""
         return digits(split)
 
+    @override
     def count_examples(self) -> ExampleCount:
-        """See `DataSection`."""
         return ExampleCount(len(self.load("train")), "")
 
 
@@ -256,8 +257,8 @@ class ImageFilesConfig(PixelsConfig, FilesSection):
     num_classes: Labels | None = None
     cache: Path | None = None
 
+    @override
     def load(self, split: str) -> ImageData:
-        """See `DataSection`."""
         return image_classification(
             self.location(),
             self.split_files,
@@ -296,12 +297,12 @@ class LatentsConfig(ImagesSection, FilesSection):
     sample_posterior: bool = True
     vae: str | None = None
 
+    @override
     def load(self, split: str) -> LatentData:
-        """See `DataSection`."""
         return latent_folder(self.location(), self.split_name(split), reference_split=self.train_split)
 
+    @override
     def batches(self, data: LatentData, device: torch.device) -> BatchMaker:
-        """See `DataSection`."""
         return LatentBatches(
             data,
             device=device,
@@ -310,14 +311,14 @@ class LatentsConfig(ImagesSection, FilesSection):
             placement=self.placement,
         )
 
+    @override
     def evaluation_batches(self, data: LatentData, *, batch_size: int, device: torch.device) -> Batches:
-        """See `DataSection`: the posteriors' means."""
         for rows in torch.arange(len(data)).split(batch_size):
             means = data.rows("mean", rows).to(device).float() * self.scale
             yield {"pixel_values": means, "labels": data.labels[rows].to(device)}
 
+    @override
     def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """See `ImagesSection`."""
         if self.vae is None:
             raise ValueError(
                 "samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME"
@@ -336,18 +337,18 @@ class LatentsConfig(ImagesSection, FilesSection):
         half = (0.5, 0.5, 0.5)
         return lambda samples: to_uint8(decode(samples, vae, factor), half, half)
 
+    @override
     def real_images(
         self, data: LatentData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
     ) -> Iterator[Tensor]:
-        """See `ImagesSection`."""
         for rows in torch.arange(min(count, len(data))).split(batch_size):
             yield pixels(data.rows("mean", rows).to(device).float() * self.scale)
 
     def _count(self, location: str) -> ExampleCount:
         return ExampleCount(examples_of_split(location, self.train_split), location)
 
+    @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
-        """See `DataSection`."""
         # float16 means, and deviations if latents are drawn; an int64 label
         return math.prod(shape) * 2 * (1 + self.sample_posterior) + 8
 
@@ -369,16 +370,16 @@ class TextSection(DataSection):
     def text(self, split: str) -> TextData:
         """Read the text of a split; see `load`."""
 
+    @override
     def load(self, split: str) -> TextChunks:
-        """See `DataSection`."""
         return TextChunks(self.text(split), self.length)
 
+    @override
     def batches(self, data: TextChunks, device: torch.device) -> BatchMaker:
-        """See `DataSection`."""
         return TextBatches(data.text, data.length, device=device, placement=self.placement)
 
+    @override
     def evaluation_batches(self, data: TextChunks, *, batch_size: int, device: torch.device) -> Batches:
-        """See `DataSection`."""
         return evaluation_chunks(data.text, data.length, batch_size=batch_size, device=device)
 
     def codec(self) -> TextCodec:
@@ -404,8 +405,8 @@ class TextSection(DataSection):
         """
         return self
 
+    @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
-        """See `DataSection`."""
         return math.prod(shape)  # uint8 characters
 
 
@@ -414,12 +415,12 @@ class TopicsConfig(TextSection):
 
     kind: Literal["topics"]
 
+    @override
     def text(self, split: str) -> TextData:
-        """See `TextSection`."""
         return python_topics(split)
 
+    @override
     def count_examples(self) -> ExampleCount:
-        """See `DataSection`."""
         return ExampleCount(len(self.load("train")), "")
 
 
@@ -450,8 +451,8 @@ class TextConfig(TextFilesSection):
     fractions: tuple[Share, Share, Share] = (0.9, 0.05, 0.05)
     cache: Path | None = None
 
+    @override
     def text(self, split: str) -> TextData:
-        """See `TextSection`."""
         return characters(
             self.location(),
             self.split_name(split),
@@ -491,8 +492,8 @@ class TokensConfig(TextFilesSection):
         """Where tokenizer and ids are kept."""
         return self.cache or Path("runs") / f"tokens-{self.folder or Path(str(self.source)).name}"
 
+    @override
     def text(self, split: str) -> TextData:
-        """See `TextSection`."""
         name = self.split_name(split)
         files = split_files(Path(self.location()), name, self.split_files)
         file = self._tokenizer_file()
@@ -507,12 +508,12 @@ class TokensConfig(TextFilesSection):
         )
         return dataclasses.replace(text, tokenizer=file.read_bytes())
 
+    @override
     def codec(self) -> TextCodec:
-        """See `TextSection`."""
         return TokenCodec(load_tokenizer(self._tokenizer_file()))
 
+    @override
     def with_tokenizer_of(self, folder: Path) -> Self:
-        """See `TextSection`."""
         theirs = tokenizer_in(folder)
         if theirs is None:
             return self
@@ -545,8 +546,8 @@ class TokensConfig(TextFilesSection):
     def _corpus(self) -> list[Path]:
         return split_files(Path(self.location()), self.train_split, self.split_files)
 
+    @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
-        """See `DataSection`."""
         return math.prod(shape) * (2 if num_classes <= 1 << 16 else 4)  # uint16 or uint32, as `encoded_corpus` writes
 
 

@@ -9,18 +9,18 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-__all__ = ["BatchMaker", "Dataset", "ExampleCount", "check_labels"]
+__all__ = ["BatchMaker", "Dataset", "ExampleCount", "LabelledImages", "check_labels"]
 
 
 class Dataset(ABC):
-    """The examples of one split; `len` counts them.
+    """The examples of one split; `len` counts them."""
 
-    Attributes:
-        tokenizer: the bytes of the `tokenizer.json` whose ids the examples are; None without one.
-    """
-
-    tokenizer: bytes | None = None
+    @property
+    def tokenizer(self) -> bytes | None:
+        """The bytes of the `tokenizer.json` whose ids the examples are; None without one."""
+        return None
 
     @property
     @abstractmethod
@@ -43,6 +43,47 @@ class Dataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+
+class LabelledImages(Dataset):
+    """Images, or latents, of one shape with a label each.
+
+    Attributes:
+        labels: int64 (N,), each from 0 to num_classes - 1.
+        class_names: one name per class, in the order of the labels.
+    """
+
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+
+    @property
+    @override
+    def num_classes(self) -> int:
+        return len(self.class_names)  # also of those that have no image here
+
+    @property
+    @override
+    def classes(self) -> list[str]:
+        return list(self.class_names)
+
+    @property
+    @override
+    def example_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _check_labels(self, count: int) -> None:
+        """ValueError unless `labels` and `class_names` are those of `count` images."""
+        if self.labels.dtype != torch.int64 or self.labels.shape != (count,):
+            raise ValueError(f"labels: {self.labels.dtype} {tuple(self.labels.shape)}: must be int64 ({count},)")
+        check_labels(self.labels, len(self.class_names))
 
 
 @dataclass(frozen=True)

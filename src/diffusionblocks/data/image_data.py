@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..common.formats import write_tensors
-from .dataset import Dataset, check_labels
+from .dataset import LabelledImages
 from .image_decoder import MODES, decode_image, oversized_refused
 from .image_table import ImageTable, open_table
 from .split_files import source_digest
@@ -25,7 +26,7 @@ _CACHE_FORMAT = 2  # Raise it when the content of a cache file changes: older fi
 
 
 @dataclass(frozen=True)
-class ImageData(Dataset):
+class ImageData(LabelledImages):
     """Labelled images of one size, in ordinary memory.
 
     Attributes:
@@ -46,43 +47,21 @@ class ImageData(Dataset):
             raise ValueError(
                 f"images: {self.images.dtype} {tuple(self.images.shape)}: must be uint8 (N, C, H, W), N >= 1"
             )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"labels: {self.labels.dtype} {tuple(self.labels.shape)}: must be int64 ({len(self.images)},)"
-            )
-        check_labels(self.labels, len(self.class_names))
+        self._check_labels(len(self.images))
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes, also of those that have no image here."""
-        return len(self.class_names)
-
-    @property
+    @override
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
         _, c, h, w = self.images.shape
         return c, h, w
 
-    @property
-    def example_shape(self) -> tuple[int, int, int]:
-        """`image_shape`: of every example."""
-        return self.image_shape
-
-    @property
-    def classes(self) -> list[str]:
-        """See `Dataset`."""
-        return list(self.class_names)
-
+    @override
     def tensors(self) -> list[Tensor]:
-        """See `Dataset`."""
         return [self.labels, self.images]
 
     def first(self, count: int | None) -> ImageData:
         """The first `count` images; None: all."""
         return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 def digits(split: str) -> ImageData:

@@ -9,8 +9,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .dataset import Dataset, check_labels
+from .dataset import LabelledImages
 
 __all__ = ["LatentData", "LatentScale"]
 
@@ -79,7 +80,7 @@ class LatentScale:
 
 
 @dataclass(frozen=True)
-class LatentData(Dataset):
+class LatentData(LabelledImages):
     """Labelled latents of one shape, in ordinary memory or mapped from files: N rows in one or more shards.
 
     Attributes:
@@ -115,38 +116,17 @@ class LatentData(Dataset):
                         f"shard {shard}, {name}: {tensor.dtype} {tuple(tensor.shape)}: must be float16 (n, C, H, W), "
                         "n >= 1, C, H, W the same everywhere"
                     )
-        rows = sum(len(mean) for mean in self.mean)
-        if self.labels.dtype != torch.int64 or self.labels.shape != (rows,):
-            raise ValueError(f"labels: {self.labels.dtype} {tuple(self.labels.shape)}: must be int64 ({rows},)")
-        check_labels(self.labels, len(self.class_names), "labels")
+        self._check_labels(sum(len(mean) for mean in self.mean))
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes, also of those that have no row here."""
-        return len(self.class_names)
-
-    @property
+    @override
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every latent."""
         _, c, h, w = self.mean[0].shape
         return c, h, w
 
-    @property
-    def example_shape(self) -> tuple[int, int, int]:
-        """`image_shape`: of every example."""
-        return self.image_shape
-
-    @property
-    def classes(self) -> list[str]:
-        """See `Dataset`."""
-        return list(self.class_names)
-
+    @override
     def tensors(self) -> list[Tensor]:
-        """See `Dataset`."""
         return [self.labels, *self.mean, *self.std]
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def rows(self, part: Literal["mean", "std"], indices: Tensor, pin_memory: bool = False) -> Tensor:
         """Gather rows of all shards into fresh memory.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .dataset import Dataset
 
@@ -58,27 +59,27 @@ class TextChunks(Dataset):
     length: int
 
     @property
+    @override
     def num_classes(self) -> int:
-        """Number of different ids."""
         return self.text.vocab_size
 
     @property
+    @override
     def example_shape(self) -> tuple[int]:
-        """(length,)."""
         return (self.length,)
 
     @property
+    @override
     def classes(self) -> int:
-        """See `Dataset`."""
         return self.num_classes
 
     @property
-    def tokenizer(self) -> bytes | None:  # type: ignore[override]
-        """See `Dataset`."""
+    @override
+    def tokenizer(self) -> bytes | None:
         return self.text.tokenizer
 
+    @override
     def tensors(self) -> list[Tensor]:
-        """See `Dataset`."""
         return [self.text.ids]
 
     def first(self, count: int | None) -> TextChunks:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.model import DiffusionBlocks
+from .row import Row
 
 
 @dataclass(frozen=True)
-class AccuracyRow:
+class AccuracyRow(Row):
     """Accuracy in [0, 1] with its binomial standard error; steps and seeds are None for an end-to-end model."""
 
     steps: int | None
     seeds: int | None
     accuracy: float
     standard_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
 
 
 def accuracy_grid(

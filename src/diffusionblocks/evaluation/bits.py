@@ -7,11 +7,9 @@ probable each estimate enters with the weight 1/B. `noise/masking.py` has the fo
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +18,14 @@ from ..common.finite import FiniteCheck
 from ..common.seeds import keyed_generator
 from ..core.partition import Partition
 from ..noise import Masking
+from .row import Row
 
 # (z, int64 (n, length) with masks; levels, float32 (n,)) -> logits (n, length, vocab_size) without the mask.
 Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Bits:
+class Bits(Row):
     """A bound in bits per character (token), with its parts.
 
     Attributes:
@@ -47,10 +46,6 @@ class Bits:
     reconstruction: float
     sequences: int
     length: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
 
 
 def bits_per_character(

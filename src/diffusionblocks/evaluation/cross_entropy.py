@@ -7,12 +7,10 @@ would rank models backwards: most levels are low, where the target can be read o
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from ..common.seeds import keyed_generator
 from ..core.model import DiffusionBlocks
 from ..noise import GaussianProcess, NoiseProcess, one_level
 from ..targets import NextTokenTarget, cross_entropies
+from .row import Row
 
 #: Makes the batches {"input_ids": int64 (n, length)} anew.
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
@@ -52,7 +51,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class LanguageRow:
+class LanguageRow(Row):
     """A row: the cross-entropy of a text's tokens, each sequence's first left out, for nothing stands before it.
 
     Attributes:
@@ -71,10 +70,6 @@ class LanguageRow:
     context_gap: float | None = None
     decodable_share: float | None = None
     by_level: tuple[Level, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
 
 
 def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, seed: int = 0) -> LanguageRow:

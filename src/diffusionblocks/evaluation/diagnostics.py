@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +12,11 @@ from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
 from ..core.model import DiffusionBlocks
 from ..targets import LabelTarget
+from .row import Row
 
 
 @dataclass(frozen=True)
-class LevelRow:
+class LevelRow(Row):
     """One level: the block that owns it, its accuracy there, and the accuracy of the nearest target to z alone.
 
     Where `nearest` approaches 1 the label can be read off z without looking at the input: such levels teach nothing
@@ -28,10 +27,6 @@ class LevelRow:
     block: int
     accuracy: float
     nearest: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
 
 
 def accuracy_by_level(

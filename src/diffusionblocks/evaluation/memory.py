@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.profiler import profile
 
+from ..common.modules import bytes_of
 from ..training import Trainer
+from .row import Row
 
 
 @dataclass(frozen=True)
-class StepMemory:
+class StepMemory(Row):
     """Bytes of one unit's training step.
 
     Attributes:
@@ -41,7 +41,7 @@ class StepMemory:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return dataclasses.asdict(self) | {"peak": self.peak}
+        return super().to_dict() | {"peak": self.peak}
 
 
 def step_memory(trainer: Trainer) -> list[StepMemory]:
@@ -63,18 +63,13 @@ def step_memory(trainer: Trainer) -> list[StepMemory]:
         results.append(
             StepMemory(
                 unit.name,
-                size_of([*unit.module.parameters(), *unit.module.buffers()]),
-                size_of(optimizer),
-                size_of(average for group in sets for average in group.ema),
+                bytes_of([*unit.module.parameters(), *unit.module.buffers()]),
+                bytes_of(optimizer),
+                bytes_of(average for group in sets for average in group.ema),
                 transient,
             )
         )
     return results
-
-
-def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the given tensors, each counted once."""
-    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def transient_peak(step: Callable[[], None], device: torch.device) -> int:

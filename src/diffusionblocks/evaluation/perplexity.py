@@ -7,7 +7,6 @@ and measure real continuations of the same prompts beside them.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import statistics
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from ..common.modules import evaluating
 from .mauve import Mauve
+from .row import Row
 from .teachers import Ids, as_ids, check_counts, check_ids, load_teacher
 
 _CHUNK = 64  # positions of a batch whose logits are widened to float32 at once
@@ -47,7 +47,7 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class GeneratedText:
+class GeneratedText(Row):
     """A row: all measures of one set of continuations.
 
     Attributes:
@@ -72,7 +72,7 @@ class GeneratedText:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; an infinite perplexity (of a token that the teacher rules out) has none, and is null."""
-        values = dataclasses.asdict(self)
+        values = super().to_dict()
         if self.perplexity is not None and not math.isfinite(self.perplexity.perplexity):
             mean = self.perplexity.cross_entropy
             values["perplexity"] |= {"perplexity": None, "cross_entropy": mean if math.isfinite(mean) else None}

@@ -17,6 +17,7 @@ from ..sampling import Callback, calls
 from ..targets import ImageTarget
 from .features import Features
 from .frechet import FeatureStatistics, frechet_distance
+from .row import Row
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class SampleRow:
+class SampleRow(Row):
     """What one setting gave.
 
     Attributes:
@@ -56,10 +57,6 @@ class SampleRow:
     fd_train: float | None
     fd_test: float | None
     images_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
 
 
 def statistics(features: Features, batches: Iterable[Tensor]) -> FeatureStatistics:

@@ -22,9 +22,9 @@ from ..evaluation.accuracy import AccuracyRow
 from ..evaluation.bits import Bits
 from ..evaluation.memory import step_memory
 from ..models.recurrent_depth import RecurrentDepth, layer_passes
-from ..reports.figures import draw_run
-from ..reports.level_figure import draw_levels
-from ..reports.tables import format_bytes, format_table, write_results
+from ..reports.figures import draw_levels, draw_run
+from ..reports.results import write_results
+from ..reports.tables import format_bytes, format_table
 from ..training import EndToEnd, trainable, units_of
 from .baselines import Variant, executed, of_equal_time, variants
 from .language import LanguageResult, write_continuations

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..common.modules import tensors_of
+from ..common.modules import bytes_of, tensors_of
 from ..training import TrainConfig, Unit
 from ..training.optim import average_dtype
 from ..training.shared_module import in_several
@@ -42,14 +42,14 @@ def count_persistent(units: Sequence[Unit], shared: Sequence[nn.Parameter], trai
     """
     present = list(units)
     if train.resident == "active":
-        present = [max(units, key=lambda unit: _bytes(tensors_of(unit.module)))]
+        present = [max(units, key=lambda unit: bytes_of(tensors_of(unit.module)))]
     common = in_several([unit.module for unit in units])
     tensors = {id(t): t for unit in present for t in tensors_of(unit.module)}
     tensors |= {id(t): t for unit in units for t in tensors_of(unit.module) if id(t) in common}
     updates = [*(p for unit in present for p in unit.own), *shared]
     return PersistentBytes(
-        parameters=_bytes(t for t in tensors.values() if isinstance(t, nn.Parameter)),
-        buffers=_bytes(t for t in tensors.values() if not isinstance(t, nn.Parameter)),
+        parameters=bytes_of(t for t in tensors.values() if isinstance(t, nn.Parameter)),
+        buffers=bytes_of(t for t in tensors.values() if not isinstance(t, nn.Parameter)),
         optimizer=sum(optimizer_bytes(p, train.optimizer) for p in updates),
         ema=sum(p.numel() * average_dtype(p).itemsize for p in updates) if train.keeps_average else 0,
     )
@@ -63,7 +63,3 @@ def optimizer_bytes(parameter: Tensor, optimizer: str) -> int:
     if elements < _QUANTIZED_FROM or elements % _QUANTIZED_BLOCK:
         return 2 * elements * parameter.element_size()
     return 2 * (elements + 4 * (elements // _QUANTIZED_BLOCK) + _TABLE_BYTES)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

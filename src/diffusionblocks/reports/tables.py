@@ -1,24 +1,17 @@
-"""Plain-text tables, and the JSON files that results are kept in."""
+"""Plain-text tables."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..common.formats import write_json
+from ..common.modules import bytes_of
 from ..core.block import Block
 from ..core.model import DiffusionBlocks
 from ..core.partition import Partition
-from ..evaluation.memory import size_of
 from ..noise import NoiseProcess
 from ..training import trainable
 
@@ -59,9 +52,9 @@ def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
                 "probability": f"{probability:.4f}",
                 "trainable": f"{sum(p.numel() for p in trainable_parameters):,}",
                 "total": f"{sum(p.numel() for p in block.parameters()):,}",
-                "parameters": format_bytes(size_of(block.parameters())),
-                "gradients": format_bytes(size_of(trainable_parameters)),
-                "optimizer": format_bytes(2 * size_of(trainable_parameters)),
+                "parameters": format_bytes(bytes_of(block.parameters())),
+                "gradients": format_bytes(bytes_of(trainable_parameters)),
+                "optimizer": format_bytes(2 * bytes_of(trainable_parameters)),
             }
         )
     return rows
@@ -88,45 +81,3 @@ def partition_sketch(partition: Partition, noise: NoiseProcess, width: int = 72)
             f"{noise.symbol:<9}" + ends[0] + ends[1].rjust(width - len(ends[0])),
         ]
     )
-
-
-def write_results(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write measured figures with the command, device and commit that made them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    write_json(
-        path,
-        {
-            "command": _command(),
-            "device": device,
-            "torch": torch.__version__,
-            "commit": commit(),
-            **more,
-            "rows": rows,
-        },
-    )
-
-
-def _command() -> str:
-    program = Path(sys.argv[0])
-    start = ["diffusionblocks"] if program.stem in ("diffusionblocks", "cli") else ["python", str(program)]
-    return shlex.join([*start, *sys.argv[1:]])
-
-
-def commit() -> str | None:
-    """The checked-out commit, with "+" where tracked files differ from it; None outside a repository.
-
-    A copy without its repository (a job on another machine) names it by the variable DIFFUSIONBLOCKS_COMMIT.
-    """
-    if variable := os.environ.get("DIFFUSIONBLOCKS_COMMIT"):
-        return variable
-    try:
-        name = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name + "+" * bool(changed)
