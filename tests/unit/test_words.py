@@ -1,7 +1,7 @@
-"""Prose uses the field's words, each for one thing: pages, recipes' comments, and messages of the code.
+"""Prose and names use the field's words, each for one thing: pages, recipes' comments, messages, docstrings and code.
 
 One row a word: what is looked for, what to write instead, and the phrases in which it is right. Names between backticks
-are not prose.
+are not prose. In code no name is a bare participle or a word of dialect, and docstrings say what a thing does.
 """
 
 from __future__ import annotations
@@ -97,3 +97,142 @@ def test_a_word_would_be_found(prose: list[tuple[str, int, str]]) -> None:
     assert len(prose) > 1000
     assert _found("mass", (), [("page", 1, "levels of equal mass")]) == ["page:1: levels of equal mass"]
     assert _found("mass", ("mass of",), [("page", 1, "the mass of a star")]) == []
+
+
+# ---- names in code ---------------------------------------------------------------------------------------------
+
+SRC = ROOT / "src" / "diffusionblocks"
+
+#: Rooms whose names and docstrings are held.
+ROOMS = ("common", "noise", "data", "training", "evaluation", "reports", "planning", "bench")
+
+#: Rooms whose docstrings are not held yet: those of `data` name the method that they override.
+DOCSTRINGS_LEFT = ("data",)
+
+_PARTICIPLES = """
+    added allowed asked born bought branched brought built called caught checked chosen collected copied counted
+    described done drawn ended expected fed fitted forgotten found given gone heard held joined kept known led lent
+    loaded lost made meant measured merged met moved named needed paid parsed passed planned printed proven refused
+    removed resolved rounded said saved seen sent shown sold sought spent spread started stopped stuck taken thrown told
+    torn trained tried understood used wanted won written
+"""
+
+#: Bare participles: a name says what is found, kept or made.
+PARTICIPLES = frozenset(_PARTICIPLES.split())
+
+#: word in a name -> what the field calls it
+DIALECT = {
+    "adapter": "family",
+    "bridge": "feedback",
+    "dwell": "steps_per_switch",
+    "home": "host buffer",
+    "luggage": "unit memory",
+    "mount": "bind",
+    "nats": "token loss, NLL",
+    "occupant": "active unit",
+    "rival": "baseline, or alternative",
+    "saver": "memory optimisation",
+    "seam": "boundary",
+    "skeleton": "shared module",
+}
+
+#: (file, name): why it is right there
+NAMES_ALLOWED: dict[tuple[str, str], str] = {
+    ("common/registry.py", "named"): "reads as a phrase where it is called: SOLVERS.named(name)",
+}
+
+
+def _modules(*rooms: str) -> Iterator[tuple[str, ast.Module]]:
+    """Yield (path below the package, syntax tree) of the modules in rooms."""
+    for room in rooms:
+        for module in sorted((SRC / room).rglob("*.py")):
+            yield str(module.relative_to(SRC)), ast.parse(module.read_text())
+
+
+def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, name) of everything that code gives a name to."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            yield node.lineno, node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+
+
+def _is_dialect(name: str) -> bool:
+    words = name.strip("_").lower().split("_")
+    return any(word.removesuffix("s") in DIALECT or word in DIALECT for word in words)
+
+
+def _bad_names(where: str, tree: ast.AST) -> list[str]:
+    bad = []
+    for line, name in _names(tree):
+        if (name.strip("_").lower() in PARTICIPLES or _is_dialect(name)) and (where, name) not in NAMES_ALLOWED:
+            bad.append(f"{where}:{line}: {name}")
+    return bad
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_names_say_what_they_are(room: str) -> None:
+    bad = [line for where, tree in _modules(room) for line in _bad_names(where, tree)]
+    assert not bad, "name the thing, in the field's words:\n" + "\n".join(bad)
+
+
+def test_a_bad_name_would_be_found() -> None:
+    code = "def f(wanted):\n    self._homes = 1\n    for kept in []: pass\n    nats_sum = 2\n    try: pass\n"
+    code += "    except E as stopped: pass\nclass Saver: pass\nchosen_block = named_rows = 3"
+    assert [line.split(": ")[1] for line in sorted(_bad_names("x.py", ast.parse(code)))] == [
+        "wanted",
+        "_homes",
+        "kept",
+        "nats_sum",
+        "stopped",
+        "Saver",
+    ]
+
+
+# ---- docstrings ------------------------------------------------------------------------------------------------
+
+
+def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, places) and _has_docstring(node):
+            yield node.body[0].lineno, ast.get_docstring(node) or ""
+
+
+def _bad_docstring(text: str) -> str:
+    """What is wrong with a docstring, or ""."""
+    first = text.strip().split("\n\n")[0].strip()
+    if not first:
+        return "is empty"
+    if first[-1] not in ".:!?)`":
+        return "its first sentence has no end"
+    if re.fullmatch(r"See `[^`]*`\.?", first):
+        return "says nothing of its own"
+    words = re.findall(r"[a-z]+", first.lower())
+    return "starts with a word of dialect" if words and words[0].removesuffix("s") in DIALECT else ""
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in DOCSTRINGS_LEFT])
+def test_docstrings_say_what_a_thing_does(room: str) -> None:
+    bad = [
+        f"{where}:{line}: {fault}"
+        for where, tree in _modules(room)
+        for line, text in _docstrings(tree)
+        if (fault := _bad_docstring(text))
+    ]
+    assert not bad, "\n".join(bad)
+
+
+def test_a_bad_docstring_would_be_found() -> None:
+    assert _bad_docstring("") == "is empty"
+    assert _bad_docstring("See `Family`.") == "says nothing of its own"
+    assert _bad_docstring("Rivals of the blocks.") == "starts with a word of dialect"
+    assert _bad_docstring("Count the layers") == "its first sentence has no end"
+    assert _bad_docstring("Count the layers.\n\nSee `Family`.") == ""

@@ -73,14 +73,14 @@ def _inverse(places: Sequence[float], shares: Sequence[float], quantiles: Sequen
     """Where the probability from the left reaches each of `quantiles`, ascending; within an interval it is even."""
     total = math.fsum(shares)  # 1, up to rounding
     edges = [0.0, *(below / total for below in itertools.accumulate(shares))]
-    found, interval = [], 0
+    levels, interval = [], 0
     for quantile in quantiles:
         while interval < len(shares) - 1 and edges[interval + 1] < quantile:
             interval += 1
         low, high = edges[interval], edges[interval + 1]
         within = min(1.0, max(0.0, (quantile - low) / (high - low)))
-        found.append(places[interval] + within * (places[interval + 1] - places[interval]))
-    return found
+        levels.append(places[interval] + within * (places[interval + 1] - places[interval]))
+    return levels
 
 
 def _check(levels: Sequence[float], losses: Sequence[float], floor: float, steps: int) -> None:

@@ -122,7 +122,7 @@ class Masking(NoiseProcess):
         Raises:
             ValueError: an interval that does not ascend within [0, 1], or another coordinate.
         """
-        low, high = self._checked(interval)
+        low, high = self._inside(interval)
         u = torch.rand(1 if antithetic else n, generator=generator, device=device, dtype=torch.float64)
         if antithetic:
             u = (u + torch.arange(n, device=device, dtype=torch.float64) / n) % 1.0

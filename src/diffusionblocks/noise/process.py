@@ -133,12 +133,12 @@ class NoiseProcess(abc.ABC):
         Raises:
             ValueError: an interval that does not ascend within the range of levels.
         """
-        low, high = self._checked(interval)
+        low, high = self._inside(interval)
         u_low, u_high = self._quantiles(low, high)
         u = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
         return self.icdf(u_low + u * (u_high - u_low)).clamp(low, high).float()
 
-    def _checked(self, interval: tuple[float, float] | None) -> tuple[float, float]:
+    def _inside(self, interval: tuple[float, float] | None) -> tuple[float, float]:
         low, high = interval or (self.level_min, self.level_max)
         if not self.level_min <= low < high <= self.level_max:
             raise ValueError(
@@ -205,11 +205,11 @@ class NoiseProcess(abc.ABC):
         check_count("the number of blocks", num_intervals, MOST_LEVELS)
         fraction = torch.linspace(0.0, 1.0, num_intervals + 1, dtype=torch.float64)
         low, high = self.level_min, self.level_max
-        allowed = PARTITION_STRATEGIES if low > 0 else ("equi-probability", "uniform")
-        if strategy not in allowed:
+        choices = PARTITION_STRATEGIES if low > 0 else ("equi-probability", "uniform")
+        if strategy not in choices:
             why = "" if low > 0 else " (its levels start at 0, where a logarithm has no value)"
             raise ValueError(
-                f"unknown partition strategy {strategy!r} for {self.kind}; allowed: {', '.join(allowed)}{why}"
+                f"unknown partition strategy {strategy!r} for {self.kind}; allowed: {', '.join(choices)}{why}"
             )
         if strategy == "equi-probability":
             levels = self.icdf(fraction)
