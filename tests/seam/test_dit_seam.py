@@ -168,7 +168,7 @@ def test_a_sample_is_a_chain_of_its_blocks_by_hand(family: str, solver: str) -> 
     z = torch.stack([80.0 * torch.randn(3, 8, 8, generator=seeded(s)) for s in (7, 9)])
     levels = model.noise.sampling_levels(5, "karras")
     with torch.no_grad():
-        expected = {"euler": euler, "heun": heun}[solver](denoise, z, levels)
+        expected = {"euler": euler, "heun": heun}[solver](denoise, z, levels, model.noise)
     assert torch.equal(model.sample(labels, seeds=[7, 9], steps=5, solver=solver), expected)
 
 

@@ -246,7 +246,7 @@ def test_infilling_keeps_what_is_given() -> None:
     model = convert("masked").eval()
     given = token_batch(1)["input_ids"][0].clone()
     given[3:7] = MASK
-    texts = model.generate(range(20), steps=4, given=given)
+    texts = model.generate(range(20), steps=4, template=given)
     assert torch.equal(texts[:, given != MASK], given[given != MASK].expand(20, -1))
     assert len({tuple(row) for row in texts[:, 3:7].tolist()}) > 10
     assert (texts < VOCAB).all()
@@ -326,7 +326,7 @@ CASES: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: convert("vit").generate(), ("generate is for masked text models", "classifies: use predict")),
     (lambda: MODEL.generate(steps=0), ("steps must be >= 1, got 0",)),
     (lambda: MODEL.generate(grid="karras"), ("'karras'", "equal-quantile", "cosine", "uniform")),
-    (lambda: MODEL.generate(given=TOKENS[0, :5]), ("given", "(12,)", "(5,)")),
+    (lambda: MODEL.generate(template=TOKENS[0, :5]), ("template", "(12,)", "(5,)")),
     (lambda: MODEL.generate(temperature=-1.0), ("temperature", "-1")),
     (lambda: recipe_of(evaluate={"kind": "accuracy"}), ("evaluate.kind must be bits for MaskedTransformer",)),
     (lambda: recipe_of(data={"kind": "digits"}), ("MaskedTransformer generates text", "topics, text")),

@@ -72,7 +72,7 @@ ANSWERS: list[tuple[str, str, Callable[[db.DiffusionBlocks], Any]]] = [
     ("measured samples", "dit", measured),
     ("generate", "masked", lambda m: m.generate([0, 1], steps=4)),
     ("generate, greedily", "masked", lambda m: m.generate([0, 1], steps=4, temperature=0)),
-    ("infill", "masked", lambda m: m.generate([0], steps=4, given=torch.full((LENGTH,), VOCAB))),
+    ("infill", "masked", lambda m: m.generate([0], steps=4, template=torch.full((LENGTH,), VOCAB))),
     ("bits", "masked", bits),
     ("continue", "llama", lambda m: m.continue_texts([[1, 2]], 3)),
     ("continue, greedily", "llama", lambda m: m.continue_texts([[1, 2]], 3, temperature=0)),

@@ -81,7 +81,7 @@ def test_two_steps_give_the_mixture_of_both() -> None:
 
 def test_infilling_conditions_on_what_is_given() -> None:
     given = torch.tensor([MASK, 2, MASK])
-    drawn = sample_tokens(exact, PROCESS, LENGTH, PROCESS.levels(50), SEEDS, given=given)
+    drawn = sample_tokens(exact, PROCESS, LENGTH, PROCESS.levels(50), SEEDS, template=given)
     assert drawn[:, 1].unique().tolist() == [2]
     conditional = torch.where(SEQUENCES[:, 1] == 2, CHAIN, 0.0)
     # 8 degrees of freedom: below 26.1 with probability 0.999.
@@ -92,7 +92,13 @@ def test_given_tokens_are_there_at_every_step_and_never_change() -> None:
     given = torch.tensor([[0, MASK, 1], [MASK, MASK, MASK], [2, 1, 0]])
     seen: list[Tensor] = []
     drawn = sample_tokens(
-        exact, PROCESS, LENGTH, PROCESS.levels(4), [1, 2, 3], given=given, callback=lambda *step: seen.append(step[2])
+        exact,
+        PROCESS,
+        LENGTH,
+        PROCESS.levels(4),
+        [1, 2, 3],
+        template=given,
+        callback=lambda *step: seen.append(step[2]),
     )
     for z in [*seen, drawn]:
         assert torch.equal(z[given != MASK], given[given != MASK])
@@ -141,9 +147,9 @@ def test_one_call_a_step_at_the_levels_given() -> None:
 def test_a_batch_is_its_single_sequences() -> None:
     given = torch.tensor([[MASK, MASK, 1], [MASK] * 3, [0, MASK, MASK]])
     levels = PROCESS.levels(5)
-    together = sample_tokens(exact, PROCESS, LENGTH, levels, [7, 8, 9], given=given)
+    together = sample_tokens(exact, PROCESS, LENGTH, levels, [7, 8, 9], template=given)
     for i, seed in enumerate([7, 8, 9]):
-        alone = sample_tokens(exact, PROCESS, LENGTH, levels, [seed], given=given[i])
+        alone = sample_tokens(exact, PROCESS, LENGTH, levels, [seed], template=given[i])
         assert torch.equal(alone[0], together[i])
     assert sample_tokens(exact, PROCESS, LENGTH, levels, [4] * 30).unique(dim=0).shape[0] == 1
     assert sample_tokens(exact, PROCESS, LENGTH, levels, range(30)).unique(dim=0).shape[0] > 5
@@ -190,9 +196,9 @@ GOOD: dict[str, object] = {"length": 3, "levels": [1.0, 0.5, 0.0], "seeds": [0]}
         ({"seeds": [-1]}, "got -1"),
         ({"seeds": [True]}, "got True"),
         ({"temperature": -1.0}, "temperature must be"),
-        ({"given": torch.zeros(4, dtype=torch.int64)}, r"shape \(3,\) or \(1, 3\)"),
-        ({"given": torch.zeros(3)}, "given must be int64"),
-        ({"given": torch.tensor([0, 4, 0])}, "from 0 to 3"),
+        ({"template": torch.zeros(4, dtype=torch.int64)}, r"shape \(3,\) or \(1, 3\)"),
+        ({"template": torch.zeros(3)}, "template must be int64"),
+        ({"template": torch.tensor([0, 4, 0])}, "from 0 to 3"),
     ],
 )
 def test_refusals(change: dict[str, object], message: str) -> None:

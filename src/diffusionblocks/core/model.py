@@ -436,6 +436,7 @@ class DiffusionBlocks(nn.Module):
                 owner=self.partition.block_of,
             )
 
+    @older_keywords(given="template")
     def generate(
         self,
         seeds: Sequence[int] = (0,),
@@ -443,7 +444,7 @@ class DiffusionBlocks(nn.Module):
         steps: int = 64,
         grid: str = "equal-quantile",
         temperature: float = 1.0,
-        given: Tensor | None = None,
+        template: Tensor | None = None,
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -452,11 +453,11 @@ class DiffusionBlocks(nn.Module):
         For masked text models; autoregressive ones go on from prompts: `continue_texts`.
 
         Args:
-            seeds: one a sequence; a sequence depends on its seed and what is given alone.
+            seeds: one a sequence; a sequence depends on its seed and the template alone.
             steps: network calls, >= 1; more than tokens are of no use.
             grid: levels, see `Masking.levels`.
             temperature: divides the logits, >= 0; 0 takes the most probable token.
-            given: known tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill.
+            template: tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill.
             callback: called once a step with (step, level, z, logits).
             progress: show a progress bar.
 
@@ -477,7 +478,7 @@ class DiffusionBlocks(nn.Module):
                 target.length,
                 levels,
                 seeds,
-                given=given,
+                template=template,
                 temperature=temperature,
                 device=self.device,
                 callback=callback,

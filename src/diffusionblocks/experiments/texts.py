@@ -75,7 +75,7 @@ def write_texts(
                 steps=options.steps if steps is None else steps,
                 grid=grid or options.grid,
                 temperature=options.temperature if temperature is None else temperature,
-                given=given,
+                template=given,
                 progress=progress,
             )
             lines += [decode(row[:length]) for row in tokens]

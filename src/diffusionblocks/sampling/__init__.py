@@ -1,12 +1,11 @@
 """Samplers: stateless solvers, and what each task makes of them."""
 
+from .chain import Callback, Denoiser
 from .continue_text import Continuations, continue_plainly, continue_texts
 from .denoise_images import guided, prior_of_seeds, sample_images
 from .denoise_labels import Prediction, predict_labels
 from .solvers import (
     SOLVERS,
-    Callback,
-    Denoiser,
     Solver,
     SolverFunction,
     SolverName,

@@ -10,12 +10,11 @@ wanted position, and at a block's first call for a token the token before it.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +26,11 @@ from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
 from ..families.generation_config import end_tokens
 from ..noise import GaussianProcess, one_level
-from ..targets import NextTokenTarget
+from ..targets import NextTokenTarget, TokenFeedback
+from .chain import check_levels, check_temperature, draw_tokens, generators_of
 from .solvers import euler
 
-FEEDBACKS = ("soft", "hard", "sampled", "top-k")
+FEEDBACKS: tuple[str, ...] = get_args(TokenFeedback)
 
 #: Tokens whose randomness a row draws at once. A constant: the numbers depend on how many are drawn together.
 _AHEAD = 32
@@ -114,9 +114,9 @@ def continue_texts(
     _check_num_tokens(num_tokens, len(target.embedding))
     device, lengths = torch.device(device), [len(row) for row in rows]
     longest = max(lengths)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    known = _known_noise(generators, lengths, target).to(device)
-    chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, known, device)
+    generators = generators_of(seeds)
+    of_prompts = _prompt_noise(generators, lengths, target).to(device)
+    chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, of_prompts, device)
     check = FiniteCheck(owner=owner)
     choose = _Chooser(target, temperature, top_p, feedback, top_k, check, num_tokens)
     new = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -169,16 +169,16 @@ def continue_plainly(
     device = next(model.parameters()).device
     states = torch.Generator(device).manual_seed(seeds[0])
     uniforms = torch.stack(
-        [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        [torch.rand(max_new_tokens, generator=generator, dtype=torch.float64) for generator in generators_of(seeds)]
     ).to(device)
     lengths, library = [len(row) for row in rows], hasattr(model, "generate")
     longest = max(lengths)
     text = torch.zeros(len(rows), longest + max_new_tokens, dtype=torch.int64)
-    seen = torch.zeros_like(text)
+    there = torch.zeros_like(text)
     for r, row in enumerate(rows):  # a library's cache wants padding on the left, the other reading on the right
         start = longest - len(row) if library else 0
-        text[r, start : start + len(row)], seen[r, start : longest + max_new_tokens] = row, 1
-    text, seen = text.to(device), seen.to(device)
+        text[r, start : start + len(row)], there[r, start : longest + max_new_tokens] = row, 1
+    text, there = text.to(device), there.to(device)
     places, at = torch.arange(len(rows), device=device), torch.tensor(lengths, device=device)
     check = FiniteCheck(type(model).__name__)
 
@@ -188,14 +188,14 @@ def continue_plainly(
             end = longest + step
             if library:
                 first = 0 if past is None else end - 1
-                mask = seen[:, :end]
+                mask = there[:, :end]
                 where = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, first:]
                 options = {"attention_mask": mask, "position_ids": where, "past_key_values": past, "use_cache": True}
                 output = model(input_ids=text[:, first:end], **options)
                 logits, past = output.logits[:, -1], output.past_key_values
             else:
                 logits = model(text[:, :end], generator=states)[places, at + step - 1]
-            token = _quantile(
+            token = draw_tokens(
                 filtered(_ruled_out(check.logits(logits), num_tokens), temperature, top_p), uniforms[:, step]
             )
             yield token
@@ -220,19 +220,19 @@ def _grown(
     `check` was given the logits that they were drawn from.
     """
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    made: list[Tensor] = []
-    started = time.perf_counter()
+    at_stop = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    news: list[Tensor] = []
+    start = time.perf_counter()
     with torch.no_grad():
         for token in tqdm(tokens, total=count, disable=not progress, unit="token"):
-            made.append(token)
+            news.append(token)
             if len(stops):
-                ended |= torch.isin(token, stops)
-                if bool(ended.all()):
+                at_stop |= torch.isin(token, stops)
+                if bool(at_stop.all()):
                     break
-    grown = torch.stack(made, dim=1).cpu()  # waits for the device
+    grown = torch.stack(news, dim=1).cpu()  # waits for the device
     check.read()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     whole = [torch.cat([row, _until(after, stop_tokens)]) for row, after in zip(rows, grown, strict=True)]
     return Continuations(whole, [len(row) for row in rows], seconds)
 
@@ -258,7 +258,7 @@ class _Chooser:
         """Logits (n, vocab_size) at a level and a uniform each (n,) -> tokens (n,) and D (n, dim)."""
         logits = _ruled_out(self.check.logits(logits, level), self.num_tokens)
         probabilities = filtered(logits, self.temperature, self.top_p)
-        token = _quantile(probabilities, uniform)
+        token = draw_tokens(probabilities, uniform)
         return token, feedback_rows(probabilities, token, self.table, self.feedback, self.top_k)
 
 
@@ -278,8 +278,8 @@ def filtered(logits: Tensor, temperature: float, top_p: float) -> Tensor:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True)
     ordered = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)  # what is before it has less than the share
-    kept = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return kept / kept.sum(dim=-1, keepdim=True)
+    cut = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return cut / cut.sum(dim=-1, keepdim=True)
 
 
 def feedback_rows(probabilities: Tensor, token: Tensor, table: Tensor, feedback: str, top_k: int) -> Tensor:
@@ -296,13 +296,6 @@ def feedback_rows(probabilities: Tensor, token: Tensor, table: Tensor, feedback:
     return table[token if feedback == "sampled" else probabilities.argmax(dim=-1)]
 
 
-def _quantile(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    cumulative = probabilities.cumsum(dim=-1)
-    # Rounding may leave the last sum a little below or above 1. `right`: tokens of probability 0 are never drawn.
-    wanted = uniform[:, None].to(cumulative) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
-
-
 class _Chain:
     """Denoises one token after another; keeps what each block has seen of the clean ones."""
 
@@ -315,11 +308,11 @@ class _Chain:
         noise: GaussianProcess,
         levels: list[float],
         capacity: int,
-        known_noise: Tensor,
+        prompt_noise: Tensor,
         device: torch.device,
     ) -> None:
         self.network, self.target, self.noise, self.levels = network, target, noise, levels
-        self.make_past, self.capacity, self.known_noise, self.device = make_past, capacity, known_noise, device
+        self.make_past, self.capacity, self.prompt_noise, self.device = make_past, capacity, prompt_noise, device
         self.two_streams = target.shift == 0
         self.keys = [owner(level) if self.two_streams else step for step, level in enumerate(levels[:-1])]
         self.pasts: dict[int, Any] = {}
@@ -328,14 +321,14 @@ class _Chain:
         """The token (n,) after clean tokens (n, new), of which the first `counts` of each row are no padding."""
         prior, uniforms = draws
         z = self.noise.alpha_sigma(self.levels[0])[1] * prior
-        told: set[int] = set()
+        current: set[int] = set()
         token = counts
         for step, (level, following) in enumerate(zip(self.levels[:-1], self.levels[1:], strict=True)):
             key = self.keys[step]
             if key not in self.pasts:
                 self.pasts[key] = self.make_past(len(clean), self.capacity, self.device)
-            news = clean if key not in told else clean[:, :0]
-            told.add(key)
+            news = clean if key not in current else clean[:, :0]
+            current.add(key)
             inputs = {"input_ids": news, "past": self.pasts[key]}
             inputs["counts"] = counts if news.shape[1] else torch.zeros_like(counts)
             if self.two_streams:
@@ -343,7 +336,7 @@ class _Chain:
             else:
                 logits = self._one_stream(inputs, z, level)
             token, denoised = choose(logits, level, uniforms[:, step])
-            z = euler(lambda *_, known=denoised: known, z, [level, following], self.noise)
+            z = euler(lambda *_, result=denoised: result, z, [level, following], self.noise)
         return token
 
     def _one_stream(self, inputs: dict[str, Any], z: Tensor, level: float) -> Tensor:
@@ -352,13 +345,13 @@ class _Chain:
         states = z[:, None]
         if clean.shape[1] > 1:
             rows = self.target.rows(clean[:, 1:])
-            states = torch.cat([self.noise.corrupt(rows, one_level(level, rows), self.known_noise), states], dim=1)
+            states = torch.cat([self.noise.corrupt(rows, one_level(level, rows), self.prompt_noise), states], dim=1)
             states = states.index_put((torch.arange(len(z), device=z.device), last), z)
         logits = self.network(inputs, states, level)
         return logits[torch.arange(len(z), device=z.device), last]
 
 
-def _known_noise(generators: Sequence[torch.Generator], lengths: Sequence[int], target: NextTokenTarget) -> Tensor:
+def _prompt_noise(generators: Sequence[torch.Generator], lengths: Sequence[int], target: NextTokenTarget) -> Tensor:
     """Noise of the prompts' own tokens, each but the first (n, longest - 1, dim); none where there are two streams."""
     dim = target.embedding.shape[-1]
     noise = torch.zeros(len(lengths), max(0, max(lengths) - 1) if target.shift else 0, dim)
@@ -404,8 +397,7 @@ def _check(
     _check_tokens(rows, len(target.embedding))
     if target.shift and not all(len(row) for row in rows):
         raise ValueError("an empty prompt: this model needs at least one token to go on from")
-    if len(levels) < 2 or any(low >= high for high, low in itertools.pairwise(levels)):
-        raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
+    check_levels(levels)
     if feedback not in FEEDBACKS:
         raise ValueError(f"unknown feedback {feedback!r}; allowed: {', '.join(FEEDBACKS)}")
     if top_k < 1:
@@ -429,7 +421,6 @@ def _check_options(
     if not rows or len(rows) != len(seeds):
         raise ValueError(f"got {len(rows)} prompts and {len(seeds)} seeds; give at least one prompt, and a seed each")
     check_count("max_new_tokens", max_new_tokens, MOST_LENGTH)
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
+    check_temperature(temperature)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..common.fields import MOST_SAMPLES, check_count
 from ..common.finite import FiniteCheck
 from ..noise import GaussianProcess
-from .solvers import SOLVERS, Callback, Denoiser, check_solver
+from .chain import Callback, Denoiser, check_seeds, generators_of
+from .solvers import SOLVERS, check_solver
 
 # (z, labels, level) -> D. Labels are a tensor, or None for a network that has none.
 Network = Callable[[Tensor, Any, float], Tensor]
@@ -39,14 +39,8 @@ def prior_of_seeds(
     Raises:
         ValueError: no seed, or one that is no whole number from 0 to 2^63 - 1.
     """
-    if len(seeds) == 0:
-        raise ValueError("seeds must be at least one whole number, got none")
-    check_count("the number of seeds", len(seeds), MOST_SAMPLES)
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"every seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
-    rows = [noise.prior(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
+    check_seeds(seeds)
+    return torch.stack([noise.prior(shape, generator=generator) for generator in generators_of(seeds)]).to(device)
 
 
 def guided(network: Network, labels: Tensor | None, null_class: int | None, guidance: float) -> Denoiser:

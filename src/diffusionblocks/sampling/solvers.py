@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from ..common.registry import Registry
 from ..noise import GaussianProcess
-
-Denoiser = Callable[[Tensor, float], Tensor]
-Callback = Callable[[int, float, Tensor, Tensor], None]
+from .chain import Callback, Denoiser, check_levels
 
 
 class SolverFunction(Protocol):
@@ -255,8 +253,7 @@ class _Place:
 
 def _steps(z: Tensor, levels: Sequence[float], process: GaussianProcess) -> Iterator[tuple[int, _Place, _Place]]:
     """The steps of a chain, checked: (index, where it starts, where it ends)."""
-    if len(levels) < 2 or not all(a > b for a, b in itertools.pairwise(levels)):
-        raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
+    check_levels(levels)
     if not math.isfinite(levels[0]) or levels[-1] < 0:  # those between are between
         raise ValueError(f"levels must be finite, descending, > 0 (the last one >= 0); got {list(levels)}")
     if z.dtype not in (torch.float32, torch.float64):

@@ -9,18 +9,15 @@ itself. So a sequence takes two uniforms a position, however many steps.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..common.fields import MOST_SAMPLES, check_count
 from ..common.finite import FiniteCheck
 from ..noise import Masking
-from .solvers import Callback, Denoiser
+from .chain import Callback, Denoiser, check_levels, check_seeds, check_temperature, draw_tokens, generators_of
 
 
 def sample_tokens(
@@ -30,16 +27,16 @@ def sample_tokens(
     levels: Sequence[float],
     seeds: Sequence[int],
     *,
-    given: Tensor | None = None,
+    template: Tensor | None = None,
     temperature: float = 1.0,
     device: torch.device | str | None = None,
     callback: Callback | None = None,
     progress: bool = False,
     owner: Callable[[float], int] | None = None,
 ) -> Tensor:
-    """Sample sequences from all masked (or from what is given), without gradients.
+    """Sample sequences from all masked (or from a template), without gradients.
 
-    A sequence depends on its seed, its given tokens and the denoiser alone: a batch of n is n single sequences, if the
+    A sequence depends on its seed, its template and the denoiser alone: a batch of n is n single sequences, if the
     denoiser computes each row by itself.
 
     Args:
@@ -50,8 +47,8 @@ def sample_tokens(
         levels: descending in [0, 1], at least two, such as `Masking.levels` gives; the first counts as all masked, and
             the last step reveals whatever is left.
         seeds: one a sequence, whole numbers from 0 to 2^63 - 1; drawn on the CPU, so the same on every device.
-        given: known tokens, int64 (length,) or (n, length), with `process.mask_id` where they are to be sampled; never
-            changed. Levels then tell the denoiser the share that is masked of the tokens to be sampled.
+        template: tokens, int64 (length,) or (n, length), with `process.mask_id` in the places to be sampled; the others
+            never change. Levels then tell the denoiser the share that is masked of the tokens to be sampled.
         temperature: divides the logits, >= 0; 0 takes the most probable token.
         device: where the denoiser is; default the CPU.
         callback: called once a step with (step, level, z, logits), before the tokens of the step are revealed.
@@ -67,11 +64,11 @@ def sample_tokens(
     """
     _check(length, levels, seeds, temperature)
     shape = (len(seeds), length)
-    known = process.prior(shape) if given is None else _known(given, process, shape)
+    start = process.prior(shape) if template is None else _rows(template, process, shape)
     # Steps and places are kept on the CPU: the host then knows what is revealed when without asking the device.
     reveal, draw = _uniforms(seeds, length)
-    step_of = _steps(process, levels, reveal).masked_fill(known != process.mask_id, -1)
-    z = known.to(device)
+    step_of = _steps(process, levels, reveal).masked_fill(start != process.mask_id, -1)
+    z = start.to(device)
     check = FiniteCheck(owner=owner)
     with torch.no_grad():
         for step, level in enumerate(tqdm(levels[:-1], disable=not progress, unit="step")):
@@ -87,14 +84,14 @@ def sample_tokens(
             here = step_of == step
             uniforms = draw[here].to(device, non_blocking=True)
             rows, columns = (places.to(device, non_blocking=True) for places in here.nonzero(as_tuple=True))
-            z = z.index_put((rows, columns), _drawn(logits[rows, columns], uniforms, temperature))
+            z = z.index_put((rows, columns), _choose(logits[rows, columns], uniforms, temperature))
     check.read()
     return z
 
 
 def _uniforms(seeds: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
     """Two uniforms a position, float64 (n, length) each, row i from seeds[i] alone."""
-    rows = [torch.rand(2, length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    rows = [torch.rand(2, length, generator=generator, dtype=torch.float64) for generator in generators_of(seeds)]
     both = torch.stack(rows)
     return both[:, 0].contiguous(), both[:, 1]
 
@@ -107,42 +104,32 @@ def _steps(process: Masking, levels: Sequence[float], reveal: Tensor) -> Tensor:
     return len(shares) - torch.searchsorted(shares, reveal, right=True)
 
 
-def _drawn(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+def _choose(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """A token for each row of logits (k, vocab_size), int64 (k,): the quantile at its uniform."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    # Rounding may leave the last sum a little below or above 1. `right`: tokens of probability 0 are never drawn.
-    wanted = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return draw_tokens((logits.double() / temperature).softmax(dim=-1), uniforms)
 
 
-def _known(given: Tensor, process: Masking, shape: tuple[int, int]) -> Tensor:
-    """The given tokens on the CPU, one row a sequence."""
-    if given.dtype != torch.int64 or tuple(given.shape) not in (shape, shape[1:]):
+def _rows(template: Tensor, process: Masking, shape: tuple[int, int]) -> Tensor:
+    """The template on the CPU, one row a sequence."""
+    if template.dtype != torch.int64 or tuple(template.shape) not in (shape, shape[1:]):
         raise ValueError(
-            f"given must be int64 of shape {shape[1:]} or {shape}, got {given.dtype} {tuple(given.shape)}: "
+            f"template must be int64 of shape {shape[1:]} or {shape}, got {template.dtype} {tuple(template.shape)}: "
             f"pad it with the mask, {process.mask_id}"
         )
-    known = given.cpu().expand(shape).contiguous()
-    low, high = int(known.min()), int(known.max())
+    rows = template.cpu().expand(shape).contiguous()
+    low, high = int(rows.min()), int(rows.max())
     if low < 0 or high > process.mask_id:
-        raise ValueError(f"given tokens must be from 0 to {process.mask_id} (the mask), got {low} to {high}")
-    return known
+        raise ValueError(f"the template's tokens must be from 0 to {process.mask_id} (the mask), got {low} to {high}")
+    return rows
 
 
 def _check(length: int, levels: Sequence[float], seeds: Sequence[int], temperature: float) -> None:
     if length < 1:
         raise ValueError(f"length must be >= 1, got {length}")
-    if len(levels) < 2 or not all(a > b for a, b in itertools.pairwise(levels)):
-        raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
+    check_levels(levels)
     if not (levels[0] <= 1 and levels[-1] >= 0):
         raise ValueError(f"levels must be in [0, 1], got {levels[0]} to {levels[-1]}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
-    if len(seeds) == 0:
-        raise ValueError("seeds must be at least one whole number, got none")
-    check_count("the number of seeds", len(seeds), MOST_SAMPLES)
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"every seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    check_temperature(temperature)
+    check_seeds(seeds)
