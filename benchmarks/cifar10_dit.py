@@ -33,11 +33,11 @@ from diffusionblocks.evaluation.frechet import FeatureStatistics
 from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.evaluation.sample_quality import Setting, generated, measure_samples
 from diffusionblocks.evaluation.sample_quality import statistics as feature_statistics
-from diffusionblocks.experiments.recipe import Recipe, SamplesConfig, TrunkConfig, load_recipe
-from diffusionblocks.experiments.run import branched, depth_of, make_trainer, with_depth, with_train
-from diffusionblocks.experiments.samples import draw_samples
-from diffusionblocks.experiments.scores import features_of, precision, settings_of
-from diffusionblocks.experiments.sources import build_model, device_of, load_data, pixels_of
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.recipe import Recipe, TrunkConfig, load_recipe
+from diffusionblocks.experiments.recipe_changes import depth_of, with_depth, with_train
+from diffusionblocks.experiments.run import branched
+from diffusionblocks.experiments.tasks.image_generation import SamplesConfig, draw_samples, features_of
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
 from diffusionblocks.training import Trainer
@@ -55,10 +55,10 @@ class Job:
         self.final: bool = options.final
         self.out: Path = options.out
         self.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
-        self.splits = {split: load_data(self.recipe, split) for split in ("train", "test")}
-        self.device = device_of(self.recipe)
-        self.features = features_of(self.recipe, self.options, self.splits)
-        self.pixels = pixels_of(self.recipe, self.device)
+        self.splits = {split: self.recipe.data.load(split) for split in ("train", "test")}
+        self.device = Experiment(self.recipe).device
+        self.features = features_of(Experiment(self.recipe, self.splits))
+        self.pixels = self.recipe.data.to_pixels(self.device)
         self.references: dict[str, FeatureStatistics] = {
             split: feature_statistics(self.features, (part.to(self.device) for part in data.images.split(1000)))
             for split, data in self.splits.items()
@@ -71,7 +71,7 @@ class Job:
         """A copy of the model, compiled for sampling; one for every shape of model."""
         shape = (model.partition.num_layers, model.partition.num_blocks)
         if shape not in self.shadow:
-            made = build_model(recipe)
+            made = Experiment(recipe).build()
             assert isinstance(made, DiffusionBlocks)
             if recipe.train.compile:
                 made.compile_layers()
@@ -91,10 +91,10 @@ class Job:
         with trainer.averaged() as model:
             assert isinstance(model, DiffusionBlocks)
             sampler = self.sampler(recipe, model)
-        with precision(recipe, sampler):
+        with Experiment(recipe).precision(sampler):
             found = measure_samples(
                 sampler,
-                settings or settings_of(self.options)[:1],
+                settings or self.options.settings[:1],
                 samples=samples or self.options.samples,
                 batch_size=self.options.batch_size,
                 pixels=self.pixels,
@@ -111,7 +111,7 @@ class Job:
     def draw(self, recipe: Recipe, model: DiffusionBlocks, name: str) -> None:
         """A small grid of samples beside the rows."""
         folder = self.out.parent / f"samples-{name}"
-        draw_samples(recipe, model, folder, count=50)
+        draw_samples(Experiment(recipe), model, folder, count=50)
 
 
 def layer_updates(trainer: Trainer) -> int:
@@ -141,7 +141,7 @@ def curve(options: argparse.Namespace) -> None:
     blocks = options.row == "diffusionblocks"
     base = job.recipe.model_copy(update={"trunk": None}) if blocks else controls(job.recipe, depth)
     recipe = with_steps(base, max(options.epochs) * job.epoch)
-    trainer = make_trainer(recipe, folder=None, progress=False, splits=job.splits)
+    trainer = Experiment(recipe, job.splits).trainer(progress=False)
     about = {"name": options.row, "layers": depth, "blocks": many if blocks else 1, "branched": False}
     for epochs in sorted(options.epochs):
         trainer.train(until=epochs * job.epoch * len(trainer.units))
@@ -159,7 +159,7 @@ def trunk(options: argparse.Namespace) -> None:
     short = depth // many
     longest = max(options.epochs) * job.epoch * many
     recipe = with_steps(controls(job.recipe, short), longest)
-    trainer = make_trainer(recipe, folder=None, progress=False, splits=job.splits)
+    trainer = Experiment(recipe, job.splits).trainer(progress=False)
     about = {"name": "end-to-end", "layers": short, "blocks": 1, "branched": False}
 
     # What to do at which of the trunk's steps. A branch at share f of a budget leaves (1 - f) to the blocks.
@@ -243,9 +243,7 @@ def branch_and_measure(
         }
     )
     assert recipe.trunk is not None
-    trainer = make_trainer(
-        recipe, folder=None, progress=False, splits=job.splits, model=branched(recipe, trunk_trainer)
-    )
+    trainer = Experiment(recipe, job.splits).trainer(progress=False, model=branched(recipe, trunk_trainer))
     trainer.inherit(
         trunk_trainer, optimizer=recipe.trunk.optimizer == "copied", average=recipe.trunk.average == "copied"
     )
@@ -274,7 +272,7 @@ def final_settings(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, 
     """The last weights under other solvers, grids and guidance; and with five times the samples."""
     if not job.final:
         return
-    first = settings_of(job.options)[0]
+    first = job.options.settings[0]
     change = functools.partial(dataclasses.replace, first)
     settings = [
         *(change(solver="euler", steps=n) for n in (10, 15, 20, 30)),
@@ -293,7 +291,7 @@ def speed(options: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     recipe = load_recipe(options.recipe, options.set)
     assert isinstance(recipe.evaluate, SamplesConfig)
-    splits = {"train": load_data(recipe, "train")}
+    splits = {"train": recipe.data.load("train")}
     rows: list[dict[str, Any]] = []
     depth, many = depth_of(recipe), recipe.blocks.num_blocks
     scratch = recipe.model_copy(update={"trunk": None})
@@ -331,7 +329,7 @@ def ratio(rows: list[dict[str, Any]], patch: int) -> dict[str, float]:
 
 
 def step_time(recipe: Recipe, splits: Any, options: argparse.Namespace) -> dict[str, float]:
-    trainer = make_trainer(recipe, folder=None, progress=False, splits=splits)
+    trainer = Experiment(recipe, splits).trainer(progress=False)
     trainer.model.train()
     done = 0
 
@@ -348,16 +346,16 @@ def step_time(recipe: Recipe, splits: Any, options: argparse.Namespace) -> dict[
     result = {"step_ms": statistics.median(times), "step_ms_min": min(times), "step_ms_max": max(times)}
     # The same compiled step, not captured: a graph's memory is not the allocator's peak.
     plain = with_train(recipe, cuda_graph=False)
-    memory = step_memory(make_trainer(plain, folder=None, progress=False, splits=splits))
+    memory = step_memory(Experiment(plain, splits).trainer(progress=False))
     return result | {"step_peak_bytes": max(unit.peak for unit in memory)}
 
 
 def sampling_speed(recipe: Recipe, settings: SamplesConfig, options: argparse.Namespace) -> dict[str, float]:
-    model = build_model(recipe)
+    model = Experiment(recipe).build()
     assert isinstance(model, DiffusionBlocks)
     model.compile_layers()
     model = model.to("cuda").eval()
-    setting, batch = settings_of(settings)[0], settings.batch_size
+    setting, batch = settings.settings[0], settings.batch_size
     images = []
 
     def once() -> None:

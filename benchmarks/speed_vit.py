@@ -17,15 +17,14 @@ from typing import Any
 import torch
 
 from diffusionblocks.experiments.baselines import executed, variants
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
-from diffusionblocks.experiments.run import make_trainer
-from diffusionblocks.experiments.sources import load_data
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
 
 
 def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[str, float]:
-    trainer = make_trainer(recipe, folder=None, progress=False, splits={"train": data})
+    trainer = Experiment(recipe, {"train": data}).trainer(progress=False)
     trainer.model.train()
     done = 0
 
@@ -69,7 +68,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
     torch.set_float32_matmul_precision("high")
-    data = load_data(recipe, "train")
+    data = recipe.data.load("train")
     rows: list[dict[str, Any]] = []
     for fast in (True, False) if options.eager else (True,):
         for variant in variants(recipe):

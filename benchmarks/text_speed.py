@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from diffusionblocks.experiments.baselines import executed, seconds_a_step, variants
-from diffusionblocks.experiments.language import prompts_of, write
-from diffusionblocks.experiments.recipe import LanguageConfig, Recipe, load_recipe
-from diffusionblocks.experiments.run import make_trainer
-from diffusionblocks.experiments.sources import load_data
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.tasks.next_token_text import LanguageConfig, prompts_of, write
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
 
@@ -29,9 +28,10 @@ def generation(recipe: Recipe, splits: dict[str, Any]) -> float:
     """Tokens a second of the second of two passes."""
     options = recipe.evaluate
     assert isinstance(options, LanguageConfig)
-    model = make_trainer(executed(recipe, fast=False), folder=None, progress=False, splits=splits).model.eval()
+    experiment = Experiment(executed(recipe, fast=False), splits)
+    model = experiment.trainer(progress=False).model.eval()
     prompts = prompts_of(options, splits["test"])
-    return [write(recipe, options, model, prompts).tokens_per_second for _ in range(2)][1]
+    return [write(experiment, options, model, prompts).tokens_per_second for _ in range(2)][1]
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.set)
     torch.set_float32_matmul_precision("high")
-    splits = {split: load_data(recipe, split) for split in ("train", "test")}
+    splits = {split: recipe.data.load(split) for split in ("train", "test")}
     batch = recipe.train.batch_size * recipe.train.accumulation
     rows: list[dict[str, Any]] = []
     for variant in variants(recipe):
@@ -57,7 +57,7 @@ def main() -> None:
             "blocks": variant.blocks,
         }
         if options.training:
-            seconds = seconds_a_step(variant.recipe, splits)
+            seconds = seconds_a_step(Experiment(variant.recipe, splits))
             row["ms_a_step"] = 1000 * seconds
             row["training_tokens_per_second"] = batch * splits["train"].length / seconds
         if options.generation:

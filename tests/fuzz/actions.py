@@ -178,7 +178,7 @@ def facts(file: str) -> Result:
     """Write what inputs are drawn from: the schema of recipes, the fields of models, the options of commands."""
     import argparse
 
-    from diffusionblocks.cli.commands import _parser
+    from diffusionblocks.cli.commands import parser
     from diffusionblocks.experiments.recipe import Recipe
     from diffusionblocks.families import config_fields, supported_classes
 
@@ -194,7 +194,7 @@ def facts(file: str) -> Result:
                 choices = None if action.choices is None else [str(choice) for choice in action.choices]
                 options[name].append({"flag": action.option_strings[-1], "choices": choices, "nargs": action.nargs})
 
-    walk(_parser(), "")
+    walk(parser(), "")
     models = {name: sorted(config_fields(name)) for name in supported_classes()}
     values = {"schema": Recipe.model_json_schema(), "models": models, "options": options}
     Path(file).write_text(json.dumps(values))

@@ -208,24 +208,26 @@ def model(values: Values, data: Callable[[Path], None] | None = None, *, apart: 
     def make(folder: Path) -> None:
         import torch
 
+        from diffusionblocks.experiments.experiment import Experiment
         from diffusionblocks.experiments.recipe import load_recipe
-        from diffusionblocks.experiments.sources import build_model, load_data, save_model
 
         write_recipe(values, folder)
         if data is not None:
             data(folder / "data")
         recipe = load_recipe(folder / "recipe.yaml")
-        built = build_model(recipe)
+        experiment = Experiment(recipe)
+        built = experiment.build()
         generator = torch.Generator().manual_seed(values.get("train", {}).get("seed", 0))
         with torch.no_grad():
             for parameter in built.parameters():  # what starts at zero would hide what is read wrongly
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        train = load_data(recipe, "train")
-        save_model(built, folder / "model", data=train)
+        experiment.data("train")
+        experiment.save(built, folder / "model")
         if apart:
             for block in range(values["blocks"]["num_blocks"]):
-                save_model(built, folder / f"apart-{block}", [block], data=train)
+                alone = recipe.model_copy(update={"train": recipe.train.model_copy(update={"blocks": (block,)})})
+                experiment.derive(alone).save(built, folder / f"apart-{block}")
 
     return make
 

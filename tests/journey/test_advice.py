@@ -23,11 +23,10 @@ from diffusionblocks.cli import main
 from diffusionblocks.common.formats import read_json, write_json
 from diffusionblocks.data.data_config import DATA_VARIABLE, LatentsConfig
 from diffusionblocks.experiments.baselines import variants
-from diffusionblocks.experiments.compare import remarks
+from diffusionblocks.experiments.comparison import remarks
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.preflight import check_disk, check_machine, check_with_data
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
-from diffusionblocks.experiments.run import check_disk, check_machine, check_with_data, make_trainer
-from diffusionblocks.experiments.scores import evaluated_splits
-from diffusionblocks.experiments.sources import load_data, outline_of, pixels_of
 from diffusionblocks.training.optim import _adamw_8bit
 
 LLAMA, MASKED, DEEP = (
@@ -45,8 +44,10 @@ LEAVE = re.compile(r"\bleave .*out\b")
 LEAVES = (
     "experiments/recipe.py",
     "experiments/baselines.py",
+    "experiments/recipe_changes.py",
+    "experiments/original.py",
+    "experiments/experiment.py",
     "experiments/run.py",
-    "experiments/sources.py",
     "training/units.py",
 )
 #: Help, and the heads of messages.
@@ -161,22 +162,24 @@ def recipe_of(path: str, changes: dict[str, Any]) -> Recipe:
 def begin(path: str, changes: dict[str, Any], folder: Path) -> None:
     """All that `train` does before the first step."""
     recipe = recipe_of(path, changes)
-    check_machine(recipe, folder)
-    splits = {split: load_data(recipe, split) for split in {"train", *evaluated_splits(recipe)}}
-    check_with_data(recipe, folder, splits)
-    make_trainer(recipe, folder=None, progress=False, splits=splits)
+    experiment = Experiment(recipe)
+    check_machine(experiment, folder)
+    for split in {"train", *experiment.evaluation_splits}:
+        experiment.data(split)
+    check_with_data(experiment, folder)
+    experiment.trainer(progress=False)
 
 
 def with_little_room(path: str, changes: dict[str, Any], folder: Path) -> None:
     """The check of the disk, which has room for a model, two checkpoints and no more."""
     recipe = recipe_of(path, changes)
-    outline = outline_of(recipe)
+    outline = Experiment(recipe).outline
     weights = sum(p.numel() * p.element_size() for p in outline.parameters())
-    check_disk(recipe, folder, outline, free=8 * weights)
+    check_disk(Experiment(recipe), folder, free=8 * weights)
 
 
 def with_colours(path: str, changes: dict[str, Any], folder: Path) -> None:
-    pixels_of(recipe_of(path, changes), torch.device("cpu"))
+    recipe_of(path, changes).data.to_pixels(torch.device("cpu"))
 
 
 def with_source(path: str, changes: dict[str, Any], folder: Path) -> None:
@@ -243,9 +246,9 @@ PRETRAINED = {
 }
 
 CASES = [
-    Case("--set model.config.{field}=", VIT, OF_VIT | {"model.config.num_labels": 7}, (r"--set \S+",)),
-    Case("--set model.config.{field}=", LLAMA, OF_TEXT | {"model.config.vocab_size": 26}, (r"--set \S+",)),
-    Case("--set data.length={shape[0]}", LLAMA, OF_TEXT | {"data.length": 300}, (r"--set \S+",)),
+    Case("--set model.config.{name}=", VIT, OF_VIT | {"model.config.num_labels": 7}, (r"--set \S+",)),
+    Case("--set model.config.{name}=", LLAMA, OF_TEXT | {"model.config.vocab_size": 26}, (r"--set \S+",)),
+    Case("--set data.length={model[0]}", LLAMA, OF_TEXT | {"data.length": 300}, (r"--set \S+",)),
     Case(
         "(sliding_window), which two streams do not: --set data.length=",
         LLAMA,
@@ -261,7 +264,7 @@ CASES = [
     Case("more than the model's", LLAMA, OF_TEXT | {"evaluate.prompt_length": 256}, (r"set \S+ below",), "200"),
     Case("set evaluate.samples to at most", LLAMA, OF_TEXT | {"evaluate.samples": 10**6}, (r"set \S+ to at most \d+",)),
     Case(
-        "give more test data",
+        "more test data",
         LLAMA,
         OF_TEXT | {"data": "{kind: text, source: {texts}, length: 64}"},
         ("set data.length lower",),
@@ -305,6 +308,14 @@ CASES = [
         OF_VIT | {"model.config.dtype": "bfloat16"},
         ("leave it out",),
         "model.config.dtype",
+    ),
+    Case(
+        "evaluate.kind must be",
+        DIGITS,
+        OF_DIT | {"evaluate.kind": "accuracy"},
+        ("leave it out",),
+        "evaluate.kind",
+        with_recipe,
     ),
     Case("leave fit out", DIGITS, OF_DIT | {"fit": "{steps: 9}"}, ("leave fit out",)),
     Case(

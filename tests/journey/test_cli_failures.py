@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from diffusionblocks.cli import main
 from diffusionblocks.common import files, messages
 from diffusionblocks.experiments import run as runs
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.training import Trainer
 
 SMALL = [*TINY_VIT, *sets(train__steps=6, train__lr=1e-3, evaluate__limit=20, train__log_every=2)]
@@ -98,8 +100,9 @@ def test_a_second_run_is_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("place", ["load_data", "evaluate"])
+@pytest.mark.parametrize(("owner", "place"), [(Experiment, "data"), (runs, "evaluate_saved")])
 def test_a_signal_outside_training_is_one_line(
+    owner: Any,
     place: str,
     number: int,
     whole: dict[str, Path],
@@ -107,14 +110,14 @@ def test_a_signal_outside_training_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    real = getattr(runs, place)
+    real = getattr(owner, place)
 
     def stopped(*args: object, **options: object) -> object:
         signal.raise_signal(number)
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, place, stopped)
+        patch.setattr(owner, place, stopped)
         assert train(tmp_path / "run") == 128 + number
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped by" in line]
     assert line.startswith(f"stopped by {signal.Signals(number).name}; ")

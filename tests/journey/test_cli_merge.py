@@ -13,9 +13,9 @@ from helpers import listing
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
-from diffusionblocks.experiments.run import make_trainer, write_recipe
-from diffusionblocks.experiments.sources import build_model, save_model
+from diffusionblocks.experiments.run import write_recipe
 
 SMALL = [*TINY_VIT, *sets(train__steps=3)]
 
@@ -28,11 +28,12 @@ def trained(folder: Path, blocks: list[int] | None = None) -> Path:
     """A run of the digits recipe that trains some of the blocks, and saves those."""
     chosen = [] if blocks is None else sets(train__blocks=blocks)
     recipe = load_recipe(VIT, overrides([*SMALL, *chosen]))
-    trainer = make_trainer(recipe, folder=folder, progress=False)
+    experiment = Experiment(recipe)
+    trainer = experiment.trainer(folder, progress=False)
     trainer.train()
     with trainer.averaged() as model:
         if blocks is None:
-            save_model(model, folder / "model")
+            experiment.save(model, folder / "model")
         else:
             assert isinstance(model, db.DiffusionBlocks)
             model.save_pretrained(folder / "model", blocks=blocks)
@@ -134,7 +135,7 @@ def test_a_merged_diffusion_model_draws_what_the_whole_one_does(tmp_path: Path) 
     size = sets(
         device="cpu", model__config__hidden_size=16, model__config__num_attention_heads=2, evaluate__steps="[2]"
     )
-    whole = build_model(load_recipe(DIGITS, overrides(size)))
+    whole = Experiment(load_recipe(DIGITS, overrides(size))).build()
     assert isinstance(whole, db.DiffusionBlocks)
     with torch.no_grad():
         for parameter in whole.parameters():  # a fresh head is zero, and draws the noise it is given

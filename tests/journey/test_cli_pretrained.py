@@ -16,8 +16,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, ViTConfig, ViTForImageCl
 from diffusionblocks.cli import main
 from diffusionblocks.core.loading import load
 from diffusionblocks.data.token_text import train_tokenizer
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
-from diffusionblocks.experiments.sources import build_model, build_original
 
 LABELS, LAYERS = 7, 4
 
@@ -112,8 +112,15 @@ def test_a_new_classifier_is_drawn_from_the_seed_and_all_else_is_the_folders(vit
     def recipe(**changes: object) -> Any:
         return load_recipe(VIT, of_digits(vit, model__config__num_labels=10, **changes)[1::2])
 
-    blocks, again, other = build_model(recipe()), build_model(recipe()), build_model(recipe(train__seed=5))
-    whole, stored = build_original(recipe()).state_dict(), ViTForImageClassification.from_pretrained(vit).state_dict()
+    blocks, again, other = (
+        Experiment(recipe()).build(),
+        Experiment(recipe()).build(),
+        Experiment(recipe(train__seed=5)).build(),
+    )
+    whole, stored = (
+        Experiment(recipe()).original.build().state_dict(),
+        ViTForImageClassification.from_pretrained(vit).state_dict(),
+    )
     for index in range(2):
         states = [dict(model.block(index).network.state_dict()) for model in (blocks, again, other)]
         assert states[0]["classifier.weight"].shape == (10, 16)
@@ -136,7 +143,7 @@ def test_a_padded_vocabulary_trains_evaluates_and_samples(method: str, qwen: Pat
 
 
 def test_only_ids_of_the_tokenizer_are_generated(qwen: Path) -> None:
-    model = build_model(load_recipe(qwen / "recipe.yaml")).eval()
+    model = Experiment(load_recipe(qwen / "recipe.yaml")).build().eval()
     common: dict[str, Any] = {"seeds": range(20), "temperature": 1000.0}
     tokens = [row[1:] for row in model.continue_texts([[1]] * 20, 30, num_tokens=300, **common).tokens]  # type: ignore[operator]
     assert int(torch.cat(tokens).max()) < 300

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
+from diffusionblocks.experiments.experiment import Experiment
 
 TOPICS = str(RECIPES / "text" / "masked_topics.yaml")
 TEXT8 = str(RECIPES / "text" / "masked_text8.yaml")
@@ -124,12 +125,11 @@ def test_inspect_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_planned_bytes_are_measured_bytes() -> None:
     from diffusionblocks.evaluation.memory import step_memory
     from diffusionblocks.experiments.recipe import load_recipe
-    from diffusionblocks.experiments.run import make_trainer
     from diffusionblocks.planning import predict
 
     recipe = load_recipe(TOPICS, [*TINY[1::2], "train.batch_size=32"])
     ledger = predict(recipe)
-    measured = step_memory(make_trainer(recipe, folder=None, progress=False))
+    measured = step_memory(Experiment(recipe).trainer(progress=False))
     assert ledger.parameters + ledger.buffers == sum(unit.parameters for unit in measured)
     assert ledger.optimizer == sum(unit.optimizer for unit in measured)
     transient = max(unit.transient for unit in measured)

@@ -20,8 +20,8 @@ from diffusionblocks.common.tokenizer_file import TOKENIZER
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.core.saving import OURS
 from diffusionblocks.data.token_text import END, train_tokenizer
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import ModelConfig, load_recipe
-from diffusionblocks.experiments.sources import build_model, note_ends, text_codec, with_saved_tokenizer
 from diffusionblocks.families.generation_config import end_tokens
 
 TOPICS = RECIPES / "text" / "autoregressive_topics.yaml"
@@ -127,8 +127,8 @@ def test_the_end_of_a_document_is_in_every_saved_models_configs(home: Path, tmp_
 def test_a_recipes_own_ends_stay_and_characters_have_none(home: Path) -> None:
     def ends(path: str, **changes: Any) -> tuple[int, ...]:
         recipe = load_recipe(path, [text for text in sets(**TINY, **changes) if text != "--set"])
-        model: Any = build_model(recipe)
-        note_ends(recipe, model)
+        model: Any = Experiment(recipe).build()
+        Experiment(recipe).task.settle(Experiment(recipe), model)
         return end_tokens(model)
 
     (end,) = ends(str(home / "recipe.yaml"))
@@ -136,8 +136,8 @@ def test_a_recipes_own_ends_stay_and_characters_have_none(home: Path) -> None:
     recurrent = {"hidden_size": 16, "num_attention_heads": 2, "mlp_size": 16, "vocab_size": 300, "sequence_length": 16}
     recipe = load_recipe(home / "recipe.yaml")
     other = recipe.model_copy(update={"model": ModelConfig(type="RecurrentDepth", config=recurrent)})
-    blocks: Any = build_model(other.model_copy(update={"blocks": BlocksConfig(num_blocks=1)}))
-    note_ends(other, blocks)
+    blocks: Any = Experiment(other.model_copy(update={"blocks": BlocksConfig(num_blocks=1)})).build()
+    Experiment(other).task.settle(Experiment(other), blocks)
     assert end_tokens(blocks) == (end,)  # its class has no place for it, the blocks have
     assert ends(str(TOPICS)) == ()  # the class's default, 2, is a character there
 
@@ -164,7 +164,7 @@ def test_a_model_of_characters_has_none(tmp_path: Path) -> None:
 def test_transformers_opens_it(home: Path, name: str) -> None:
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(home / name / "model" / TOKENIZER))
     recipe = load_recipe(recipe_in(home), sets(**TINY)[1::2])
-    ours = text_codec(with_saved_tokenizer(recipe, home / name / "model"))
+    ours = Experiment(recipe).with_tokenizer_of(home / name / "model").recipe.data.codec()
     assert len(theirs) == ours.vocab_size == 300
     assert theirs.convert_tokens_to_ids(END) == ours.end
     for text in (*BOOKS, "unseen: 日本\x00"):
@@ -214,7 +214,7 @@ def test_another_tokenizer_is_refused(
     # Its corpus at hand, but no tokenizer trained on it yet: the model's is used, and none is trained.
     assert main([*run, *options]) == 0
     assert not list((alone / "cache").glob("tokenizer-*"))
-    text_codec(load_recipe(recipe))
+    load_recipe(recipe).data.codec()
     (own,) = (alone / "cache").glob("tokenizer-*.json")
     capsys.readouterr()
     assert main([*run, *options]) == 2

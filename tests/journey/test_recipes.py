@@ -16,9 +16,9 @@ from PIL import Image
 from diffusionblocks.cli import main
 from diffusionblocks.data.latent_data import LatentScale
 from diffusionblocks.data.latent_shards import write_shards
-from diffusionblocks.experiments.recipe import LanguageConfig, Recipe, load_recipe
-from diffusionblocks.experiments.scores import check_evaluation
-from diffusionblocks.experiments.sources import outline_of, weight_source
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.tasks import LanguageConfig
 from diffusionblocks.families import family_named
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -78,13 +78,16 @@ def test_recipe_is_not_refused_for_what_it_writes(path: Path) -> None:
     options = recipe.evaluate.model_copy(update={"mauve": None, "teacher": None})  # which need not be installed
     for method in ("diffusionblocks", "end-to-end"):
         measured = recipe.model_copy(update={"method": method, "evaluate": options})
-        check_evaluation(measured, outline_of(measured), {})
+        experiment = Experiment(measured)
+        experiment.task.check(experiment, experiment.outline)
 
 
 def test_the_papers_diffusion_transformers_have_their_published_sizes() -> None:
     """DiT-S/2 and DiT-L/2 of arXiv 2212.09748 have 33 and 458 million parameters."""
     recipes = [load_recipe(FOLDER / f"dit/{name}.yaml") for name in ("cifar10", "imagenet-latents")]
-    counts = [sum(p.numel() for p in weight_source(recipe).outline().parameters()) / 1e6 for recipe in recipes]
+    counts = [
+        sum(p.numel() for p in Experiment(recipe).original.weights().outline().parameters()) / 1e6 for recipe in recipes
+    ]
     assert counts == pytest.approx([33, 458], abs=0.7)
 
 

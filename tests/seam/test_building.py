@@ -29,8 +29,8 @@ from diffusionblocks.core.block import Block
 from diffusionblocks.core.conversion import assemble
 from diffusionblocks.core.materialise import build, empty, materialise, materialise_added, materialise_buffers
 from diffusionblocks.core.weights import Fresh, WeightSource, pretrained_source
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe
-from diffusionblocks.experiments.sources import blocks_config, build_model, config_of, outline_of, weight_source
 from diffusionblocks.training import EndToEnd
 
 # ---- a block depends on nothing else ------------------------------------------------------------------------
@@ -393,27 +393,27 @@ def recipe(family: str = "vit", **changes: Any) -> Recipe:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "dit"])
 def test_a_recipes_blocks_are_the_same_alone(family: str) -> None:
-    whole = build_model(recipe(family))
+    whole = Experiment(recipe(family)).build()
     assert isinstance(whole, db.DiffusionBlocks)
     asked = recipe(family, train={"steps": 2, "seed": 3, "blocks": [1]})
-    for chosen in (build_model(recipe(family), blocks=[1]), build_model(asked)):
+    for chosen in (Experiment(recipe(family)).build(blocks=[1]), Experiment(asked).build()):
         assert isinstance(chosen, db.DiffusionBlocks)
         assert same(chosen.block(1), whole.block(1))
         assert all(t.is_meta for b in (0, 2) for t in tensors(chosen.block(b)).values())
-    other = build_model(recipe(family, train={"steps": 2, "seed": 4}))
+    other = Experiment(recipe(family, train={"steps": 2, "seed": 4})).build()
     assert not same(other, whole)
-    model = empty(weight_source(recipe(family)), blocks_config(recipe(family)))
-    materialise(model, 2, weight_source(recipe(family)))
+    model = empty(Experiment(recipe(family)).original.weights(), Experiment(recipe(family)).blocks)
+    materialise(model, 2, Experiment(recipe(family)).original.weights())
     assert same(model.block(2), whole.block(2))
 
 
 def test_controls_of_a_recipe() -> None:
-    control = build_model(recipe("dit", method="end-to-end"))
+    control = Experiment(recipe("dit", method="end-to-end")).build()
     assert isinstance(control, db.DiffusionBlocks)
     assert len(control.blocks) == 1
     assert isinstance(control.blocks[0], Block)
     assert len(control.block(0).layer_paths) == 6
-    assert isinstance(build_model(recipe("vit", method="end-to-end")), EndToEnd)
+    assert isinstance(Experiment(recipe("vit", method="end-to-end")).build(), EndToEnd)
 
 
 @pytest.mark.each_value
@@ -426,28 +426,28 @@ def test_the_outline_of_a_recipe_is_its_model_without_memory(family: str, method
     else:
         given = recipe(family, method=method)
     with Live() as live:
-        found = outline_of(given)
-    model = build_model(given)
+        found = Experiment(given).outline
+    model = Experiment(given).build()
     assert live.peak < 0.1 * size(model)
     mine, theirs = tensors(found), tensors(model)
     assert all(t.is_meta for t in mine.values())
     about = [{n: (t.shape, t.dtype, t.requires_grad) for n, t in x.items()} for x in (mine, theirs)]
     assert about[0] == about[1]
     assert type(found) is type(model)
-    described = [families.config_values(given.model.type, config_of(m)) for m in (found, model)]
+    described = [families.config_values(given.model.type, Experiment.config_of(m)) for m in (found, model)]
     assert described[0] == described[1]
 
 
 def test_a_recipe_that_trains_blocks_it_has_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train.blocks = \[1, 3\]: the model has blocks 0 to 2"):
-        build_model(recipe(train={"blocks": [1, 3], "steps": 2}))
+        Experiment(recipe(train={"blocks": [1, 3], "steps": 2})).build()
 
 
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 def test_a_recipes_pretrained_model(method: str, tmp_path: Path) -> None:
     model = saved(tmp_path, "vit")
     values = {"type": CLASSES["vit"], "pretrained": str(tmp_path), "config": {}}
-    built = build_model(recipe(method=method, model=values))
+    built = Experiment(recipe(method=method, model=values)).build()
     if isinstance(built, EndToEnd):
         assert same_states(built.model.state_dict(), model.state_dict())
     else:

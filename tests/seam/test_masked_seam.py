@@ -31,9 +31,8 @@ from transformers import Trainer, TrainingArguments
 import diffusionblocks as db
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.evaluation.bits import bits_per_character
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
-from diffusionblocks.experiments.scores import evaluate
-from diffusionblocks.experiments.sources import build_model, load_data
 from diffusionblocks.targets import TokenTarget
 
 MASK = VOCAB
@@ -166,7 +165,8 @@ def test_a_uniform_model_takes_log2_27_bits(schedule: str, method: str) -> None:
         blocks={"num_blocks": 2, "noise": {"kind": "masking", "schedule": schedule}},
         evaluate={"kind": "bits", "limit": 600, "times": 4},
     )
-    (row,) = evaluate(recipe, build_model(recipe))
+    experiment = Experiment(recipe)
+    (row,) = experiment.task.measure(experiment, experiment.build())
     assert row.sequences == 600
     assert row.bits == pytest.approx(math.log2(27), abs=4 * row.standard_error)
     assert row.standard_error < 0.1
@@ -180,14 +180,14 @@ def test_a_uniform_model_takes_log2_27_bits(schedule: str, method: str) -> None:
 def test_the_unigram_model_takes_the_cross_entropy_of_its_letters() -> None:
     """Biases of the read-out make a model of letters by their frequency, at every level and in every block."""
     recipe = recipe_of(evaluate={"kind": "bits", "limit": 600, "times": 8})
-    model = build_model(recipe)
-    counts = torch.bincount(load_data(recipe, "train").text.ids.long(), minlength=27).double()
+    model = Experiment(recipe).build()
+    counts = torch.bincount(recipe.data.load("train").text.ids.long(), minlength=27).double()
     frequencies = counts / counts.sum()
     with torch.no_grad():
         for block in model.blocks:
             block.network.get_submodule("head.linear").bias.copy_(frequencies.log())
-    (row,) = evaluate(recipe, model)
-    ids = load_data(recipe, "test").text.ids[: 600 * 16].long()
+    (row,) = recipe.task.measure(Experiment(recipe), model)
+    ids = recipe.data.load("test").text.ids[: 600 * 16].long()
     expected = -frequencies.log2()[ids].mean().item()
     assert 3.9 < expected < 4.3
     assert row.bits == pytest.approx(expected, abs=4 * row.standard_error)

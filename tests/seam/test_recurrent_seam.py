@@ -30,9 +30,8 @@ from diffusionblocks.core.weights import Fresh
 from diffusionblocks.data import TextBatches
 from diffusionblocks.data.text_data import TextData
 from diffusionblocks.evaluation.memory import step_memory
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
-from diffusionblocks.experiments.run import make_trainer
-from diffusionblocks.experiments.sources import build_model, load_model, save_model
 from diffusionblocks.families import instantiate
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.planning import plan, predict
@@ -359,16 +358,16 @@ def test_it_learns(kind: str) -> None:
 
 def test_an_end_to_end_model_is_saved_and_loaded(tmp_path: Path) -> None:
     recipe = recipe_of("end-to-end")
-    model = build_model(recipe)
+    model = Experiment(recipe).build()
     assert isinstance(model, EndToEnd)
-    save_model(model, tmp_path / "m")
-    loaded = load_model(recipe, tmp_path / "m")
+    Experiment(recipe).save(model, tmp_path / "m")
+    loaded = Experiment(recipe).load(tmp_path / "m")
     assert isinstance(loaded, EndToEnd)
     assert same_states(loaded.state_dict(), model.state_dict())
     losses = [m.eval().loss(token_batch(), seeded()) for m in (model, loaded)]
     assert torch.equal(*losses)
     with pytest.raises(ValueError, match=r"method|end-to-end"):
-        load_model(recipe_of(), tmp_path / "m")
+        Experiment(recipe_of()).load(tmp_path / "m")
 
 
 def test_end_to_end_it_has_no_checkpointing() -> None:
@@ -412,7 +411,7 @@ def test_the_predicted_step_is_the_measured_one(method: str, precision: str) -> 
     """End to end the measured steps are deeper than the gradient goes."""
     recipe = recipe_of(method, {"mean_recurrence": 12, "backprop_depth": 2}, precision=precision)
     ledger = predict(recipe)
-    run = make_trainer(recipe, folder=None, progress=False)
+    run = Experiment(recipe).trainer(progress=False)
     assert ledger.parameters == bytes_of(run.units[0].module.parameters())
     measured = max(unit.transient for unit in step_memory(run))
     assert ledger.activations + ledger.gradients == pytest.approx(measured, rel=0.02)

@@ -32,8 +32,9 @@ import diffusionblocks as db
 from diffusionblocks.core.branching import trunk_name
 from diffusionblocks.data import ImageBatches, ImageData, digits
 from diffusionblocks.experiments import run as runs
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
-from diffusionblocks.experiments.sources import build_model
+from diffusionblocks.experiments.recipe_changes import trunk_recipe
 from diffusionblocks.training import TrainConfig, Trainer
 from diffusionblocks.training.checkpoint import checkpoints
 from diffusionblocks.training.run_log import Logger
@@ -496,7 +497,7 @@ class Watch:
 
 
 def run(made: Recipe, folder: Path, data: dict[str, ImageData], **arguments: Any) -> runs.RunResult:
-    return runs.train(made, folder, splits=data, progress=False, measure=False, **arguments)  # type: ignore[arg-type]
+    return runs.train(Experiment(made, data), folder, progress=False, measure=False, **arguments)  # type: ignore[arg-type]
 
 
 def everything(trained: Trainer) -> dict[str, Tensor]:
@@ -550,13 +551,13 @@ def test_a_run_is_the_trunk_then_the_blocks(
             device=torch.device("cpu"),  # type: ignore[union-attr]
         )
 
-    alone = runs.trunk_recipe(made)
+    alone = trunk_recipe(made)
     one = {"num_blocks": 1, "layers": None, "overlap": 0.0}
     assert alone.blocks == made.blocks.model_copy(update=one)
     assert alone.train.seed == made.train.seed
     assert alone.train.lr == options.get("lr", 3e-3)
     assert alone.train.lr_schedule == options.get("lr_schedule", "constant")
-    trunk = Trainer(build_model(alone), batches(), alone.train, progress=False)
+    trunk = Trainer(Experiment(alone).build(), batches(), alone.train, progress=False)
     assert isinstance(trunk.model, db.DiffusionBlocks)
     assert trunk.model.partition.layers == (2,)
     assert trunk.model.partition.training_interval(0) == (0.002, 80.0)
@@ -697,11 +698,11 @@ def test_a_trunk_needs_layers_that_divide_and_a_known_depth() -> None:
     made = recipe()
     uneven = made.model_copy(update={"blocks": made.blocks.model_copy(update={"num_blocks": 3})})
     with pytest.raises(ValueError, match="4 layers, 3 blocks"):
-        runs.trunk_recipe(uneven)
+        trunk_recipe(uneven)
     config = {name: value for name, value in made.model.config.items() if name != "num_layers"}
     unknown = made.model_copy(update={"model": made.model.model_copy(update={"config": config})})
     with pytest.raises(ValueError, match=r"model\.config\.num_layers"):
-        runs.trunk_recipe(unknown)
+        trunk_recipe(unknown)
     with pytest.raises(ValueError, match="both be given in steps, or both in epochs"):
         recipe(train={"steps": None, "epochs": 1})
 
@@ -727,8 +728,8 @@ def test_snapshots_are_the_averaged_model_and_leave_no_trace(
     last = db.load(tmp_path / "kept" / "snapshots" / "iteration-000000006")
     assert same_states(last.state_dict(), db.load(tmp_path / "kept" / "model").state_dict())
     # The others: the averages of a run that stopped there.
-    alone = runs.trunk_recipe(plain)
-    stopped = runs.make_trainer(alone, folder=None, progress=False, splits=data)
+    alone = trunk_recipe(plain)
+    stopped = Experiment(alone, data).trainer(progress=False)
     stopped.train(until=2)
     with stopped.averaged() as model:
         expected = copy.deepcopy(model.state_dict())

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from diffusionblocks.experiments.baselines import seconds_a_step
-from diffusionblocks.experiments.compare import compare
+from diffusionblocks.experiments.comparison import compare
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -34,7 +35,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_controls_train_as_long_as_the_blocks(tmp_path: Path) -> None:
     made = recipe("vit/digits.yaml", VIT | {"train.steps": 60})
-    compare(made, tmp_path, equal="seconds", progress=False)
+    compare(Experiment(made), tmp_path, equal="seconds", progress=False)
     rows = rows_of(tmp_path)
     assert list(rows) == ["diffusionblocks", "end-to-end-4-same-time", "end-to-end-2-same-time"]
     blocks, whole, short = rows.values()
@@ -44,7 +45,7 @@ def test_controls_train_as_long_as_the_blocks(tmp_path: Path) -> None:
     assert whole["layer_updates"] == 4 * whole["iterations"]
 
     # Again: nothing is trained or timed anew.
-    compare(made, tmp_path, equal="seconds", progress=False)
+    compare(Experiment(made), tmp_path, equal="seconds", progress=False)
     assert {key: row["iterations"] for key, row in rows_of(tmp_path).items()} == {
         key: row["iterations"] for key, row in rows.items()
     }
@@ -52,10 +53,9 @@ def test_controls_train_as_long_as_the_blocks(tmp_path: Path) -> None:
 
 def test_a_step_of_more_examples_takes_longer() -> None:
     small, large = (recipe("vit/digits.yaml", VIT | {"train.steps": 3, "train.batch_size": n}) for n in (4, 512))
-    from diffusionblocks.experiments.sources import load_data
 
-    splits = {"train": load_data(small, "train")}
-    assert seconds_a_step(small, splits) < seconds_a_step(large, splits)
+    splits = {"train": small.data.load("train")}
+    assert seconds_a_step(Experiment(small, splits)) < seconds_a_step(Experiment(large, splits))
 
 
 def test_rows_of_recurrent_depth_count_their_layer_passes(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_rows_of_recurrent_depth_count_their_layer_passes(tmp_path: Path) -> Non
         "evaluate.new_tokens": 2,
         "evaluate.levels": 2,
     }
-    shown = compare(recipe("text/recurrent_topics.yaml", values), tmp_path, progress=False)
+    shown = compare(Experiment(recipe("text/recurrent_topics.yaml", values)), tmp_path, progress=False)
     rows = {row["name"]: row for row in rows_of(tmp_path).values()}
     # One prelude layer, two of the core, one coda layer; 8 + 1 iterations on average, or one.
     assert rows["end-to-end"]["layer_passes"] == 2 * (1 + 2 * 9 + 1)
@@ -80,4 +80,4 @@ def test_rows_of_recurrent_depth_count_their_layer_passes(tmp_path: Path) -> Non
 def test_only_rows_of_blocks_can_be_chosen_for_equal_time(tmp_path: Path) -> None:
     made = recipe("vit/digits.yaml", VIT | {"train.steps": 2})
     with pytest.raises(ValueError, match=r"unknown rows \['end-to-end-4'\]; allowed: \['diffusionblocks'\]"):
-        compare(made, tmp_path, rows=["end-to-end-4"], equal="seconds", progress=False)
+        compare(Experiment(made), tmp_path, rows=["end-to-end-4"], equal="seconds", progress=False)

@@ -22,10 +22,11 @@ from diffusionblocks.common.seeds import key
 from diffusionblocks.data import ImageBatches, ImageData, digits
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.baselines import variants
-from diffusionblocks.experiments.compare import compare
+from diffusionblocks.experiments.comparison import compare
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.noise_fit import measured
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
-from diffusionblocks.experiments.sources import build_model
+from diffusionblocks.experiments.recipe_changes import fit_recipe
 from diffusionblocks.noise import fitted_quantiles
 from diffusionblocks.training import Trainer
 from diffusionblocks.training.checkpoint import checkpoints
@@ -73,7 +74,7 @@ def data() -> dict[str, ImageData]:
 
 
 def run(made: Recipe, folder: Path, data: dict[str, ImageData], **arguments: Any) -> runs.RunResult:
-    return runs.train(made, folder, splits=data, progress=False, measure=False, **arguments)
+    return runs.train(Experiment(made, data), folder, progress=False, measure=False, **arguments)
 
 
 def levels_of(folder: Path) -> dict[str, Any]:
@@ -188,10 +189,10 @@ def test_the_fit_is_one_training_whose_levels_change(data: dict[str, ImageData],
     """Another road to the same levels: one trainer throughout, whose block gets new levels in place."""
     made = recipe()
     result = run(made, tmp_path, data)
-    alone = runs.fit_recipe(made)
+    alone = fit_recipe(made)
     assert alone.train.steps == 7
     assert not alone.train.keeps_average
-    trainer = Trainer(build_model(alone), batches_of(made, data), alone.train, progress=False)
+    trainer = Trainer(Experiment(alone).build(), batches_of(made, data), alone.train, progress=False)
     model = trainer.model
     assert isinstance(model, db.DiffusionBlocks)
     assert model.partition.layers == (2,)
@@ -485,7 +486,7 @@ def test_every_row_has_the_same_layer_updates(field: str, trunk: int | None) -> 
 
 def test_compare_with_and_without_the_fit(tmp_path: Path) -> None:
     made = recipe(FIT | {"steps": 6})
-    shown = compare(made, tmp_path, progress=False)
+    shown = compare(Experiment(made), tmp_path, progress=False)
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     found = {row["key"]: (row["fitted"], row["iterations"], row["layer_updates"]) for row in rows}
     assert found == {

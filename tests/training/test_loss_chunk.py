@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 import diffusionblocks as db
 from diffusionblocks.data import TextBatches, TextData
 from diffusionblocks.evaluation.memory import step_memory
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
-from diffusionblocks.experiments.sources import build_model
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.planning import plan, predict
 from diffusionblocks.planning.planner import OPTIMISATIONS, optimisations_of
@@ -302,7 +302,7 @@ def test_the_predicted_step_is_the_measured_one(family: str, method: str, chunk:
     """Of Llama end to end the library makes a mask on tensors without values that it leaves out otherwise."""
     recipe = language(f"method={method}", f"train.loss_chunk={chunk}", family=family)
     ledger = predict(recipe)
-    run = Trainer(build_model(recipe), batches_of(MANY, recipe.data.length), recipe.train, progress=False)
+    run = Trainer(Experiment(recipe).build(), batches_of(MANY, recipe.data.length), recipe.train, progress=False)
     measured = max(unit.transient for unit in step_memory(run))
     whole_llama = (family, method) == ("autoregressive", "end-to-end")
     assert ledger.activations + ledger.gradients == pytest.approx(measured, rel=0.05 if whole_llama else 1e-3)

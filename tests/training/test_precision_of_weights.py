@@ -14,8 +14,8 @@ from torch import nn
 
 import diffusionblocks as db
 from diffusionblocks.core.weights import InFiles, InMemory, pretrained_source
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
-from diffusionblocks.experiments.sources import build_model, outline_of
 from diffusionblocks.families import pretrained
 from diffusionblocks.planning.counting import count_persistent
 from diffusionblocks.training import EndToEnd, TrainConfig
@@ -53,17 +53,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_trains_in_float32_whatever_the_folder_holds(method: str, stored: torch.dtype, tmp_path: Path) -> None:
     tiny("llama").to(stored).save_pretrained(tmp_path)  # type: ignore[operator]
     given = {"type": "LlamaForCausalLM", "pretrained": str(tmp_path)}
-    assert dtypes(build_model(recipe(method, **given))) == {torch.float32}
+    assert dtypes(Experiment(recipe(method, **given)).build()) == {torch.float32}
     low = recipe(method, **given, dtype="bfloat16")
-    assert dtypes(build_model(low)) == dtypes(outline_of(low)) == {torch.bfloat16}
+    assert dtypes(Experiment(low).build()) == dtypes(Experiment(low).outline) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 def test_a_fresh_model_of_another_precision(method: str) -> None:
     config = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
     model = {"type": "LlamaForCausalLM", "config": {**config, "vocab_size": 96, "max_position_embeddings": 8}}
-    exact, low = (build_model(recipe(method, **model, dtype=d)) for d in ("float32", "bfloat16"))
-    assert dtypes(low) == dtypes(outline_of(recipe(method, **model, dtype="bfloat16"))) == {torch.bfloat16}
+    exact, low = (Experiment(recipe(method, **model, dtype=d)).build() for d in ("float32", "bfloat16"))
+    assert dtypes(low) == dtypes(Experiment(recipe(method, **model, dtype="bfloat16")).outline) == {torch.bfloat16}
     weights = dict(low.named_parameters())
     for name, parameter in exact.named_parameters():
         # What a target makes of the embedding is made of the rounded one.
@@ -97,7 +97,7 @@ def test_the_dtype_of_a_library_is_not_another_way(folder: Path) -> None:
     for field in ("dtype", "torch_dtype"):
         wrong = recipe(type="ViTForImageClassification", pretrained=str(folder), config={field: "bfloat16"})
         with pytest.raises(ValueError, match=rf"model\.config\.{field}.*(model\.dtype|knows no)"):
-            build_model(wrong)
+            Experiment(wrong).build()
     with pytest.raises(ValueError, match=r"model\.dtype: Input should be 'float32' or 'bfloat16'"):
         recipe(type="ViTForImageClassification", dtype="float16")
 

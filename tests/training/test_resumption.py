@@ -15,6 +15,7 @@ from helpers import listing
 
 from diffusionblocks.data import ImageData, digits
 from diffusionblocks.experiments import run as runs
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.training.checkpoint import checkpoints
 
@@ -53,7 +54,7 @@ def left(data: dict[str, ImageData], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def run(made: Recipe, folder: Path, data: dict[str, ImageData], **options: Any) -> runs.RunResult:
-    return runs.train(made, folder, splits=data, progress=False, measure=False, **options)  # type: ignore[arg-type]
+    return runs.train(Experiment(made, data), folder, progress=False, measure=False, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
@@ -196,12 +197,12 @@ def test_data_that_moved_are_the_same(tmp_path: Path, data: dict[str, ImageData]
             "test",
         )
 
-    runs.train(of("here"), tmp_path / "run", progress=False, measure=False)
+    runs.train(Experiment(of("here")), tmp_path / "run", progress=False, measure=False)
     shutil.rmtree(tmp_path / "here")
-    runs.train(of("there"), tmp_path / "run", progress=False, measure=False)
+    runs.train(Experiment(of("there")), tmp_path / "run", progress=False, measure=False)
     (tmp_path / "there" / "train.txt").write_text(text.replace("fox", "cat"))
     with pytest.raises(ValueError, match=r"data.content = .*the data were replaced"):
-        runs.train(of("there"), tmp_path / "run", progress=False, measure=False)
+        runs.train(Experiment(of("there")), tmp_path / "run", progress=False, measure=False)
 
 
 @pytest.mark.parametrize(
@@ -240,5 +241,5 @@ def test_a_folder_in_place_of_a_runs_file_is_refused_before_anything_is_deleted(
     before.mkdir(parents=True)
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=f"{re.escape(name)} is a folder"):
-        runs.train(recipe(), tmp_path, resume=resume)
+        runs.train(Experiment(recipe()), tmp_path, resume=resume)
     assert before.is_dir()

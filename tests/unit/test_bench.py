@@ -31,7 +31,7 @@ from diffusionblocks.bench.timing import LOCK, alone, steady_times, switching_ti
 from diffusionblocks.bench.worker import answer, isolated, server_command
 from diffusionblocks.core.model import DiffusionBlocks
 from diffusionblocks.core.partition import even_layers
-from diffusionblocks.experiments.sources import build_model
+from diffusionblocks.experiments.experiment import Experiment
 
 #: 8-bit AdamW compiles its step, which takes a C++ compiler and about a minute on a CPU.
 EIGHT_BIT = [name for name, method in METHODS.items() if method.train.get("optimizer") == "adamw-8bit"]
@@ -104,7 +104,7 @@ def test_unknown_names_and_too_many_blocks_are_refused() -> None:
 @pytest.mark.parametrize("method", ["end-to-end", "end-to-end-short", "resident-all"])
 def test_the_model_is_the_recipes_but_for_its_weights(model: str, method: str) -> None:
     recipe = recipe_of(spec(model, method, blocks_of(method)))
-    built, reference = build(recipe, torch.device("cpu")), build_model(recipe)
+    built, reference = build(recipe, torch.device("cpu")), Experiment(recipe).build()
     shapes = [{n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (built, reference)]
     assert shapes[0] == shapes[1]
     assert type(built) is type(reference)

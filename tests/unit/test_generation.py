@@ -19,8 +19,10 @@ from diffusionblocks.evaluation.accuracy import AccuracyRow
 from diffusionblocks.evaluation.features import train_classifier
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
 from diffusionblocks.evaluation.sample_quality import SampleRow, Setting, generated, measure_samples, statistics
-from diffusionblocks.experiments import scores
-from diffusionblocks.experiments.recipe import SamplesConfig, load_recipe
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.experiments.tasks import TASKS, SamplesConfig
+from diffusionblocks.experiments.tasks.image_generation import features_of
 from diffusionblocks.sampling import prior_of_seeds
 
 SIZE = 3 * IMAGE * IMAGE
@@ -236,7 +238,7 @@ def test_a_row_says_how_it_was_made() -> None:
 
 def test_settings_are_all_combinations_the_first_of_each_first() -> None:
     options = SamplesConfig(kind="samples", solver=("heun", "euler"), steps=(5, 9), guidance=(1.0, 2.0))
-    found = scores.settings_of(options)
+    found = options.settings
     assert len(found) == 8
     assert found[:2] == [Setting("heun", 5, "karras", 1.0), Setting("heun", 5, "karras", 2.0)]
     assert found[-1] == Setting("euler", 9, "karras", 2.0)
@@ -246,7 +248,7 @@ def test_settings_are_all_combinations_the_first_of_each_first() -> None:
 def test_the_headline_is_the_first_setting_whatever_the_distances() -> None:
     rows = measure(exact_denoiser(), Setting("euler", 3), Setting("heun", 20))
     assert rows[1].fd_test < rows[0].fd_test or rows[1].fd_train < rows[0].fd_train  # type: ignore[operator]
-    assert scores.headline(list(rows)) is rows[0]
+    assert TASKS["samples"].headline(rows) is rows[0]
 
 
 def test_the_headline_of_accuracies_has_most_seeds_and_fewest_steps() -> None:
@@ -254,7 +256,7 @@ def test_the_headline_of_accuracies_has_most_seeds_and_fewest_steps() -> None:
         AccuracyRow(steps=steps, seeds=seeds, accuracy=accuracy, standard_error=0.0)
         for steps, seeds, accuracy in ((1, 1, 0.9), (3, 1, 0.99), (1, 8, 0.5), (3, 8, 0.95))
     ]
-    assert scores.headline(list(rows)) is rows[2]
+    assert TASKS["accuracy"].headline(rows) is rows[2]
 
 
 @pytest.mark.parametrize("limit", [None, 250])
@@ -273,9 +275,10 @@ def test_real_images_are_measured_whole(limit: int | None, tmp_path: Path, monke
     ]
     recipe = load_recipe(RECIPE, changes)
     given: dict[str, Any] = {}
-    monkeypatch.setattr(scores, "measure_samples", lambda model, settings, **rest: given.update(rest) or [])
+    measures = "diffusionblocks.evaluation.sample_quality.measure_samples"
+    monkeypatch.setattr(measures, lambda model, settings, **rest: given.update(rest) or [])
     model = db.convert(fresh_dit(sample_size=8, in_channels=1, num_classes=10), recipe.blocks)
-    assert scores.evaluate(recipe, model) == []
+    assert recipe.task.measure(Experiment(recipe), model) == []
     assert given["features"].name == "classifier on digits"
     assert set(given["references"]) == {"train", "test"}
     for split, data in (("train", train), ("test", test)):
@@ -302,7 +305,7 @@ def test_small_images_get_a_small_classifier_and_few_images_a_small_batch(
     )
     recipe = load_recipe(RECIPE, [f"evaluate.features_folder={tmp_path / 'features'}", "device=cpu"])
     assert isinstance(recipe.evaluate, SamplesConfig)
-    made = scores.features_of(recipe, recipe.evaluate, {"train": few, "test": few})
+    made = features_of(Experiment(recipe, {"train": few, "test": few}))
     assert made.dim == 4 * width
-    again = scores.features_of(recipe, recipe.evaluate, {"train": few, "test": few})
+    again = features_of(Experiment(recipe, {"train": few, "test": few}))
     assert torch.equal(made(few.images), again(few.images)), "the kept one"

@@ -16,6 +16,19 @@ def test_the_package_is_light_until_it_is_used() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+def test_help_imports_neither_torch_nor_models() -> None:
+    code = (
+        "import contextlib, io, sys\n"
+        "from diffusionblocks.cli import main\n"
+        "for command in ('', 'train', 'evaluate', 'sample', 'inspect', 'plan', 'compare', 'branch', 'merge'):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:\n"
+        "        main([*command.split(), '--help'])\n"
+        "    assert 'usage: diffusionblocks' in shown.getvalue()\n"
+        "print({'torch', 'transformers', 'diffusers'} & set(sys.modules))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_only_what_is_public_is_seen() -> None:
     assert {name for name in dir(db) if not name.startswith("__")} == set(db.__all__) - {"__version__"}
     assert all(getattr(db, name) is not None for name in db.__all__)
@@ -37,7 +50,10 @@ def test_a_command_line_that_is_stopped_while_it_imports_says_so() -> None:
         "sys.exit(main())\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "inspect", "recipe.yaml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "importing\n"

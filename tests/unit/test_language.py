@@ -17,7 +17,8 @@ from diffusionblocks.data.token_text import END, train_tokenizer
 from diffusionblocks.evaluation.mauve import HiddenFeatures, mauve_score
 from diffusionblocks.evaluation.perplexity import distinct_n, generated_text, generative_perplexity, repetition_rate
 from diffusionblocks.evaluation.teachers import load_teacher, teacher_tokens
-from diffusionblocks.experiments.recipe import EvaluateConfig, LanguageConfig
+from diffusionblocks.experiments.recipe import EvaluateConfig
+from diffusionblocks.experiments.tasks import LanguageConfig
 
 VOCAB = 40
 

@@ -24,7 +24,6 @@ from diffusionblocks.data.data_config import LatentsConfig
 from diffusionblocks.data.latent_data import LatentScale
 from diffusionblocks.data.latent_shards import scale_of_split, write_shards
 from diffusionblocks.experiments.recipe import load_recipe
-from diffusionblocks.experiments.sources import pixels_of
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")
@@ -595,11 +594,16 @@ def test_samples_are_decoded_as_the_latents_were_scaled(folder: Path, vae: Path,
     recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "dit" / "imagenet-latents.yaml")
     data = LatentsConfig(kind="latents", source=str(folder), vae=str(vae))
     with pytest.raises(ValueError, match=r"vae = .* has scaling_factor = 0.18215, .*latents, split 'train', has 0.25"):
-        pixels_of(recipe.model_copy(update={"data": data}), CPU)
+        recipe.model_copy(update={"data": data}).data.to_pixels(CPU)
     write_shards(folder, "train", [posterior(3)], **(OPTIONS | {"scale": LatentScale(0.18215)}), overwrite=True)
     for source in (folder, tmp_path / "not here"):
         data = LatentsConfig(kind="latents", source=str(source), vae=str(vae))
-        assert pixels_of(recipe.model_copy(update={"data": data}), CPU)(torch.zeros(1, 4, 2, 2)).shape == (1, 3, 4, 4)
+        assert recipe.model_copy(update={"data": data}).data.to_pixels(CPU)(torch.zeros(1, 4, 2, 2)).shape == (
+            1,
+            3,
+            4,
+            4,
+        )
 
 
 def adm_crop(picture: Image.Image, size: int) -> np.ndarray:

@@ -17,8 +17,8 @@ from torchao.optim import AdamW8bit
 
 from diffusionblocks.common.modules import bytes_of, tensors_of
 from diffusionblocks.evaluation.memory import step_memory
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
-from diffusionblocks.experiments.run import make_trainer
 from diffusionblocks.planning import WORKSPACE_BYTES, Plan, Predictor, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
 from diffusionblocks.planning.planner import OPTIMISATIONS, with_changes
@@ -63,7 +63,7 @@ def small(family: str, *overrides: str, device: str = "cpu") -> Recipe:
 def test_what_stays_is_what_a_real_trainer_keeps(family: str, overrides: list[str]) -> None:
     recipe = small(family, *overrides)
     ledger = predict(recipe)
-    trainer = make_trainer(recipe, folder=None, progress=False)
+    trainer = Experiment(recipe).trainer(progress=False)
     tensors = {id(t): t for unit in trainer.units for t in tensors_of(unit.module)}.values()
     parameters = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
     sets = trainer.sets.values()
@@ -86,7 +86,7 @@ def test_active_residency_keeps_the_largest_block_and_what_blocks_share() -> Non
     assert shapes.parameters == two.parameters
 
     joint = small("dit", "blocks.shared=joint", "train.resident=active")
-    trainer = make_trainer(joint, folder=None, progress=False)
+    trainer = Experiment(joint).trainer(progress=False)
     shared = bytes_of(trainer.residency.common_tensors())
     own = bytes_of(tensors_of(trainer.units[0].module)) - shared
     ledger = predict(joint)
@@ -253,7 +253,7 @@ def test_the_predicted_step_is_the_measured_one(family: str, overrides: list[str
     """Against the profiler's allocations of real steps; measured differences were below 0.1 % but for tiny batches."""
     recipe = small(family, *overrides)
     ledger = predict(recipe)
-    measured = step_memory(make_trainer(recipe, folder=None, progress=False))
+    measured = step_memory(Experiment(recipe).trainer(progress=False))
     largest = max(unit.transient for unit in measured)
     assert ledger.activations + ledger.gradients == pytest.approx(largest, rel=0.02)
     # At few examples the peak is at the end of the backward pass, where the gradients are.
@@ -265,7 +265,7 @@ def test_the_predicted_step_is_the_measured_one(family: str, overrides: list[str
 
 
 def _trained(recipe: Recipe) -> Sequence[torch.Tensor]:
-    unit = make_trainer(recipe, folder=None, progress=False).units[0]
+    unit = Experiment(recipe).trainer(progress=False).units[0]
     return [p for p in unit.module.parameters() if p.requires_grad]
 
 

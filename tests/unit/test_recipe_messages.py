@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from diffusionblocks.common.yaml_values import read_yaml
-from diffusionblocks.experiments import recipe as recipes
+from diffusionblocks.experiments import schema_errors
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -34,14 +34,14 @@ def shipped(name: str) -> dict[str, Any]:
 
 def fields(section: Any, prefix: tuple[str, ...], values: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Paths of all fields of the recipe that the values are of."""
-    for name, annotation in recipes._types_of(section).items():
+    for name, annotation in schema_errors._types_of(section).items():
         path = (*prefix, name)
         yield path
         inner = values.get(name)
         kind = inner.get("kind") if isinstance(inner, dict) else None
-        choice = recipes._sections(annotation)
+        choice = schema_errors._sections(annotation)
         for found in choice:
-            kinds = get_args(recipes._types_of(found).get("kind"))
+            kinds = get_args(schema_errors._types_of(found).get("kind"))
             if len(choice) == 1 or kind in kinds:
                 yield from fields(found, path, inner if isinstance(inner, dict) else {})
 

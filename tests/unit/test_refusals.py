@@ -13,9 +13,10 @@ from transformers import ViTConfig, ViTModel
 import diffusionblocks as db
 from diffusionblocks import EDM, BlocksConfig, Partition
 from diffusionblocks.evaluation.sample_quality import Setting
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
-from diffusionblocks.experiments.run import trunk_recipe
-from diffusionblocks.experiments.samples import draw_samples
+from diffusionblocks.experiments.recipe_changes import trunk_recipe
+from diffusionblocks.experiments.tasks.image_generation import draw_samples
 from diffusionblocks.families import model_class_named
 from diffusionblocks.training import TrainConfig
 
@@ -72,7 +73,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def draw(blocks: db.DiffusionBlocks, **kwargs: Any) -> Any:
-    return draw_samples(recipe(), blocks, Path("nowhere"), **kwargs)
+    return draw_samples(Experiment(recipe()), blocks, Path("nowhere"), **kwargs)
 
 
 def levels(*values: float) -> Tensor:
@@ -240,7 +241,7 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     # recipes
     (
         "recipe: accuracy of a diffusion model",
-        lambda: recipe(evaluate={"steps": [1], "seeds": [1]}),
+        lambda: recipe(evaluate={"kind": "accuracy", "steps": [1], "seeds": [1]}),
         ("evaluate.kind must be samples for DiT", "got accuracy"),
     ),
     (

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from diffusionblocks.common.machine import check_memory
-from diffusionblocks.experiments.language import check_room
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.original import model_config
+from diffusionblocks.experiments.preflight import check_disk, check_machine
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
-from diffusionblocks.experiments.run import check_disk, check_machine
-from diffusionblocks.experiments.scores import check_evaluation, network_calls
-from diffusionblocks.experiments.sources import load_data, model_config, outline_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 VIT, DIT, LLAMA = (FOLDER / f"{name}.yaml" for name in ("vit/digits", "dit/digits", "text/autoregressive_topics"))
@@ -54,7 +53,7 @@ DEEP = FOLDER / "text/recurrent_topics.yaml"
 def test_out_of_range(path: Path, field: str, value: Any) -> None:
     started = time.process_time()
     with pytest.raises(ValueError, match=rf"^model\.config\.{field} = ") as error:
-        model_config(load_recipe(path, [f"model.config.{field}={value}"]))
+        model_config(load_recipe(path, [f"model.config.{field}={value}"]).model)
     assert "must be" in str(error.value)
     assert time.process_time() - started < 5
 
@@ -73,13 +72,13 @@ def test_sizes_that_do_not_go_together_come_with_advice_that_works(
 ) -> None:
     sets = [f"model.config.{name}={value}" for name, value in changes.items()]
     with pytest.raises(ValueError, match=r"set model\.config") as error:
-        model_config(load_recipe(path, sets))
+        model_config(load_recipe(path, sets).model)
     message = str(error.value)
     assert [word for word in words if word not in message] == [], message
     found = re.search(r"set (model\.config\.\w+) to (?:one of )?\[?([\d, ]+)", message)
     assert found is not None
     for value in found[2].split(", "):
-        model_config(load_recipe(path, [*sets, f"{found[1]}={value}"]))
+        model_config(load_recipe(path, [*sets, f"{found[1]}={value}"]).model)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_sizes_that_do_not_go_together_come_with_advice_that_works(
 )
 def test_other_config_values(change: str, words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=r".") as error:
-        outline_of(load_recipe(VIT, [f"model.config.{change}"]))
+        _ = Experiment(load_recipe(VIT, [f"model.config.{change}"])).outline
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
@@ -102,7 +101,7 @@ def test_what_no_memory_holds_is_refused_before_it_is_made(tmp_path: Path) -> No
     sizes = {"hidden_size": 2**15, "intermediate_size": 2**17, "num_attention_heads": 2, "num_hidden_layers": 48}
     recipe = load_recipe(VIT, ["device=cpu", *(f"model.config.{name}={value}" for name, value in sizes.items())])
     with pytest.raises(ValueError, match=r"need at least [\d,.]+ GiB, and this machine has [\d,.]+"):
-        check_machine(recipe, tmp_path)
+        check_machine(Experiment(recipe), tmp_path)
 
 
 def test_weights_are_counted_with_what_is_kept_for_each() -> None:
@@ -113,14 +112,14 @@ def test_weights_are_counted_with_what_is_kept_for_each() -> None:
         check_memory(model, 10_000.0, torch.device("cpu"), "smaller")
 
 
-def of_disk(**changes: object) -> tuple[Recipe, nn.Module, int]:
-    """(recipe, outline, bytes of its weights) of three small blocks under AdamW."""
+def of_disk(**changes: object) -> tuple[Recipe, int]:
+    """(recipe, bytes of its weights) of three small blocks under AdamW."""
     recipe = load_recipe(
         VIT,
         ["device=cpu", "train.steps=4", "train.batch_size=10", *(f"train.{name}={v}" for name, v in changes.items())],
     )
-    outline = outline_of(recipe)
-    return recipe, outline, sum(p.numel() * p.element_size() for p in outline.parameters())
+    outline = Experiment(recipe).outline
+    return recipe, sum(p.numel() * p.element_size() for p in outline.parameters())
 
 
 @pytest.mark.parametrize(
@@ -137,36 +136,36 @@ def of_disk(**changes: object) -> tuple[Recipe, nn.Module, int]:
     ],
 )
 def test_what_no_disk_holds_is_refused(changes: dict[str, object], copies: float, tmp_path: Path) -> None:
-    recipe, outline, weights = of_disk(**changes)
+    recipe, weights = of_disk(**changes)
     needed = int(copies * weights)
-    check_disk(recipe, tmp_path / "run", outline, free=needed, num_examples=40)
+    check_disk(Experiment(recipe), tmp_path / "run", free=needed, num_examples=40)
     with pytest.raises(ValueError, match=r"its disk has [\d.]+ free: make room.*--out"):
-        check_disk(recipe, tmp_path / "run", outline, free=needed - 1, num_examples=40)
+        check_disk(Experiment(recipe), tmp_path / "run", free=needed - 1, num_examples=40)
 
 
 def test_what_a_run_has_written_is_not_counted_again(tmp_path: Path) -> None:
-    recipe, outline, weights = of_disk(snapshot_every=5)
+    recipe, weights = of_disk(snapshot_every=5)
     (tmp_path / "snapshots" / "iteration-000000005").mkdir(parents=True)
     (tmp_path / "checkpoints" / "iteration-000000006").mkdir(parents=True)
     (tmp_path / "checkpoints" / "iteration-000000006" / "state.json").write_text("{}")
-    check_disk(recipe, tmp_path, outline, free=(1 + 1 + 2 * 3) * weights)
+    check_disk(Experiment(recipe), tmp_path, free=(1 + 1 + 2 * 3) * weights)
 
 
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
 def test_a_sliding_window_bounds_the_texts_of_blocks_alone(method: str) -> None:
     changes = ["model.type=MistralForCausalLM", "model.config.sliding_window=24", f"method={method}", "device=cpu"]
     recipe = load_recipe(LLAMA, changes)
-    outline = outline_of(recipe)
-    check_room(recipe, outline, 20, 4)
+    outline = Experiment(recipe).outline
+    recipe.task.check_room(Experiment(recipe), outline, 20, 4)
     with pytest.raises(ValueError, match=r"are 257, more than the model's (24 \(sliding_window\)|256 \(max_pos)"):
-        check_room(recipe, outline, 200, 57)
+        recipe.task.check_room(Experiment(recipe), outline, 200, 57)
     if method == "end-to-end":  # the library's own attention slides
-        check_room(recipe, outline, 20, 5)
+        recipe.task.check_room(Experiment(recipe), outline, 20, 5)
         return
     with pytest.raises(
         ValueError, match=r"20 tokens and evaluate.new_tokens = 5 are 25, more than the model's 24 \(sl"
     ):
-        check_room(recipe, outline, 20, 5)
+        recipe.task.check_room(Experiment(recipe), outline, 20, 5)
 
 
 @pytest.mark.parametrize(
@@ -182,14 +181,15 @@ def test_a_sliding_window_bounds_the_texts_of_blocks_alone(method: str) -> None:
 )
 def test_calls_of_an_evaluation_are_counted(path: Path, changes: list[str], calls: int) -> None:
     recipe = load_recipe(path, ["device=cpu", *changes])
-    assert network_calls(recipe, outline_of(recipe), load_data(recipe, "test")) == calls
+    assert recipe.task.calls(Experiment(recipe), Experiment(recipe).outline, recipe.data.load("test")) == calls
 
 
 @pytest.mark.slow
 def test_many_calls_are_said_and_too_many_refused(caplog: pytest.LogCaptureFixture) -> None:
     def check(*changes: str) -> None:
         recipe = load_recipe(DIT, ["device=cpu", "evaluate.features=null", *changes])
-        check_evaluation(recipe, outline_of(recipe), {"test": load_data(recipe, "test")})
+        experiment = Experiment(recipe, {"test": recipe.data.load("test")})
+        experiment.task.check(experiment, experiment.outline)
 
     check("evaluate.samples=1000", "evaluate.steps=[20]")
     assert not caplog.records

@@ -14,7 +14,6 @@ from diffusionblocks.data.data_config import DigitsConfig, TokensConfig
 from diffusionblocks.data.text_files import open_text
 from diffusionblocks.data.token_text import END, corpus_tokenizer, encoded_split, split_files, train_tokenizer
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
-from diffusionblocks.experiments.sources import load_data, make_batches, text_codec
 
 BOOKS = ["It was a dark night — “very” dark.\n\nThe rain fell.", "Émile's 2nd book 😀 is odd.", "The night fell."]
 
@@ -52,14 +51,14 @@ def options(corpus: Path, **more: object) -> dict[str, object]:
 
 def test_recipe_data_are_the_corpus(corpus: Path) -> None:
     recipe = recipe_of(**options(corpus))
-    train, test, codec = load_data(recipe, "train"), load_data(recipe, "test"), text_codec(recipe)
+    train, test, codec = recipe.data.load("train"), recipe.data.load("test"), recipe.data.codec()
     assert isinstance(train, TextChunks)
     assert isinstance(test, TextChunks)
     assert (train.num_classes, train.example_shape) == (300, (8,))
     assert codec.vocab_size == 300
     assert codec.decode(ids_of(test)) == "".join(book + END for book in BOOKS)
     assert codec.decode(ids_of(train)) == "".join(book + END for book in BOOKS * 20)
-    batch = make_batches(recipe, train, torch.device("cpu"))(torch.arange(4), torch.Generator().manual_seed(0))
+    batch = recipe.data.batches(train, torch.device("cpu"))(torch.arange(4), torch.Generator().manual_seed(0))
     whole = ids_of(train).unfold(0, 8, 1)
     assert all((whole == row).all(dim=1).any() for row in batch["input_ids"])
 
@@ -69,7 +68,7 @@ def ids_of(data: TextChunks) -> torch.Tensor:
 
 
 def test_codec_loses_nothing(corpus: Path) -> None:
-    codec = text_codec(recipe_of(**options(corpus)))
+    codec = recipe_of(**options(corpus)).data.codec()
     for text in (*BOOKS, "unseen: 日本\x00", f"the letters {END} are letters", ""):
         ids = codec.encode(text)
         assert ids.dtype == torch.int64
@@ -80,32 +79,32 @@ def test_codec_loses_nothing(corpus: Path) -> None:
         with pytest.raises(ValueError, match=r"must be \(n,\), each from 0 to 299"):
             codec.decode(wrong)
     topics = parse_recipe(recipe_of().model_dump() | {"data": {"kind": "topics", "length": 8}}, "test")
-    assert text_codec(topics).decode(text_codec(topics).encode("a b z")) == "a b z"
-    assert text_codec(topics).end is None
+    assert topics.data.codec().decode(topics.data.codec().encode("a b z")) == "a b z"
+    assert topics.data.codec().end is None
 
 
 def test_a_ready_tokenizer_needs_no_data(corpus: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus / "test.txt"], 280, tmp_path / "ready.json")
     recipe = recipe_of(**options(corpus, tokenizer=str(tmp_path / "ready.json")))
-    assert load_data(recipe, "train").num_classes == 280
+    assert recipe.data.load("train").num_classes == 280
     alone = recipe_of(tokenizer=str(tmp_path / "ready.json"))
-    assert text_codec(alone).vocab_size == 280
+    assert alone.data.codec().vocab_size == 280
     with pytest.raises(ValueError, match=r"data\.source is not set"):
-        load_data(alone, "train")
+        alone.data.load("train")
 
 
 def test_the_cache_is_used_and_keeps_settings_apart(corpus: Path) -> None:
     cache = corpus.parent / "cache"
-    load_data(recipe_of(**options(corpus)), "train")
+    recipe_of(**options(corpus)).data.load("train")
     times = {file.name: file.stat().st_mtime_ns for file in cache.iterdir()}
     assert len(times) == 3  # tokenizer, ids, and what they are
-    first = ids_of(load_data(recipe_of(**options(corpus)), "train"))
+    first = ids_of(recipe_of(**options(corpus)).data.load("train"))
     assert {file.name: file.stat().st_mtime_ns for file in cache.iterdir()} == times
     for more in ({"vocab_size": 280}, {"separator": None}, {"train_characters": 200}):
-        assert not torch.equal(ids_of(load_data(recipe_of(**options(corpus, **more)), "train")), first)
-    assert torch.equal(ids_of(load_data(recipe_of(**options(corpus)), "train")), first)
+        assert not torch.equal(ids_of(recipe_of(**options(corpus, **more)).data.load("train")), first)
+    assert torch.equal(ids_of(recipe_of(**options(corpus)).data.load("train")), first)
     (corpus / "train.txt").write_text("another text", encoding="utf-8")
-    assert len(load_data(recipe_of(**options(corpus)), "train").text) < 15
+    assert len(recipe_of(**options(corpus)).data.load("train").text) < 15
 
 
 def test_the_tokenizer_reads_only_so_many_characters(corpus: Path, tmp_path: Path) -> None:
@@ -162,7 +161,7 @@ def test_bytes_on_the_device_of_tokens(corpus: Path) -> None:
     assert recipe.data.example_bytes((8,), 300) == 8 * 2
     assert recipe.data.example_bytes((8,), 1 << 16) == 8 * 2
     assert recipe.data.example_bytes((8,), (1 << 16) + 1) == 8 * 4
-    data = load_data(recipe, "train")
+    data = recipe.data.load("train")
     assert isinstance(data, TextChunks)
     assert data.text.ids.element_size() == 2
     assert recipe.data.count_examples().count is None  # counted only of data that are at hand without a cache
@@ -174,15 +173,15 @@ def test_refusals(corpus: Path) -> None:
     with pytest.raises(ValueError, match="validation error"):
         recipe_of(separator="")
     with pytest.raises(ValueError, match=r"train\.txt is a file: name a folder"):
-        load_data(recipe_of(**options(corpus / "train.txt")), "train")
+        recipe_of(**options(corpus / "train.txt")).data.load("train")
     with pytest.raises(FileNotFoundError, match="none is missing: name a folder"):
-        load_data(recipe_of(**options(corpus / "none")), "train")
+        recipe_of(**options(corpus / "none")).data.load("train")
     with pytest.raises(FileNotFoundError, match="split 'dev': no file in"):
-        load_data(recipe_of(**options(corpus, test_split="dev")), "test")
+        recipe_of(**options(corpus, test_split="dev")).data.load("test")
     with pytest.raises(FileNotFoundError, match=r"split 'test': no file in .* matches 'dev\*\.txt'"):
-        load_data(recipe_of(**options(corpus, split_files={"train": "*.txt", "test": "dev*.txt"})), "test")
+        recipe_of(**options(corpus, split_files={"train": "*.txt", "test": "dev*.txt"})).data.load("test")
     with pytest.raises(ValueError, match=r"data\.kind: digits has no text"):
-        text_codec(recipe_of().model_copy(update={"data": DigitsConfig(kind="digits")}))
+        recipe_of().model_copy(update={"data": DigitsConfig(kind="digits")}).data.codec()
 
 
 def test_default_cache_is_named_after_the_corpus() -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.block import Block
+from ..experiments.experiment import Experiment
 from ..experiments.recipe import Recipe
-from ..experiments.sources import device_of, make_batches
 from ..families import family_for
 from ..training import BatchMaker, Diverged, EndToEnd, Unit, units_of
 from ..training.compilation import Compiler
@@ -49,13 +49,14 @@ class Plain:
 
     def __init__(self, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
         self.recipe: Recipe = recipe_of(spec)
-        self.device = device_of(self.recipe)
+        experiment = Experiment(self.recipe, splits_of(self.recipe))
+        self.device = experiment.device
         model = build(self.recipe, self.device).to(dtype)
         self.units, shared = units_of(model)
         assert not shared, "no recipe of the benchmarks has joint shared parameters"
-        data = splits_of(self.recipe)["train"]
+        data = experiment.data("train")
         self.data_bytes = bytes_of_data(data)
-        self.batches: BatchMaker = make_batches(self.recipe, data, self.device)
+        self.batches: BatchMaker = experiment.batches()
         train = self.recipe.train
         self.order = DataOrder(len(data), train.batch_size, 1, train.seed, self.device)
         self.generator = torch.Generator(device=self.device).manual_seed(train.seed)

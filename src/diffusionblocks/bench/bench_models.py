@@ -16,8 +16,9 @@ from ..common.modules import bytes_of
 from ..core.conversion import assemble
 from ..core.partition import even_layers
 from ..data import ImageData, LatentData
+from ..data.dataset import Dataset
+from ..experiments.experiment import Experiment
 from ..experiments.recipe import Recipe, parse_recipe
-from ..experiments.sources import Data, blocks_config, is_end_to_end
 from ..families import family_named, outline, rebuild_config
 from ..training import EndToEnd
 from .methods import METHODS, Spec, check_names
@@ -172,12 +173,12 @@ def examples_of(recipe: Recipe) -> int:
     return 2 * recipe.train.batch_size
 
 
-def bytes_of_data(data: Data) -> int:
+def bytes_of_data(data: Dataset) -> int:
     """Bytes of the data where they are kept, in whatever form they have there."""
     return bytes_of(data.tensors())
 
 
-def splits_of(recipe: Recipe) -> dict[str, Data]:
+def splits_of(recipe: Recipe) -> dict[str, Dataset]:
     """Random training data that fit the recipe."""
     config, count = recipe.model.config, examples_of(recipe)
     generator = torch.Generator().manual_seed(0)
@@ -193,10 +194,11 @@ def splits_of(recipe: Recipe) -> dict[str, Data]:
 
 
 def build(recipe: Recipe, device: torch.device) -> nn.Module:
-    """The recipe's model on a device, as `sources.build_model` makes it but for its weights (see above)."""
+    """The recipe's model on a device, as `Experiment.build` makes it but for its weights (see above)."""
     class_name = recipe.model.type
     original = outline(class_name, rebuild_config(class_name, recipe.model.config))
-    model = EndToEnd(original) if is_end_to_end(recipe) else assemble(original, blocks_config(recipe), take=True)
+    experiment = Experiment(recipe)
+    model = EndToEnd(original) if experiment.end_to_end else assemble(original, experiment.blocks, take=True)
     return fill(model, device).train()
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from ..core.partition import even_layers
-from ..experiments.run import make_trainer
-from ..experiments.sources import device_of
+from ..experiments.experiment import Experiment
 from ..training import Trainer
 from .alternatives import Plain, alternative_runner, compile_units
 from .bench_models import batch_size_of, build, bytes_of_data, layers_of, recipe_of, splits_of
@@ -53,15 +52,15 @@ def runner_of(spec: Spec) -> Iterator[Runner]:
         yield alternative_runner(spec)
         return
     recipe = recipe_of(spec)
+    experiment = Experiment(recipe, splits_of(recipe))
     waits_on_host = recipe.train.resident == "active"
-    model = build(recipe, torch.device("cpu") if waits_on_host else device_of(recipe))
+    model = build(recipe, torch.device("cpu") if waits_on_host else experiment.device)
     with tempfile.TemporaryDirectory(prefix="diffusionblocks-bench-") as temporary:
         # With a folder, the trainer's loop would also save checkpoints.
         folder = Path(temporary) if recipe.train.offload == "disk" else None
-        splits = splits_of(recipe)
-        trainer = make_trainer(recipe, folder=folder, progress=False, splits=splits, model=model)
+        trainer = experiment.trainer(folder, progress=False, model=model)
         with trainer.side_stream():
-            yield TrainerRunner(trainer, bytes_of_data(splits["train"]))
+            yield TrainerRunner(trainer, bytes_of_data(experiment.data("train")))
 
 
 def _row(spec: Spec) -> dict[str, Any]:

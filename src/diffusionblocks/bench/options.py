@@ -11,11 +11,9 @@ from .methods import METHODS, Spec, check_names, current_name, rows_of
 _MODELS = ["dit-l-2", "vit-h"]
 
 
-def add_bench(commands: Any) -> None:
-    """Add the command `bench` to the parser's commands."""
-    text = "measure memory, speed and depth beside end-to-end training and other ways to save memory, on a CUDA GPU"
-    bench = commands.add_parser("bench", help=text, description=text)
-    kinds = bench.add_subparsers(required=True, metavar="memory | speed | depth | gather")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the commands and options of `bench`."""
+    kinds = parser.add_subparsers(required=True, metavar="memory | speed | depth | gather")
 
     memory = _measuring(kinds, "memory", _memory, "peak memory by kind and speed, of every method")
     _models(memory)

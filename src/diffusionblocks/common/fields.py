@@ -6,9 +6,9 @@ taking hours or all memory. What a particular model, its data and the machine al
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 #: Layers, blocks, heads.
 MOST_LAYERS = 1024
@@ -84,3 +84,10 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), IsNumber]
 Share = Annotated[float, Field(ge=0, le=1), IsNumber]
 #: A list of settings, every combination of which is measured.
 Many = Annotated[tuple[_T, ...], Field(min_length=1, max_length=100)]
+
+#: What a prediction feeds to the next step; `bridge` is the name in recipes and saved models of earlier versions.
+FEEDBACK_NAMES = AliasChoices("feedback", "bridge")
+
+#: What a prediction of labels feeds to the next denoising step, and what one of tokens does.
+LabelFeedback = Literal["soft", "hard"]
+TokenFeedback = Literal["soft", "hard", "sampled", "top-k"]

@@ -8,14 +8,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 from torch import Tensor
 from typing_extensions import override
 
+from ..common.by_kind import ByKind, kind_of
 from ..common.fields import MOST_TOKENS, Float, Int, IsNumber, Labels, Length, Pixels, Positive, Share
+from ..common.registry import Registry
 from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from .augment import AugmentConfig
 from .autoencoder import decode, latent_scale, load_vae
@@ -48,6 +50,8 @@ class DataSection(BaseModel, ABC):
     """What every kind of data answers.
 
     Attributes:
+        examples: What an example is: `images`, `latents`, `characters` or `tokens`; a task says which it takes.
+        users: Models that take such examples, for messages.
         of_text: Whether examples are texts.
         mapped: Whether a CPU reads examples from files when they are used, instead of having them in memory.
         placement: Where training examples wait: on the `device`, on the `host`, or `auto`: on the device where they
@@ -56,6 +60,8 @@ class DataSection(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    examples: ClassVar[str]
+    users: ClassVar[str] = "image models"
     of_text: ClassVar[bool] = False
     mapped: ClassVar[bool] = False
 
@@ -97,6 +103,40 @@ class DataSection(BaseModel, ABC):
     @abstractmethod
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
         """Bytes of one example where it is kept, labels included."""
+
+    def codec(self) -> TextCodec:
+        """What turns text into the data's ids and back; see `TextSection.codec`.
+
+        Raises:
+            ValueError: data without text.
+        """
+        raise ValueError(f"data.kind: {self.kind} has no text; text has data.kind: topics, text or tokens")
+
+    def with_tokenizer_of(self, folder: Path) -> Self:
+        """The section with the tokenizer that lies in a model's folder; itself where it has none."""
+        return self
+
+
+#: Kinds of data by name.
+DATA: Registry[type[DataSection]] = Registry("kind of data")
+
+Section = TypeVar("Section", bound=DataSection)
+
+#: The type of a recipe's `data` section.
+DataConfig = Annotated[SerializeAsAny[DataSection], ByKind(DATA)]
+
+
+def register_data(section: type[Section]) -> type[Section]:
+    """Add a kind of data, as a decorator of its class; recipes can then say `data.kind`.
+
+    Args:
+        section: a subclass of `DataSection` with a field `kind: Literal["its name"]`.
+
+    Raises:
+        ValueError: no such field, or a name that is taken.
+    """
+    DATA.register(kind_of(section), section)
+    return section
 
 
 class FilesSection(DataSection):
@@ -179,6 +219,8 @@ class PixelsConfig(ImagesSection):
         augment: Random changes of training images.
     """
 
+    examples: ClassVar[str] = "images"
+
     mean: tuple[Float, ...]
     std: tuple[Positive, ...]
     augment: AugmentConfig = AugmentConfig()
@@ -218,6 +260,7 @@ class PixelsConfig(ImagesSection):
         return math.prod(shape) + 8  # uint8 pixels, and an int64 label
 
 
+@register_data
 class DigitsConfig(PixelsConfig):
     """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,437 train and 360 test images."""
 
@@ -234,6 +277,7 @@ class DigitsConfig(PixelsConfig):
         return ExampleCount(len(self.load("train")), "")
 
 
+@register_data
 class ImageFilesConfig(PixelsConfig, FilesSection):
     """Image-classification parquet in the hub's schema.
 
@@ -279,6 +323,7 @@ class ImageFilesConfig(PixelsConfig, FilesSection):
         )
 
 
+@register_data
 class LatentsConfig(ImagesSection, FilesSection):
     """Latents of an autoencoder, in shards that `python -m diffusionblocks.data.encode` wrote.
 
@@ -290,6 +335,8 @@ class LatentsConfig(ImagesSection, FilesSection):
         vae: Folder or hub name of the autoencoder that decodes samples; null keeps samples as latents.
     """
 
+    examples: ClassVar[str] = "latents"
+    users: ClassVar[str] = "diffusion models"
     mapped: ClassVar[bool] = True
 
     kind: Literal["latents"]
@@ -357,12 +404,12 @@ class TextSection(DataSection):
     """A text in examples of one length.
 
     Attributes:
-        unit: What a text is counted in.
         length: Characters or tokens of an example; examples overlap in training.
     """
 
+    examples: ClassVar[str] = "characters"
+    users: ClassVar[str] = "text models"
     of_text: ClassVar[bool] = True
-    unit: ClassVar[str] = "characters"
 
     length: Length
 
@@ -410,6 +457,7 @@ class TextSection(DataSection):
         return math.prod(shape)  # uint8 characters
 
 
+@register_data
 class TopicsConfig(TextSection):
     """The language reference that CPython carries, in the 27 characters of text8: some 300,000; needs no download."""
 
@@ -437,6 +485,7 @@ class TextFilesSection(TextSection, FilesSection):
         return ExampleCount(None, "a plan does not read text")
 
 
+@register_data
 class TextConfig(TextFilesSection):
     """A text in the 27 characters of text8: a file, which is split by shares, or a folder with files for each split.
 
@@ -462,6 +511,7 @@ class TextConfig(TextFilesSection):
         )
 
 
+@register_data
 class TokensConfig(TextFilesSection):
     """A corpus as byte-level BPE tokens, of a tokenizer that is trained on its train split; encoded once, then mapped.
 
@@ -477,7 +527,8 @@ class TokensConfig(TextFilesSection):
         cache: Folder for the tokenizer and the ids; null: runs/tokens-<name of the folder>.
     """
 
-    unit: ClassVar[str] = "tokens"
+    examples: ClassVar[str] = "tokens"
+    users: ClassVar[str] = "autoregressive models"
 
     kind: Literal["tokens"]
     separator: str | None = Field(default=None, min_length=1)
@@ -549,9 +600,3 @@ class TokensConfig(TextFilesSection):
     @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
         return math.prod(shape) * (2 if num_classes <= 1 << 16 else 4)  # uint16 or uint32, as `encoded_corpus` writes
-
-
-DataConfig = Annotated[
-    DigitsConfig | ImageFilesConfig | LatentsConfig | TopicsConfig | TextConfig | TokensConfig,
-    Field(discriminator="kind"),
-]

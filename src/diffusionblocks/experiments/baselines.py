@@ -1,4 +1,4 @@
-"""The rows of a comparison: the blocks, and the end-to-end controls that every claim about them needs."""
+"""The rows of a comparison: the blocks, and the end-to-end baselines that every claim about them needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.formats import read_json
+from .experiment import Experiment
 from .recipe import DEPTH_ON_HOST, Recipe
-from .run import RECIPE, depth_of, layers_of_a_block, make_trainer, trunk_recipe, with_depth, with_train
-from .scores import Splits
+from .recipe_changes import depth_of, layers_of_a_block, trunk_recipe, with_depth, with_train
+from .run import RECIPE
 
 #: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
 _WARM, _TIMED = 12, 36
@@ -85,32 +86,31 @@ def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
     return with_train(shallow, **changes).model_copy(update={"method": "end-to-end"})
 
 
-def of_equal_time(rows: list[Variant], seconds: float, folder: Path, splits: Splits) -> list[Variant]:
-    """The end-to-end controls with as many steps as they make in the time that the blocks took.
+def of_equal_time(experiment: Experiment, seconds: float, folder: Path) -> list[Variant]:
+    """The end-to-end baselines with as many steps as they make in the time that the blocks took.
 
     Args:
-        rows: of the comparison; those of blocks, and the control of one block's layers at equal steps, are left out.
+        experiment: what is compared, of whose data a few steps of each baseline are timed.
         seconds: what training the blocks took, trunk and fit included.
-        folder: of the comparison. A control whose run began there keeps its length.
-        splits: the recipe's data, of which a few steps of each control are timed.
+        folder: of the comparison. A baseline whose run began there keeps its length.
     """
-    plain = {row.layers: row for row in rows if row.name == "end-to-end"}
-    found = []
+    plain = {row.layers: row for row in variants(experiment.recipe) if row.name == "end-to-end"}
+    rows = []
     for row in plain.values():
         key = f"end-to-end-{row.layers}-same-time"
         begun = folder / key / RECIPE
         if begun.is_file():
             steps = int(read_json(begun)["train"]["steps"])
         else:
-            steps = max(1, round(seconds / seconds_a_step(row.recipe, splits)))
-        found.append(dataclasses.replace(row, key=key, recipe=with_train(row.recipe, steps=steps, epochs=None)))
-    return found
+            steps = max(1, round(seconds / seconds_a_step(experiment.derive(row.recipe))))
+        rows.append(dataclasses.replace(row, key=key, recipe=with_train(row.recipe, steps=steps, epochs=None)))
+    return rows
 
 
-def seconds_a_step(recipe: Recipe, splits: Splits) -> float:
-    """What a training step of a recipe takes once it runs, from a few of each of its units."""
-    recipe = with_train(recipe, steps=_WARM + _TIMED, epochs=None, schedule="round-robin")
-    trainer = make_trainer(recipe, folder=None, progress=False, splits=splits)
+def seconds_a_step(experiment: Experiment) -> float:
+    """What a training step takes once it runs, from a few of each unit."""
+    recipe = with_train(experiment.recipe, steps=_WARM + _TIMED, epochs=None, schedule="round-robin")
+    trainer = experiment.derive(recipe).trainer(progress=False)
     units = len(trainer.units)
     trainer.train(until=_WARM * units)
     before = trainer.seconds

@@ -42,11 +42,15 @@ _IDENTITY = {"data": ("examples", "shape", "classes", "content"), "model": ("fil
 _WHOLE, _PIECE = 2**28, 2**20
 
 
-def describe_run(recipe: Recipe, data: Dataset | None) -> dict[str, Any]:
-    """What a run of the recipe trains on the data (None: data that are not read yet), as JSON values."""
+def describe_run(recipe: Recipe, data: dict[str, Any] | None) -> dict[str, Any]:
+    """What a run of a recipe trains, as JSON values.
+
+    Args:
+        recipe: of the run.
+        data: `data_identity` of its training data; None: they are not read yet.
+    """
     description = recipe.model_dump(mode="json")
-    if data is not None:
-        description["data"] |= {"examples": len(data), "shape": list(data.example_shape), **_identity(data)}
+    description["data"] |= data or {}
     if recipe.model.pretrained is not None and (folder := Path(recipe.model.pretrained)).is_dir():
         files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
         description["model"]["files"] = {
@@ -154,9 +158,15 @@ def _in_todays_terms(description: dict[str, Any]) -> dict[str, Any]:
     return {name: values | more[name] if name in more else values for name, values in plain.items()}
 
 
-def _identity(data: Dataset) -> dict[str, Any]:
+def data_identity(data: Dataset) -> dict[str, Any]:
+    """What tells data apart wherever they lie, as JSON values: number, shape and classes, and a digest."""
     tokenizer = None if data.tokenizer is None else hashlib.sha256(data.tokenizer).hexdigest()
-    return {"classes": data.classes, "content": _content(data.tensors(), tokenizer)}
+    return {
+        "examples": len(data),
+        "shape": list(data.example_shape),
+        "classes": data.classes,
+        "content": _content(data.tensors(), tokenizer),
+    }
 
 
 def _content(tensors: Iterable[Tensor], extra: str | None) -> str:

@@ -13,7 +13,7 @@ with the same levels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -30,11 +30,14 @@ from ..core.merging import difference
 from ..core.model import DiffusionBlocks
 from ..noise import EDM, fitted_quantiles
 from ..reports.figures import draw_fit
-from ..training import BatchMaker, Trainer
-from ..training.checkpoint import checkpoints, read_values, remove
+from ..training import BatchMaker
+from ..training.checkpoint import checkpoints, read_values
 from ..training.step import arithmetic
 from ..training.train_config import RESUME_MAY_DIFFER, under_current_names
+from .experiment import Experiment
+from .identity import learned_from
 from .recipe import FitConfig, Recipe
+from .recipe_changes import fit_options, fit_recipe, with_noise
 
 LEVELS = "levels.json"
 
@@ -95,39 +98,27 @@ class Fit:
         return self.rounds[-1].train_seconds + sum(done.measure_seconds for done in self.rounds)
 
 
-def fit_levels(
-    options: FitConfig,
-    recipe: Recipe,
-    folder: Path,
-    prepare: Callable[[Recipe, Path], Trainer],
-    *,
-    data: dict[str, Any] | None = None,
-    resume: bool = True,
-) -> Fit:
-    """Fit levels to a recipe's task, or read back what a finished fit left.
+def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -> Fit:
+    """Fit levels to an experiment's task, or read back what a finished fit left.
 
     Leaves `folder`/levels.json, with all measured losses, and a figure of them, levels.png.
 
     Args:
-        options: the recipe's `fit` section.
-        recipe: of one block on all levels, as long as the fit (`runs.fit_recipe`).
+        experiment: whose recipe has a `fit` section.
         folder: of the fit; an unfinished fit there is resumed.
-        prepare: makes the trainer of a recipe in a folder, with a fresh model.
-        data: what tells the data apart, as JSON values: a fit to others is not read back.
-        resume: False starts anew.
+        progress: show progress bars.
 
     Raises:
         ValueError: the folder holds a fit with other settings, or checkpoints that are not of its rounds; or rounds
             without a step.
     """
-    settings = _settings(options, recipe) | ({} if data is None else {"data": data})
-    grid, rounds = _kept(folder / LEVELS, settings) if resume else ([], [])
+    options, recipe = fit_options(experiment.recipe), fit_recipe(experiment.recipe)
+    of_fit = experiment.derive(recipe)
+    settings = _settings(options, recipe) | {"data": learned_from(experiment.describe())["data"]}
+    grid, rounds = _read_rounds(folder / LEVELS, settings)
     while len(rounds) < options.rounds:
         now = recipe if not rounds else with_noise(recipe, rounds[-1].noise)
-        trainer = prepare(now, folder)
-        if not (resume or rounds):
-            (folder / LEVELS).unlink(missing_ok=True)
-            remove(checkpoints(folder / "checkpoints"))
+        trainer = of_fit.derive(now, same_run=True).trainer(folder, progress=progress)
         model = trainer.model
         assert isinstance(model, DiffusionBlocks)
         assert isinstance(model.noise, EDM), "recipes of other processes have no fit"
@@ -156,14 +147,9 @@ def fit_levels(
         del trainer, model  # and their memory, before the next
         if len(rounds) == options.rounds:  # before the file says that the fit is finished
             draw_fit(grid, [done.losses for done in rounds], noise, folder / "levels.png")
-        written = [done.to_dict() for done in rounds]
-        write_json(folder / LEVELS, {"settings": settings, "levels": list(grid), "rounds": written})
+        values = [done.to_dict() for done in rounds]
+        write_json(folder / LEVELS, {"settings": settings, "levels": list(grid), "rounds": values})
     return Fit(tuple(grid), tuple(rounds))
-
-
-def with_noise(recipe: Recipe, noise: EDM) -> Recipe:
-    """The recipe on the levels of a process, which it does not fit again."""
-    return recipe.model_copy(update={"blocks": recipe.blocks.model_copy(update={"noise": noise}), "fit": None})
 
 
 def measured(
@@ -220,7 +206,7 @@ def _settings(options: FitConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {name: section.model_dump(mode="json") for name, section in sections.items()} | {"train": train}
 
 
-def _kept(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[float], list[Round]]:
+def _read_rounds(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[float], list[Round]]:
     """The grid and the finished rounds in a file; none where there is no file."""
     if not file.is_file():
         return [], []

@@ -6,16 +6,16 @@ the JSON schema; the words are those of the section classes' docstrings.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, get_args, get_type_hints
+from collections.abc import Mapping
+from typing import Any
 
-from pydantic import AliasChoices, BaseModel
+from pydantic import AliasChoices
 
 from .recipe import Recipe
+from .schema_errors import sections_in
 
 _HEAD = """# Recipes: every field
 
@@ -37,7 +37,7 @@ _TYPES = {"integer": "whole number", "number": "number", "string": "text", "bool
 def markdown() -> str:
     """Write docs/recipes.md: one table of fields for each section of a recipe, and for each kind of it."""
     schema = Recipe.model_json_schema()
-    classes = {section.__name__: section for section in _sections(Recipe)}
+    classes = {section.__name__: section for section in sections_in(Recipe)}
     parts = [_HEAD, "## Top level\n", *_table(Recipe, schema, schema["$defs"], classes)]
     for name, field in schema["properties"].items():
         parts += _section(name, field, schema["$defs"], classes)
@@ -159,20 +159,6 @@ def _aliases(section: type, name: str) -> list[str]:
     alias = getattr(fields.get(name), "validation_alias", None)
     choices = alias.choices if isinstance(alias, AliasChoices) else [alias] if isinstance(alias, str) else []
     return [str(choice) for choice in choices if choice != name]
-
-
-def _sections(section: Any) -> Iterator[type]:
-    """The class of a section, and those of the sections inside."""
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        yield section
-        annotations = [field.annotation for field in section.model_fields.values()]
-    elif isinstance(section, type) and dataclasses.is_dataclass(section):
-        yield section
-        annotations = list(get_type_hints(section).values())
-    else:
-        annotations = list(get_args(section))
-    for annotation in annotations:
-        yield from _sections(annotation)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 from ..data.data_config import TextSection
 from ..data.placement import SHARE
 from ..experiments.recipe import Recipe, parse_recipe
-from ..experiments.run import depth_of
+from ..experiments.recipe_changes import depth_of
 from ..families import family_named
 from ..training.train_config import LEAN_BUDGET
 from .ledger import Forecast, Ledger

@@ -17,9 +17,9 @@ from torch import nn
 
 from ..core.block import Block
 from ..data.dataset import ExampleCount
+from ..experiments.experiment import Experiment
 from ..experiments.recipe import Recipe
-from ..experiments.run import with_depth
-from ..experiments.sources import config_of, outline_of
+from ..experiments.recipe_changes import with_depth
 from ..families import Family, family_named
 from ..training import Unit, units_of
 from ..training.shared_module import shape_of
@@ -131,8 +131,8 @@ class Predictor:
     def _outline(self, recipe: Recipe) -> _Outline:
         key = json.dumps(recipe.model_dump(mode="json", exclude=_OUTSIDE_THE_MODEL), sort_keys=True)
         if key not in self._outlines:
-            module = outline_of(recipe)
-            self._outlines[key] = _Outline(key, family_named(recipe.model.type), module, config_of(module))
+            module = Experiment(recipe).outline
+            self._outlines[key] = _Outline(key, family_named(recipe.model.type), module, Experiment.config_of(module))
         return self._outlines[key]
 
     def _moments(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepMoments:

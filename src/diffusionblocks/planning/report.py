@@ -64,7 +64,7 @@ def _about_data(predictor: Predictor, plan: Plan | None) -> str:
 def _one_example(predictor: Predictor) -> str:
     data = predictor.recipe.data
     if isinstance(data, TextSection):
-        return f"{data.length} {data.unit}"
+        return f"{data.length} {data.examples}"
     return f"{predictor.example_bytes():,} bytes"
 
 

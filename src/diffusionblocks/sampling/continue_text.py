@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..common.fields import MOST_LENGTH, check_count
+from ..common.fields import MOST_LENGTH, TokenFeedback, check_count
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
 from ..families.generation_config import end_tokens
 from ..noise import GaussianProcess, one_level
-from ..targets import NextTokenTarget, TokenFeedback
+from ..targets import NextTokenTarget
 from .chain import check_levels, check_temperature, draw_tokens, generators_of
 from .solvers import euler
 

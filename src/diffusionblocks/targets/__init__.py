@@ -1,11 +1,10 @@
 """What the blocks denoise: a label, an image, masked tokens, the next token."""
 
 from .image import ImageTarget, ImageTargetConfig
-from .label import NONE_IGNORED, LabelFeedback, LabelTarget, LabelTargetConfig, check_labels, label_losses
+from .label import NONE_IGNORED, LabelTarget, LabelTargetConfig, check_labels, label_losses
 from .masked_tokens import TokenTarget, TokenTargetConfig
-from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig, TokenFeedback
+from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig
 from .target import (
-    FEEDBACK_NAMES,
     BaseTargetConfig,
     Batch,
     EmbeddingTarget,
@@ -21,21 +20,18 @@ from .target import (
 
 __all__ = [
     "CONTEXT",
-    "FEEDBACK_NAMES",
     "NONE_IGNORED",
     "BaseTargetConfig",
     "Batch",
     "EmbeddingTarget",
     "ImageTarget",
     "ImageTargetConfig",
-    "LabelFeedback",
     "LabelTarget",
     "LabelTargetConfig",
     "NextTokenTarget",
     "NextTokenTargetConfig",
     "Target",
     "TextTarget",
-    "TokenFeedback",
     "TokenTarget",
     "TokenTargetConfig",
     "check_entries",

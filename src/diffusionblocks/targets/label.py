@@ -9,10 +9,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from .target import FEEDBACK_NAMES, Batch, EmbeddingTarget, EmbeddingTargetConfig
-
-#: What a prediction may feed to the next step.
-LabelFeedback = Literal["soft", "hard"]
+from ..common.fields import FEEDBACK_NAMES, LabelFeedback
+from .target import Batch, EmbeddingTarget, EmbeddingTargetConfig
 
 #: An `ignore_index` that no label has, so that torch passes over none.
 NONE_IGNORED = torch.iinfo(torch.int64).min

@@ -10,9 +10,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..common.fields import MOST_TOKENS, Int, NonNegative, Positive
+from ..common.fields import FEEDBACK_NAMES, MOST_TOKENS, Int, NonNegative, Positive, TokenFeedback
 from .target import (
-    FEEDBACK_NAMES,
     Batch,
     EmbeddingTarget,
     EmbeddingTargetConfig,
@@ -22,9 +21,6 @@ from .target import (
     check_tokens,
     refuse_where,
 )
-
-#: What a prediction may feed to the next step.
-TokenFeedback = Literal["soft", "hard", "sampled", "top-k"]
 
 #: The label of a token that is context only: it has no loss. (transformers' number, and torch's `ignore_index`.)
 CONTEXT = -100

@@ -7,15 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 Batch = Mapping[str, Tensor]
-
-#: `bridge` is the name of `feedback` in recipes and saved models of earlier versions.
-FEEDBACK_NAMES = AliasChoices("feedback", "bridge")
 
 
 class BaseTargetConfig(BaseModel):

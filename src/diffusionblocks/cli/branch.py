@@ -1,0 +1,49 @@
+"""diffusionblocks branch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..common.choices import choice_of
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `branch`."""
+    parser.set_defaults(run=run)
+    parser.add_argument("model", type=Path, help="folder of the trunk")
+    parser.add_argument("--blocks", type=int, required=True, metavar="B", help="number of blocks")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the branched model")
+    parser.add_argument(
+        "--overlap", type=float, help="gamma: how far the blocks' training levels overlap (default 0.05)"
+    )
+    parser.add_argument(
+        "--partition",
+        type=choice_of(_partitions),
+        metavar="STRATEGY",
+        help="equi-probability, log-uniform or uniform (default: the trunk's)",
+    )
+
+
+def _partitions() -> tuple[str, ...]:
+    from ..noise import PARTITION_STRATEGIES
+
+    return PARTITION_STRATEGIES
+
+
+def run(options: argparse.Namespace) -> None:
+    """Copy a trained trunk into several blocks."""
+    from ..common.tokenizer_file import tokenizer_in
+    from ..core.branching import branch
+    from ..core.loading import load
+    from ..core.saving import check_out, save
+    from ..reports.tables import block_table, format_table
+
+    given = {name: getattr(options, name) for name in ("overlap", "partition")}
+    check_out(options.out, [options.model], "branched")
+    trunk = load(options.model)
+    model = branch(trunk, options.blocks, **{name: value for name, value in given.items() if value is not None})
+    tokenizer = tokenizer_in(options.model)
+    save(model, options.out, tokenizer=None if tokenizer is None else tokenizer.read_bytes())
+    print(format_table(block_table(model)))
+    print(f"{options.blocks} blocks of {trunk.partition.num_layers} layers in {options.out}")

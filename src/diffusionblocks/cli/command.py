@@ -1,0 +1,54 @@
+"""What the commands have in common: how one is described, and the options of those that read a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        help: one line.
+        module: what adds its options (`add_options`), below this package; imported when the command is given.
+    """
+
+    help: str
+    module: str
+
+
+def takes_recipe(parser: argparse.ArgumentParser, run: Callable[..., None]) -> None:
+    """Let a command read a recipe, with overrides; `run` gets the experiment and the options."""
+    parser.set_defaults(run=run)
+    parser.add_argument("recipe", help="a YAML recipe, see the folder recipes/")
+    parser.add_argument(
+        "--set", action="append", metavar="a.b=v", help="override a field of the recipe; the value is YAML; repeatable"
+    )
+
+
+def takes_model(parser: argparse.ArgumentParser) -> None:
+    """Let a command read a trained model."""
+    parser.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
+
+
+def takes_quiet(parser: argparse.ArgumentParser) -> None:
+    """Let a command be quiet."""
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is printed; what is `by_level` is a table of its own."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return " ".join(map(str, map(shown, value)))
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    return {name: shown(value) for name, value in row.items() if name != "by_level"}

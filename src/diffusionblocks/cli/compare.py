@@ -1,0 +1,39 @@
+"""diffusionblocks compare."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import takes_quiet, takes_recipe
+
+if TYPE_CHECKING:
+    from ..experiments.experiment import Experiment
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compare`."""
+    takes_recipe(parser, run)
+    parser.add_argument("--out", type=Path, help="folder (default runs/<name>-compare)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, for example end-to-end-4")
+    parser.add_argument(
+        "--equal",
+        choices=["updates", "seconds"],
+        default="updates",
+        help="what the rows have in common: updates of layers, or seconds of training",
+    )
+    takes_quiet(parser)
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Train the recipe and its end-to-end baselines; print their table."""
+    from ..experiments.comparison import compare
+
+    options.folder = folder = options.out or Path("runs") / f"{experiment.recipe.name}-compare"
+    print(compare(experiment, folder, rows=options.rows, equal=options.equal, progress=not options.quiet))
+    print(f"table: {folder / 'table.json'}")
+    figures = [path for name in ("samples/grid.png", "levels.png") for path in sorted(folder.glob(f"*/{name}"))]
+    for figure in [folder / "figure.png", *figures]:
+        if figure.is_file():
+            print(f"figure: {figure}")

@@ -1,0 +1,48 @@
+"""diffusionblocks evaluate."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import rounded, takes_model, takes_recipe
+
+if TYPE_CHECKING:
+    from ..experiments.experiment import Experiment
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `evaluate`."""
+    takes_recipe(parser, run)
+    takes_model(parser)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--by-level", action="store_true", help="of a classifier, also each block's accuracy by level")
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Measure a trained model."""
+    from ..reports.results import write_results
+    from ..reports.tables import format_table
+
+    folder = options.model or Path("runs") / experiment.recipe.name / "model"
+    experiment = experiment.with_tokenizer_of(folder)
+    model, task = experiment.load(folder), experiment.task
+    if options.by_level and not experiment.of_blocks(model):
+        raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
+    if options.by_level and not task.by_level:
+        task.measure_by_level(experiment, experiment.blocks_of(model))  # says why not
+    experiment.data("test")
+    task.check(experiment, model)
+    rows = [row.to_dict() for row in task.measure(experiment, model)]
+    print(format_table([rounded(row) for row in rows]))
+    for row in rows:
+        if row.get("by_level"):
+            print(format_table([rounded(level) for level in row["by_level"]]))
+    more = {}
+    if options.by_level:
+        levels = task.measure_by_level(experiment, experiment.blocks_of(model))
+        more["by_level"] = [row.to_dict() for row in levels]
+        print(format_table(more["by_level"]))
+    if options.json:
+        write_results(options.json, rows, **more)

@@ -1,0 +1,39 @@
+"""diffusionblocks inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import takes_recipe
+
+if TYPE_CHECKING:
+    from ..experiments.experiment import Experiment
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `inspect`."""
+    takes_recipe(parser, run)
+    parser.add_argument("--figure", type=Path, help="draw the noise partition to this PNG")
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Show the blocks of a recipe before any training."""
+    from ..core.materialise import empty
+    from ..reports.figures import draw_partition
+    from ..reports.tables import block_table, format_table, partition_sketch
+
+    recipe, source = experiment.recipe, experiment.original.weights()
+    model = empty(source, recipe.blocks)
+    total = sum(p.numel() for p in source.outline().parameters())
+    print(f"{recipe.name}: {recipe.model.type}, {model.partition.num_layers} layers, {total:,} parameters")
+    print(f"blocks: {json.dumps(model.blocks_config.model_dump(mode='json', exclude={'noise'}))}")
+    print(format_table(block_table(model)))
+    print("bytes: AdamW in the weights' precision, of one block and its shared parameters, without activations")
+    print(partition_sketch(model.partition, model.noise))
+    print(f"{model.noise.symbol} is read, and told, from {model.noise.read_min:.4g} to {model.noise.read_max:.4g}")
+    if options.figure:
+        draw_partition(model.partition, model.noise, options.figure)
+        print(f"partition drawn to {options.figure}")

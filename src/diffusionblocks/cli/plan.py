@@ -1,0 +1,46 @@
+"""diffusionblocks plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import takes_recipe
+
+if TYPE_CHECKING:
+    from ..experiments.experiment import Experiment
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `plan`."""
+    takes_recipe(parser, run)
+    parser.add_argument("--budget", help="device memory, as 12GiB, 16GB or 800MiB (default: only the ledger)")
+    parser.add_argument("--vary", choices=("blocks", "batch"), help="fit only the number of blocks or the batch size")
+    parser.add_argument(
+        "--examples", type=int, metavar="N", help="count N examples of the data (default: those of local images)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the plan to this file")
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Predict the memory of a recipe's training step, and what fits a budget."""
+    from ..planning import Predictor, parse_budget, plan_with
+    from ..planning.report import describe, ledger_table, remarks
+    from ..reports.results import write_results
+
+    recipe = experiment.recipe
+    predictor, plan = Predictor(recipe, options.examples), None
+    if options.budget is not None:
+        plan = plan_with(predictor, parse_budget(options.budget), vary=options.vary)
+    elif options.vary:
+        raise ValueError(f"--vary {options.vary} needs a budget to fit: give --budget, as 12GiB")
+    ledger = plan.ledger if plan else predictor.forecast().ledger
+    notes = remarks(predictor, plan)
+    print(ledger_table(recipe, ledger))
+    for line in notes:
+        print(line)
+    if plan:
+        print(describe(plan, options.vary))
+    if options.json:
+        write_results(options.json, [ledger.to_dict()], remarks=notes, **({"plan": plan.to_dict()} if plan else {}))

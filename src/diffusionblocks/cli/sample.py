@@ -1,0 +1,67 @@
+"""diffusionblocks sample."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.choices import choice_of
+from ..experiments.tasks import TASKS, SampleOption, level_grids
+from .command import takes_model, takes_quiet, takes_recipe
+
+if TYPE_CHECKING:
+    from ..experiments.experiment import Experiment
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sample`: those of all tasks, and each task's own."""
+    takes_recipe(parser, run)
+    takes_model(parser)
+    parser.add_argument("--out", type=Path, help="folder of the files (default runs/<name>/samples)")
+    parser.add_argument(
+        "--count", type=int, help="number of samples (default: one for each of --labels, or what evaluate says)"
+    )
+    parser.add_argument("--seed", type=int, help="seed of the first sample (default: evaluate.seed); the next count up")
+    parser.add_argument("--steps", type=int, help="solver steps (default: the recipe's first)")
+    parser.add_argument(
+        "--grid",
+        type=_grid,
+        metavar="NAME",
+        help="levels, those that suit the noise process: of EDM equal-quantile or karras (default: the recipe's)",
+    )
+    for option in _task_options().values():
+        flags = [f"--{name.replace('_', '-')}" for name in (option.name, *option.aliases)]
+        parser.add_argument(*flags, help=option.help, **option.parsed)
+    takes_quiet(parser)
+
+
+def _grid(text: str) -> str:
+    from ..noise import grid_name
+
+    return choice_of(level_grids)(grid_name(text))
+
+
+def _task_options() -> dict[str, SampleOption]:
+    """The options that not every task has, by name."""
+    return {option.name: option for task in TASKS.values() for option in task.sample_options}
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Make samples of a trained model."""
+    recipe, task = experiment.recipe, experiment.task
+    if not task.makes:
+        raise ValueError(f"sample is for diffusion models; {recipe.model.type} {task.does}: use evaluate")
+    allowed = {option.name for option in task.sample_options}
+    for name in _task_options().keys() - allowed:
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is not for {recipe.model.type}, which generates {task.makes}; leave it out")
+    place = options.model or Path("runs") / recipe.name / "model"
+    experiment = experiment.with_tokenizer_of(place)
+    model = experiment.load(place)
+    folder = options.out or Path("runs") / recipe.name / "samples"
+    for path in task.sample(experiment, model, folder, vars(options), progress=not options.quiet):
+        if path.suffix == ".txt":
+            print(path.read_text(encoding="utf-8"), end="")
+        print(path)

@@ -1,0 +1,40 @@
+"""diffusionblocks train."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import rounded, takes_quiet, takes_recipe
+
+if TYPE_CHECKING:
+    from ..experiments.experiment import Experiment
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `train`."""
+    takes_recipe(parser, run)
+    parser.add_argument("--out", type=Path, help="folder of the run (default runs/<name>); an unfinished run resumes")
+    parser.add_argument("--restart", action="store_true", help="start anew, removing the checkpoints in the folder")
+    parser.add_argument("--tensorboard", action="store_true", help="also log to <out>/tensorboard (extra: tensorboard)")
+    takes_quiet(parser)
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Train, save and evaluate."""
+    from ..experiments.run import train
+    from ..reports.tables import format_table
+    from ..training.run_log import TensorBoard
+
+    recipe = experiment.recipe
+    options.folder = folder = options.out or Path("runs") / recipe.name
+    loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
+    result = train(experiment, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
+    if result.rows:
+        print(format_table([rounded(row.to_dict()) for row in result.rows]))
+    if recipe.train.blocks is not None:
+        print(
+            f"only blocks {', '.join(map(str, recipe.train.blocks))}; join them with the others: diffusionblocks merge"
+        )
+    print(f"{result.iterations} iterations in {result.seconds:.1f} s; model in {folder / 'model'}")

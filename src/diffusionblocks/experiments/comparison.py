@@ -1,0 +1,156 @@
+"""The comparison every claim needs: DiffusionBlocks beside its end-to-end baselines, in one table.
+
+Rows: L layers end to end; where B > 1 and the model is not pretrained, L/B layers end to end, which have the memory of
+one block, at equal steps and at B times the steps, which is equal compute (the baseline to beat); DiffusionBlocks from
+scratch; and, where the recipe has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the
+last of them is there once more without. All rows but the one of L/B layers at equal steps have the same number of
+layer-updates (recurrent depth end to end runs its core many times a step, which `layer_passes` counts). With
+`equal="seconds"` the baselines train as long as the blocks did instead, by the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from ..core.model import DiffusionBlocks
+from ..evaluation.memory import step_memory
+from ..models.recurrent_depth import RecurrentDepth, layer_passes
+from ..reports.results import write_results
+from ..reports.tables import format_bytes, format_table
+from ..training import EndToEnd, trainable, units_of
+from .baselines import Variant, executed, of_equal_time, variants
+from .experiment import Experiment
+from .preflight import check_machine, check_with_data
+from .recipe import Recipe
+from .recipe_changes import depth_of
+from .run import train
+from .tasks.task import RunResult
+
+
+def compare(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    equal: Literal["updates", "seconds"] = "updates",
+    progress: bool = True,
+) -> str:
+    """Train and evaluate every row; leave `folder`/table.json and figures; return the printed table.
+
+    Args:
+        experiment: of method `diffusionblocks`.
+        folder: each row's run goes to a sub-folder; finished rows are not trained again.
+        rows: keys of the rows to run (see `variants`); default all.
+        equal: what the rows have in common, `updates` of layers or `seconds` of training. Of `seconds` the rows are
+            those of blocks, and the baselines for as long as the last of these took.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: an unknown row, or a recipe that cannot be compared.
+    """
+    recipe = experiment.recipe
+    if not experiment.of_method_blocks:
+        raise ValueError(f"compare starts from method: diffusionblocks, got {recipe.method}")
+    chosen = variants(recipe)
+    if equal == "seconds":
+        chosen = [variant for variant in chosen if variant.name == "diffusionblocks"]
+    if rows is not None:
+        unknown = sorted(set(rows) - {variant.key for variant in chosen})
+        if unknown:
+            raise ValueError(f"unknown rows {unknown}; allowed: {[variant.key for variant in chosen]}")
+        chosen = [variant for variant in chosen if variant.key in rows]
+    for split in ("train", "test"):
+        experiment.data(split)
+    # No row is trained before it is known that all can be.
+    for variant in [*chosen, *(row for row in variants(recipe) if equal == "seconds" and row.name == "end-to-end")]:
+        row = experiment.derive(variant.recipe)
+        check_machine(row, folder / variant.key)
+        check_with_data(row, folder / variant.key)
+    table: list[dict[str, Any]] = []
+    results: dict[str, RunResult] = {}
+
+    def add(variant: Variant) -> None:
+        row, results[variant.key] = _run(experiment, variant, folder / variant.key, progress)
+        table.append(row)
+        write_results(folder / "table.json", table)
+
+    for variant in chosen:
+        add(variant)
+    if equal == "seconds":
+        for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
+            add(variant)
+    experiment.task.draw(experiment, table, results, folder)
+    return "\n".join([format_table([_columns(experiment, row) for row in table]), *remarks(recipe)])
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What the table does not show, and why."""
+    if recipe.model.pretrained is None or recipe.blocks.num_blocks == 1:
+        return []
+    return [
+        f"no rows of fewer layers: {recipe.model.pretrained} has weights of all {depth_of(recipe)} layers; for "
+        "baselines of one block's layers train afresh, with all sizes in model.config: --set model.pretrained=null"
+    ]
+
+
+def _run(experiment: Experiment, variant: Variant, folder: Path, progress: bool) -> tuple[dict[str, Any], RunResult]:
+    """Train and evaluate a row."""
+    probe = experiment.derive(executed(variant.recipe, fast=False))
+    memory = step_memory(probe.trainer(progress=False))
+    result = train(experiment.derive(variant.recipe), folder, progress=progress)
+    largest = max(memory, key=lambda unit: unit.peak)
+    row = {
+        "name": variant.name,
+        "key": variant.key,
+        "layers": variant.layers,
+        "blocks": variant.blocks,
+        "branched": variant.branched,
+        "fitted": variant.fitted,
+        "iterations": result.iterations,
+        "layer_updates": result.iterations * variant.layers // variant.blocks,
+        **experiment.task.summary(result.rows),
+        **_passes(result),
+        "parameters_trained": _trained(result.model),
+        "peak_memory_bytes": largest.peak,
+        "memory": largest.to_dict(),
+        "seconds": result.seconds,
+    }
+    return row, result
+
+
+def _passes(result: RunResult) -> dict[str, float]:
+    """Of recurrent depth: layers that the whole training ran forward, by their mean number where it is drawn."""
+    model = result.model.model if isinstance(result.model, EndToEnd) else None
+    if isinstance(model, RecurrentDepth):
+        iterations, config = model.mean_recurrence + 1, model.config
+    elif isinstance(result.model, DiffusionBlocks) and result.model.model_class == RecurrentDepth.__name__:
+        iterations, config = 1, result.model.config
+    else:
+        return {}
+    sizes = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
+    forward, _ = layer_passes(*sizes, iterations, iterations)
+    return {"layer_passes": forward * result.iterations}
+
+
+def _columns(experiment: Experiment, row: dict[str, Any]) -> dict[str, Any]:
+    """What is printed of a row of the table."""
+    name = row["name"] + ", branched" * row["branched"] + ", levels fitted" * row["fitted"]
+    shown = {"name": name, "layers": row["layers"], "blocks": row["blocks"], "iterations": row["iterations"]}
+    shown |= experiment.task.columns(row)
+    if "layer_passes" in row:
+        shown["layer passes"] = f"{row['layer_passes']:,}"
+    return shown | {
+        "trained at a time": f"{row['parameters_trained']:,}",
+        "peak memory of a step": format_bytes(row["peak_memory_bytes"]),
+        "seconds": f"{row['seconds']:.1f}",
+    }
+
+
+def _trained(model: nn.Module) -> int:
+    """Most parameters that are trained at a time: those of the largest unit."""
+    units, _ = units_of(model)
+    return max(sum(p.numel() for p in trainable(unit.module)) for unit in units)

@@ -1,0 +1,345 @@
+"""An experiment: a recipe resolved once, with its device, family, task, data and models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common.files import recover
+from ..common.formats import read_json
+from ..common.modules import computes_on
+from ..config import BlocksConfig
+from ..core.conversion import assemble
+from ..core.end_to_end import load_end_to_end, save_end_to_end
+from ..core.loading import load
+from ..core.materialise import build, empty, materialise
+from ..core.model import DiffusionBlocks
+from ..core.saving import INDEX, MODEL_FILES, save
+from ..data import TextCodec
+from ..data.dataset import BatchMaker, Dataset
+from ..families import Family, check_attention, family_named, rebuild_config
+from ..training import EndToEnd, RunDescription, Trainer
+from ..training.run_log import Logger
+from .identity import check_same_run, data_identity, describe_run, learned_from
+from .original import Original
+from .recipe import Recipe
+from .tasks import Task
+
+
+class Experiment:
+    """A recipe resolved once: what is trained, on what, where, and how it is measured.
+
+    Nothing is read or built before it is asked for, and nothing is read or resolved twice.
+
+    Args:
+        recipe: what is trained.
+        splits: data that are read already, by split: `train`, `test`.
+        origin: the recipe that the run was started with, where this is one of its phases; a run resumes only as that.
+    """
+
+    def __init__(
+        self, recipe: Recipe, splits: Mapping[str, Dataset] | None = None, *, origin: Recipe | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.origin = origin or recipe
+        self._data = _Data(splits or {})
+
+    def derive(self, recipe: Recipe, *, same_run: bool = False) -> Experiment:
+        """The experiment of a changed recipe, on the same data.
+
+        Args:
+            recipe: with changes.
+            same_run: whether it is a phase of this run, which resumes as what this one was started with.
+        """
+        other = Experiment(recipe, origin=self.origin if same_run else recipe)
+        other._data = self._data
+        return other
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where to compute.
+
+        Raises:
+            ValueError: a GPU is asked for and there is none.
+        """
+        name = self.recipe.device
+        if name == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: {name}, but torch sees no GPU; use device: cpu or auto")
+        return device
+
+    @functools.cached_property
+    def family(self) -> Family:
+        """The family of the recipe's class.
+
+        Raises:
+            ValueError: it is not supported.
+        """
+        return family_named(self.recipe.model.type)
+
+    @property
+    def task(self) -> Task[Any]:
+        """What is measured, drawn and sampled."""
+        return self.recipe.task
+
+    @property
+    def of_method_blocks(self) -> bool:
+        """Whether blocks are trained, and not the end-to-end baseline."""
+        return self.recipe.method == "diffusionblocks"
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether the model stays whole, as an unconverted classifier or language model."""
+        return not self.of_method_blocks and self.task.plain_training
+
+    @property
+    def blocks(self) -> BlocksConfig:
+        """How the model is split.
+
+        The end-to-end training of a model that denoises anyway, of images or text, is that of one block on all levels:
+        nothing is added to it or taken away.
+        """
+        return self.recipe.blocks if self.of_method_blocks else self.recipe.blocks.as_one_block()
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    @property
+    def splits(self) -> Mapping[str, Dataset]:
+        """The data that are read already, by split."""
+        return self._data.splits
+
+    def data(self, split: str) -> Any:
+        """The `train` or `test` data, read when they are first asked for."""
+        if split not in self._data.splits:
+            self._data.splits[split] = self.recipe.data.load(split)
+        return self._data.splits[split]
+
+    @property
+    def evaluation_splits(self) -> tuple[str, ...]:
+        """The splits that evaluation reads: none where a run trains some blocks, or only draws pictures."""
+        return () if self.recipe.train.blocks is not None else self.task.splits(self.recipe.evaluate)
+
+    def batches(self) -> BatchMaker:
+        """What makes training batches on the device."""
+        return self.recipe.data.batches(self.data("train"), self.device)
+
+    @functools.cached_property
+    def codec(self) -> TextCodec:
+        """What turns text into ids and back: see `DataSection.codec`."""
+        return self.recipe.data.codec()
+
+    def with_tokenizer_of(self, folder: Path) -> Experiment:
+        """The experiment with the tokenizer that lies in a model's folder: see `DataSection.with_tokenizer_of`."""
+        data = self.recipe.data.with_tokenizer_of(folder)
+        return self.derive(self.recipe.model_copy(update={"data": data}), same_run=True)
+
+    def describe(self) -> dict[str, Any]:
+        """What the run trains, as JSON values: see `identity.describe_run`."""
+        return describe_run(self.origin, self._data.identity(self.data("train")))
+
+    # ---- models --------------------------------------------------------------------------------------------------
+
+    @property
+    def original(self) -> Original:
+        """The ordinary model."""
+        return Original(self.recipe.model, self.recipe.train.seed, self.task.new_head)
+
+    def build(self, blocks: Sequence[int] | None = None) -> nn.Module:
+        """The model on the CPU: its blocks, built one after another, or the end-to-end baseline.
+
+        Args:
+            blocks: build only these, and leave the others on the meta device; default `train.blocks` (None builds all).
+
+        Raises:
+            ValueError: a class or config that is not supported, or no such block.
+        """
+        if self.end_to_end:
+            return EndToEnd(self.original.build())
+        chosen = self.recipe.train.blocks if blocks is None else blocks
+        if chosen and max(chosen) >= self.blocks.num_blocks:
+            raise ValueError(f"train.blocks = {list(chosen)}: the model has blocks 0 to {self.blocks.num_blocks - 1}")
+        return build(self.original.weights(), self.blocks, blocks=chosen)
+
+    def build_empty(self) -> tuple[nn.Module, Callable[[int], None] | None]:
+        """As `build`, for a trainer: blocks are on the meta device, and the function gives one its weights."""
+        if self.end_to_end:
+            return self.build(), None
+        source = self.original.weights()
+        model = empty(source, self.blocks)
+        return model, lambda index: materialise(model, index, source)
+
+    @functools.cached_property
+    def outline(self) -> nn.Module:
+        """As `build`, on the meta device: structure, names, shapes and dtypes, without memory for the weights.
+
+        Raises:
+            ValueError: a class or config that is not supported.
+        """
+        original = self.original.weights().outline()
+        return EndToEnd(original) if self.end_to_end else assemble(original, self.blocks, take=True)
+
+    @staticmethod
+    def of_blocks(model: nn.Module) -> bool:
+        """Whether a model is a `DiffusionBlocks`, and not an `EndToEnd`."""
+        return isinstance(model, DiffusionBlocks)
+
+    @staticmethod
+    def blocks_of(model: nn.Module) -> DiffusionBlocks:
+        """A model that is a `DiffusionBlocks`."""
+        assert isinstance(model, DiffusionBlocks)
+        return model
+
+    @staticmethod
+    def config_of(model: nn.Module) -> Any:
+        """The config object of the original, of a model that `build` or `outline` made."""
+        return model.config if isinstance(model, DiffusionBlocks) else model.model.config  # type: ignore[union-attr]
+
+    def precision(self, model: nn.Module) -> torch.autocast:
+        """The training's precision, for evaluation."""
+        enabled = self.recipe.train.precision == "bfloat16"
+        return torch.autocast(computes_on(model).type, torch.bfloat16, enabled=enabled)
+
+    def trainer(
+        self,
+        folder: Path | None = None,
+        *,
+        model: nn.Module | None = None,
+        loggers: tuple[Logger, ...] = (),
+        progress: bool = True,
+    ) -> Trainer:
+        """Model (default: the recipe's, fresh), data and trainer, checked and on the device.
+
+        Args:
+            folder: of the run, where snapshots go to `folder`/snapshots; None keeps nothing.
+            model: what to train, instead of the recipe's.
+            loggers: further receivers of the log.
+            progress: show progress bars.
+        """
+        device, data, fill = self.device, self.data("train"), None
+        if model is None:
+            model, fill = self.build_empty()
+        self.task.check_examples(self, model, data)
+        check_attention(self.config_of(model), "model.config.", device)
+        self.task.settle(self, model)
+        self.task.check(self, model)
+        description = None if folder is None else RunDescription(self.describe(), check_same_run)
+
+        def snapshot(model: nn.Module, iteration: int) -> None:
+            if folder is not None and description is not None:
+                trained = learned_from(description.values)
+                self.save(model, folder / "snapshots" / f"iteration-{iteration:09d}", trained=trained)
+
+        return Trainer(
+            model,
+            self.batches(),
+            self.recipe.train,
+            device=device,
+            fill=fill,
+            folder=folder,
+            loggers=loggers,
+            progress=progress,
+            snapshot=snapshot,
+            description=description,
+        )
+
+    # ---- saved models --------------------------------------------------------------------------------------------
+
+    def save(self, model: nn.Module, path: Path, *, trained: dict[str, Any] | None = None) -> None:
+        """Save a model to a folder: its `train.blocks` in our format, an end-to-end baseline in its own library's.
+
+        The tokenizer of text in tokens, which was read with the data, goes with it as `tokenizer.json`.
+
+        Args:
+            model: a `DiffusionBlocks`, or an `EndToEnd`.
+            path: the folder.
+            trained: what its blocks learned from, for their index (`identity.learned_from`).
+        """
+        data = self.splits.get("train")
+        tokenizer = None if data is None else data.tokenizer
+        if isinstance(model, DiffusionBlocks):
+            save(model, path, self.recipe.train.blocks, tokenizer, trained)
+        elif isinstance(model, EndToEnd):
+            save_end_to_end(model.model, path, tokenizer)
+
+    def load(self, path: Path) -> nn.Module:
+        """Load what `save` wrote, on the recipe's device; of blocks under `resident: active` the one that runs.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: a model of the other method, or of another family.
+        """
+        class_name, in_our_format = self._check_saved(path)
+        device, train = self.device, self.recipe.train
+        if not in_our_format:
+            return EndToEnd(load_end_to_end(class_name, path).to(device))
+        one_at_a_time = train.resident == "active" and device.type == "cuda"
+        model = load(path, device="cpu" if one_at_a_time else device)
+        self._check_shape(model, path)
+        if one_at_a_time:  # what was too large to train at once may be too large to stand there at once
+            model.run_one_at_a_time(device)
+        elif train.compile and device.type == "cuda" and not self.task.plain_training:
+            model.compile_layers()
+        return model
+
+    def _check_saved(self, path: Path) -> tuple[str, bool]:
+        """The class of a saved model, and whether it is in our format; refuses a model of another recipe."""
+        recipe = self.recipe
+        recover(path, MODEL_FILES)
+        if not path.is_dir():
+            train = f"diffusionblocks train RECIPE --out {path.parent}"
+            raise FileNotFoundError(
+                f"no model at {path}; train first: {train}; or name a trained one with --model RUN/model"
+            )
+        in_our_format = (path / INDEX).is_file()
+        if not in_our_format and not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no model; of a run, give the folder RUN/model")
+        if in_our_format:
+            class_name = str(read_json(path / INDEX).get("model_class"))
+        else:
+            class_name = str((read_json(path / "config.json").get("architectures") or [recipe.model.type])[0])
+        if family_named(class_name) is not self.family:
+            raise ValueError(
+                f"{path} holds a {class_name}, the recipe describes a {recipe.model.type}: give the recipe that the "
+                "model was trained with"
+            )
+        if in_our_format == self.end_to_end:
+            method = "diffusionblocks" if in_our_format else "end-to-end"
+            raise ValueError(f"{path} holds a model of method {method}, the recipe says method: {recipe.method}")
+        return class_name, in_our_format
+
+    def _check_shape(self, model: DiffusionBlocks, path: Path) -> None:
+        if not self.of_method_blocks and model.partition.num_blocks > 1:
+            raise ValueError(
+                f"{path} holds {model.partition.num_blocks} blocks, the recipe says method: end-to-end, which is one "
+                "block on all levels"
+            )
+        options = self.recipe.model
+        if options.pretrained is None:
+            described = self.family.example_shape(rebuild_config(options.type, options.config))
+            found = self.family.example_shape(model.config)
+            if found != described:
+                raise ValueError(
+                    f"{path} holds a model of {self.task.examples} {found}, the recipe describes one of "
+                    f"{described}: give the recipe that the model was trained with"
+                )
+
+
+class _Data:
+    """The data of an experiment and of those that are derived from it."""
+
+    def __init__(self, splits: Mapping[str, Dataset]) -> None:
+        self.splits: dict[str, Dataset] = dict(splits)
+        self._identity: dict[str, Any] | None = None
+
+    def identity(self, data: Dataset) -> dict[str, Any]:
+        """What tells the training data apart: digested once."""
+        if self._identity is None:
+            self._identity = data_identity(data)
+        return self._identity

@@ -1,0 +1,205 @@
+"""The ordinary model that a recipe names: its config, checked, and its initial weights, fresh or pretrained."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.formats import read_json
+from ..common.messages import near
+from ..core.weights import Fresh, WeightSource, cast_weights, pretrained_source
+from ..families import (
+    config_fields,
+    family_named,
+    instantiate,
+    outline,
+    pretrained,
+    rebuild_config,
+    supported_classes,
+    with_depth,
+)
+from ..families.libraries import cached_file
+from ..families.sizes import SIZES, check_shape, check_sizes
+from .recipe import ModelConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Original:
+    """The ordinary model of a recipe.
+
+    Attributes:
+        options: the recipe's `model` section.
+        seed: of fresh weights.
+        new_head: whether a pretrained model may have another number of labels, with a classifier drawn afresh.
+    """
+
+    options: ModelConfig
+    seed: int
+    new_head: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.options.dtype]
+
+    def build(self) -> nn.Module:
+        """The whole model: fresh (seeded) or pretrained.
+
+        Raises:
+            ValueError: a class that is not supported, or config values that the class does not take.
+        """
+        config = model_config(self.options)
+        if self.options.pretrained is not None:
+            return self._build_pretrained(self.options.pretrained)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            # `instantiate` forks from here, so the weights depend on this seed alone.
+            return cast_weights(instantiate(self.options.type, config), self.dtype)
+
+    def weights(self) -> WeightSource:
+        """Where blocks get their initial weights: fresh (seeded) or pretrained.
+
+        Raises:
+            ValueError: a class that is not supported, or config values that the class does not take.
+        """
+        options = self.options
+        config = model_config(options)
+        if options.pretrained is None:
+            return Fresh(options.type, config, seed=self.seed, dtype=self.dtype)
+        source = pretrained_source(
+            options.type, options.pretrained, self._without_labels(), seed=self.seed, dtype=self.dtype
+        )
+        if not self._has_other_labels(source.model_config):
+            return source
+        config = copy.deepcopy(source.model_config)
+        config.num_labels = options.config["num_labels"]
+        return NewHead(source, config, seed=self.seed)
+
+    def _build_pretrained(self, name: str) -> nn.Module:
+        """The pretrained model, with a new classifier where there are other labels: the one that the blocks get."""
+        whole = pretrained(self.options.type, name, self._without_labels(), self.dtype)
+        if not self._has_other_labels(whole.config):
+            return whole
+        source = self.weights()
+        assert isinstance(source, NewHead)
+        fresh = instantiate(self.options.type, source.model_config)
+        state = {name: tensor for name, tensor in whole.state_dict().items() if name not in source.new}
+        fresh.load_state_dict(state | dict(source.tensors(0, range(1), sorted(source.new))))
+        return cast_weights(fresh, source.dtype)
+
+    def _without_labels(self) -> dict[str, Any]:
+        """The config values that a pretrained model is loaded with: its classifier is the folder's then."""
+        return {name: value for name, value in self.options.config.items() if name != "num_labels"}
+
+    def _has_other_labels(self, config: Any) -> bool:
+        return self.new_head and self.options.config.get("num_labels", config.num_labels) != config.num_labels
+
+
+class NewHead(WeightSource):
+    """Another source's weights but for what depends on the number of labels, which is drawn afresh.
+
+    Args:
+        source: of the weights.
+        model_config: its config, with another number of labels.
+        seed: of the new classifier.
+    """
+
+    def __init__(self, source: WeightSource, model_config: Any, *, seed: int) -> None:
+        super().__init__(source.model_class, model_config, source.dtype)
+        before, now = source.outline().state_dict(), self.outline().state_dict()
+        self.new = frozenset(name for name in now if name not in before or before[name].shape != now[name].shape)
+        self._source, self._fresh = source, Fresh(source.model_class, model_config, seed=seed, dtype=source.dtype)
+        self._quiet = False  # a plan or a check makes a source too, and draws nothing from it
+
+    def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`."""
+        yield from self._source.tensors(block, layers, [name for name in names if name not in self.new])
+        fresh = [name for name in names if name in self.new]
+        if fresh:
+            if not self._quiet:
+                names_of_new, seed = " and ".join(sorted(self.new)), self._fresh.seed
+                _log.warning("%s drawn afresh for another number of labels, from seed %d", names_of_new, seed)
+                self._quiet = True
+            yield from self._fresh.tensors(block, layers, fresh)
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------
+
+
+def model_config(options: ModelConfig) -> Any:
+    """The config object of a recipe's model: of its own values, or a pretrained model's own.
+
+    Raises:
+        ValueError: a class that is not supported; a name that its config does not have; a size that is out of range,
+            does not go with the others, or contradicts the pretrained model.
+    """
+    model_class, values, name = options.type, options.config, options.pretrained
+    known = config_fields(model_class)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"model.config.{unknown[0]}: {model_class} knows no {unknown}{near(unknown[0], known)}")
+    for field in sorted(values.keys() & {"dtype", "torch_dtype"}):
+        raise ValueError(f"model.config.{field} = {values[field]!r}: the weights' dtype is model.dtype; leave it out")
+    check_sizes(values)
+    config = _rebuild(model_class, values, "model.config")
+    if name is None:
+        check_shape(config)
+        try:
+            outline(model_class, with_depth(model_class, config, 1))
+        except Exception as error:  # as an activation function that the library has not
+            raise ValueError(f"model.config: {model_class} refuses it: {_one_line(error)}") from None
+        return config
+    described = described_config(model_class, name)
+    for field in sorted(values.keys() & SIZES.keys() - {"num_labels"}):
+        own = getattr(described, field)
+        if own != values[field]:
+            raise ValueError(
+                f"model.config.{field} = {values[field]}, but {name} has {own}, and its weights are of that size: "
+                f"leave model.config.{field} out, or train afresh, with all its sizes in model.config: --set "
+                "model.pretrained=null"
+            )
+    return described
+
+
+def described_config(model_class: str, name: str) -> Any:
+    """The config object of a pretrained model.
+
+    Args:
+        model_class: the supported class that it is to be.
+        name: a folder, or a name on the hub.
+
+    Raises:
+        ValueError: no model is there, or one of another class, or with sizes out of range.
+    """
+    file = cached_file(name, "config.json")
+    if file is None:
+        raise ValueError(
+            f"model.pretrained = {name}: no model is there; give a folder with config.json and safetensors files, or a "
+            "name on the hub"
+        )
+    values = read_json(file)
+    found = (values.get("architectures") or [values.get("_class_name")])[0]
+    if isinstance(found, str) and supported_classes().get(found, None) is not family_named(model_class):
+        raise ValueError(f"model.pretrained = {name} holds a {found}, the recipe has model.type: {model_class}")
+    check_sizes(values, f"{name}/config.json: ")
+    known = config_fields(model_class)
+    return _rebuild(model_class, {n: v for n, v in values.items() if n in known and n != "attn_implementation"}, name)
+
+
+def _rebuild(model_class: str, values: dict[str, Any], where: str) -> Any:
+    try:
+        return rebuild_config(model_class, values)
+    except Exception as error:  # whatever a library's class makes of values that are the user's
+        raise ValueError(f"{where}: {model_class} refuses it: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

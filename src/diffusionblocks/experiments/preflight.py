@@ -1,0 +1,102 @@
+"""What is checked before a run works: its machine, its disk, its data and its evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..common.files import check_space, check_writable, free_space
+from ..common.machine import check_memory
+from ..training import check_optimizer
+from ..training.checkpoint import checkpoints
+from .experiment import Experiment
+from .recipe import Recipe
+from .recipe_changes import fit_recipe, trunk_recipe
+
+
+def check_machine(experiment: Experiment, folder: Path) -> None:
+    """Refuse what this machine's memory or disk cannot hold: a lower bound, of weights and what is kept for each.
+
+    Raises:
+        ValueError: not enough memory or disk, a folder that cannot be written into, or a model that cannot be built, or
+            has no trunk or fit.
+        ImportError: an optimizer whose package is not installed.
+    """
+    recipe = experiment.recipe
+    check_writable(folder, "the run's folder")
+    check_optimizer(recipe.train)
+    if experiment.of_method_blocks:  # first: what blocks alone would take may not do for these
+        if recipe.trunk is not None:
+            trunk_recipe(recipe)
+        if recipe.fit is not None:
+            fit_recipe(recipe)
+    device = experiment.device
+    blocks, trained = _blocks_of(experiment)
+    there = 1 if recipe.train.resident == "active" and device.type == "cuda" else trained
+    copies = there / blocks * (2 + _state(recipe))
+    check_memory(experiment.outline, copies, device, "set model.config or blocks to make it smaller")
+    check_disk(experiment, folder, free=free_space(folder))
+
+
+def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples: int | None = None) -> None:
+    """Refuse a run whose model, checkpoints and snapshots the disk has no room for: a lower bound.
+
+    Args:
+        experiment: what to train.
+        folder: of the run.
+        free: bytes that are free there.
+        num_examples: of the training data, which says how many steps `train.epochs` are; None: not known yet.
+
+    Raises:
+        ValueError: fewer bytes are free; with the settings that would fit.
+    """
+    recipe, train = experiment.recipe, experiment.recipe.train
+    blocks, trained = _blocks_of(experiment)
+    weights = sum(p.numel() * p.element_size() for p in experiment.outline.parameters()) * trained / blocks
+    steps = train.steps if num_examples is None else train.unit_steps(num_examples)
+    iterations = None if steps is None else steps * trained
+    saved = train.checkpoint_every is not None or train.checkpoint_seconds is not None
+    snapshots = 0 if train.snapshot_every is None or iterations is None else iterations // train.snapshot_every
+    # What a run that began has written is not free any more.
+    snapshots = max(0, snapshots - len(list(folder.glob("snapshots/iteration-*"))))
+    written = len(checkpoints(folder / "checkpoints"))
+
+    def needed(keep: int, snapshots: int) -> int:
+        new = keep + 1 if saved else 1  # one is written before an older one is removed
+        new = max(1, min(new, iterations or new) - written)
+        return int(weights * (1 + snapshots + new * (1 + _state(recipe))))
+
+    fixes = ["make room", "name another folder with --out"]
+    keep = train.keep_checkpoints
+    for setting, enough in (
+        ("--set train.keep_checkpoints=1", keep > 1 and needed(1, snapshots) <= free),
+        ("--set train.snapshot_every=null", snapshots > 0 and needed(keep, 0) <= free),
+    ):
+        fixes += [setting] * enough
+    check_space(folder, needed(keep, snapshots), free, ", or ".join(fixes))
+
+
+def check_with_data(experiment: Experiment, folder: Path) -> None:
+    """Refuse before training what could only fail in it or after it: the one check of a run, once its data are read.
+
+    Raises:
+        ValueError: examples that the model does not take, an evaluation that cannot be done (`Task.check`), or more
+            snapshots than the disk holds.
+        ImportError: a package that the evaluation needs is not installed.
+    """
+    data = experiment.data("train")
+    experiment.task.check_examples(experiment, experiment.outline, data)
+    experiment.task.check(experiment, experiment.outline)
+    if experiment.recipe.train.snapshot_every is not None:  # only now it is known how many there will be
+        check_disk(experiment, folder, free=free_space(folder), num_examples=len(data))
+
+
+def _blocks_of(experiment: Experiment) -> tuple[int, int]:
+    """How many blocks the model has, and how many of them are trained."""
+    outline, chosen = experiment.outline, experiment.recipe.train.blocks
+    blocks = experiment.blocks_of(outline).partition.num_blocks if experiment.of_blocks(outline) else 1
+    return blocks, blocks if chosen is None else len(chosen)
+
+
+def _state(recipe: Recipe) -> float:
+    """What is kept for each weight beside it and its gradient: the optimizer's averages, and the weights' own."""
+    return (1 if recipe.train.keeps_average else 0) + (0.5 if recipe.train.optimizer == "adamw-8bit" else 2)

@@ -1,0 +1,125 @@
+"""Recipes that follow from a recipe: of other depth or length, of the noise fit, of the trunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..families import family_named
+from ..noise import EDM
+from .original import model_config
+from .recipe import FitConfig, Recipe, TrunkConfig
+
+
+def depth_of(recipe: Recipe) -> int:
+    """Number of layers of the recipe's model.
+
+    Raises:
+        ValueError: the recipe does not say.
+    """
+    field = family_named(recipe.model.type).depth_field
+    if recipe.model.pretrained is not None:  # its folder says it, not the recipe
+        return int(getattr(model_config(recipe.model), field))
+    if field not in recipe.model.config:
+        raise ValueError(f"the recipe must give model.config.{field}, to make models of fewer layers")
+    return int(recipe.model.config[field])
+
+
+def layers_of_a_block(recipe: Recipe) -> int:
+    """How many layers each block has, where all have as many: those of a trunk, or of the baseline of equal memory.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has, or they do not divide.
+    """
+    depth, many = depth_of(recipe), recipe.blocks.num_blocks
+    if depth % many:
+        divisors = [n for n in range(1, depth + 1) if depth % n == 0]
+        raise ValueError(
+            f"a fit, a trunk, or a baseline of one block's layers, needs layers that divide: {depth} layers, {many} "
+            f"blocks; set blocks.num_blocks to one of {divisors}"
+        )
+    return depth // many
+
+
+def with_train(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other values in its `train` section; they are not checked."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+
+
+def with_depth(recipe: Recipe, layers: int) -> Recipe:
+    """The recipe with another number of layers in its model.
+
+    Raises:
+        ValueError: the model is pretrained, and has another number.
+    """
+    if recipe.model.pretrained is not None:
+        if (depth := depth_of(recipe)) != layers:
+            raise ValueError(
+                f"a trunk, a fit or a baseline of {layers} layers starts afresh, but {recipe.model.pretrained} has "
+                f"{depth}: leave trunk and fit out, or train afresh, with all its sizes in model.config: --set "
+                "model.pretrained=null"
+            )
+        return recipe
+    config = recipe.model.config | {family_named(recipe.model.type).depth_field: layers}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+
+
+def with_noise(recipe: Recipe, noise: EDM) -> Recipe:
+    """The recipe on the levels of a process, which it does not fit again."""
+    return recipe.model_copy(update={"blocks": recipe.blocks.model_copy(update={"noise": noise}), "fit": None})
+
+
+def after_branch(recipe: Recipe) -> Recipe:
+    """The recipe of the blocks after the branch: they must not see the trunk's draws of data and noise again."""
+    changes: dict[str, Any] = {"seed": recipe.train.seed + 1}
+    if trunk_options(recipe).warmup == "none":
+        changes |= {"warmup_steps": 0, "warmup_epochs": 0.0}
+    return with_train(recipe, **changes)
+
+
+def fit_options(recipe: Recipe) -> FitConfig:
+    """The recipe's `fit` section, which it must have."""
+    assert recipe.fit is not None
+    return recipe.fit
+
+
+def fit_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of what the levels are fitted to: one block of L/B layers on all levels, without averages.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has, or they do not divide.
+    """
+    options = fit_options(recipe)
+    length = {"steps": options.steps, "epochs": options.epochs}
+    none = {"blocks": None, "ema_decay": None, "ema_half_life": None, "snapshot_every": None}
+    return with_depth(recipe, layers_of_a_block(recipe)).model_copy(
+        update={
+            "fit": None,
+            "trunk": None,
+            "blocks": recipe.blocks.as_one_block(),
+            "train": recipe.train.model_copy(update=length | none),
+        }
+    )
+
+
+def trunk_options(recipe: Recipe) -> TrunkConfig:
+    """The recipe's `trunk` section, which it must have."""
+    assert recipe.trunk is not None
+    return recipe.trunk
+
+
+def trunk_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of the trunk: one block of L/B layers on all levels.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has, or they do not divide.
+    """
+    options = trunk_options(recipe)
+    length = {"steps": options.steps, "epochs": options.epochs, "lr_schedule": options.lr_schedule}
+    rate = {} if options.lr is None else {"lr": options.lr}
+    return with_depth(recipe, layers_of_a_block(recipe)).model_copy(
+        update={
+            "trunk": None,
+            "blocks": recipe.blocks.as_one_block(),
+            "train": recipe.train.model_copy(update=length | rate | {"blocks": None}),
+        }
+    )

@@ -1,0 +1,412 @@
+"""The task of diffusion models of images: pictures of their samples, and the Frechet distance to real images."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from pydantic import Field
+
+from ...common.choices import NameOf, choice_of
+from ...common.fields import MOST_SAMPLES, Int, Levels, Many, NonNegative, Samples, Seed, check_count
+from .task import EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...core.model import DiffusionBlocks
+    from ...data.data_config import ImagesSection
+    from ...data.dataset import Dataset
+    from ...evaluation.features import ClassifierFeatures, Features
+    from ...evaluation.frechet import FeatureStatistics
+    from ...evaluation.sample_quality import SampleRow, Setting
+    from ..experiment import Experiment
+    from ..recipe import Recipe
+
+
+def _solvers() -> Collection[str]:
+    from ...sampling.solvers import SOLVERS
+
+    return SOLVERS
+
+
+def _solver(name: str) -> str:
+    from ...sampling.solvers import check_solver
+
+    return check_solver(name)
+
+
+Solver = Annotated[str, NameOf(_solvers, _solver)]
+
+_CHAINS, _COLUMNS = 3, 8  # what the picture of chains shows
+
+
+class SamplesConfig(EvaluateSection):
+    """Generated images are measured for every combination of solver, steps, grid and guidance.
+
+    Attributes:
+        samples: Number of images; labels take turns, image i starts from the noise of seed `seed` + i.
+        solver: `euler` (the paper), `heun` (EDM), `dpmpp-2m` (DPM-Solver++(2M)) or one that is registered.
+        steps: Solver steps.
+        grid: Level grid: of EDM `karras` (EDM eq. 5) or `equal-quantile`, of flow matching `uniform` or
+            `equal-quantile`.
+        guidance: Classifier-free guidance on D; 1 is none.
+        features: What the Frechet distance compares. `classifier`: features of a small CNN that is trained on the data
+            set first, and kept; `inception`: FID (extra: fid); null: only pictures are drawn.
+        features_folder: Where the classifier is kept; null is runs/<name>-features.
+        reference_images: Number of real images of each split, the first, to compare with; null takes all (of latents
+            each has to be decoded).
+        batch_size: Images at a time.
+        grid_images: Number of images in the picture.
+        seed: Seed of the first image; the next count up.
+    """
+
+    kind: Literal["samples"] = "samples"
+    samples: Int = Field(default=10_000, ge=2, le=MOST_SAMPLES)
+    solver: Many[Solver] = ("euler",)
+    steps: Many[Levels] = (50,)
+    grid: Many[LevelGrid] = ("karras",)
+    guidance: Many[NonNegative] = (1.0,)
+    features: Literal["classifier", "inception"] | None = "classifier"
+    features_folder: Path | None = None
+    reference_images: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
+    batch_size: Samples = 500
+    grid_images: Int = Field(default=100, ge=1, le=10_000)
+    seed: Seed = 0
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Every combination of the sampling settings."""
+        from ...evaluation.sample_quality import Setting
+
+        return [Setting(*values) for values in itertools.product(self.solver, self.steps, self.grid, self.guidance)]
+
+
+@register_task
+class ImageGeneration(Task[SamplesConfig]):
+    """Measures and draws the samples of diffusion models."""
+
+    target = "image"
+    section = SamplesConfig
+    takes = ("images", "latents")
+    does = "generates images"
+    makes = "images"
+    sample_options = (
+        SampleOption("labels", "images: class labels, in turn (default: all classes)", {"type": int, "nargs": "+"}),
+        SampleOption(
+            "solver",
+            "images: euler (the paper's), heun, dpmpp-2m or a registered one (default: the recipe's first)",
+            {"type": choice_of(_solvers), "metavar": "NAME"},
+        ),
+        SampleOption("guidance", "images: classifier-free guidance (default: the recipe's first)", {"type": float}),
+    )
+
+    # ---- checks ------------------------------------------------------------------------------------------------
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse features that the data have no pixels for."""
+        options: Any = recipe.evaluate
+        if options.features is None or recipe.data.examples != "latents":
+            return
+        if options.features == "classifier":
+            raise ValueError(
+                "evaluate.features: classifier needs images; for latents use inception and data.vae, or null"
+            )
+        if getattr(recipe.data, "vae", None) is None:
+            raise ValueError(
+                f"evaluate.features: {options.features} sees decoded samples: name the latents' autoencoder "
+                "in data.vae, or set evaluate.features to null"
+            )
+
+    def splits(self, options: SamplesConfig) -> tuple[str, ...]:
+        """Both, to compare with; none where only pictures are drawn."""
+        return () if options.features is None else ("train", "test")
+
+    def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
+        """Those of all chains, twice where they are guided."""
+        options = self.options(experiment)
+        return sum(options.samples * setting.calls * (1 + (setting.guidance != 1)) for setting in options.settings)
+
+    def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
+        """Refuse guidance without a null class, features without their package, and a classifier of other data."""
+        options = self.options(experiment)
+        for guidance in options.guidance:
+            model.target.check_guidance(guidance, "evaluate.guidance")  # type: ignore[union-attr, operator]
+        if options.features == "inception":
+            try:
+                importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+            except ImportError as error:
+                raise ImportError(
+                    f"evaluate.features: inception needs torch-fidelity ({error}): run pip install "
+                    "'diffusionblocks[fid]', or --set evaluate.features=null"
+                ) from error
+        splits = experiment.splits
+        if options.features == "classifier" and (data := splits.get("train", splits.get("test"))) is not None:
+            saved_classifier(experiment, data)
+
+    # ---- measures ----------------------------------------------------------------------------------------------
+
+    def measure(self, experiment: Experiment, model: nn.Module) -> list[SampleRow]:
+        """Frechet distances and speed for every setting."""
+        from ...evaluation.sample_quality import measure_samples, statistics
+
+        options, section = self.options(experiment), images_of(experiment)
+        features: Features | None = None
+        references: dict[str, FeatureStatistics] = {}
+        pixels: Callable[[Tensor], Tensor] = lambda samples: samples  # noqa: E731 - nothing looks at them
+        blocks: Any = model
+        if options.features is not None:
+            real = {split: experiment.data(split) for split in ("train", "test")}
+            features = features_of(experiment)
+            pixels = section.to_pixels(blocks.device)
+            for split, data in real.items():
+                count = min(len(data), options.reference_images or len(data))
+                images = section.real_images(
+                    data, pixels, count=count, batch_size=options.batch_size, device=blocks.device
+                )
+                references[split] = statistics(features, images)
+        with experiment.precision(model):
+            return measure_samples(
+                blocks,
+                options.settings,
+                samples=options.samples,
+                batch_size=options.batch_size,
+                pixels=pixels,
+                features=features,
+                references=references,
+                seed=options.seed,
+            )
+
+    # ---- tables and figures --------------------------------------------------------------------------------------
+
+    def summary(self, rows: Sequence[SampleRow]) -> dict[str, Any]:
+        """The first setting's row, and all rows beside it."""
+        return {**self.headline(rows).to_dict(), "samples_measured": [row.to_dict() for row in rows]}
+
+    def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Distances to both splits, and speed."""
+        distances = {split: row[f"fd_{split}"] for split in ("train", "test")}
+        shown = {f"FD {split}": "-" if value is None else f"{value:.3f}" for split, value in distances.items()}
+        return shown | {"images/s": f"{row['images_per_second']:.0f}"}
+
+    def draw(
+        self,
+        experiment: Experiment,
+        table: Sequence[Mapping[str, Any]],
+        results: Mapping[str, RunResult],
+        folder: Path,
+    ) -> None:
+        """Pictures of every row's samples."""
+        for key, result in results.items():
+            draw_samples(experiment, result.model, folder / key / "samples")  # type: ignore[arg-type]
+
+    def sample(
+        self, experiment: Experiment, model: nn.Module, folder: Path, given: Mapping[str, Any], *, progress: bool
+    ) -> list[Path]:
+        """Draw images: a file each, a grid, a chain over its steps, and which block makes which step."""
+        changes = {name: given[name] for name in ("solver", "steps", "grid", "guidance") if given[name] is not None}
+        return draw_samples(
+            experiment,
+            model,  # type: ignore[arg-type]
+            folder,
+            count=given["count"],
+            labels=given["labels"],
+            setting=dataclasses.replace(self.options(experiment).settings[0], **changes),
+            seed=given["seed"],
+            files=True,
+            progress=progress,
+        )
+
+
+def images_of(experiment: Experiment) -> ImagesSection:
+    """The recipe's `data` section, which has images or their latents."""
+    return cast("ImagesSection", experiment.recipe.data)  # the recipe's validation saw to it
+
+
+# ---- features --------------------------------------------------------------------------------------------------
+
+
+def features_of(experiment: Experiment) -> Features:
+    """The recipe's features: Inception's, or those of a classifier that is trained here once and kept.
+
+    Raises:
+        ValueError: a classifier of other data lies in its folder; or a classifier for latents, which have no pixels.
+    """
+    from ...evaluation.features import InceptionFeatures, train_classifier
+
+    options: Any = experiment.recipe.evaluate
+    if options.features == "inception":
+        return InceptionFeatures(experiment.device)
+    section: Any = experiment.recipe.data
+    if section.examples != "images":
+        raise ValueError("evaluate.features: classifier needs images; for latents use inception and data.vae, or null")
+    train: Any = experiment.data("train")
+    test: Any = experiment.data("test")
+    saved = saved_classifier(experiment, train)
+    if saved is not None:
+        return saved
+    features = train_classifier(
+        train,
+        test,
+        mean=section.mean,
+        std=section.std,
+        dataset=section.name,
+        device=experiment.device,
+        flip=section.augment.flip,
+        crop_padding=max(1, train.image_shape[1] // 8),
+        batch_size=min(128, len(train)),
+        width=64 if train.image_shape[1] >= 16 else 32,
+    )
+    features.save(features_folder(experiment.recipe))
+    return features
+
+
+def features_folder(recipe: Recipe) -> Path:
+    """Where the classifier whose features are compared is kept."""
+    folder: Path | None = recipe.evaluate.features_folder  # type: ignore[attr-defined]
+    return folder or Path("runs") / f"{recipe.name}-features"
+
+
+def saved_classifier(experiment: Experiment, data: Dataset) -> ClassifierFeatures | None:
+    """The classifier in its folder, if there is one.
+
+    Raises:
+        ValueError: it is one of other data.
+    """
+    from ...evaluation.features import ClassifierFeatures
+
+    folder, dataset = features_folder(experiment.recipe), experiment.recipe.data.name
+    if not folder.is_dir():
+        return None
+    features = ClassifierFeatures.load(folder, experiment.device)
+    if features.dataset != dataset or features.image_shape != data.example_shape:
+        raise ValueError(
+            f"{folder} holds a classifier of {features.dataset} {features.image_shape}, the data are {dataset} "
+            f"{data.example_shape}; set evaluate.features_folder"
+        )
+    return features
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------
+
+
+def draw_samples(
+    experiment: Experiment,
+    model: DiffusionBlocks,
+    folder: Path,
+    *,
+    count: int | None = None,
+    labels: Sequence[int] | None = None,
+    setting: Setting | None = None,
+    seed: int | None = None,
+    files: bool = False,
+    progress: bool = False,
+) -> list[Path]:
+    """Sample images and draw them.
+
+    Args:
+        experiment: of a diffusion model; says how samples become pixels, the precision, and the defaults.
+        model: its blocks.
+        folder: where `grid.png`, `chain.png`, `routing.png` (and `images/`) go.
+        count: how many images; default one a label, or the recipe's `grid_images`.
+        labels: the images' labels, repeated in turn up to `count`; default all classes in turn.
+        setting: how to sample; default the first of the recipe.
+        seed: image i has seed `seed` + i; default the recipe's.
+        files: also write every image to `images/SEED-LABEL.png`.
+        progress: show a progress bar.
+
+    Returns:
+        The pictures written.
+
+    Raises:
+        ValueError: no diffusion model, a count < 1 or of more images than memory holds, a label out of range, a folder
+            that cannot be written into, or see `DiffusionBlocks.sample`.
+    """
+    import torch
+
+    from ...common.files import check_writable
+    from ...common.machine import host_memory
+    from ...evaluation.sample_quality import generated
+    from ...reports.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
+    from ...targets import ImageTarget, check_labels
+
+    target = model.target
+    if not isinstance(target, ImageTarget):
+        raise ValueError(f"only diffusion models of images make pictures, and {experiment.recipe.model.type} is none")
+    options, section, noise = (
+        cast(SamplesConfig, experiment.recipe.evaluate),
+        images_of(experiment),
+        cast(Any, model.noise),
+    )
+    count = count if count is not None else len(labels) if labels is not None else options.grid_images
+    check_count("count", count, MOST_SAMPLES)
+    if count * math.prod(target.shape) > host_memory():
+        raise ValueError(
+            f"count = {count:,} images of {'x'.join(map(str, target.shape))} are {count * math.prod(target.shape):,} "
+            "bytes, more than this machine's memory: draw fewer at a time, each time with another seed"
+        )
+    if labels is not None and not target.num_classes:
+        raise ValueError(f"this {model.model_class} is unconditional and takes no labels; leave them out")
+    if labels is not None:  # all of them, not only those of the first batch
+        check_labels(
+            torch.tensor(list(labels)), len(labels), target.num_classes, null_class=target.null_class is not None
+        )
+    check_writable(folder, "the samples' folder")
+    setting = setting or options.settings[0]
+    target.check_guidance(setting.guidance)
+    first = options.seed if seed is None else seed
+    turns = list(labels) if labels is not None else list(range(target.num_classes))
+    pixels = section.to_pixels(model.device)
+    keep = sorted({round(i * (setting.steps - 1) / (_COLUMNS - 1)) for i in range(_COLUMNS)})
+    chain = Chain(images=_CHAINS, keep=keep)
+
+    images: list[Tensor] = []
+    batches = generated(
+        model,
+        count,
+        setting,
+        batch_size=options.batch_size,
+        seed=first,
+        labels=labels,
+        callback=chain,
+        progress=progress,
+    )
+    with experiment.precision(model):
+        for batch in batches:
+            if not images:
+                final = batch[:_CHAINS].cpu()
+            images.append(pixels(batch).cpu())
+    pictures = torch.cat(images)
+
+    columns = len(turns) if 2 <= len(turns) <= 20 else math.ceil(math.sqrt(count))
+    grid, routing, steps = folder / "grid.png", folder / "routing.png", folder / "chain.png"
+    scale = max(1, 48 // pictures.shape[-1])
+    save_grid(pictures, grid, columns, scale=scale)
+    levels = noise.sampling_levels(setting.steps, setting.grid)
+    draw_routing(model.partition, noise, levels, routing, solver=setting.solver)
+    paths = [grid, routing]
+    if section.examples == "images":  # a chain of latents would have to be decoded step by step
+        pixel_section: Any = section
+        names = [f"seed {first + i}" for i in range(len(final))]
+        draw_chain(
+            chain,
+            model.partition,
+            noise,
+            steps,
+            mean=pixel_section.mean,
+            std=pixel_section.std,
+            names=names,
+            final=final,
+        )
+        paths.append(steps)
+    if files:
+        for i, image in enumerate(pictures):
+            label = f"-{turns[i % len(turns)]:04d}" if turns else ""
+            save_png(image, folder / "images" / f"{first + i:06d}{label}.png")
+        paths.append(folder / "images")
+    return paths

@@ -1,0 +1,214 @@
+"""The task of masked text models: bits per character, generated texts, and infilling."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pydantic import Field
+
+from ...common.fields import MOST_SAMPLES, Int, Levels, NonNegative, Samples, Seed, check_count
+from .task import TEMPERATURE, EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...core.model import DiffusionBlocks
+    from ...data.dataset import Dataset
+    from ...evaluation.bits import Bits
+    from ...targets import TokenTarget
+    from ..experiment import Experiment
+
+GAP = "_"
+"""Stands for a character to be filled in."""
+
+
+class BitsConfig(EvaluateSection):
+    """Bits per character of a masked text model: the evidence bound, each level by the block that owns it.
+
+    Attributes:
+        batch_size: Sequences at a time.
+        limit: Number of sequences of the test text, the first; null takes all.
+        times: Levels drawn for each sequence and block.
+        seed: Seed of levels and masks, and of the first generated text.
+        samples: Number of texts that are generated to be looked at.
+        steps: Steps of a generated text.
+        grid: Level grid of the generated texts.
+        temperature: Temperature of the generated texts.
+    """
+
+    kind: Literal["bits"] = "bits"
+    batch_size: Samples = 256
+    limit: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
+    times: Levels = 1
+    seed: Seed = 0
+    samples: Samples = 16
+    steps: Levels = 64
+    grid: LevelGrid = "equal-quantile"
+    temperature: NonNegative = 1.0
+
+
+@register_task
+class MaskedText(Task[BitsConfig]):
+    """Measures the bits per character of masked text models, and writes their texts."""
+
+    target = "tokens"
+    section = BitsConfig
+    takes = ("characters",)
+    does = "generates text"
+    makes = "masked text"
+    examples = "texts"
+    classes = "different tokens"
+    of_text = True
+    least_examples = 2
+    sample_options = (
+        TEMPERATURE,
+        SampleOption("infill", "text: fill in the gaps of this, as in 'the _____ of'", {"metavar": "TEXT"}),
+    )
+
+    def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
+        """Those of the bound, and of the texts that are generated."""
+        options, partition = self.options(experiment), experiment.blocks_of(model).partition
+        sequences = min(len(test), options.limit or len(test))
+        return sequences * partition.num_blocks * options.times + options.samples * options.steps
+
+    def measure(self, experiment: Experiment, model: nn.Module) -> list[Bits]:
+        """Bits per character of the test text."""
+        from ...common.modules import evaluating
+        from ...evaluation.bits import bits_per_character
+
+        options, blocks = self.options(experiment), experiment.blocks_of(model)
+        text = experiment.data("test").first(options.limit)
+        batches = experiment.recipe.data.evaluation_batches(text, batch_size=options.batch_size, device=blocks.device)
+        networks = {b: functools.partial(blocks.block(b), {}) for b in range(blocks.partition.num_blocks)}
+        noise: Any = blocks.noise
+        with experiment.precision(model), evaluating(model):
+            return [
+                bits_per_character(networks, noise, batches, blocks.partition, times=options.times, seed=options.seed)
+            ]
+
+    def summary(self, rows: Sequence[Bits]) -> dict[str, Any]:
+        """The bits under a name of their own, and all that was measured with them."""
+        return {"bits_per_character": rows[0].bits, **rows[0].to_dict()}
+
+    def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Bits with their standard error, and each block's part of them."""
+        return {
+            "bits per character": f"{row['bits_per_character']:.4f} +- {row['standard_error']:.4f}",
+            "of each block": " + ".join(f"{bits:.3f}" for bits in row["block_bits"]),
+        }
+
+    def draw(
+        self,
+        experiment: Experiment,
+        table: Sequence[Mapping[str, Any]],
+        results: Mapping[str, RunResult],
+        folder: Path,
+    ) -> None:
+        """Texts of every row."""
+        for key, result in results.items():
+            write_texts(experiment, experiment.blocks_of(result.model), folder / key / "samples")
+
+    def sample(
+        self, experiment: Experiment, model: nn.Module, folder: Path, given: Mapping[str, Any], *, progress: bool
+    ) -> list[Path]:
+        """Generate texts, or fill in the gaps of one."""
+        names = ("count", "seed", "steps", "grid", "temperature", "infill")
+        options = {name: given[name] for name in names}
+        return [write_texts(experiment, experiment.blocks_of(model), folder, **options, progress=progress)]
+
+
+def write_texts(
+    experiment: Experiment,
+    model: DiffusionBlocks,
+    folder: Path,
+    *,
+    count: int | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+    grid: str | None = None,
+    temperature: float | None = None,
+    infill: str | None = None,
+    progress: bool = False,
+) -> Path:
+    """Generate texts and write them to `folder`/samples.txt, one a line.
+
+    Args:
+        experiment: of a masked text model; says the precision, and the defaults of what follows.
+        model: its blocks.
+        folder: where the file goes.
+        count: how many texts.
+        seed: text i has seed `seed` + i.
+        steps, grid, temperature: see `DiffusionBlocks.generate`.
+        infill: a text whose gaps (`_`) are filled in. It is the start of a text of the model's length, of which the
+            line has the part that it covers.
+        progress: show a progress bar.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no text model of the 27 characters, count < 1, or an infill with other characters, without a gap or
+            longer than the model's texts.
+    """
+    from ...common.files import check_writable, whole_file
+    from ...data.character_text import SYMBOLS, decode
+    from ...targets import TokenTarget
+
+    target = model.target
+    if not isinstance(target, TokenTarget):
+        raise ValueError(f"only text models make texts; {experiment.recipe.model.type} is none")
+    if target.vocab_size != len(SYMBOLS):
+        raise ValueError(
+            f"only models of the {len(SYMBOLS)} characters make texts that can be read, not of {target.vocab_size} "
+            "tokens; use DiffusionBlocks.generate"
+        )
+    options = cast(BitsConfig, experiment.recipe.evaluate)
+    count = options.samples if count is None else count
+    check_count("count", count, MOST_SAMPLES)
+    check_writable(folder, "the samples' folder")
+    pattern = None if infill is None else _pattern(infill, target)
+    length = target.length if infill is None else len(infill)
+    first = options.seed if seed is None else seed
+    lines: list[str] = []
+    with experiment.precision(model):
+        for seeds in _groups(range(first, first + count), options.batch_size):
+            tokens = model.generate(
+                seeds,
+                steps=options.steps if steps is None else steps,
+                grid=grid or options.grid,
+                temperature=options.temperature if temperature is None else temperature,
+                template=pattern,
+                progress=progress,
+            )
+            lines += [decode(row[:length]) for row in tokens]
+    path = folder / "samples.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
+    return path
+
+
+def _pattern(infill: str, target: TokenTarget) -> Tensor:
+    """The known tokens of a text of the model's length; what is not known is the mask."""
+    import torch
+
+    from ...data.character_text import SYMBOLS, encode
+
+    if wrong := sorted(set(infill) - set(SYMBOLS + GAP)):
+        raise ValueError(f"infill = {infill!r}: must be of letters a to z, spaces and gaps ({GAP}), has {wrong}")
+    if GAP not in infill or len(infill) > target.length:
+        raise ValueError(
+            f"infill = {infill!r}: must have a gap ({GAP}) and at most {target.length} characters, has {len(infill)}"
+        )
+    tokens = torch.full((target.length,), target.mask_id)
+    gaps = torch.tensor([character == GAP for character in infill])
+    tokens[: len(infill)] = encode(infill.replace(GAP, " ")).long().masked_fill(gaps, target.mask_id)
+    return tokens
+
+
+def _groups(seeds: range, size: int) -> Iterator[range]:
+    for start in range(0, len(seeds), size):
+        yield seeds[start : start + size]

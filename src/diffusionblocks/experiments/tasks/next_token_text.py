@@ -1,0 +1,504 @@
+"""The task of autoregressive text models, converted or not: cross-entropies by level, and what they write."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pydantic import Field
+
+from ...common.fields import (
+    FEEDBACK_NAMES,
+    MOST_LENGTH,
+    MOST_LEVELS,
+    MOST_SAMPLES,
+    Float,
+    Int,
+    Length,
+    Levels,
+    NonNegative,
+    Samples,
+    Seed,
+    TokenFeedback,
+    check_count,
+)
+from .task import TEMPERATURE, EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ...data import TextChunks
+    from ...data.dataset import Dataset
+    from ...evaluation.cross_entropy import LanguageRow
+    from ...evaluation.perplexity import GeneratedText
+    from ...sampling import Continuations
+    from ..experiment import Experiment
+
+
+class LanguageConfig(EvaluateSection):
+    """An autoregressive text model: cross-entropy of the test text by level, and measures of what it writes.
+
+    Attributes:
+        batch_size: Sequences at a time.
+        limit: Number of sequences of the test text, the first; null takes all.
+        seed: Seed of the noise, and of the first continuation; continuation i has seed `seed` + i.
+        levels: Levels at which the cross-entropy is measured.
+        samples: Number of continuations, of as many prompts, the first of the test text.
+        generation_batch_size: Continuations that are written together; null takes batch_size. It changes no text. On a
+            GPU a token of hundreds of them takes about as long as a token of one.
+        prompt_length: Tokens of a prompt; 0 writes from nothing.
+        new_tokens: Tokens of a continuation.
+        steps: Denoising steps a token; null: one a block.
+        grid: Level grid, one that suits the noise process: of EDM `equal-quantile` or `karras`.
+        feedback: What a prediction feeds to the next step: `soft`, `hard`, `sampled` or `top-k`; null takes that of the
+            model.
+        temperature: Temperature of the tokens' distribution; 0 takes the likeliest.
+        top_p: Draw from the likeliest tokens of this total probability only; 1 draws from all.
+        teacher: Folder or hub name of a causal language model, for generative perplexity; null: none.
+        teacher_tokens: Whether the teacher has the tokenizer of the data; else it is given the text.
+        mauve: Folder or hub name of the model whose features MAUVE compares (the reference takes gpt2-large); null:
+            none.
+    """
+
+    kind: Literal["language"] = "language"
+    batch_size: Samples = 32
+    limit: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
+    seed: Seed = 0
+    levels: Int = Field(default=16, ge=2, le=MOST_LEVELS)
+    samples: Samples = 16
+    generation_batch_size: Samples | None = None
+    prompt_length: Int = Field(default=50, ge=0, le=MOST_LENGTH)
+    new_tokens: Length = 50
+    steps: Levels | None = None
+    grid: LevelGrid = "equal-quantile"
+    feedback: TokenFeedback | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
+    temperature: NonNegative = 1.0
+    top_p: Float = Field(default=1.0, gt=0, le=1)
+    teacher: str | None = None
+    teacher_tokens: bool = True
+    mauve: str | None = None
+
+
+@dataclass(frozen=True)
+class LanguageResult:
+    """A row of the table: what the model knows of the test text, and what it writes.
+
+    Attributes:
+        known: cross-entropies.
+        written: measures of its continuations.
+        tokens_per_second: of writing them, in batches of `evaluate.generation_batch_size`.
+    """
+
+    known: LanguageRow
+    written: GeneratedText
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        written = {name: value for name, value in self.written.to_dict().items() if name != "name"}
+        return {**self.known.to_dict(), **written, "tokens_per_second": self.tokens_per_second}
+
+
+@register_task
+class NextTokenText(Task[LanguageConfig]):
+    """Measures what autoregressive models know of a text, and what they write."""
+
+    target = "next-token"
+    section = LanguageConfig
+    takes = ("characters", "tokens")
+    does = "generates text"
+    makes = "continued text"
+    examples = "texts"
+    classes = "different tokens"
+    of_text = True
+    fits_levels = True
+    plain_training = True
+    least_examples = 2
+    sample_options = (
+        TEMPERATURE,
+        SampleOption("prompt", "continued text: go on from this; repeatable", {"action": "append", "metavar": "TEXT"}),
+        SampleOption("new_tokens", "continued text: how many tokens (default: the recipe's)", {"type": int}),
+        SampleOption("top_p", "continued text: draw from this share only (default: the recipe's)", {"type": float}),
+        SampleOption(
+            "feedback",
+            "continued text: what a prediction feeds to the next step (default: the model's)",
+            {"choices": get_args(TokenFeedback)},
+            aliases=("bridge",),
+        ),
+    )
+
+    # ---- checks ------------------------------------------------------------------------------------------------
+
+    def fits_shape(self, model: tuple[int, ...], data: tuple[int, ...]) -> bool:
+        """Shorter texts than the model has positions for will do."""
+        return data <= model
+
+    def mend_shape(self, model: tuple[int, ...], pretrained: bool) -> str:
+        """Set the length of the examples."""
+        return f"--set data.length={model[0]}"
+
+    def fits_classes(self, model: int, data: int) -> bool:
+        """Ids that no text has are never targets, and are not generated: vocabularies are padded to round numbers."""
+        return model >= data or model == 0
+
+    def check_examples(self, experiment: Experiment, model: nn.Module, data: Dataset) -> None:
+        """Refuse also texts that are longer than the blocks' attention slides over."""
+        super().check_examples(experiment, model, data)
+        window = self._window(experiment, model)
+        if window is not None and data.example_shape[0] > window:
+            raise ValueError(
+                f"data.length = {data.example_shape[0]}, but the model's attention slides over {window} tokens "
+                f"(sliding_window), which two streams do not: --set data.length={window}"
+            )
+
+    def _window(self, experiment: Experiment, model: nn.Module) -> int | None:
+        """How many tokens the attention of blocks slides over; None: over all, or no blocks."""
+        from ...families.causal_lm import attention_window
+
+        return attention_window(experiment.config_of(model)) if experiment.of_blocks(model) else None
+
+    def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
+        """Those of the cross-entropies, and of the continuations."""
+        options = self.options(experiment)
+        levels, steps = 1, 1
+        if experiment.of_blocks(model):
+            blocks = experiment.blocks_of(model).partition.num_blocks
+            levels, steps = options.levels, options.steps or blocks
+        sequences = min(len(test), options.limit or len(test))
+        return sequences * levels + options.samples * options.new_tokens * steps
+
+    def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
+        """Refuse texts that outgrow the model, too few prompts, and teachers that are not there."""
+        from ...evaluation.mauve import require_mauve
+        from ...evaluation.teachers import check_teacher
+
+        options = self.options(experiment)
+        self.check_room(experiment, model, options.prompt_length, options.new_tokens)
+        if "test" in experiment.splits:
+            check_prompts(options, experiment.splits["test"])
+        if options.mauve is not None:
+            require_mauve()
+            check_teacher(options.mauve, "evaluate.mauve", tokenizer=True, causal=False)
+        if options.teacher is not None:
+            check_teacher(options.teacher, "evaluate.teacher", tokenizer=not options.teacher_tokens)
+        from_nothing = experiment.of_blocks(model) and getattr(model.target, "shift", 1) == 0
+        if options.prompt_length == 0 and not from_nothing:
+            raise ValueError(
+                "evaluate.prompt_length = 0: only blocks of two streams write from nothing; this model needs at least 1"
+            )
+
+    def check_room(self, experiment: Experiment, model: nn.Module, longest: int, new_tokens: int) -> None:
+        """Refuse texts that grow longer than the model has positions, or than it attends over, converted or not.
+
+        Args:
+            experiment: of an autoregressive model.
+            model: a `DiffusionBlocks`, or an `EndToEnd`, on any device.
+            longest: tokens of the longest prompt.
+            new_tokens: tokens that follow it.
+        """
+        config = experiment.config_of(model)
+        (most,) = experiment.family.example_shape(config)
+        name = "max_position_embeddings" if hasattr(config, "max_position_embeddings") else "sequence_length"
+        window = self._window(experiment, model)
+        if window is not None and window < most:
+            most, name = window, "sliding_window"
+        if longest + new_tokens > most:
+            raise ValueError(
+                f"a prompt of {longest} tokens and evaluate.new_tokens = {new_tokens} are {longest + new_tokens}, more "
+                f"than the model's {most} ({name}): "
+                + (
+                    f"set evaluate.new_tokens to at most {most - longest}"
+                    if longest < most
+                    else f"set evaluate.prompt_length below {most}, or give a shorter prompt"
+                )
+            )
+
+    # ---- measures ----------------------------------------------------------------------------------------------
+
+    def measure(self, experiment: Experiment, model: nn.Module) -> list[LanguageResult]:
+        """Cross-entropies on the test text, and measures of continuations of its first sequences."""
+        from ...common.modules import computes_on, evaluating
+        from ...evaluation.cross_entropy import language_row, plain_language_row
+
+        options, data, device = self.options(experiment), experiment.data("test"), computes_on(model)
+        batches: Any = functools.partial(
+            experiment.recipe.data.evaluation_batches,
+            data.first(options.limit),
+            batch_size=options.batch_size,
+            device=device,
+        )
+        with experiment.precision(model):
+            if experiment.of_blocks(model):
+                known = language_row(experiment.blocks_of(model), batches, levels=options.levels, seed=options.seed)
+            else:
+                with evaluating(model):
+                    known = plain_language_row(_repeatable(model, options.seed, device), batches)
+            texts = write(experiment, options, model, prompts_of(options, data))
+            return [LanguageResult(known, _measures(experiment, options, texts, data), texts.tokens_per_second)]
+
+    def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Cross-entropy, the context gap, and measures of the texts."""
+        shown = {
+            "cross-entropy": f"{row['cross_entropy']:.4f} +- {row['standard_error']:.4f}",
+            "context gap": "-" if row["context_gap"] is None else f"{row['context_gap']:.3f}",
+            "distinct-2": "-" if row["distinct_2"] is None else f"{row['distinct_2']:.3f}",
+        }
+        if row["perplexity"] is not None:
+            shown["perplexity under teacher"] = f"{row['perplexity']['perplexity']:.2f}"
+        return shown | {"tokens/s": f"{row['tokens_per_second']:.0f}"}
+
+    def draw(
+        self,
+        experiment: Experiment,
+        table: Sequence[Mapping[str, Any]],
+        results: Mapping[str, RunResult],
+        folder: Path,
+    ) -> None:
+        """Texts of every row, and the blocks' cross-entropies by level beside the baselines'."""
+        from ...reports.figures import draw_levels
+
+        for key, result in results.items():
+            write_continuations(experiment, result.model, folder / key / "samples")
+        baselines = [
+            (f"{row['key']} ({row['iterations']} steps)", row["cross_entropy"])
+            for row in table
+            if row["name"] == "end-to-end"
+        ]
+        for key in ("diffusionblocks", "diffusionblocks-branched"):
+            if key in results:
+                blocks, (row, *_) = experiment.blocks_of(results[key].model), results[key].rows
+                assert isinstance(row, LanguageResult)
+                draw_levels(row.known, blocks.partition, folder / key / "levels.png", baselines)
+
+    def sample(
+        self, experiment: Experiment, model: nn.Module, folder: Path, given: Mapping[str, Any], *, progress: bool
+    ) -> list[Path]:
+        """Continue prompts, or the starts of the test text."""
+        names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "feedback")
+        options = {name: given[name] for name in names}
+        path = write_continuations(experiment, model, folder, prompts=given["prompt"], progress=progress, **options)
+        return [path]
+
+    # ---- models --------------------------------------------------------------------------------------------------
+
+    def settle(self, experiment: Experiment, model: nn.Module) -> None:
+        """Let the configs of a model say which tokens end the texts that it learns.
+
+        That is the `END` of the recipe's tokenizer, and what a pretrained folder or the recipe's own `model.config`
+        names; none of characters. A class's default is an id of another vocabulary.
+        """
+        from ...families.generation_config import as_ids, end_tokens, rebuilt_generation_config
+
+        recipe, converted = experiment.recipe, experiment.of_blocks(model)
+        holder: Any = model if converted else model.model
+        own = end_tokens(holder) if recipe.model.pretrained else as_ids(recipe.model.config.get("eos_token_id"))
+        end = recipe.data.codec().end
+        ids = list(dict.fromkeys([*own, *([] if end is None else [end])]))
+        ends = None if not ids else ids[0] if len(ids) == 1 else ids
+        if hasattr(holder.config, "eos_token_id"):
+            holder.config.eos_token_id = ends
+        if getattr(holder, "generation_config", None) is not None:
+            holder.generation_config.eos_token_id = ends
+        elif ends is not None and converted:
+            holder.generation_config = rebuilt_generation_config({"eos_token_id": ends}, recipe.name)
+
+
+def _repeatable(model: nn.Module, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The model as a function of tokens; the states that a recurrence starts from come from the seed."""
+    import torch
+
+    from ...models import RecurrentDepth
+
+    if isinstance(model.model, RecurrentDepth):
+        return functools.partial(model.model, generator=torch.Generator(device).manual_seed(seed))
+    return model
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------
+
+
+def prompts_of(options: LanguageConfig, data: TextChunks) -> list[Tensor]:
+    """The starts of the test text's first sequences."""
+    return [row[: options.prompt_length] for row in _sequences(options, data)]
+
+
+def check_prompts(options: LanguageConfig, data: Any) -> None:
+    """Refuse a test text that has fewer prompts, and what follows each, than are to be continued."""
+    length = options.prompt_length + options.new_tokens
+    available = len(data.text) // length
+    if available < options.samples:
+        raise ValueError(
+            f"evaluate.samples = {options.samples} prompts with {length} tokens each (prompt_length + new_tokens): the "
+            f"test text has only {available} of them; set evaluate.samples to at most {available}"
+            if available
+            else f"evaluate.prompt_length + new_tokens = {length}: the test text has only {len(data.text)} tokens; set "
+            "evaluate.prompt_length and evaluate.new_tokens lower"
+        )
+
+
+def _sequences(options: LanguageConfig, data: TextChunks) -> list[Tensor]:
+    """The first pieces of the text, int64, each of a prompt and what follows it."""
+    import torch
+
+    from ...data import evaluation_chunks
+
+    check_prompts(options, data)
+    count, length = options.samples, options.prompt_length + options.new_tokens
+    (batch,) = evaluation_chunks(
+        dataclasses.replace(data.text, ids=data.text.ids[: count * length]),
+        length,
+        batch_size=count,
+        device=torch.device("cpu"),
+    )
+    return list(batch["input_ids"])
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------
+
+
+def write(
+    experiment: Experiment,
+    options: LanguageConfig,
+    model: nn.Module,
+    prompts: list[Tensor],
+    *,
+    seed: int | None = None,
+    progress: bool = False,
+) -> Continuations:
+    """Continue prompts as an `evaluate` section says; continuation i has seed `seed` + i.
+
+    A text ends with the end of a document (`END` of the tokenizer; characters have none), and of a pretrained model of
+    tokens also with any of its own eos ids.
+    """
+    from ...families.generation_config import end_tokens
+    from ...sampling import Continuations, continue_plainly
+
+    codec, converted = experiment.codec, experiment.of_blocks(model)
+    original: Any = None if converted else model.model
+    stops: tuple[int, ...] = () if codec.end is None else (codec.end,)
+    if stops and experiment.recipe.model.pretrained is not None:  # its chat may end a turn otherwise than a document
+        stops += end_tokens(model if converted else original)
+    first = options.seed if seed is None else seed
+    whole: list[Continuations] = []
+    together = options.generation_batch_size or options.batch_size
+    for start in range(0, len(prompts), together):
+        some = prompts[start : start + together]
+        common: dict[str, Any] = {
+            "seeds": range(first + start, first + start + len(some)),
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "stop_tokens": stops,
+            "num_tokens": codec.vocab_size,  # the model may have more: its vocabulary padded to a round number
+            "progress": progress,
+        }
+        if converted:
+            more: dict[str, Any] = {"steps": options.steps, "grid": options.grid, "feedback": options.feedback}
+            whole.append(experiment.blocks_of(model).continue_texts(some, options.new_tokens, **common, **more))
+        else:
+            whole.append(continue_plainly(original, some, max_new_tokens=options.new_tokens, **common))
+    return Continuations(
+        [row for part in whole for row in part.tokens],
+        [length for part in whole for length in part.prompt_lengths],
+        sum(part.seconds for part in whole),
+    )
+
+
+def _measures(experiment: Experiment, options: LanguageConfig, texts: Continuations, data: TextChunks) -> GeneratedText:
+    from ...evaluation.mauve import HiddenFeatures, mauve_score
+    from ...evaluation.perplexity import generated_text, generative_perplexity
+    from ...evaluation.teachers import load_teacher_tokenizer, teacher_tokens
+
+    codec, device, lengths = experiment.codec, experiment.device, texts.prompt_lengths
+    after = [row[length:] for row, length in zip(texts.tokens, lengths, strict=True)]
+    perplexity = None
+    if options.teacher is not None:
+        tokens: Sequence[Any] = texts.tokens
+        if not options.teacher_tokens:
+            prompts = [codec.decode(row[:length]) for row, length in zip(texts.tokens, lengths, strict=True)]
+            tokenizer = load_teacher_tokenizer(options.teacher)
+            tokens, lengths = teacher_tokens(tokenizer, prompts, [codec.decode(row) for row in after])
+        start = codec.end if options.teacher_tokens else None
+        perplexity = generative_perplexity(
+            options.teacher, tokens, lengths, start=start, batch_size=options.batch_size, device=device
+        )
+    mauve: Any = ()
+    if options.mauve is not None:
+        features = HiddenFeatures(options.mauve, batch_size=options.batch_size, device=device)
+        references = [codec.decode(row) for row in _sequences(options, data)]
+        mauve = mauve_score(features(references), features([codec.decode(row) for row in texts.tokens]))
+    return generated_text(
+        experiment.recipe.name,
+        after,
+        teacher=options.teacher,
+        perplexity=perplexity,
+        features=options.mauve,
+        mauve=mauve,
+    )
+
+
+def write_continuations(
+    experiment: Experiment,
+    model: nn.Module,
+    folder: Path,
+    *,
+    prompts: list[str] | None = None,
+    count: int | None = None,
+    seed: int | None = None,
+    progress: bool = False,
+    **changes: Any,
+) -> Path:
+    """Write continuations to `folder`/samples.txt, each after its prompt, an empty line between them.
+
+    Args:
+        experiment: of an autoregressive model; says all that is not given.
+        model: a `DiffusionBlocks`, or an `EndToEnd`.
+        folder: where the file goes.
+        prompts: texts to go on from, in turn; None takes the starts of the test text's sequences.
+        count: how many continuations; None: one a prompt, or `evaluate.samples`.
+        seed: of the first continuation; the next count up.
+        progress: show a progress bar.
+        changes: other values for the fields of `LanguageConfig` (temperature, top_p, feedback, steps, ...).
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no autoregressive model, count < 1, or a value out of range.
+    """
+    from ...common.files import check_writable, whole_file
+
+    task = experiment.task
+    if not isinstance(task, NextTokenText):
+        raise ValueError(f"only autoregressive models go on from prompts; {experiment.recipe.model.type} is none")
+    values = {name: value for name, value in changes.items() if value is not None}
+    if count is not None:
+        check_count("count", count, MOST_SAMPLES)
+    check_writable(folder, "the samples' folder")
+    if prompts is None and count is not None:
+        values["samples"] = count
+    options = LanguageConfig.model_validate(experiment.recipe.evaluate.model_dump() | values)
+    codec = experiment.codec
+    if prompts is None:
+        data = experiment.data("test")
+        task.check_examples(experiment, model, data)
+        starts = prompts_of(options, data)
+    else:
+        encoded = [codec.encode(prompt) for prompt in prompts]
+        starts = [encoded[i % len(prompts)] for i in range(count or len(prompts))]
+    task.check_room(experiment, model, max(map(len, starts)), options.new_tokens)
+    texts = write(experiment, options, model, starts, seed=seed, progress=progress)
+    path = folder / "samples.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text("\n\n".join(_shown(texts, codec)) + "\n", encoding="utf-8")
+    return path
+
+
+def _shown(texts: Continuations, codec: Any) -> Iterator[str]:
+    for row, length in zip(texts.tokens, texts.prompt_lengths, strict=True):
+        yield f"{codec.decode(row[:length])}|{codec.decode(row[length:])}"

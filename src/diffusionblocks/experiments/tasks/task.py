@@ -1,0 +1,349 @@
+"""Tasks: what is measured, drawn, sampled and printed of the models of one kind of target; one object each.
+
+A task's modules import torch only where it works: the command line reads its options and its words for `--help`.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict
+
+from ...common.by_kind import ByKind, kind_of
+from ...common.choices import NameOf
+from ...common.fields import MANY_CALLS, MOST_CALLS
+from ...common.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...core.model import DiffusionBlocks
+    from ...data.dataset import Dataset
+    from ..experiment import Experiment
+    from ..recipe import Recipe
+
+
+_log = logging.getLogger(__name__)
+
+
+def level_grids() -> Collection[str]:
+    """Names of all level grids."""
+    from ...noise.grids import GRIDS
+
+    return GRIDS
+
+
+def level_grid(name: str) -> str:
+    """The name of a level grid; older names become those of today.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    from ...noise.grids import check_grid, grid_name
+
+    return check_grid(grid_name(name))
+
+
+#: The name of a level grid, as a field of a config; which of them suit a process, `NoiseProcess.check_grid` says.
+LevelGrid = Annotated[str, NameOf(level_grids, level_grid)]
+
+
+class EvaluateSection(BaseModel):
+    """Base class of the kinds of `evaluate` section; a task has one, with a field `kind: Literal["its name"]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    if TYPE_CHECKING:
+        kind: str
+
+
+class Row(Protocol):
+    """What one setting gave."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: the model, its measures, and what training took (a fit of its levels and a trunk included)."""
+
+    model: nn.Module
+    rows: list[Row]
+    seconds: float
+    iterations: int
+
+
+@dataclass(frozen=True)
+class SampleOption:
+    """An option of `diffusionblocks sample` that not every task has.
+
+    Attributes:
+        name: as Python has it: `top_p` is the option --top-p.
+        help: one line.
+        parsed: how it is parsed: further arguments of `argparse.ArgumentParser.add_argument`.
+        aliases: other spellings, without the dashes.
+    """
+
+    name: str
+    help: str
+    parsed: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+
+#: Of texts that are generated.
+TEMPERATURE = SampleOption("temperature", "text: divides the logits (default: the recipe's)", {"type": float})
+
+Options = TypeVar("Options", bound=EvaluateSection)
+
+
+class Task(abc.ABC, Generic[Options]):
+    """What an experiment measures of one kind of model. Stateless; a subclass is added by `register_task`."""
+
+    #: kind of the target that the models denoise
+    target: ClassVar[str]
+    #: the schema of the recipe's `evaluate` section; its `kind` names the task
+    section: ClassVar[type[EvaluateSection]]
+    #: what an example may be (`DataSection.examples`)
+    takes: ClassVar[tuple[str, ...]]
+    #: what a model does, for messages
+    does: ClassVar[str]
+    #: what `diffusionblocks sample` makes; "" where there is nothing to sample
+    makes: ClassVar[str] = ""
+    #: what examples are called, and what is counted in them
+    examples: ClassVar[str] = "images"
+    classes: ClassVar[str] = "classes"
+    #: whether examples are texts, whose loss can be read off in chunks
+    of_text: ClassVar[bool] = False
+    #: whether the loss is a cross-entropy over log sigma, to which noise levels can be fitted
+    fits_levels: ClassVar[bool] = False
+    #: whether the class has an end-to-end training of its own; else it denoises anyway, on all levels at once
+    plain_training: ClassVar[bool] = False
+    #: whether `evaluate --by-level` measures each block at levels of its own
+    by_level: ClassVar[bool] = False
+    #: whether a trained model may have another number of labels, with a new head
+    new_head: ClassVar[bool] = False
+    #: test examples that the measures need
+    least_examples: ClassVar[int] = 1
+    #: options of `diffusionblocks sample`, beside those that all tasks have
+    sample_options: ClassVar[tuple[SampleOption, ...]] = ()
+
+    @property
+    def kind(self) -> str:
+        """The name: `evaluate.kind`."""
+        return kind_of(self.section)
+
+    def options(self, experiment: Experiment) -> Options:
+        """The recipe's `evaluate` section."""
+        return cast(Options, experiment.recipe.evaluate)
+
+    # ---- checks ------------------------------------------------------------------------------------------------
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise ValueError if sections of the recipe do not go together."""
+
+    def check_examples(self, experiment: Experiment, model: nn.Module, data: Dataset) -> None:
+        """Refuse examples that the model does not take, before any GPU work."""
+        config, family, pretrained = experiment.config_of(model), experiment.family, experiment.recipe.model.pretrained
+        shape = family.example_shape(config)
+        if not self.fits_shape(shape, data.example_shape):
+            taken, found = ("x".join(map(str, s)) for s in (shape, data.example_shape))
+            where = self.mend_shape(shape, pretrained is not None)
+            raise ValueError(f"the model takes {self.examples} of {taken}, the data has {found}; {where}")
+        count, name = family.num_classes(config), family.class_count_field
+        if not self.fits_classes(count, data.num_classes):
+            if pretrained is not None and not self.new_head:
+                fix = f"its weights have {count}: give the tokenizer or data that {pretrained} was trained with"
+            else:
+                fix = f"--set model.config.{name}={data.num_classes}"
+            raise ValueError(f"the model has {name} = {count}, the data has {data.num_classes} {self.classes}; {fix}")
+
+    def fits_shape(self, model: tuple[int, ...], data: tuple[int, ...]) -> bool:
+        """Whether a model takes examples of a shape."""
+        return model == data
+
+    def mend_shape(self, model: tuple[int, ...], pretrained: bool) -> str:
+        """What to do about examples of another shape."""
+        return "give data of the size that it was trained on" if pretrained else "set their size in model.config"
+
+    def fits_classes(self, model: int, data: int) -> bool:
+        """Whether a model of so many classes takes data of so many."""
+        return model in (data, 0)
+
+    def check(self, experiment: Experiment, model: nn.Module) -> None:
+        """Refuse before work what could only fail after it: the one check of all that `measure` does.
+
+        Args:
+            experiment: of the splits that it has read already; a test split among them is one that will be measured.
+            model: on any device, the meta device too.
+
+        Raises:
+            ValueError: test data that the model does not take, or too few; settings that multiply to more than anybody
+                waits for; or what a task refuses besides, see `check_settings`.
+            ImportError: a package that the measures need is not installed.
+        """
+        if experiment.of_blocks(model):
+            grids = getattr(experiment.recipe.evaluate, "grid", ())
+            for grid in (grids,) if isinstance(grids, str) else grids:
+                experiment.blocks_of(model).noise.check_grid(grid, "evaluate.grid")
+        test = experiment.splits.get("test")
+        if test is not None:
+            self.check_examples(experiment, model, test)
+            self._check_enough(test)
+            self._check_calls(experiment, model, test)
+        self.check_settings(experiment, model)
+
+    def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
+        """Raise ValueError or ImportError if the measures cannot be taken with the recipe's settings."""
+
+    def _check_enough(self, test: Dataset) -> None:
+        """Refuse a test split with fewer examples than the measure needs: two sequences have a standard error."""
+        if len(test) >= self.least_examples:
+            return
+        what = f"sequences of data.length = {test.example_shape[0]}" if self.of_text else "examples"
+        raise ValueError(
+            f"the test split has {len(test)} {what}, and evaluate.kind: {self.kind} needs {self.least_examples}: give "
+            "more test data" + (", or set data.length lower" if self.of_text else "")
+        )
+
+    @abc.abstractmethod
+    def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
+        """About how often `measure` calls a block, each example counted by itself: what its settings multiply to."""
+
+    def _check_calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> None:
+        """Refuse settings that multiply to more than anybody waits for; say so where they are many."""
+        calls, options = self.calls(experiment, model, test), experiment.recipe.evaluate
+        names = ("samples", "steps", "seeds", "new_tokens", "limit")
+        lower = " or ".join(f"evaluate.{name}" for name in names if hasattr(options, name))
+        said = f"evaluation takes about {calls:,} calls of a block, each example counted by itself"
+        if calls > MOST_CALLS:
+            raise ValueError(f"{said}, more than {MOST_CALLS:,}: set {lower} lower")
+        if calls > MANY_CALLS:
+            _warn(f"{said}; for a quick look set {lower} lower")
+
+    # ---- measures ----------------------------------------------------------------------------------------------
+
+    def splits(self, options: Any) -> tuple[str, ...]:
+        """The splits that `measure` reads."""
+        return ("test",)
+
+    @abc.abstractmethod
+    def measure(self, experiment: Experiment, model: nn.Module) -> Sequence[Row]:
+        """Measure a model as the recipe's `evaluate` section says: one row a combination of its settings."""
+
+    def headline(self, rows: Sequence[Any]) -> Any:
+        """The row that stands for the run in a table, fixed beforehand: nothing is selected by its result."""
+        return rows[0]
+
+    def measure_by_level(self, experiment: Experiment, model: DiffusionBlocks) -> Sequence[Row]:
+        """Measure every block at levels of its own.
+
+        Raises:
+            ValueError: the task has no such measure.
+        """
+        raise ValueError(f"--by-level is for classifiers; {experiment.recipe.model.type} generates {self.makes}")
+
+    # ---- tables and figures --------------------------------------------------------------------------------------
+
+    def summary(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """A run's measures as JSON values, in a row of a comparison's table."""
+        result: dict[str, Any] = self.headline(rows).to_dict()
+        return result
+
+    @abc.abstractmethod
+    def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The printed columns of a row of a comparison's table, from what `summary` put there."""
+
+    def draw(
+        self,
+        experiment: Experiment,
+        table: Sequence[Mapping[str, Any]],
+        results: Mapping[str, RunResult],
+        folder: Path,
+    ) -> None:
+        """Draw a comparison's figures.
+
+        Args:
+            experiment: what was compared.
+            table: its rows; `key` names them.
+            results: by key.
+            folder: of the comparison; each row has a folder of its own below it.
+        """
+
+    # ---- samples -------------------------------------------------------------------------------------------------
+
+    def sample(
+        self, experiment: Experiment, model: nn.Module, folder: Path, given: Mapping[str, Any], *, progress: bool
+    ) -> list[Path]:
+        """Make samples for `diffusionblocks sample`.
+
+        Args:
+            experiment: says what is not given.
+            model: what to sample from.
+            folder: where the files go.
+            given: the options of the command by name; None where one is not given.
+            progress: show a progress bar.
+
+        Returns:
+            The files.
+        """
+        raise ValueError(f"sample is for diffusion models; {experiment.recipe.model.type} {self.does}: use evaluate")
+
+    # ---- models --------------------------------------------------------------------------------------------------
+
+    def settle(self, experiment: Experiment, model: nn.Module) -> None:
+        """Adjust a new model's configs to the recipe's data, before it is trained."""
+
+
+#: Tasks by `evaluate.kind`.
+TASKS: Registry[Task[Any]] = Registry("task")
+
+_SECTIONS: Registry[type[EvaluateSection]] = Registry("task")
+
+#: The type of a recipe's `evaluate` section.
+BY_KIND = ByKind(_SECTIONS)
+
+TaskClass = TypeVar("TaskClass", bound=type[Task[Any]])
+
+
+def register_task(task: TaskClass) -> TaskClass:
+    """Add a task, as a decorator of its class; recipes of models with its target can then say its `evaluate.kind`.
+
+    Of several tasks of one target the first that was registered is taken where a recipe names none.
+
+    Args:
+        task: a subclass of `Task`, without arguments of `__init__`.
+
+    Raises:
+        ValueError: its section has no field `kind: Literal["its name"]`, or the name is taken.
+    """
+    instance = task()
+    _SECTIONS.register(instance.kind, instance.section)
+    TASKS.register(instance.kind, instance)
+    return task
+
+
+def tasks_of(target: str) -> list[Task[Any]]:
+    """The tasks of models with a target, the one that is taken by default first.
+
+    Args:
+        target: kind of the target.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tasks = [task for task in TASKS.values() if task.target == target]
+    if not tasks:
+        raise ValueError(f"no task measures models that denoise {target}: add one with diffusionblocks.register_task")
+    return tasks
+
+
+@functools.cache  # every trainer of a run asks
+def _warn(text: str) -> None:
+    _log.warning("%s", text)
