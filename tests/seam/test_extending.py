@@ -21,6 +21,8 @@ from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.noise import NOISE_PROCESSES
 from diffusionblocks.sampling import SOLVERS, calls
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "dit" / "digits.yaml"
 

@@ -30,6 +30,8 @@ if __name__ == "__main__":
 
 from golden import command, digests, lacks, machine, numbers, outputs
 
+pytestmark = pytest.mark.slow
+
 NOTED = Path(__file__).with_name("golden_runs.json")
 OLD = Path(__file__).parents[1] / "old_artefacts"
 SHIPPED = Path(__file__).parents[2] / "recipes"

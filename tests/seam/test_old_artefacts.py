@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 import diffusionblocks as db
 
+pytestmark = pytest.mark.slow
+
 OLD = Path(__file__).parents[1] / "old_artefacts"
 KINDS = ("vit", "dit", "masked", "llama")
 #: Since then blocks of these are not told levels where next to nothing is trained, unless the noise process says so.

@@ -1,8 +1,11 @@
 """Seeds: what was trained, initialised and measured with them before has the same draws today."""
 
+import traceback
+
+import pytest
 import torch
 
-from diffusionblocks.common.seeds import key, keyed_generator, seed_from
+from diffusionblocks.common.seeds import key, keyed_generator, seed_from, seed_global
 from diffusionblocks.models.recurrent_depth import depth_generator
 
 
@@ -20,3 +23,24 @@ def test_every_part_of_a_key_counts():
     draws = [torch.rand(3, generator=keyed_generator(*each)) for each in (parts[0], parts[0], parts[1])]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_the_global_generator_is_seeded_as_by_torch(device: torch.device | None) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    seed_global(4, device)
+    assert not torch.equal(torch.rand(4), expected)
+    seed_global(3, device)
+    assert torch.initial_seed() == 3
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there a seed is for all devices")
+def test_seeding_a_cpu_takes_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(traceback, "format_stack", lambda *_: taken.append(1) or [])
+    seed_global(0)
+    assert not taken
+    torch.manual_seed(0)
+    assert taken  # which is what it avoids

@@ -39,6 +39,23 @@ def keyed_generator(
     return torch.Generator(device).manual_seed(key(seed, unit, step, purpose))
 
 
+def seed_global(seed: int, device: torch.device | None = None) -> None:
+    """Seed torch's global generators, as `torch.manual_seed` does.
+
+    Where only the CPU's counts, only that is seeded. `torch.manual_seed` would also note the call for each kind of
+    device that may come, with a traceback.
+
+    Args:
+        seed: the seed.
+        device: where draws will be made; None: anywhere.
+    """
+    only_cpu = not torch.accelerator.is_available() if device is None else device.type == "cpu"
+    if only_cpu:
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 class TrainingDraws:
     """Generators of the training calls of `forward`, keyed by (torch's global seed, number of the call, rank).
 

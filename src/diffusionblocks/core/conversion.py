@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..common.finite import DIVERGED, require_finite
+from ..common.seeds import seed_global
 from ..config import BlocksConfig
 from ..families import Family, check_convertible, class_name_of, family_for
 from ..families.module_tree import Namespace, extract
@@ -80,7 +81,7 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     place = torch.device("meta") if _on_meta(model) else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), place:
         # What conversion adds depends on config.seed alone, not on what ran before.
-        torch.manual_seed(config.seed)
+        seed_global(config.seed)
         blocks = _build_blocks(model, family, config, partition, layers_path, model_config, take)
     labelled = "labels" in (*blocks[0].input_names, *blocks[0].target.names)
     converted = (DiffusionBlocks if labelled else UnlabelledBlocks)(

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..common.finite import DIVERGED, require_finite
-from ..common.seeds import seed_from
+from ..common.seeds import seed_from, seed_global
 from ..families import CannotReadInParts, checkpoint, family_named, instantiate, outline, pretrained, with_depth
 
 _log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Fresh(WeightSource):
 
     def _draw(self, layers: int, purpose: str) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_from(f"{self.seed}/{purpose}"))
+            seed_global(seed_from(f"{self.seed}/{purpose}"))
             # `instantiate` forks from here, so the weights depend on this seed alone.
             return instantiate(self.model_class, with_depth(self.model_class, self.model_config, layers)).state_dict()
 
@@ -203,7 +203,7 @@ class InMemory(WeightSource):
         dtype: torch.dtype | None = None,
     ) -> None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_global(seed)
             model: Any = pretrained(model_class, path, values, dtype)
         super().__init__(model_class, model.config, next(model.parameters()).dtype)
         self.generation_config = getattr(model, "generation_config", None)

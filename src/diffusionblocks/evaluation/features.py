@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..common.files import whole_folder
 from ..common.finite import require_finite
 from ..common.formats import read_json, read_tensors, write_json, write_tensors
+from ..common.seeds import seed_global
 from ..data import AugmentConfig, ImageBatches, ImageData, evaluation_batches
 from ..data.image_batches import Normalise
 from ..training import EndToEnd, TrainConfig, Trainer
@@ -262,7 +263,7 @@ def train_classifier(
     )
     # A training of its own: to the one that may go on around it, the global generators are as they were.
     with torch.random.fork_rng(devices=[device] if gpu else []):
-        torch.manual_seed(seed)
+        seed_global(seed)
         network = SmallCNN(train.image_shape[0], train.num_classes, width=width, dropout=dropout)
         model = EndToEnd(network.to(device))
         augment = AugmentConfig(crop_padding=crop_padding, flip=flip) if flip or crop_padding else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..common.formats import read_json
 from ..common.messages import near
+from ..common.seeds import seed_global
 from ..core.weights import Fresh, WeightSource, cast_weights, pretrained_source
 from ..families import (
     config_fields,
@@ -60,7 +61,7 @@ class Original:
         if self.options.pretrained is not None:
             return self._build_pretrained(self.options.pretrained)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            seed_global(self.seed)
             # `instantiate` forks from here, so the weights depend on this seed alone.
             return cast_weights(instantiate(self.options.type, config), self.dtype)
 

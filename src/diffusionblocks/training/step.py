@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..common.seeds import seed_global
 from ..data.dataset import BatchMaker
 from .residency import ActiveUnit, Residency
 from .train_config import TrainConfig
@@ -43,17 +44,6 @@ def arithmetic(device: torch.device, precision: str, *, keep_casts: bool = True)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=lower, cache_enabled=keep_casts)
     with cast, attention_kernels(device):
         yield
-
-
-def _seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generator that dropout draws from.
-
-    On a CPU only that one: `torch.manual_seed` would also note the call for every GPU that may come, with a traceback.
-    """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 class Stepper:
@@ -102,7 +92,7 @@ class Stepper:
         """
         active = self.residency.activate(unit, following)
         self.generator.manual_seed(keys[0])
-        _seed_dropout(keys[1], self.device)
+        seed_global(keys[1], self.device)  # dropout draws from it
         self.indices.copy_(indices)
         self.step_now.fill_(step)
         for updater, owner in zip(active.updaters, active.sets, strict=True):
