@@ -114,7 +114,7 @@ class BlocksConfig(BaseModel):
     seed: Seed = 0
 
     def as_one_block(self) -> BlocksConfig:
-        """The same with one block of all layers, on all levels: a trunk, or a diffusion model's end-to-end control."""
+        """The same with one block of all layers, on all levels: a trunk, or a diffusion model's baseline."""
         return self.model_copy(update={"num_blocks": 1, "layers": None, "overlap": 0.0})
 
     @model_validator(mode="after")

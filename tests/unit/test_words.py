@@ -7,7 +7,9 @@ are not prose. In code no name is a bare participle or a word of dialect, and do
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,22 +19,25 @@ ROOT = Path(__file__).parents[2]
 
 #: word (a regular expression, whole words) -> (instead, allowed phrases)
 WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    r"adapters?": ("family", ("PEFT", "peft", "LoRA", "merge_and_unload")),
+    r"adapters?": ("family", ("PEFT", "peft", "LoRA", "merge_and_unload", "state, prelude", "the adapter")),
     r"rivals?": ("baseline, or alternative", ()),
     r"savers?": ("memory optimisation", ("extra: savers", "[savers]")),
     r"bridges?": ("feedback", ()),
     r"dwells?": ("steps per switch", ("former name",)),
     r"luggage|occupants?|skeletons?|mounts?|mounted": (
         "host buffer, active unit, shared module, bind",
-        ("disk is mounted",),
+        ("disk is mounted", "mounted disk", "is a mount"),
     ),
     r"(?:at|from|go(?:es)?|their|its) home": ("host buffer", ()),
     r"honest (?:rival|control|baseline)s?": ("baseline", ()),
     r"mass": ("probability, or quantile", ("point mass",)),
     r"in nats a token|nats a character|a token's nats": ("nats per token, NLL", ()),
-    r"controls?": ("baseline", ("control character", "positive control")),
+    r"controls?": ("baseline", ("control character", "positive control", "control group")),
     r"shared parts?": ("shared parameters", ()),
-    r"(?:bits|characters|steps|calls|time|ms|share) a (?:character|token|step|block|unit|chain)": ("per", ()),
+    r"(?:bits|characters|steps|calls|time|ms|share) a (?:character|token|step|block|unit|chain)": (
+        "per",
+        ("Time a step", "evaluation calls", "how often  calls", "steps a unit makes"),
+    ),
     r"(?:the |our )house|(?:one|the) road": ("code base, function", ()),
 }
 
@@ -58,21 +63,16 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, int, str]]:
 
 
 def _messages(module: Path) -> Iterator[tuple[str, int, str]]:
-    """Yield the strings of a module that are sentences, but for its docstrings."""
-    tree = ast.parse(module.read_text())
-    places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {
-        id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, places) and _has_docstring(node)
-    }
-    for node in ast.walk(tree):
-        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-        if re.search(r"\w \w", text) and id(node) not in docstrings:
-            yield str(module.relative_to(ROOT)), node.lineno, re.sub(r"`[^`]*`", "", text)
-
-
-def _has_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    first = node.body[0] if node.body else None
-    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    """Yield the strings of a module that are sentences, docstrings among them, and its comments, line by line."""
+    source = module.read_text()
+    strings = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    texts = [(node.lineno, node.value) for node in strings if isinstance(node.value, str)]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts += [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+    for start, text in texts:
+        for number, line in enumerate(text.splitlines(), start):
+            if re.search(r"\w \w", line):
+                yield str(module.relative_to(ROOT)), number, re.sub(r"`[^`]*`", "", line)
 
 
 def _found(word: str, allowed: tuple[str, ...], prose: list[tuple[str, int, str]]) -> list[str]:
@@ -202,7 +202,7 @@ def test_a_bad_name_would_be_found() -> None:
 def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, places) and _has_docstring(node):
+        if isinstance(node, places) and ast.get_docstring(node):
             yield node.body[0].lineno, ast.get_docstring(node) or ""
 
 

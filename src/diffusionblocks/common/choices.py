@@ -21,9 +21,9 @@ def choice_of(names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
     """
 
     def parse(text: str) -> str:
-        allowed = list(names())
-        if text not in allowed:
-            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(map(repr, allowed))})")
+        choices = list(names())
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(map(repr, choices))})")
         return text
 
     return parse

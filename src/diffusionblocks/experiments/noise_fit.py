@@ -1,8 +1,8 @@
 """Levels fitted to a task before its blocks train: a warm-up that measures where the cross-entropy rises.
 
 One block's worth of layers is trained on all levels. After each round the mean cross-entropy of training examples is
-measured at levels that are even over log sigma, and the next round draws its levels so that equal mass is equal rise
-(`noise/fitting.py`). The last fit is what trunk and blocks then train on, frozen.
+measured at levels that are even over log sigma, and the next round draws its levels so that equal probability is equal
+rise (`noise/fitted_levels.py`). The last fit is what trunk and blocks then train on, frozen.
 
 Every round has a trainer of its own, which resumes from the checkpoint that the round before left: compiled code and
 CUDA graphs never hold levels of an older fit, and a fit that was killed goes on like one that was not. A round counts

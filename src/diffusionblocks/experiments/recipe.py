@@ -71,7 +71,7 @@ class TrunkConfig(_Section):
 
 
 class FitConfig(_Section):
-    """Fit the noise levels first: equal mass is equal rise of the cross-entropy, as one block's worth of layers has it.
+    """Fit the noise levels first: equal probability is equal rise of one block's cross-entropy.
 
     Attributes:
         steps: Steps of the fit's training, where `train` is in steps. Learning rate and schedule are `train`'s.

@@ -53,7 +53,7 @@ class LanguageConfig(EvaluateSection):
             GPU a token of hundreds of them takes about as long as a token of one.
         prompt_length: Tokens of a prompt; 0 writes from nothing.
         new_tokens: Tokens of a continuation.
-        steps: Denoising steps a token; null: one a block.
+        steps: Denoising steps per token; null: one for each block.
         grid: Level grid, one that suits the noise process: of EDM `equal-quantile` or `karras`.
         feedback: What a prediction feeds to the next step: `soft`, `hard`, `sampled` or `top-k`; null takes that of the
             model.
