@@ -31,7 +31,7 @@ from cifar10_gather import gather
 from diffusionblocks.core.model import DiffusionBlocks
 from diffusionblocks.evaluation.frechet import FeatureStatistics
 from diffusionblocks.evaluation.memory import step_memory
-from diffusionblocks.evaluation.sample_quality import Setting, generated, measure_samples
+from diffusionblocks.evaluation.sample_quality import Setting, measure_samples, sample_batches
 from diffusionblocks.evaluation.sample_quality import statistics as feature_statistics
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, TrunkConfig, load_recipe
@@ -360,7 +360,7 @@ def sampling_speed(recipe: Recipe, settings: SamplesConfig, options: argparse.Na
 
     def once() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            images.extend(generated(model, batch, setting, batch_size=batch))
+            images.extend(sample_batches(model, batch, setting, batch_size=batch))
 
     once()
     seconds = [_timed(once) / 1000 for _ in range(options.batches)]

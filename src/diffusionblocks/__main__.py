@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .common.messages import reported
+from .common.messages import report_errors
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
 
         status = command_line()
 
-    return reported(run) or status
+    return report_errors(run) or status
 
 
 if __name__ == "__main__":

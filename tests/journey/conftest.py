@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusionblocks.cli import main
 from diffusionblocks.data import digits
-from diffusionblocks.evaluation.features import train_classifier
+from diffusionblocks.evaluation.classifier import train_classifier
 
 
 @pytest.fixture

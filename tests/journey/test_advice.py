@@ -502,7 +502,7 @@ def lost_levels(run: Path) -> list[str]:
 
 #: A fragment of a message that advises `--restart` -> what provokes it.
 RESTARTS: dict[str, Callable[[Path], list[str]]] = {
-    "this run has {shortened(str(new), 160)}": other_rate,
+    "this run has {shorten(str(new), 160)}": other_rate,
     "description of the run is damaged": damaged_description,
     "was fitted with": other_fit,
     "not of one fit": lost_levels,

@@ -145,7 +145,7 @@ def test_exit_statuses_by_kind(error: Exception, status: int, words: str, capsys
     def action() -> None:
         raise error
 
-    assert messages.reported(action) == status
+    assert messages.report_errors(action) == status
     told = capsys.readouterr().err
     assert words in told
     assert len(told.splitlines()) == 1

@@ -365,13 +365,13 @@ def test_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert file.suffix == ".safetensors", "no temporary file is left behind"
 
     decoded: list[str] = []
-    real = images_module._decoded
+    real = images_module._decode
 
     def counting(*args: Any) -> ImageData:
         decoded.append("again")
         return real(*args)
 
-    monkeypatch.setattr(images_module, "_decoded", counting)
+    monkeypatch.setattr(images_module, "_decode", counting)
     second = load(folder, cache_dir=cache)
     assert not decoded
     assert second.class_names == first.class_names
@@ -408,7 +408,7 @@ def test_hub_name_goes_to_load_dataset(folder: Path, tmp_path: Path, monkeypatch
     data = load("someone/pets", cache_dir=tmp_path / "cache")
     assert len(data) == 4
     assert calls[0][0] == "someone/pets"
-    monkeypatch.setattr(images_module, "_decoded", None)
+    monkeypatch.setattr(images_module, "_decode", None)
     assert torch.equal(load("someone/pets", cache_dir=tmp_path / "cache").images, data.images), "from the cache"
     with pytest.raises(ValueError, match=r"'someone/pets', split = 'val': Unknown split.*\[\"train\"\]"):
         load("someone/pets", split="val")

@@ -15,13 +15,8 @@ from helpers import seeded
 from torch import Tensor, nn
 
 from diffusionblocks.data import ImageData, digits
-from diffusionblocks.evaluation.features import (
-    ClassifierFeatures,
-    Features,
-    InceptionFeatures,
-    SmallCNN,
-    train_classifier,
-)
+from diffusionblocks.evaluation.classifier import ClassifierFeatures, SmallCNN, train_classifier
+from diffusionblocks.evaluation.features import Features, InceptionFeatures
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
 
 DIGITS: dict[str, Any] = {"mean": (0.3,), "std": (0.376,), "dataset": "digits", "device": "cpu"}

@@ -16,9 +16,9 @@ from torch import Tensor
 import diffusionblocks as db
 from diffusionblocks.data import digits
 from diffusionblocks.evaluation.accuracy import AccuracyRow
-from diffusionblocks.evaluation.features import train_classifier
+from diffusionblocks.evaluation.classifier import train_classifier
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
-from diffusionblocks.evaluation.sample_quality import SampleRow, Setting, generated, measure_samples, statistics
+from diffusionblocks.evaluation.sample_quality import SampleRow, Setting, measure_samples, sample_batches, statistics
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.experiments.tasks import TASKS, SamplesConfig
@@ -161,7 +161,7 @@ def test_a_model_that_repeats_the_training_images_is_at_distance_zero(
 
 def test_labels_take_turns_and_seeds_count_up(replay: tuple[db.DiffusionBlocks, Replay]) -> None:
     model, source = replay
-    batches = list(generated(model, 10, Setting("heun", 3, "equal-quantile", 2.0), batch_size=4, seed=5))
+    batches = list(sample_batches(model, 10, Setting("heun", 3, "equal-quantile", 2.0), batch_size=4, seed=5))
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert source.seeds == [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14]]
     assert NUM_LABELS == 4
@@ -173,7 +173,7 @@ def test_an_unconditional_model_gets_no_labels(monkeypatch: pytest.MonkeyPatch) 
     model = exact_denoiser(num_classes=0)
     source = Replay(torch.zeros(40, 3, IMAGE, IMAGE))
     monkeypatch.setattr(model, "sample", source)
-    assert len(list(generated(model, 5, Setting(), batch_size=3))) == 2
+    assert len(list(sample_batches(model, 5, Setting(), batch_size=3))) == 2
     assert source.labels == [None, None]
 
 
@@ -203,7 +203,7 @@ def test_calls_are_the_networks_calls(solver: str, expected: int, guidance: floa
     for block in model.blocks:
         block.register_forward_pre_hook(lambda module, arguments: made.append(len(arguments[1])))
     setting = Setting(solver, 5, guidance=guidance)
-    list(generated(model, 2, setting, batch_size=2))
+    list(sample_batches(model, 2, setting, batch_size=2))
     assert setting.calls == len(made) == expected
     assert set(made) == {2 if guidance == 1 else 4}, "guidance runs each call on twice the images"
 

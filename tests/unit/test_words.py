@@ -137,9 +137,7 @@ DIALECT = {
 }
 
 #: (file, name): why it is right there
-NAMES_ALLOWED: dict[tuple[str, str], str] = {
-    ("common/registry.py", "named"): "reads as a phrase where it is called: SOLVERS.named(name)",
-}
+NAMES_ALLOWED: dict[tuple[str, str], str] = {}
 
 
 def _modules(*rooms: str) -> Iterator[tuple[str, ast.Module]]:

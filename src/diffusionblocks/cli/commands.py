@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..common.fields import MOST_LAYERS, MOST_LENGTH, MOST_LEVELS, MOST_SAMPLES, MOST_SEED
 from ..common.files import check_writable
-from ..common.messages import STATUSES, OneLineParser, reported
+from ..common.messages import STATUSES, OneLineParser, report_errors
 from .command import Command
 
 COMMANDS = {
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser(next((name for name in arguments if name in COMMANDS), "")).parse_args(arguments)
-    return reported(lambda: _run(options), lambda: _way_on(options))
+    return report_errors(lambda: _run(options), lambda: _way_on(options))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -117,7 +117,7 @@ def check_replaceable(path: Path, ours: re.Pattern[str]) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, ours: re.Pattern[str]) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` when the body ends without error.
+    """Write a folder whole or not at all: in a temporary one, which takes the name `path` when the body ends.
 
     Files of an older folder whose names match `ours` are replaced; others are not ours and move to the new folder.
 
@@ -223,7 +223,9 @@ _sweep_once = functools.cache(sweep)  # where many files are written, once is en
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path`. Whoever writes it at once uses another one; the last one names it.
+    """Write a file whole or not at all: under a temporary name, which becomes `path` when the body ends.
+
+    Whoever writes it at once uses another one; the last one names it.
 
     Raises:
         OSError: it cannot be written; it names `path`, and what was there stays.
@@ -246,7 +248,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Keep a folder, made if need be, to this process: the system lets go of it when the process ends, however it does.
+    """Lock a folder, made if need be, for this process; the system unlocks it when the process ends, however it does.
 
     Where the disk has no locks (some network disks) it warns, and does not keep others out.
 

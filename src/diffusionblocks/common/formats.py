@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .files import mode_of_new_files, whole_file
 from .finite import not_finite_entry
-from .messages import shortened
+from .messages import shorten
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -117,7 +117,7 @@ def validate(values: Any, schema: type[_Values], where: Path | str) -> _Values:
     except ValidationError as error:
         first, *more = error.errors()
         field = ".".join(str(part) for part in first["loc"])
-        got = "" if first["type"] == "missing" else f" (got {shortened(repr(first['input']), 80)})"
+        got = "" if first["type"] == "missing" else f" (got {shorten(repr(first['input']), 80)})"
         others = f"; {len(more)} more fields are wrong" if more else ""
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{where}: {field}{': ' if field else ''}{message}{got}{others}") from None

@@ -53,7 +53,7 @@ def one_line(message: object) -> str:
     return printable if len(printable) <= LONGEST else f"{printable[: LONGEST - _END - 5]} ... {printable[-_END:]}"
 
 
-def shortened(text: str, longest: int) -> str:
+def shorten(text: str, longest: int) -> str:
     """A text, cut off with three dots where it has more than `longest` characters."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
@@ -76,7 +76,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def reported(action: Callable[[], None], way_on: Callable[[], str] | None = None) -> int:
+def report_errors(action: Callable[[], None], way_on: Callable[[], str] | None = None) -> int:
     """Run a command, and tell of what stops it in one line on standard error.
 
     Args:

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
-from .messages import near
-
 Entry = TypeVar("Entry")
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -44,23 +42,8 @@ class Registry(Mapping[str, Entry]):
         """The entry of a name.
 
         Raises:
-            KeyError: nothing is registered under it. `named` raises a ValueError for users.
+            KeyError: nothing is registered under it.
         """
-        return self._entries[name]
-
-    def named(self, name: str, where: str = "") -> Entry:
-        """The entry of a name that a user gave.
-
-        Args:
-            name: what was given.
-            where: the setting that it was given for.
-
-        Raises:
-            ValueError: nothing is registered under it; the message says what is near.
-        """
-        if name not in self._entries:
-            field = f"{where} = " if where else ""
-            raise ValueError(f"{field}{name!r}: no such {self.kind}{near(name, self._entries)}")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -67,7 +67,7 @@ def read_yaml(text: bytes | str, where: str) -> Any:
     if len(text) > MOST_BYTES:
         raise ValueError(f"{where} has {len(text):,} bytes, more than {MOST_BYTES:,}: it is no recipe")
     try:
-        return _document(_decoded(text))
+        return _document(_decode(text))
     except yaml.MarkedYAMLError as error:
         reason = f"not YAML: {_reason(error)}"
     except ReaderError as error:
@@ -83,7 +83,7 @@ def _code(character: int | str | bytes) -> int:
     return character if isinstance(character, int) else ord(character)
 
 
-def _decoded(text: bytes | str) -> str:
+def _decode(text: bytes | str) -> str:
     if isinstance(text, str):
         return text
     try:

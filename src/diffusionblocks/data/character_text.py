@@ -184,13 +184,13 @@ def _part(split: str, fractions: Sequence[float]) -> tuple[float, float]:
 def _corpus(files: Sequence[Path], cache_dir: Path | None) -> Tensor:
     """Ids of the files one after another, a space between them; uint8 (N,), possibly empty."""
     if cache_dir is None:
-        return torch.cat([torch.zeros(0, dtype=torch.uint8), *_encoded(files)])
+        return torch.cat([torch.zeros(0, dtype=torch.uint8), *_encode_files(files)])
     source = fingerprint(files, [SYMBOLS])
-    pieces = (ids.numpy() for ids in _encoded(files))
+    pieces = (ids.numpy() for ids in _encode_files(files))
     return cached_ids(cache_dir / f"characters-{source}.u8", {"source": source}, pieces, np.dtype("u1"))
 
 
-def _encoded(files: Iterable[Path]) -> Iterator[Tensor]:
+def _encode_files(files: Iterable[Path]) -> Iterator[Tensor]:
     """Ids piece by piece, as `normalise` would give for the whole text."""
     after_space = False
     for number, path in enumerate(files):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..common.messages import OneLineParser, reported
+from ..common.messages import OneLineParser, report_errors
 from .autoencoder import encode, latent_scale, load_vae
 from .image_decoder import decode_image, oversized_refused
 from .image_table import ImageRow, open_table
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = encode_images(**options, progress=True)
         print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options['out']}")
 
-    return reported(run, lambda: "nothing of the split was written; run the same command again")
+    return report_errors(run, lambda: "nothing of the split was written; run the same command again")
 
 
 if __name__ == "__main__":

@@ -160,13 +160,13 @@ def image_classification(
         data = _read_cache(cached)
         if data is not None:
             return data
-    data = _decoded(table, image_size, channels)
+    data = _decode(table, image_size, channels)
     if cached is not None:
         _write_cache(cached, data)
     return data
 
 
-def _decoded(table: ImageTable, size: int, channels: int) -> ImageData:
+def _decode(table: ImageTable, size: int, channels: int) -> ImageData:
     """All images of a table that knows its number of rows."""
     assert table.rows is not None
     table.check_labels()

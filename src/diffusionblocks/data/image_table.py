@@ -140,7 +140,7 @@ class ImageTable:
         """Rows; ValueError where a label is missing or out of range, or a file is damaged."""
         for part, order in self._parts:
             for first, labels, batch in self._labels(part, order, [self._image, self._label]):
-                images = _encoded(batch.column(self._image), part.where, self._image)
+                images = _image_bytes(batch.column(self._image), part.where, self._image)
                 for offset, (encoded, label) in enumerate(zip(images, labels, strict=True)):
                     yield ImageRow(f"{part.where}, row {first + offset}", encoded, label)
 
@@ -404,7 +404,7 @@ def _checked_labels(array: Any, where: str, first: int, column: str, count: int)
     return values.astype(np.int64)
 
 
-def _encoded(array: Any, where: str, column: str) -> Iterator[bytes | None]:
+def _image_bytes(array: Any, where: str, column: str) -> Iterator[bytes | None]:
     """The still encoded images of a column, one by one."""
     import pyarrow as pa
     import pyarrow.compute

@@ -104,7 +104,7 @@ def latent_folder(path: str | Path, split: str = "train", *, reference_split: st
     names, order = index.class_names, None
     if reference_split not in (None, split) and _index_file(folder, str(reference_split)).is_file():
         reference = _read_index(folder, str(reference_split))
-        order = _agreed(index, reference, _index_file(folder, split), _index_file(folder, str(reference_split)))
+        order = _label_order(index, reference, _index_file(folder, split), _index_file(folder, str(reference_split)))
         names = reference.class_names
     means, stds, labels = [], [], []
     files = [_shard(folder, split, number) for number in range(len(index.rows))]
@@ -127,7 +127,7 @@ def scale_of_split(path: str | Path, split: str) -> LatentScale | None:
     return _read_index(folder, split).scale() if _index_file(folder, split).is_file() else None
 
 
-def _agreed(index: _Index, reference: _Index, here: Path, there: Path) -> np.ndarray | None:
+def _label_order(index: _Index, reference: _Index, here: Path, there: Path) -> np.ndarray | None:
     """What each of a split's labels is in the reference, see `ClassNames.labels_from`."""
     if index.shape != reference.shape:
         raise ValueError(f"{here} has latents {index.shape}, {there} has {reference.shape}: encode both at one size")

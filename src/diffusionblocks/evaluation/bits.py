@@ -1,7 +1,7 @@
 """Bits per character of masked diffusion: the evidence bound, block by block (paper, section 4; MD4, arXiv 2406.04329).
 
-The bound is an integral over levels, so it is the sum of the integrals over the blocks' own intervals (overlap 0, each
-level in one block), and each can be estimated by its block alone, on whatever machine. Where intervals are equally
+The bound is an integral over levels. So it is the sum of the integrals over the blocks' own intervals (overlap 0, each
+level in one block). Each can be estimated by its block alone, on whatever machine. Where intervals are equally
 probable each estimate enters with the weight 1/B. `noise/masking.py` has the formulas.
 """
 
@@ -70,9 +70,8 @@ def bits_per_character(
             other blocks are measured.
 
     Returns:
-        The bound. Where `logits` maps only some of the blocks (a job that holds no others), the others' entries are 0,
-        and `bits` and its error are of these blocks and the reconstruction alone: add the `block_bits` of all jobs
-        instead.
+        The bound. Where `logits` maps only some of the blocks (a job that holds no others), the others' entries are 0.
+        Then `bits` and its error are of these blocks and the reconstruction alone: add the `block_bits` of all jobs.
 
     Raises:
         ValueError: blocks that the partition does not have, levels that are not the process's, sequences of several

@@ -97,7 +97,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     scrambled: list[list[Tensor]] = [[] for _ in grid]
     check = FiniteCheck(owner=model.partition.block_of)
     table = check.values(target.table, "rows of the target")
-    decoded = torch.zeros(levels, dtype=torch.float64)
+    decodable = torch.zeros(levels, dtype=torch.float64)
     count, first = 0, 1 - target.shift  # a token without context is left out
     sample: list[Tensor] = []
     # The second sequence stands before the first one; so batches of one have another context, too.
@@ -115,7 +115,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
                     result = block.losses_at(batch, level, noise=eps, inputs={"input_ids": context})
                     logits = check.logits(result.output, level)
                     losses[place].append(_token_loss(logits[:, first:], labels[:, first:]))
-                decoded[place] += float(_decoded(result.z, labels, table).sum())
+                decodable[place] += float(_is_decodable(result.z, labels, table).sum())
             if count < _SAMPLE:
                 sample.append(labels.flatten())
             count += labels.numel()
@@ -124,7 +124,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     others = [torch.cat(losses) for losses in scrambled]
     by_level = tuple(
         Level(level, model.partition.block_of(level), float(a.mean()), float(b.mean()), share)
-        for level, a, b, share in zip(grid.tolist(), rows, others, (decoded / count).tolist(), strict=True)
+        for level, a, b, share in zip(grid.tolist(), rows, others, (decodable / count).tolist(), strict=True)
     )
     return LanguageRow(
         float(rows[0].mean()),
@@ -174,7 +174,7 @@ def decodable_share(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor
     eps = _noise(y, seed, 0)
     with torch.no_grad():
         shares = [
-            _decoded(noise.corrupt(y, one_level(level, y), eps), tokens.flatten(), table).mean()
+            _is_decodable(noise.corrupt(y, one_level(level, y), eps), tokens.flatten(), table).mean()
             for level in noise.icdf(middles).tolist()
         ]
     return float(torch.stack(shares).mean())
@@ -201,7 +201,7 @@ def _name_of(model: Callable[[Tensor], Tensor]) -> str:
     return type(getattr(model, "model", model)).__name__
 
 
-def _decoded(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+def _is_decodable(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     """1 where the nearest of unit rows is the token's own, float32, flat."""
     flat, labels = z.flatten(0, -2), tokens.flatten()
     with torch.autocast(z.device.type, enabled=False):  # in bfloat16 neighbouring rows are one

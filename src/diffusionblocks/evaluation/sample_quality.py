@@ -67,7 +67,7 @@ def statistics(features: Features, batches: Iterable[Tensor]) -> FeatureStatisti
     return result
 
 
-def generated(
+def sample_batches(
     model: DiffusionBlocks,
     count: int,
     setting: Setting,
@@ -118,7 +118,7 @@ def measure_samples(
         pixels: turns samples into uint8 images, which the features see: as they would be saved.
         features: what to measure with; None measures speed alone.
         references: feature statistics of the real images `train` and `test`.
-        seed: see `generated`.
+        seed: see `sample_batches`.
         progress: show a progress bar.
 
     Raises:
@@ -130,7 +130,7 @@ def measure_samples(
     for setting in settings:
         own = FeatureStatistics(features.dim) if features is not None else None
         seconds, timed = 0.0, 0
-        source = generated(model, samples, setting, batch_size=batch_size, seed=seed, progress=progress)
+        source = sample_batches(model, samples, setting, batch_size=batch_size, seed=seed, progress=progress)
         begin = _now(model.device)
         for number, batch in enumerate(source):
             # The first batch warms up, and counts only where it is the only one.

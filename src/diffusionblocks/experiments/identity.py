@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..common.messages import shortened
+from ..common.messages import shorten
 from ..core.merging import difference
 from ..data.dataset import Dataset
 from ..families import family_named
@@ -93,8 +93,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
         name, old, new = found
         replaced = " (the data were replaced)" if name == "data.content" else ""
         raise ValueError(
-            f"{where} was made with {name} = {shortened(str(old), 160)}, this run has "
-            f"{shortened(str(new), 160)}{replaced}: set it back, "
+            f"{where} was made with {name} = {shorten(str(old), 160)}, this run has "
+            f"{shorten(str(new), 160)}{replaced}: set it back, "
             "start anew with --restart, or choose another folder"
         )
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ...core.model import DiffusionBlocks
     from ...data.data_config import ImagesSection
     from ...data.dataset import Dataset
-    from ...evaluation.features import ClassifierFeatures, Features
+    from ...evaluation.classifier import ClassifierFeatures
+    from ...evaluation.features import Features
     from ...evaluation.frechet import FeatureStatistics
     from ...evaluation.sample_quality import SampleRow, Setting
     from ..experiment import Experiment
@@ -237,7 +238,8 @@ def features_of(experiment: Experiment) -> Features:
     Raises:
         ValueError: a classifier of other data lies in its folder; or a classifier for latents, which have no pixels.
     """
-    from ...evaluation.features import InceptionFeatures, train_classifier
+    from ...evaluation.classifier import train_classifier
+    from ...evaluation.features import InceptionFeatures
 
     options: Any = experiment.recipe.evaluate
     if options.features == "inception":
@@ -278,7 +280,7 @@ def saved_classifier(experiment: Experiment, data: Dataset) -> ClassifierFeature
     Raises:
         ValueError: it is one of other data.
     """
-    from ...evaluation.features import ClassifierFeatures
+    from ...evaluation.classifier import ClassifierFeatures
 
     folder, dataset = features_folder(experiment.recipe), experiment.recipe.data.name
     if not folder.is_dir():
@@ -331,7 +333,7 @@ def draw_samples(
 
     from ...common.files import check_writable
     from ...common.machine import host_memory
-    from ...evaluation.sample_quality import generated
+    from ...evaluation.sample_quality import sample_batches
     from ...reports.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
     from ...targets import ImageTarget, check_labels
 
@@ -366,7 +368,7 @@ def draw_samples(
     chain = Chain(images=_CHAINS, keep=keep)
 
     images: list[Tensor] = []
-    batches = generated(
+    batches = sample_batches(
         model,
         count,
         setting,
