@@ -106,9 +106,6 @@ SRC = ROOT / "src" / "diffusionblocks"
 #: Rooms whose names and docstrings are held.
 ROOMS = ("common", "noise", "data", "training", "evaluation", "reports", "planning", "bench")
 
-#: Rooms whose docstrings are not held yet: those of `data` name the method that they override.
-DOCSTRINGS_LEFT = ("data",)
-
 _PARTICIPLES = """
     added allowed asked born bought branched brought built called caught checked chosen collected copied counted
     described done drawn ended expected fed fitted forgotten found given gone heard held joined kept known led lent
@@ -217,7 +214,7 @@ def _bad_docstring(text: str) -> str:
     return "starts with a word of dialect" if words and words[0].removesuffix("s") in DIALECT else ""
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room not in DOCSTRINGS_LEFT])
+@pytest.mark.parametrize("room", ROOMS)
 def test_docstrings_say_what_a_thing_does(room: str) -> None:
     bad = [
         f"{where}:{line}: {fault}"
