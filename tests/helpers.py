@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import diffusionblocks as db
-from diffusionblocks.core.saving import INDEX
+from diffusionblocks.core.saved_model import INDEX
 
 FAMILIES = ("vit", "deit", "dinov2")
 DIT_FAMILIES = ("dit", "diffusers-dit")

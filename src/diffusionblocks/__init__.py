@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .core.conversion import convert
     from .core.loading import load
     from .core.merging import merge
-    from .core.model import BlocksOutput, DiffusionBlocks
+    from .core.model import DiffusionBlocks
+    from .core.output import BlocksOutput
     from .core.partition import Partition
     from .core.saving import export, export_initialisation
     from .noise import EDM, FlowMatching, GaussianProcess, Masking, NoiseProcess, register_noise_process
@@ -26,7 +27,7 @@ _ROOMS = {
     "EDM": "noise",
     "Block": "core.block",
     "BlocksConfig": "config",
-    "BlocksOutput": "core.model",
+    "BlocksOutput": "core.output",
     "DiffusionBlocks": "core.model",
     "FlowMatching": "noise",
     "GaussianProcess": "noise",

@@ -84,7 +84,7 @@ def _model(folder: Path) -> dict[str, Any]:
     import torch
 
     import diffusionblocks
-    from diffusionblocks.core.saving import INDEX, describe
+    from diffusionblocks.core.saved_model import INDEX, describe
 
     described: dict[str, Any] = {}
     if (folder / INDEX).exists():

@@ -18,7 +18,7 @@ import diffusionblocks as db
 from diffusionblocks.cli import main
 from diffusionblocks.common.tokenizer_file import TOKENIZER
 from diffusionblocks.config import BlocksConfig
-from diffusionblocks.core.saving import OURS
+from diffusionblocks.core.saved_model import OURS
 from diffusionblocks.data.token_text import END, train_tokenizer
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import ModelConfig, load_recipe

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import diffusionblocks as db
 from diffusionblocks.core.end_to_end import load_end_to_end, save_end_to_end
-from diffusionblocks.core.saving import INDEX
+from diffusionblocks.core.saved_model import INDEX
 
 BLOCK = "block-01.safetensors"
 

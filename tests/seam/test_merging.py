@@ -12,7 +12,7 @@ from helpers import DIT_FAMILIES, FAMILIES, convert, edit_index, listing, noise_
 from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
-from diffusionblocks.core.saving import INDEX
+from diffusionblocks.core.saved_model import INDEX
 
 
 def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBlocks:

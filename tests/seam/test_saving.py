@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
 from diffusionblocks.common import files, formats
-from diffusionblocks.core.saving import INDEX
+from diffusionblocks.core.saved_model import INDEX
 
 
 def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBlocks:

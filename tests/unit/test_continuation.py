@@ -432,7 +432,9 @@ def test_refused_by_the_model() -> None:
         model.continue_texts([[1]], 1, steps=0)
     with pytest.raises(ValueError, match="unknown level grid 'cosine'"):
         model.continue_texts([[1]], 1, grid="cosine")
-    with pytest.raises(ValueError, match="this LlamaForCausalLM goes on from prompts: use continue_texts"):
+    with pytest.raises(
+        ValueError, match="generate needs prompts and max_new_tokens: this LlamaForCausalLM goes on from prompts"
+    ):
         model.generate()
     with pytest.raises(ValueError, match="continue_texts is for autoregressive models; this MaskedTransformer"):
         convert("masked", num_blocks=1, noise={"kind": "masking", "vocab_size": VOCAB}).continue_texts([[1]], 1)

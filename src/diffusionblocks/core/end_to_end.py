@@ -21,7 +21,8 @@ from ..common.formats import read_json, validate, write_json
 from ..common.tokenizer_file import write_tokenizer
 from ..families import restored
 from .loading import opened
-from .saving import END_TO_END_FILES, MODEL_FILES, check_plain
+from .saved_model import END_TO_END_FILES, MODEL_FILES
+from .saving import check_plain
 
 _WEIGHTS = r"^(model|diffusion_pytorch_model)[\w.-]*\.safetensors$"
 

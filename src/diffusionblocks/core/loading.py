@@ -5,29 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.digests import FileDigest, check_seal, digest
-from ..common.files import recover
+from ..common.digests import digest
 from ..common.finite import DIVERGED, require_finite
-from ..common.formats import read_json, read_tensors, same_shape, validate
-from ..config import BlocksConfig
-from ..families import family_named, outline, rebuild_config
-from ..families.generation_config import rebuilt_generation_config
-from .conversion import assemble, resolve
+from ..common.formats import read_tensors
 from .materialise import materialise_buffers
 from .model import DiffusionBlocks
-from .partition import Partition
-from .saving import FORMAT, INDEX, OURS, SHARED, STAMP, WITH_TOKENIZER, block_file, listed, stamp
-
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
+from .saved_model import (
+    INDEX,
+    SHARED,
+    STAMP,
+    SavedModel,
+    block_file,
+    check_tensors,
+    listed,
+    outline_saved,
+    read_saved,
+    stamp,
+)
 
 #: what safetensors calls the dtypes that models have
 _DTYPES = {
@@ -42,139 +43,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-class _Partition(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    boundaries: list[_Finite]
-    layers: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    training_intervals: list[Annotated[list[_Finite], Field(min_length=2, max_length=2)]]
-
-
-class _Index(BaseModel):
-    """Schema of the index of a saved model; older ones lack `blocks` and what follows `partition` here, newer ones may
-    have more.
-
-    A block's file is named by its number alone, so no name in an index leads out of the folder.
-    """
-
-    model_config = ConfigDict(strict=True, protected_namespaces=())
-
-    format: int
-    model_class: str
-    config: dict[str, Any] = Field(alias="model_config")
-    blocks_config: dict[str, Any]
-    partition: _Partition
-    files: dict[Annotated[str, Field(pattern=rf"^({OURS.pattern})$")], FileDigest] | None = None
-    trained: dict[str, Any] | None = None
-    generation_config: dict[str, Any] | None = None
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class SavedModel:
-    """What the index of a saved model says.
-
-    Attributes:
-        folder: where it lies.
-        index: the JSON values as they were read.
-        model_class, model_config: the original class and its config object.
-        blocks_config, partition: how it was converted.
-        blocks: the blocks whose files are in the folder, ascending.
-        files: length and SHA-256 of each; None where an older version wrote the folder.
-        trained: what the blocks were trained on, of a run.
-    """
-
-    folder: Path
-    index: dict[str, Any]
-    model_class: str
-    model_config: Any
-    blocks_config: BlocksConfig
-    partition: Partition
-    blocks: tuple[int, ...]
-    files: dict[str, FileDigest] | None = None
-    trained: dict[str, Any] | None = None
-
-    @property
-    def missing(self) -> list[int]:
-        """The blocks whose files are not in the folder."""
-        return [b for b in range(self.partition.num_blocks) if b not in self.blocks]
-
-
-def read_saved(path: str | Path) -> SavedModel:
-    """Read and check the index of a saved model, and nothing else of it.
-
-    Raises:
-        FileNotFoundError: no such folder, or no index in it.
-        ValueError: the index is damaged, of another format, or describes no model.
-    """
-    folder = Path(path)
-    recover(folder, WITH_TOKENIZER)
-    index = read_json(folder / INDEX)
-    if index.get("format", FORMAT) != FORMAT:
-        raise ValueError(f"{folder}: format {index['format']!r}; this version reads format {FORMAT}")
-    described = validate(index, _Index, folder / INDEX)
-    try:
-        model_config = rebuild_config(described.model_class, described.config)
-        # Older folders lack what is resolved since, such as the coverage of the levels.
-        config = BlocksConfig.model_validate(described.blocks_config)
-        config = resolve(config, family_named(described.model_class), model_config)
-        partition = Partition.from_dict(index["partition"])
-        _check_depth(described.model_class, model_config, partition)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _no_model(folder, error) from error
-    blocks = index.get("blocks", list(range(partition.num_blocks)))  # older folders hold all, and do not say so
-    _check_blocks(folder, blocks, partition.num_blocks)
-    check_seal(index, folder / INDEX)
-    more = described.files, described.trained
-    return SavedModel(folder, index, described.model_class, model_config, config, partition, tuple(blocks), *more)
-
-
-def _check_depth(model_class: str, model_config: Any, partition: Partition) -> None:
-    """Refuse another number of layers than the partition's before a model of so many is outlined."""
-    field = family_named(model_class).depth_field
-    depth = getattr(model_config, field, None)
-    if isinstance(depth, int) and depth != partition.num_layers:
-        raise ValueError(f"model_config.{field} = {depth}, but the partition has {partition.num_layers} layers")
-
-
-def _check_blocks(folder: Path, blocks: Any, count: int) -> None:
-    indices = isinstance(blocks, list) and all(type(b) is int and 0 <= b < count for b in blocks)
-    if not indices or not blocks or blocks != sorted(set(blocks)):
-        raise ValueError(
-            f"{folder / INDEX}: blocks = {blocks!r} must list indices from 0 to {count - 1}, ascending, without repeats"
-        )
-
-
-def _no_model(folder: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())  # of pydantic it has several lines
-    return ValueError(f"{folder / INDEX} does not describe a model: {type(error).__name__}: {reason}")
-
-
-def outline_saved(saved: SavedModel) -> DiffusionBlocks:
-    """The described model on the meta device: its structure, names and shapes, without memory for its weights.
-
-    Raises:
-        ValueError: the index describes no model, or its partition is not that of its config.
-    """
-    try:
-        model = outline_of_index(saved.index)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise _no_model(saved.folder, error) from error
-    if model.partition != saved.partition:
-        raise ValueError(f"{saved.folder / INDEX}: the partition does not follow from the blocks_config beside it")
-    return model
-
-
-def outline_of_index(index: dict[str, Any]) -> DiffusionBlocks:
-    """The model that the values of an index describe, on the meta device."""
-    config = rebuild_config(index["model_class"], index["model_config"])
-    original = outline(index["model_class"], config)
-    model = assemble(original, BlocksConfig.model_validate(index["blocks_config"]), take=True)
-    if index.get("generation_config") is not None:  # else, as in older folders, what the class makes of the config
-        model.generation_config = rebuilt_generation_config(index["generation_config"], "generation_config")
-    return model
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool = True) -> DiffusionBlocks:
@@ -272,35 +140,6 @@ def check_header(path: Path, expected: Mapping[str, Tensor]) -> frozenset[torch.
     return frozenset(
         dtype for _, dtype in present.values() if isinstance(dtype, torch.dtype) and dtype.is_floating_point
     )
-
-
-def check_tensors(
-    present: Mapping[str, tuple[tuple[int, ...], torch.dtype | str]],
-    expected: Mapping[str, Tensor],
-    what: str,
-    fix: str,
-) -> None:
-    """Refuse tensors of other names, shapes or kinds of dtype than a model's.
-
-    Args:
-        present: shape and dtype of each tensor, by name.
-        expected: the model's.
-        what: how the message begins.
-        fix: and how it ends.
-
-    Raises:
-        ValueError: it names the first tensor that is missing, unknown or different.
-    """
-    for names, text in ((expected.keys() - present.keys(), "lacks"), (present.keys() - expected.keys(), "has unknown")):
-        if names:
-            raise ValueError(f"{what} {text} tensors {sorted(names)[:3]}, {len(names)} in all; {fix}")
-    for name, tensor in expected.items():
-        shape, dtype = present[name]
-        floating = tensor.is_floating_point()
-        agrees = isinstance(dtype, torch.dtype) and (dtype.is_floating_point if floating else dtype == tensor.dtype)
-        if not same_shape(shape, tensor.shape) or not agrees:
-            expects = f"{'floating' if floating else tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{what} has {name} as {dtype} {shape}, the config says {expects}; {fix}")
 
 
 def check_precisions(dtypes: Mapping[Path, frozenset[torch.dtype]]) -> None:

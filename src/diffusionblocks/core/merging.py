@@ -21,18 +21,10 @@ from ..common.finite import DIVERGED, require_finite
 from ..common.formats import write_json
 from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from ..families import config_values
-from .loading import (
-    SavedModel,
-    check_digest,
-    check_header,
-    check_precisions,
-    files_of,
-    opened,
-    outline_saved,
-    read_saved,
-)
+from .loading import check_digest, check_header, check_precisions, files_of, opened
 from .model import DiffusionBlocks
-from .saving import INDEX, WITH_TOKENIZER, block_file, check_out
+from .saved_model import INDEX, WITH_TOKENIZER, SavedModel, block_file, outline_saved, read_saved
+from .saving import check_out
 
 #: entries of a model's config that say where it came from, and change nothing
 _WRITERS = ("transformers_version", "_name_or_path", "_diffusers_version", "architectures")

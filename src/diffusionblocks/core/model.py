@@ -5,60 +5,32 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from ..common.graphs import eager, leave_to_host, on_host
 from ..common.keywords import older_keywords
 from ..common.modules import evaluating
 from ..common.seeds import TrainingDraws, of_batch
-from ..config import BlocksConfig, LabelTargetConfig, NextTokenTargetConfig
+from ..config import BlocksConfig
 from ..families import Family
-from ..families.generation_config import end_tokens
-from ..noise import GaussianProcess, Masking, NoiseProcess, one_level
-from ..sampling import (
-    Callback,
-    Continuations,
-    Prediction,
-    continue_texts,
-    guided,
-    predict_labels,
-    prior_of_seeds,
-    sample_images,
-    sample_tokens,
-)
-from ..targets import (
-    NONE_IGNORED,
-    Batch,
-    ImageTarget,
-    LabelTarget,
-    NextTokenTarget,
-    Target,
-    TokenTarget,
-    check_entries,
-    check_labels,
-    mean_loss,
-)
+from ..noise import NoiseProcess, one_level
+from ..sampling import Callback, Continuations, Prediction
+from ..targets import Batch, Target, check_entries, mean_loss
 from .block import Block
+from .inference import INFERENCES, Inference
 from .one_at_a_time import OneAtATime
 from .partition import Partition, within
-from .saving import export, export_initialisation, save
+
+if TYPE_CHECKING:
+    from .output import BlocksOutput
 
 #: The batch entries of which each family has one, that of its examples.
 _EXAMPLES = ("pixel_values", "input_ids")
-
-
-@dataclass
-class BlocksOutput(ModelOutput):
-    """What `DiffusionBlocks.forward` returns: `loss`, scalar; `logits` (batch, num_classes) of a classifier."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
 
 
 class DiffusionBlocks(nn.Module):
@@ -71,9 +43,10 @@ class DiffusionBlocks(nn.Module):
         blocks_config: how the model was converted.
         family: the code that knows the model's family.
         model_class: name of the original class.
+        inference: what this kind of model does once it is trained.
         config: the original model's config (transformers' name for it).
         generation_config: of a language model of transformers, its `GenerationConfig`; else None. Of it, only the ids
-            that end a text are followed (`continue_texts`).
+            that end a text are followed (`generate`).
     """
 
     #: Else `others` would tell transformers.Trainer that the model itself divides its loss by the labels of all
@@ -100,6 +73,7 @@ class DiffusionBlocks(nn.Module):
         self.model_class = model_class
         self.config = model_config
         self.generation_config = generation_config
+        self.inference: Inference[Any] = INFERENCES[family.target](self)
         self._turns: OneAtATime | None = None
         self._draws = TrainingDraws()
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
@@ -218,7 +192,7 @@ class DiffusionBlocks(nn.Module):
                 levels that are not the block's.
         """
         chosen = self.block(block)
-        size = self._check_batch(batch)
+        size = self.check_batch(batch)
         if level is not None:
             self._check_levels(level, chosen, size)
         return chosen.loss(batch, generator, level)
@@ -265,37 +239,29 @@ class DiffusionBlocks(nn.Module):
     def _output(self, given: Mapping[str, Tensor | None], generator: torch.Generator | None) -> BlocksOutput:
         batch = {name: value for name, value in given.items() if value is not None}
         self._check_entries(batch)
-        labels = batch.get("labels")
-        if self.training:
-            self._check_batch(batch)
-            drawn, of_noise = self._drawn_block(batch, generator)
-            return BlocksOutput(loss=self._mean_loss(drawn, batch, of_noise))
-        if not isinstance(self.target, LabelTarget):
-            self._check_batch(batch)
-            generator = generator or self._fixed(batch)
-            losses = [self._mean_loss(b, batch, generator) for b in range(self.partition.num_blocks)]
-            return BlocksOutput(loss=torch.stack(losses).mean())
-        self._check_batch(batch, with_target=labels is not None)
-        prediction = self.predict(batch["pixel_values"], generator=generator)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.nll_loss(prediction.logits, labels, ignore_index=NONE_IGNORED)
-        return BlocksOutput(loss=loss, logits=prediction.logits)
+        if not self.training:
+            return self._as_output(**self.inference.evaluate(batch, generator))
+        self.check_batch(batch)
+        block, of_noise = self._draw_block(batch, generator)
+        return self._as_output(loss=self._mean(self.block(block).loss(batch, of_noise), batch))
 
-    @on_host
-    def _mean_loss(self, block: int, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        return self._mean(self.block(block).loss(batch, generator), batch)
+    @eager
+    def _as_output(self, **entries: Tensor | None) -> BlocksOutput:
+        from .output import BlocksOutput  # which imports transformers
+
+        return BlocksOutput(**entries)
 
     @eager
     def _mean(self, losses: Tensor, batch: Batch) -> Tensor:
         return mean_loss(losses, self.target.resolve(batch))
 
     @eager
-    def _fixed(self, batch: Batch) -> torch.Generator:
-        # Of what is shown alone: neither what a mask hides nor the mask itself changes the draws.
+    def generator_of(self, batch: Batch) -> torch.Generator:
+        """The generator of evaluation where none is given: it follows from the blocks' seed and the batch alone."""
+        # Of what is visible: neither what a mask hides nor the mask itself changes the draws.
         names = {*self.block(0).input_names, *self.target.names}
-        shown = {name: value for name, value in self.target.resolve(batch).items() if name in names}
-        return of_batch(self.blocks_config.seed, shown, _device(batch))
+        visible = {name: value for name, value in self.target.resolve(batch).items() if name in names}
+        return of_batch(self.blocks_config.seed, visible, _device(batch))
 
     # What `forward` has drawn so far belongs to the state: a training that another process goes on with draws on.
     def get_extra_state(self) -> Tensor:
@@ -311,11 +277,11 @@ class DiffusionBlocks(nn.Module):
         check_entries(batch, self.block(0).entries, f"{self.model_class}: forward", TypeError)
 
     @eager
-    def _drawn_block(self, batch: Batch, generator: torch.Generator | None) -> tuple[int, torch.Generator]:
+    def _draw_block(self, batch: Batch, generator: torch.Generator | None) -> tuple[int, torch.Generator]:
         """A block, drawn uniformly, and what draws its noise."""
         of_block, of_noise = (generator, generator) if generator is not None else self._draws.next(_device(batch))
-        drawn = torch.randint(len(self.blocks), (1,), generator=of_block, device=of_block.device)
-        return int(drawn.item()), of_noise
+        block = torch.randint(len(self.blocks), (1,), generator=of_block, device=of_block.device)
+        return int(block.item()), of_noise
 
     @eager
     @older_keywords(bridge="feedback")
@@ -348,26 +314,15 @@ class DiffusionBlocks(nn.Module):
         Raises:
             ValueError: the model is no classifier, or an argument is out of range.
         """
-        target, options = self.target, self.blocks_config.target
-        if not isinstance(target, LabelTarget) or not isinstance(options, LabelTargetConfig):
-            raise ValueError(f"predict is for classifiers; this {self.model_class} {self._what_to_use()}")
-        assert isinstance(self.noise, GaussianProcess)
-        inputs = {"pixel_values": pixel_values}
-        self._check_batch(inputs, with_target=False)
         with evaluating(self):
-            return predict_labels(
-                lambda z, level: self.denoise(inputs, z, level),
-                target,
-                self.noise,
-                batch_size=len(pixel_values),
-                device=pixel_values.device,
+            return self.inference.predict(
+                pixel_values,
                 steps=steps,
                 seeds=seeds,
-                feedback=options.feedback if feedback is None else feedback,
+                feedback=feedback,
                 grid=grid,
-                generator=generator or self._fixed(inputs),
+                generator=generator,
                 return_trajectory=return_trajectory,
-                owner=self.partition.block_of,
             )
 
     def sample(
@@ -404,178 +359,88 @@ class DiffusionBlocks(nn.Module):
             ValueError: the model is no diffusion model, a label is out of range, numbers of labels and seeds differ,
                 guidance without a null class, steps < 1, or an unknown solver or grid.
         """
-        target = self.target
-        if not isinstance(target, ImageTarget):
-            raise ValueError(f"sample is for diffusion models; this {self.model_class} {self._what_to_use()}")
-        assert isinstance(self.noise, GaussianProcess)
-        if labels is not None and not isinstance(labels, Tensor):
-            labels = torch.tensor(labels)
-        if seeds is None:
-            seeds = range(len(labels) if labels is not None else 1)
-        z = prior_of_seeds(self.noise, target.shape, seeds, self.device)
-        network_labels = self._sample_labels(labels, target, len(seeds))
-        target.check_guidance(guidance)
-        if guidance != 1 and labels is None:
-            raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
-        denoiser = guided(
-            lambda z, given, level: self.denoise({} if given is None else {"labels": given}, z, level),
-            network_labels,
-            target.null_class,
-            guidance,
-        )
         with evaluating(self):
-            levels = self.noise.sampling_levels(steps, grid)
-            return sample_images(
-                denoiser,
-                z,
-                levels,
-                self.noise,
+            return self.inference.sample(
+                labels,
+                seeds=seeds,
+                steps=steps,
                 solver=solver,
+                grid=grid,
+                guidance=guidance,
                 callback=callback,
                 progress=progress,
-                owner=self.partition.block_of,
             )
 
-    @older_keywords(given="template")
+    @older_keywords(bridge="feedback", given="template")
     def generate(
         self,
-        seeds: Sequence[int] = (0,),
-        *,
-        steps: int = 64,
-        grid: str = "equal-quantile",
-        temperature: float = 1.0,
-        template: Tensor | None = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """Generate text by unmasking, in evaluation mode: at every level only the block that owns it runs.
-
-        For masked text models; autoregressive ones go on from prompts: `continue_texts`.
-
-        Args:
-            seeds: one a sequence; a sequence depends on its seed and the template alone.
-            steps: network calls, >= 1; more than tokens are of no use.
-            grid: levels, see `Masking.levels`.
-            temperature: divides the logits, >= 0; 0 takes the most probable token.
-            template: tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill.
-            callback: called once a step with (step, level, z, logits).
-            progress: show a progress bar.
-
-        Returns:
-            Tokens, int64, shape (len(seeds), length), on the model's device.
-
-        Raises:
-            ValueError: the model generates no text, or an argument is out of range.
-        """
-        target, noise = self.target, self.noise
-        if not isinstance(target, TokenTarget) or not isinstance(noise, Masking):
-            raise ValueError(f"generate is for masked text models; this {self.model_class} {self._what_to_use()}")
-        levels = noise.levels(steps, grid)
-        with evaluating(self):
-            return sample_tokens(
-                lambda z, level: self.denoise({}, z, level),
-                noise,
-                target.length,
-                levels,
-                seeds,
-                template=template,
-                temperature=temperature,
-                device=self.device,
-                callback=callback,
-                progress=progress,
-                owner=self.partition.block_of,
-            )
-
-    @older_keywords(bridge="feedback")
-    def continue_texts(
-        self,
-        prompts: Sequence[Tensor | Sequence[int]],
-        max_new_tokens: int,
+        prompts: Sequence[Tensor | Sequence[int]] | Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
         *,
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
-        grid: str = "equal-quantile",
+        grid: str | None = None,
         temperature: float = 1.0,
-        top_p: float = 1.0,
+        template: Tensor | None = None,
+        top_p: float | None = None,
         feedback: str | None = None,
         stop_tokens: Sequence[int] | None = None,
         num_tokens: int | None = None,
+        callback: Callback | None = None,
         progress: bool = False,
-    ) -> Continuations:
-        """Generate text token by token, in evaluation mode: at every level only the block that owns it runs.
+    ) -> Any:
+        """Generate text, in evaluation mode: an autoregressive model goes on from prompts, a masked one unmasks.
 
-        For autoregressive models; see `diffusionblocks.sampling.continue_texts` for what is not said here.
+        At every level only the block that owns it runs. A row depends on its seed and its prompt or template alone.
 
         Args:
-            prompts: tokens of each row, of any lengths.
-            max_new_tokens: >= 1.
-            seeds: one a row; default 0, 1, 2, ...
-            steps: network calls per token; default one for each block, the cost of the unconverted model.
-            grid: levels, `equal-quantile` or `karras`.
-            stop_tokens: a row ends with the first of these that it generates. By default all of the model's
-                `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.
-            temperature: of the tokens' distribution, >= 0; 0 takes the likeliest. What `generation_config` says of
-                sampling is kept, for whoever exports the model, and not followed.
-            top_p: draw from the likeliest tokens of this total probability only, in (0, 1].
-            num_tokens: only ids below this are generated; default all of the vocabulary.
-            progress: show a bar.
-            feedback: what a prediction feeds to the next step; default the model's.
+            prompts: autoregressive: tokens of each row, of any lengths. (A masked model takes seeds in this place.)
+            max_new_tokens: autoregressive: >= 1.
+            seeds: one a row; default 0, 1, 2, ..., one a prompt; of a masked model default one row, of seed 0.
+            steps: autoregressive: network calls a token, default one for each block, the cost of the unconverted model.
+                Masked: network calls, default 64; more than tokens are of no use.
+            grid: levels, see `levels` of the noise process; default `equal-quantile`.
+            temperature: divides the logits, >= 0; 0 takes the most probable token. What `generation_config` says of
+                sampling is not followed; it is for whoever exports the model.
+            template: masked: tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill.
+            top_p: autoregressive: draw from the likeliest tokens of this total probability only, in (0, 1]; default 1.
+            feedback: autoregressive: what a prediction feeds to the next step; default the model's.
+            stop_tokens: autoregressive: a row ends with the first of these that it generates. By default all of the
+                model's `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.
+            num_tokens: autoregressive: only ids below this are generated; default all of the vocabulary.
+            callback: masked: called once a step with (step, level, z, logits).
+            progress: show a progress bar.
+
+        Returns:
+            Masked: tokens, int64 (rows, length), on the model's device. Autoregressive: `Continuations`.
 
         Raises:
-            ValueError: the model is not autoregressive, or an argument is out of range.
+            ValueError: the model generates no text, an argument is not for its kind, or one is out of range.
         """
-        target, options, noise = self.target, self.blocks_config.target, self.noise
-        if not isinstance(target, NextTokenTarget) or not isinstance(options, NextTokenTargetConfig):
-            raise ValueError(
-                f"continue_texts is for autoregressive models; this {self.model_class} {self._what_to_use()}"
-            )
-        assert isinstance(noise, GaussianProcess)
         with evaluating(self):
-            return continue_texts(
-                self.denoise,
-                self.family.past,
-                self.partition.block_of,
-                target,
-                noise,
+            return self.inference.generate(
                 prompts,
                 max_new_tokens=max_new_tokens,
-                levels=noise.levels(self.partition.num_blocks if steps is None else steps, grid),
-                seeds=range(len(prompts)) if seeds is None else seeds,
+                seeds=seeds,
+                steps=steps,
+                grid=grid,
                 temperature=temperature,
+                template=template,
                 top_p=top_p,
-                feedback=feedback or options.feedback,
-                top_k=options.top_k,
-                stop_tokens=end_tokens(self) if stop_tokens is None else stop_tokens,
+                feedback=feedback,
+                stop_tokens=stop_tokens,
                 num_tokens=num_tokens,
-                device=self.device,
+                callback=callback,
                 progress=progress,
             )
 
-    def _what_to_use(self) -> str:
-        if isinstance(self.target, NextTokenTarget):
-            return "goes on from prompts: use continue_texts"
-        if isinstance(self.target, LabelTarget):
-            return "classifies: use predict"
-        return (
-            "generates text: use generate" if isinstance(self.target, TokenTarget) else "generates images: use sample"
-        )
-
-    def _sample_labels(self, labels: Tensor | None, target: ImageTarget, count: int) -> Tensor | None:
-        if labels is not None and not target.num_classes:
-            raise ValueError(f"this {self.model_class} is unconditional and takes no labels; leave them out")
-        if not target.num_classes:
-            return None
-        if labels is None:
-            if target.null_class is None:
-                raise ValueError(
-                    f"labels are needed: in [0, {target.num_classes - 1}]; the model was trained without label dropout "
-                    "and knows no null class"
-                )
-            return torch.full((count,), target.null_class, device=self.device)
-        if labels.dim() == 1 and len(labels) != count:
-            raise ValueError(f"got {len(labels)} labels and {count} seeds; give one of each an image")
-        check_labels(labels, count, target.num_classes, null_class=target.null_class is not None)
-        return labels.to(self.device)
+    def continue_texts(
+        self, prompts: Sequence[Tensor | Sequence[int]], max_new_tokens: int, **options: Any
+    ) -> Continuations:
+        """`generate` of an autoregressive model, under its older name."""
+        if self.family.target != "next-token":
+            self.inference.refuse("continue_texts", "autoregressive models")
+        return self.generate(prompts, max_new_tokens, **options)  # type: ignore[no-any-return]
 
     def compile_layers(self) -> None:
         """torch.compile layer by layer: all layers share one graph, so it takes seconds at any depth and any number of
@@ -594,16 +459,16 @@ class DiffusionBlocks(nn.Module):
         Raises:
             ValueError: no such block, some blocks of a model with `joint` shared parameters, or a block never built.
         """
-        save(self, Path(path), blocks)
+        _saving().save(self, Path(path), blocks)
 
     def export_initialisation(self) -> nn.Module:
         """The original class with the blocks' weights: an initialisation to train further, not the trained model (see
         `diffusionblocks.core.saving.export_initialisation`)."""
-        return export_initialisation(self)
+        return _saving().export_initialisation(self)  # type: ignore[no-any-return]
 
     def export(self) -> nn.Module:
         """`export_initialisation` under its older name."""
-        return export(self)
+        return _saving().export(self)  # type: ignore[no-any-return]
 
     # ---- parameters by owner ---------------------------------------------------------------------------
 
@@ -617,20 +482,27 @@ class DiffusionBlocks(nn.Module):
     # ---- checks ----------------------------------------------------------------------------------------
 
     @eager
-    def _check_batch(self, batch: Batch, *, with_target: bool = True) -> int:
+    def check_batch(self, batch: Batch, *, with_target: bool = True) -> int:
+        """Refuse a batch that the model cannot read; returns the number of its examples.
+
+        Args:
+            batch: see `loss`.
+            with_target: whether it must have what the loss is of.
+
+        Raises:
+            ValueError: entries that are missing, unknown, or of another shape, dtype or range; or no examples.
+        """
         names = self.block(0).input_names
-        needed = sorted({*names, *(self.target.names if with_target else ())})
-        missing = [name for name in needed if name not in batch]
+        required = sorted({*names, *(self.target.names if with_target else ())})
+        missing = [name for name in required if name not in batch]
         if missing:
             raise ValueError(f"the batch lacks {missing}; it has {sorted(batch)}")
         check_entries(batch, self.block(0).entries, self.model_class)
-        size = len(next(batch[name] for name in _EXAMPLES if name in needed))
+        size = len(next(batch[name] for name in _EXAMPLES if name in required))
         if not size:
             raise ValueError("the batch has no examples: there is nothing to take a mean over")
         if with_target:
             self.target.check(batch, size)
-        if isinstance(self.target, ImageTarget) and "labels" in names:
-            check_labels(batch["labels"], size, self.target.num_classes, null_class=True)
         return size
 
     @eager
@@ -712,10 +584,17 @@ class UnlabelledBlocks(DiffusionBlocks):
             ValueError: what `loss` refuses.
         """
         if not return_loss:
-            return BlocksOutput()
+            return self._as_output()
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "labels": labels}
         masks = {"attention_mask": attention_mask, "position_ids": position_ids}
         return self._output(given | masks | others, generator)
+
+
+def _saving() -> ModuleType:
+    """The module that saves models, and so builds on this one: the only import in core that runs up."""
+    from . import saving
+
+    return saving
 
 
 def _device(batch: Batch) -> torch.device:

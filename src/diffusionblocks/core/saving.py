@@ -1,58 +1,37 @@
-"""Saving: safetensors and JSON, one file a block, which `loading.py` reads back; and an initialisation of the original
-class.
-
-A saved model is a folder:
-
-    diffusionblocks.json        format, original class and config, BlocksConfig, partition, the blocks in the folder,
-                                how a language model generates (generation_config),
-                                length and SHA-256 of every tensor file, of a run what its blocks were trained on,
-                                and the SHA-256 of all that is said here
-    block-00.safetensors ...    everything block b owns, original names under `network.`
-    shared.safetensors          the shared parameters, under the `joint` policy only
-    tokenizer.json              of a language model that a recipe trained on tokens (see `tokenizer_file`)
-
-A folder may hold some of the blocks only, for machines that share the training; `merging.py` makes one model of them.
-No code from the folder is run; the original class is looked up by name in the family registry.
-"""
+"""Saving a model, one file a block, and an initialisation of the original class from the blocks' weights."""
 
 from __future__ import annotations
 
 import copy
-import json
-import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..common.digests import FileDigest, digest, json_digest, seal
+from ..common.digests import FileDigest, digest, seal
 from ..common.files import check_replaceable, whole_folder
 from ..common.finite import DIVERGED, require_finite
 from ..common.formats import write_json, write_tensors
-from ..common.tokenizer_file import TOKENIZER, write_tokenizer
-from ..families import config_values, instantiate
-from ..families.generation_config import generation_values
-
-if TYPE_CHECKING:
-    from .block import Block
-    from .model import DiffusionBlocks
-
-FORMAT = 1
-INDEX = "diffusionblocks.json"
-SHARED = "shared.safetensors"
-STAMP = "diffusionblocks"  # in the metadata of a safetensors file
-#: names of the files of a saved model
-OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
-#: and with the tokenizer beside them, where that is replaced as well
-WITH_TOKENIZER = re.compile(rf"{OURS.pattern}|{re.escape(TOKENIZER)}")
-END_TO_END_FILES = "files.json"
-#: names of the files of an end-to-end model, which its own library writes
-_LIBRARY = r"config\.json|generation_config\.json|(model|diffusion_pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
-#: what a run may have left as its model, of either method: all of it is replaced
-MODEL_FILES = re.compile(rf"{WITH_TOKENIZER.pattern}|{_LIBRARY}|files\.json")
+from ..common.tokenizer_file import write_tokenizer
+from ..families import instantiate
+from .block import Block
+from .model import DiffusionBlocks
+from .saved_model import (
+    INDEX,
+    OURS,
+    SHARED,
+    STAMP,
+    WITH_TOKENIZER,
+    block_file,
+    check_tensors,
+    describe,
+    listed,
+    outline_of_index,
+    stamp,
+)
 
 
 def check_out(out: Path, inputs: Sequence[Path], done: str) -> None:
@@ -118,23 +97,8 @@ def save(
         write_json(folder / INDEX, seal(index | {"files": {name: files[name].model_dump() for name in files}}))
 
 
-def stamp(index: dict[str, Any], block: int | None) -> str:
-    """What a block's file says of itself: digests of its model and its training, and which block it is."""
-    model = {name: index[name] for name in ("model_class", "model_config", "blocks_config", "partition")}
-    values = {"model": _short_digest(model), "trained": _short_digest(index.get("trained")), "block": block}
-    return json.dumps(values)
-
-
-def _short_digest(values: Any) -> str | None:
-    if values is None:
-        return None
-    return json_digest(values)[:16]
-
-
 def _check_readable(model: DiffusionBlocks, index: dict[str, Any]) -> None:
     """Refuse, before anything is written, tensors that `load` would refuse: it is the reader's own check."""
-    from .loading import check_tensors, outline_of_index  # they make a model, and models save themselves
-
     blocks: list[int] = index["blocks"]
     for b in blocks:
         for name, tensor in model.block(b).state_dict(keep_vars=True).items():
@@ -156,11 +120,6 @@ def _check_readable(model: DiffusionBlocks, index: dict[str, Any]) -> None:
             f"block {one} has {listed(here)} weights and block {other} {listed(there)}: a model has one precision; "
             "bring the blocks to the same, as in model.float()"
         )
-
-
-def listed(dtypes: Iterable[torch.dtype]) -> str:
-    """Dtypes, for a message."""
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def check_plain(tensor: torch.Tensor, what: str) -> None:
@@ -201,20 +160,6 @@ def _require_finite(block: Block) -> None:
 
 def _on_meta(block: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in block.state_dict().values())
-
-
-def describe(model: DiffusionBlocks, blocks: Sequence[int] | None = None) -> dict[str, Any]:
-    """Everything needed to rebuild the model and route levels to blocks, and which blocks are there (None: all), as
-    JSON values."""
-    generation = generation_values(model.generation_config)
-    return {
-        "format": FORMAT,
-        "model_class": model.model_class,
-        "model_config": config_values(model.model_class, model.config),
-        "blocks_config": model.blocks_config.model_dump(mode="json"),
-        "partition": model.partition.to_dict(),
-        "blocks": list(range(model.partition.num_blocks) if blocks is None else blocks),
-    } | ({} if generation is None else {"generation_config": generation})
 
 
 def export_initialisation(model: DiffusionBlocks) -> nn.Module:
@@ -266,8 +211,3 @@ def export(model: DiffusionBlocks) -> nn.Module:
         stacklevel=2,
     )
     return export_initialisation(model)
-
-
-def block_file(index: int) -> str:
-    """Name of the file that holds block `index`."""
-    return f"block-{index:02d}.safetensors"

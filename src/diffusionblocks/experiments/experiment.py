@@ -19,7 +19,8 @@ from ..core.end_to_end import load_end_to_end, save_end_to_end
 from ..core.loading import load
 from ..core.materialise import build, empty, materialise
 from ..core.model import DiffusionBlocks
-from ..core.saving import INDEX, MODEL_FILES, save
+from ..core.saved_model import INDEX, MODEL_FILES
+from ..core.saving import save
 from ..data import TextCodec
 from ..data.dataset import BatchMaker, Dataset
 from ..families import Family, check_attention, family_named, rebuild_config

@@ -27,7 +27,7 @@ from ..common.formats import read_json, write_json
 from ..core.branching import branch
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
-from ..core.saving import MODEL_FILES
+from ..core.saved_model import MODEL_FILES
 from ..training import Trainer
 from ..training.checkpoint import checkpoints, read_values
 from ..training.run_log import LOG, Logger

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
 from typing_extensions import override
@@ -31,15 +30,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 #: What classes of these libraries raise where values do not go together. Memory is not among them.
-_WRONG_VALUES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-)
+_WRONG_VALUES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 @contextlib.contextmanager
@@ -47,7 +38,11 @@ def _refusing(what: str) -> Iterator[None]:
     """What a library raises of a wrong value becomes a ValueError in one line that begins with `what`."""
     try:
         yield
-    except _WRONG_VALUES as error:
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        if not isinstance(error, (*_WRONG_VALUES, StrictDataclassError)):
+            raise
         raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 

@@ -13,12 +13,14 @@ under the whole mask: the reference).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask  # which takes long to import
 
 KERNELS = ("sdpa", "flex_attention", "eager")
 
@@ -49,7 +51,7 @@ class Past:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.most = 0
         self.last: Tensor | None = None
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put new tokens behind those that a layer holds; all of them, and room for shorter rows.
@@ -66,14 +68,14 @@ class Past:
         new = key.shape[2]
         if self.most + new > self.capacity:
             raise ValueError(f"{self.most} + {new} tokens do not fit: the past was made for {self.capacity}")
-        if layer not in self._kept:
+        if layer not in self._tensors:
             shape = (key.shape[0], key.shape[1], self.capacity, key.shape[3])
-            self._kept[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+            self._tensors[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         if new:
             places = (self.lengths[:, None] + torch.arange(new, device=key.device))[:, None, :, None]
-            for kept, fresh in zip(self._kept[layer], (key, value), strict=True):
-                kept.scatter_(2, places.expand_as(fresh), fresh)
-        keys, values = self._kept[layer]
+            for tensor, fresh in zip(self._tensors[layer], (key, value), strict=True):
+                tensor.scatter_(2, places.expand_as(fresh), fresh)
+        keys, values = self._tensors[layer]
         end = self.most + new
         return keys[:, :, :end], values[:, :, :end]
 
@@ -116,12 +118,12 @@ class Streams:
         self.positions = torch.cat([behind[:, :noisy], start + places[:clean]], dim=1)
         # Keys are the places of `past`, then the noisy position itself.
         keys = torch.arange(past.most + clean, device=device)
-        seen = keys <= self.positions[:, :, None]
+        visible = keys <= self.positions[:, :, None]
         # A noisy position stands where the next token will be: that place in `past` is still empty.
-        seen[:, :noisy] = keys < behind[:, None]
+        visible[:, :noisy] = keys < behind[:, None]
         itself = torch.zeros(*self.positions.shape, noisy, dtype=torch.bool, device=device)
         itself[:, :noisy] = True
-        self._over_past = torch.cat([seen, itself], dim=2)[:, None]
+        self._over_past = torch.cat([visible, itself], dim=2)[:, None]
 
     def rows(self, start: int, stop: int) -> Tensor:
         """What noisy rows start..stop see of clean keys 0..stop, and of their own: bool (rows, stop + rows)."""
@@ -154,8 +156,10 @@ def _block_mask(length: int, queries: int, device: torch.device) -> BlockMask:
         from_noisy, to_noisy = query < length, key < length
         i = torch.where(from_noisy, query, query - length)
         j = torch.where(to_noisy, key, key - length)
-        seen = ~to_noisy & torch.where(from_noisy, j < i, j <= i)
-        return seen | (query == key)
+        allowed = ~to_noisy & torch.where(from_noisy, j < i, j <= i)
+        return allowed | (query == key)
+
+    from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(visible, None, None, queries, 2 * length, device=str(device))
 
@@ -165,6 +169,8 @@ _cached_block_mask = functools.lru_cache(maxsize=16)(_block_mask)
 
 @functools.cache
 def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -205,6 +211,8 @@ def two_streams(
         keys, values = torch.cat([keys, key[:, :, :n]], dim=2), torch.cat([values, value[:, :, :n]], dim=2)
         return F.scaled_dot_product_attention(query, keys, values, streams.over_past(queries), scale=scale)
     if kernel == "flex_attention":
+        from torch.nn.attention.flex_attention import flex_attention
+
         attend = flex_attention if query.device.type == "cpu" or torch.compiler.is_compiling() else _compiled_flex()
         mask = streams.block_mask(queries, query.device)
         return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..common.fields import Float
+from .label import check_labels
 from .target import BaseTargetConfig, Batch, Target
 
 
@@ -83,3 +84,5 @@ class ImageTarget(Target):
         if not isinstance(images, Tensor) or images.shape != (size, *self.shape) or not images.is_floating_point():
             got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"pixel_values must be a float tensor of shape {(size, *self.shape)}, got {got}")
+        if self.num_classes:
+            check_labels(batch["labels"], size, self.num_classes, null_class=True)

@@ -1,0 +1,329 @@
+"""What each kind of model does at inference: classify, draw images, unmask text or continue it, block by block."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..common.graphs import leave_to_host, on_host
+from ..config import LabelTargetConfig, NextTokenTargetConfig
+from ..families.generation_config import end_tokens
+from ..noise import GaussianProcess, Masking
+from ..sampling import (
+    Callback,
+    Continuations,
+    Prediction,
+    continue_texts,
+    guided,
+    predict_labels,
+    prior_of_seeds,
+    sample_images,
+    sample_tokens,
+)
+from ..targets import (
+    NONE_IGNORED,
+    Batch,
+    ImageTarget,
+    LabelTarget,
+    NextTokenTarget,
+    Target,
+    TokenTarget,
+    check_labels,
+    mean_loss,
+)
+
+if TYPE_CHECKING:
+    from .model import DiffusionBlocks
+
+_Target = TypeVar("_Target", bound=Target)
+
+
+class Inference(Generic[_Target]):
+    """What a model does once it is trained. What it does not do is refused, with what to use.
+
+    Arguments and results are those of the methods of `DiffusionBlocks`, which sees to the evaluation mode.
+
+    Args:
+        model: the blocks, whose target is of this kind.
+    """
+
+    #: what the model does, and by which method, for messages
+    does: ClassVar[str]
+
+    def __init__(self, model: DiffusionBlocks) -> None:
+        leave_to_host(type(self))
+        self.model = model
+
+    @property
+    def target(self) -> _Target:
+        """What the model's blocks denoise."""
+        return self.model.target  # type: ignore[return-value]
+
+    @property
+    def noise(self) -> GaussianProcess:
+        """The model's noise process."""
+        assert isinstance(self.model.noise, GaussianProcess)
+        return self.model.noise
+
+    def refuse(self, method: str, models: str) -> NoReturn:
+        """Raise ValueError: a method is for other models."""
+        raise ValueError(f"{method} is for {models}; this {self.model.model_class} {self.does}")
+
+    @on_host
+    def evaluate(self, batch: Batch, generator: torch.Generator | None) -> dict[str, Tensor | None]:
+        """The entries of `forward`'s output in evaluation mode: the mean of all blocks' losses."""
+        model = self.model
+        model.check_batch(batch)
+        generator = generator or model.generator_of(batch)
+        resolved = self.target.resolve(batch)
+        losses = [mean_loss(model.block(b).loss(batch, generator), resolved) for b in range(model.partition.num_blocks)]
+        return {"loss": torch.stack(losses).mean()}
+
+    def predict(self, pixel_values: Tensor, **options: Any) -> Prediction:
+        """Classify."""
+        self.refuse("predict", "classifiers")
+
+    def sample(self, labels: Tensor | Sequence[int] | None, **options: Any) -> Tensor:
+        """Draw images."""
+        self.refuse("sample", "diffusion models")
+
+    def generate(self, prompts: Any, **options: Any) -> Any:
+        """Generate text."""
+        self.refuse("generate", "text models")
+
+
+class Classification(Inference[LabelTarget]):
+    """Labels of images, by `predict`."""
+
+    does = "classifies: use predict"
+
+    @override
+    @on_host
+    def evaluate(self, batch: Batch, generator: torch.Generator | None) -> dict[str, Tensor | None]:
+        """Log-probabilities by `predict` with its defaults, and their cross-entropy where there are labels."""
+        labels = batch.get("labels")
+        self.model.check_batch(batch, with_target=labels is not None)
+        logits = self.model.predict(batch["pixel_values"], generator=generator).logits
+        loss = None if labels is None else nn.functional.nll_loss(logits, labels, ignore_index=NONE_IGNORED)
+        return {"loss": loss, "logits": logits}
+
+    @override
+    def predict(
+        self,
+        pixel_values: Tensor,
+        *,
+        feedback: str | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Prediction:
+        model, config = self.model, self.model.blocks_config.target
+        assert isinstance(config, LabelTargetConfig)
+        inputs = {"pixel_values": pixel_values}
+        model.check_batch(inputs, with_target=False)
+        return predict_labels(
+            lambda z, level: model.denoise(inputs, z, level),
+            self.target,
+            self.noise,
+            batch_size=len(pixel_values),
+            device=pixel_values.device,
+            feedback=config.feedback if feedback is None else feedback,
+            generator=generator or model.generator_of(inputs),
+            owner=model.partition.block_of,
+            **options,
+        )
+
+
+class ImageGeneration(Inference[ImageTarget]):
+    """Images from noise, by `sample`."""
+
+    does = "generates images: use sample"
+
+    @override
+    def sample(  # type: ignore[override]
+        self,
+        labels: Tensor | Sequence[int] | None,
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int = 50,
+        solver: str = "euler",
+        grid: str | None = None,
+        guidance: float = 1.0,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        model, target = self.model, self.target
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = torch.tensor(labels)
+        if seeds is None:
+            seeds = range(len(labels) if labels is not None else 1)
+        z = prior_of_seeds(self.noise, target.shape, seeds, model.device)
+        network_labels = self._labels(labels, len(seeds))
+        target.check_guidance(guidance)
+        if guidance != 1 and labels is None:
+            raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
+        denoiser = guided(
+            lambda z, labels, level: model.denoise({} if labels is None else {"labels": labels}, z, level),
+            network_labels,
+            target.null_class,
+            guidance,
+        )
+        levels = self.noise.sampling_levels(steps, grid)
+        return sample_images(
+            denoiser,
+            z,
+            levels,
+            self.noise,
+            solver=solver,
+            callback=callback,
+            progress=progress,
+            owner=model.partition.block_of,
+        )
+
+    def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
+        """The labels that the network reads, on its device; None for an unconditional model."""
+        target, model = self.target, self.model
+        if not target.num_classes:
+            if labels is not None:
+                raise ValueError(f"this {model.model_class} is unconditional and takes no labels; leave them out")
+            return None
+        if labels is None:
+            if target.null_class is None:
+                raise ValueError(
+                    f"labels are needed: in [0, {target.num_classes - 1}]; the model was trained without label dropout "
+                    "and knows no null class"
+                )
+            return torch.full((count,), target.null_class, device=model.device)
+        if labels.dim() == 1 and len(labels) != count:
+            raise ValueError(f"got {len(labels)} labels and {count} seeds; give one of each an image")
+        check_labels(labels, count, target.num_classes, null_class=target.null_class is not None)
+        return labels.to(model.device)
+
+
+class TextGeneration(Inference[_Target]):
+    """Text, by `generate`."""
+
+    #: the kind of model, for messages
+    kind: ClassVar[str]
+
+    def check_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that were set; ValueError for one that this kind of model does not take."""
+        names = inspect.signature(self.run).parameters
+        chosen = {name: value for name, value in options.items() if value is not None}
+        if others := [name for name in chosen if name not in names]:
+            raise ValueError(
+                f"generate: {', '.join(others)} is not for {self.kind}, and this {self.model.model_class} is one; "
+                "leave it out"
+            )
+        return chosen
+
+    @override
+    def generate(self, prompts: Any, **options: Any) -> Any:
+        return self.run(prompts, **self.check_options(options))
+
+    def run(self, prompts: Any, **options: Any) -> Any:
+        """Generate with the options that this kind of model takes."""
+        raise NotImplementedError
+
+
+class Unmasking(TextGeneration[TokenTarget]):
+    """Text from masks, by `generate`."""
+
+    does = "generates text: use generate"
+    kind = "masked text models"
+
+    @override
+    def run(  # type: ignore[override]
+        self,
+        prompts: Sequence[int] | None,
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int = 64,
+        grid: str = "equal-quantile",
+        temperature: float = 1.0,
+        template: Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        model, noise = self.model, self.model.noise
+        assert isinstance(noise, Masking)
+        if prompts is not None:  # version 0.1.0 took the seeds in this place
+            if seeds is not None or not all(isinstance(seed, int) for seed in prompts):
+                raise ValueError(
+                    "generate: prompts are for autoregressive models; a masked text model takes a template, tokens "
+                    f"with the mask, {self.target.mask_id}, in the places to fill"
+                )
+            seeds = prompts
+        return sample_tokens(
+            lambda z, level: model.denoise({}, z, level),
+            noise,
+            self.target.length,
+            noise.levels(steps, grid),
+            (0,) if seeds is None else seeds,
+            template=template,
+            temperature=temperature,
+            device=model.device,
+            callback=callback,
+            progress=progress,
+            owner=model.partition.block_of,
+        )
+
+
+class Continuing(TextGeneration[NextTokenTarget]):
+    """Text that goes on from prompts, by `generate`."""
+
+    does = "goes on from prompts: use generate(prompts, max_new_tokens)"
+    kind = "autoregressive models"
+
+    @override
+    def run(  # type: ignore[override]
+        self,
+        prompts: Sequence[Tensor | Sequence[int]] | None,
+        *,
+        max_new_tokens: int | None = None,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        grid: str = "equal-quantile",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        feedback: str | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        progress: bool = False,
+    ) -> Continuations:
+        model, noise, config = self.model, self.noise, self.model.blocks_config.target
+        assert isinstance(config, NextTokenTargetConfig)
+        if prompts is None or max_new_tokens is None:
+            raise ValueError(f"generate needs prompts and max_new_tokens: this {model.model_class} {self.does}")
+        return continue_texts(
+            model.denoise,
+            model.family.past,
+            model.partition.block_of,
+            self.target,
+            noise,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            levels=noise.levels(model.partition.num_blocks if steps is None else steps, grid),
+            seeds=range(len(prompts)) if seeds is None else seeds,
+            temperature=temperature,
+            top_p=top_p,
+            feedback=feedback or config.feedback,
+            top_k=config.top_k,
+            stop_tokens=end_tokens(model) if stop_tokens is None else stop_tokens,
+            num_tokens=num_tokens,
+            device=model.device,
+            progress=progress,
+        )
+
+
+#: By what the blocks denoise: see `Family.target`.
+INFERENCES: dict[str, type[Inference[Any]]] = {
+    "label": Classification,
+    "image": ImageGeneration,
+    "tokens": Unmasking,
+    "next-token": Continuing,
+}
