@@ -43,7 +43,6 @@ class DiffusionBlocks(nn.Module):
         blocks_config: how the model was converted.
         family: the code that knows the model's family.
         model_class: name of the original class.
-        inference: what this kind of model does once it is trained.
         config: the original model's config (transformers' name for it).
         generation_config: of a language model of transformers, its `GenerationConfig`; else None. Of it, only the ids
             that end a text are followed (`generate`).
@@ -73,12 +72,16 @@ class DiffusionBlocks(nn.Module):
         self.model_class = model_class
         self.config = model_config
         self.generation_config = generation_config
-        self.inference: Inference[Any] = INFERENCES[family.target](self)
         self._turns: OneAtATime | None = None
         self._draws = TrainingDraws()
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
         self.register_state_dict_post_hook(_drop_repeated)
         self.register_load_state_dict_pre_hook(_restore_repeated)
+
+    @property
+    def inference(self) -> Inference[Any]:
+        """What this kind of model does once it is trained."""
+        return INFERENCES[self.family.target](self)  # not an attribute: two that refer to each other are freed late
 
     @property
     def noise(self) -> NoiseProcess:
