@@ -25,7 +25,8 @@ A recipe is a YAML file that reproduces a run. It is checked before any work: an
 fields that do not go together are refused. Any field yields to `--set` on the command line (`train.lr=1e-3`, the value
 is YAML). `diffusionblocks inspect RECIPE` shows what a recipe means. The folder `recipes/` has one for each task.
 
-*required* stands for a field without a default, `null` for "none". Of a list in brackets every value is tried.
+*required* stands for a field without a default, `null` for "none". Of a list in brackets every value is tried. Older
+spellings are accepted in this version: those in the tables, and the grid `equal-mass` for `equal-quantile`.
 """
 
 #: A bar inside a cell of a table.
@@ -66,7 +67,7 @@ def _table(section: type, schema: Mapping[str, Any], defs: Mapping[str, Any], cl
     said = descriptions(section)
     lines = ["| field | default | allowed | what it does |", "| --- | --- | --- | --- |"]
     for name, field in sorted(schema["properties"].items(), key=lambda pair: pair[0] != "kind"):
-        default = "*required*" if name in schema.get("required", ()) else f"`{_default(field)}`"
+        default = "*required*" if name in schema.get("required", ()) else _default(field)
         text = field.get("description") or said.get(name) or ("The kind of this section." if name == "kind" else "")
         aliases = _aliases(section, name)
         if aliases:
@@ -109,11 +110,9 @@ def _choices(field: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _default(field: Mapping[str, Any]) -> str:
     default = field.get("default", {} if field.get("type") == "object" else None)
-    if default == {}:
-        return "{}"
     if isinstance(default, dict):
-        return f"kind: {default['kind']}" if "kind" in default else "the section's own defaults"
-    return json.dumps(default, ensure_ascii=False).strip('"')
+        return "*defaults below*" if default else "`{}`"
+    return "`" + json.dumps(default, ensure_ascii=False).strip('"') + "`"
 
 
 def _allowed(field: Mapping[str, Any]) -> str:
