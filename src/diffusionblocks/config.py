@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    InstanceOf,
     PlainSerializer,
     Tag,
-    TypeAdapter,
-    WrapValidator,
     model_validator,
 )
 
+from .common.by_kind import ByKind
 from .common.fields import Blocks, Float, Seed, Width
 from .noise import NOISE_PROCESSES, NoiseProcess
 from .targets import ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
@@ -49,34 +50,24 @@ TargetConfig = Annotated[
     Discriminator(_kind("label")),
 ]
 
-#: The noise processes of this package; those that others register later are looked up by their kind.
-_OURS = dict(NOISE_PROCESSES)
 
-
-def _registered(values: Any, validate: Callable[[Any], NoiseProcess]) -> NoiseProcess:
-    """The noise process that a section describes, by the registry."""
-    if isinstance(values, NoiseProcess):
-        return values
+def _registered(values: Any) -> Any:
+    """Refuse a noise process that is not registered: a user's own may only not be imported yet."""
     kind = _kind("edm")(values)
-    if not isinstance(values, dict) or kind in _OURS:
-        return validate(values)
-    if kind not in NOISE_PROCESSES:
+    if isinstance(values, dict) and kind not in NOISE_PROCESSES:
         raise ValueError(
             f"kind = {kind!r} is no noise process that is known here; allowed: {', '.join(NOISE_PROCESSES)}. Of your "
             "own, import the package that registers it first (register_noise_process)"
         )
-    return TypeAdapter(NOISE_PROCESSES[kind]).validate_python(values)
+    return values
 
 
-if TYPE_CHECKING:
-    NoiseConfig = NoiseProcess
-else:
-    NoiseConfig = Annotated[
-        Union[tuple(Annotated[process, Tag(kind)] for kind, process in _OURS.items())],  # noqa: UP007
-        Discriminator(_kind("edm")),
-        WrapValidator(_registered),
-        PlainSerializer(NoiseProcess.to_dict),
-    ]
+NoiseConfig = Annotated[
+    InstanceOf[NoiseProcess],
+    PlainSerializer(NoiseProcess.to_dict),
+    ByKind(NOISE_PROCESSES, default="edm"),
+    BeforeValidator(_registered),
+]
 
 
 class BlocksConfig(BaseModel):

@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import convert, noise_batch, seeded
+from helpers import DIT_FAMILIES, convert, image_batch, noise_batch, seeded, token_batch, train_a_little
 from torch import Tensor
 
 from diffusionblocks import EDM, BlocksConfig, FlowMatching, Partition, load
+from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.noise import GaussianProcess
 from diffusionblocks.sampling import SOLVERS
 
@@ -159,6 +161,53 @@ def test_loss_of_a_block_is_that_of_the_velocity() -> None:
     batch = noise_batch(256)
     loss = model.loss(batch, 1, seeded()).mean().item()
     assert loss == pytest.approx(1 + batch["pixel_values"].square().mean().item(), rel=0.05)
+
+
+# ---- families ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", DIT_FAMILIES)
+def test_a_diffusion_model_trains_and_draws(family: str) -> None:
+    model = convert(family, layers=3, noise={"kind": "flow", "shift": 2.0})
+    before = [model.loss(noise_batch(64), b, seeded()).mean().item() for b in range(3)]
+    train_a_little(model, noise_batch, steps=5)
+    after = [model.loss(noise_batch(64), b, seeded()).mean().item() for b in range(3)]
+    assert all(new < old for new, old in zip(after, before, strict=True)), (before, after)
+    for solver in SOLVERS:
+        assert model.sample([0, 1], steps=4, solver=solver).isfinite().all()
+
+
+def test_a_classifier_and_a_language_model_take_it_too() -> None:
+    """By what the process offers: their target is numbers, so it is noised as an image is."""
+    classifier = convert("vit", noise={"kind": "flow"}).eval()
+    assert classifier.noise.coverage == (0.001, 0.999)  # the target's default, as under EDM
+    images = image_batch(2)["pixel_values"]
+    assert classifier.predict(images, steps=4).probabilities.sum(dim=1).tolist() == pytest.approx([1, 1])
+    text = convert("llama", noise={"kind": "flow"}).eval()
+    assert text.loss(token_batch(2), 0, seeded()).isfinite().all()
+    assert [len(row) for row in text.continue_texts([[1, 2]], 3).tokens] == [5]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (
+            "vit",
+            ["blocks.noise={kind: flow}", "fit={steps: 9}"],
+            "fit writes the levels .* process flow has not",
+        ),
+        ("dit", ["blocks.noise.kind=flow", "blocks.noise.p_mean=0"], r"blocks\.noise\.p_mean: no such field"),
+        (
+            "dit",
+            ["blocks.noise.kind=flow", "blocks.noise.shift=0"],
+            r"blocks\.noise\.shift: shift must be a finite",
+        ),
+        ("dit", ["blocks.noise.kind=folw"], r"kind = 'folw' is no noise process .*allowed: edm, flow, masking"),
+    ],
+)
+def test_recipes_are_refused_in_one_line(recipe: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(Path(__file__).parents[2] / "recipes" / recipe / "digits.yaml", overrides)
 
 
 # ---- solvers on Gaussian data -----------------------------------------------------------------------------

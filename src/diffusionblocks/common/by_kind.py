@@ -15,20 +15,20 @@ from pydantic_core import CoreSchema, core_schema
 class ByKind:
     """Annotation of a field: the section is an instance of the class that its `kind` names.
 
-    `Annotated[SerializeAsAny[Base], ByKind(registry)]`, with `Base` the base class of all sections. Errors have the
-    location and the type that pydantic gives those of a tagged union.
+    `Annotated[SerializeAsAny[Base], ByKind(registry)]`, with `Base` the base class of all sections: models of pydantic,
+    or dataclasses. Errors have the location and the type that pydantic gives those of a tagged union.
 
     Args:
         registry: kind -> class of the section; it may grow later.
         default: the kind of a section that names none; None: it must name one.
     """
 
-    def __init__(self, registry: Mapping[str, type[BaseModel]], default: str | None = None) -> None:
+    def __init__(self, registry: Mapping[str, type], default: str | None = None) -> None:
         self._registry = registry
         self._default = default
 
     @property
-    def sections(self) -> tuple[type[BaseModel], ...]:
+    def sections(self) -> tuple[type, ...]:
         """The classes that are registered now."""
         return tuple(self._registry.values())
 
@@ -40,12 +40,12 @@ class ByKind:
         return core_schema.no_info_before_validator_function(read, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        members = {kind: section.__pydantic_core_schema__ for kind, section in self._registry.items()}
+        members = {kind: TypeAdapter(section).core_schema for kind, section in self._registry.items()}
         return handler(core_schema.tagged_union_schema(members, discriminator="kind"))
 
 
 @functools.cache
-def _union(sections: tuple[tuple[str, type[BaseModel]], ...], default: str | None) -> TypeAdapter[Any]:
+def _union(sections: tuple[tuple[str, type], ...], default: str | None) -> TypeAdapter[Any]:
     def kind(values: Any) -> str:
         return str(values.get("kind", default) if isinstance(values, dict) else getattr(values, "kind", values))
 

@@ -159,6 +159,11 @@ class Recipe(_Section):
                 f"fit is for models with a cross-entropy over log sigma, classifiers and autoregressive text; "
                 f"{self.model.type} is neither: leave fit out"
             )
+        if self.blocks.noise is not None and not hasattr(self.blocks.noise, "quantiles"):
+            raise ValueError(
+                f"fit writes the levels into blocks.noise.quantiles, which the noise process {self.blocks.noise.kind} "
+                "has not: use kind: edm, or leave fit out"
+            )
         if getattr(self.blocks.noise, "quantiles", None) is not None:
             raise ValueError("blocks.noise.quantiles are fitted levels already: leave them out, or fit")
         if self.blocks.layers is not None and len(set(self.blocks.layers)) > 1:

@@ -136,6 +136,8 @@ def sections_in(section: Any) -> Iterator[type]:
 def _sections(annotation: Any) -> list[Any]:
     if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
         return [annotation]
+    if isinstance(annotation, ByKind):
+        return list(annotation.sections)
     return [section for part in get_args(annotation) for section in _sections(part)]
 
 

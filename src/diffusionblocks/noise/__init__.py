@@ -4,7 +4,7 @@ from .edm import EDM
 from .fitted_levels import fitted_quantiles
 from .flow import FlowMatching
 from .gaussian import GaussianProcess, Preconditioning
-from .grids import GRIDS, GridName, grid_name
+from .grids import GRIDS, grid_name
 from .masking import SCHEDULES, Masking
 from .process import NOISE_PROCESSES, PARTITION_STRATEGIES, NoiseProcess, one_level, register_noise_process
 
@@ -16,7 +16,6 @@ __all__ = [
     "SCHEDULES",
     "FlowMatching",
     "GaussianProcess",
-    "GridName",
     "Masking",
     "NoiseProcess",
     "Preconditioning",

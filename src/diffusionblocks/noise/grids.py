@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 if TYPE_CHECKING:
     from .process import NoiseProcess
@@ -73,12 +72,3 @@ def check_grid(name: str) -> str:
     if name not in GRIDS:
         raise ValueError(f"unknown level grid {name!r}; allowed: {', '.join(GRIDS)}")
     return name
-
-
-#: The name of a level grid, as a field of a config; which of them suit a process, `NoiseProcess.check_grid` says.
-GridName = Annotated[
-    str,
-    BeforeValidator(grid_name),
-    AfterValidator(check_grid),
-    WithJsonSchema({"type": "string", "enum": list(GRIDS)}),
-]

@@ -11,10 +11,9 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import torch
-from pydantic import AfterValidator, WithJsonSchema
 from torch import Tensor
 
 from ..common.registry import Registry
@@ -219,9 +218,6 @@ def dpmpp_2m(
 register_solver("euler", euler, order=1)
 register_solver("heun", heun, order=2, calls_per_step=2)
 register_solver("dpmpp-2m", dpmpp_2m, order=2)
-
-#: The name of a solver, as a field of a config.
-SolverName = Annotated[str, AfterValidator(check_solver), WithJsonSchema({"type": "string", "enum": list(SOLVERS)})]
 
 
 def calls(solver: str, steps: int, ends_at_zero: bool) -> int:
