@@ -601,7 +601,14 @@ def test_the_options_change_the_run(data: dict[str, ImageData], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("family", "stops"), [("dit", [2]), ("dit", [7]), ("dit", [5]), ("dit", [3, 6, 9]), ("vit", [4, 8])]
+    ("family", "stops"),
+    [
+        pytest.param("dit", [2], marks=pytest.mark.exhaustive),
+        pytest.param("dit", [7], marks=pytest.mark.exhaustive),
+        ("dit", [5]),
+        ("dit", [3, 6, 9]),
+        ("vit", [4, 8]),
+    ],
 )
 def test_a_run_stopped_in_either_phase_resumes_bit_for_bit(
     family: str, stops: list[int], data: dict[str, ImageData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -214,7 +214,7 @@ def test_the_control_trains_alike(kind: str) -> None:
     ("kind", "options"),
     [
         ("masked", {"compile": True, "activation_checkpointing": True}),
-        ("llama-clean", {"compile": True}),
+        pytest.param("llama-clean", {"compile": True}, marks=pytest.mark.exhaustive),
         ("llama-clean", {"compile": "layers", "activation_checkpointing": True}),
         ("recurrent", {"compile": True, "optimizer_in_backward": True}),
         ("llama-whole", {"compile": True}),
