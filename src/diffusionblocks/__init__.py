@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .core.output import BlocksOutput
     from .core.partition import Partition
     from .core.saving import export, export_initialisation
+    from .data.data_config import register_data
+    from .experiments.tasks import EvaluateSection, Task, register_task
     from .noise import EDM, FlowMatching, GaussianProcess, Masking, NoiseProcess, register_noise_process
     from .sampling import register_solver
 
@@ -29,6 +31,7 @@ _ROOMS = {
     "BlocksConfig": "config",
     "BlocksOutput": "core.output",
     "DiffusionBlocks": "core.model",
+    "EvaluateSection": "experiments.tasks",
     "FlowMatching": "noise",
     "GaussianProcess": "noise",
     "ImageTargetConfig": "config",
@@ -36,6 +39,7 @@ _ROOMS = {
     "Masking": "noise",
     "NoiseProcess": "noise",
     "Partition": "core.partition",
+    "Task": "experiments.tasks",
     "TokenTargetConfig": "config",
     "branch": "core.branching",
     "convert": "core.conversion",
@@ -43,8 +47,10 @@ _ROOMS = {
     "export_initialisation": "core.saving",
     "load": "core.loading",
     "merge": "core.merging",
+    "register_data": "data.data_config",
     "register_noise_process": "noise",
     "register_solver": "sampling",
+    "register_task": "experiments.tasks",
 }
 
 __all__ = [
@@ -53,6 +59,7 @@ __all__ = [
     "BlocksConfig",
     "BlocksOutput",
     "DiffusionBlocks",
+    "EvaluateSection",
     "FlowMatching",
     "GaussianProcess",
     "ImageTargetConfig",
@@ -60,6 +67,7 @@ __all__ = [
     "Masking",
     "NoiseProcess",
     "Partition",
+    "Task",
     "TokenTargetConfig",
     "__version__",
     "branch",
@@ -68,8 +76,10 @@ __all__ = [
     "export_initialisation",
     "load",
     "merge",
+    "register_data",
     "register_noise_process",
     "register_solver",
+    "register_task",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import re
 import sys
@@ -17,7 +18,13 @@ from helpers import convert, noise_batch, seeded, train_a_little
 from torch import Tensor
 
 import diffusionblocks as db
+from diffusionblocks.cli import main
+from diffusionblocks.data import ImageData
+from diffusionblocks.data.data_config import DATA
+from diffusionblocks.experiments.comparison import compare
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.experiments.tasks.task import _SECTIONS, TASKS
 from diffusionblocks.noise import NOISE_PROCESSES
 from diffusionblocks.sampling import SOLVERS, calls
 
@@ -25,6 +32,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "dit" / "digits.yaml"
+VIT = ROOT / "recipes" / "vit" / "digits.yaml"
 
 
 def section(title: str) -> str:
@@ -40,8 +48,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleT
     folder.mkdir(parents=True)
     (folder / "noise.py").write_text(section("A noise process"))
     (folder / "solver.py").write_text(section("A solver"))
-    (folder / "__init__.py").write_text("from . import noise, solver\n")
-    for registry in (NOISE_PROCESSES, SOLVERS):
+    (folder / "ink.py").write_text(section("A task"))
+    (folder / "__init__.py").write_text("from . import ink, noise, solver\n")
+    for registry in (NOISE_PROCESSES, SOLVERS, DATA, TASKS, _SECTIONS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.syspath_prepend(str(folder.parent))
     yield importlib.import_module("my_blocks")
@@ -123,6 +132,63 @@ def test_the_solver_is_of_the_order_that_it_is_registered_with(package: ModuleTy
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(SOLVERS["adams-bashforth"].order, abs=0.2)
     assert calls("adams-bashforth", 7, ends_at_zero=True) == 7
+
+
+# ---- a task -----------------------------------------------------------------------------------------------
+
+INK = [
+    *("data.kind=ink", "evaluate={kind: ink-error, steps: 2}", "device=cpu", "model.config.hidden_size=32"),
+    *("model.config.num_hidden_layers=2", "blocks.num_blocks=2", "train.steps=60", "train.warmup_steps=0"),
+]
+
+
+def test_a_task_with_data_of_its_own_trains_saves_loads_and_evaluates_from_a_recipe(
+    package: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [part for text in INK for part in ("--set", text)]
+    out = tmp_path / "run"
+    assert main(["train", str(VIT), "--out", str(out), "--quiet", *sets]) == 0
+    (row,) = json.loads((out / "result.json").read_text())["rows"]
+    assert row["error"] < 0.8 * row["error_of_the_mean"]  # it has learned something of the ink
+    command = ["evaluate", str(VIT), "--model", str(out / "model"), *sets]
+    assert main([*command, "--json", str(tmp_path / "rows.json")]) == 0
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == [row]
+    capsys.readouterr()
+    assert main(["sample", str(VIT), "--model", str(out / "model"), *sets]) == 2
+    assert "ViTForImageClassification estimates ink: use evaluate" in capsys.readouterr().err
+    assert main([*command, "--by-level"]) == 2
+    assert "--by-level is for classifiers" in capsys.readouterr().err
+
+
+def test_a_comparison_prints_the_columns_of_the_task(package: ModuleType, tmp_path: Path) -> None:
+    experiment = Experiment(load_recipe(VIT, [*INK, "train.steps=1"]))
+    assert "ink error" in compare(experiment, tmp_path, rows=["diffusionblocks"], progress=False)
+
+
+def test_data_of_a_user_serve_our_tasks_and_the_first_task_is_the_default(package: ModuleType) -> None:
+    recipe = load_recipe(VIT, INK[:1])
+    assert isinstance(recipe.data, package.ink.InkConfig)
+    assert recipe.task.kind == "accuracy"
+    data = recipe.data.load("train")
+    assert isinstance(data, ImageData)
+    assert data.labels.bincount().min() > 100  # deciles of 1,437 images
+    with pytest.raises(ValueError, match=r"evaluate\.kind must be accuracy or ink-error for \w+, got bits"):
+        load_recipe(VIT, ["evaluate.kind=bits"])
+    with pytest.raises(ValueError, match=r"evaluate\.setps: no such field; did you mean steps"):
+        load_recipe(VIT, ["evaluate={kind: ink-error, setps: 2}"])
+    with pytest.raises(ValueError, match=r"data\.kind: ink is for image models; allowed: topics, text, tokens"):
+        load_recipe(ROOT / "recipes" / "text" / "autoregressive_topics.yaml", ["data={kind: ink}"])
+
+
+def test_a_task_is_registered_once_and_has_a_name(package: ModuleType) -> None:
+    with pytest.raises(ValueError, match="task 'ink-error' is registered already"):
+        db.register_task(
+            type("Again", (package.ink.InkError,), {"section": type("S", (package.ink.InkErrorConfig,), {})})
+        )
+    with pytest.raises(ValueError, match="give the section a name"):
+        db.register_task(type("Nameless", (package.ink.InkError,), {"section": db.EvaluateSection}))
+    with pytest.raises(ValueError, match="give the section a name"):
+        db.register_data(type("Nameless", (package.ink.DigitsConfig.__mro__[1],), {}))
 
 
 # ---- registration itself ----------------------------------------------------------------------------------

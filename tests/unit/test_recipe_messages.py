@@ -29,6 +29,7 @@ TOGETHER = ("fit", "trunk", "evaluate.kind", "give either", "train.steps")
 def shipped(name: str) -> dict[str, Any]:
     values = read_yaml((FOLDER / f"{name}.yaml").read_bytes(), name)
     assert isinstance(values, dict)
+    values["evaluate"].setdefault("kind", parse_recipe(values, name).evaluate.kind)  # it follows from the model
     return values
 
 

@@ -113,8 +113,8 @@ class Recipe(_Section):
         trunk: Train a trunk first and branch it into the blocks; null trains the blocks from scratch.
         train: How each block is trained.
         evaluate: What is measured afterwards. Its kind follows from the model: `accuracy` of a classifier, measures of
-            a diffusion model's `samples`, `bits` a character of a masked text model, or `language`: cross-entropies and
-            continuations of an autoregressive one.
+            a diffusion model's `samples`, `bits` per character of a masked text model, or `language`: cross-entropies
+            and continuations of an autoregressive one.
         device: Where to compute: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
     """
 

@@ -247,7 +247,8 @@ class Task(abc.ABC, Generic[Options]):
         Raises:
             ValueError: the task has no such measure.
         """
-        raise ValueError(f"--by-level is for classifiers; {experiment.recipe.model.type} generates {self.makes}")
+        does = f"generates {self.makes}" if self.makes else self.does
+        raise ValueError(f"--by-level is for classifiers; {experiment.recipe.model.type} {does}")
 
     # ---- tables and figures --------------------------------------------------------------------------------------
 
