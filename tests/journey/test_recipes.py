@@ -171,9 +171,8 @@ def settings(recipe: Recipe) -> int:
     return len(options.steps) * len(options.seeds) if recipe.method == "diffusionblocks" else 1
 
 
-@pytest.mark.each_value
 @each_recipe
-@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+@pytest.mark.parametrize("method", ["diffusionblocks", pytest.param("end-to-end", marks=pytest.mark.exhaustive)])
 @pytest.mark.filterwarnings("ignore:.*covariance is singular:UserWarning")
 def test_recipe_trains_at_tiny_size(
     path: Path,
