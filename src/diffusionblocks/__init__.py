@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .core.saving import export, export_initialisation
     from .data.data_config import register_data
     from .experiments.tasks import EvaluateSection, Task, register_task
+    from .families import Family, register_family
     from .noise import EDM, FlowMatching, GaussianProcess, Masking, NoiseProcess, register_noise_process
     from .sampling import register_solver
 
@@ -32,6 +33,7 @@ _ROOMS = {
     "BlocksOutput": "core.output",
     "DiffusionBlocks": "core.model",
     "EvaluateSection": "experiments.tasks",
+    "Family": "families",
     "FlowMatching": "noise",
     "GaussianProcess": "noise",
     "ImageTargetConfig": "config",
@@ -48,6 +50,7 @@ _ROOMS = {
     "load": "core.loading",
     "merge": "core.merging",
     "register_data": "data.data_config",
+    "register_family": "families",
     "register_noise_process": "noise",
     "register_solver": "sampling",
     "register_task": "experiments.tasks",
@@ -60,6 +63,7 @@ __all__ = [
     "BlocksOutput",
     "DiffusionBlocks",
     "EvaluateSection",
+    "Family",
     "FlowMatching",
     "GaussianProcess",
     "ImageTargetConfig",
@@ -77,6 +81,7 @@ __all__ = [
     "load",
     "merge",
     "register_data",
+    "register_family",
     "register_noise_process",
     "register_solver",
     "register_task",

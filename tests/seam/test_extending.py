@@ -14,8 +14,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import convert, noise_batch, seeded, train_a_little
+from helpers import convert, noise_batch, seeded, toy_batch, train_a_little
 from torch import Tensor
+from transformers import IJepaConfig, IJepaForImageClassification
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
@@ -25,6 +26,8 @@ from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.experiments.tasks.task import _SECTIONS, TASKS
+from diffusionblocks.families import ClassifierFamily
+from diffusionblocks.families.family import FAMILIES
 from diffusionblocks.noise import NOISE_PROCESSES
 from diffusionblocks.sampling import SOLVERS, calls
 
@@ -49,8 +52,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleT
     (folder / "noise.py").write_text(section("A noise process"))
     (folder / "solver.py").write_text(section("A solver"))
     (folder / "ink.py").write_text(section("A task"))
-    (folder / "__init__.py").write_text("from . import ink, noise, solver\n")
-    for registry in (NOISE_PROCESSES, SOLVERS, DATA, TASKS, _SECTIONS):
+    (folder / "family.py").write_text(section("A family"))
+    (folder / "__init__.py").write_text("from . import family, ink, noise, solver\n")
+    for registry in (NOISE_PROCESSES, SOLVERS, FAMILIES, DATA, TASKS, _SECTIONS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.syspath_prepend(str(folder.parent))
     yield importlib.import_module("my_blocks")
@@ -206,3 +210,50 @@ def test_registration_refuses_what_is_no_process_or_solver_and_taken_names() -> 
     with pytest.raises(ValueError, match="calls_per_step must be >= 1, got 0"):
         db.register_solver("mine", lambda *_: None, calls_per_step=0)
     assert "mine" not in SOLVERS
+
+
+# ---- a family ------------------------------------------------------------------------------------------------
+
+
+def ijepa() -> IJepaForImageClassification:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return IJepaForImageClassification(IJepaConfig(**sizes, image_size=8, patch_size=4, num_labels=4))
+
+
+def test_a_model_of_a_user_s_family_trains_saves_loads_and_predicts(package: ModuleType, tmp_path: Path) -> None:
+    model = db.convert(ijepa(), db.BlocksConfig(num_blocks=3))
+    assert type(model.family) is package.family.IJepaFamily
+    data = toy_batch(64, seed=1)
+    before = model.loss(data, 0, seeded()).mean().item()
+    train_a_little(model, toy_batch)
+    model.eval()
+    assert model.loss(data, 0, seeded()).mean().item() < before
+    model.save_pretrained(tmp_path / "model")
+    loaded = db.load(tmp_path / "model")
+    probabilities = loaded.predict(data["pixel_values"], generator=seeded()).probabilities
+    assert torch.equal(probabilities, model.predict(data["pixel_values"], generator=seeded()).probabilities)
+    with torch.no_grad():  # a conversion that never trained is the original again
+        original, again = ijepa().eval(), db.convert(ijepa()).export_initialisation().eval()
+        assert torch.equal(again(data["pixel_values"]).logits, original(data["pixel_values"]).logits)
+
+
+def test_a_saved_model_of_a_family_that_nobody_registered_is_refused(
+    package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db.convert(ijepa()).save_pretrained(tmp_path / "model")
+    monkeypatch.delitem(FAMILIES._entries, "IJepaForImageClassification")
+    with pytest.raises(ValueError, match=r"unknown model class 'IJepaForImageClassification'.* import the package"):
+        db.load(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"cannot convert IJepaForImageClassification.* docs/extending.md, 'A family'"):
+        db.convert(ijepa())
+
+
+def test_what_is_registered_is_checked(package: ModuleType) -> None:
+    family = package.family.IJepaFamily
+    with pytest.raises(ValueError, match="IJepaForImageClassification is registered already"):
+        db.register_family(type("Again", (family,), {}))
+    with pytest.raises(TypeError, match=r"a subclass of diffusionblocks\.families\.Family, got 3"):
+        db.register_family(3)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="Bare lacks classes, library, layers"):
+        db.register_family(type("Bare", (ClassifierFamily,), {}))

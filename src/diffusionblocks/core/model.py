@@ -400,8 +400,8 @@ class DiffusionBlocks(nn.Module):
             prompts: autoregressive: tokens of each row, of any lengths. (A masked model takes seeds in this place.)
             max_new_tokens: autoregressive: >= 1.
             seeds: one a row; default 0, 1, 2, ..., one a prompt; of a masked model default one row, of seed 0.
-            steps: autoregressive: network calls a token, default one for each block, the cost of the unconverted model.
-                Masked: network calls, default 64; more than tokens are of no use.
+            steps: autoregressive: network calls per token, default one for each block, which costs what the
+                unconverted model does. Masked: network calls, default 64; more than tokens are of no use.
             grid: levels, see `levels` of the noise process; default `equal-quantile`.
             temperature: divides the logits, >= 0; 0 takes the most probable token. What `generation_config` says of
                 sampling is not followed; it is for whoever exports the model.
