@@ -21,7 +21,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from diffusionblocks.cli import main
 from diffusionblocks.common.formats import read_json, write_json
-from diffusionblocks.data.data_config import DATA_VARIABLE, LatentsConfig
+from diffusionblocks.data.data_config import DATA_VARIABLE
+from diffusionblocks.data.image_config import LatentsConfig
 from diffusionblocks.experiments.baselines import variants
 from diffusionblocks.experiments.comparison import remarks
 from diffusionblocks.experiments.experiment import Experiment

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusionblocks.data import LatentBatches, LatentData, autoencoder, latent_folder
 from diffusionblocks.data import encode as tool
-from diffusionblocks.data.data_config import LatentsConfig
+from diffusionblocks.data.image_config import LatentsConfig
 from diffusionblocks.data.latent_data import LatentScale
 from diffusionblocks.data.latent_shards import scale_of_split, write_shards
 from diffusionblocks.experiments.recipe import load_recipe

@@ -10,7 +10,8 @@ import torch
 from helpers import listing
 
 from diffusionblocks.data import TextChunks
-from diffusionblocks.data.data_config import DigitsConfig, TokensConfig
+from diffusionblocks.data.image_config import DigitsConfig
+from diffusionblocks.data.text_config import TokensConfig
 from diffusionblocks.data.text_files import open_text
 from diffusionblocks.data.token_text import END, corpus_tokenizer, encoded_split, split_files, train_tokenizer
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe

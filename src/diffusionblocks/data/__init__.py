@@ -1,8 +1,11 @@
 """Data sets and the batches made from them: images, their latents, text as characters and as tokens.
 
-`data_config.py` has the `data` section of a recipe, whose classes load, batch and count what they name.
+`data_config.py` has the `data` section of a recipe: its classes load, batch and count what they name, and register
+themselves in `image_config.py` and `text_config.py`.
 """
 
+from . import image_config as image_config
+from . import text_config as text_config
 from .augment import Augment, AugmentConfig
 from .character_text import characters, normalise, python_topics
 from .image_batches import ImageBatches, evaluation_batches

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.data_config import TextSection
 from ..data.placement import SHARE
+from ..data.text_config import TextSection
 from ..experiments.recipe import Recipe, parse_recipe
 from ..experiments.recipe_changes import depth_of
 from ..families import family_named

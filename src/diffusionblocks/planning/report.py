@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..data.data_config import TextSection
+from ..data.text_config import TextSection
 from ..experiments.recipe import Recipe
 from ..reports.tables import format_bytes, format_table
 from .ledger import Ledger

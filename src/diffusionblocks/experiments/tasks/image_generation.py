@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ...core.model import DiffusionBlocks
-    from ...data.data_config import ImagesSection
     from ...data.dataset import Dataset
+    from ...data.image_config import ImagesSection
     from ...evaluation.classifier import ClassifierFeatures
     from ...evaluation.features import Features
     from ...evaluation.frechet import FeatureStatistics

@@ -1,0 +1,235 @@
+"""The `data` sections of images and of their latents."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+from typing_extensions import override
+
+from ..common.fields import Float, IsNumber, Labels, Pixels, Positive
+from .augment import AugmentConfig
+from .autoencoder import decode, latent_scale, load_vae
+from .data_config import Batches, DataSection, FilesSection, register_data
+from .dataset import BatchMaker, ExampleCount
+from .image_batches import ImageBatches, evaluation_batches, to_uint8
+from .image_data import ImageData, digits, image_classification
+from .image_table import rows_of_split
+from .latent_batches import LatentBatches
+from .latent_data import LatentData
+from .latent_shards import examples_of_split, latent_folder, scale_of_split
+
+
+class ImagesSection(DataSection):
+    """Images, or their latents: what a diffusion model's samples are compared with."""
+
+    @abstractmethod
+    def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """What turns model-space samples (n, C, H, W) into uint8 images (n, 1 or 3, H, W).
+
+        Raises:
+            ValueError: the samples are latents and no autoencoder is named, or one that scales latents otherwise than
+                those of the data are, where they are at hand.
+        """
+
+    @abstractmethod
+    def real_images(
+        self, data: Any, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
+    ) -> Iterator[Tensor]:
+        """The first `count` real images as uint8 (n, C, H, W); of latents, their means' reconstructions by `pixels`."""
+
+
+class PixelsConfig(ImagesSection):
+    """Images, and how their pixels become the model's numbers.
+
+    Attributes:
+        mean: Mean of each channel, of pixels in [0, 1]; it is subtracted.
+        std: Standard deviation of each channel, by which the pixels are divided then.
+        augment: Random changes of training images.
+    """
+
+    examples: ClassVar[str] = "images"
+
+    mean: tuple[Float, ...]
+    std: tuple[Positive, ...]
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> Self:
+        count = getattr(self, "channels", 1)
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != count:
+                raise ValueError(f"{name} = {list(values)}: must be {count} finite numbers, one a channel")
+        return self
+
+    @override
+    def batches(self, data: ImageData, device: torch.device) -> BatchMaker:
+        return ImageBatches(
+            data, mean=self.mean, std=self.std, augment=self.augment, device=device, placement=self.placement
+        )
+
+    @override
+    def evaluation_batches(self, data: ImageData, *, batch_size: int, device: torch.device) -> Batches:
+        return evaluation_batches(data, mean=self.mean, std=self.std, batch_size=batch_size, device=device)
+
+    @override
+    def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        return lambda samples: to_uint8(samples, self.mean, self.std)
+
+    @override
+    def real_images(
+        self, data: ImageData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
+    ) -> Iterator[Tensor]:
+        for images in data.images[:count].split(batch_size):
+            yield images.to(device)
+
+    @override
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        return math.prod(shape) + 8  # uint8 pixels, and an int64 label
+
+
+@register_data
+class DigitsConfig(PixelsConfig):
+    """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,437 train and 360 test images."""
+
+    kind: Literal["digits"]
+    mean: tuple[Float, ...] = (0.3,)
+    std: tuple[Positive, ...] = (0.376,)
+
+    @override
+    def load(self, split: str) -> ImageData:
+        return digits(split)
+
+    @override
+    def count_examples(self) -> ExampleCount:
+        return ExampleCount(len(self.load("train")), "")
+
+
+@register_data
+class ImageFilesConfig(PixelsConfig, FilesSection):
+    """Image-classification parquet in the hub's schema.
+
+    Attributes:
+        split_files: Patterns of file names below a local folder, by split; null: files named after the split, without
+            backups.
+        image_column: Name of the column of images; null finds it.
+        label_column: Name of the column of labels; null finds it.
+        image_size: Height and width in pixels; images of other sizes are refused.
+        channels: Channels of an image.
+        num_classes: Number of classes; null takes that of the data.
+        cache: Folder for decoded images; null decodes at every start.
+    """
+
+    kind: Literal["images"]
+    split_files: dict[str, str] | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: Pixels
+    channels: Annotated[Literal[1, 3], IsNumber] = 3
+    num_classes: Labels | None = None
+    cache: Path | None = None
+
+    @override
+    def load(self, split: str) -> ImageData:
+        return image_classification(
+            self.location(),
+            self.split_files,
+            self.split_name(split),
+            self.image_column,
+            self.label_column,
+            self.image_size,
+            self.channels,
+            self.num_classes,
+            self.cache,
+            reference_split=self.train_split,
+        )
+
+    def _count(self, location: str) -> ExampleCount:
+        rows = rows_of_split(location, self.split_files, self.train_split)
+        return ExampleCount(
+            rows, location if rows is not None else f"{location!r} is no local folder, and a plan downloads nothing"
+        )
+
+
+@register_data
+class LatentsConfig(ImagesSection, FilesSection):
+    """Latents of an autoencoder, in shards that `python -m diffusionblocks.data.encode` wrote.
+
+    Attributes:
+        source: Folder of the shards.
+        folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
+        scale: Factor that brings the latents to a standard deviation of about sigma_data.
+        sample_posterior: Draw each latent from the encoder's posterior, instead of taking its mean.
+        vae: Folder or hub name of the autoencoder that decodes samples; null keeps samples as latents.
+    """
+
+    examples: ClassVar[str] = "latents"
+    users: ClassVar[str] = "diffusion models"
+    mapped: ClassVar[bool] = True
+
+    kind: Literal["latents"]
+    scale: Positive = 0.5
+    sample_posterior: bool = True
+    vae: str | None = None
+
+    @override
+    def load(self, split: str) -> LatentData:
+        return latent_folder(self.location(), self.split_name(split), reference_split=self.train_split)
+
+    @override
+    def batches(self, data: LatentData, device: torch.device) -> BatchMaker:
+        return LatentBatches(
+            data,
+            device=device,
+            scale=self.scale,
+            sample_posterior=self.sample_posterior,
+            placement=self.placement,
+        )
+
+    @override
+    def evaluation_batches(self, data: LatentData, *, batch_size: int, device: torch.device) -> Batches:
+        for rows in torch.arange(len(data)).split(batch_size):
+            means = data.rows("mean", rows).to(device).float() * self.scale
+            yield {"pixel_values": means, "labels": data.labels[rows].to(device)}
+
+    @override
+    def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        if self.vae is None:
+            raise ValueError(
+                "samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME"
+            )
+        vae: Any = load_vae(self.vae, device)
+        scale = latent_scale(vae)
+        try:
+            source = self.location()
+        except ValueError:  # without the latents the autoencoder is trusted
+            noted = None
+        else:
+            noted = scale_of_split(source, self.train_split)
+        if noted is not None:
+            scale.check_same(noted, f"vae = {self.vae!r}", f"{source}, split {self.train_split!r},")
+        factor = scale.scaling_factor * self.scale
+        half = (0.5, 0.5, 0.5)
+        return lambda samples: to_uint8(decode(samples, vae, factor), half, half)
+
+    @override
+    def real_images(
+        self, data: LatentData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
+    ) -> Iterator[Tensor]:
+        for rows in torch.arange(min(count, len(data))).split(batch_size):
+            yield pixels(data.rows("mean", rows).to(device).float() * self.scale)
+
+    def _count(self, location: str) -> ExampleCount:
+        return ExampleCount(examples_of_split(location, self.train_split), location)
+
+    @override
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        # float16 means, and deviations if latents are drawn; an int64 label
+        return math.prod(shape) * 2 * (1 + self.sample_posterior) + 8

@@ -1,0 +1,231 @@
+"""The `data` sections of text, as characters and as tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from typing_extensions import override
+
+from ..common.fields import MOST_TOKENS, Int, Length, Share
+from ..common.tokenizer_file import same_tokenizer, tokenizer_in
+from .character_text import characters, python_topics
+from .data_config import Batches, DataSection, FilesSection, register_data
+from .dataset import BatchMaker, ExampleCount
+from .text_batches import TextBatches, evaluation_chunks
+from .text_codec import CharacterCodec, TextCodec, TokenCodec
+from .text_data import TextChunks, TextData
+from .token_text import (
+    corpus_tokenizer,
+    corpus_tokenizer_path,
+    encoded_split,
+    load_tokenizer,
+    split_files,
+)
+
+
+class TextSection(DataSection):
+    """A text in examples of one length.
+
+    Attributes:
+        length: Characters or tokens of an example; examples overlap in training.
+    """
+
+    examples: ClassVar[str] = "characters"
+    users: ClassVar[str] = "text models"
+    of_text: ClassVar[bool] = True
+
+    length: Length
+
+    @abstractmethod
+    def text(self, split: str) -> TextData:
+        """Read the text of a split; see `load`."""
+
+    @override
+    def load(self, split: str) -> TextChunks:
+        return TextChunks(self.text(split), self.length)
+
+    @override
+    def batches(self, data: TextChunks, device: torch.device) -> BatchMaker:
+        return TextBatches(data.text, data.length, device=device, placement=self.placement)
+
+    @override
+    def evaluation_batches(self, data: TextChunks, *, batch_size: int, device: torch.device) -> Batches:
+        return evaluation_chunks(data.text, data.length, batch_size=batch_size, device=device)
+
+    def codec(self) -> TextCodec:
+        """What turns text into ids and back.
+
+        Of `tokens` this reads the tokenizer, or trains it where it is not there yet, for which the train split must be
+        at hand; with `data.tokenizer` no data are needed.
+
+        Raises:
+            FileNotFoundError, ValueError: what reading or training the tokenizer refuses.
+        """
+        return CharacterCodec()
+
+    def with_tokenizer_of(self, folder: Path) -> Self:
+        """The section with the tokenizer that lies in a model's folder, if one does: then no corpus has to be read.
+
+        Args:
+            folder: of the saved model.
+
+        Raises:
+            ValueError: the section's own tokenizer (`tokenizer`, or the one trained on its corpus, where that is at
+                hand and in the cache) is another one, or the file is no tokenizer.
+        """
+        return self
+
+    @override
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        return math.prod(shape)  # uint8 characters
+
+
+@register_data
+class TopicsConfig(TextSection):
+    """The language reference that CPython carries, in the 27 characters of text8: some 300,000; needs no download."""
+
+    kind: Literal["topics"]
+
+    @override
+    def text(self, split: str) -> TextData:
+        return python_topics(split)
+
+    @override
+    def count_examples(self) -> ExampleCount:
+        return ExampleCount(len(self.load("train")), "")
+
+
+class TextFilesSection(TextSection, FilesSection):
+    """Texts in files.
+
+    Attributes:
+        split_files: Patterns of file names in a folder, by split; null: files named after the split, without backups.
+    """
+
+    split_files: dict[str, str] | None = None
+
+    def _count(self, location: str) -> ExampleCount:
+        return ExampleCount(None, "a plan does not read text")
+
+
+@register_data
+class TextConfig(TextFilesSection):
+    """A text in the 27 characters of text8: a file, which is split by shares, or a folder with files for each split.
+
+    Attributes:
+        source: A text file (plain, .xz, .gz or .bz2), or a folder.
+        folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
+        fractions: Shares of train, valid and test, of a single file.
+        cache: Folder for the text as ids, which are then mapped and not read into memory; null reads it at every start.
+    """
+
+    kind: Literal["text"]
+    fractions: tuple[Share, Share, Share] = (0.9, 0.05, 0.05)
+    cache: Path | None = None
+
+    @override
+    def text(self, split: str) -> TextData:
+        return characters(
+            self.location(),
+            self.split_name(split),
+            split_files=self.split_files,
+            fractions=self.fractions,
+            cache_dir=self.cache,
+        )
+
+
+@register_data
+class TokensConfig(TextFilesSection):
+    """A corpus as byte-level BPE tokens, of a tokenizer that is trained on its train split; encoded once, then mapped.
+
+    Attributes:
+        source: A folder with text files for each split (plain, .xz, .gz or .bz2).
+        folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
+        separator: What stands between documents within a file; null: a file is a document.
+        special_tokens: Read special tokens in the text, such as chat markers, as their ids. Otherwise their letters are
+            letters; those of <|endoftext|> always are.
+        vocab_size: Tokens of the tokenizer that is trained, the end of a document among them.
+        tokenizer: A ready tokenizer.json, which has a size of its own; null trains one.
+        train_characters: Characters of the train split, the first, on which the tokenizer is trained; null takes all.
+        cache: Folder for the tokenizer and the ids; null: runs/tokens-<name of the folder>.
+    """
+
+    examples: ClassVar[str] = "tokens"
+    users: ClassVar[str] = "autoregressive models"
+
+    kind: Literal["tokens"]
+    separator: str | None = Field(default=None, min_length=1)
+    special_tokens: bool = False
+    vocab_size: Int = Field(default=8192, ge=257, le=MOST_TOKENS)
+    tokenizer: Path | None = None
+    train_characters: Int | None = Field(default=None, ge=1, le=10**15)
+    cache: Path | None = None
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenizer and ids are kept."""
+        return self.cache or Path("runs") / f"tokens-{self.folder or Path(str(self.source)).name}"
+
+    @override
+    def text(self, split: str) -> TextData:
+        name = self.split_name(split)
+        files = split_files(Path(self.location()), name, self.split_files)
+        file = self._tokenizer_file()
+        text = encoded_split(
+            files,
+            load_tokenizer(file),
+            self.cache_folder,
+            name,
+            separator=self.separator,
+            special_tokens=self.special_tokens,
+            progress=True,
+        )
+        return dataclasses.replace(text, tokenizer=file.read_bytes())
+
+    @override
+    def codec(self) -> TextCodec:
+        return TokenCodec(load_tokenizer(self._tokenizer_file()))
+
+    @override
+    def with_tokenizer_of(self, folder: Path) -> Self:
+        theirs = tokenizer_in(folder)
+        if theirs is None:
+            return self
+        own = self.tokenizer or self._trained_tokenizer()
+        if own is not None and own.is_file() and not same_tokenizer(theirs, own):
+            raise ValueError(
+                f"{theirs}, which the model learned, and {own}, the recipe's own, are different tokenizers: give the "
+                "recipe and the corpus that the model was trained with, or go by the model's: --set "
+                f"data.tokenizer={theirs}"
+            )
+        return self.model_copy(update={"tokenizer": theirs})
+
+    def _trained_tokenizer(self) -> Path | None:
+        """Where the tokenizer of the corpus is kept, or would be; None without a corpus."""
+        try:
+            return corpus_tokenizer_path(
+                self._corpus(), self.vocab_size, self.cache_folder, limit=self.train_characters
+            )
+        except (FileNotFoundError, ValueError):  # of the corpus: whoever reads it is told why it cannot be
+            return None
+
+    def _tokenizer_file(self) -> Path:
+        """The tokenizer, which is trained where it is not there yet."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        files, limit = self._corpus(), self.train_characters
+        corpus_tokenizer(files, self.vocab_size, self.cache_folder, limit=limit, progress=True)
+        return corpus_tokenizer_path(files, self.vocab_size, self.cache_folder, limit=limit)
+
+    def _corpus(self) -> list[Path]:
+        return split_files(Path(self.location()), self.train_split, self.split_files)
+
+    @override
+    def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
+        return math.prod(shape) * (2 if num_classes <= 1 << 16 else 4)  # uint16 or uint32, as `encoded_corpus` writes
