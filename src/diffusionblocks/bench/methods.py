@@ -17,8 +17,8 @@ class Method:
     """A way to train.
 
     Attributes:
-        kind: `whole` model end to end; a `short` model of one block's layers end to end; a `rival`, the whole model
-            with an optimizer of another package; `blocks`.
+        kind: `whole` model end to end; a `short` model of one block's layers end to end; an `alternative`, the whole
+            model with an optimizer of another package; `blocks`.
         train: what it changes in the recipe's `train` section.
         about: what a reader must know about it.
     """
