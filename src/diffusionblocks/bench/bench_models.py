@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 from ..common.modules import bytes_of
-from ..core.conversion import assemble
 from ..core.partition import even_layers
 from ..data import ImageData, LatentData
 from ..data.dataset import Dataset
 from ..experiments.experiment import Experiment
 from ..experiments.recipe import Recipe, parse_recipe
-from ..families import family_named, outline, rebuild_config
-from ..training import EndToEnd
+from ..families import family_named
 from .methods import METHODS, Spec, check_names
 
 #: So long that no run of a benchmark comes to its end.
@@ -194,12 +192,8 @@ def splits_of(recipe: Recipe) -> dict[str, Dataset]:
 
 
 def build(recipe: Recipe, device: torch.device) -> nn.Module:
-    """The recipe's model on a device, as `Experiment.build` makes it but for its weights (see above)."""
-    class_name = recipe.model.type
-    original = outline(class_name, rebuild_config(class_name, recipe.model.config))
-    experiment = Experiment(recipe)
-    model = EndToEnd(original) if experiment.end_to_end else assemble(original, experiment.blocks, take=True)
-    return fill(model, device).train()
+    """Build the recipe's model on a device, as `Experiment.build` does but for its weights (see above)."""
+    return fill(Experiment(recipe).outline, device).train()
 
 
 def fill(model: nn.Module, device: torch.device) -> nn.Module:

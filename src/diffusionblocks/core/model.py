@@ -544,7 +544,7 @@ class _LabelsOptional:
         self._function, self._of_class, self._on_host = function, of_class, False
 
     def leave_to_host(self) -> None:
-        """See `host.leave_to_host`."""
+        """Let torch.compile leave the method out of its graphs (`graphs.leave_to_host`)."""
         if not self._on_host:
             self._function, self._on_host = torch.compiler.disable(self._function, recursive=False), True
             type(self).__get__ = torch.compiler.disable(type(self).__get__)  # type: ignore[method-assign]

@@ -95,7 +95,7 @@ class Fresh(WeightSource):
         return f"{family.layers_path(original)}.", family.shared_paths(original)
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource`."""
+        """Draw layers and shared parameters afresh, each from a seed of its own."""
         shared = [name for name in names if self._is_shared(name)]
         if shared:
             depends = family_named(self.model_class).depth_dependent_weights
@@ -167,7 +167,7 @@ class InFiles(WeightSource):
         self._fresh = Fresh(model_class, found.config, seed=seed)
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource`."""
+        """Read the tensors from the files that hold them; draw what they lack."""
         stored: dict[Path, dict[str, str]] = {}
         for name in names:
             if name in self._places:
@@ -210,7 +210,7 @@ class InMemory(WeightSource):
         self._tensors: dict[str, Tensor] = model.state_dict()
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource`."""
+        """Copy the tensors of the model at hand."""
         yield from ((name, self._tensors[name].clone()) for name in names)
 
 

@@ -121,7 +121,7 @@ class NewHead(WeightSource):
         self._quiet = False  # a plan or a check makes a source too, and draws nothing from it
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource`."""
+        """Tensors of the pretrained model, and a head drawn afresh where the recipe has other labels."""
         yield from self._source.tensors(block, layers, [name for name in names if name not in self.new])
         fresh = [name for name in names if name in self.new]
         if fresh:

@@ -266,12 +266,12 @@ def register_family(family: _FamilyClass) -> _FamilyClass:
     """
     if not isinstance(family, type) or not issubclass(family, Family):
         raise TypeError(f"register_family takes a subclass of diffusionblocks.families.Family, got {family!r}")
-    needed = ("classes", "library", "layers", "class_count_field", "shape_fields", "target_config")
-    if missing := [name for name in needed if not hasattr(family, name)]:
+    attributes = ("classes", "library", "layers", "class_count_field", "shape_fields", "target_config")
+    if missing := [name for name in attributes if not hasattr(family, name)]:
         raise ValueError(f"{family.__name__} lacks {', '.join(missing)}: a family says these as class attributes")
     instance = family()
-    if known := [name for name in instance.classes if name in FAMILIES]:
-        raise ValueError(f"{family.__name__}: {', '.join(known)} is registered already, for another family")
+    if taken_names := [name for name in instance.classes if name in FAMILIES]:
+        raise ValueError(f"{family.__name__}: {', '.join(taken_names)} is registered already, for another family")
     for name in instance.classes:
         FAMILIES.register(name, instance)
     return family

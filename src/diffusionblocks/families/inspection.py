@@ -45,7 +45,7 @@ def _is_sharded(tensor: Tensor) -> bool:
     return type(tensor.data).__name__ == "DTensor"
 
 
-def check_plain(model: nn.Module, reference: nn.Module, kept: Sequence[str]) -> None:
+def check_plain(model: nn.Module, reference: nn.Module, paths: Sequence[str]) -> None:
     """Refuse what conversion would drop, by name.
 
     That is: modules, parameters or buffers that the class does not have at that config; another class of module, or
@@ -55,62 +55,62 @@ def check_plain(model: nn.Module, reference: nn.Module, kept: Sequence[str]) -> 
     Args:
         model: an instance of a supported class, or of a subclass.
         reference: one of the supported class itself, with the same config, on the meta device.
-        kept: paths of the modules that the blocks hold, with all that is in them.
+        paths: those of the modules that the blocks hold, with all that is in them.
 
     Raises:
         ValueError: it has such a thing; the message names it.
     """
     name = type(model).__name__
-    described = f"{type(reference).__name__} of its config"
+    plain_name = f"{type(reference).__name__} of its config"
 
     def refuse(what: str, fix: str) -> None:
         raise ValueError(f"cannot convert {name}: {what}, which conversion would drop; {fix}")
 
-    parts, expected = (
+    parts, original = (
         dict(model.named_modules(remove_duplicate=False)),
         dict(reference.named_modules(remove_duplicate=False)),
     )
     for path, part in parts.items():
-        if path not in expected:
+        if path not in original:
             refuse(
-                f"{path} ({type(part).__name__}) is no module of a {described}",
+                f"{path} ({type(part).__name__}) is no module of a {plain_name}",
                 "take it out, or put its work into a head of your own",
             )
-        _check_class(path, part, type(expected[path]), refuse)
-        _check_instance(path, part, type(expected[path]), refuse)
-    if lost := sorted(expected.keys() - parts.keys()):
+        _check_class(path, part, type(original[path]), refuse)
+        _check_instance(path, part, type(original[path]), refuse)
+    if missing := sorted(original.keys() - parts.keys()):
         raise ValueError(
-            f"cannot convert {name}: it lacks {', '.join(lost[:3])}, which a {described} has; let the config say how "
-            "the model is"
+            f"cannot convert {name}: it lacks {', '.join(missing[:3])}, which a {plain_name} has; let the config say "
+            "how the model is"
         )
-    _check_tensors(name, model, reference, described, refuse)
-    prefixes = tuple(f"{path}." for path in kept)
+    _check_tensors(name, model, reference, plain_name, refuse)
+    prefixes = tuple(f"{path}." for path in paths)
     for path, part in parts.items():
-        held = path in kept or path.startswith(prefixes)
-        if not held and any(len(getattr(part, hooks)) > len(getattr(expected[path], hooks)) for hooks in _HOOKS):
+        in_blocks = path in paths or path.startswith(prefixes)
+        if not in_blocks and any(len(getattr(part, hooks)) > len(getattr(original[path], hooks)) for hooks in _HOOKS):
             refuse(
                 f"{path or 'the model'} has hooks", "remove them, and register them on a block of the converted model"
             )
 
 
-def _check_class(path: str, part: nn.Module, expected: type, refuse: Callable[[str, str], None]) -> None:
+def _check_class(path: str, part: nn.Module, original: type, refuse: Callable[[str, str], None]) -> None:
     """A module's class must be the library's, or a subclass that computes nothing of its own."""
-    found = type(part)
-    if found is expected:
+    own_class = type(part)
+    if own_class is original:
         return
     where = path or "the model"
-    if not issubclass(found, expected):
+    if not issubclass(own_class, original):
         refuse(
-            f"{where} is a {found.__name__} in place of a {expected.__name__}",
+            f"{where} is a {own_class.__name__} in place of a {original.__name__}",
             "convert the model without it, or see docs/extending.md, 'A family'",
         )
-    methods = _CALLS | {name for name, value in vars(expected).items() if _computes(name, value)}
-    for ancestor in found.__mro__[: found.__mro__.index(expected)]:
+    methods = _CALLS | {name for name, value in vars(original).items() if _computes(name, value)}
+    for ancestor in own_class.__mro__[: own_class.__mro__.index(original)]:
         own = sorted(methods & vars(ancestor).keys())
         if own:
             refuse(
-                f"{where} is a {found.__name__}, whose {own[0]} is its own (not {expected.__name__}'s)",
-                f"convert a {expected.__name__}",
+                f"{where} is a {own_class.__name__}, whose {own[0]} is its own (not {original.__name__}'s)",
+                f"convert a {original.__name__}",
             )
 
 
@@ -118,7 +118,7 @@ def _computes(name: str, value: Any) -> bool:
     return isinstance(value, (types.FunctionType, property, staticmethod, classmethod)) and not name.startswith("__")
 
 
-def _check_instance(path: str, part: nn.Module, expected: type, refuse: Callable[[str, str], None]) -> None:
+def _check_instance(path: str, part: nn.Module, original: type, refuse: Callable[[str, str], None]) -> None:
     """No method of the class may be hidden by an attribute of the instance."""
     where = path or "the model"
     if getattr(part, "_hf_hook", None) is not None:
@@ -129,23 +129,23 @@ def _check_instance(path: str, part: nn.Module, expected: type, refuse: Callable
     if getattr(part, "_compiled_call_impl", None) is not None:
         refuse(f"{where} was compiled in place", "convert first, then compile what convert returns")
     for name in vars(part):
-        if name in _CALLS or isinstance(getattr(expected, name, None), types.FunctionType):
+        if name in _CALLS or isinstance(getattr(original, name, None), types.FunctionType):
             refuse(f"{where} has a {name} set on the instance", "convert the model as its class is")
 
 
 def _check_tensors(
-    name: str, model: nn.Module, reference: nn.Module, described: str, refuse: Callable[[str, str], None]
+    name: str, model: nn.Module, reference: nn.Module, plain_name: str, refuse: Callable[[str, str], None]
 ) -> None:
-    tensors, expected = dict(_tensors(model)), dict(_tensors(reference))
+    tensors, original = dict(_tensors(model)), dict(_tensors(reference))
     for path, tensor in tensors.items():
-        if path not in expected:
-            refuse(f"{path} is no parameter or buffer of a {described}", "take it out")
-        if tensor.shape != expected[path].shape:
+        if path not in original:
+            refuse(f"{path} is no parameter or buffer of a {plain_name}", "take it out")
+        if tensor.shape != original[path].shape:
             raise ValueError(
-                f"cannot convert {name}: {path} is {tuple(tensor.shape)}, in a {described} it is "
-                f"{tuple(expected[path].shape)}; let the config say how the model is"
+                f"cannot convert {name}: {path} is {tuple(tensor.shape)}, in a {plain_name} it is "
+                f"{tuple(original[path].shape)}; let the config say how the model is"
             )
-        if expected[path].is_floating_point() and not tensor.is_floating_point():
+        if original[path].is_floating_point() and not tensor.is_floating_point():
             raise ValueError(
                 f"cannot convert {name}: {path} is {tensor.dtype}: its weights are quantised; load it without "
                 "quantization_config"
@@ -154,12 +154,12 @@ def _check_tensors(
             refuse(
                 f"{path} has a hook on its gradient", "remove it, and register it on the converted model's parameter"
             )
-    if lost := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"cannot convert {name}: it lacks {', '.join(lost[:3])}, which a {described} has")
+    if missing := sorted(original.keys() - tensors.keys()):
+        raise ValueError(f"cannot convert {name}: it lacks {', '.join(missing[:3])}, which a {plain_name} has")
     first: dict[int, str] = {}
     for path, tensor in tensors.items():
         twin = first.setdefault(id(tensor), path)
-        if expected[twin] is not expected[path]:
+        if original[twin] is not original[path]:
             refuse(f"{path} and {twin} are one tensor", "let each have its own: blocks train apart")
     devices = sorted({str(tensor.device) for tensor in tensors.values()})
     if len(devices) > 1:

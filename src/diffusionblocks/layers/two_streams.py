@@ -156,8 +156,8 @@ def _block_mask(length: int, queries: int, device: torch.device) -> BlockMask:
         from_noisy, to_noisy = query < length, key < length
         i = torch.where(from_noisy, query, query - length)
         j = torch.where(to_noisy, key, key - length)
-        allowed = ~to_noisy & torch.where(from_noisy, j < i, j <= i)
-        return allowed | (query == key)
+        clean_past = ~to_noisy & torch.where(from_noisy, j < i, j <= i)
+        return clean_past | (query == key)
 
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -331,9 +331,9 @@ class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """As `loss`, after a given number of iterations; no value of the tokens (batch, length) is looked at."""
         # The last position has nothing to predict, and the model is causal: it need not run.
         states = self.states(tokens[:, :-1], iterations, generator)
-        return in_chunks(self._nats, states, tokens[:, 1:], chunk).mean(dim=1)
+        return in_chunks(self._token_losses, states, tokens[:, 1:], chunk).mean(dim=1)
 
-    def _nats(self, states: Tensor, tokens: Tensor) -> Tensor:
+    def _token_losses(self, states: Tensor, tokens: Tensor) -> Tensor:
         return cross_entropies(self.head(states), tokens)
 
 

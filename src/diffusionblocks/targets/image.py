@@ -79,7 +79,7 @@ class ImageTarget(Target):
         return (output.float() - batch["pixel_values"].float()).square().flatten(1).mean(dim=1)
 
     def check(self, batch: Batch, size: int) -> None:
-        """See `Target`."""
+        """Refuse images of another number, shape or dtype than the model's."""
         images = batch["pixel_values"]
         if not isinstance(images, Tensor) or images.shape != (size, *self.shape) or not images.is_floating_point():
             got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__

@@ -62,7 +62,7 @@ class LabelTarget(EmbeddingTarget):
         return label_losses(output, batch["labels"])
 
     def check(self, batch: Batch, size: int) -> None:
-        """See `Target`."""
+        """Refuse labels that are not one class index for each example."""
         check_labels(batch["labels"], size, len(self.embedding))
 
     def denoised(self, logits: Tensor, feedback: str) -> Tensor:

@@ -47,7 +47,7 @@ class TokenTarget(TextTarget):
         return batch["input_ids"]
 
     def target_tokens(self, batch: Batch) -> tuple[Tensor, ...]:
-        """See `TextTarget`."""
+        """All tokens: each position predicts its own."""
         return (batch["input_ids"],)
 
     def resolve(self, batch: Batch) -> Batch:
@@ -73,5 +73,5 @@ class TokenTarget(TextTarget):
         return each.sum(dim=1) / each.shape[1]
 
     def check(self, batch: Batch, size: int) -> None:
-        """See `Target`."""
+        """Refuse tokens of another shape or vocabulary than the model's."""
         check_tokens(batch["input_ids"], self.vocab_size, (size, self.length))

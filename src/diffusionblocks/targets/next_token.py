@@ -87,7 +87,7 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         return self.rows(batch["input_ids"][:, self.shift :])
 
     def target_tokens(self, batch: Batch) -> tuple[Tensor, ...]:
-        """See `TextTarget`: of the noisy positions, and of the clean ones, of which the last has nothing to predict."""
+        """The tokens of the noisy positions, and of the clean ones, of which the last has nothing to predict."""
         tokens = batch["input_ids"]
         return tokens[:, self.shift :], tokens[:, 1:]
 
@@ -139,7 +139,7 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         return noisy + self.clean_weight * clean[0] if clean else noisy
 
     def check(self, batch: Batch, size: int) -> None:
-        """See `Target`."""
+        """Refuse tokens that are too short to have a next one, or not of the vocabulary."""
         tokens = batch["input_ids"]
         least = max(self.shift, int(self.clean_weight > 0))  # the clean stream's last position has nothing to predict
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] <= least:
