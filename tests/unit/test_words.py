@@ -138,7 +138,6 @@ DIALECT = {
 
 #: (file, name): why it is right there
 NAMES_ALLOWED: dict[tuple[str, str], str] = {
-    ("common/registry.py", "named"): "reads as a phrase where it is called: SOLVERS.named(name)",
     ("models/recurrent_depth.py", "adapter"): "the paper's part of the model; saved weights have the name",
 }
 
