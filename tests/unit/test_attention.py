@@ -262,8 +262,8 @@ def test_what_is_kept_does_not_depend_on_the_level() -> None:
         past = block.family.past(3, LENGTH, CPU)
         block({"input_ids": ids[:, :5], "past": past}, noise(seed=seed)[:, :1], torch.full((3,), sigma))
         pasts.append(past)
-    for layer in pasts[0]._caches:
-        for ours, theirs in zip(pasts[0]._caches[layer], pasts[1]._caches[layer], strict=True):
+    for layer in pasts[0]._tensors:
+        for ours, theirs in zip(pasts[0]._tensors[layer], pasts[1]._tensors[layer], strict=True):
             torch.testing.assert_close(ours, theirs)
             assert (ours[:, :, :5] != 0).any()
             assert (ours[:, :, 5:] == 0).all()
