@@ -36,7 +36,7 @@ from diffusionblocks.evaluation.sample_quality import statistics as feature_stat
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, TrunkConfig, load_recipe
 from diffusionblocks.experiments.recipe_changes import depth_of, with_depth, with_train
-from diffusionblocks.experiments.run import branched
+from diffusionblocks.experiments.run import branch_trunk
 from diffusionblocks.experiments.tasks.image_generation import SamplesConfig, draw_samples, features_of
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
@@ -243,7 +243,7 @@ def branch_and_measure(
         }
     )
     assert recipe.trunk is not None
-    trainer = Experiment(recipe, job.splits).trainer(progress=False, model=branched(recipe, trunk_trainer))
+    trainer = Experiment(recipe, job.splits).trainer(progress=False, model=branch_trunk(recipe, trunk_trainer))
     trainer.inherit(
         trunk_trainer, optimizer=recipe.trunk.optimizer == "copied", average=recipe.trunk.average == "copied"
     )

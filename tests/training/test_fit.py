@@ -24,7 +24,7 @@ from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.baselines import variants
 from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
-from diffusionblocks.experiments.noise_fit import measured
+from diffusionblocks.experiments.noise_fit import mean_losses
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.experiments.recipe_changes import fit_recipe
 from diffusionblocks.noise import fitted_quantiles
@@ -95,7 +95,7 @@ def batches_of(made: Recipe, data: dict[str, ImageData]) -> ImageBatches:
 
 
 def measure(model: db.DiffusionBlocks, made: Recipe, data: dict[str, ImageData], levels: list[float]) -> list[float]:
-    return measured(
+    return mean_losses(
         model.block(0),
         batches_of(made, data),
         levels,
@@ -138,7 +138,7 @@ def test_the_measurement_is_the_blocks_loss_without_its_weight(batch_size: int) 
     levels = [0.002, 0.3, 80.0]
     batches = Fixed()
     options: dict[str, Any] = {"examples": 99, "batch_size": batch_size, "precision": "float32", "seed": 5}
-    found = measured(weighted.block(0), batches, levels, **options)
+    found = mean_losses(weighted.block(0), batches, levels, **options)
     assert sorted(batches.asked) == list(range(10)), "each example once, and all where there are fewer than asked for"
     model.eval()
     chosen = torch.tensor(batches.asked).split(batch_size)
@@ -151,11 +151,11 @@ def test_the_measurement_is_the_blocks_loss_without_its_weight(batch_size: int) 
                 losses.append(model.loss(batch, block=0, generator=generator, level=level))
         assert mean == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert len({round(loss, 4) for loss in found}) == 3
-    assert found == measured(model.block(0), Fixed(), levels, **options)
+    assert found == mean_losses(model.block(0), Fixed(), levels, **options)
     few = Fixed()
-    measured(model.block(0), few, levels, **options | {"examples": 3})
+    mean_losses(model.block(0), few, levels, **options | {"examples": 3})
     assert len(set(few.asked)) == len(few.asked) == 3
-    in_bfloat16 = measured(model.block(0), Fixed(), levels, **options | {"precision": "bfloat16"})
+    in_bfloat16 = mean_losses(model.block(0), Fixed(), levels, **options | {"precision": "bfloat16"})
     assert in_bfloat16 == pytest.approx(found, rel=0.05)
     assert in_bfloat16 != found
 
@@ -474,7 +474,7 @@ def test_every_row_has_the_same_layer_updates(field: str, trunk: int | None) -> 
     rows = variants(made)
     blocks = ["diffusionblocks", *(["diffusionblocks-branched"] if trunk else [])]
     assert [row.key for row in rows[3:]] == [*blocks, f"{blocks[-1]}-unfitted"]
-    assert [row.key for row in rows if row.fitted] == blocks
+    assert [row.key for row in rows if row.has_fit] == blocks
     updates = {}
     for row in rows:
         parts = (row.recipe.fit, row.recipe.trunk)

@@ -39,10 +39,10 @@ def run(options: argparse.Namespace) -> None:
     from ..core.saving import check_out, save
     from ..reports.tables import block_table, format_table
 
-    given = {name: getattr(options, name) for name in ("overlap", "partition")}
+    values = {name: getattr(options, name) for name in ("overlap", "partition")}
     check_out(options.out, [options.model], "branched")
     trunk = load(options.model)
-    model = branch(trunk, options.blocks, **{name: value for name, value in given.items() if value is not None})
+    model = branch(trunk, options.blocks, **{name: value for name, value in values.items() if value is not None})
     tokenizer = tokenizer_in(options.model)
     save(model, options.out, tokenizer=None if tokenizer is None else tokenizer.read_bytes())
     print(format_table(block_table(model)))

@@ -41,14 +41,14 @@ def takes_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def rounded(row: dict[str, Any]) -> dict[str, Any]:
+def with_rounding(row: dict[str, Any]) -> dict[str, Any]:
     """A row as it is printed; what is `by_level` is a table of its own."""
 
-    def shown(value: Any) -> Any:
+    def text_of(value: Any) -> Any:
         if isinstance(value, tuple):
-            return " ".join(map(str, map(shown, value)))
+            return " ".join(map(str, map(text_of, value)))
         if isinstance(value, dict):
-            return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
+            return ", ".join(f"{name} {text_of(part)}" for name, part in value.items())
         return f"{value:.4g}" if isinstance(value, float) else value
 
-    return {name: shown(value) for name, value in row.items() if name != "by_level"}
+    return {name: text_of(value) for name, value in row.items() if name != "by_level"}

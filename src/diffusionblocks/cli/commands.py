@@ -119,10 +119,10 @@ def _way_on(options: argparse.Namespace) -> str:
     from ..training.checkpoint import checkpoints
 
     phases = {path.parent for path in folder.rglob("checkpoints")} if folder.is_dir() else set()
-    saved = [newest for phase in sorted(phases) for newest in checkpoints(phase / "checkpoints")[-1:]]
-    if not saved:
+    newest_of_phases = [newest for phase in sorted(phases) for newest in checkpoints(phase / "checkpoints")[-1:]]
+    if not newest_of_phases:
         return "nothing was saved yet; run the same command again to start"
-    newest = max(saved, key=lambda path: path.stat().st_mtime)
+    newest = max(newest_of_phases, key=lambda path: path.stat().st_mtime)
     return f"run the same command again to resume from {newest}"
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import rounded, takes_model, takes_recipe
+from .command import takes_model, takes_recipe, with_rounding
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -35,10 +35,10 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     experiment.data("test")
     task.check(experiment, model)
     rows = [row.to_dict() for row in task.measure(experiment, model)]
-    print(format_table([rounded(row) for row in rows]))
+    print(format_table([with_rounding(row) for row in rows]))
     for row in rows:
         if row.get("by_level"):
-            print(format_table([rounded(level) for level in row["by_level"]]))
+            print(format_table([with_rounding(level) for level in row["by_level"]]))
     more = {}
     if options.by_level:
         levels = task.measure_by_level(experiment, experiment.blocks_of(model))

@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     for option in _task_options().values():
         flags = [f"--{name.replace('_', '-')}" for name in (option.name, *option.aliases)]
-        parser.add_argument(*flags, help=option.help, **option.parsed)
+        parser.add_argument(*flags, help=option.help, **option.arguments)
     takes_quiet(parser)
 
 
@@ -52,8 +52,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     recipe, task = experiment.recipe, experiment.task
     if not task.makes:
         raise ValueError(f"sample is for diffusion models; {recipe.model.type} {task.does}: use evaluate")
-    allowed = {option.name for option in task.sample_options}
-    for name in _task_options().keys() - allowed:
+    own = {option.name for option in task.sample_options}
+    for name in _task_options().keys() - own:
         if getattr(options, name) is not None:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is not for {recipe.model.type}, which generates {task.makes}; leave it out")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import rounded, takes_quiet, takes_recipe
+from .command import takes_quiet, takes_recipe, with_rounding
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -32,7 +32,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
     result = train(experiment, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
     if result.rows:
-        print(format_table([rounded(row.to_dict()) for row in result.rows]))
+        print(format_table([with_rounding(row.to_dict()) for row in result.rows]))
     if recipe.train.blocks is not None:
         print(
             f"only blocks {', '.join(map(str, recipe.train.blocks))}; join them with the others: diffusionblocks merge"

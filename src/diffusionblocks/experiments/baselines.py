@@ -31,12 +31,12 @@ class Variant:
         return self.recipe.method
 
     @property
-    def branched(self) -> bool:
+    def has_trunk(self) -> bool:
         """Whether the blocks start from a trunk."""
         return self.recipe.trunk is not None
 
     @property
-    def fitted(self) -> bool:
+    def has_fit(self) -> bool:
         """Whether the levels are fitted first."""
         return self.recipe.fit is not None
 

@@ -55,18 +55,18 @@ def compare(
     recipe = experiment.recipe
     if not experiment.of_method_blocks:
         raise ValueError(f"compare starts from method: diffusionblocks, got {recipe.method}")
-    chosen = variants(recipe)
+    selection = variants(recipe)
     if equal == "seconds":
-        chosen = [variant for variant in chosen if variant.name == "diffusionblocks"]
+        selection = [variant for variant in selection if variant.name == "diffusionblocks"]
     if rows is not None:
-        unknown = sorted(set(rows) - {variant.key for variant in chosen})
+        unknown = sorted(set(rows) - {variant.key for variant in selection})
         if unknown:
-            raise ValueError(f"unknown rows {unknown}; allowed: {[variant.key for variant in chosen]}")
-        chosen = [variant for variant in chosen if variant.key in rows]
+            raise ValueError(f"unknown rows {unknown}; allowed: {[variant.key for variant in selection]}")
+        selection = [variant for variant in selection if variant.key in rows]
     for split in ("train", "test"):
         experiment.data(split)
     # No row is trained before it is known that all can be.
-    for variant in [*chosen, *(row for row in variants(recipe) if equal == "seconds" and row.name == "end-to-end")]:
+    for variant in [*selection, *(row for row in variants(recipe) if equal == "seconds" and row.name == "end-to-end")]:
         row = experiment.derive(variant.recipe)
         check_machine(row, folder / variant.key)
         check_with_data(row, folder / variant.key)
@@ -78,7 +78,7 @@ def compare(
         table.append(row)
         write_results(folder / "table.json", table)
 
-    for variant in chosen:
+    for variant in selection:
         add(variant)
     if equal == "seconds":
         for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
@@ -108,13 +108,13 @@ def _run(experiment: Experiment, variant: Variant, folder: Path, progress: bool)
         "key": variant.key,
         "layers": variant.layers,
         "blocks": variant.blocks,
-        "branched": variant.branched,
-        "fitted": variant.fitted,
+        "branched": variant.has_trunk,
+        "fitted": variant.has_fit,
         "iterations": result.iterations,
         "layer_updates": result.iterations * variant.layers // variant.blocks,
         **experiment.task.summary(result.rows),
         **_passes(result),
-        "parameters_trained": _trained(result.model),
+        "parameters_trained": _parameters_at_a_time(result.model),
         "peak_memory_bytes": largest.peak,
         "memory": largest.to_dict(),
         "seconds": result.seconds,
@@ -139,18 +139,18 @@ def _passes(result: RunResult) -> dict[str, float]:
 def _columns(experiment: Experiment, row: dict[str, Any]) -> dict[str, Any]:
     """What is printed of a row of the table."""
     name = row["name"] + ", branched" * row["branched"] + ", levels fitted" * row["fitted"]
-    shown = {"name": name, "layers": row["layers"], "blocks": row["blocks"], "iterations": row["iterations"]}
-    shown |= experiment.task.columns(row)
+    columns = {"name": name, "layers": row["layers"], "blocks": row["blocks"], "iterations": row["iterations"]}
+    columns |= experiment.task.columns(row)
     if "layer_passes" in row:
-        shown["layer passes"] = f"{row['layer_passes']:,}"
-    return shown | {
+        columns["layer passes"] = f"{row['layer_passes']:,}"
+    return columns | {
         "trained at a time": f"{row['parameters_trained']:,}",
         "peak memory of a step": format_bytes(row["peak_memory_bytes"]),
         "seconds": f"{row['seconds']:.1f}",
     }
 
 
-def _trained(model: nn.Module) -> int:
+def _parameters_at_a_time(model: nn.Module) -> int:
     """Most parameters that are trained at a time: those of the largest unit."""
     units, _ = units_of(model)
     return max(sum(p.numel() for p in trainable(unit.module)) for unit in units)

@@ -163,10 +163,10 @@ class Experiment:
         """
         if self.end_to_end:
             return EndToEnd(self.original.build())
-        chosen = self.recipe.train.blocks if blocks is None else blocks
-        if chosen and max(chosen) >= self.blocks.num_blocks:
-            raise ValueError(f"train.blocks = {list(chosen)}: the model has blocks 0 to {self.blocks.num_blocks - 1}")
-        return build(self.original.weights(), self.blocks, blocks=chosen)
+        indices = self.recipe.train.blocks if blocks is None else blocks
+        if indices and max(indices) >= self.blocks.num_blocks:
+            raise ValueError(f"train.blocks = {list(indices)}: the model has blocks 0 to {self.blocks.num_blocks - 1}")
+        return build(self.original.weights(), self.blocks, blocks=indices)
 
     def build_empty(self) -> tuple[nn.Module, Callable[[int], None] | None]:
         """As `build`, for a trainer: blocks are on the meta device, and the function gives one its weights."""
@@ -234,8 +234,8 @@ class Experiment:
 
         def snapshot(model: nn.Module, iteration: int) -> None:
             if folder is not None and description is not None:
-                trained = learned_from(description.values)
-                self.save(model, folder / "snapshots" / f"iteration-{iteration:09d}", trained=trained)
+                provenance = learned_from(description.values)
+                self.save(model, folder / "snapshots" / f"iteration-{iteration:09d}", provenance=provenance)
 
         return Trainer(
             model,
@@ -252,7 +252,7 @@ class Experiment:
 
     # ---- saved models --------------------------------------------------------------------------------------------
 
-    def save(self, model: nn.Module, path: Path, *, trained: dict[str, Any] | None = None) -> None:
+    def save(self, model: nn.Module, path: Path, *, provenance: dict[str, Any] | None = None) -> None:
         """Save a model to a folder: its `train.blocks` in our format, an end-to-end baseline in its own library's.
 
         The tokenizer of text in tokens, which was read with the data, goes with it as `tokenizer.json`.
@@ -265,7 +265,7 @@ class Experiment:
         data = self.splits.get("train")
         tokenizer = None if data is None else data.tokenizer
         if isinstance(model, DiffusionBlocks):
-            save(model, path, self.recipe.train.blocks, tokenizer, trained)
+            save(model, path, self.recipe.train.blocks, tokenizer, provenance)
         elif isinstance(model, EndToEnd):
             save_end_to_end(model.model, path, tokenizer)
 
@@ -323,12 +323,12 @@ class Experiment:
             )
         options = self.recipe.model
         if options.pretrained is None:
-            described = self.family.example_shape(rebuild_config(options.type, options.config))
-            found = self.family.example_shape(model.config)
-            if found != described:
+            expected_shape = self.family.example_shape(rebuild_config(options.type, options.config))
+            own_shape = self.family.example_shape(model.config)
+            if own_shape != expected_shape:
                 raise ValueError(
-                    f"{path} holds a model of {self.task.examples} {found}, the recipe describes one of "
-                    f"{described}: give the recipe that the model was trained with"
+                    f"{path} holds a model of {self.task.examples} {own_shape}, the recipe describes one of "
+                    f"{expected_shape}: give the recipe that the model was trained with"
                 )
 
 

@@ -88,9 +88,9 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
     if "files" in ours["model"]:  # then it does not matter where they lie
         ours["model"].pop("pretrained")
         theirs["model"].pop("pretrained")
-    found = difference(theirs, ours)
-    if found is not None:
-        name, old, new = found
+    result = difference(theirs, ours)
+    if result is not None:
+        name, old, new = result
         replaced = " (the data were replaced)" if name == "data.content" else ""
         raise ValueError(
             f"{where} was made with {name} = {shorten(str(old), 160)}, this run has "
@@ -174,22 +174,22 @@ def _content(tensors: Iterable[Tensor], extra: str | None) -> str:
     tensors = list(tensors)
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     share = min(1.0, _WHOLE / 4 / max(1, sum(sizes))) if sum(sizes) > _WHOLE else 1.0
-    found = hashlib.sha256(str(extra).encode())
+    result = hashlib.sha256(str(extra).encode())
     for tensor, size in zip(tensors, sizes, strict=True):
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        result.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         pieces = -(-size // _PIECE)
-        taken = max(1, round(share * pieces))
-        for number in range(taken):
-            start = number * pieces // taken * _PIECE
-            found.update(flat[start : start + _PIECE].data)
-    return found.hexdigest()
+        amount = max(1, round(share * pieces))
+        for number in range(amount):
+            start = number * pieces // amount * _PIECE
+            result.update(flat[start : start + _PIECE].data)
+    return result.hexdigest()
 
 
 def _of_file(file: Path) -> str:
     """A digest of the first and the last MiB of a file."""
     with file.open("rb") as opened:
-        found = hashlib.sha256(opened.read(_PIECE))
+        result = hashlib.sha256(opened.read(_PIECE))
         opened.seek(max(0, file.stat().st_size - _PIECE))
-        found.update(opened.read())
-    return found.hexdigest()
+        result.update(opened.read())
+    return result.hexdigest()

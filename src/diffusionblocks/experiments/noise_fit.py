@@ -95,7 +95,7 @@ class Fit:
     @property
     def seconds(self) -> float:
         """Training and measurement of all rounds."""
-        return self.rounds[-1].train_seconds + sum(done.measure_seconds for done in self.rounds)
+        return self.rounds[-1].train_seconds + sum(part.measure_seconds for part in self.rounds)
 
 
 def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -> Fit:
@@ -127,8 +127,8 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -
         end = round(steps * (len(rounds) + 1) / options.rounds)
         _check_round(start, end, folder)
         trainer.train(until=end)
-        started = perf_counter()
-        losses = measured(
+        start_time = perf_counter()
+        losses = mean_losses(
             model.block(0),
             trainer.stepper.batches,
             grid,
@@ -142,17 +142,17 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -
             quantiles=fitted_quantiles(grid, losses, floor=options.floor),
             coverage=getattr(recipe.blocks.noise, "coverage", None),  # resolved anew, for the partition that comes
         )
-        seconds = perf_counter() - started
+        seconds = perf_counter() - start_time
         rounds.append(Round(end, tuple(losses), noise, trainer.seconds, seconds))
         del trainer, model  # and their memory, before the next
         if len(rounds) == options.rounds:  # before the file says that the fit is finished
-            draw_fit(grid, [done.losses for done in rounds], noise, folder / "levels.png")
-        values = [done.to_dict() for done in rounds]
+            draw_fit(grid, [part.losses for part in rounds], noise, folder / "levels.png")
+        values = [part.to_dict() for part in rounds]
         write_json(folder / LEVELS, {"settings": settings, "levels": list(grid), "rounds": values})
     return Fit(tuple(grid), tuple(rounds))
 
 
-def measured(
+def mean_losses(
     block: Block,
     batches: BatchMaker,
     levels: list[float],
@@ -179,8 +179,8 @@ def measured(
     device = next(block.parameters()).device
     sums = torch.zeros(len(levels), dtype=torch.float64, device=device)
     count = 0
-    chosen = _chosen(batches.num_examples, examples, seed).to(device)
-    for number, indices in enumerate(chosen.split(batch_size)):
+    examples_of_all = _choose(batches.num_examples, examples, seed).to(device)
+    for number, indices in enumerate(examples_of_all.split(batch_size)):
         generator = keyed_generator(seed, 0, number, "fit noise", device)
         batch = batches(indices, generator)
         with torch.no_grad(), evaluating(block), arithmetic(device, precision):
@@ -191,7 +191,7 @@ def measured(
     return [total / count for total in sums.tolist()]
 
 
-def _chosen(num_examples: int, examples: int, seed: int) -> Tensor:
+def _choose(num_examples: int, examples: int, seed: int) -> Tensor:
     generator = keyed_generator(seed, 0, 0, "fit examples")
     return torch.randperm(num_examples, generator=generator)[:examples]
 
@@ -217,21 +217,21 @@ def _read_rounds(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[li
         if section == "data" and section not in before:  # version 0.1.0 did not note it
             continue
         for field in now:
-            found = before.get(section, {}).get(field)
-            if difference(found, now[field]) is not None:  # a field that there was not yet counts as one of null
+            result = before.get(section, {}).get(field)
+            if difference(result, now[field]) is not None:  # a field that there was not yet counts as one of null
                 raise ValueError(
-                    f"{file} was fitted with {section}.{field} = {found}, this run has {now[field]}: set it back, "
+                    f"{file} was fitted with {section}.{field} = {result}, this run has {now[field]}: set it back, "
                     "start anew with --restart, or choose another folder"
                 )
-    return list(values["levels"]), [Round.from_dict(done) for done in values["rounds"]]
+    return list(values["levels"]), [Round.from_dict(part) for part in values["rounds"]]
 
 
 def _check_round(start: int, end: int, folder: Path) -> None:
     """Refuse a newest checkpoint that is not of the coming round: its steps would have been on other levels."""
     if start == end:
         raise ValueError("a round of the fit would have no step: make the fit longer, or fit.rounds fewer")
-    saved = checkpoints(folder / "checkpoints")
-    at = int(read_values(saved[-1])["iteration"]) if saved else 0
+    paths = checkpoints(folder / "checkpoints")
+    at = int(read_values(paths[-1])["iteration"]) if paths else 0
     if not start <= at <= end:
         raise ValueError(
             f"{folder} has a checkpoint at iteration {at}, but {LEVELS} is for iterations {start} to {end}: they are "

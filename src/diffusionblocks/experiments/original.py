@@ -143,10 +143,10 @@ def model_config(options: ModelConfig) -> Any:
             does not go with the others, or contradicts the pretrained model.
     """
     model_class, values, name = options.type, options.config, options.pretrained
-    known = config_fields(model_class)
-    unknown = sorted(set(values) - known)
+    fields = config_fields(model_class)
+    unknown = sorted(set(values) - fields)
     if unknown:
-        raise ValueError(f"model.config.{unknown[0]}: {model_class} knows no {unknown}{near(unknown[0], known)}")
+        raise ValueError(f"model.config.{unknown[0]}: {model_class} knows no {unknown}{near(unknown[0], fields)}")
     for field in sorted(values.keys() & {"dtype", "torch_dtype"}):
         raise ValueError(f"model.config.{field} = {values[field]!r}: the weights' dtype is model.dtype; leave it out")
     check_sizes(values)
@@ -158,16 +158,16 @@ def model_config(options: ModelConfig) -> Any:
         except Exception as error:  # as an activation function that the library has not
             raise ValueError(f"model.config: {model_class} refuses it: {_one_line(error)}") from None
         return config
-    described = described_config(model_class, name)
+    own_config = described_config(model_class, name)
     for field in sorted(values.keys() & SIZES.keys() - {"num_labels"}):
-        own = getattr(described, field)
+        own = getattr(own_config, field)
         if own != values[field]:
             raise ValueError(
                 f"model.config.{field} = {values[field]}, but {name} has {own}, and its weights are of that size: "
                 f"leave model.config.{field} out, or train afresh, with all its sizes in model.config: --set "
                 "model.pretrained=null"
             )
-    return described
+    return own_config
 
 
 def described_config(model_class: str, name: str) -> Any:
@@ -187,12 +187,12 @@ def described_config(model_class: str, name: str) -> Any:
             "name on the hub"
         )
     values = read_json(file)
-    found = (values.get("architectures") or [values.get("_class_name")])[0]
-    if isinstance(found, str) and supported_classes().get(found, None) is not family_named(model_class):
-        raise ValueError(f"model.pretrained = {name} holds a {found}, the recipe has model.type: {model_class}")
+    own_class = (values.get("architectures") or [values.get("_class_name")])[0]
+    if isinstance(own_class, str) and supported_classes().get(own_class, None) is not family_named(model_class):
+        raise ValueError(f"model.pretrained = {name} holds a {own_class}, the recipe has model.type: {model_class}")
     check_sizes(values, f"{name}/config.json: ")
-    known = config_fields(model_class)
-    return _rebuild(model_class, {n: v for n, v in values.items() if n in known and n != "attn_implementation"}, name)
+    fields = config_fields(model_class)
+    return _rebuild(model_class, {n: v for n, v in values.items() if n in fields and n != "attn_implementation"}, name)
 
 
 def _rebuild(model_class: str, values: dict[str, Any], where: str) -> Any:

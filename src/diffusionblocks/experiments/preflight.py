@@ -30,8 +30,8 @@ def check_machine(experiment: Experiment, folder: Path) -> None:
         if recipe.fit is not None:
             fit_recipe(recipe)
     device = experiment.device
-    blocks, trained = _blocks_of(experiment)
-    there = 1 if recipe.train.resident == "active" and device.type == "cuda" else trained
+    blocks, in_training = _blocks_of(experiment)
+    there = 1 if recipe.train.resident == "active" and device.type == "cuda" else in_training
     copies = there / blocks * (2 + _state(recipe))
     check_memory(experiment.outline, copies, device, "set model.config or blocks to make it smaller")
     check_disk(experiment, folder, free=free_space(folder))
@@ -50,29 +50,29 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
         ValueError: fewer bytes are free; with the settings that would fit.
     """
     recipe, train = experiment.recipe, experiment.recipe.train
-    blocks, trained = _blocks_of(experiment)
-    weights = sum(p.numel() * p.element_size() for p in experiment.outline.parameters()) * trained / blocks
+    blocks, in_training = _blocks_of(experiment)
+    weights = sum(p.numel() * p.element_size() for p in experiment.outline.parameters()) * in_training / blocks
     steps = train.steps if num_examples is None else train.unit_steps(num_examples)
-    iterations = None if steps is None else steps * trained
-    saved = train.checkpoint_every is not None or train.checkpoint_seconds is not None
+    iterations = None if steps is None else steps * in_training
+    saves = train.checkpoint_every is not None or train.checkpoint_seconds is not None
     snapshots = 0 if train.snapshot_every is None or iterations is None else iterations // train.snapshot_every
     # What a run that began has written is not free any more.
     snapshots = max(0, snapshots - len(list(folder.glob("snapshots/iteration-*"))))
-    written = len(checkpoints(folder / "checkpoints"))
+    present = len(checkpoints(folder / "checkpoints"))
 
-    def needed(keep: int, snapshots: int) -> int:
-        new = keep + 1 if saved else 1  # one is written before an older one is removed
-        new = max(1, min(new, iterations or new) - written)
+    def need(keep: int, snapshots: int) -> int:
+        new = keep + 1 if saves else 1  # one is written before an older one is removed
+        new = max(1, min(new, iterations or new) - present)
         return int(weights * (1 + snapshots + new * (1 + _state(recipe))))
 
     fixes = ["make room", "name another folder with --out"]
     keep = train.keep_checkpoints
     for setting, enough in (
-        ("--set train.keep_checkpoints=1", keep > 1 and needed(1, snapshots) <= free),
-        ("--set train.snapshot_every=null", snapshots > 0 and needed(keep, 0) <= free),
+        ("--set train.keep_checkpoints=1", keep > 1 and need(1, snapshots) <= free),
+        ("--set train.snapshot_every=null", snapshots > 0 and need(keep, 0) <= free),
     ):
         fixes += [setting] * enough
-    check_space(folder, needed(keep, snapshots), free, ", or ".join(fixes))
+    check_space(folder, need(keep, snapshots), free, ", or ".join(fixes))
 
 
 def check_with_data(experiment: Experiment, folder: Path) -> None:
@@ -92,9 +92,9 @@ def check_with_data(experiment: Experiment, folder: Path) -> None:
 
 def _blocks_of(experiment: Experiment) -> tuple[int, int]:
     """How many blocks the model has, and how many of them are trained."""
-    outline, chosen = experiment.outline, experiment.recipe.train.blocks
+    outline, selection = experiment.outline, experiment.recipe.train.blocks
     blocks = experiment.blocks_of(outline).partition.num_blocks if experiment.of_blocks(outline) else 1
-    return blocks, blocks if chosen is None else len(chosen)
+    return blocks, blocks if selection is None else len(selection)
 
 
 def _state(recipe: Recipe) -> float:

@@ -17,7 +17,7 @@ from ..data.data_config import DATA, DataConfig
 from ..families import supported_classes
 from ..targets import check_loss_chunk
 from ..training import TrainConfig
-from .schema_errors import cut, explain, shown
+from .schema_errors import cut, explain, text_of
 from .tasks import TASKS, AccuracyConfig, EvaluateSection, Task, tasks_of
 from .tasks.task import BY_KIND
 
@@ -186,8 +186,8 @@ class Recipe(_Section):
             return values | {"evaluate": {"kind": kinds[0], **section}}
         kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", kinds[0])
         if kind not in kinds:
-            allowed = " or ".join(kinds)
-            raise ValueError(f"evaluate.kind must be {allowed} for {name}, got {cut(str(kind), 80)}; leave it out")
+            choices = " or ".join(kinds)
+            raise ValueError(f"evaluate.kind must be {choices} for {name}, got {cut(str(kind), 80)}; leave it out")
         return values
 
     @property
@@ -201,10 +201,10 @@ class Recipe(_Section):
             return self
         task = self.task
         if self.data.examples not in task.takes:
-            allowed = [kind for kind, section in DATA.items() if section.examples in task.takes]
+            choices = [kind for kind, section in DATA.items() if section.examples in task.takes]
             raise ValueError(
                 f"{self.model.type} {task.does}; data.kind: {self.data.kind} is for {self.data.users}; "
-                f"allowed: {', '.join(allowed)}"
+                f"allowed: {', '.join(choices)}"
             )
         model = f"{self.model.type} {task.does} and"
         check_loss_chunk(self.train.loss_chunk, model, of_text=task.of_text, name="train.loss_chunk")
@@ -238,8 +238,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     with file.open("rb") as opened:
         values = read_yaml(opened.read(MOST_BYTES + 1), str(file))
     if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds {shown(values)}"
-        raise ValueError(f"{file} {found}: a recipe is sections with names, as model, data and train")
+        content = "is empty" if values is None else f"holds {text_of(values)}"
+        raise ValueError(f"{file} {content}: a recipe is sections with names, as model, data and train")
     for override in overrides or []:
         _override(values, override)
     return parse_recipe(values, str(file))
@@ -256,7 +256,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
 def _override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
-        raise ValueError(f"--set wants field.name=value, got {shown(override)}")
+        raise ValueError(f"--set wants field.name=value, got {text_of(override)}")
     value = read_yaml(text, f"--set {name}")
     *parents, last = name.split(".")
     place = values
@@ -265,7 +265,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if inner is None:  # absent, or null: a section that was left out
             inner = place[parent] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"--set {name}: {parent} is {shown(inner)}, not a section")
+            raise ValueError(f"--set {name}: {parent} is {text_of(inner)}, not a section")
         place = inner
     place[last] = value
     if name == "data.source":  # what the user names wins over the environment variable

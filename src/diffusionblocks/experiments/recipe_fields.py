@@ -64,22 +64,22 @@ def _section(path: str, field: Mapping[str, Any], defs: Mapping[str, Any], class
 
 
 def _table(section: type, schema: Mapping[str, Any], defs: Mapping[str, Any], classes: Mapping[str, type]) -> list[str]:
-    said = descriptions(section)
+    words = descriptions(section)
     lines = ["| field | default | allowed | what it does |", "| --- | --- | --- | --- |"]
     for name, field in sorted(schema["properties"].items(), key=lambda pair: pair[0] != "kind"):
         default = "*required*" if name in schema.get("required", ()) else _default(field)
-        text = field.get("description") or said.get(name) or ("The kind of this section." if name == "kind" else "")
+        text = field.get("description") or words.get(name) or ("The kind of this section." if name == "kind" else "")
         aliases = _aliases(section, name)
         if aliases:
             text += f" Older spelling: {', '.join(f'`{alias}`' for alias in aliases)}."
-        cells = (f"`{name}`", default, _allowed(field), text)
+        cells = (f"`{name}`", default, _values_of(field), text)
         lines.append(f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |")
     return [*lines, ""]
 
 
 def descriptions(section: type) -> dict[str, str]:
     """Return what the docstrings of a section's class and its bases say of each field."""
-    said: dict[str, str] = {}
+    words: dict[str, str] = {}
     for base in reversed(section.__mro__):
         lines = inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines()
         names: list[str] = []
@@ -91,10 +91,10 @@ def descriptions(section: type) -> dict[str, str]:
             entry = re.match(r"    (\w+(?:, \w+)*): (.*)", line) if inside else None
             if entry:
                 names = entry[1].split(", ")
-                said.update(dict.fromkeys(names, entry[2].strip()))
+                words.update(dict.fromkeys(names, entry[2].strip()))
             elif inside and line.strip():
-                said.update({name: f"{said[name]} {line.strip()}" for name in names})
-    return {name: text[:1].upper() + text[1:] if re.match("[a-z]+ ", text) else text for name, text in said.items()}
+                words.update({name: f"{words[name]} {line.strip()}" for name in names})
+    return {name: text[:1].upper() + text[1:] if re.match("[a-z]+ ", text) else text for name, text in words.items()}
 
 
 def _summary(section: type) -> str:
@@ -115,10 +115,10 @@ def _default(field: Mapping[str, Any]) -> str:
     return "`" + json.dumps(default, ensure_ascii=False).strip('"') + "`"
 
 
-def _allowed(field: Mapping[str, Any]) -> str:
+def _values_of(field: Mapping[str, Any]) -> str:
     """What a field may be, in words."""
-    said = dict.fromkeys(_one(choice) for choice in _choices(field))
-    return ", or ".join(text for text in said if text)
+    words = dict.fromkeys(_one(choice) for choice in _choices(field))
+    return ", or ".join(text for text in words if text)
 
 
 def _one(choice: Mapping[str, Any]) -> str:
@@ -131,7 +131,7 @@ def _one(choice: Mapping[str, Any]) -> str:
     if "prefixItems" in choice:
         return f"[{', '.join(_one(item) for item in choice['prefixItems'])}]"
     if choice.get("type") == "array":
-        return f"[{_allowed(choice['items'])}, ...]"
+        return f"[{_values_of(choice['items'])}, ...]"
     if choice.get("type") == "object":
         return "a section with names of its own"
     if choice.get("format") == "path":

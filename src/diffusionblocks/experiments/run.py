@@ -182,7 +182,7 @@ def blocks_trainer(
         return trainer
     options = trunk_options(experiment.recipe)
     after = experiment.derive(after_branch(experiment.recipe), same_run=True)
-    trainer = after.trainer(folder, model=branched(experiment.recipe, trunk), loggers=loggers, progress=progress)
+    trainer = after.trainer(folder, model=branch_trunk(experiment.recipe, trunk), loggers=loggers, progress=progress)
     trainer.inherit(trunk, optimizer=options.optimizer == "copied", average=options.average == "copied")
     return trainer
 
@@ -204,7 +204,7 @@ def train_blocks(
 def save_blocks(experiment: Experiment, folder: Path, trainer: Trainer) -> None:
     """Save what was trained to `folder`/model, with averaged weights where they are kept."""
     with trainer.averaged() as model:
-        experiment.save(model, folder / "model", trained=learned_from(experiment.describe()))
+        experiment.save(model, folder / "model", provenance=learned_from(experiment.describe()))
 
 
 def evaluate_saved(experiment: Experiment, folder: Path, *, measure: bool = True) -> tuple[nn.Module, list[Row], float]:
@@ -219,12 +219,12 @@ def evaluate_saved(experiment: Experiment, folder: Path, *, measure: bool = True
     """
     model = experiment.load(folder / "model")
     experiment = experiment.with_tokenizer_of(folder / "model")
-    started = perf_counter()
+    start = perf_counter()
     rows = list(experiment.task.measure(experiment, model)) if measure else []
-    return model, rows, perf_counter() - started
+    return model, rows, perf_counter() - start
 
 
-def branched(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
+def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
     """The blocks of the recipe, copied from a trained trunk."""
     assert isinstance(trunk.model, DiffusionBlocks)
     blocks = recipe.blocks
@@ -260,12 +260,12 @@ def _forget(folder: Path) -> None:
 def _check_resumes(folder: Path, description: dict[str, Any]) -> None:
     """Refuse another run than the one whose blocks are in the folder, before anything is read or trained."""
     for phase in _phases(folder):
-        saved = checkpoints(phase / "checkpoints")
-        before = read_values(saved[-1]).get("run") if saved else None
-        if saved and before is None and (folder / RECIPE).is_file():  # version 0.1.0 left the recipe alone
-            check_goes_on_from_first_version(read_json(folder / RECIPE), description, saved[-1])
+        paths = checkpoints(phase / "checkpoints")
+        before = read_values(paths[-1]).get("run") if paths else None
+        if paths and before is None and (folder / RECIPE).is_file():  # version 0.1.0 left the recipe alone
+            check_goes_on_from_first_version(read_json(folder / RECIPE), description, paths[-1])
         elif before is not None and phase == folder:  # the other phases' are of recipes of their own
-            check_same_run(before, description, saved[-1])
+            check_same_run(before, description, paths[-1])
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
@@ -284,7 +284,7 @@ def trained_differently(folders: Sequence[Path]) -> list[str]:
     training = [learned_from(read_json(path)) for path in paths]
     lines = []
     for path, other in zip(paths[1:], training[1:], strict=True):
-        if (found := difference(training[0], other)) is not None:
-            name, first, second = found
+        if (first_difference := difference(training[0], other)) is not None:
+            name, first, second = first_difference
             lines.append(f"blocks were trained differently: {name} is {first} in {paths[0]} and {second} in {path}")
     return lines

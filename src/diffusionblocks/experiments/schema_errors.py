@@ -33,41 +33,41 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         root: the config that was validated, or one that has it as a section.
     """
     config = next((section for section in sections_in(root) if section.__name__ == error.title), None)
-    said: dict[str, list[str]] = {}
+    lines_of: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         location, message = _explained(item, config)
-        messages = said.setdefault(location, [])
+        messages = lines_of.setdefault(location, [])
         if message not in messages:
             messages.append(message)
-    lines = [f"  {cut(_joined(location, messages), _MOST_CHARACTERS)}" for location, messages in said.items()]
+    lines = [f"  {cut(_join(location, messages), _MOST_CHARACTERS)}" for location, messages in lines_of.items()]
     return "\n".join(lines[:_MOST_LINES] + [f"  and {len(lines) - _MOST_LINES} more"] * (len(lines) > _MOST_LINES))
 
 
-def _joined(location: str, messages: list[str]) -> str:
+def _join(location: str, messages: list[str]) -> str:
     """One line for a field: of a list the first wrong value stands for all, of a union all that is allowed is said."""
     first, *others = messages
-    given = first.partition(" (got ")
+    value_text = first.partition(" (got ")
     extra = [m.partition(" (got ")[0].removeprefix(_SHOULD) for m in others if m.startswith(_SHOULD)]
-    alike = [m for m in dict.fromkeys(extra) if given[0].startswith(_SHOULD) and m not in given[0]]
-    text = f"{given[0]}{''.join(f', or {m}' for m in alike[:2])}{given[1]}{given[2]}"
+    alike = [m for m in dict.fromkeys(extra) if value_text[0].startswith(_SHOULD) and m not in value_text[0]]
+    text = f"{value_text[0]}{''.join(f', or {m}' for m in alike[:2])}{value_text[1]}{value_text[2]}"
     return f"{location}: {text}" if location else text
 
 
 def _explained(item: Any, config: type[BaseModel] | None) -> tuple[str, str]:
     """(the field as it is written in the YAML, what is wrong with it) of one of pydantic's errors."""
     parts = [str(part) for part in item["loc"]]
-    names, inside = _named(parts, config)
+    names, inside = _names_of(parts, config)
     location = ".".join(names)
     kind, value, message = item["type"], item["input"], item["msg"].removeprefix("Value error, ")
-    given = f" (got {shown(value)})"
+    value_text = f" (got {text_of(value)})"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return location, f"no such field{near(parts[-1], inside)}"
     if kind == "union_tag_invalid":
         if not isinstance(value, dict):
-            return location, f"{_SECTION}{given}"
+            return location, f"{_SECTION}{value_text}"
         return (
             f"{location}.kind",
-            f"Input should be one of {item['ctx']['expected_tags']} (got {shown(value.get('kind'))})",
+            f"Input should be one of {item['ctx']['expected_tags']} (got {text_of(value.get('kind'))})",
         )
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
         message = _SECTION
@@ -80,19 +80,19 @@ def _explained(item: Any, config: type[BaseModel] | None) -> tuple[str, str]:
     elif kind in ("too_long", "too_short"):
         message = message.replace("Tuple", "List").replace(" after validation", "")
     elif kind == "missing":
-        message, given = "is missing; give it", ""
+        message, value_text = "is missing; give it", ""
     elif kind in ("bool_type", "bool_parsing"):
         message = "Input should be true or false"
     elif kind == "value_error" and isinstance(value, (dict, BaseModel)):
         # Where fields do not go together, the message names them: the section would be printed whole.
-        given = ""
+        value_text = ""
         field = message.split(maxsplit=1)[0]
         if location and field in inside:
             location = f"{location}.{field}"
-    return location, f"{message}{given}"
+    return location, f"{message}{value_text}"
 
 
-def shown(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A value in a message: not longer than a line."""
     return cut(repr(value), 80)
 
@@ -102,7 +102,7 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
 
 
-def _named(parts: list[str], config: type[BaseModel] | None) -> tuple[list[str], list[str]]:
+def _names_of(parts: list[str], config: type[BaseModel] | None) -> tuple[list[str], list[str]]:
     """What of a location of pydantic's stands in the YAML, and the names that the section there has.
 
     Of a location are also the kinds of sections, places in lists and the members of unions; readers see none of them.
@@ -111,7 +111,7 @@ def _named(parts: list[str], config: type[BaseModel] | None) -> tuple[list[str],
         return parts, []
     here, names = [config], list[str]()
     for place, part in enumerate(parts):
-        types = {name: found for section in here for name, found in _types_of(section).items()}
+        types = {name: annotation for section in here for name, annotation in _types_of(section).items()}
         of_kind = [section for section in here if part in get_args(_types_of(section).get("kind"))]
         if len(here) > 1 and of_kind:
             here = of_kind

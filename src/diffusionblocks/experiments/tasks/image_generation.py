@@ -192,8 +192,8 @@ class ImageGeneration(Task[SamplesConfig]):
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Distances to both splits, and speed."""
         distances = {split: row[f"fd_{split}"] for split in ("train", "test")}
-        shown = {f"FD {split}": "-" if value is None else f"{value:.3f}" for split, value in distances.items()}
-        return shown | {"images/s": f"{row['images_per_second']:.0f}"}
+        columns = {f"FD {split}": "-" if value is None else f"{value:.3f}" for split, value in distances.items()}
+        return columns | {"images/s": f"{row['images_per_second']:.0f}"}
 
     def draw(
         self,
@@ -207,18 +207,18 @@ class ImageGeneration(Task[SamplesConfig]):
             draw_samples(experiment, result.model, folder / key / "samples")  # type: ignore[arg-type]
 
     def sample(
-        self, experiment: Experiment, model: nn.Module, folder: Path, given: Mapping[str, Any], *, progress: bool
+        self, experiment: Experiment, model: nn.Module, folder: Path, values: Mapping[str, Any], *, progress: bool
     ) -> list[Path]:
         """Draw images: a file each, a grid, a chain over its steps, and which block makes which step."""
-        changes = {name: given[name] for name in ("solver", "steps", "grid", "guidance") if given[name] is not None}
+        changes = {name: values[name] for name in ("solver", "steps", "grid", "guidance") if values[name] is not None}
         return draw_samples(
             experiment,
             model,  # type: ignore[arg-type]
             folder,
-            count=given["count"],
-            labels=given["labels"],
+            count=values["count"],
+            labels=values["labels"],
             setting=dataclasses.replace(self.options(experiment).settings[0], **changes),
-            seed=given["seed"],
+            seed=values["seed"],
             files=True,
             progress=progress,
         )
@@ -249,9 +249,9 @@ def features_of(experiment: Experiment) -> Features:
         raise ValueError("evaluate.features: classifier needs images; for latents use inception and data.vae, or null")
     train: Any = experiment.data("train")
     test: Any = experiment.data("test")
-    saved = saved_classifier(experiment, train)
-    if saved is not None:
-        return saved
+    classifier = saved_classifier(experiment, train)
+    if classifier is not None:
+        return classifier
     features = train_classifier(
         train,
         test,

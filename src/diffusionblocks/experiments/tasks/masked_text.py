@@ -112,11 +112,11 @@ class MaskedText(Task[BitsConfig]):
             write_texts(experiment, experiment.blocks_of(result.model), folder / key / "samples")
 
     def sample(
-        self, experiment: Experiment, model: nn.Module, folder: Path, given: Mapping[str, Any], *, progress: bool
+        self, experiment: Experiment, model: nn.Module, folder: Path, values: Mapping[str, Any], *, progress: bool
     ) -> list[Path]:
         """Generate texts, or fill in the gaps of one."""
         names = ("count", "seed", "steps", "grid", "temperature", "infill")
-        options = {name: given[name] for name in names}
+        options = {name: values[name] for name in names}
         return [write_texts(experiment, experiment.blocks_of(model), folder, **options, progress=progress)]
 
 

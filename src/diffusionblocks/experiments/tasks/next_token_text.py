@@ -94,14 +94,14 @@ class LanguageResult:
         tokens_per_second: of writing them, in batches of `evaluate.generation_batch_size`.
     """
 
-    known: LanguageRow
-    written: GeneratedText
+    cross_entropies: LanguageRow
+    texts: GeneratedText
     tokens_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        written = {name: value for name, value in self.written.to_dict().items() if name != "name"}
-        return {**self.known.to_dict(), **written, "tokens_per_second": self.tokens_per_second}
+        texts = {name: value for name, value in self.texts.to_dict().items() if name != "name"}
+        return {**self.cross_entropies.to_dict(), **texts, "tokens_per_second": self.tokens_per_second}
 
 
 @register_task
@@ -234,23 +234,27 @@ class NextTokenText(Task[LanguageConfig]):
         )
         with experiment.precision(model):
             if experiment.of_blocks(model):
-                known = language_row(experiment.blocks_of(model), batches, levels=options.levels, seed=options.seed)
+                cross_entropies = language_row(
+                    experiment.blocks_of(model), batches, levels=options.levels, seed=options.seed
+                )
             else:
                 with evaluating(model):
-                    known = plain_language_row(_repeatable(model, options.seed, device), batches)
+                    cross_entropies = plain_language_row(_repeatable(model, options.seed, device), batches)
             texts = write(experiment, options, model, prompts_of(options, data))
-            return [LanguageResult(known, _measures(experiment, options, texts, data), texts.tokens_per_second)]
+            return [
+                LanguageResult(cross_entropies, _measures(experiment, options, texts, data), texts.tokens_per_second)
+            ]
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Cross-entropy, the context gap, and measures of the texts."""
-        shown = {
+        columns = {
             "cross-entropy": f"{row['cross_entropy']:.4f} +- {row['standard_error']:.4f}",
             "context gap": "-" if row["context_gap"] is None else f"{row['context_gap']:.3f}",
             "distinct-2": "-" if row["distinct_2"] is None else f"{row['distinct_2']:.3f}",
         }
         if row["perplexity"] is not None:
-            shown["perplexity under teacher"] = f"{row['perplexity']['perplexity']:.2f}"
-        return shown | {"tokens/s": f"{row['tokens_per_second']:.0f}"}
+            columns["perplexity under teacher"] = f"{row['perplexity']['perplexity']:.2f}"
+        return columns | {"tokens/s": f"{row['tokens_per_second']:.0f}"}
 
     def draw(
         self,
@@ -273,15 +277,15 @@ class NextTokenText(Task[LanguageConfig]):
             if key in results:
                 blocks, (row, *_) = experiment.blocks_of(results[key].model), results[key].rows
                 assert isinstance(row, LanguageResult)
-                draw_levels(row.known, blocks.partition, folder / key / "levels.png", baselines)
+                draw_levels(row.cross_entropies, blocks.partition, folder / key / "levels.png", baselines)
 
     def sample(
-        self, experiment: Experiment, model: nn.Module, folder: Path, given: Mapping[str, Any], *, progress: bool
+        self, experiment: Experiment, model: nn.Module, folder: Path, values: Mapping[str, Any], *, progress: bool
     ) -> list[Path]:
         """Continue prompts, or the starts of the test text."""
         names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "feedback")
-        options = {name: given[name] for name in names}
-        path = write_continuations(experiment, model, folder, prompts=given["prompt"], progress=progress, **options)
+        options = {name: values[name] for name in names}
+        path = write_continuations(experiment, model, folder, prompts=values["prompt"], progress=progress, **options)
         return [path]
 
     # ---- models --------------------------------------------------------------------------------------------------
@@ -495,10 +499,10 @@ def write_continuations(
     path = folder / "samples.txt"
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
-        temporary.write_text("\n\n".join(_shown(texts, codec)) + "\n", encoding="utf-8")
+        temporary.write_text("\n\n".join(_lines(texts, codec)) + "\n", encoding="utf-8")
     return path
 
 
-def _shown(texts: Continuations, codec: Any) -> Iterator[str]:
+def _lines(texts: Continuations, codec: Any) -> Iterator[str]:
     for row, length in zip(texts.tokens, texts.prompt_lengths, strict=True):
         yield f"{codec.decode(row[:length])}|{codec.decode(row[length:])}"

@@ -93,7 +93,7 @@ class SampleOption:
 
     name: str
     help: str
-    parsed: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
 
 
@@ -153,9 +153,9 @@ class Task(abc.ABC, Generic[Options]):
         config, family, pretrained = experiment.config_of(model), experiment.family, experiment.recipe.model.pretrained
         shape = family.example_shape(config)
         if not self.fits_shape(shape, data.example_shape):
-            taken, found = ("x".join(map(str, s)) for s in (shape, data.example_shape))
+            ours, theirs = ("x".join(map(str, s)) for s in (shape, data.example_shape))
             where = self.mend_shape(shape, pretrained is not None)
-            raise ValueError(f"the model takes {self.examples} of {taken}, the data has {found}; {where}")
+            raise ValueError(f"the model takes {self.examples} of {ours}, the data has {theirs}; {where}")
         count, name = family.num_classes(config), family.class_count_field
         if not self.fits_classes(count, data.num_classes):
             if pretrained is not None and not self.new_head:
@@ -221,11 +221,11 @@ class Task(abc.ABC, Generic[Options]):
         calls, options = self.calls(experiment, model, test), experiment.recipe.evaluate
         names = ("samples", "steps", "seeds", "new_tokens", "limit")
         lower = " or ".join(f"evaluate.{name}" for name in names if hasattr(options, name))
-        said = f"evaluation takes about {calls:,} calls of a block, each example counted by itself"
+        cost = f"evaluation takes about {calls:,} calls of a block, each example counted by itself"
         if calls > MOST_CALLS:
-            raise ValueError(f"{said}, more than {MOST_CALLS:,}: set {lower} lower")
+            raise ValueError(f"{cost}, more than {MOST_CALLS:,}: set {lower} lower")
         if calls > MANY_CALLS:
-            _warn(f"{said}; for a quick look set {lower} lower")
+            _warn(f"{cost}; for a quick look set {lower} lower")
 
     # ---- measures ----------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class Task(abc.ABC, Generic[Options]):
     # ---- samples -------------------------------------------------------------------------------------------------
 
     def sample(
-        self, experiment: Experiment, model: nn.Module, folder: Path, given: Mapping[str, Any], *, progress: bool
+        self, experiment: Experiment, model: nn.Module, folder: Path, values: Mapping[str, Any], *, progress: bool
     ) -> list[Path]:
         """Make samples for `diffusionblocks sample`.
 
