@@ -96,6 +96,35 @@ def test_recipes_take_both_by_name(package: ModuleType) -> None:
         load_recipe(RECIPE, ["blocks.noise.kind=cosine", "blocks.noise.lowest=2.0"])
 
 
+def test_the_command_line_trains_and_measures_with_both(package: ModuleType, tmp_path: Path) -> None:
+    evaluate = "{solver: [adams-bashforth], grid: [uniform], steps: [3], samples: 4, features: null, grid_images: 4}"
+    settings = ["blocks.noise.kind=cosine", f"evaluate={evaluate}", "trunk=null", "train.steps=2", "device=cpu"]
+    sets = [word for setting in [*settings, "train.warmup_steps=0"] for word in ("--set", setting)]
+    assert main(["train", str(RECIPE), "--out", str(tmp_path / "run"), "--quiet", *sets]) == 0
+    saved = db.load(tmp_path / "run" / "model")
+    assert type(saved.noise) is package.noise.Cosine
+    assert (
+        main(
+            [
+                "sample",
+                str(RECIPE),
+                *sets,
+                "--model",
+                str(tmp_path / "run" / "model"),
+                "--quiet",
+                "--solver",
+                "adams-bashforth",
+                "--count",
+                "2",
+                "--out",
+                str(tmp_path / "samples"),
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "samples" / "grid.png").is_file()
+
+
 def test_without_the_package_both_are_refused_and_the_message_says_what_to_import(
     package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

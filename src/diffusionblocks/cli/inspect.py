@@ -33,7 +33,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     print(format_table(block_table(model)))
     print("bytes: AdamW in the weights' precision, of one block and its shared parameters, without activations")
     print(partition_sketch(model.partition, model.noise))
-    print(f"{model.noise.symbol} is read, and told, from {model.noise.read_min:.4g} to {model.noise.read_max:.4g}")
+    print(f"{model.noise.symbol} is read from {model.noise.read_min:.4g} to {model.noise.read_max:.4g}")
     if options.figure:
         draw_partition(model.partition, model.noise, options.figure)
         print(f"partition drawn to {options.figure}")
