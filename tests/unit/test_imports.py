@@ -29,6 +29,17 @@ def test_help_imports_neither_torch_nor_models() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+def test_conversion_imports_torch_and_no_other_large_library() -> None:
+    large = ["transformers", "diffusers", "datasets", "sklearn", "matplotlib", "huggingface_hub", "torch._dynamo"]
+    code = (
+        "import sys, diffusionblocks as db; db.convert, db.load, db.DiffusionBlocks, db.register_family\n"
+        f"print([name for name in {[*large, 'torch']!r} if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "['torch']\n"
+    )
+
+
 def test_only_what_is_public_is_seen() -> None:
     assert {name for name in dir(db) if not name.startswith("__")} == set(db.__all__) - {"__version__"}
     assert all(getattr(db, name) is not None for name in db.__all__)

@@ -51,3 +51,28 @@ def test_an_import_upwards_would_be_found() -> None:
     assert {"common", "families"} <= found
     assert "experiments" not in found
     assert len(_rooms()) > 15
+
+
+def test_modules_of_core_import_one_another_one_way() -> None:
+    order = [
+        *(
+            "partition",
+            "block",
+            "one_at_a_time",
+            "inference",
+            "output",
+            "model",
+            "conversion",
+            "weights",
+            "materialise",
+        ),
+        *("branching", "saved_model", "saving", "loading", "merging", "end_to_end"),
+    ]
+    folder = SOURCE / "core"
+    assert {module.stem for module in folder.glob("*.py")} == {*order, "__init__"}
+    upwards = []
+    for module in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                upwards += [(module.stem, node.module)] * (order.index(node.module) >= order.index(module.stem))
+    assert upwards == [("inference", "model")], "for a type alone; and a model saves itself by a late import of saving"

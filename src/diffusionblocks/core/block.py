@@ -27,8 +27,6 @@ class SharedModules(nn.Module):
     submodule `added`: state dicts have that name.
     """
 
-    added: nn.ModuleDict
-
     def __init__(
         self,
         noise_embedding: NoiseEmbedding | None,
@@ -41,6 +39,11 @@ class SharedModules(nn.Module):
         self.final_norms = final_norms
         self.target = target
         self.add_module("added", extra)
+
+    @property
+    def extra(self) -> nn.ModuleDict:
+        """The family's parts."""
+        return self._modules["added"]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class Block(nn.Module):
             assert self.final_norm_path is not None
             norm = self.network.get_submodule(self.final_norm_path)
             final_norm = functools.partial(self.shared.final_norms, norm, condition)
-        return BlockCall(self.network, self.shared.added, condition, final_norm, **rest)
+        return BlockCall(self.network, self.shared.extra, condition, final_norm, **rest)
 
     @eager
     def callable_layers(self) -> list[tuple[Any, Any]]:
@@ -300,13 +303,13 @@ class Block(nn.Module):
         """
         if self._registers_with_fsdp():
             return self.loss(batch, generator, level)
-        batch = self._resolved(batch)
+        batch = self._resolve(batch)
         # Compiled, the graph is that of `losses`, which knows neither the interval nor the names of the layers: blocks
         # of one shape share it.
         return self.losses(batch, *self.corrupted(batch, generator, level), self.callable_layers())
 
     @eager
-    def _resolved(self, batch: Batch) -> Batch:
+    def _resolve(self, batch: Batch) -> Batch:
         check_entries(batch, self.entries, f"block {self.index}")
         return self.target.resolve(batch)
 
@@ -367,7 +370,7 @@ class Block(nn.Module):
         Raises:
             ValueError: an entry that nothing reads, or that cannot be followed.
         """
-        batch = self._resolved(batch)
+        batch = self._resolve(batch)
         y = self.target.encode(batch)
         levels = level if isinstance(level, Tensor) else one_level(level, y)
         z = self.noise.noised(y, levels, generator) if noise is None else self.noise.corrupt(y, levels, noise)

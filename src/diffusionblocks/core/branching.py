@@ -55,14 +55,14 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
     original = instantiate(trunk.model_class, with_depth(trunk.model_class, trunk.config, depth * num_blocks))
     first = trunk.block(0)
     parameter = next(first.parameters())
-    branched = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
-    branched.generation_config = copy.deepcopy(trunk.generation_config)
+    branches = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
+    branches.generation_config = copy.deepcopy(trunk.generation_config)
     weights = first.state_dict()
     require_finite(weights.items(), "the trunk", DIVERGED)
     for b in range(num_blocks):
-        block = branched.block(b)
-        block.load_state_dict({name: weights[trunk_name(branched, b, name)] for name in block.state_dict()})
-    return branched.train(trunk.training)
+        block = branches.block(b)
+        block.load_state_dict({name: weights[trunk_name(branches, b, name)] for name in block.state_dict()})
+    return branches.train(trunk.training)
 
 
 def _without_defaults(trunk: DiffusionBlocks) -> BlocksConfig:
@@ -74,12 +74,12 @@ def _without_defaults(trunk: DiffusionBlocks) -> BlocksConfig:
     return open_config if resolve(open_config, trunk.family, trunk.config) == config else config
 
 
-def trunk_name(branched: DiffusionBlocks, block: int, name: str) -> str:
+def trunk_name(branches: DiffusionBlocks, block: int, name: str) -> str:
     """The name in the trunk's block of what is called `name` in a block of the branched model."""
-    layers = branched.partition.layer_range(block)
-    path = branched.block(block).layer_paths[0].rpartition(".")[0]
-    found = re.match(rf"network\.{re.escape(path)}\.(\d+)\.", name)
-    if found is None or int(found[1]) not in layers:
+    layers = branches.partition.layer_range(block)
+    path = branches.block(block).layer_paths[0].rpartition(".")[0]
+    match = re.match(rf"network\.{re.escape(path)}\.(\d+)\.", name)
+    if match is None or int(match[1]) not in layers:
         return name
-    start, end = found.span(1)
-    return f"{name[:start]}{int(found[1]) - layers.start}{name[end:]}"
+    start, end = match.span(1)
+    return f"{name[:start]}{int(match[1]) - layers.start}{name[end:]}"

@@ -96,8 +96,8 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     parameter = next(model.parameters())
     for b in range(partition.num_blocks):
         # What the original had keeps its precision, parameter by parameter.
-        for added in (converted.block(b).adaptive, converted.block(b).shared):
-            added.to(dtype=parameter.dtype)
+        for extra in (converted.block(b).adaptive, converted.block(b).shared):
+            extra.to(dtype=parameter.dtype)
     return converted.to(device=parameter.device).train()
 
 
@@ -107,10 +107,10 @@ def resolve(config: BlocksConfig, family: Family, model_config: Any) -> BlocksCo
     Raises:
         ValueError: a target or noise process of another family.
     """
-    known = family.default_noise(model_config)
-    noise = config.noise or known
-    if noise.discrete != known.discrete:
-        kinds = " or ".join(name for name, process in NOISE_PROCESSES.items() if process.discrete == known.discrete)
+    default = family.default_noise(model_config)
+    noise = config.noise or default
+    if noise.discrete != default.discrete:
+        kinds = " or ".join(name for name, process in NOISE_PROCESSES.items() if process.discrete == default.discrete)
         raise ValueError(
             f"blocks.noise.kind = {noise.kind}, but {'/'.join(family.classes)} needs {kinds}; leave noise out, or set "
             "its kind"
@@ -166,7 +166,7 @@ def _build_blocks(
 
     def shared_modules() -> tuple[Namespace, SharedModules]:
         foreign = extract(model, shared_paths, memo={id(model.config): model_config})
-        added = SharedModules(
+        extra = SharedModules(
             None if family.knows_noise_level else NoiseEmbedding(condition_dim),
             final_norms(foreign),
             family.make_target(model, config),
@@ -174,18 +174,18 @@ def _build_blocks(
         )
         if config.shared == "frozen":
             foreign.requires_grad_(False)
-            added.requires_grad_(False)
-        return foreign, added
+            extra.requires_grad_(False)
+        return foreign, extra
 
-    foreign, added = shared_modules()
+    foreign, extra = shared_modules()
     checkpointing = _is_checkpointing(model)
     # Copies start equal: under `replicated` the blocks are told apart by their layers and levels alone.
-    first = added.state_dict()
+    first = extra.state_dict()
     blocks = []
     for index in range(partition.num_blocks):
         if index and config.shared != "joint":
-            foreign, added = shared_modules()
-            added.load_state_dict(first)
+            foreign, extra = shared_modules()
+            extra.load_state_dict(first)
         layer_paths = [f"{layers_path}.{i}" for i in partition.layer_range(index)]
         network = extract(model, layer_paths, memo={id(model.config): model_config}, take=take)
         _stop_checkpointing_inside(network)
@@ -205,7 +205,7 @@ def _build_blocks(
             layer_paths=layer_paths,
             adaptive=adaptive,
             final_norm_path=final_norm_path,
-            shared=added,
+            shared=extra,
             interval=partition.training_interval(index),
             input_names=family.input_names(model.config),
         )

@@ -59,8 +59,8 @@ def save_end_to_end(model: nn.Module, path: Path, tokenizer: bytes | None = None
             raise ValueError(f"{name} is of a low-rank adapter: merge it first (of PEFT: model.merge_and_unload())")
     with whole_folder(path, MODEL_FILES) as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
-        saved = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in _CONFIGS)]
-        files = {file.name: digest(file).model_dump() for file in saved if file.is_file()}
+        outputs = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in _CONFIGS)]
+        files = {file.name: digest(file).model_dump() for file in outputs if file.is_file()}
         write_json(folder / END_TO_END_FILES, {"files": files})
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer)
@@ -89,8 +89,8 @@ def load_end_to_end(model_class: str, path: Path, *, verify: bool = True) -> nn.
         raise ValueError(f"{path} holds a PEFT adapter (adapter_config.json): merge it into the weights first")
     weights = _weight_files(path)
     for file in weights:
-        with opened(file) as found:
-            assert found.keys() is not None
+        with opened(file) as tensors:
+            assert tensors.keys() is not None
     listed = path / END_TO_END_FILES
     if verify and listed.is_file():
         files = validate(read_json(listed), _Files, listed).files

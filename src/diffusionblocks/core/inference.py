@@ -80,8 +80,10 @@ class Inference(Generic[_Target]):
         model = self.model
         model.check_batch(batch)
         generator = generator or model.generator_of(batch)
-        resolved = self.target.resolve(batch)
-        losses = [mean_loss(model.block(b).loss(batch, generator), resolved) for b in range(model.partition.num_blocks)]
+        loss_batch = self.target.resolve(batch)
+        losses = [
+            mean_loss(model.block(b).loss(batch, generator), loss_batch) for b in range(model.partition.num_blocks)
+        ]
         return {"loss": torch.stack(losses).mean()}
 
     def predict(self, pixel_values: Tensor, **options: Any) -> Prediction:
@@ -213,13 +215,13 @@ class TextGeneration(Inference[_Target]):
     def check_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options that were set; ValueError for one that this kind of model does not take."""
         names = inspect.signature(self.run).parameters
-        chosen = {name: value for name, value in options.items() if value is not None}
-        if others := [name for name in chosen if name not in names]:
+        settings = {name: value for name, value in options.items() if value is not None}
+        if others := [name for name in settings if name not in names]:
             raise ValueError(
                 f"generate: {', '.join(others)} is not for {self.kind}, and this {self.model.model_class} is one; "
                 "leave it out"
             )
-        return chosen
+        return settings
 
     @override
     def generate(self, prompts: Any, **options: Any) -> Any:

@@ -63,23 +63,23 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool =
         ValueError: not a saved DiffusionBlocks model, another format, some blocks only, tensors that do not match or
             are not finite, or a file that is not the one that was saved with the index.
     """
-    saved = read_saved(path)
-    if saved.missing:
+    source = read_saved(path)
+    if source.missing:
         raise ValueError(
-            f"{saved.folder} holds blocks {list(saved.blocks)} of {saved.partition.num_blocks}; blocks {saved.missing} "
-            f"are missing: merge it with the folders that hold them, diffusionblocks merge {saved.folder} OTHER ... "
-            "--out MODEL, and load that"
+            f"{source.folder} holds blocks {list(source.blocks)} of {source.partition.num_blocks}; blocks "
+            f"{source.missing} are missing: merge it with the folders that hold them, diffusionblocks merge "
+            f"{source.folder} OTHER ... --out MODEL, and load that"
         )
-    model = outline_saved(saved)
-    check_precisions({file: check_header(file, tensors) for file, tensors in files_of(model, saved).items()})
+    model = outline_saved(source)
+    check_precisions({file: check_header(file, tensors) for file, tensors in files_of(model, source).items()})
     if verify:
-        for name in [block_file(b) for b in saved.blocks] + ([SHARED] if model.shared_parameters() else []):
-            check_digest(saved, name)
+        for name in [block_file(b) for b in source.blocks] + ([SHARED] if model.shared_parameters() else []):
+            check_digest(source, name)
     joint = bool(model.shared_parameters())
-    common = _copied(saved.folder / SHARED, device) if joint else {}
-    for b in saved.blocks:
-        file, block = saved.folder / block_file(b), model.block(b)
-        own = _copied(file, device)
+    common = _copies(source.folder / SHARED, device) if joint else {}
+    for b in source.blocks:
+        file, block = source.folder / block_file(b), model.block(b)
+        own = _copies(file, device)
         # Buffers that no file holds have the weights' precision.
         block.to(dtype=next((t.dtype for t in own.values() if t.is_floating_point()), None))
         try:
@@ -95,7 +95,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool =
     return model.eval()
 
 
-def _copied(file: Path, device: torch.device | str) -> dict[str, Tensor]:
+def _copies(file: Path, device: torch.device | str) -> dict[str, Tensor]:
     """The tensors of a file on the device, in memory of their own: what is mapped has the file's alignment."""
     copies = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(file).items()}
     require_finite(copies.items(), str(file), DIVERGED)
@@ -106,26 +106,26 @@ def _copied(file: Path, device: torch.device | str) -> dict[str, Tensor]:
 
 
 def files_of(
-    model: DiffusionBlocks, saved: SavedModel, blocks: Sequence[int] | None = None
+    model: DiffusionBlocks, source: SavedModel, blocks: Sequence[int] | None = None
 ) -> dict[Path, dict[str, Tensor]]:
     """The tensor files of a saved model, and what the outline of its model expects in each.
 
     Args:
         model: the outline.
-        saved: where they lie.
+        source: where they lie.
         blocks: of these blocks only; None takes all.
     """
     common = {id(parameter) for parameter in model.shared_parameters()}
     files = {}
-    for b in saved.blocks if blocks is None else blocks:
+    for b in source.blocks if blocks is None else blocks:
         tensors = model.block(b).state_dict(keep_vars=True)
-        files[saved.folder / block_file(b)] = {name: t for name, t in tensors.items() if id(t) not in common}
+        files[source.folder / block_file(b)] = {name: t for name, t in tensors.items() if id(t) not in common}
         if common and b == 0:
-            files[saved.folder / SHARED] = {name: t for name, t in tensors.items() if id(t) in common}
+            files[source.folder / SHARED] = {name: t for name, t in tensors.items() if id(t) in common}
     return files
 
 
-def check_header(path: Path, expected: Mapping[str, Tensor]) -> frozenset[torch.dtype]:
+def check_header(path: Path, model_tensors: Mapping[str, Tensor]) -> frozenset[torch.dtype]:
     """Check names, shapes and dtypes in a safetensors file by its header; return the floating dtypes in it.
 
     Raises:
@@ -136,7 +136,7 @@ def check_header(path: Path, expected: Mapping[str, Tensor]) -> frozenset[torch.
         present = {
             name: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype())) for name, s in slices.items()
         }
-    check_tensors(present, expected, f"{path} does not match the model: it", "save the model again")
+    check_tensors(present, model_tensors, f"{path} does not match the model: it", "save the model again")
     return frozenset(
         dtype for _, dtype in present.values() if isinstance(dtype, torch.dtype) and dtype.is_floating_point
     )
@@ -160,26 +160,26 @@ def check_precisions(dtypes: Mapping[Path, frozenset[torch.dtype]]) -> None:
         )
 
 
-def check_digest(saved: SavedModel, name: str) -> None:
+def check_digest(source: SavedModel, name: str) -> None:
     """Check that a file is the one that was saved with the index, bit by bit, where the index tells.
 
     Raises:
         FileNotFoundError: it is missing.
         ValueError: it is another; the message says whether it is of another model or training, or was changed.
     """
-    if saved.files is None:
+    if source.files is None:
         return
-    path = saved.folder / name
-    if name not in saved.files:
-        raise ValueError(f"{saved.folder / INDEX}: files does not list {name}; save the model again")
-    if digest(path) == saved.files[name]:
+    path = source.folder / name
+    if name not in source.files:
+        raise ValueError(f"{source.folder / INDEX}: files does not list {name}; save the model again")
+    if digest(path) == source.files[name]:
         return
-    block = next((b for b in saved.blocks if block_file(b) == name), None)
+    block = next((b for b in source.blocks if block_file(b) == name), None)
     with opened(path) as file:
         own = (file.metadata() or {}).get(STAMP)
     origin = "it was changed or damaged after it was saved"
-    if own is not None and own != stamp(saved.index, block):
-        origin = f"it is of another model, block or training: it says {own}, the index {stamp(saved.index, block)}"
+    if own is not None and own != stamp(source.index, block):
+        origin = f"it is of another model, block or training: it says {own}, the index {stamp(source.index, block)}"
     elif own is not None:
         origin += ", or is of another run of the same recipe"
     raise ValueError(

@@ -51,8 +51,8 @@ def build(
         ValueError: no such block, or what `convert` refuses.
     """
     model = empty(source, config)
-    chosen = range(len(model.blocks)) if blocks is None else [model.partition.check_block(b) for b in blocks]
-    for index in chosen:
+    indices = range(len(model.blocks)) if blocks is None else [model.partition.check_block(b) for b in blocks]
+    for index in indices:
         materialise(model, index, source)
         model.block(index).to(device)
     return model
@@ -131,8 +131,8 @@ def materialise_buffers(model: DiffusionBlocks, index: int) -> None:
         ValueError: no such block.
     """
     block = model.block(index)
-    kept = block.state_dict().keys()
-    _fill_from_reference(model, block, ((n, t) for n, t in block.named_buffers() if n not in kept))
+    in_files = block.state_dict().keys()
+    _fill_from_reference(model, block, ((n, t) for n, t in block.named_buffers() if n not in in_files))
 
 
 def _tensors(block: Block) -> Iterator[tuple[str, Tensor]]:
@@ -156,9 +156,9 @@ def _fill_from_reference(model: DiffusionBlocks, block: Block, tensors: Iterable
 def _name_in_reference(model: DiffusionBlocks, block: Block, name: str) -> str:
     """What a tensor of a block is called in a block of one layer, the model's first."""
     layers = block.layer_paths[0].rpartition(".")[0]
-    found = re.match(rf"network\.{re.escape(layers)}\.(\d+)\.", name)
-    if found is not None and int(found[1]) in model.partition.layer_range(block.index):
-        return f"network.{layers}.0.{name[found.end() :]}"
+    match = re.match(rf"network\.{re.escape(layers)}\.(\d+)\.", name)
+    if match is not None and int(match[1]) in model.partition.layer_range(block.index):
+        return f"network.{layers}.0.{name[match.end() :]}"
     return _LAYER_NORMS.sub("adaptive.0.", name, count=1)
 
 

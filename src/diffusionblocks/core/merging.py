@@ -71,9 +71,9 @@ def merge(
             match the model or holds values that are not finite, shared parameters or tokenizers that are not the same
             where they must be, or an `out` that is an input.
     """
-    given, preferred = _paths(folders), _paths(prefer)
-    models = [read_saved(_model_folder(folder)) for folder in given]
-    _check_inputs(models, given, Path(out))
+    inputs, preferred = _paths(folders), _paths(prefer)
+    models = [read_saved(_model_folder(folder)) for folder in inputs]
+    _check_inputs(models, inputs, Path(out))
     _check_configs(models)
     first = models[0]
     if first.blocks_config.shared == "joint" and len(models) > 1:
@@ -83,9 +83,9 @@ def merge(
             "apart"
         )
     origins = _origins(models, [_model_folder(folder) for folder in preferred])
-    files = _checked_files(models, origins)
+    files = _check_files(models, origins)
     index = {**first.index, "blocks": [origin.block for origin in origins]}
-    index["files"] = {path.name: found.model_dump() for path, found in files.items()}
+    index["files"] = {path.name: entry.model_dump() for path, entry in files.items()}
     with whole_folder(Path(out), WITH_TOKENIZER) as temporary:
         for file in [*files, *_tokenizer(models)]:
             shutil.copyfile(file, temporary / file.name)
@@ -96,8 +96,8 @@ def merge(
 # ---- inputs ------------------------------------------------------------------------------------------------
 
 
-def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(path) for path in ([given] if isinstance(given, str | Path) else given)]
+def _paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
 
 
 def _model_folder(path: Path) -> Path:
@@ -117,11 +117,11 @@ def _list(models: Sequence[SavedModel]) -> str:
 def _check_inputs(models: list[SavedModel], folders: list[Path], out: Path) -> None:
     if not models:
         raise ValueError("there is nothing to merge: give at least one folder")
-    seen = set()
+    places = set()
     for model in models:
-        if model.folder.resolve() in seen:
+        if model.folder.resolve() in places:
             raise ValueError(f"{model.folder} is given twice; name each folder once")
-        seen.add(model.folder.resolve())
+        places.add(model.folder.resolve())
     check_out(out, [*folders, *(model.folder for model in models)], "merged")
 
 
@@ -134,9 +134,9 @@ def _check_configs(models: list[SavedModel]) -> None:
         generation = [model.index.get("generation_config") for model in (first, other)]
         if None not in generation:
             ours["generation_config"], theirs["generation_config"] = map(_without_writers, generation)
-        found = difference(ours, theirs)
-        if found is not None:
-            name, one, another = found
+        unequal = difference(ours, theirs)
+        if unequal is not None:
+            name, one, another = unequal
             raise ValueError(
                 f"{first.folder} and {other.folder} hold parts of different models: {name} is {one} in the first and "
                 f"{another} in the second; merge only blocks that were trained from one recipe"
@@ -145,14 +145,14 @@ def _check_configs(models: list[SavedModel]) -> None:
 
 def _tokenizer(models: list[SavedModel]) -> list[Path]:
     """The one tokenizer of a language model's folders, where any has one."""
-    found = [path for model in models if (path := tokenizer_in(model.folder)) is not None]
-    for other in found[1:]:
-        if not same_tokenizer(found[0], other):
+    tokenizers = [path for model in models if (path := tokenizer_in(model.folder)) is not None]
+    for other in tokenizers[1:]:
+        if not same_tokenizer(tokenizers[0], other):
             raise ValueError(
-                f"{found[0]} and {other} are different tokenizers, so the blocks beside them learned different tokens; "
-                "merge only blocks that were trained from one recipe on one corpus"
+                f"{tokenizers[0]} and {other} are different tokenizers, so the blocks beside them learned different "
+                "tokens; merge only blocks that were trained from one recipe on one corpus"
             )
-    return found[:1]
+    return tokenizers[:1]
 
 
 def _description(model: SavedModel) -> dict[str, Any]:
@@ -174,41 +174,41 @@ def difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """The dotted name of the first field that differs, and both values."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
-            found = difference(a.get(key), b.get(key), f"{name}.{key}" if name else str(key))
-            if found is not None:
-                return found
+            unequal = difference(a.get(key), b.get(key), f"{name}.{key}" if name else str(key))
+            if unequal is not None:
+                return unequal
         return None
     return None if a == b else (name, a, b)
 
 
 def _origins(models: list[SavedModel], preferred: list[Path]) -> tuple[Origin, ...]:
     """Which folder's copy of each block is taken."""
-    given = {model.folder.resolve(): model.folder for model in models}
+    by_path = {model.folder.resolve(): model.folder for model in models}
     for folder in preferred:
-        if folder.resolve() not in given:
+        if folder.resolve() not in by_path:
             raise ValueError(f"prefer = {folder} is none of the folders to merge: {_list(models)}")
-    ranked = [given[folder.resolve()] for folder in preferred]
+    ranked = [by_path[folder.resolve()] for folder in preferred]
     partition = models[0].partition
     holders = [[model.folder for model in models if b in model.blocks] for b in range(partition.num_blocks)]
-    lacking = [b for b, found in enumerate(holders) if not found]
-    if lacking:
+    absent = [b for b, folders in enumerate(holders) if not folders]
+    if absent:
         raise ValueError(
-            f"blocks {lacking} are in none of {_list(models)}; train them (train.blocks: {lacking}) and name their "
+            f"blocks {absent} are in none of {_list(models)}; train them (train.blocks: {absent}) and name their "
             "folder as well"
         )
     origins = []
-    for b, found in enumerate(holders):
-        for folder in found:
+    for b, folders in enumerate(holders):
+        for folder in folders:
             if not (folder / block_file(b)).is_file():
                 raise FileNotFoundError(f"{folder / block_file(b)} is missing, though {folder / INDEX} lists block {b}")
-        taken = _taken(b, found, ranked)
-        passed_over = tuple(folder for folder in found if folder != taken)
-        size = (taken / block_file(b)).stat().st_size
-        origins.append(Origin(b, partition.layer_range(b), taken, passed_over, size))
+        source = _choose(b, folders, ranked)
+        passed_over = tuple(folder for folder in folders if folder != source)
+        size = (source / block_file(b)).stat().st_size
+        origins.append(Origin(b, partition.layer_range(b), source, passed_over, size))
     return tuple(origins)
 
 
-def _taken(block: int, holders: list[Path], ranked: list[Path]) -> Path:
+def _choose(block: int, holders: list[Path], ranked: list[Path]) -> Path:
     if len(holders) == 1:
         return holders[0]
     for folder in ranked:
@@ -221,11 +221,11 @@ def _taken(block: int, holders: list[Path], ranked: list[Path]) -> Path:
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def _checked_files(models: Sequence[SavedModel], origins: Sequence[Origin]) -> dict[Path, FileDigest]:
+def _check_files(models: Sequence[SavedModel], origins: Sequence[Origin]) -> dict[Path, FileDigest]:
     """The tensor files of the merged model, checked against the model and each against its index, values for being
     finite, and the shared parameters that must be the same by their bits."""
     model = outline_saved(models[0])
-    by_folder = {saved.folder: saved for saved in models}
+    by_folder = {source.folder: source for source in models}
     files: dict[Path, dict[str, torch.Tensor]] = {}
     for origin in origins:
         files |= files_of(model, by_folder[origin.folder], [origin.block])

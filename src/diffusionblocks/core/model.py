@@ -194,11 +194,11 @@ class DiffusionBlocks(nn.Module):
             ValueError: no such block, entries that are missing, unknown or cannot be followed, labels out of range, or
                 levels that are not the block's.
         """
-        chosen = self.block(block)
+        owner = self.block(block)
         size = self.check_batch(batch)
         if level is not None:
-            self._check_levels(level, chosen, size)
-        return chosen.loss(batch, generator, level)
+            self._check_levels(level, owner, size)
+        return owner.loss(batch, generator, level)
 
     def denoise(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
         """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level."""
@@ -235,12 +235,12 @@ class DiffusionBlocks(nn.Module):
             TypeError: an entry that the model does not read.
             ValueError: what `loss` refuses.
         """
-        given = {"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}
-        return self._output(given | others, generator)
+        entries = {"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}
+        return self._output(entries | others, generator)
 
     @on_host
-    def _output(self, given: Mapping[str, Tensor | None], generator: torch.Generator | None) -> BlocksOutput:
-        batch = {name: value for name, value in given.items() if value is not None}
+    def _output(self, entries: Mapping[str, Tensor | None], generator: torch.Generator | None) -> BlocksOutput:
+        batch = {name: value for name, value in entries.items() if value is not None}
         self._check_entries(batch)
         if not self.training:
             return self._as_output(**self.inference.evaluate(batch, generator))
@@ -588,9 +588,9 @@ class UnlabelledBlocks(DiffusionBlocks):
         """
         if not return_loss:
             return self._as_output()
-        given = {"pixel_values": pixel_values, "input_ids": input_ids, "labels": labels}
+        entries = {"pixel_values": pixel_values, "input_ids": input_ids, "labels": labels}
         masks = {"attention_mask": attention_mask, "position_ids": position_ids}
-        return self._output(given | masks | others, generator)
+        return self._output(entries | masks | others, generator)
 
 
 def _saving() -> ModuleType:

@@ -26,7 +26,7 @@ class OneAtATime:
     def __init__(self, blocks: Iterable[Block], device: torch.device) -> None:
         self.device = device
         self._present: Block | None = None
-        self._kept: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._originals: list[tuple[dict[str, Any], str, Tensor]] = []
         for block in blocks:
             block.shared.to(device)
             block.register_forward_pre_hook(self._bring)
@@ -35,18 +35,18 @@ class OneAtATime:
         assert isinstance(block, Block)
         if self._present is block:
             return
-        for entries, name, tensor in self._kept:  # the copies of the block before are freed
+        for entries, name, tensor in self._originals:  # the copies of the block before are freed
             entries[name] = tensor
-        self._present, self._kept = block, []
+        self._present, self._originals = block, []
         copies: dict[int, Tensor] = {}  # a tensor with two places stays one
         for part in (block.network, block.adaptive):
             for entries, name in places_of(part):
                 tensor = entries[name]
                 if id(tensor) not in copies:
-                    copies[id(tensor)] = self._copied(tensor)
-                self._kept.append((entries, name, tensor))
+                    copies[id(tensor)] = self._copy(tensor)
+                self._originals.append((entries, name, tensor))
                 entries[name] = copies[id(tensor)]
 
-    def _copied(self, tensor: Tensor) -> Tensor:
-        copied = tensor.detach().to(self.device)
-        return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+    def _copy(self, tensor: Tensor) -> Tensor:
+        copy = tensor.detach().to(self.device)
+        return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy

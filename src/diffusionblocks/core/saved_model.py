@@ -160,21 +160,21 @@ def read_saved(path: str | Path) -> SavedModel:
     index = read_json(folder / INDEX)
     if index.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{folder}: format {index['format']!r}; this version reads format {FORMAT}")
-    described = validate(index, _Index, folder / INDEX)
+    entries = validate(index, _Index, folder / INDEX)
     try:
-        model_config = rebuild_config(described.model_class, described.config)
+        model_config = rebuild_config(entries.model_class, entries.config)
         # Older folders lack what is resolved since, such as the coverage of the levels.
-        config = BlocksConfig.model_validate(described.blocks_config)
-        config = resolve(config, family_named(described.model_class), model_config)
+        config = BlocksConfig.model_validate(entries.blocks_config)
+        config = resolve(config, family_named(entries.model_class), model_config)
         partition = Partition.from_dict(index["partition"])
-        _check_depth(described.model_class, model_config, partition)
+        _check_depth(entries.model_class, model_config, partition)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_model(folder, error) from error
     blocks = index.get("blocks", list(range(partition.num_blocks)))  # older folders hold all, and do not say so
     _check_blocks(folder, blocks, partition.num_blocks)
     check_seal(index, folder / INDEX)
-    more = described.files, described.trained
-    return SavedModel(folder, index, described.model_class, model_config, config, partition, tuple(blocks), *more)
+    more = entries.files, entries.trained
+    return SavedModel(folder, index, entries.model_class, model_config, config, partition, tuple(blocks), *more)
 
 
 def _check_depth(model_class: str, model_config: Any, partition: Partition) -> None:
@@ -198,18 +198,18 @@ def _no_model(folder: Path, error: Exception) -> ValueError:
     return ValueError(f"{folder / INDEX} does not describe a model: {type(error).__name__}: {reason}")
 
 
-def outline_saved(saved: SavedModel) -> DiffusionBlocks:
+def outline_saved(source: SavedModel) -> DiffusionBlocks:
     """The described model on the meta device: its structure, names and shapes, without memory for its weights.
 
     Raises:
         ValueError: the index describes no model, or its partition is not that of its config.
     """
     try:
-        model = outline_of_index(saved.index)
+        model = outline_of_index(source.index)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise _no_model(saved.folder, error) from error
-    if model.partition != saved.partition:
-        raise ValueError(f"{saved.folder / INDEX}: the partition does not follow from the blocks_config beside it")
+        raise _no_model(source.folder, error) from error
+    if model.partition != source.partition:
+        raise ValueError(f"{source.folder / INDEX}: the partition does not follow from the blocks_config beside it")
     return model
 
 
@@ -228,7 +228,7 @@ def outline_of_index(index: dict[str, Any]) -> DiffusionBlocks:
 
 def check_tensors(
     present: Mapping[str, tuple[tuple[int, ...], torch.dtype | str]],
-    expected: Mapping[str, Tensor],
+    model_tensors: Mapping[str, Tensor],
     what: str,
     fix: str,
 ) -> None:
@@ -236,17 +236,20 @@ def check_tensors(
 
     Args:
         present: shape and dtype of each tensor, by name.
-        expected: the model's.
+        model_tensors: the model's.
         what: how the message begins.
         fix: and how it ends.
 
     Raises:
         ValueError: it names the first tensor that is missing, unknown or different.
     """
-    for names, text in ((expected.keys() - present.keys(), "lacks"), (present.keys() - expected.keys(), "has unknown")):
+    for names, text in (
+        (model_tensors.keys() - present.keys(), "lacks"),
+        (present.keys() - model_tensors.keys(), "has unknown"),
+    ):
         if names:
             raise ValueError(f"{what} {text} tensors {sorted(names)[:3]}, {len(names)} in all; {fix}")
-    for name, tensor in expected.items():
+    for name, tensor in model_tensors.items():
         shape, dtype = present[name]
         floating = tensor.is_floating_point()
         agrees = isinstance(dtype, torch.dtype) and (dtype.is_floating_point if floating else dtype == tensor.dtype)

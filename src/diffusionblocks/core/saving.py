@@ -34,20 +34,20 @@ from .saved_model import (
 )
 
 
-def check_out(out: Path, inputs: Sequence[Path], done: str) -> None:
+def check_out(out: Path, inputs: Sequence[Path], action: str) -> None:
     """Refuse a folder for a model, before any work, that must not be replaced, or that would replace what is read.
 
     Args:
         out: the folder.
         inputs: what is read.
-        done: what is done to them, for the message.
+        action: what is done to them, for the message.
 
     Raises:
         ValueError: see `check_replaceable`; or an input lies in `out`.
     """
     for place in inputs:
         if place.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"out = {out} would replace {place}, which is {done}; choose another folder")
+            raise ValueError(f"out = {out} would replace {place}, which is {action}; choose another folder")
     check_replaceable(out, WITH_TOKENIZER)
 
 
@@ -74,10 +74,10 @@ def save(
             tensors that `load` would refuse or that are not finite, or a place that must not be replaced
             (`check_replaceable`).
     """
-    chosen = _chosen(model, blocks)
-    index = describe(model, chosen) | ({} if trained is None else {"trained": trained})
+    indices = _choose(model, blocks)
+    index = describe(model, indices) | ({} if trained is None else {"trained": trained})
     _check_readable(model, index)
-    for b in chosen:
+    for b in indices:
         _require_finite(model.block(b))
     with whole_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:
         if tokenizer is not None:
@@ -89,7 +89,7 @@ def save(
             write_tensors(folder / name, tensors, {STAMP: stamp(index, block)})
             files[name] = digest(folder / name)
 
-        for b in chosen:
+        for b in indices:
             tensors = model.block(b).state_dict(keep_vars=True)
             write(block_file(b), {k: t for k, t in tensors.items() if id(t) not in shared}, b)
             if shared and b == 0:
@@ -103,7 +103,7 @@ def _check_readable(model: DiffusionBlocks, index: dict[str, Any]) -> None:
     for b in blocks:
         for name, tensor in model.block(b).state_dict(keep_vars=True).items():
             check_plain(tensor, f"block {b}: {name}")
-    described = outline_of_index(index)
+    outline = outline_of_index(index)
     precisions: dict[frozenset[torch.dtype], int] = {}
     for b in blocks:
         states = model.block(b).state_dict(keep_vars=True)
@@ -111,7 +111,7 @@ def _check_readable(model: DiffusionBlocks, index: dict[str, Any]) -> None:
         fix = "save what `convert` made"
         if any("lora_" in name or ".base_layer." in name for name in tensors):
             fix = "merge the low-rank weights into the layers first (of PEFT: model.merge_and_unload())"
-        check_tensors(tensors, described.block(b).state_dict(), f"block {b} cannot be saved: it", fix)
+        check_tensors(tensors, outline.block(b).state_dict(), f"block {b} cannot be saved: it", fix)
         floating = frozenset(dtype for _, dtype in tensors.values() if dtype.is_floating_point)
         precisions.setdefault(floating, b)
     if len(precisions) > 1:
@@ -134,24 +134,24 @@ def check_plain(tensor: torch.Tensor, what: str) -> None:
         raise ValueError(f"{what} has layout {tensor.layout}; turn it into a dense tensor first")
 
 
-def _chosen(model: DiffusionBlocks, blocks: Sequence[int] | None) -> list[int]:
+def _choose(model: DiffusionBlocks, blocks: Sequence[int] | None) -> list[int]:
     every = list(range(model.partition.num_blocks))
-    chosen = every if blocks is None else sorted({model.partition.check_block(block) for block in blocks})
-    if not chosen or (blocks is not None and len(chosen) != len(blocks)):
+    indices = every if blocks is None else sorted({model.partition.check_block(block) for block in blocks})
+    if not indices or (blocks is not None and len(indices) != len(blocks)):
         raise ValueError(f"blocks = {list(blocks or ())}: name each block to save once, of {every}; None saves all")
-    if chosen != every and model.blocks_config.shared == "joint":
+    if indices != every and model.blocks_config.shared == "joint":
         raise ValueError(
-            f"blocks = {chosen}: under shared = joint all blocks have one copy of the shared parameters, so they "
+            f"blocks = {indices}: under shared = joint all blocks have one copy of the shared parameters, so they "
             "cannot be saved apart; leave blocks out, or convert with shared: replicated or frozen"
         )
-    unbuilt = [index for index in chosen if _on_meta(model.block(index))]
+    unbuilt = [index for index in indices if _on_meta(model.block(index))]
     if unbuilt:
-        built = [index for index in every if not _on_meta(model.block(index))]
+        others = [index for index in every if not _on_meta(model.block(index))]
         raise ValueError(
             f"blocks {unbuilt} are on the meta device: they were never built and have no weights to save; save the "
-            f"others, with blocks={built}"
+            f"others, with blocks={others}"
         )
-    return chosen
+    return indices
 
 
 def _require_finite(block: Block) -> None:
@@ -167,7 +167,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
 
     Of a conversion that never trained it is the original again. After training its outputs are far from the blocks':
     each block was trained on noised targets of its own, with what conversion added, and never on what the block before
-    it gives. The trained model is the blocks: `predict`, `sample`, `generate` or `continue_texts`.
+    it gives. The trained model is the blocks: `predict`, `sample` or `generate`.
 
     Layers come from the blocks that own them; shared parameters before the layers from block 0, those after them from
     the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original

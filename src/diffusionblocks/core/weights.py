@@ -99,18 +99,18 @@ class Fresh(WeightSource):
         shared = [name for name in names if self._is_shared(name)]
         if shared:
             depends = family_named(self.model_class).depth_dependent_weights
-            drawn = self._draw(layers.stop if depends else 1, "shared")
-            taken: set[int] = set()
+            values = self._draw(layers.stop if depends else 1, "shared")
+            pointers: set[int] = set()
             for name in shared:
-                tensor = drawn[name]
+                tensor = values[name]
                 # A tied parameter has several names, and blocks that untie it train each by itself.
-                yield name, tensor.clone() if tensor.data_ptr() in taken else tensor
-                taken.add(tensor.data_ptr())
-            del drawn
+                yield name, tensor.clone() if tensor.data_ptr() in pointers else tensor
+                pointers.add(tensor.data_ptr())
+            del values
         of_layers = {self._name_from(layers.start, name): name for name in names if not self._is_shared(name)}
         if of_layers:
-            drawn = self._draw(len(layers), f"block {block}")
-            yield from ((of_layers[name], tensor) for name, tensor in drawn.items() if name in of_layers)
+            values = self._draw(len(layers), f"block {block}")
+            yield from ((of_layers[name], tensor) for name, tensor in values.items() if name in of_layers)
 
     def _is_shared(self, name: str) -> bool:
         _, shared = self._layers_and_shared
@@ -155,16 +155,16 @@ class InFiles(WeightSource):
         seed: int,
         dtype: torch.dtype | None = None,
     ) -> None:
-        found = checkpoint(model_class, path, values, dtype)
-        super().__init__(model_class, found.config, found.dtype)
+        layout = checkpoint(model_class, path, values, dtype)
+        super().__init__(model_class, layout.config, layout.dtype)
         family = family_named(model_class)
-        head = tuple(f"{part}." for part in family.head_paths(outline(model_class, found.config)))
-        lost = sorted(name for name in found.missing if not name.startswith(head))
-        if lost:
-            raise CannotReadInParts(f"its files lack {', '.join(lost[:3])}")
-        self.generation_config = found.generation_config
-        self._places = found.places
-        self._fresh = Fresh(model_class, found.config, seed=seed)
+        head = tuple(f"{part}." for part in family.head_paths(outline(model_class, layout.config)))
+        absent = sorted(name for name in layout.missing if not name.startswith(head))
+        if absent:
+            raise CannotReadInParts(f"its files lack {', '.join(absent[:3])}")
+        self.generation_config = layout.generation_config
+        self._places = layout.places
+        self._fresh = Fresh(model_class, layout.config, seed=seed)
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Read the tensors from the files that hold them; draw what they lack."""
