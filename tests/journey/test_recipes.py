@@ -23,7 +23,13 @@ from diffusionblocks.families import family_named
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
-LAYERS = {"vit/tiny-imagenet": 12, "dit/digits": 6, "dit/imagenet-latents": 24, "text/masked_topics": 6}
+LAYERS = {
+    "vit/tiny-imagenet": 12,
+    "dit/digits": 6,
+    "dit/digits-flow": 6,
+    "dit/imagenet-latents": 24,
+    "text/masked_topics": 6,
+}
 LAYERS |= {"text/autoregressive_topics": 4, "text/recurrent_topics": 2, "text/recurrent_prose": 4}  # else 12
 
 SPEEDS = ("images_per_second", "tokens_per_second")
