@@ -145,7 +145,7 @@ def test_sample_end_to_end(plain_run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "an empty prompt: an ordinary language model needs at least one token" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert main(["evaluate", LLAMA, "--model", str(plain_run / "model"), *TINY, *plain]) == 0
-    assert "decodable_mass" in capsys.readouterr().out
+    assert "decodable_share" in capsys.readouterr().out
 
 
 def test_recurrent_depth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
