@@ -196,7 +196,7 @@ def test_an_infinite_perplexity_is_null_in_json(tmp_path: Path) -> None:
     row = generated_text("it", [[1, 2]], teacher="never", perplexity=perplexity)
     write_json(tmp_path / "row.json", row.to_dict())
     written = read_json(tmp_path / "row.json")["perplexity"]
-    assert (written["perplexity"], written["nats"], written["tokens"]) == (None, None, 2)
+    assert (written["perplexity"], written["cross_entropy"], written["tokens"]) == (None, None, 2)
 
 
 # ---- the check itself --------------------------------------------------------------------------------------
