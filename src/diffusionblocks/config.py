@@ -54,6 +54,11 @@ TargetConfig = Annotated[
 def _registered(values: Any) -> Any:
     """Refuse a noise process that is not registered: a user's own may only not be imported yet."""
     kind = _kind("edm")(values)
+    if isinstance(values, NoiseProcess) and NOISE_PROCESSES.get(kind) is not type(values):
+        raise ValueError(
+            f"{type(values).__name__} is not the noise process that is registered as kind = {kind!r}, and a saved "
+            "model would load as that one: give it a kind of its own, and register it (register_noise_process)"
+        )
     if isinstance(values, dict) and kind not in NOISE_PROCESSES:
         raise ValueError(
             f"kind = {kind!r} is no noise process that is known here; allowed: {', '.join(NOISE_PROCESSES)}. Of your "

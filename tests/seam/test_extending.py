@@ -9,8 +9,10 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -238,7 +240,33 @@ def test_registration_refuses_what_is_no_process_or_solver_and_taken_names() -> 
         db.register_solver("euler", lambda *_: None)
     with pytest.raises(ValueError, match="calls_per_step must be >= 1, got 0"):
         db.register_solver("mine", lambda *_: None, calls_per_step=0)
+    with pytest.raises(TypeError, match=r"calls_per_step must be a whole number, got 1\.5"):
+        db.register_solver("mine", lambda *_: None, calls_per_step=1.5)  # type: ignore[arg-type]
     assert "mine" not in SOLVERS
+    with pytest.raises(TypeError, match="register_task takes a subclass"):
+        db.register_task(3)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="Bare lacks target, section, takes, does"):
+        db.register_task(type("Bare", (db.Task,), {}))
+    with pytest.raises(TypeError, match="register_data takes a subclass"):
+        db.register_data(object)  # type: ignore[type-var]
+
+
+def test_a_process_that_would_load_as_another_is_refused() -> None:
+    members = {"_cdf": lambda _, t: t, "_icdf": lambda _, q: q, "alpha": lambda _, t: 1 - t, "sigma": lambda _, t: t}
+
+    def process(frozen: bool = True, **more: Any) -> type:
+        return dataclass(frozen=frozen)(type("Mine", (db.GaussianProcess,), members | more))
+
+    with pytest.raises(ValueError, match=r"Mine: give the process a name"):  # no field: it would be saved without
+        db.register_noise_process(process(kind="mine"))
+    with pytest.raises(TypeError, match=r"Mine: .*frozen=True"):
+        db.register_noise_process(process(False, kind="mine", __annotations__={"kind": str}))
+    without = process(alpha=db.GaussianProcess.alpha, kind="mine", __annotations__={"kind": str})
+    with pytest.raises(TypeError, match="Mine lacks alpha"):
+        db.register_noise_process(without)
+    assert "mine" not in NOISE_PROCESSES
+    with pytest.raises(ValueError, match="Sharper is not the noise process that is registered as kind = 'edm'"):
+        db.BlocksConfig(noise=type("Sharper", (db.EDM,), {})())
 
 
 # ---- a family ------------------------------------------------------------------------------------------------

@@ -56,6 +56,16 @@ def test_the_network_is_shown_z_itself_and_told_the_shifted_time() -> None:
     assert torch.equal(noise.prior((2, 3), generator=seeded()), torch.randn(2, 3, generator=seeded()))
 
 
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_both_ends_of_the_path_are_exact_whatever_the_shift(solver: str) -> None:
+    for shift in (0.05, 0.1, 0.2, 0.3, 0.45, 1.0, 1.1, 3.0, 7.3, 1e3):  # s / (1 + (s - 1)) is not 1 for some
+        noise = FlowMatching(shift=shift)
+        assert (noise.alpha_sigma(0.0), noise.alpha_sigma(1.0)) == ((1.0, 0.0), (0.0, 1.0))
+        z = torch.randn(4, generator=seeded(), dtype=torch.float64)
+        drawn = SOLVERS[solver](lambda z, level: torch.full_like(z, 0.3), z, noise.sampling_levels(4), noise)
+        torch.testing.assert_close(drawn, torch.full_like(z, 0.3))
+
+
 @pytest.mark.parametrize("process", [EDM(), FlowMatching(), FlowMatching(shift=3.0)], ids=str)
 def test_rates_and_log_snr_are_those_of_alpha_and_sigma(process: GaussianProcess) -> None:
     for level in (0.1, 0.5, 0.9):

@@ -34,7 +34,7 @@ class Registry(Mapping[str, Entry]):
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"{self.kind} {name!r}: a name is letters, digits, '_', '.' or '-', the first a letter")
-        if self._entries.get(name, entry) is not entry:
+        if self._entries.get(name, entry) != entry:
             raise ValueError(f"{self.kind} {name!r} is registered already; give yours another name")
         self._entries[name] = entry
 

@@ -111,8 +111,11 @@ def register_data(section: type[Section]) -> type[Section]:
         section: a subclass of `DataSection` with a field `kind: Literal["its name"]`.
 
     Raises:
+        TypeError: no such subclass.
         ValueError: no such field, or a name that is taken.
     """
+    if not isinstance(section, type) or not issubclass(section, DataSection):
+        raise TypeError(f"register_data takes a subclass of DataSection, got {section!r}")
     DATA.register(kind_of(section), section)
     return section
 

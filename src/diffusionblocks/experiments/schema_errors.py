@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..common.by_kind import ByKind
@@ -56,11 +56,13 @@ def _join(location: str, messages: list[str]) -> str:
 def _explained(item: Any, config: type[BaseModel] | None) -> tuple[str, str]:
     """(the field as it is written in the YAML, what is wrong with it) of one of pydantic's errors."""
     parts = [str(part) for part in item["loc"]]
-    names, inside = _names_of(parts, config)
+    names, inside, former = _names_of(parts, config)
     location = ".".join(names)
     kind, value, message = item["type"], item["input"], item["msg"].removeprefix("Value error, ")
     value_text = f" (got {text_of(value)})"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        if (name := former.get(parts[-1])) is not None:  # alone it would have been taken
+            return location, f"{name} is given twice: {parts[-1]} is its former name; leave {parts[-1]} out"
         return location, f"no such field{near(parts[-1], inside)}"
     if kind == "union_tag_invalid":
         if not isinstance(value, dict):
@@ -102,13 +104,13 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
 
 
-def _names_of(parts: list[str], config: type[BaseModel] | None) -> tuple[list[str], list[str]]:
-    """What of a location of pydantic's stands in the YAML, and the names that the section there has.
+def _names_of(parts: list[str], config: type[BaseModel] | None) -> tuple[list[str], list[str], dict[str, str]]:
+    """What of a location of pydantic's stands in the YAML, the names that the section there has, and the former ones.
 
     Of a location are also the kinds of sections, places in lists and the members of unions; readers see none of them.
     """
     if config is None:
-        return parts, []
+        return parts, [], {}
     here, names = [config], list[str]()
     for place, part in enumerate(parts):
         types = {name: annotation for section in here for name, annotation in _types_of(section).items()}
@@ -122,7 +124,8 @@ def _names_of(parts: list[str], config: type[BaseModel] | None) -> tuple[list[st
             names.append(part)  # an unknown field
         elif not here and not part.isdecimal() and names[-1] in ("config", "split_files"):
             names.append(part)  # a name of the user's own
-    return names, list(dict.fromkeys(name for section in here for name in _types_of(section)))
+    former = {old: name for section in here for old, name in _former_names(section).items()}
+    return names, list(dict.fromkeys(name for section in here for name in _types_of(section))), former
 
 
 def sections_in(section: Any) -> Iterator[type]:
@@ -146,6 +149,14 @@ def _types_of(section: Any) -> dict[str, Any]:
         types = get_type_hints(section)
         return {field.name: types[field.name] for field in dataclasses.fields(section)}
     return {name: type_of(field) for name, field in section.model_fields.items()}
+
+
+def _former_names(section: Any) -> dict[str, str]:
+    """Former names of a section's fields, each with the name of today."""
+    fields = {} if dataclasses.is_dataclass(section) else section.model_fields
+    aliases = {name: field.validation_alias for name, field in fields.items()}
+    choices = {name: alias.choices for name, alias in aliases.items() if isinstance(alias, AliasChoices)}
+    return {str(old): name for name, olds in choices.items() for old in olds if old != name}
 
 
 def type_of(field: FieldInfo) -> Any:

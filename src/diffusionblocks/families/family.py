@@ -269,6 +269,8 @@ def register_family(family: _FamilyClass) -> _FamilyClass:
     attributes = ("classes", "library", "layers", "class_count_field", "shape_fields", "target_config")
     if missing := [name for name in attributes if not hasattr(family, name)]:
         raise ValueError(f"{family.__name__} lacks {', '.join(missing)}: a family says these as class attributes")
+    if not isinstance(family.classes, tuple):  # a text would be read as a name for each letter
+        raise ValueError(f"{family.__name__}: classes is names in a tuple, as in ('MyModel',); got {family.classes!r}")
     instance = family()
     if taken_names := [name for name in instance.classes if name in FAMILIES]:
         raise ValueError(f"{family.__name__}: {', '.join(taken_names)} is registered already, for another family")

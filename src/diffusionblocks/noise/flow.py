@@ -103,11 +103,15 @@ class FlowMatching(GaussianProcess):
 
     def shifted(self, level: Tensor) -> Tensor:
         """t' = s * t / (1 + (s - 1) * t), shape and dtype of `level`: where on the path a level lies."""
-        return self.shift * level / (1.0 + (self.shift - 1.0) * level)
+        return self.shift * level / self._total(level)
+
+    def _total(self, level: Tensor) -> Tensor:
+        """1 + (s - 1) * t, written so that t' is exactly 1 at t = 1, and alpha exactly 0, whatever the shift."""
+        return (1.0 - level) + self.shift * level
 
     def alpha(self, level: Tensor) -> Tensor:
         """1 - t'."""
-        return 1.0 - self.shifted(level)
+        return (1.0 - level) / self._total(level)
 
     def sigma(self, level: Tensor) -> Tensor:
         """t'."""

@@ -330,13 +330,20 @@ def register_noise_process(process: _Process) -> _Process:
             `kind: Literal["name"] = "name"`.
 
     Raises:
-        TypeError: no such class.
-        ValueError: the kind is no name, or taken.
+        TypeError: no such class, or methods that it must write are missing.
+        ValueError: the kind is no field, no name, or taken.
     """
     is_process = isinstance(process, type) and issubclass(process, NoiseProcess)
     if not (is_process and "__dataclass_fields__" in vars(process)):
         raise TypeError(f"a noise process is a dataclass on NoiseProcess, got {process!r}")
-    NOISE_PROCESSES.register(getattr(process, "kind", None), process)  # type: ignore[arg-type]
+    if not process.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise TypeError(f"{process.__name__}: a noise process does not change; use @dataclass(frozen=True)")
+    if missing := sorted(process.__abstractmethods__):
+        raise TypeError(f"{process.__name__} lacks {', '.join(missing)}: a noise process says these as methods")
+    kind = process.__dataclass_fields__.get("kind")  # type: ignore[attr-defined]
+    if kind is None or not isinstance(kind.default, str):  # else a saved model would not say of what process it is
+        raise ValueError(f"{process.__name__}: give the process a name, as in kind: Literal['cosine'] = 'cosine'")
+    NOISE_PROCESSES.register(kind.default, process)
     return process
 
 

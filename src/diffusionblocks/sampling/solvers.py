@@ -84,12 +84,14 @@ def register_solver(
         The function.
 
     Raises:
-        TypeError: a function that cannot be called.
+        TypeError: a function that cannot be called, or a number that is not whole.
         ValueError: no such name, one that is taken, or a number below 1.
     """
     if not callable(function):
         raise TypeError(f"solver {name!r} must be a function, got {function!r}")
     for field, value in (("order", order), ("calls_per_step", calls_per_step), ("calls_to_zero", calls_to_zero)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"solver {name!r}: {field} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"solver {name!r}: {field} must be >= 1, got {value}")
     SOLVERS.register(name, Solver(function, order, calls_per_step, calls_to_zero))

@@ -322,8 +322,16 @@ def register_task(task: TaskClass) -> TaskClass:
         task: a subclass of `Task`, without arguments of `__init__`.
 
     Raises:
-        ValueError: its section has no field `kind: Literal["its name"]`, or the name is taken.
+        TypeError: no such subclass, or methods that it must write are missing.
+        ValueError: attributes are missing, its section has no field `kind: Literal["its name"]`, or the name is taken.
     """
+    if not isinstance(task, type) or not issubclass(task, Task):
+        raise TypeError(f"register_task takes a subclass of diffusionblocks.Task, got {task!r}")
+    # Every recipe without evaluate.kind asks every task for its target.
+    if missing := [name for name in ("target", "section", "takes", "does") if not hasattr(task, name)]:
+        raise ValueError(f"{task.__name__} lacks {', '.join(missing)}: a task says these as class attributes")
+    if not isinstance(task.takes, tuple):  # of a text, `in` would find parts
+        raise ValueError(f"{task.__name__}: takes is names in a tuple, as in ('images',); got {task.takes!r}")
     instance = task()
     _SECTIONS.register(instance.kind, instance.section)
     TASKS.register(instance.kind, instance)
