@@ -15,7 +15,7 @@ import diffusionblocks as db
 from diffusionblocks.cli import main
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
-from diffusionblocks.experiments.run import write_recipe
+from diffusionblocks.experiments.run import trained_differently, write_recipe
 
 SMALL = [*TINY_VIT, *sets(train__steps=3)]
 
@@ -108,6 +108,10 @@ def test_jobs_that_trained_differently_are_merged_with_a_warning(
         return capsys.readouterr().err
 
     assert "warning" not in warned(train__resident="active", train__schedule="sequential", train__dwell=3)
+    older = json.loads((second / "recipe.json").read_text())  # as an earlier version wrote it
+    older["train"]["dwell"] = older["train"].pop("steps_per_switch")
+    (second / "recipe.json").write_text(json.dumps(older))
+    assert trained_differently([first, second]) == []
     expected = f"train.seed is 0 in {first / 'recipe.json'} and 9 in {second / 'recipe.json'}"
     assert f"warning: blocks were trained differently: {expected}" in warned(train__seed=9)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionblocks import EDM, Partition
+from diffusionblocks import EDM, FlowMatching, NoiseProcess, Partition
 
 NOISE = EDM()
 STRATEGIES = ("equi-probability", "log-uniform", "uniform")
@@ -148,3 +148,10 @@ def test_one_block_owns_everything() -> None:
     partition = build(1, overlap=0.05)
     assert partition.interval(0) == partition.training_interval(0) == (0.002, 80.0)
     assert partition.block_of(torch.tensor([0.002, 0.5, 80.0])).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("noise", [FlowMatching(mean=15.0), FlowMatching(mean=40.0), EDM(p_std=1e-7)], ids=str)
+def test_boundaries_that_count_as_one_level_are_refused(noise: NoiseProcess) -> None:
+    with pytest.raises(ValueError, match=r"must ascend, each by more than a share of 1e-06.* a wider distribution"):
+        Partition.build(noise, num_layers=3, num_blocks=3)
+    Partition.build(noise, num_layers=3, num_blocks=1)

@@ -94,6 +94,11 @@ class Partition:
             )
         boundaries = noise.boundaries(num_blocks, strategy)
         ascending = list(itertools.pairwise(boundaries))
+        if not all(low * (1 + _SAME_LEVEL) < high for low, high in ascending):
+            raise ValueError(
+                f"the boundaries of the blocks' noise levels must ascend, each by more than a share of "
+                f"{_SAME_LEVEL:g}, got {boundaries}: give blocks.noise a wider distribution of levels, or set num_blocks lower"
+            )
         owned = ascending[::-1]  # block 0 owns the highest interval
         return cls(
             boundaries=tuple(boundaries),

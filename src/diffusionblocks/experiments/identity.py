@@ -79,7 +79,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
     """
     if not all(isinstance(before.get(section), dict) for section in ("model", "blocks", "data", "train")):
         raise ValueError(f"{where}: its description of the run is damaged; start anew with --restart")
-    ours, theirs = _compared(now), _compared(_in_todays_terms(before))
+    ours, theirs = _compared(now), _compared(in_current_terms(before))
     for section, names in _IDENTITY.items():
         for name in names:
             if name not in ours[section] or name not in theirs.get(section, {}):
@@ -141,7 +141,7 @@ def _compared(description: dict[str, Any]) -> dict[str, Any]:
     return {name: of_section(name, values) for name, values in description.items() if name not in _NOT_COMPARED}
 
 
-def _in_todays_terms(description: dict[str, Any]) -> dict[str, Any]:
+def in_current_terms(description: dict[str, Any]) -> dict[str, Any]:
     """With the defaults of fields that were added since, and their names of today."""
     more = {
         section: {name: description[section][name] for name in names if name in description[section]}

@@ -32,7 +32,13 @@ from ..training import Trainer
 from ..training.checkpoint import checkpoints, read_values
 from ..training.run_log import LOG, Logger
 from .experiment import Experiment
-from .identity import check_goes_on_from_first_version, check_same_run, describe_run, learned_from
+from .identity import (
+    check_goes_on_from_first_version,
+    check_same_run,
+    describe_run,
+    in_current_terms,
+    learned_from,
+)
 from .noise_fit import LEVELS, Fit, fit_levels
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe
@@ -281,7 +287,7 @@ def trained_differently(folders: Sequence[Path]) -> list[str]:
         folders: of runs, or their saved models; one without a recipe beside it is passed over.
     """
     paths = [place / RECIPE for folder in folders for place in (folder, folder.parent) if (place / RECIPE).is_file()]
-    training = [learned_from(read_json(path)) for path in paths]
+    training = [learned_from(in_current_terms(read_json(path))) for path in paths]
     lines = []
     for path, other in zip(paths[1:], training[1:], strict=True):
         if (first_difference := difference(training[0], other)) is not None:
