@@ -588,3 +588,11 @@ def test_the_losses_at_a_level_are_those_of_training_without_the_weight(
     assert torch.equal(result.losses, expected)
     assert torch.equal(result.output, block({n: batch[n] for n in block.input_names}, result.z, result.level))
     assert not torch.equal(other.z, result.z)
+
+
+def test_what_the_network_is_shown_is_free_in_the_readout(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, seen = convert("vit").block(0), []
+    readout = block.family.readout
+    monkeypatch.setattr(block.family, "readout", lambda call, *rest: (seen.append(call.z), readout(call, *rest))[1])
+    block.loss(image_batch(2), seeded())
+    assert [z.numel() for z in seen] == [0]

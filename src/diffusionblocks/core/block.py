@@ -222,6 +222,8 @@ class Block(nn.Module):
         call = self.call(condition, inputs, self.noise.scaled(z, level), layers, clean_output=clean_output)
         hidden, raw = self.family.hidden(call)
         denoised = self.noise.combine(z, raw, level)
+        # Without z: what the network was shown need not live on through the readout.
+        call = self._readout_call(condition, layers=call.layers, inputs=inputs, clean_output=clean_output)
         if states_only:
             assert isinstance(self.family, TextFamily), "no states of positions"
             states = self.family.states(call, hidden, denoised)

@@ -96,8 +96,8 @@ class Partition:
         ascending = list(itertools.pairwise(boundaries))
         if not all(low * (1 + _SAME_LEVEL) < high for low, high in ascending):
             raise ValueError(
-                f"the boundaries of the blocks' noise levels must ascend, each by more than a share of {_SAME_LEVEL:g}: "
-                f"got {boundaries}; give blocks.noise a wider distribution of levels, or set num_blocks lower"
+                f"the boundaries of the blocks' levels must ascend, each by more than a share of {_SAME_LEVEL:g}: got "
+                f"{boundaries}; give blocks.noise a wider distribution of levels, or set num_blocks lower"
             )
         owned = ascending[::-1]  # block 0 owns the highest interval
         return cls(

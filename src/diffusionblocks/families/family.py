@@ -30,7 +30,8 @@ class BlockCall:
         layers: the block's layers, in order, to be called like the originals. Those with adaptive norms also take
             `leading` and `call`, see `AdaptiveNorms.forward`.
         inputs: the batch entries `Family.input_names`; where text is generated, also `Family.generation_names`.
-        z: what the noise process shows of z: c_in * z under EDM, z itself under masking.
+        z: what the noise process shows of z: c_in * z under EDM, z itself under masking. In `hidden` alone: it is
+            empty in the readout, through which it need not live.
         clean_output: whether the clean stream's last states are read, for families that have such a stream.
     """
 
