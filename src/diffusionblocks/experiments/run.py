@@ -155,7 +155,13 @@ def train_trunk(experiment: Experiment, folder: Path, *, progress: bool = True) 
         experiment: on its fitted levels, where it fits them.
         folder: of the run.
         progress: show progress bars.
+
+    Raises:
+        ValueError: the recipe has no trunk, or a fit that was not done.
     """
+    if not _has_trunk(experiment):
+        raise ValueError(f"{experiment.recipe.name} trains no trunk: the recipe has no such section for its method")
+    _check_fitted(experiment)
     of_trunk = experiment.derive(trunk_recipe(experiment.recipe))
     trunk = of_trunk.trainer(folder / "trunk", progress=progress)
     write_recipe(experiment.origin, folder)
@@ -181,7 +187,13 @@ def blocks_trainer(
         trunk: at its end.
         loggers: further receivers of the log.
         progress: show progress bars.
+
+    Raises:
+        ValueError: a fit or a trunk of the recipe was not done.
     """
+    _check_fitted(experiment)
+    if trunk is None and _has_trunk(experiment):
+        raise ValueError(f"{experiment.recipe.name} branches its blocks from a trunk: give the one of train_trunk")
     if trunk is None:
         trainer = experiment.trainer(folder, loggers=loggers, progress=progress)
         write_recipe(experiment.origin, folder)
@@ -236,6 +248,12 @@ def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
     blocks = recipe.blocks
     with trunk.averaged() if trunk_options(recipe).weights == "averaged" else contextlib.nullcontext():
         return branch(trunk.model, blocks.num_blocks, overlap=blocks.overlap, partition=blocks.partition)
+
+
+def _check_fitted(experiment: Experiment) -> None:
+    """Refuse levels that are not fitted yet: blocks would train on others, and nobody would see it."""
+    if experiment.recipe.fit is not None and experiment.of_method_blocks:
+        raise ValueError(f"{experiment.recipe.name} fits its noise levels first: give the experiment of fit_noise")
 
 
 def _has_trunk(experiment: Experiment) -> bool:
