@@ -348,6 +348,19 @@ def test_a_finished_fit_is_only_read_back(
     assert run(longer, tmp_path, data, resume=False).iterations == 15
 
 
+def test_a_fit_of_an_earlier_version_is_read_back(data: dict[str, ImageData], tmp_path: Path) -> None:
+    made = recipe(blocks={"num_blocks": 2, "target": {"kind": "label", "feedback": "hard"}})
+    first = run(made, tmp_path, data)
+    file = tmp_path / "fit" / "levels.json"
+    values = json.loads(file.read_text())
+    target, model, train = (values["settings"][name] for name in ("blocks", "model", "train"))
+    target["target"]["bridge"] = target["target"].pop("feedback")
+    train["dwell"] = train.pop("steps_per_switch")
+    del model["dtype"]  # which version 0.1.0 did not have
+    file.write_text(json.dumps(values))
+    assert run(made, tmp_path, data).seconds == pytest.approx(first.seconds)
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------
 
 

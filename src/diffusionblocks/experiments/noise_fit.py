@@ -20,11 +20,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from ..common.formats import read_json, write_json
 from ..common.modules import evaluating
 from ..common.seeds import keyed_generator
+from ..config import BlocksConfig
 from ..core.block import Block
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
@@ -33,13 +35,20 @@ from ..reports.figures import draw_fit
 from ..training import BatchMaker
 from ..training.checkpoint import checkpoints, read_values
 from ..training.step import arithmetic
-from ..training.train_config import RESUME_MAY_DIFFER, under_current_names
+from ..training.train_config import RESUME_MAY_DIFFER, TrainConfig
 from .experiment import Experiment
 from .identity import learned_from
-from .recipe import FitConfig, Recipe
+from .recipe import FitConfig, ModelConfig, Recipe
 from .recipe_changes import fit_options, fit_recipe, with_noise
 
 LEVELS = "levels.json"
+
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "fit": FitConfig,
+    "model": ModelConfig,
+    "blocks": BlocksConfig,
+    "train": TrainConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -206,13 +215,21 @@ def _settings(options: FitConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {name: section.model_dump(mode="json") for name, section in sections.items()} | {"train": train}
 
 
+def _in_current_terms(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A section of settings with the defaults of fields that were added since, and the names of today."""
+    schema = _SECTIONS.get(section)
+    try:
+        return values if schema is None else schema.model_validate(values).model_dump(mode="json")
+    except ValidationError:  # then as it is
+        return values
+
+
 def _read_rounds(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[float], list[Round]]:
     """The grid and the finished rounds in a file; none where there is no file."""
     if not file.is_file():
         return [], []
     values = read_json(file)
-    before = values.get("settings", {})
-    before["train"] = under_current_names(before.get("train", {}))
+    before = {section: _in_current_terms(section, part) for section, part in values.get("settings", {}).items()}
     for section, now in settings.items():
         if section == "data" and section not in before:  # version 0.1.0 did not note it
             continue
