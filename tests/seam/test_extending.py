@@ -264,6 +264,8 @@ def test_a_process_that_would_load_as_another_is_refused() -> None:
     without = process(alpha=db.GaussianProcess.alpha, kind="mine", __annotations__={"kind": str})
     with pytest.raises(TypeError, match="Mine lacks alpha"):
         db.register_noise_process(without)
+    with pytest.raises(ValueError, match=r"told of level 0, c_noise, is not finite; give precondition anew, or levels"):
+        process(kind="mine", __annotations__={"kind": str})()
     assert "mine" not in NOISE_PROCESSES
     with pytest.raises(ValueError, match="Sharper is not the noise process that is registered as kind = 'edm'"):
         db.BlocksConfig(noise=type("Sharper", (db.EDM,), {})())

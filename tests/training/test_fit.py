@@ -361,6 +361,23 @@ def test_a_fit_of_an_earlier_version_is_read_back(data: dict[str, ImageData], tm
     assert run(made, tmp_path, data).seconds == pytest.approx(first.seconds)
 
 
+def test_a_fit_of_the_first_version_is_read_back_as_one_that_told_every_level(
+    data: dict[str, ImageData], tmp_path: Path
+) -> None:
+    made = recipe(blocks={"num_blocks": 2, "noise": {"coverage": [0.0, 1.0]}})
+    first = run(made, tmp_path, data)
+    file = tmp_path / "fit" / "levels.json"
+    values = json.loads(file.read_text())
+    del values["settings"]["data"]
+    for noise in (values["settings"]["blocks"]["noise"], *(part["noise"] for part in values["rounds"])):
+        del noise["coverage"]
+    file.write_text(json.dumps(values))
+    again = run(made, tmp_path, data)
+    assert again.seconds == pytest.approx(first.seconds)
+    assert again.model.noise == first.model.noise
+    assert again.model.noise.coverage == (0.0, 1.0)
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------
 
 

@@ -107,7 +107,7 @@ def check_goes_on_from_first_version(before: dict[str, Any], now: dict[str, Any]
     """
     if not _leaves_levels_out(now):
         return check_same_run(before, now, where)
-    check_same_run(_of_every_level(before), _of_every_level(now), where)
+    check_same_run(of_every_level(before), of_every_level(now), where)
     if (now["blocks"]["noise"] or {}).get("coverage") != [0.0, 1.0]:
         raise ValueError(
             f"{where} is of version 0.1.0, which told the network every level; now those where next to nothing is "
@@ -123,7 +123,7 @@ def _leaves_levels_out(description: dict[str, Any]) -> bool:
     return getattr(family_named(description["model"]["type"]).default_target(), "unread", 0.0) > 0
 
 
-def _of_every_level(description: dict[str, Any]) -> dict[str, Any]:
+def of_every_level(description: dict[str, Any]) -> dict[str, Any]:
     """With the noise process written out, but for its coverage."""
     blocks = description.get("blocks")
     if not isinstance(blocks, dict):

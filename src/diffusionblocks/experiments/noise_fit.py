@@ -37,7 +37,7 @@ from ..training.checkpoint import checkpoints, read_values
 from ..training.step import arithmetic
 from ..training.train_config import RESUME_MAY_DIFFER, TrainConfig
 from .experiment import Experiment
-from .identity import learned_from
+from .identity import learned_from, of_every_level
 from .recipe import FitConfig, ModelConfig, Recipe
 from .recipe_changes import fit_options, fit_recipe, with_noise
 
@@ -230,9 +230,11 @@ def _read_rounds(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[li
         return [], []
     values = read_json(file)
     before = {section: _in_current_terms(section, part) for section, part in values.get("settings", {}).items()}
+    coverage = (settings["blocks"]["noise"] or {}).get("coverage")
+    first_version = "data" not in before  # it told every level: whoever goes on with it says so (`run.prepare`)
+    if first_version:  # nor did it note the data
+        before, settings = of_every_level(before), of_every_level({**settings, "data": {}})
     for section, now in settings.items():
-        if section == "data" and section not in before:  # version 0.1.0 did not note it
-            continue
         for field in now:
             result = before.get(section, {}).get(field)
             if difference(result, now[field]) is not None:  # a field that there was not yet counts as one of null
@@ -240,7 +242,10 @@ def _read_rounds(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[li
                     f"{file} was fitted with {section}.{field} = {result}, this run has {now[field]}: set it back, "
                     "start anew with --restart, or choose another folder"
                 )
-    return list(values["levels"]), [Round.from_dict(part) for part in values["rounds"]]
+    rounds = [Round.from_dict(part) for part in values["rounds"]]
+    if first_version:
+        rounds = [dataclasses.replace(part, noise=part.noise.with_coverage(coverage)) for part in rounds]
+    return list(values["levels"]), rounds
 
 
 def _check_round(start: int, end: int, folder: Path) -> None:

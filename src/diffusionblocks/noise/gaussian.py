@@ -33,6 +33,15 @@ class GaussianProcess(NoiseProcess):
 
     sigma_data: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for level in (self.read_min, self.read_max):
+            if not self.condition(torch.tensor([level], dtype=torch.float64, device="cpu")).isfinite().all():
+                raise ValueError(
+                    f"{self.kind}: what the network is told of level {level:g}, c_noise, is not finite; give "
+                    "precondition anew, or levels that begin and end where neither alpha nor sigma is 0"
+                )
+
     @abc.abstractmethod
     def alpha(self, level: Tensor) -> Tensor:
         """The factor of the target at each level, shape and dtype of `level`."""
