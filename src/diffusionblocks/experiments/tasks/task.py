@@ -288,7 +288,7 @@ class Task(abc.ABC, Generic[Options]):
             experiment: says what is not given.
             model: what to sample from.
             folder: where the files go.
-            given: the options of the command by name; None where one is not given.
+            values: the options of the command by name; None where one is not given.
             progress: show a progress bar.
 
         Returns:
