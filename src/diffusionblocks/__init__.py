@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, TokenTargetConfig
+    from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
     from .core.block import Block
     from .core.branching import branch
     from .core.conversion import convert
@@ -39,6 +39,7 @@ _ROOMS = {
     "ImageTargetConfig": "config",
     "LabelTargetConfig": "config",
     "Masking": "noise",
+    "NextTokenTargetConfig": "config",
     "NoiseProcess": "noise",
     "Partition": "core.partition",
     "Task": "experiments.tasks",
@@ -69,6 +70,7 @@ __all__ = [
     "ImageTargetConfig",
     "LabelTargetConfig",
     "Masking",
+    "NextTokenTargetConfig",
     "NoiseProcess",
     "Partition",
     "Task",

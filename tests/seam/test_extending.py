@@ -206,7 +206,7 @@ def test_data_of_a_user_serve_our_tasks_and_the_first_task_is_the_default(packag
     assert recipe.task.kind == "accuracy"
     data = recipe.data.load("train")
     assert isinstance(data, ImageData)
-    assert data.labels.bincount().min() > 100  # deciles of 1,437 images
+    assert data.labels.bincount().min() > 100  # deciles of 1,438 images
     with pytest.raises(ValueError, match=r"evaluate\.kind must be accuracy or ink-error for \w+, got bits"):
         load_recipe(VIT, ["evaluate.kind=bits"])
     with pytest.raises(ValueError, match=r"evaluate\.setps: no such field; did you mean steps"):

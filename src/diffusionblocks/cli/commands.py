@@ -10,12 +10,13 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .. import __version__
 from ..common.fields import MOST_LAYERS, MOST_LENGTH, MOST_LEVELS, MOST_SAMPLES, MOST_SEED
 from ..common.files import check_writable
-from ..common.messages import STATUSES, OneLineParser, report_errors
+from ..common.messages import STATUSES, OneLineParser, one_line, report_errors
 from .command import Command
 
 COMMANDS = {
@@ -107,6 +108,7 @@ def _quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as of_transformers
 
+    warnings.formatwarning = lambda message, *_, **__: f"{one_line(f'warning: {message}')}\n"  # without a line of code
     of_transformers.set_verbosity_error()
     of_transformers.disable_progress_bar()  # of saving a few small files; ours shows the training
 

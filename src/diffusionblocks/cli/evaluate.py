@@ -43,6 +43,6 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.by_level:
         levels = task.measure_by_level(experiment, experiment.blocks_of(model))
         more["by_level"] = [row.to_dict() for row in levels]
-        print(format_table(more["by_level"]))
+        print(format_table([with_rounding(level) for level in more["by_level"]]))
     if options.json:
         write_results(options.json, rows, **more)

@@ -11,6 +11,7 @@ from .command import takes_recipe
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
+    from ..experiments.recipe import Recipe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     model = empty(source, recipe.blocks)
     total = sum(p.numel() for p in source.outline().parameters())
     print(f"{recipe.name}: {recipe.model.type}, {model.partition.num_layers} layers, {total:,} parameters")
+    print(f"training: {_stages(recipe)}")
     print(f"blocks: {json.dumps(model.blocks_config.model_dump(mode='json', exclude={'noise'}))}")
     print(format_table(block_table(model)))
     print("bytes: AdamW in the weights' precision, of one block and its shared parameters, without activations")
@@ -37,3 +39,16 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.figure:
         draw_partition(model.partition, model.noise, options.figure)
         print(f"partition drawn to {options.figure}")
+
+
+def _stages(recipe: Recipe) -> str:
+    """How long each stage of the training is."""
+    blocks = recipe.method == "diffusionblocks"
+    stages = {"the whole model": recipe.train}
+    if blocks:
+        stages = {"fit of the noise levels": recipe.fit, "trunk": recipe.trunk, "each block": recipe.train}
+    lengths = {name: stage for name, stage in stages.items() if stage is not None}
+    return ", then ".join(
+        f"{name} {stage.steps:,} steps" if stage.steps is not None else f"{name} {stage.epochs:g} epochs"
+        for name, stage in lengths.items()
+    )

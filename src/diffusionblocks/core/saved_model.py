@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..common.digests import FileDigest, check_seal, json_digest
@@ -157,6 +157,10 @@ def read_saved(path: str | Path) -> SavedModel:
     """
     folder = Path(path)
     recover(folder, WITH_TOKENIZER)
+    if not (folder / INDEX).exists():
+        raise FileNotFoundError(
+            f"{folder / INDEX} is missing: give a folder that a converted model was saved to; of a run, give RUN/model"
+        )
     index = read_json(folder / INDEX)
     if index.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{folder}: format {index['format']!r}; this version reads format {FORMAT}")
@@ -194,8 +198,13 @@ def _check_blocks(folder: Path, blocks: Any, count: int) -> None:
 
 
 def _no_model(folder: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())  # of pydantic it has several lines
-    return ValueError(f"{folder / INDEX} does not describe a model: {type(error).__name__}: {reason}")
+    if isinstance(error, ValidationError):
+        reason = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
+        )
+    else:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(f"{folder / INDEX} does not describe a model: {reason}")
 
 
 def outline_saved(source: SavedModel) -> DiffusionBlocks:

@@ -97,7 +97,7 @@ class PixelsConfig(ImagesSection):
 
 @register_data
 class DigitsConfig(PixelsConfig):
-    """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,437 train and 360 test images."""
+    """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,438 train and 359 test images."""
 
     kind: Literal["digits"]
     mean: tuple[Float, ...] = (0.3,)

@@ -134,7 +134,7 @@ class Recipe(_Section):
         if (self.train.steps is None) == (self.train.epochs is None):
             raise ValueError(
                 f"give either train.steps or train.epochs, and not both: got steps = {self.train.steps}, epochs = "
-                f"{self.train.epochs}"
+                f"{self.train.epochs}; set one of them to null"
             )
         trunk = self.trunk
         if trunk is not None and (
@@ -187,7 +187,8 @@ class Recipe(_Section):
         kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", kinds[0])
         if kind not in kinds:
             choices = " or ".join(kinds)
-            raise ValueError(f"evaluate.kind must be {choices} for {name}, got {cut(str(kind), 80)}; leave it out")
+            own = "" if kind in TASKS else ". Of your own, import the package that registers it first (register_task)"
+            raise ValueError(f"evaluate.kind must be {choices} for {name}, got {cut(str(kind), 80)}; leave it out{own}")
         return values
 
     @property
@@ -268,5 +269,5 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ValueError(f"--set {name}: {parent} is {text_of(inner)}, not a section")
         place = inner
     place[last] = value
-    if name == "data.source":  # what the user names wins over the environment variable
+    if name == "data.source" and "folder" in place:  # what the user names wins over the environment variable
         place["folder"] = None
