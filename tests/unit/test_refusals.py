@@ -238,7 +238,22 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
         lambda: draw(diffusion(label_dropout=0.0), setting=Setting(steps=2, guidance=2.0)),
         ("guidance = 2", "null class", "label_dropout = 0", "set guidance to 1"),
     ),
+    (
+        "samples: one label, not in a list",
+        lambda: diffusion().sample(labels=3, steps=1),  # type: ignore[arg-type]
+        ("labels must be a list", "got 3", "labels=[3]"),
+    ),
     # recipes
+    (
+        "recipe: a task that nobody registered",
+        lambda: recipe(evaluate={"kind": "ink-error"}),
+        ("evaluate.kind must be samples for DiT", "got ink-error", "import the package that registers it"),
+    ),
+    (
+        "recipe: steps of a recipe in epochs",
+        lambda: recipe(train={"steps": 3, "epochs": 2}),
+        ("got steps = 3, epochs = 2", "set one of them to null"),
+    ),
     (
         "recipe: accuracy of a diffusion model",
         lambda: recipe(evaluate={"kind": "accuracy", "steps": [1], "seeds": [1]}),
