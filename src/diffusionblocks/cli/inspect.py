@@ -44,11 +44,10 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
 def _stages(recipe: Recipe) -> str:
     """How long each stage of the training is."""
     blocks = recipe.method == "diffusionblocks"
-    stages = {"the whole model": recipe.train}
-    if blocks:
-        stages = {"fit of the noise levels": recipe.fit, "trunk": recipe.trunk, "each block": recipe.train}
-    lengths = {name: stage for name, stage in stages.items() if stage is not None}
+    before = [("fit of the noise levels", recipe.fit), ("trunk", recipe.trunk)] if blocks else []
+    stages = [*before, ("each block" if blocks else "the whole model", recipe.train)]
     return ", then ".join(
         f"{name} {stage.steps:,} steps" if stage.steps is not None else f"{name} {stage.epochs:g} epochs"
-        for name, stage in lengths.items()
+        for name, stage in stages
+        if stage is not None
     )
