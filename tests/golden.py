@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 def machine() -> dict[str, str]:
     """What bits of float32 arithmetic depend on: the version of torch, and the processor."""
-    names = [line for line in _cpuinfo() if line.startswith("model name")]
-    model = names[0].partition(":")[2].strip() if names else platform.processor()
-    return {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), "processor": model}
+    # Names alone do not tell: a virtual machine calls processors of several generations the same.
+    facts = dict.fromkeys(line for line in _cpuinfo() if line.startswith(("cpu family", "model", "stepping", "flags")))
+    processor = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16] if facts else platform.processor()
+    return {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), "processor": processor}
 
 
 def _cpuinfo() -> list[str]:

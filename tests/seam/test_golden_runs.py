@@ -153,13 +153,15 @@ def noted() -> dict[str, Any]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_gives_what_it_gave(name: str, tmp_path: Path) -> None:
     before = noted()
-    same = machine() == before["machine"]
+    here, there = machine(), before["machine"]
+    if here["torch"].split("+")[0] != there["torch"].split("+")[0]:
+        pytest.skip(f"torch is {here['torch']}, and initial weights are those of {there['torch']}")
+    same = here == there
     now, then = run(name, tmp_path / "run"), before["runs"][name]
     assert now["iterations"] == then["iterations"]
-    tolerance = 0.0 if same else 1e-3
-    for numbers_of in ("losses", "measures"):
-        assert lacks(now[numbers_of], then[numbers_of], tolerance) == [], numbers_of
+    assert lacks(now["losses"], then["losses"], 0.0 if same else 1e-2) == []
     if same:
+        assert lacks(now["measures"], then["measures"], 0.0) == []
         assert now["weights"] == then["weights"]
         assert now.get("output_digests") == then.get("output_digests")
     if "outputs" in then:

@@ -256,7 +256,8 @@ class Unmasking(TextGeneration[TokenTarget]):
         model, noise = self.model, self.model.noise
         assert isinstance(noise, Masking)
         if prompts is not None:  # version 0.1.0 took the seeds in this place
-            if seeds is not None or not all(isinstance(seed, int) for seed in prompts):
+            # Seeds are looked through, and their number is limited, where they are used.
+            if seeds is not None or not all(isinstance(seed, int) for seed in prompts[:1]):
                 raise ValueError(
                     "generate: prompts are for autoregressive models; a masked text model takes a template, tokens "
                     f"with the mask, {self.target.mask_id}, in the places to fill"
