@@ -161,7 +161,7 @@ class ImageGeneration(Inference[ImageTarget]):
         model, target = self.model, self.target
         if labels is not None and not isinstance(labels, Tensor):
             labels = torch.tensor(labels)
-        if labels is not None and labels.dim() != 1:
+        if labels is not None and labels.dim() == 0:
             raise ValueError(f"labels must be a list, one an image, got {labels.tolist()}; for one image, labels=[3]")
         if seeds is None:
             seeds = range(len(labels) if labels is not None else 1)

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..common.digests import FileDigest, check_seal, json_digest
 from ..common.files import recover
 from ..common.formats import read_json, same_shape, validate
+from ..common.messages import shorten
 from ..common.tokenizer_file import TOKENIZER
 from ..config import BlocksConfig
 from ..families import config_values, family_named, outline, rebuild_config
@@ -200,7 +201,9 @@ def _check_blocks(folder: Path, blocks: Any, count: int) -> None:
 def _no_model(folder: Path, error: Exception) -> ValueError:
     if isinstance(error, ValidationError):
         reason = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
+            f"{'.'.join(map(str, item['loc']))} = {shorten(repr(item['input']), 80)}: "
+            f"{item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
         )
     else:
         reason = " ".join(f"{type(error).__name__}: {error}".split())

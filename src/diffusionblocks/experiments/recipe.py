@@ -187,7 +187,8 @@ class Recipe(_Section):
         kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", kinds[0])
         if kind not in kinds:
             choices = " or ".join(kinds)
-            own = "" if kind in TASKS else ". Of your own, import the package that registers it first (register_task)"
+            unknown = isinstance(kind, str) and kind not in TASKS
+            own = "" if not unknown else ". Of your own, import the package that registers it first (register_task)"
             raise ValueError(f"evaluate.kind must be {choices} for {name}, got {cut(str(kind), 80)}; leave it out{own}")
         return values
 
