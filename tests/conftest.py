@@ -18,8 +18,8 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.load_profile("suite")
 
 
-#: folders of tests that train, or run commands: `make test-fast` leaves them out
-WHOLE_RUNS = {"fuzz", "journey", "training"}
+#: folders of tests that train, save and load, or run commands: `make test-fast` leaves them out
+WHOLE_RUNS = {"fuzz", "journey", "seam", "training"}
 
 
 def pytest_configure() -> None:
