@@ -38,6 +38,16 @@ class Registry(Mapping[str, Entry]):
             raise ValueError(f"{self.kind} {name!r} is registered already; give yours another name")
         self._entries[name] = entry
 
+    def check(self, name: str) -> str:
+        """Return a name that stands for an entry.
+
+        Raises:
+            ValueError: nothing is registered under it; the message says which names there are.
+        """
+        if name not in self._entries:
+            raise ValueError(f"unknown {self.kind} {name!r}; allowed: {', '.join(self._entries)}")
+        return name
+
     def __getitem__(self, name: str) -> Entry:
         """The entry of a name.
 

@@ -25,7 +25,7 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     """Split a model of a supported class into B independent denoisers (paper, section 3.3).
 
     The given model is copied, not changed. Its weights survive: each converted layer starts as exactly the
-    function of the original layer. A model on the meta device is converted there (`building.materialise` fills the
+    function of the original layer. A model on the meta device is converted there (`core.materialise` fills the
     blocks).
 
     Args:

@@ -268,7 +268,7 @@ class DiffusionBlocks(nn.Module):
 
     # What `forward` has drawn so far belongs to the state: a training that another process goes on with draws on.
     def get_extra_state(self) -> Tensor:
-        """How far the draws of training are, int64 (seeds, 2): see `draws.TrainingDraws`."""
+        """How far the draws of training are, int64 (seeds, 2): see `seeds.TrainingDraws`."""
         return self._draws.state()
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..common.digests import FileDigest, check_seal, json_digest
 from ..common.files import recover
 from ..common.formats import read_json, same_shape, validate
-from ..common.messages import shorten
 from ..common.tokenizer_file import TOKENIZER
 from ..config import BlocksConfig
 from ..families import config_values, family_named, outline, rebuild_config
@@ -166,10 +165,10 @@ def read_saved(path: str | Path) -> SavedModel:
     if index.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{folder}: format {index['format']!r}; this version reads format {FORMAT}")
     entries = validate(index, _Index, folder / INDEX)
+    config = validate(entries.blocks_config, BlocksConfig, f"{folder / INDEX} does not describe a model")
     try:
         model_config = rebuild_config(entries.model_class, entries.config)
         # Older folders lack what is resolved since, such as the coverage of the levels.
-        config = BlocksConfig.model_validate(entries.blocks_config)
         config = resolve(config, family_named(entries.model_class), model_config)
         partition = Partition.from_dict(index["partition"])
         _check_depth(entries.model_class, model_config, partition)
@@ -199,14 +198,7 @@ def _check_blocks(folder: Path, blocks: Any, count: int) -> None:
 
 
 def _no_model(folder: Path, error: Exception) -> ValueError:
-    if isinstance(error, ValidationError):
-        reason = "; ".join(
-            f"{'.'.join(map(str, item['loc']))} = {shorten(repr(item['input']), 80)}: "
-            f"{item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        )
-    else:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
     return ValueError(f"{folder / INDEX} does not describe a model: {reason}")
 
 

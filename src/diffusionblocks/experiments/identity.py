@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from ..common.messages import shorten
@@ -151,11 +151,19 @@ def in_current_terms(description: dict[str, Any]) -> dict[str, Any]:
         name: {f: v for f, v in values.items() if f not in more[name]} if name in more else values
         for name, values in description.items()
     }
-    try:
-        plain = Recipe.model_validate(plain).model_dump(mode="json")
-    except ValidationError:  # then as it is
-        return description
+    plain = renew(Recipe, plain)
     return {name: values | more[name] if name in more else values for name, values in plain.items()}
+
+
+def renew(schema: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config with the defaults of fields that were added since, and their names of today.
+
+    Those that the schema refuses stay as they are.
+    """
+    try:
+        return schema.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
 
 
 def data_identity(data: Dataset) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor
 
 from ..common.formats import read_json, write_json
@@ -37,7 +37,7 @@ from ..training.checkpoint import checkpoints, read_values
 from ..training.step import arithmetic
 from ..training.train_config import RESUME_MAY_DIFFER, TrainConfig
 from .experiment import Experiment
-from .identity import learned_from, of_every_level
+from .identity import learned_from, of_every_level, renew
 from .recipe import FitConfig, ModelConfig, Recipe
 from .recipe_changes import fit_options, fit_recipe, with_noise
 
@@ -215,21 +215,13 @@ def _settings(options: FitConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {name: section.model_dump(mode="json") for name, section in sections.items()} | {"train": train}
 
 
-def _in_current_terms(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A section of settings with the defaults of fields that were added since, and the names of today."""
-    schema = _SECTIONS.get(section)
-    try:
-        return values if schema is None else schema.model_validate(values).model_dump(mode="json")
-    except ValidationError:  # then as it is
-        return values
-
-
 def _read_rounds(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[float], list[Round]]:
     """The grid and the finished rounds in a file; none where there is no file."""
     if not file.is_file():
         return [], []
     values = read_json(file)
-    before = {section: _in_current_terms(section, part) for section, part in values.get("settings", {}).items()}
+    before = values.get("settings", {})
+    before |= {section: renew(schema, before[section]) for section, schema in _SECTIONS.items() if section in before}
     coverage = (settings["blocks"]["noise"] or {}).get("coverage")
     first_version = "data" not in before  # it told every level: whoever goes on with it says so (`run.prepare`)
     if first_version:  # nor did it note the data

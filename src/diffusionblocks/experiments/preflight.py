@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..common.files import check_space, check_writable, free_space
 from ..common.machine import check_memory
+from ..common.modules import bytes_of
 from ..training import check_optimizer
 from ..training.checkpoint import checkpoints
 from .experiment import Experiment
@@ -51,7 +52,7 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
     """
     recipe, train = experiment.recipe, experiment.recipe.train
     blocks, in_training = _blocks_of(experiment)
-    weights = sum(p.numel() * p.element_size() for p in experiment.outline.parameters()) * in_training / blocks
+    weights = bytes_of(experiment.outline.parameters()) * in_training / blocks
     steps = train.steps if num_examples is None else train.unit_steps(num_examples)
     iterations = None if steps is None else steps * in_training
     saves = train.checkpoint_every is not None or train.checkpoint_seconds is not None

@@ -90,15 +90,8 @@ def fit_recipe(recipe: Recipe) -> Recipe:
     """
     options = fit_options(recipe)
     length = {"steps": options.steps, "epochs": options.epochs}
-    none = {"blocks": None, "ema_decay": None, "ema_half_life": None, "snapshot_every": None}
-    return with_depth(recipe, layers_of_a_block(recipe)).model_copy(
-        update={
-            "fit": None,
-            "trunk": None,
-            "blocks": recipe.blocks.as_one_block(),
-            "train": recipe.train.model_copy(update=length | none),
-        }
-    )
+    none = {"ema_decay": None, "ema_half_life": None, "snapshot_every": None}
+    return _of_one_block(recipe, **length, **none).model_copy(update={"fit": None})
 
 
 def trunk_options(recipe: Recipe) -> TrunkConfig:
@@ -116,10 +109,10 @@ def trunk_recipe(recipe: Recipe) -> Recipe:
     options = trunk_options(recipe)
     length = {"steps": options.steps, "epochs": options.epochs, "lr_schedule": options.lr_schedule}
     rate = {} if options.lr is None else {"lr": options.lr}
-    return with_depth(recipe, layers_of_a_block(recipe)).model_copy(
-        update={
-            "trunk": None,
-            "blocks": recipe.blocks.as_one_block(),
-            "train": recipe.train.model_copy(update=length | rate | {"blocks": None}),
-        }
-    )
+    return _of_one_block(recipe, **length, **rate)
+
+
+def _of_one_block(recipe: Recipe, **train: Any) -> Recipe:
+    """The recipe of one block of L/B layers on all levels, which starts from no trunk."""
+    changes = {"trunk": None, "blocks": recipe.blocks.as_one_block()}
+    return with_train(with_depth(recipe, layers_of_a_block(recipe)), blocks=None, **train).model_copy(update=changes)

@@ -1,15 +1,17 @@
 """Runs: from an experiment to a trained, saved and evaluated model, in stages that can be called apart.
 
-experiment = Experiment(load_recipe("recipes/vit/digits.yaml"))
-folder = Path("runs/digits")
-train(experiment, folder)  # or, stage by stage, each of which resumes what is unfinished in the folder:
+Whole, or stage by stage, each of which resumes what is unfinished in the folder:
 
-prepare(experiment, folder)
-experiment, fit = fit_noise(experiment, folder)
-trunk = train_trunk(experiment, folder) if experiment.recipe.trunk else None
-trainer = train_blocks(experiment, folder, trunk)
-save_blocks(experiment, folder, trainer)
-model, rows, seconds = evaluate_saved(experiment, folder)
+    experiment = Experiment(load_recipe("recipes/vit/digits.yaml"))
+    folder = Path("runs/digits")
+    train(experiment, folder)
+
+    prepare(experiment, folder)
+    experiment, fit = fit_noise(experiment, folder)
+    trunk = train_trunk(experiment, folder) if experiment.recipe.trunk else None
+    trainer = train_blocks(experiment, folder, trunk)
+    save_blocks(experiment, folder, trainer)
+    model, rows, seconds = evaluate_saved(experiment, folder)
 """
 
 from __future__ import annotations

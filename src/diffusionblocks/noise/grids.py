@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..common.registry import Registry
+
 if TYPE_CHECKING:
     from .process import NoiseProcess
 
@@ -55,20 +57,8 @@ def _cosine(process: NoiseProcess, steps: int, rho: float) -> torch.Tensor:
 
 
 #: name -> function of (process, steps, rho) to steps + 1 descending levels, float64, of which only the inner ones count
-GRIDS: dict[str, Callable[[NoiseProcess, int, float], torch.Tensor]] = {
-    "equal-quantile": _equal_quantile,
-    "karras": _karras,
-    "uniform": _uniform,
-    "cosine": _cosine,
-}
-
-
-def check_grid(name: str) -> str:
-    """Return the name of a level grid.
-
-    Raises:
-        ValueError: there is none of that name; the message says which there are.
-    """
-    if name not in GRIDS:
-        raise ValueError(f"unknown level grid {name!r}; allowed: {', '.join(GRIDS)}")
-    return name
+GRIDS: Registry[Callable[[NoiseProcess, int, float], torch.Tensor]] = Registry("level grid")
+GRIDS.register("equal-quantile", _equal_quantile)
+GRIDS.register("karras", _karras)
+GRIDS.register("uniform", _uniform)
+GRIDS.register("cosine", _cosine)

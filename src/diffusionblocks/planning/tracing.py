@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..common.modules import tensors_of
+from ..common.modules import bytes_of, tensors_of
 from ..core.block import Block
 from ..training import EndToEnd, TrainConfig, Unit, trainable
 from ..training.compilation import Compiler
@@ -52,7 +52,7 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
     if on_gpu:
         _drop_as_a_gpu(module, train)
     parameters = trainable(unit.module)
-    timeline = Timeline(sum(p.numel() * p.element_size() for p in parameters), on_gpu=on_gpu)
+    timeline = Timeline(bytes_of(parameters), on_gpu=on_gpu)
     if train.compile:
         backend = simulating_backend(timeline, {p.shape for p in parameters})
         Compiler(train, torch.device("cpu"), backend=backend, dynamic=False).compile([module])

@@ -19,7 +19,6 @@ from ..core.partition import Partition
 from ..data.image_batches import to_uint8
 from ..noise import GaussianProcess
 from ..sampling import SOLVERS
-from ..sampling.solvers import check_solver
 from .figures import save_figure
 
 if TYPE_CHECKING:
@@ -264,7 +263,7 @@ def draw_routing(
         raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
     steps = len(levels) - 1
     calls = [(step, level, True) for step, level in enumerate(levels[:-1])]
-    if SOLVERS[check_solver(solver)].calls_per_step > 1:
+    if SOLVERS[SOLVERS.check(solver)].calls_per_step > 1:
         calls += [(step, lower, False) for step, lower in enumerate(levels[1:]) if lower > 0]
     owners = [partition.block_of(level) for _, level, _ in calls]
 

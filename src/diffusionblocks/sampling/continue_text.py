@@ -4,7 +4,7 @@ Where the chain decides, randomness enters: at every level the logits are divide
 most probable tokens (top-p), and the feedback makes of these probabilities what the next step is drawn towards. At the
 end of the chain it would be too late: the last distribution is all but a point mass (c_skip -> 1 as sigma -> 0).
 
-The clean tokens' keys and values are kept (`attention.Past`), so a network call runs over what is new only: the one
+The clean tokens' keys and values are kept (`two_streams.Past`), so a network call runs over what is new only: the one
 wanted position, and at a block's first call for a token the token before it.
 """
 

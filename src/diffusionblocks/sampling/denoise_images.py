@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..common.finite import FiniteCheck
 from ..noise import GaussianProcess
 from .chain import Callback, Denoiser, check_seeds, generators_of
-from .solvers import SOLVERS, check_solver
+from .solvers import SOLVERS
 
 # (z, labels, level) -> D. Labels are a tensor, or None for a network that has none.
 Network = Callable[[Tensor, Any, float], Tensor]
@@ -113,7 +113,7 @@ def sample_images(
         ValueError: unknown solver, levels that do not descend or are out of range, z of another dtype, or D or z that
             are not finite.
     """
-    solve = SOLVERS[check_solver(solver)]
+    solve = SOLVERS[SOLVERS.check(solver)]
     check = FiniteCheck(owner=owner)
     with torch.no_grad(), tqdm(total=max(len(levels) - 1, 0), disable=not progress, unit="step") as bar:
 

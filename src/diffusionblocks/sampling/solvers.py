@@ -98,17 +98,6 @@ def register_solver(
     return function
 
 
-def check_solver(name: str) -> str:
-    """Return the name of a solver.
-
-    Raises:
-        ValueError: there is none of that name; the message says which there are.
-    """
-    if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}; allowed: {', '.join(SOLVERS)}")
-    return name
-
-
 def euler(
     denoiser: Denoiser,
     z: Tensor,
@@ -233,7 +222,7 @@ def calls(solver: str, steps: int, ends_at_zero: bool) -> int:
     Raises:
         ValueError: unknown solver, or steps < 1.
     """
-    facts = SOLVERS[check_solver(solver)]
+    facts = SOLVERS[SOLVERS.check(solver)]
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
     last = facts.calls_to_zero if ends_at_zero else facts.calls_per_step

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ...common.fields import FEEDBACK_NAMES, LabelFeedback, Levels, Many, Samples, Seed
-from .task import EvaluateSection, LevelGrid, RunResult, Task, register_task
+from .task import EvaluateSection, LevelGrid, RunResult, Task, baselines_in, register_task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -128,10 +128,6 @@ class Classification(Task[AccuracyConfig]):
         if "diffusionblocks" not in results:
             return
         model: Any = results["diffusionblocks"].model
-        baselines = [
-            (f"{row['key']} ({row['iterations']} steps)", row["test_accuracy"])
-            for row in table
-            if row["name"] == "end-to-end"
-        ]
+        baselines = baselines_in(table, "test_accuracy")
         rows: list[Any] = list(results["diffusionblocks"].rows)
         draw_run(rows, baselines, model.partition, model.noise, folder / "figure.png")

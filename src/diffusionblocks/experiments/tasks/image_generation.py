@@ -37,9 +37,9 @@ def _solvers() -> Collection[str]:
 
 
 def _solver(name: str) -> str:
-    from ...sampling.solvers import check_solver
+    from ...sampling.solvers import SOLVERS
 
-    return check_solver(name)
+    return SOLVERS.check(name)
 
 
 Solver = Annotated[str, NameOf(_solvers, _solver)]
@@ -340,11 +340,8 @@ def draw_samples(
     target = model.target
     if not isinstance(target, ImageTarget):
         raise ValueError(f"only diffusion models of images make pictures, and {experiment.recipe.model.type} is none")
-    options, section, noise = (
-        cast(SamplesConfig, experiment.recipe.evaluate),
-        images_of(experiment),
-        cast(Any, model.noise),
-    )
+    options, section = cast(SamplesConfig, experiment.recipe.evaluate), images_of(experiment)
+    noise = cast(Any, model.noise)
     count = count if count is not None else len(labels) if labels is not None else options.grid_images
     check_count("count", count, MOST_SAMPLES)
     if count * math.prod(target.shape) > host_memory():

@@ -26,7 +26,7 @@ from ...common.fields import (
     TokenFeedback,
     check_count,
 )
-from .task import TEMPERATURE, EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
+from .task import TEMPERATURE, EvaluateSection, LevelGrid, RunResult, SampleOption, Task, baselines_in, register_task
 
 if TYPE_CHECKING:
     import torch
@@ -268,11 +268,7 @@ class NextTokenText(Task[LanguageConfig]):
 
         for key, result in results.items():
             write_continuations(experiment, result.model, folder / key / "samples")
-        baselines = [
-            (f"{row['key']} ({row['iterations']} steps)", row["cross_entropy"])
-            for row in table
-            if row["name"] == "end-to-end"
-        ]
+        baselines = baselines_in(table, "cross_entropy")
         for key in ("diffusionblocks", "diffusionblocks-branched"):
             if key in results:
                 blocks, (row, *_) = experiment.blocks_of(results[key].model), results[key].rows

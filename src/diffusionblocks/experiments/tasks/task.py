@@ -45,9 +45,9 @@ def level_grid(name: str) -> str:
     Raises:
         ValueError: there is none of that name.
     """
-    from ...noise.grids import check_grid, grid_name
+    from ...noise.grids import GRIDS, grid_name
 
-    return check_grid(grid_name(name))
+    return GRIDS.check(grid_name(name))
 
 
 #: The name of a level grid, as a field of a config; which of them suit a process, `NoiseProcess.check_grid` says.
@@ -309,6 +309,13 @@ _SECTIONS: Registry[type[EvaluateSection]] = Registry("task")
 
 #: The type of a recipe's `evaluate` section.
 BY_KIND = ByKind(_SECTIONS)
+
+
+def baselines_in(table: Sequence[Mapping[str, Any]], measure: str) -> list[tuple[str, float]]:
+    """The end-to-end rows of a comparison's table: their labels in a figure, and a measure of each."""
+    rows = [row for row in table if row["name"] == "end-to-end"]
+    return [(f"{row['key']} ({row['iterations']} steps)", row[measure]) for row in rows]
+
 
 TaskClass = TypeVar("TaskClass", bound=type[Task[Any]])
 
