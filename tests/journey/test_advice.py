@@ -354,6 +354,24 @@ CASES = [
         (r"set \S+ to false",),
     ),
     Case(
+        "concurrent = true overlaps captured steps",
+        VIT,
+        OF_VIT | {"train.concurrent": True},
+        (r"set \S+ to true",),
+    ),
+    Case(
+        "concurrent = true needs all blocks on the device",
+        VIT,
+        OF_VIT | {"train.concurrent": True, "train.cuda_graph": True, "train.resident": "active"},
+        (r"set \S+ to all",),
+    ),
+    Case(
+        "needs blocks that move no parameter in common",
+        VIT,
+        OF_VIT | {"train.concurrent": True, "train.cuda_graph": True, "blocks.shared": "joint"},
+        (r"set \S+ to false",),
+    ),
+    Case(
         "that a block may have: set train.epochs lower",
         VIT,
         OF_VIT | {"train.steps": "null", "train.epochs": 10**8},

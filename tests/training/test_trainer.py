@@ -350,3 +350,31 @@ def test_cuda_graph_steps_follow_eager_steps(kind: str) -> None:
 
     for a, b in zip(run(True).model.parameters(), run(False).model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["replicated", "frozen"])
+def test_concurrent_steps_equal_steps_in_turn_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    def run(concurrent: bool, until: int | None = None) -> Trainer:
+        device = torch.device("cuda")
+        augment = AugmentConfig(crop_padding=1, flip=True, randaugment_ops=1)
+        batches = ImageBatches(images(), mean=(0.5,), std=(0.3,), augment=augment, device=device)
+        config = TrainConfig(
+            steps=40, batch_size=8, lr=1e-3, cuda_graph=True, ema_decay=0.9, log_every=7, concurrent=concurrent
+        )
+        trained = Trainer(model_of(kind).cuda(), batches, config, folder=tmp_path / str(concurrent), progress=False)
+        trained.train(until=until)
+        return trained
+
+    in_turn = everything(run(False))
+    run(True, until=50)
+    assert not differing(everything(run(True)), in_turn)
+
+
+def test_concurrent_steps_of_what_cannot_overlap_are_refused() -> None:
+    with pytest.raises(ValueError, match="cuda_graph is false"):
+        TrainConfig(steps=1, concurrent=True)
+    with pytest.raises(ValueError, match="resident = active keeps one"):
+        TrainConfig(steps=1, concurrent=True, cuda_graph=True, resident="active")
+    with pytest.raises(ValueError, match="is joint"):
+        trainer("joint", concurrent=True, cuda_graph=True)

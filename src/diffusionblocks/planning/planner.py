@@ -179,7 +179,7 @@ class _Search:
         """The forecast with the changes."""
         key = repr(sorted(changes.items()))
         if key not in self._forecasts:
-            recipe = with_changes(self.recipe, {**changes, **self._always})
+            recipe = with_changes(self.recipe, {**changes, **self._always, "train.concurrent": False})
             self._forecasts[key] = self._predictor.forecast(recipe)
         return self._forecasts[key]
 

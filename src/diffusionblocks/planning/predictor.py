@@ -38,7 +38,7 @@ _TRACED_WHOLE = 6
 _DEPTHS = (3, 4)
 
 #: Fields of `train` that a planner changes, or a run of blocks is given, and that a step on fake tensors does not read.
-_UNTRACED = {"resident", "offload", "optimizer", "cuda_graph", "blocks", "schedule", "steps_per_switch"}
+_UNTRACED = {"resident", "offload", "optimizer", "cuda_graph", "concurrent", "blocks", "schedule", "steps_per_switch"}
 #: Sections of a recipe that do not change its model.
 _OUTSIDE_THE_MODEL = {"name", "train", "evaluate", "device"}
 

@@ -34,6 +34,10 @@ def remarks(predictor: Predictor, plan: Plan | None = None) -> list[str]:
         lines.append(
             "train.cuda_graph: the plan is of a step that is not captured; a graph's private pool takes some more"
         )
+    if predictor.recipe.train.concurrent:
+        lines.append(
+            "train.concurrent: the plan is of one block's step at a time; together they take the memory of all"
+        )
     return lines
 
 

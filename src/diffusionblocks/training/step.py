@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,8 +47,40 @@ def arithmetic(device: torch.device, precision: str, *, keep_casts: bool = True)
         yield
 
 
+@dataclass
+class Lane:
+    """What steps read on the device, one after another on one stream.
+
+    Attributes:
+        generator: source of noise.
+        indices: examples of the step (accumulation, batch).
+        step: number of the step.
+        stream: where the steps run; None: on the current one.
+        pool: memory of the captured steps, which they use in turn.
+    """
+
+    generator: torch.Generator
+    indices: Tensor
+    step: Tensor
+    stream: Any = None
+    pool: Any = None
+
+    @classmethod
+    def on(cls, device: torch.device, config: TrainConfig, *, own_stream: bool) -> Lane:
+        """Make a lane on a device, with a stream of its own or without."""
+        return cls(
+            torch.Generator(device=device),
+            torch.zeros(config.accumulation, config.batch_size, dtype=torch.int64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.cuda.Stream(device) if own_stream else None,
+        )
+
+
 class Stepper:
     """Runs steps of units on one device, with no host sync.
+
+    Steps of one unit follow one another. Those of different units do so too, or overlap (`concurrent`), each unit in a
+    lane of its own.
 
     Args:
         residency: brings the units to where they compute.
@@ -67,18 +100,17 @@ class Stepper:
         self.batches = batches
         self.config = config
         self.device = device
-        self.generator = torch.Generator(device=device)
-        self.indices = torch.zeros(config.accumulation, config.batch_size, dtype=torch.int64, device=device)
-        # Read by the host only when it logs: sums since the last log, and the first step that was not finite.
         many = len(residency.units)
+        self.use_graphs = config.cuda_graph and device.type == "cuda"
+        self.concurrent = config.concurrent and self.use_graphs and many > 1
+        lanes = many if self.concurrent else 1
+        self._lanes = [Lane.on(device, config, own_stream=self.concurrent) for _ in range(lanes)] * (many // lanes)
+        # Read by the host only when it logs: sums since the last log, and the first step that was not finite.
         self.loss_sum = torch.zeros(many, device=device)
         self.norm_sum = torch.zeros(many, device=device)
-        self.step_now = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_step = torch.full((many,), -1, dtype=torch.int64, device=device)
-        self.use_graphs = config.cuda_graph and device.type == "cuda"
         self._eager_steps: dict[nn.Module, int] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
 
     def run(self, unit: int, step: int, indices: Tensor, keys: tuple[int, int], following: int | None = None) -> None:
         """Step a unit.
@@ -90,48 +122,65 @@ class Stepper:
             keys: of noise and of dropout.
             following: the unit that comes after this one's turn, where known.
         """
+        lane = self._lanes[unit]
+        if lane.stream is None:
+            self._run(lane, unit, step, indices, keys, following)
+            return
+        lane.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(lane.stream):
+            self._run(lane, unit, step, indices, keys, following)
+
+    def _run(
+        self, lane: Lane, unit: int, step: int, indices: Tensor, keys: tuple[int, int], following: int | None
+    ) -> None:
         active = self.residency.activate(unit, following)
-        self.generator.manual_seed(keys[0])
+        lane.generator.manual_seed(keys[0])
         seed_global(keys[1], self.device)  # dropout draws from it
-        self.indices.copy_(indices)
-        self.step_now.fill_(step)
+        lane.indices.copy_(indices)
+        lane.step.fill_(step)
         for updater, owner in zip(active.updaters, active.sets, strict=True):
             updater.prepare(owner)
         if not self.use_graphs:
-            self._compute(unit, active)
+            self._compute(lane, unit, active)
         elif unit in self._graphs:
             self.residency.wait_for_state()
             self._graphs[unit].replay()
         elif self._eager_steps.get(active.module, 0) < _EAGER_STEPS:
             self._eager_steps[active.module] = self._eager_steps.get(active.module, 0) + 1
-            self._compute(unit, active)
+            self._compute(lane, unit, active)
         else:
-            self._capture(unit, active)
+            self._capture(lane, unit, active)
             self._graphs[unit].replay()
 
-    def _capture(self, unit: int, active: ActiveUnit) -> None:
+    def join(self) -> None:
+        """Let the current stream wait for the steps of all lanes."""
+        for lane in self._lanes:
+            if lane.stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(lane.stream)
+
+    def _capture(self, lane: Lane, unit: int, active: ActiveUnit) -> None:
         self.residency.wait_for_state()
         self.residency.settle()
         if not self._graphs:
             torch.cuda.empty_cache()  # what the eager steps used is of no use to graphs, which have their own memory
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            self._compute(unit, active)
-        # Every graph makes its own gradients, so graphs may reuse each other's memory.
-        self._pool = graph.pool()
+        graph.register_generator_state(lane.generator)
+        with torch.cuda.graph(graph, pool=lane.pool, stream=torch.cuda.current_stream()):
+            self._compute(lane, unit, active)
+        # Every graph makes its own gradients, so graphs of a lane may reuse each other's memory.
+        lane.pool = graph.pool()
         self._graphs[unit] = graph
 
-    def _compute(self, index: int, active: ActiveUnit) -> None:
+    def _compute(self, lane: Lane, index: int, active: ActiveUnit) -> None:
         config = self.config
         if config.optimizer_in_backward:
             self.residency.wait_for_state()
         total = torch.zeros((), device=self.device)
         for micro in range(config.accumulation):
-            batch = self.batches(self.indices[micro], self.generator)
+            batch = self.batches(lane.indices[micro], lane.generator)
             # Checkpointing throws a layer's casts away and makes them anew: kept ones would be a copy of all weights.
             with arithmetic(self.device, config.precision, keep_casts=not config.activation_checkpointing):
-                losses: Tensor = active.module.loss(batch, self.generator)  # type: ignore[operator]
+                losses: Tensor = active.module.loss(batch, lane.generator)  # type: ignore[operator]
             del batch  # what the backward pass needs of it is saved; images in float32 are not
             loss = losses.mean() / config.accumulation
             with attention_kernels(self.device):
@@ -152,10 +201,11 @@ class Stepper:
             parameter.grad = None
         self.loss_sum[index] += total
         first_bad = (self.bad_step[index] < 0) & ~finite
-        self.bad_step[index] = torch.where(first_bad, self.step_now, self.bad_step[index])
+        self.bad_step[index] = torch.where(first_bad, lane.step, self.bad_step[index])
 
     def first_bad_step(self) -> tuple[int, int] | None:
         """(unit, step) whose loss or gradient was first not finite, or None. Waits for the device."""
+        self.join()
         for unit, step in enumerate(self.bad_step.tolist()):
             if step >= 0:
                 return unit, step
@@ -163,6 +213,7 @@ class Stepper:
 
     def read_sums(self) -> tuple[list[float], list[float]]:
         """Sums of loss and (where it is clipped) gradient norm of each unit since the last call. Waits."""
+        self.join()
         losses, norms = self.loss_sum.tolist(), self.norm_sum.tolist()
         self.loss_sum.zero_()
         self.norm_sum.zero_()

@@ -57,6 +57,8 @@ class TrainConfig(BaseModel):
             Without effect under `activation_checkpointing`.
         cuda_graph: Capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph. Without effect
             on a CPU.
+        concurrent: Let steps of different blocks overlap on one GPU, each block on a CUDA stream of its own: steps of
+            small blocks leave most of a GPU idle. Takes `cuda_graph`, and the memory of all blocks' steps together.
         schedule: Which block steps when: `random` (the paper), `round-robin`, or `sequential` (block 0 to its end, then
             block 1). Unless shared parameters are `joint`, it does not change what a block becomes.
         steps_per_switch: Steps that a block takes once its turn comes. With `resident: active` each switch moves two
@@ -101,6 +103,7 @@ class TrainConfig(BaseModel):
     compile: bool | Literal["layers"] = False
     activation_memory_budget: Share = 1.0
     cuda_graph: bool = False
+    concurrent: bool = False
     schedule: Literal["random", "round-robin", "sequential"] = "random"
     steps_per_switch: Steps = Field(default=1, validation_alias=AliasChoices("steps_per_switch", "dwell"))
     blocks: tuple[BlockIndex, ...] | None = Field(default=None, min_length=1)
@@ -149,6 +152,16 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"optimizer_in_backward frees each gradient at once, so accumulation = {self.accumulation} cannot sum "
                 "them; set train.accumulation to 1"
+            )
+        if self.concurrent and not self.cuda_graph:
+            raise ValueError(
+                "concurrent = true overlaps captured steps, and cuda_graph is false: set train.cuda_graph to true, or "
+                "train.concurrent to false"
+            )
+        if self.concurrent and self.resident == "active":
+            raise ValueError(
+                "concurrent = true needs all blocks on the device, and resident = active keeps one there: set "
+                "train.resident to all, or train.concurrent to false"
             )
         if self.optimizer == "adamw-8bit" and self.cuda_graph:
             raise ValueError("optimizer = adamw-8bit counts its steps on the host; set train.cuda_graph to false")
@@ -225,6 +238,7 @@ RESUME_MAY_DIFFER = frozenset(
         "compile",
         "activation_memory_budget",
         "cuda_graph",
+        "concurrent",
         "resident",
         "offload",
         "activation_checkpointing",

@@ -84,6 +84,11 @@ class Trainer:
         self.loggers = list(loggers)
         self.progress = progress
         self.units, shared = units_of(model, config.blocks)
+        if config.concurrent and shared:
+            raise ValueError(
+                "train.concurrent = true needs blocks that move no parameter in common; blocks.shared is joint: set "
+                "train.concurrent to false, or blocks.shared to replicated"
+            )
         _warn_of_rounding(self.units)
         self.device = device or next(self.units[0].module.parameters()).device
         steps = config.unit_steps(batches.num_examples)
