@@ -434,6 +434,7 @@ _COMMANDS: dict[str, tuple[str, list[str]]] = {
     "plan": ("recipe-vit", ["plan", "recipe.yaml"]),
     "plan text": ("recipe-llama", ["plan", "recipe.yaml"]),
     "compare": ("recipe-vit", ["compare", "recipe.yaml", "--out", "out", "--quiet"]),
+    "ablate": ("recipe-vit", ["ablate", "recipe.yaml", "--out", "out", "--quiet", "--over", "blocks.overlap=0"]),
     "branch": ("model-trunk", ["branch", "model", "--blocks", "2", "--out", "out"]),
     "merge": ("model-vit", ["merge", "apart-0", "apart-1", "--out", "out"]),
     "bench": ("recipe-vit", ["bench", "memory"]),

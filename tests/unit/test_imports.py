@@ -20,7 +20,8 @@ def test_help_imports_neither_torch_nor_models() -> None:
     code = (
         "import contextlib, io, sys\n"
         "from diffusionblocks.cli import main\n"
-        "for command in ('', 'train', 'evaluate', 'sample', 'inspect', 'plan', 'compare', 'branch', 'merge'):\n"
+        "for command in ('', 'train', 'evaluate', 'sample', 'inspect', 'plan', 'compare', 'ablate', 'branch', "
+        "'merge'):\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:\n"
         "        main([*command.split(), '--help'])\n"
         "    assert 'usage: diffusionblocks' in shown.getvalue()\n"

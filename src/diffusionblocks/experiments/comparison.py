@@ -10,10 +10,11 @@ layer-updates (recurrent depth end to end runs its core many times a step, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ..core.model import DiffusionBlocks
@@ -74,7 +75,7 @@ def compare(
     results: dict[str, RunResult] = {}
 
     def add(variant: Variant) -> None:
-        row, results[variant.key] = _run(experiment, variant, folder / variant.key, progress)
+        row, results[variant.key] = run_row(experiment, variant, folder / variant.key, progress)
         table.append(row)
         write_results(folder / "table.json", table)
 
@@ -84,7 +85,7 @@ def compare(
         for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
             add(variant)
     experiment.task.draw(experiment, table, results, folder)
-    return "\n".join([format_table([_columns(experiment, row) for row in table]), *remarks(recipe)])
+    return "\n".join([format_table([columns(experiment, row) for row in table]), *remarks(recipe)])
 
 
 def remarks(recipe: Recipe) -> list[str]:
@@ -97,8 +98,14 @@ def remarks(recipe: Recipe) -> list[str]:
     ]
 
 
-def _run(experiment: Experiment, variant: Variant, folder: Path, progress: bool) -> tuple[dict[str, Any], RunResult]:
-    """Train and evaluate a row."""
+def run_row(experiment: Experiment, variant: Variant, folder: Path, progress: bool) -> tuple[dict[str, Any], RunResult]:
+    """Train and evaluate a row of a table; one whose training has ended is only evaluated.
+
+    Returns:
+        (the row as JSON values, what the run left).
+    """
+    if variant.recipe.train.compile:
+        torch.compiler.reset()  # graphs of many rows count together; past a limit torch runs the others eagerly
     probe = experiment.derive(executed(variant.recipe, fast=False))
     memory = step_memory(probe.trainer(progress=False))
     result = train(experiment.derive(variant.recipe), folder, progress=progress)
@@ -136,14 +143,14 @@ def _passes(result: RunResult) -> dict[str, float]:
     return {"layer_passes": forward * result.iterations}
 
 
-def _columns(experiment: Experiment, row: dict[str, Any]) -> dict[str, Any]:
-    """What is printed of a row of the table."""
+def columns(experiment: Experiment, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is printed of a row of a table, of what `run_row` returned."""
     name = row["name"] + ", branched" * row["branched"] + ", levels fitted" * row["fitted"]
-    columns = {"name": name, "layers": row["layers"], "blocks": row["blocks"], "iterations": row["iterations"]}
-    columns |= experiment.task.columns(row)
+    result = {"name": name, "layers": row["layers"], "blocks": row["blocks"], "iterations": row["iterations"]}
+    result |= experiment.task.columns(row)
     if "layer_passes" in row:
-        columns["layer passes"] = f"{row['layer_passes']:,}"
-    return columns | {
+        result["layer passes"] = f"{row['layer_passes']:,}"
+    return result | {
         "trained at a time": f"{row['parameters_trained']:,}",
         "peak memory of a step": format_bytes(row["peak_memory_bytes"]),
         "seconds": f"{row['seconds']:.1f}",

@@ -259,7 +259,21 @@ def _override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
         raise ValueError(f"--set wants field.name=value, got {text_of(override)}")
-    value = read_yaml(text, f"--set {name}")
+    put(values, name, read_yaml(text, f"--set {name}"), f"--set {name}")
+
+
+def put(values: dict[str, Any], name: str, value: Any, where: str) -> None:
+    """Give one field of a recipe's plain values another value; sections that were left out are made.
+
+    Args:
+        values: they are changed.
+        name: dotted name of the field.
+        value: a plain value.
+        where: how messages begin.
+
+    Raises:
+        ValueError: a parent of the field is no section.
+    """
     *parents, last = name.split(".")
     place = values
     for parent in parents:
@@ -267,7 +281,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if inner is None:  # absent, or null: a section that was left out
             inner = place[parent] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"--set {name}: {parent} is {text_of(inner)}, not a section")
+            raise ValueError(f"{where}: {parent} is {text_of(inner)}, not a section")
         place = inner
     place[last] = value
     if name == "data.source" and "folder" in place:  # what the user names wins over the environment variable

@@ -53,6 +53,7 @@ class Classification(Task[AccuracyConfig]):
     section = AccuracyConfig
     takes = ("images",)
     does = "classifies images"
+    score = "test_accuracy"
     fits_levels = True
     plain_training = True
     by_level = True

@@ -96,6 +96,7 @@ class ImageGeneration(Task[SamplesConfig]):
     section = SamplesConfig
     takes = ("images", "latents")
     does = "generates images"
+    score = "fd_test"
     makes = "images"
     sample_options = (
         SampleOption("labels", "images: class labels, in turn (default: all classes)", {"type": int, "nargs": "+"}),

@@ -58,6 +58,7 @@ class MaskedText(Task[BitsConfig]):
     section = BitsConfig
     takes = ("characters",)
     does = "generates text"
+    score = "bits_per_character"
     makes = "masked text"
     examples = "texts"
     classes = "different tokens"

@@ -112,6 +112,7 @@ class NextTokenText(Task[LanguageConfig]):
     section = LanguageConfig
     takes = ("characters", "tokens")
     does = "generates text"
+    score = "cross_entropy"
     makes = "continued text"
     examples = "texts"
     classes = "different tokens"

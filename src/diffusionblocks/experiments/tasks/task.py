@@ -131,6 +131,8 @@ class Task(abc.ABC, Generic[Options]):
     new_head: ClassVar[bool] = False
     #: test examples that the measures need
     least_examples: ClassVar[int] = 1
+    #: the entry of `summary` whose spread over seeds is told; "" for none
+    score: ClassVar[str] = ""
     #: options of `diffusionblocks sample`, beside those that all tasks have
     sample_options: ClassVar[tuple[SampleOption, ...]] = ()
 

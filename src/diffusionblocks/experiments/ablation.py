@@ -1,0 +1,316 @@
+"""Ablations: one recipe with other values in some of its fields, row by row, over one seed or several.
+
+Rows come from presets (the paper's tables 7, 8 and A2: `partition`, `block-count`, `overlap`) and from lists of values
+for any fields. A row is trained by the same code as a row of a comparison. Its result lies in its folder, so a finished
+row is not trained again, and processes that run some of the rows each share one table.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ..common.formats import read_json, write_json
+from ..reports.results import write_results
+from ..reports.tables import format_table
+from .baselines import Variant
+from .comparison import columns, run_row
+from .experiment import Experiment
+from .identity import check_same_run
+from .preflight import check_machine, check_with_data
+from .recipe import Recipe, parse_recipe, put
+from .recipe_changes import depth_of, with_train
+
+#: A row leaves its result in its folder under this name.
+ROW = "row.json"
+
+#: Of a row's name; folders are called by it.
+_ODD = re.compile(r"[^\w.,=+-]+")
+_LONGEST = 100
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of an ablation: a recipe, and what tells it from the others.
+
+    Attributes:
+        key: name of the row and of its folder.
+        recipe: what is trained, but for its seed.
+        values: fields, dotted, and the values that they were given.
+    """
+
+    key: str
+    recipe: Recipe
+    values: Values = field(default_factory=dict)
+
+
+# ---- presets: the paper's tables ---------------------------------------------------------------------------------
+
+
+def _partition(recipe: Recipe) -> list[Values]:
+    """Strategies, and layers of three blocks in the paper's ratios (table 7)."""
+    depth = depth_of(recipe)
+    if depth % 12:
+        raise ValueError(
+            f"the preset partition gives three blocks a third, half, a quarter or a sixth of the layers each, and "
+            f"{depth} layers do not divide by 12: give lists of your own, as in --over 'blocks.layers=[1,2,1],[2,1,1]'"
+        )
+    ratios = [(4, 4, 4), (3, 6, 3), (6, 4, 2), (2, 4, 6)]
+    return [
+        {"blocks.partition": strategy, "blocks.num_blocks": 3, "blocks.layers": [n * depth // 12 for n in layers]}
+        for strategy, layers in product(("uniform", "equi-probability", "log-uniform"), ratios)
+    ]
+
+
+def _block_count(recipe: Recipe) -> list[Values]:
+    """Numbers of blocks that divide the layers (table 8)."""
+    counts = [n for n in (1, 2, 3, 4, 6, 12) if depth_of(recipe) % n == 0]
+    return [{"blocks.num_blocks": n, "blocks.layers": None} for n in counts]
+
+
+def _overlap(recipe: Recipe) -> list[Values]:
+    """Overlaps (table A2)."""
+    return [{"blocks.overlap": value} for value in (0.0, 0.05, 0.1, 0.2)]
+
+
+#: Rows by the name of a preset.
+PRESETS: Mapping[str, Callable[[Recipe], list[Values]]] = {
+    "partition": _partition,
+    "block-count": _block_count,
+    "overlap": _overlap,
+}
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def settings(
+    recipe: Recipe,
+    over: Mapping[str, Sequence[Any]] | None = None,
+    presets: Sequence[str] = (),
+    *,
+    one_at_a_time: bool = False,
+) -> list[Setting]:
+    """The rows of an ablation, each a valid recipe; one that equals an earlier row is left out.
+
+    Args:
+        recipe: what they change.
+        over: fields, dotted, and the values that each takes.
+        presets: names of `PRESETS`, whose rows come first.
+        one_at_a_time: the recipe as it is, then each value of each field alone; else all combinations.
+
+    Raises:
+        ValueError: an unknown preset, a field without values, nothing to vary, or values that no recipe has; the
+            message names the row.
+    """
+    over = over or {}
+    if recipe.train.blocks is not None:
+        raise ValueError(f"ablate trains all blocks, not train.blocks = {list(recipe.train.blocks)}; leave it out")
+    if unknown := [name for name in presets if name not in PRESETS]:
+        raise ValueError(f"unknown presets {unknown}; allowed: {', '.join(PRESETS)}")
+    if empty := [name for name, values in over.items() if not values]:
+        raise ValueError(f"{empty[0]} is given no values; give some, as in --over {empty[0]}=VALUE,VALUE")
+    if not over and not presets:
+        raise ValueError(
+            f"nothing to vary: give fields and values, as in --over blocks.overlap=0,0.05, or one of the presets "
+            f"{', '.join(PRESETS)}"
+        )
+    if "train.seed" in over:
+        raise ValueError("train.seed is varied by the seeds of an ablation, which averages over them: --seeds 0,1,2")
+    rows = [values for name in presets for values in PRESETS[name](recipe)]
+    if one_at_a_time:
+        rows = [{}, *rows, *({name: value} for name, values in over.items() for value in values)]
+    elif over:
+        rows += [dict(zip(over, values, strict=True)) for values in product(*over.values())]
+    names = _short_names({name for values in rows for name in values})
+    result: dict[str, Setting] = {}
+    for values in rows:
+        key = _key(values, names)
+        changed = _changed(recipe, values, key)
+        if any(changed == row.recipe for row in result.values()):
+            continue
+        while key in result:  # values that differ in odd letters alone
+            key += "+"
+        result[key] = Setting(key, changed, values)
+    return list(result.values())
+
+
+def _changed(recipe: Recipe, values: Values, key: str) -> Recipe:
+    plain = recipe.model_dump(mode="json")
+    for name, value in values.items():
+        put(plain, name, value, key)
+    return parse_recipe(plain, key)
+
+
+def _short_names(names: set[str]) -> dict[str, str]:
+    """Fields by the shortest end of their dotted names that tells them apart."""
+
+    def end(name: str, parts: int) -> str:
+        return ".".join(name.split(".")[-parts:])
+
+    return {
+        name: next(
+            end(name, parts)
+            for parts in range(1, name.count(".") + 2)
+            if sum(end(other, parts) == end(name, parts) for other in names) == 1
+        )
+        for name in names
+    }
+
+
+def _key(values: Values, names: Mapping[str, str]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return "-".join(map(text, value))
+        if isinstance(value, dict):
+            return "-".join(f"{name}-{text(part)}" for name, part in value.items())
+        return "null" if value is None else str(value)
+
+    # A field without a value is left out where others tell the row apart.
+    parts = [f"{names[name]}={text(value)}" for name, value in values.items() if value is not None or len(values) == 1]
+    return _ODD.sub("-", ",".join(parts))[:_LONGEST] or "recipe"
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+def ablate(
+    experiment: Experiment,
+    folder: Path,
+    rows: Sequence[Setting],
+    *,
+    only: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    progress: bool = True,
+    show: Callable[[str], None] = print,
+) -> str:
+    """Train and evaluate rows one after another; leave `folder`/table.json; return the lines table.
+
+    Args:
+        experiment: of the recipe that the rows change; rows of the same data share them.
+        folder: each row's runs go to `folder`/KEY/seed-N. A finished one is not trained again.
+        rows: what `settings` gave.
+        only: keys of the rows to run; default all. The table has those of other processes too, once they are finished.
+        seeds: values of `train.seed`, over which the table averages; default the recipe's own.
+        progress: show progress bars.
+        show: is given the table so far whenever a row is finished.
+
+    Raises:
+        ValueError: unknown rows, a seed twice, or a row that cannot be trained or is another run's; before any row is
+            trained.
+    """
+    if only is not None and (unknown := sorted(set(only) - {row.key for row in rows})):
+        raise ValueError(f"unknown rows {unknown}; allowed: {[row.key for row in rows]}")
+    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+        raise ValueError(f"seeds must be whole numbers, each once; got {list(seeds)}")
+    seeds = [experiment.recipe.train.seed] if seeds is None else seeds
+    runs = _runs(experiment, rows, seeds, folder)
+    selection = [run for run in runs if only is None or run.key in only]
+    for run in selection:  # no row is trained before it is known that all can be
+        for split in ("train", "test"):
+            run.experiment.data(split)
+        if run.result() is None:
+            check_machine(run.experiment, run.folder)
+            check_with_data(run.experiment, run.folder)
+    table = ""
+    for run in selection:
+        run.finish(progress)
+        table = _write_table(experiment, folder, runs)
+        show(table)
+    return table
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A row with a seed: its experiment, and the folder of its run."""
+
+    key: str
+    values: Values
+    experiment: Experiment
+    folder: Path
+
+    def result(self) -> dict[str, Any] | None:
+        """The row as JSON values where it is finished; None where there is something to do.
+
+        Raises:
+            ValueError: the folder has the result of another run.
+        """
+        file = self.folder / ROW
+        if not file.is_file():
+            return None
+        values = read_json(file)
+        check_same_run(values["run"], self.experiment.describe(), file)
+        return values["row"] if values["run"]["evaluate"] == self.experiment.describe()["evaluate"] else None
+
+    def finish(self, progress: bool) -> None:
+        """Train and evaluate, where that is not done."""
+        if self.result() is not None:
+            return
+        recipe = self.experiment.recipe
+        blocks = self.experiment.blocks.num_blocks if self.experiment.of_method_blocks else 1
+        variant = Variant(self.key, recipe, depth_of(recipe), blocks)
+        row, _ = run_row(self.experiment, variant, self.folder, progress)
+        row |= {"seed": recipe.train.seed, "values": dict(self.values)}
+        write_json(self.folder / ROW, {"run": self.experiment.describe(), "row": row})
+
+
+def _runs(base: Experiment, rows: Sequence[Setting], seeds: Sequence[int], folder: Path) -> list[_Run]:
+    """Every row with every seed; those whose sections `data` are equal share what is read of them."""
+    readers = [base]
+    runs = []
+    for row in rows:
+        reader = next((reader for reader in readers if reader.recipe.data == row.recipe.data), None)
+        if reader is None:
+            readers.append(reader := Experiment(row.recipe))
+        for seed in seeds:
+            experiment = reader.derive(with_train(row.recipe, seed=seed))
+            runs.append(_Run(row.key, row.values, experiment, folder / row.key / f"seed-{seed}"))
+    return runs
+
+
+def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> str:
+    """Write all rows that are finished, by whichever process, and return their means over the seeds as a text."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if (row := run.result()) is not None:
+            results.setdefault(run.key, []).append(row)
+    several = len(runs) > len({run.key for run in runs})
+    score = experiment.task.score if several else ""
+    means, lines = [], []
+    for key, rows in results.items():
+        mean, seeds = _mean(rows), [row["seed"] for row in rows]
+        line = {"row": key, **columns(experiment, mean)}
+        del line["name"]
+        about: dict[str, Any] = {"key": key, "seeds": seeds}
+        if several:
+            line["seeds"] = ", ".join(map(str, seeds))
+        if score:
+            scores = [row[score] for row in rows]
+            deviation = statistics.stdev(scores) if len(scores) > 1 and None not in scores else None
+            line[f"spread of {score}"] = None if deviation is None else f"{deviation:.4f}"
+            about |= {score: mean[score], "spread": deviation}
+        means.append(about)
+        lines.append(line)
+    write_results(folder / "table.json", [row for rows in results.values() for row in rows], None, means=means)
+    return format_table(lines)
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of JSON values of one form, number by number; what is no number, or is equal in all, is the first's."""
+    first = values[0]
+    if all(value == first for value in values):
+        return first
+    if isinstance(first, dict):
+        return {name: _mean([value.get(name) for value in values]) for name in first}
+    if isinstance(first, list) and all(isinstance(value, list) and len(value) == len(first) for value in values):
+        return [_mean(parts) for parts in zip(*values, strict=True)]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return statistics.fmean(values)
+    return first

@@ -1,0 +1,142 @@
+"""Ablations: rows by presets and lists of values, over seeds; finished ones are not trained again."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusionblocks.cli import main
+from diffusionblocks.experiments.ablation import ablate, settings
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.training import Trainer
+
+DIGITS = Path(__file__).parents[2] / "recipes" / "vit" / "digits.yaml"
+TINY = {
+    "model.config.hidden_size": 16,
+    "model.config.intermediate_size": 16,
+    "train.batch_size": 16,
+    "train.steps": 2,
+    "train.warmup_steps": 0,
+    "evaluate.steps": [1],
+    "evaluate.seeds": [1],
+    "evaluate.limit": 300,
+}
+
+
+def overrides(**changes: Any) -> list[str]:
+    values = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def recipe(**changes: Any) -> Recipe:
+    return load_recipe(DIGITS, overrides(**changes))
+
+
+def test_presets_are_the_papers_rows() -> None:
+    rows = settings(recipe(), presets=["partition"])
+    assert len(rows) == 12
+    assert {row.recipe.blocks.partition for row in rows} == {"uniform", "equi-probability", "log-uniform"}
+    assert {row.recipe.blocks.layers for row in rows} == {(4, 4, 4), (3, 6, 3), (6, 4, 2), (2, 4, 6)}
+    assert rows[1].key == "partition=uniform,num_blocks=3,layers=3-6-3"
+    counts = settings(recipe(blocks__layers=[3, 6, 3]), presets=["block-count"])
+    assert [(row.key, row.recipe.blocks.num_blocks, row.recipe.blocks.layers) for row in counts] == [
+        (f"num_blocks={n}", n, None) for n in (1, 2, 3, 4, 6, 12)
+    ]
+    assert [row.recipe.blocks.overlap for row in settings(recipe(), presets=["overlap"])] == [0, 0.05, 0.1, 0.2]
+    deep = settings(recipe(model__config__num_hidden_layers=24), presets=["partition"])
+    assert deep[1].recipe.blocks.layers == (6, 12, 6)
+
+
+def test_lists_of_values_combine_or_stand_alone() -> None:
+    over = {"blocks.overlap": [0.05, 0.2], "blocks.noise.p_mean": [0.5, 1.0]}
+    grid = [(row.key, row.recipe.blocks.overlap) for row in settings(recipe(), over)]
+    assert grid == [
+        ("overlap=0.05,p_mean=0.5", 0.05),
+        ("overlap=0.05,p_mean=1.0", 0.05),
+        ("overlap=0.2,p_mean=0.5", 0.2),
+        ("overlap=0.2,p_mean=1.0", 0.2),
+    ]
+    # The recipe's own overlap and p_mean are the row of the recipe as it is.
+    assert [row.key for row in settings(recipe(), over, one_at_a_time=True)] == ["recipe", "overlap=0.2", "p_mean=0.5"]
+    sections = settings(recipe(), {"trunk": [None, {"steps": 2}]})
+    assert [row.key for row in sections] == ["trunk=null", "trunk=steps-2"]
+
+
+def test_fields_of_one_name_are_told_apart() -> None:
+    rows = settings(recipe(), {"train.batch_size": [8], "evaluate.batch_size": [100]})
+    assert rows[0].key == "train.batch_size=8,evaluate.batch_size=100"
+
+
+def test_a_table_over_two_seeds_and_nothing_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment(recipe())
+    rows = settings(experiment.recipe, {"blocks.num_blocks": [1, 2]})
+    shown: list[str] = []
+    ablate(experiment, tmp_path, rows, only=["num_blocks=2"], seeds=[0, 1], progress=False, show=shown.append)
+    assert len(shown) == 2  # after each
+    table = ablate(experiment, tmp_path, rows, seeds=[0, 1], progress=False, show=shown.append)
+
+    values = json.loads((tmp_path / "table.json").read_text())
+    assert [(row["key"], row["seed"], row["blocks"], row["iterations"]) for row in values["rows"]] == [
+        ("num_blocks=1", 0, 1, 2),
+        ("num_blocks=1", 1, 1, 2),
+        ("num_blocks=2", 0, 2, 4),
+        ("num_blocks=2", 1, 2, 4),
+    ]
+    assert values["rows"][2]["values"] == {"blocks.num_blocks": 2}
+    for mean in values["means"]:
+        accuracies = [row["test_accuracy"] for row in values["rows"] if row["key"] == mean["key"]]
+        assert mean["test_accuracy"] == pytest.approx(statistics.fmean(accuracies))
+        assert mean["spread"] == pytest.approx(statistics.stdev(accuracies))
+    assert any(mean["spread"] > 0 for mean in values["means"])  # the seeds differ
+    assert "spread of test_accuracy" in table
+    assert f"{100 * values['means'][0]['test_accuracy']:.2f} +-" in table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
+        assert ablate(experiment, tmp_path, rows, seeds=[0, 1], progress=False, show=shown.append) == table
+    # Another evaluation of the same run trains nothing, but measures.
+    again = Experiment(recipe(evaluate__limit=50))
+    ablate(again, tmp_path, settings(again.recipe, {"blocks.num_blocks": [2]}), progress=False, show=shown.append)
+    assert json.loads((tmp_path / "num_blocks=2" / "seed-0" / "row.json").read_text())["run"]["evaluate"]["limit"] == 50
+    # And another training is not taken for it.
+    other = Experiment(recipe(train__steps=3))
+    with pytest.raises(ValueError, match=r"made with train\.steps = 2, this run has 3"):
+        ablate(other, tmp_path, settings(other.recipe, {"blocks.num_blocks": [2]}), progress=False)
+
+
+def test_bad_rows_are_refused_before_any_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*arguments: str) -> str:
+        options = [part for text in overrides() for part in ("--set", text)]
+        assert main(["ablate", str(DIGITS), "--out", str(tmp_path / "out"), "--quiet", *options, *arguments]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "num_blocks=5" in (text := refused("--over", "blocks.num_blocks=2,5")) or "num_blocks = 5" in text
+    assert "overlap=1.5" in refused("--over", "blocks.overlap=0,1.5")
+    assert "nothing to vary" in refused()
+    assert "unknown presets ['levels']; allowed: partition" in refused("--preset", "levels")
+    assert "unknown rows ['overlap=0.3']" in refused("--preset", "overlap", "--rows", "overlap=0.3")
+    assert "--over wants field.name=value,value, got overlap" in refused("--over", "overlap")
+    assert "whole numbers from 0" in refused("--preset", "overlap", "--seeds", "a")
+    assert "each once" in refused("--preset", "overlap", "--seeds", "1,1")
+    assert "varied by the seeds" in refused("--over", "train.seed=0,1")
+    assert "is given no values" in refused("--over", "blocks.overlap=")
+    assert "do not divide by 12" in refused("--preset", "partition", "--set", "model.config.num_hidden_layers=6")
+
+
+def test_the_command_prints_its_rows_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [part for text in overrides(train__steps=1) for part in ("--set", text)]
+    command = ["ablate", str(DIGITS), "--out", str(tmp_path), "--quiet", *options, "--over", "train.lr=1e-3,2e-3"]
+    assert main([*command, "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["lr=0.001", "lr=0.002"]
+    assert not list(tmp_path.iterdir())
+    assert main([*command, "--rows", "lr=0.002"]) == 0
+    printed = capsys.readouterr().out
+    assert "lr=0.002" in printed
+    assert "lr=0.001" not in printed
+    assert f"table: {tmp_path / 'table.json'}" in printed
