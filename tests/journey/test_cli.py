@@ -38,6 +38,7 @@ def test_compare_leaves_table_and_figure(tmp_path: Path, capsys: pytest.CaptureF
         ("end-to-end", 3, 1, 4),
         ("end-to-end", 1, 1, 4),
         ("end-to-end", 1, 1, 12),
+        ("ensemble", 3, 3, 12),
         ("diffusionblocks", 3, 3, 12),
     ]
     for row in rows:
@@ -45,7 +46,7 @@ def test_compare_leaves_table_and_figure(tmp_path: Path, capsys: pytest.CaptureF
         assert row["peak_memory_bytes"] > row["memory"]["parameters"] + row["memory"]["optimizer"] > 0
         assert row["seconds"] > 0
         assert row["parameters_trained"] > 0
-    whole, short, _, blocks = rows
+    whole, short, _, _, blocks = rows
     assert short["peak_memory_bytes"] < whole["peak_memory_bytes"]
     assert blocks["parameters_trained"] < whole["parameters_trained"]
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -178,7 +179,7 @@ def test_tensorboard_receives_the_log(tmp_path: Path) -> None:
         (["train", DIGITS, "--set", "train.lr=[1"], "--set train.lr: not YAML"),
         (["train", DIGITS, "--set", "name.x=1"], "name is 'vit-digits', not a section"),
         (["train", DIGITS, "--set", "train.epochs=1"], "give either train.steps or train.epochs"),
-        (["train", DIGITS, "--set", "method=magic"], "'diffusionblocks' or 'end-to-end'"),
+        (["train", DIGITS, "--set", "method=magic"], "'diffusionblocks', 'end-to-end'"),
         (["train", DIGITS, "--set", "data.kind=video"], "'digits', 'images'"),
         (["train", DIGITS, "--set", "model.type=BertModel"], "supported: DeiTForImageClassification"),
         (["train", DIGITS, "--set", "model.config.hiden_size=3"], "knows no ['hiden_size']"),

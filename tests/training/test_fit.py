@@ -503,7 +503,7 @@ def test_every_row_has_the_same_layer_updates(field: str, trunk: int | None) -> 
     made = recipe({field: 10}, train=lengths, trunk=None if trunk is None else {field: trunk})
     rows = variants(made)
     blocks = ["diffusionblocks", *(["diffusionblocks-branched"] if trunk else [])]
-    assert [row.key for row in rows[3:]] == [*blocks, f"{blocks[-1]}-unfitted"]
+    assert [row.key for row in rows[3:]] == ["ensemble-2x2", *blocks, f"{blocks[-1]}-unfitted"]
     assert [row.key for row in rows if row.has_fit] == blocks
     updates = {}
     for row in rows:
@@ -523,6 +523,7 @@ def test_compare_with_and_without_the_fit(tmp_path: Path) -> None:
         "end-to-end-4": (False, 6, 24),
         "end-to-end-2": (False, 6, 12),
         "end-to-end-2-x2": (False, 12, 24),
+        "ensemble-2x2": (False, 12, 24),
         "diffusionblocks": (True, 12, 24),
         "diffusionblocks-unfitted": (False, 12, 24),
     }

@@ -25,12 +25,12 @@ COMMANDS = {
     "sample": Command("samples of a trained diffusion model: images or text", ".sample"),
     "inspect": Command("show the blocks of a recipe before any training", ".inspect"),
     "plan": Command("predict the memory of a recipe's training step, and what fits a budget", ".plan"),
-    "compare": Command("train a recipe and its end-to-end baselines; table and figure", ".compare"),
+    "compare": Command("train a recipe and its baselines; table and figure", ".compare"),
     "ablate": Command(
         "train a recipe with other values in some of its fields, over several seeds; one table", ".ablate"
     ),
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
-    "merge": Command("make one model of folders whose blocks were trained apart", ".merge"),
+    "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
     "bench": Command(
         "measure memory, speed and depth beside end-to-end training and other ways to save memory, on a CUDA GPU",
         "..bench.options",
@@ -66,7 +66,7 @@ examples:
   diffusionblocks merge runs/first runs/second --out runs/whole
       one model of blocks that were trained apart, each run with its own --set 'train.blocks=[0, 2]'
   diffusionblocks compare recipes/vit/digits.yaml --out runs/demo
-      DiffusionBlocks beside its end-to-end baselines, in one table and a figure
+      DiffusionBlocks beside end-to-end networks and an ensemble, in one table and a figure
   diffusionblocks ablate recipes/vit/digits.yaml --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2
       a row for each value, with mean and spread over the seeds; --preset partition block-count overlap: the paper's
   diffusionblocks bench memory --models dit-l-2 --blocks 3 --out memory.json --figure memory.png

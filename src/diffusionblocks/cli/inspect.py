@@ -45,7 +45,8 @@ def _stages(recipe: Recipe) -> str:
     """How long each stage of the training is."""
     blocks = recipe.method == "diffusionblocks"
     before = [("fit of the noise levels", recipe.fit), ("trunk", recipe.trunk)] if blocks else []
-    stages = [*before, ("each block" if blocks else "the whole model", recipe.train)]
+    unit = {"diffusionblocks": "each block", "ensemble": "each member"}.get(recipe.method, "the whole model")
+    stages = [*before, (unit, recipe.train)]
     return ", then ".join(
         f"{name} {stage.steps:,} steps" if stage.steps is not None else f"{name} {stage.epochs:g} epochs"
         for name, stage in stages

@@ -25,17 +25,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make one model of folders whose blocks were trained apart."""
+    """Make one model of folders whose blocks, or members of an ensemble, were trained apart."""
+    from ..core.ensembles import ensemble_folder, merge_ensembles
     from ..core.merging import merge
     from ..experiments.run import trained_differently
     from ..reports.tables import format_bytes, format_table
 
-    origins = merge(options.folders, options.out, options.prefer)
+    of_ensemble = any(ensemble_folder(folder) is not None for folder in options.folders)
+    part = "member" if of_ensemble else "block"
+    origins = (merge_ensembles if of_ensemble else merge)(options.folders, options.out, options.prefer)
     for line in trained_differently(options.folders):
         print(one_line(f"warning: {line}"), file=sys.stderr)
     rows = [
         {
-            "block": origin.block,
+            part: origin.block,
             "layers": f"{origin.layers[0]}-{origin.layers[-1]}",
             "taken from": origin.folder,
             "size": format_bytes(origin.size),
@@ -44,4 +47,4 @@ def run(options: argparse.Namespace) -> None:
         for origin in origins
     ]
     print(format_table(rows))
-    print(f"{len(origins)} blocks in {options.out}")
+    print(f"{len(origins)} {part}s in {options.out}")

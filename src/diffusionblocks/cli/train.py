@@ -34,7 +34,6 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if result.rows:
         print(format_table([with_rounding(row.to_dict()) for row in result.rows]))
     if recipe.train.blocks is not None:
-        print(
-            f"only blocks {', '.join(map(str, recipe.train.blocks))}; join them with the others: diffusionblocks merge"
-        )
+        parts = f"{'members' if recipe.method == 'ensemble' else 'blocks'} {', '.join(map(str, recipe.train.blocks))}"
+        print(f"only {parts}; join them with the others: diffusionblocks merge")
     print(f"{result.iterations} iterations in {result.seconds:.1f} s; model in {folder / 'model'}")

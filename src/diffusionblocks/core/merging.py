@@ -71,7 +71,7 @@ def merge(
             match the model or holds values that are not finite, shared parameters or tokenizers that are not the same
             where they must be, or an `out` that is an input.
     """
-    inputs, preferred = _paths(folders), _paths(prefer)
+    inputs, preferred = as_paths(folders), as_paths(prefer)
     models = [read_saved(_model_folder(folder)) for folder in inputs]
     _check_inputs(models, inputs, Path(out))
     _check_configs(models)
@@ -96,7 +96,8 @@ def merge(
 # ---- inputs ------------------------------------------------------------------------------------------------
 
 
-def _paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+def as_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One folder or several, as a list."""
     return [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
 
 
@@ -133,7 +134,7 @@ def _check_configs(models: list[SavedModel]) -> None:
             ours["trained"], theirs["trained"] = first.trained, other.trained
         generation = [model.index.get("generation_config") for model in (first, other)]
         if None not in generation:
-            ours["generation_config"], theirs["generation_config"] = map(_without_writers, generation)
+            ours["generation_config"], theirs["generation_config"] = map(without_writers, generation)
         unequal = difference(ours, theirs)
         if unequal is not None:
             name, one, another = unequal
@@ -160,13 +161,14 @@ def _description(model: SavedModel) -> dict[str, Any]:
     values = config_values(model.model_class, model.model_config)
     return {
         "model_class": model.model_class,
-        "model_config": _without_writers(values),
+        "model_config": without_writers(values),
         "blocks_config": model.blocks_config.model_dump(mode="json"),
         "partition": model.partition.to_dict(),
     }
 
 
-def _without_writers(values: Any) -> dict[str, Any]:
+def without_writers(values: Any) -> dict[str, Any]:
+    """A config's values but for those that say where it came from."""
     return {name: value for name, value in values.items() if name not in _WRITERS}
 
 
@@ -183,11 +185,7 @@ def difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
 
 def _origins(models: list[SavedModel], preferred: list[Path]) -> tuple[Origin, ...]:
     """Which folder's copy of each block is taken."""
-    by_path = {model.folder.resolve(): model.folder for model in models}
-    for folder in preferred:
-        if folder.resolve() not in by_path:
-            raise ValueError(f"prefer = {folder} is none of the folders to merge: {_list(models)}")
-    ranked = [by_path[folder.resolve()] for folder in preferred]
+    ranked = rank([model.folder for model in models], preferred)
     partition = models[0].partition
     holders = [[model.folder for model in models if b in model.blocks] for b in range(partition.num_blocks)]
     absent = [b for b, folders in enumerate(holders) if not folders]
@@ -201,21 +199,44 @@ def _origins(models: list[SavedModel], preferred: list[Path]) -> tuple[Origin, .
         for folder in folders:
             if not (folder / block_file(b)).is_file():
                 raise FileNotFoundError(f"{folder / block_file(b)} is missing, though {folder / INDEX} lists block {b}")
-        source = _choose(b, folders, ranked)
+        source = choose_copy(f"block {b}", folders, ranked)
         passed_over = tuple(folder for folder in folders if folder != source)
         size = (source / block_file(b)).stat().st_size
         origins.append(Origin(b, partition.layer_range(b), source, passed_over, size))
     return tuple(origins)
 
 
-def _choose(block: int, holders: list[Path], ranked: list[Path]) -> Path:
+def rank(folders: Sequence[Path], preferred: Sequence[Path]) -> list[Path]:
+    """Those of the folders to merge that are preferred, in the order of preference.
+
+    Raises:
+        ValueError: one that is preferred is not among them.
+    """
+    by_path = {folder.resolve(): folder for folder in folders}
+    for folder in preferred:
+        if folder.resolve() not in by_path:
+            raise ValueError(f"prefer = {folder} is none of the folders to merge: {', '.join(map(str, folders))}")
+    return [by_path[folder.resolve()] for folder in preferred]
+
+
+def choose_copy(name: str, holders: Sequence[Path], ranked: Sequence[Path]) -> Path:
+    """The folder whose copy is taken of what several hold.
+
+    Args:
+        name: of what they hold, for the message.
+        holders: the folders.
+        ranked: folders in the order of preference.
+
+    Raises:
+        ValueError: several hold it, and none of them is preferred.
+    """
     if len(holders) == 1:
         return holders[0]
     for folder in ranked:
         if folder in holders:
             return folder
     both = " and in ".join(map(str, holders))
-    raise ValueError(f"block {block} is in {both}; say whose copy to take: --prefer {holders[0]}")
+    raise ValueError(f"{name} is in {both}; say whose copy to take: --prefer {holders[0]}")
 
 
 # ---- files -------------------------------------------------------------------------------------------------

@@ -9,17 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ..core.model import DiffusionBlocks
+from ..training import Baseline
 from .row import Row
 
 
 @dataclass(frozen=True)
 class AccuracyRow(Row):
-    """Accuracy in [0, 1] with its binomial standard error; steps and seeds are None for an end-to-end model."""
+    """Accuracy in [0, 1] with its binomial standard error; steps and seeds are None for a baseline.
+
+    Attributes:
+        combine: how parts of a model were brought together, of a model that has several ways.
+    """
 
     steps: int | None
     seeds: int | None
     accuracy: float
     standard_error: float
+    combine: str | None = None
 
 
 def accuracy_grid(
@@ -37,7 +43,7 @@ def accuracy_grid(
     The row with n seeds averages the first n of the same chains, so rows differ by averaging alone.
 
     Args:
-        model: a `DiffusionBlocks`, or an `EndToEnd` (one row; steps and seeds do not apply).
+        model: a `DiffusionBlocks`, or a `Baseline` (a row for each of its `answers`; steps and seeds do not apply).
         batches: makes an iterable of {"pixel_values", "labels"} on the model's device; read once per number of steps.
         steps, seeds: what to measure; all >= 1.
         feedback, grid: see `predict_labels`.
@@ -49,13 +55,16 @@ def accuracy_grid(
     Raises:
         ValueError: there are no examples, or logits are not finite.
     """
-    if not isinstance(model, DiffusionBlocks):
-        correct = count = 0
+    if isinstance(model, Baseline):
+        correct: dict[str | None, int] = {}
+        count = 0
         for batch in batches():
-            probabilities = model.predict(batch["pixel_values"]).probabilities  # type: ignore[operator]
-            correct += int((probabilities.argmax(-1) == batch["labels"]).sum())
+            for name, prediction in model.predictions(batch["pixel_values"]).items():
+                right = int((prediction.probabilities.argmax(-1) == batch["labels"]).sum())
+                correct[name] = correct.get(name, 0) + right
             count += len(batch["labels"])
-        return [_row(None, None, correct, count)]
+        return [_row(None, None, hits, count, name) for name, hits in (correct or {None: 0}).items()]
+    assert isinstance(model, DiffusionBlocks), type(model).__name__
     rows = []
     counts = sorted(set(seeds))
     for n in steps:
@@ -76,8 +85,8 @@ def accuracy_grid(
     return rows
 
 
-def _row(steps: int | None, seeds: int | None, correct: int, count: int) -> AccuracyRow:
+def _row(steps: int | None, seeds: int | None, correct: int, count: int, combine: str | None = None) -> AccuracyRow:
     if not count:
         raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
     p = correct / count
-    return AccuracyRow(steps, seeds, p, (p * (1 - p) / count) ** 0.5)
+    return AccuracyRow(steps, seeds, p, (p * (1 - p) / count) ** 0.5, combine)

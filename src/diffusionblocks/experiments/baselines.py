@@ -1,4 +1,4 @@
-"""The rows of a comparison: the blocks, and the end-to-end baselines that every claim about them needs."""
+"""The rows of a comparison: the blocks, and the baselines that every claim about them needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The method: `end-to-end` or `diffusionblocks`."""
+        """The method: `end-to-end`, `ensemble` or `diffusionblocks`."""
         return self.recipe.method
 
     @property
@@ -63,6 +63,9 @@ def variants(recipe: Recipe) -> list[Variant]:
     if many > 1 and recipe.model.pretrained is None:  # else one block is the whole model, or has its layers' weights
         rows.append(Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1))
         rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
+        if recipe.task.target == "label":
+            ensemble = ordinary.model_copy(update={"method": "ensemble"})
+            rows.append(Variant(f"ensemble-{many}x{short}", ensemble, depth, many))
     rows.append(Variant("diffusionblocks", scratch, depth, many))
     if recipe.trunk is not None:
         trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained

@@ -1,11 +1,12 @@
-"""The comparison every claim needs: DiffusionBlocks beside its end-to-end baselines, in one table.
+"""The comparison every claim needs: DiffusionBlocks beside its baselines, in one table.
 
 Rows: L layers end to end; where B > 1 and the model is not pretrained, L/B layers end to end, which have the memory of
-one block, at equal steps and at B times the steps, which is equal compute (the baseline to beat); DiffusionBlocks from
-scratch; and, where the recipe has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the
-last of them is there once more without. All rows but the one of L/B layers at equal steps have the same number of
-layer-updates (recurrent depth end to end runs its core many times a step, which `layer_passes` counts). With
-`equal="seconds"` the baselines train as long as the blocks did instead, by the clock.
+one block, at equal steps and at B times the steps, which is equal compute, and of a classifier an ensemble of B such
+networks with the steps of a block each (the baseline to beat); DiffusionBlocks from scratch; and, where the recipe has
+a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there once more
+without. All rows but the one of L/B layers at equal steps have the same number of layer-updates (recurrent depth end to
+end runs its core many times a step, which `layer_passes` counts). With `equal="seconds"` the end-to-end rows train as
+long as the blocks did instead, by the clock.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..evaluation.memory import step_memory
 from ..models.recurrent_depth import RecurrentDepth, layer_passes
 from ..reports.results import write_results
 from ..reports.tables import format_bytes, format_table
-from ..training import EndToEnd, trainable, units_of
+from ..training import EndToEnd, units_of
 from .baselines import Variant, executed, of_equal_time, variants
 from .experiment import Experiment
 from .preflight import check_machine, check_with_data
@@ -158,6 +159,6 @@ def columns(experiment: Experiment, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parameters_at_a_time(model: nn.Module) -> int:
-    """Most parameters that are trained at a time: those of the largest unit."""
-    units, _ = units_of(model)
-    return max(sum(p.numel() for p in trainable(unit.module)) for unit in units)
+    """Most parameters that are trained at a time: those of the largest unit, and what all units move."""
+    units, shared = units_of(model)
+    return max(sum(p.numel() for p in [*unit.own, *shared]) for unit in units)

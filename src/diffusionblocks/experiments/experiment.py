@@ -15,7 +15,6 @@ from ..common.formats import read_json
 from ..common.modules import computes_on
 from ..config import BlocksConfig
 from ..core.conversion import assemble
-from ..core.end_to_end import load_end_to_end, save_end_to_end
 from ..core.loading import load
 from ..core.materialise import build, empty, materialise
 from ..core.model import DiffusionBlocks
@@ -24,8 +23,9 @@ from ..core.saving import save
 from ..data import TextCodec
 from ..data.dataset import BatchMaker, Dataset
 from ..families import Family, check_attention, family_named, rebuild_config
-from ..training import EndToEnd, RunDescription, Trainer
+from ..training import Baseline, RunDescription, Trainer
 from ..training.run_log import Logger
+from .baseline_kinds import BASELINE_KINDS, BaselineKind, outline_of
 from .identity import check_same_run, data_identity, describe_run, learned_from
 from .original import Original
 from .recipe import Recipe
@@ -96,9 +96,9 @@ class Experiment:
         return self.recipe.method == "diffusionblocks"
 
     @property
-    def end_to_end(self) -> bool:
-        """Whether the model stays whole, as an unconverted classifier or language model."""
-        return not self.of_method_blocks and self.task.plain_training
+    def baseline(self) -> BaselineKind | None:
+        """What makes the model where nothing is converted; None where it is blocks, or one block on all levels."""
+        return BASELINE_KINDS[self.recipe.method] if not self.of_method_blocks and self.task.plain_training else None
 
     @property
     def blocks(self) -> BlocksConfig:
@@ -153,24 +153,25 @@ class Experiment:
         return Original(self.recipe.model, self.recipe.train.seed, self.task.new_head)
 
     def build(self, blocks: Sequence[int] | None = None) -> nn.Module:
-        """The model on the CPU: its blocks, built one after another, or the end-to-end baseline.
+        """The model on the CPU: its blocks, built one after another, or a baseline.
 
         Args:
-            blocks: build only these, and leave the others on the meta device; default `train.blocks` (None builds all).
+            blocks: build only these (of a baseline its parts), and leave the others on the meta device; default
+                `train.blocks` (None builds all).
 
         Raises:
             ValueError: a class or config that is not supported, or no such block.
         """
-        if self.end_to_end:
-            return EndToEnd(self.original.build())
         indices = self.recipe.train.blocks if blocks is None else blocks
+        if self.baseline is not None:
+            return self.baseline.make(self.recipe, self.original, Original.build, indices)
         if indices and max(indices) >= self.blocks.num_blocks:
             raise ValueError(f"train.blocks = {list(indices)}: the model has blocks 0 to {self.blocks.num_blocks - 1}")
         return build(self.original.weights(), self.blocks, blocks=indices)
 
     def build_empty(self) -> tuple[nn.Module, Callable[[int], None] | None]:
         """As `build`, for a trainer: blocks are on the meta device, and the function gives one its weights."""
-        if self.end_to_end:
+        if self.baseline is not None:
             return self.build(), None
         source = self.original.weights()
         model = empty(source, self.blocks)
@@ -183,12 +184,13 @@ class Experiment:
         Raises:
             ValueError: a class or config that is not supported.
         """
-        original = self.original.weights().outline()
-        return EndToEnd(original) if self.end_to_end else assemble(original, self.blocks, take=True)
+        if self.baseline is not None:
+            return self.baseline.make(self.recipe, self.original, outline_of)
+        return assemble(outline_of(self.original), self.blocks, take=True)
 
     @staticmethod
     def of_blocks(model: nn.Module) -> bool:
-        """Whether a model is a `DiffusionBlocks`, and not an `EndToEnd`."""
+        """Whether a model is a `DiffusionBlocks`, and not a baseline."""
         return isinstance(model, DiffusionBlocks)
 
     @staticmethod
@@ -200,7 +202,8 @@ class Experiment:
     @staticmethod
     def config_of(model: nn.Module) -> Any:
         """The config object of the original, of a model that `build` or `outline` made."""
-        return model.config if isinstance(model, DiffusionBlocks) else model.model.config  # type: ignore[union-attr]
+        assert isinstance(model, (DiffusionBlocks, Baseline))
+        return model.config
 
     def precision(self, model: nn.Module) -> torch.autocast:
         """The training's precision, for evaluation."""
@@ -253,21 +256,21 @@ class Experiment:
     # ---- saved models --------------------------------------------------------------------------------------------
 
     def save(self, model: nn.Module, path: Path, *, provenance: dict[str, Any] | None = None) -> None:
-        """Save a model to a folder: its `train.blocks` in our format, an end-to-end baseline in its own library's.
+        """Save a model to a folder: its `train.blocks` in our format, a baseline in its own library's.
 
         The tokenizer of text in tokens, which was read with the data, goes with it as `tokenizer.json`.
 
         Args:
-            model: a `DiffusionBlocks`, or an `EndToEnd`.
+            model: a `DiffusionBlocks`, or a baseline.
             path: the folder.
-            trained: what its blocks learned from, for their index (`identity.learned_from`).
+            provenance: what its blocks learned from, for their index (`identity.learned_from`).
         """
         data = self.splits.get("train")
         tokenizer = None if data is None else data.tokenizer
         if isinstance(model, DiffusionBlocks):
             save(model, path, self.recipe.train.blocks, tokenizer, provenance)
-        elif isinstance(model, EndToEnd):
-            save_end_to_end(model.model, path, tokenizer)
+        elif isinstance(model, Baseline):
+            model.save(path, tokenizer=tokenizer, provenance=provenance)
 
     def load(self, path: Path) -> nn.Module:
         """Load what `save` wrote, on the recipe's device; of blocks under `resident: active` the one that runs.
@@ -276,10 +279,10 @@ class Experiment:
             FileNotFoundError: nothing there.
             ValueError: a model of the other method, or of another family.
         """
-        class_name, in_our_format = self._check_saved(path)
+        class_name = self._check_saved(path)
         device, train = self.device, self.recipe.train
-        if not in_our_format:
-            return EndToEnd(load_end_to_end(class_name, path).to(device))
+        if self.baseline is not None:
+            return self.baseline.load(class_name, path).to(device)
         one_at_a_time = train.resident == "active" and device.type == "cuda"
         model = load(path, device="cpu" if one_at_a_time else device)
         self._check_shape(model, path)
@@ -289,8 +292,8 @@ class Experiment:
             model.compile_layers()
         return model
 
-    def _check_saved(self, path: Path) -> tuple[str, bool]:
-        """The class of a saved model, and whether it is in our format; refuses a model of another recipe."""
+    def _check_saved(self, path: Path) -> str:
+        """The class of a saved model; refuses one of another recipe."""
         recipe = self.recipe
         recover(path, MODEL_FILES)
         if not path.is_dir():
@@ -298,22 +301,20 @@ class Experiment:
             raise FileNotFoundError(
                 f"no model at {path}; train first: {train}; or name a trained one with --model RUN/model"
             )
-        in_our_format = (path / INDEX).is_file()
-        if not in_our_format and not (path / "config.json").is_file():
+        marks = {"diffusionblocks": INDEX} | {name: kind.mark for name, kind in BASELINE_KINDS.items()}
+        method = next((name for name, mark in marks.items() if (path / mark).is_file()), None)
+        if method is None:
             raise FileNotFoundError(f"{path} holds no model; of a run, give the folder RUN/model")
-        if in_our_format:
-            class_name = str(read_json(path / INDEX).get("model_class"))
-        else:
-            class_name = str((read_json(path / "config.json").get("architectures") or [recipe.model.type])[0])
+        index = read_json(path / marks[method])
+        class_name = str(index.get("model_class") or (index.get("architectures") or [recipe.model.type])[0])
         if family_named(class_name) is not self.family:
             raise ValueError(
                 f"{path} holds a {class_name}, the recipe describes a {recipe.model.type}: give the recipe that the "
                 "model was trained with"
             )
-        if in_our_format == self.end_to_end:
-            method = "diffusionblocks" if in_our_format else "end-to-end"
+        if method != ("diffusionblocks" if self.baseline is None else recipe.method):
             raise ValueError(f"{path} holds a model of method {method}, the recipe says method: {recipe.method}")
-        return class_name, in_our_format
+        return class_name
 
     def _check_shape(self, model: DiffusionBlocks, path: Path) -> None:
         if not self.of_method_blocks and model.partition.num_blocks > 1:

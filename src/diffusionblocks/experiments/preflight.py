@@ -7,7 +7,7 @@ from pathlib import Path
 from ..common.files import check_space, check_writable, free_space
 from ..common.machine import check_memory
 from ..common.modules import bytes_of
-from ..training import check_optimizer
+from ..training import check_optimizer, units_of
 from ..training.checkpoint import checkpoints
 from .experiment import Experiment
 from .recipe import Recipe
@@ -92,9 +92,9 @@ def check_with_data(experiment: Experiment, folder: Path) -> None:
 
 
 def _blocks_of(experiment: Experiment) -> tuple[int, int]:
-    """How many blocks the model has, and how many of them are trained."""
-    outline, selection = experiment.outline, experiment.recipe.train.blocks
-    blocks = experiment.blocks_of(outline).partition.num_blocks if experiment.of_blocks(outline) else 1
+    """How many blocks, or other units, the model has, and how many of them are trained."""
+    units, _ = units_of(experiment.outline)
+    blocks, selection = len(units), experiment.recipe.train.blocks
     return blocks, blocks if selection is None else len(selection)
 
 

@@ -95,6 +95,9 @@ class FitConfig(_Section):
 #: Classes whose own training draws its depth on the host, anew each step: a captured step would repeat the first one.
 DEPTH_ON_HOST = ("RecurrentDepth",)
 
+#: Methods whose answers are labels.
+OF_CLASSIFIERS = ("ensemble",)
+
 EvaluateConfig = Annotated[SerializeAsAny[EvaluateSection], BY_KIND]
 
 
@@ -103,8 +106,10 @@ class Recipe(_Section):
 
     Attributes:
         name: Name of the run, and of its default output folder, runs/<name>.
-        method: `diffusionblocks`, or `end-to-end`: the baseline, the same class unconverted. Of a model that denoises
-            anyway, of images or masked text, that is one block on all levels.
+        method: `diffusionblocks`, or a baseline. `end-to-end`: the same class unconverted; of a model that denoises
+            anyway, of images or masked text, that is one block on all levels. `ensemble`, of classifiers: as many
+            unconverted networks as blocks, of one block's layers and one block's steps each, whose answers are
+            averaged; train.blocks then names members.
         model: The ordinary model.
         blocks: How it is split into blocks.
         data: What it is trained and measured on.
@@ -119,7 +124,7 @@ class Recipe(_Section):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    method: Literal["diffusionblocks", "end-to-end"] = "diffusionblocks"
+    method: Literal["diffusionblocks", "end-to-end", "ensemble"] = "diffusionblocks"
     model: ModelConfig
     blocks: BlocksConfig = BlocksConfig()
     data: DataConfig
@@ -211,11 +216,16 @@ class Recipe(_Section):
         model = f"{self.model.type} {task.does} and"
         check_loss_chunk(self.train.loss_chunk, model, of_text=task.of_text, name="train.loss_chunk")
         task.check_recipe(self)
+        if self.method in OF_CLASSIFIERS and task.target != "label":
+            raise ValueError(
+                f"method: {self.method} is for classifiers, whose answers can be averaged; {self.model.type} "
+                f"{task.does}: use method: end-to-end"
+            )
         return self
 
     @model_validator(mode="after")
     def _no_graph_of_a_drawn_depth(self) -> Self:
-        if self.method == "end-to-end" and self.train.cuda_graph and self.model.type in DEPTH_ON_HOST:
+        if self.method != "diffusionblocks" and self.train.cuda_graph and self.model.type in DEPTH_ON_HOST:
             raise ValueError(
                 f"train.cuda_graph = true captures one step, but {self.model.type} end to end draws its number of "
                 "iterations anew each step: set train.cuda_graph to false"

@@ -201,7 +201,7 @@ class _Search:
         depth = 1 if one else depth_of(self.recipe)
         for many in (n for n in range(1, depth + 1) if depth % n == 0):
             changes: dict[str, Any] = {"blocks.num_blocks": many, "train.resident": "active"}
-            if self.recipe.method == "end-to-end":
+            if self.recipe.method != "diffusionblocks":
                 changes = {"method": "diffusionblocks", **changes}
             if self.recipe.blocks.layers is not None:
                 changes["blocks.layers"] = None

@@ -6,9 +6,10 @@ from .interruption import Interrupted
 from .optim import check_optimizer
 from .train_config import TrainConfig
 from .trainer import Diverged, Trainer
-from .units import EndToEnd, Unit, trainable, units_of
+from .units import Baseline, EndToEnd, Unit, trainable, units_of
 
 __all__ = [
+    "Baseline",
     "BatchMaker",
     "Diverged",
     "EndToEnd",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +14,104 @@ from torch import Tensor, nn
 
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
+from ..core.end_to_end import save_end_to_end
 from ..core.model import DiffusionBlocks
 from ..families import Family, family_for
 from ..sampling import Prediction
 from ..targets import check_entries, check_loss_chunk, cross_entropies, in_chunks, label_losses
 
 
-class EndToEnd(nn.Module):
+@dataclass(frozen=True)
+class Unit:
+    """Something that is trained on its own.
+
+    Attributes:
+        index: of the block, or of the part of a baseline (0 for an end-to-end model); keys its randomness.
+        name: for logs and messages.
+        module: has `loss(batch, generator) -> (batch,)`; its call runs the network.
+        shared: identities of the parameters that other units move, as well or alone.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    shared: frozenset[int] = frozenset()
+
+    @property
+    def own(self) -> list[nn.Parameter]:
+        """The trainable parameters that only this unit moves."""
+        return [p for p in trainable(self.module) if id(p) not in self.shared]
+
+
+class Baseline(nn.Module, abc.ABC):
+    """What is trained beside blocks by the same trainer: a model that is not converted, in one unit or several."""
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> Any:
+        """The config object of the original class."""
+
+    @abc.abstractmethod
+    def units(self, blocks: Sequence[int] | None = None) -> list[Unit]:
+        """What of it is trained on its own.
+
+        Args:
+            blocks: only the units of these indices; None takes all.
+
+        Raises:
+            ValueError: no such unit, or units that cannot be trained apart.
+        """
+
+    @abc.abstractmethod
+    def answers(self, pixel_values: Tensor) -> Mapping[str | None, Tensor]:
+        """Logits (batch, num_classes) of every way to read a label off, by its name; the first is the default one."""
+
+    @abc.abstractmethod
+    def save(self, path: Path, *, tokenizer: bytes | None = None, provenance: dict[str, Any] | None = None) -> None:
+        """Write it to a folder, whole or not at all.
+
+        Args:
+            path: the folder; an older model there is replaced.
+            tokenizer: the bytes of a language model's `tokenizer.json`.
+            provenance: what it was trained on, as JSON values: parts of different trainings are not merged.
+        """
+
+    def predictions(self, pixel_values: Tensor) -> dict[str | None, Prediction]:
+        """The predictions of one pass in evaluation mode, by the name of how they are read off (`answers`).
+
+        Raises:
+            ValueError: logits are not finite.
+        """
+        check = FiniteCheck(self._name)
+        with torch.no_grad(), evaluating(self):
+            logits = {name: check.values(x.float(), "logits") for name, x in self.answers(pixel_values).items()}
+        check.read()
+        return {name: Prediction(x.softmax(-1), x.log_softmax(-1), levels=()) for name, x in logits.items()}
+
+    def predict(self, pixel_values: Tensor, *, combine: str | None = None, **_: Any) -> Prediction:
+        """Class probabilities of one pass in evaluation mode; denoising options do not apply and are ignored.
+
+        Args:
+            pixel_values: images (batch, channels, height, width).
+            combine: how parts of a model are brought together, one of the names of `answers`; None takes the first.
+                A model of one part ignores it.
+
+        Raises:
+            ValueError: no such way, or logits are not finite.
+        """
+        predictions = self.predictions(pixel_values)
+        if combine is None or len(predictions) == 1:
+            return next(iter(predictions.values()))
+        if combine not in predictions:
+            raise ValueError(f"combine = {combine!r}; allowed: {', '.join(map(str, predictions))}")
+        return predictions[combine]
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+
+class EndToEnd(Baseline):
     """An unconverted classifier or language model with the interface of a block: the end-to-end baseline.
 
     Args:
@@ -139,56 +232,43 @@ class EndToEnd(nn.Module):
             return model.loss_after(model.backprop_depth + 1, batch["input_ids"], chunk=self.loss_chunk)  # type: ignore[no-any-return]
         return self.loss(batch)
 
-    def predict(self, pixel_values: Tensor, **_: Any) -> Prediction:
-        """Class probabilities of one pass in evaluation mode; denoising options do not apply and are ignored.
+    @property
+    def config(self) -> Any:
+        """The config object of the model."""
+        return self.model.config
 
-        Raises:
-            ValueError: logits are not finite.
-        """
-        check = FiniteCheck(type(self.model).__name__)
-        with torch.no_grad(), evaluating(self):
-            logits = check.values(self(pixel_values).float(), "logits")
-        check.read()
-        return Prediction(logits.softmax(-1), logits.log_softmax(-1), levels=())
+    def units(self, blocks: Sequence[int] | None = None) -> list[Unit]:
+        """One, of the whole model; ValueError: blocks are named."""
+        if blocks is not None:
+            raise ValueError(f"train.blocks = {list(blocks)}: an end-to-end model has no blocks; leave it out")
+        return [Unit(0, "end-to-end", self)]
 
+    def answers(self, pixel_values: Tensor) -> Mapping[str | None, Tensor]:
+        """The logits of the model."""
+        return {None: self(pixel_values)}
 
-@dataclass(frozen=True)
-class Unit:
-    """Something that is trained on its own.
-
-    Attributes:
-        index: of the block (0 for an end-to-end model); keys its randomness.
-        name: for logs and messages.
-        module: has `loss(batch, generator) -> (batch,)`; its call runs the network.
-        shared: identities of the parameters that other units move as well.
-    """
-
-    index: int
-    name: str
-    module: nn.Module
-    shared: frozenset[int] = frozenset()
+    def save(self, path: Path, *, tokenizer: bytes | None = None, provenance: dict[str, Any] | None = None) -> None:
+        """Write the model in the format of its own library."""
+        save_end_to_end(self.model, path, tokenizer)
 
     @property
-    def own(self) -> list[nn.Parameter]:
-        """The trainable parameters that only this unit moves."""
-        return [p for p in trainable(self.module) if id(p) not in self.shared]
+    def _name(self) -> str:
+        return type(self.model).__name__
 
 
 def units_of(model: nn.Module, blocks: Sequence[int] | None = None) -> tuple[list[Unit], list[nn.Parameter]]:
     """The units of a model, and the trainable parameters that several units move (the `joint` policy).
 
     Args:
-        model: a `DiffusionBlocks` or an `EndToEnd`.
-        blocks: only these blocks; None takes all.
+        model: a `DiffusionBlocks` or a `Baseline`.
+        blocks: only these blocks, or units of a baseline; None takes all.
 
     Raises:
-        TypeError: neither a `DiffusionBlocks` nor an `EndToEnd`.
+        TypeError: neither of the two.
         ValueError: nothing to train, no such block, or blocks that cannot be trained apart.
     """
-    if isinstance(model, EndToEnd):
-        if blocks is not None:
-            raise ValueError(f"train.blocks = {list(blocks)}: an end-to-end model has no blocks; leave it out")
-        return _require_parameters([Unit(0, "end-to-end", model)], [])
+    if isinstance(model, Baseline):
+        return _require_parameters(model.units(blocks), [])
     if not isinstance(model, DiffusionBlocks):
         raise TypeError(f"cannot train a {type(model).__name__}: wrap it in EndToEnd, or convert it first")
     many = model.partition.num_blocks

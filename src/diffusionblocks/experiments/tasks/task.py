@@ -314,8 +314,8 @@ BY_KIND = ByKind(_SECTIONS)
 
 
 def baselines_in(table: Sequence[Mapping[str, Any]], measure: str) -> list[tuple[str, float]]:
-    """The end-to-end rows of a comparison's table: their labels in a figure, and a measure of each."""
-    rows = [row for row in table if row["name"] == "end-to-end"]
+    """The baselines' rows of a comparison's table: their labels in a figure, and a measure of each."""
+    rows = [row for row in table if row["name"] != "diffusionblocks"]
     return [(f"{row['key']} ({row['iterations']} steps)", row[measure]) for row in rows]
 
 
