@@ -51,6 +51,14 @@ TargetConfig = Annotated[
 ]
 
 
+def blocks_as_written(values: Any) -> Any:
+    """Values of a `BlocksConfig` that some version wrote; where it knew no `target.likelihood`, it was `learned`."""
+    target = values.get("target") if isinstance(values, dict) else None
+    if not isinstance(target, dict) or "likelihood" in target or _kind("label")(target) not in ("label", "next-token"):
+        return values
+    return {**values, "target": {**target, "likelihood": "learned"}}
+
+
 def _registered(values: Any) -> Any:
     """Refuse a noise process that is not registered: a user's own may only not be imported yet."""
     kind = _kind("edm")(values)

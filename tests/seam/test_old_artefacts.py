@@ -24,6 +24,8 @@ KINDS = ("vit", "dit", "masked", "llama")
 TOLD_LESS = ("vit", "llama")
 SAME_MACHINE = machine() == json.loads((OLD / "machine.json").read_text())
 EVERY_LEVEL = "blocks.noise.coverage=[0,1]"
+#: Networks learned the likelihood, and nothing said so.
+LEARNED = "blocks.target.likelihood=learned"
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ def test_a_saved_model_gives_what_it_gave(kind: str, place: Path) -> None:
         assert as_today.keys() == before.keys()
         assert any((as_today[name] != before[name]).any() for name in before), "the setting matters"
         tell_every_level(folder)
+        assert db.load(folder).blocks_config.target.likelihood == "learned"
     assert_as_before(outputs(kind, db.load(folder)), before, SAME_MACHINE)
 
 
@@ -68,13 +71,15 @@ def test_a_saved_model_is_saved_again_as_it_was(kind: str, tmp_path: Path) -> No
         assert {name: digests({name: t}) for name, t in now.items()} == {n: digests({n: t}) for n, t in before.items()}
 
 
-def test_a_stopped_classifier_goes_on_only_told_every_level(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_classifier_goes_on_only_as_it_was(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = place / "runs" / "vit-stopped"
     go_on = ["train", "recipes/vit.yaml", "--out", run, "--quiet"]
-    assert command(*go_on) == 2
-    assert f"--set {EVERY_LEVEL}" in capsys.readouterr().err
-    assert not (run / "model").exists()
-    assert command(*go_on, "--set", EVERY_LEVEL) == 0
+    for setting in (LEARNED, EVERY_LEVEL):
+        assert command(*go_on) == 2
+        assert f"--set {setting}" in capsys.readouterr().err
+        assert not (run / "model").exists()
+        go_on += ["--set", setting]
+    assert command(*go_on) == 0
     check_goes_on("vit", run)
 
 

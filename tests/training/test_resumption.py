@@ -140,7 +140,8 @@ def make_first_version(folder: Path) -> None:
         del values["run"]
         (checkpoint / "state.json").write_text(json.dumps(values))
     noted = json.loads((folder / "recipe.json").read_text())
-    (noted["blocks"]["noise"] or {}).pop("coverage", None)
+    for section, field in (("noise", "coverage"), ("target", "likelihood")):
+        (noted["blocks"][section] or {}).pop(field, None)
     (folder / "recipe.json").write_text(json.dumps(noted))
 
 
@@ -148,16 +149,19 @@ def make_first_version(folder: Path) -> None:
 def test_a_run_of_an_earlier_version_goes_on_with_what_it_noted(
     noise: dict[str, Any] | None, data: dict[str, ImageData], tmp_path: Path
 ) -> None:
-    told_all = recipe(blocks={"noise": (noise or {}) | {"coverage": [0, 1]}})
+    of_then = {"target": {"likelihood": "learned"}}  # networks learned it, and no recipe said so
+    told_all = recipe(blocks={"noise": (noise or {}) | {"coverage": [0, 1]}} | of_then)
     run(told_all, tmp_path, data)  # as version 0.1.0 trained
     (tmp_path / "recipe.json").write_text(json.dumps(recipe(blocks={"noise": noise}).model_dump(mode="json")))
     make_first_version(tmp_path)
     with pytest.raises(ValueError, match=r"blocks\.overlap"):  # the recipe beside them says so
-        run(recipe(blocks={"overlap": 0.2, "noise": noise}), tmp_path, data)
-    with pytest.raises(ValueError, match=r"--set blocks\.noise\.coverage=\[0,1\]"):
+        run(recipe(blocks={"overlap": 0.2, "noise": noise} | of_then), tmp_path, data)
+    with pytest.raises(ValueError, match=r"with --set blocks\.target\.likelihood=learned, .*--restart"):
         run(recipe(blocks={"noise": noise}), tmp_path, data)
+    with pytest.raises(ValueError, match=r"--set blocks\.noise\.coverage=\[0,1\]"):
+        run(recipe(blocks={"noise": noise} | of_then), tmp_path, data)
     with pytest.raises(ValueError, match=r"blocks\.noise\.p_mean"):
-        run(recipe(blocks={"noise": {"p_mean": 0.1, "coverage": [0, 1]}}), tmp_path, data)
+        run(recipe(blocks={"noise": {"p_mean": 0.1, "coverage": [0, 1]}} | of_then), tmp_path, data)
     assert run(told_all, tmp_path, {"train": replaced(data["train"], "pixel")}).iterations == 4  # nothing says
 
 

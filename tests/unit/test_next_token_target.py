@@ -65,7 +65,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_tokens_themselves(family: str, we
 
 def test_what_is_denoised_is_the_preconditioned_sum() -> None:
     """Logits by hand from F: D = c_skip z + c_out F, the final norm, scale and shift, the head, the logit scale."""
-    model = model_of(logit_scale=3.0).eval()
+    model = model_of(logit_scale=3.0, likelihood="learned").eval()
     randomise_adaptive(model)
     block, level = model.block(1), torch.tensor([0.008, 0.01, 0.05, 0.1, 0.2, 0.3])
     z = torch.randn(6, LENGTH, HIDDEN, generator=seeded(4))

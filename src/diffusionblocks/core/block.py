@@ -16,8 +16,17 @@ from ..config import BlocksConfig
 from ..families import BlockCall, Family, TextFamily
 from ..families.module_tree import Namespace
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
-from ..noise import NoiseProcess, one_level
-from ..targets import Batch, Target, TextTarget, check_entries, check_loss_chunk, cross_entropies, in_chunks
+from ..noise import GaussianProcess, NoiseProcess, one_level
+from ..targets import (
+    Batch,
+    EmbeddingTarget,
+    Target,
+    TextTarget,
+    check_entries,
+    check_loss_chunk,
+    cross_entropies,
+    in_chunks,
+)
 
 
 class SharedModules(nn.Module):
@@ -56,6 +65,7 @@ class LevelLosses:
         level: levels, float32 (batch,).
         z: the noised target at these levels.
         output: what `Block.forward` returns for z: logits, or D of a diffusion model.
+        context: context logits, where the likelihood is added to them; else None.
     """
 
     target: Target
@@ -63,6 +73,7 @@ class LevelLosses:
     level: Tensor
     z: Tensor
     output: Tensor
+    context: Tensor | None = None
 
     @functools.cached_property
     def losses(self) -> Tensor:
@@ -86,6 +97,7 @@ class Block(nn.Module):
         final_norm_path: path of the head's norm that is adapted to the noise level, if any.
         shared: the shared modules that conversion adds (one object for all blocks under the `joint` policy).
         interval: the (lowest, highest) level that the block trains on.
+        adds_likelihood: whether the network's own logits are context logits, to which `posterior` adds what z says.
         activation_checkpointing: whether the layers keep only their inputs for the backward pass, and compute the rest
             again there; default False.
     """
@@ -112,6 +124,7 @@ class Block(nn.Module):
         self.family = family
         self.noise: NoiseProcess = config.noise
         self.weight = config.target.weight
+        self.adds_likelihood = config.target.adds_likelihood
         self.layer_paths = layer_paths
         self.network = network
         self.adaptive = adaptive
@@ -183,12 +196,14 @@ class Block(nn.Module):
         z: Tensor,
         level: Tensor,
         *,
+        context: bool = False,
         states_only: bool = False,
         layers: list[tuple[Any, Any]] | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Denoise, and read off the labels, tokens or image.
 
-        Under EDM D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7); under masking D = F(z, t, x).
+        Under EDM D = c_skip * z + c_out * F(c_in * z, c_noise, x) (EDM eq. 7); under masking D = F(z, t, x). Where the
+        target's likelihood is added, logits are read off F itself, and are context logits: see `posterior`.
 
         Args:
             inputs: the model's inputs x: `pixel_values` (batch, channels, height, width) of a classifier, `labels`
@@ -197,6 +212,7 @@ class Block(nn.Module):
             z: noised target: float32 (batch, dim) of a label, (batch, length, dim) of next tokens, (batch, channels,
                 height, width) of an image; int64 (batch, length) of masked tokens.
             level: noise levels, float32, shape (batch,), all of this block.
+            context: return the context logits, without what z says of the target.
             states_only: of a text model, stop before the logits.
             layers: what `callable_layers` gives, for a caller that compiles: their names, which differ from block to
                 block, are then no part of the graph, so that blocks of one shape share it. None looks them up.
@@ -209,8 +225,11 @@ class Block(nn.Module):
             stream as well.
 
         Raises:
-            ValueError: an entry of the inputs that is neither the model's nor its target's.
+            ValueError: an entry of the inputs that is neither the model's nor its target's; `context` of a block that
+                has no context logits.
         """
+        if context:
+            self._require_context()
         if layers is None:  # else `loss` has checked them, and its graph must not know which block it is of
             names = (*self.input_names, *self.target.names, *self.family.generation_names)
             check_entries(inputs, names, f"block {self.index}")
@@ -221,7 +240,8 @@ class Block(nn.Module):
             condition = self.shared.noise_embedding(condition)
         call = self.call(condition, inputs, self.noise.scaled(z, level), layers, clean_output=clean_output)
         hidden, raw = self.family.hidden(call)
-        denoised = self.noise.combine(z, raw, level)
+        # What z says is added at the end: then the network need not hand z on, and learns the rest alone.
+        denoised = raw if self.adds_likelihood else self.noise.combine(z, raw, level)
         # Without z: what the network was shown need not live on through the readout.
         call = self._readout_call(condition, layers=call.layers, inputs=inputs, clean_output=clean_output)
         if states_only:
@@ -229,9 +249,44 @@ class Block(nn.Module):
             states = self.family.states(call, hidden, denoised)
             return (*states, hidden) if clean_output else states
         output = self.family.readout(call, hidden, denoised)
+        if self.adds_likelihood and not context:
+            output = self._posterior(output, z, level)
         if clean_output:
             output = torch.cat([output, self.family.clean_logits(call, hidden)], dim=1)
         return output
+
+    def posterior(self, context: Tensor, z: Tensor, level: Tensor) -> Tensor:
+        """Posterior logits log p(y | x, z) of context logits log p(y | x), both up to a constant, by Bayes' rule.
+
+        For a target of unit norm, one row e_v of a table, p(v | x, z) is proportional to p(v | x) * p(z | v), and log
+        p(z | v) is alpha * z . e_v / sigma^2, up to a constant. No gradient goes through that term.
+
+        Args:
+            context: what `forward` returns with `context=True`, or an average of such: (batch, num_classes) or (batch,
+                length, vocab_size).
+            z: noised target, float32 (batch, dim) or (batch, length, dim).
+            level: noise levels (batch,). A sigma below 1e-4 counts as 1e-4.
+
+        Returns:
+            Logits, float32 (float64 where z is), of the shape of `context`.
+
+        Raises:
+            ValueError: the block's target has no likelihood that is added.
+        """
+        self._require_context()
+        return self._posterior(context, z, level)
+
+    def _posterior(self, context: Tensor, z: Tensor, level: Tensor) -> Tensor:
+        assert isinstance(self.target, EmbeddingTarget)
+        assert isinstance(self.noise, GaussianProcess)
+        return self.target.posterior(context, self.noise.evidence(z.detach(), level))
+
+    def _require_context(self) -> None:
+        if not self.adds_likelihood:
+            raise ValueError(
+                f"block {self.index} has no context logits: what z says of its target is part of what it learned "
+                "(target.likelihood: learned); convert with likelihood: added"
+            )
 
     def call(
         self,
@@ -335,7 +390,7 @@ class Block(nn.Module):
         if self.loss_chunk is None:
             loss = self.target.loss(run(inputs, z, level, layers=layers), batch, z)
         else:
-            loss = self._loss_in_chunks(run(inputs, z, level, states_only=True, layers=layers), batch, z)
+            loss = self._loss_in_chunks(run(inputs, z, level, states_only=True, layers=layers), batch, z, level)
         if self.weight != "none":
             loss = loss * self.noise.training_weight(level).float()
         assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
@@ -357,7 +412,7 @@ class Block(nn.Module):
         without gradients and in evaluation mode (`evaluating(block)` around the loop):
 
             result = block.losses_at(batch, model.noise.level_max, generator)
-            result.losses, result.output, result.z
+            result.losses, result.output, result.context, result.z
 
         Args:
             batch: see `loss`.
@@ -367,7 +422,7 @@ class Block(nn.Module):
             inputs: entries of the model's inputs x in place of the batch's own, such as another context.
 
         Returns:
-            Losses (batch,), with the levels, z and the block's output that they are of.
+            Losses (batch,), with the levels, z and the block's output (and context logits) that they are of.
 
         Raises:
             ValueError: an entry that nothing reads, or that cannot be followed.
@@ -377,7 +432,10 @@ class Block(nn.Module):
         levels = level if isinstance(level, Tensor) else one_level(level, y)
         z = self.noise.noised(y, levels, generator) if noise is None else self.noise.corrupt(y, levels, noise)
         x = {name: batch[name] for name in self.input_names} | dict(inputs or {})
-        return LevelLosses(self.target, batch, levels, z, self(x, z, levels))
+        if not self.adds_likelihood:
+            return LevelLosses(self.target, batch, levels, z, self(x, z, levels))
+        context = self(x, z, levels, context=True)
+        return LevelLosses(self.target, batch, levels, z, self.posterior(context, z, levels), context)
 
     @eager
     def draw_noise(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
@@ -402,20 +460,25 @@ class Block(nn.Module):
 
         return isinstance(self, FSDPModule)
 
-    def _loss_in_chunks(self, output: tuple[Tensor, ...], batch: Batch, z: Tensor) -> Tensor:
+    def _loss_in_chunks(self, output: tuple[Tensor, ...], batch: Batch, z: Tensor, level: Tensor) -> Tensor:
         """As the target's loss of what `forward` gives, without all logits in memory together."""
         target, chunk = self.target, self.loss_chunk
         assert isinstance(target, TextTarget)
         states, condition, *clean = output
-        readers = [functools.partial(read, condition) for read in (self._token_losses, self._clean_token_losses)]
-        streams = zip(
-            readers, [states, *clean], target.target_tokens(batch), strict=False
-        )  # the clean one need not be there
-        return target.reduce([in_chunks(read, stream, tokens, chunk) for read, stream, tokens in streams], batch, z)
+        noisy_tokens, *clean_tokens = target.target_tokens(batch)
+        read = functools.partial(self._token_losses, condition, level)
+        losses = [in_chunks(read, states, noisy_tokens, chunk, (z,) if self.adds_likelihood else ())]
+        read = functools.partial(self._clean_token_losses, condition)
+        streams = zip(clean, clean_tokens, strict=False)  # the clean one need not be there
+        losses += [in_chunks(read, stream, tokens, chunk) for stream, tokens in streams]
+        return target.reduce(losses, batch, z)
 
-    def _token_losses(self, condition: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
+    def _token_losses(
+        self, condition: Tensor, level: Tensor, states: Tensor, tokens: Tensor, z: Tensor | None = None
+    ) -> Tensor:
         assert isinstance(self.family, TextFamily)
-        return cross_entropies(self.family.logits(self._readout_call(condition), states, condition), tokens)
+        logits = self.family.logits(self._readout_call(condition), states, condition)
+        return cross_entropies(logits if z is None else self._posterior(logits, z, level), tokens)
 
     def _clean_token_losses(self, condition: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
         return cross_entropies(self.family.clean_logits(self._readout_call(condition), states), tokens)

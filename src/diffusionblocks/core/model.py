@@ -200,9 +200,31 @@ class DiffusionBlocks(nn.Module):
             self._check_levels(level, owner, size)
         return owner.loss(batch, generator, level)
 
-    def denoise(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
-        """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level."""
-        return self.block(self.partition.block_of(level))(inputs, z, one_level(level, z))  # type: ignore[no-any-return]
+    def denoise(self, inputs: Mapping[str, Any], z: Tensor, level: float, context: bool = False) -> Tensor:
+        """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level.
+
+        Args:
+            inputs, z: see there.
+            level: of all samples.
+            context: return context logits, to which `posterior` adds what z says.
+
+        Raises:
+            ValueError: `context` of a model that has no context logits (`target.likelihood: learned`, or no classes).
+        """
+        return self.block(self.partition.block_of(level))(inputs, z, one_level(level, z), context=context)  # type: ignore[no-any-return]
+
+    def posterior(self, context: Tensor, z: Tensor, level: float) -> Tensor:
+        """Make posterior logits log p(y | x, z) of context logits log p(y | x): see `Block.posterior`.
+
+        Args:
+            context: context logits of `denoise`, of this block or another, or an average of several.
+            z: the noised target that is known besides.
+            level: of z.
+
+        Raises:
+            ValueError: the model has no context logits.
+        """
+        return self.block(self.partition.block_of(level)).posterior(context, z, one_level(level, z))
 
     @on_host
     def forward(

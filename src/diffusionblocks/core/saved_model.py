@@ -31,7 +31,7 @@ from ..common.digests import FileDigest, check_seal, json_digest
 from ..common.files import recover
 from ..common.formats import read_json, same_shape, validate
 from ..common.tokenizer_file import TOKENIZER
-from ..config import BlocksConfig
+from ..config import BlocksConfig, blocks_as_written
 from ..families import config_values, family_named, outline, rebuild_config
 from ..families.generation_config import generation_values, rebuilt_generation_config
 from .conversion import assemble, resolve
@@ -166,7 +166,8 @@ def read_saved(path: str | Path) -> SavedModel:
     if index.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{folder}: format {index['format']!r}; this version reads format {FORMAT}")
     entries = validate(index, _Index, folder / INDEX)
-    config = validate(entries.blocks_config, BlocksConfig, f"{folder / INDEX} does not describe a model")
+    values = blocks_as_written(entries.blocks_config)
+    config = validate(values, BlocksConfig, f"{folder / INDEX} does not describe a model")
     try:
         model_config = rebuild_config(entries.model_class, entries.config)
         # Older folders lack what is resolved since, such as the coverage of the levels.
@@ -222,7 +223,7 @@ def outline_of_index(index: dict[str, Any]) -> DiffusionBlocks:
     """The model that the values of an index describe, on the meta device."""
     config = rebuild_config(index["model_class"], index["model_config"])
     original = outline(index["model_class"], config)
-    model = assemble(original, BlocksConfig.model_validate(index["blocks_config"]), take=True)
+    model = assemble(original, BlocksConfig.model_validate(blocks_as_written(index["blocks_config"])), take=True)
     if index.get("generation_config") is not None:  # else, as in older folders, what the class makes of the config
         model.generation_config = rebuilt_generation_config(index["generation_config"], "generation_config")
     return model

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from ..common.messages import shorten
+from ..config import blocks_as_written
 from ..core.merging import difference
 from ..data.dataset import Dataset
-from ..families import family_named
+from ..families import family_named, supported_classes
 from ..noise import EDM
 from ..training.train_config import RESUME_MAY_DIFFER
 from .recipe import Recipe
@@ -50,6 +51,7 @@ def describe_run(recipe: Recipe, data: dict[str, Any] | None) -> dict[str, Any]:
         data: `data_identity` of its training data; None: they are not read yet.
     """
     description = recipe.model_dump(mode="json")
+    description["blocks"] = describe_blocks(recipe)
     description["data"] |= data or {}
     if recipe.model.pretrained is not None and (folder := Path(recipe.model.pretrained)).is_dir():
         files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
@@ -57,6 +59,14 @@ def describe_run(recipe: Recipe, data: dict[str, Any] | None) -> dict[str, Any]:
             file.name: [file.stat().st_size, _of_file(file)] for file in files if file.is_file()
         }
     return description
+
+
+def describe_blocks(recipe: Recipe) -> dict[str, Any]:
+    """The section `blocks` of a recipe, as JSON values, with the target written out: its defaults may become others."""
+    blocks = recipe.blocks
+    if blocks.target is None and recipe.model.type in supported_classes():
+        blocks = blocks.model_copy(update={"target": family_named(recipe.model.type).default_target()})
+    return blocks.model_dump(mode="json")
 
 
 def learned_from(description: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +90,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
     if not all(isinstance(before.get(section), dict) for section in ("model", "blocks", "data", "train")):
         raise ValueError(f"{where}: its description of the run is damaged; start anew with --restart")
     ours, theirs = _compared(now), _compared(in_current_terms(before))
+    _check_likelihood(ours, theirs, where)
     for section, names in _IDENTITY.items():
         for name in names:
             if name not in ours[section] or name not in theirs.get(section, {}):
@@ -96,6 +107,23 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
             f"{where} was made with {name} = {shorten(str(old), 160)}, this run has "
             f"{shorten(str(new), 160)}{replaced}: set it back, "
             "start anew with --restart, or choose another folder"
+        )
+
+
+def _check_likelihood(ours: dict[str, Any], theirs: dict[str, Any], where: Path) -> None:
+    """Refuse to go on with blocks that learned the likelihood by such as have it added; whole models have none."""
+    targets = [(run.get("blocks") or {}).get("target") or {} for run in (ours, theirs)]
+    if ours.get("method") == "end-to-end":
+        for target in targets:
+            target.pop("likelihood", None)
+    now, before = (target.get("likelihood") for target in targets)
+    if (now, before) == ("added", "learned"):
+        kind = targets[0].get("kind")
+        of_kind = "" if kind == "label" else f"--set blocks.target.kind={kind} "  # the recipe may have no such section
+        raise ValueError(
+            f"{where} was made with blocks.target.likelihood = learned, as all were before there was that field, this "
+            f"run has added: go on as before with {of_kind}--set blocks.target.likelihood=learned, start anew with "
+            "--restart, or choose another folder"
         )
 
 
@@ -143,6 +171,7 @@ def _compared(description: dict[str, Any]) -> dict[str, Any]:
 
 def in_current_terms(description: dict[str, Any]) -> dict[str, Any]:
     """With the defaults of fields that were added since, and their names of today."""
+    description = with_target(description)
     more = {
         section: {name: description[section][name] for name in names if name in description[section]}
         for section, names in _IDENTITY.items()
@@ -153,6 +182,17 @@ def in_current_terms(description: dict[str, Any]) -> dict[str, Any]:
     }
     plain = renew(Recipe, plain)
     return {name: values | more[name] if name in more else values for name, values in plain.items()}
+
+
+def with_target(description: dict[str, Any]) -> dict[str, Any]:
+    """With the blocks' target as it was meant; versions that left the family's default out knew no `likelihood`."""
+    blocks, model = description.get("blocks"), description.get("model")
+    name = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(blocks, dict) or not isinstance(name, str) or name not in supported_classes():
+        return description
+    if blocks.get("target") is None:
+        blocks = blocks | {"target": {"kind": family_named(name).target}}
+    return description | {"blocks": blocks_as_written(blocks)}
 
 
 def renew(schema: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:

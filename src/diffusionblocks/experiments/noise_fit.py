@@ -37,7 +37,7 @@ from ..training.checkpoint import checkpoints, read_values
 from ..training.step import arithmetic
 from ..training.train_config import RESUME_MAY_DIFFER, TrainConfig
 from .experiment import Experiment
-from .identity import learned_from, of_every_level, renew
+from .identity import describe_blocks, learned_from, of_every_level, renew, with_target
 from .recipe import FitConfig, ModelConfig, Recipe
 from .recipe_changes import fit_options, fit_recipe, with_noise
 
@@ -211,8 +211,9 @@ def _choose(num_examples: int, examples: int, seed: int) -> Tensor:
 def _settings(options: FitConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the fitted levels depend on, beside the data."""
     train = recipe.train.model_dump(mode="json", exclude=set(RESUME_MAY_DIFFER))
-    sections = {"fit": options, "model": recipe.model, "blocks": recipe.blocks}
-    return {name: section.model_dump(mode="json") for name, section in sections.items()} | {"train": train}
+    sections = {"fit": options, "model": recipe.model}
+    descriptions = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    return descriptions | {"blocks": describe_blocks(recipe), "train": train}
 
 
 def _read_rounds(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[list[float], list[Round]]:
@@ -220,7 +221,7 @@ def _read_rounds(file: Path, settings: Mapping[str, dict[str, Any]]) -> tuple[li
     if not file.is_file():
         return [], []
     values = read_json(file)
-    before = values.get("settings", {})
+    before = with_target(values.get("settings", {}))
     before |= {section: renew(schema, before[section]) for section, schema in _SECTIONS.items() if section in before}
     coverage = (settings["blocks"]["noise"] or {}).get("coverage")
     first_version = "data" not in before  # it told every level: whoever goes on with it says so (`run.prepare`)

@@ -109,7 +109,7 @@ class Family(abc.ABC):
         Args:
             call: as of `hidden`.
             hidden: the hidden states that `hidden` returned.
-            denoised: D, float32, of the shape of F.
+            denoised: D, float32, of the shape of F; where the target's likelihood is added, F itself.
 
         Returns:
             Logits (batch, num_classes) of labels or (batch, length, vocab_size) of tokens, or D itself.

@@ -11,6 +11,9 @@ from torch import Tensor
 from ..common.fields import MOST_LEVELS, check_count
 from .process import NoiseProcess, match
 
+#: The least sigma that `evidence` tells apart: a level of less, such as the target itself at sigma 0, counts as this.
+LEAST_SIGMA = 1e-4
+
 
 class Preconditioning(NamedTuple):
     """The coefficients of D = c_skip * z + c_out * F(c_in * z, c_noise) (EDM eq. 7), each shaped like the level."""
@@ -151,6 +154,19 @@ class GaussianProcess(NoiseProcess):
         """D = c_skip * z + c_out * F (EDM eq. 7), in float32."""
         c = self.precondition(level)
         return match(c.c_skip, z) * z + match(c.c_out, z) * raw.float()
+
+    def evidence(self, z: Tensor, level: Tensor) -> Tensor:
+        """alpha * z / sigma^2, float32 or better: what z says of a target of unit norm.
+
+        Its product with such a row e is log p(z | e), up to a constant that is the same for all rows.
+
+        Args:
+            z: noised target (batch, ..., dim).
+            level: (batch,), for each sample its own. Where sigma is below 1e-4 it counts as 1e-4, so none gives NaN.
+        """
+        z = z if z.dtype == torch.float64 else z.float()
+        level = level if level.dtype == torch.float64 else level.float()
+        return match(self.alpha(level) * self.sigma(level).clamp(min=LEAST_SIGMA).pow(-2), z) * z
 
     def weight(self, level: Tensor) -> Tensor:
         """1 / c_out^2, shape of `level`: with it the squared error of D is that of the network's own output F."""

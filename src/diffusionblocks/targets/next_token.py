@@ -82,6 +82,14 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         """Let the rows be the directions of an embedding (vocab_size, dim)."""
         self.embedding.copy_(F.normalize(embedding.float(), dim=-1))
 
+    def posterior(self, context: Tensor, evidence: Tensor) -> Tensor:
+        """As of every embedding; logits of a clean stream behind those of the noisy positions stay as they are."""
+        noisy = evidence.shape[1]
+        if context.shape[1] == noisy:
+            return super().posterior(context, evidence)
+        at_noisy, clean = context.split([noisy, context.shape[1] - noisy], dim=1)
+        return torch.cat([super().posterior(at_noisy, evidence), clean], dim=1)
+
     def encode(self, batch: Batch) -> Tensor:
         """`input_ids` (batch, length) -> y (batch, length - shift, dim)."""
         return self.rows(batch["input_ids"][:, self.shift :])

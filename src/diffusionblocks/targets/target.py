@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +28,11 @@ class BaseTargetConfig(BaseModel):
 
     unread: ClassVar[float] = 0.0
 
+    @property
+    def adds_likelihood(self) -> bool:
+        """Whether what z says of the target is added to the network's logits in closed form."""
+        return False
+
     def resolve(self, shared: str) -> Self:
         """The section with the defaults that depend on the policy for shared parameters."""
         return self
@@ -37,12 +42,22 @@ class EmbeddingTargetConfig(BaseTargetConfig):
     """A section of a target whose rows are drawn, given or learned; `embedding` says which.
 
     Attributes:
+        likelihood: What the network learns of p(y | x, z), which is p(y | x) times p(z | y) up to a factor. `added`:
+            p(y | x) alone, as context logits; the other is known, and z . e / sigma^2 is added to them in closed form.
+            `learned`: both together (the paper).
         unread: chains read off what the network knows of the input; a level where nothing was trained tells nothing.
         fixed: the embedding by default where it is not learned.
     """
 
     unread: ClassVar[float] = 0.001
     fixed: ClassVar[str]
+
+    likelihood: Literal["added", "learned"] = "added"
+
+    @property
+    def adds_likelihood(self) -> bool:
+        """Whether `likelihood` is `added`."""
+        return self.likelihood == "added"
 
     def resolve(self, shared: str) -> Self:
         """With the embedding that goes with the policy: learned under `joint`, else fixed."""
@@ -135,6 +150,24 @@ class EmbeddingTarget(Target):
         """Unit rows, float32: int64 ids (...) -> (..., dim)."""
         return F.normalize(F.embedding(ids, self.embedding).float(), dim=-1)
 
+    def posterior(self, context: Tensor, evidence: Tensor) -> Tensor:
+        """Posterior logits log p(y | x, z), up to a constant, of context logits log p(y | x): by Bayes' rule.
+
+        No gradient goes through what is added, which is computed in float32 or better even under autocast.
+
+        Args:
+            context: (..., count), of any dtype.
+            evidence: what z says of the target, `GaussianProcess.evidence`: (..., dim), float32 or float64.
+
+        Returns:
+            (..., count), of the dtype of `evidence`.
+        """
+        with torch.no_grad():
+            table = self.table.to(evidence.dtype)
+        logits, evidence = context.to(evidence.dtype).flatten(0, -2), evidence.detach().flatten(0, -2)
+        with torch.autocast(context.device.type, enabled=False):  # in bfloat16 neighbouring rows are one
+            return torch.addmm(logits, evidence, table.T).view(context.shape)
+
 
 def mean_loss(losses: Tensor, batch: Batch) -> Tensor:
     """The mean of losses (batch,) over the samples of a resolved batch of which something counts."""
@@ -158,7 +191,11 @@ def cross_entropies(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def in_chunks(
-    token_losses: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: Tensor, chunk: int | None
+    token_losses: Callable[..., Tensor],
+    states: Tensor,
+    tokens: Tensor,
+    chunk: int | None,
+    more: Sequence[Tensor] = (),
 ) -> Tensor:
     """Cross-entropies (batch, length), with the logits of at most `chunk` positions of a sequence in memory at a time.
 
@@ -166,23 +203,25 @@ def in_chunks(
 
     Args:
         token_losses: read-out and cross-entropy of any of the positions: states (batch, some, dim), tokens (batch,
-            some) -> (batch, some).
+            some), then `more` of them -> (batch, some).
         states: (batch, length or more, dim); the first `length` positions count.
         tokens: (batch, length).
         chunk: positions, >= 1; None: all.
+        more: further tensors (batch, length, any) that the losses of a position need.
     """
     length = tokens.shape[1]
     if states.shape[1] > length:
         states = states[:, :length]
     if chunk is None or length <= chunk:
-        return token_losses(states, tokens)
+        return token_losses(states, tokens, *more)
     # Split, not sliced: the gradients of all chunks are put together once.
-    parts, targets = list(states.split(chunk, dim=1)), list(tokens.split(chunk, dim=1))
+    columns = [list(column.split(chunk, dim=1)) for column in (states, tokens, *more)]
     # The last is filled up: a compiled read-out that met a second shape could keep other tensors when it runs again.
     if missing := -length % chunk:
-        parts[-1], targets[-1] = F.pad(parts[-1], (0, 0, 0, missing)), F.pad(targets[-1], (0, missing))
-    pairs = zip(parts, targets, strict=True)
-    losses = [checkpoint(token_losses, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+        for parts in columns:
+            parts[-1] = F.pad(parts[-1], (*[0, 0] * (parts[-1].dim() - 2), 0, missing))
+    rows = zip(*columns, strict=True)
+    losses = [checkpoint(token_losses, *row, use_reentrant=False, preserve_rng_state=False) for row in rows]
     return torch.cat(losses, dim=1)[:, :length]
 
 
