@@ -1,0 +1,126 @@
+"""Rewrites of a graph that torch.compile has traced, before it is differentiated: the same function by faster kernels.
+
+They look at a graph's own nodes, so they hold for any class, end to end as in a block, and patch nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from ..layers.fused_mlp import fused_mlp, supported
+
+_LINEAR = (torch._C._nn.linear, F.linear)
+_GELU = (torch._C._nn.gelu, F.gelu)
+
+
+def rewriting(
+    compile_graph: Callable[[fx.GraphModule, Any], Any], device_type: str = "cuda"
+) -> Callable[[fx.GraphModule, Any], Any]:
+    """A backend of torch.compile that rewrites graphs before it gives them to another.
+
+    Args:
+        compile_graph: the other backend.
+        device_type: rewrite only what runs there.
+    """
+
+    def rewrite_and_compile(graph: fx.GraphModule, inputs: Any) -> Any:
+        for part in graph.modules():  # what activation checkpointing computes again is a graph in the graph
+            if isinstance(part, fx.GraphModule):
+                fuse_mlps(part, device_type)
+                merge_projections(part, device_type)
+        return compile_graph(graph, inputs)
+
+    return rewrite_and_compile
+
+
+def fuse_mlps(graph: fx.GraphModule, device_type: str = "cuda") -> int:
+    """Replace linear, exact GELU, linear in bfloat16 by `fused_mlp`, where that is faster. Returns how many."""
+    count = 0
+    for second in list(graph.graph.nodes):
+        if second.target not in _LINEAR:
+            continue
+        gelu = second.args[0]
+        if not isinstance(gelu, fx.Node) or gelu.target not in _GELU or len(gelu.users) != 1:
+            continue
+        if gelu.kwargs.get("approximate", "none") != "none":
+            continue
+        first = gelu.args[0]
+        if not isinstance(first, fx.Node) or first.target not in _LINEAR or len(first.users) != 1:
+            continue
+        (x, w1, b1), (_, w2, b2) = _operands(first), _operands(second)
+        if b1 is None or b2 is None or not _lower(first, device_type) or not _lower(second, device_type):
+            continue
+        (hidden, dim), (out, _) = (_value(weight).shape for weight in (w1, w2))
+        if not supported(dim, hidden, out):
+            continue
+        with graph.graph.inserting_before(second):
+            fused = graph.graph.call_function(fused_mlp, (x, w1, b1, w2, b2))
+        _replace(second, fused)
+        for node in (second, gelu, first):
+            graph.graph.erase_node(node)
+        count += 1
+    if count:
+        graph.recompile()
+    return count
+
+
+def merge_projections(graph: fx.GraphModule, device_type: str = "cuda") -> int:
+    """Replace products of one input in bfloat16, as query, key and value, by one product. Returns how many were."""
+    together: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.graph.nodes:
+        if node.target in _LINEAR and _operands(node)[2] is not None and _lower(node, device_type):
+            together[_operands(node)[0]].append(node)
+    groups = [nodes for nodes in together.values() if len(nodes) > 1]
+    groups = [nodes for nodes in groups if len({_value(_operands(node)[1]).dtype for node in nodes}) == 1]
+    for nodes in groups:
+        sizes = [_value(_operands(node)[1]).shape[0] for node in nodes]
+        x = _operands(nodes[0])[0]
+        # Weights that another node makes come before the last of them; what uses the first comes behind it.
+        inputs = [operand for node in nodes for operand in _operands(node)[1:]]
+        if any(operand.op not in ("placeholder", "get_attr") for operand in inputs):
+            continue
+        with graph.graph.inserting_before(nodes[0]):
+            weight = graph.graph.call_function(torch.cat, ([_operands(node)[1] for node in nodes],))
+            bias = graph.graph.call_function(torch.cat, ([_operands(node)[2] for node in nodes],))
+            product = graph.graph.call_function(F.linear, (x, weight, bias))
+            parts = graph.graph.call_function(torch.split, (product, sizes), {"dim": -1})
+            for i, node in enumerate(nodes):
+                _replace(node, graph.graph.call_function(_item, (parts, i)))
+        for node in nodes:
+            graph.graph.erase_node(node)
+    if groups:
+        graph.recompile()
+    return len(groups)
+
+
+def _item(values: Any, index: int) -> Any:
+    return values[index]
+
+
+def _replace(node: fx.Node, by: fx.Node) -> None:
+    by.meta.update({name: node.meta[name] for name in ("example_value", "nn_module_stack") if name in node.meta})
+    node.replace_all_uses_with(by)
+
+
+def _operands(linear: fx.Node) -> tuple[Any, Any, Any]:
+    """(x, weight, bias) of a linear node."""
+    values = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | linear.kwargs
+    return values["input"], values["weight"], values.get("bias")
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["example_value"]
+
+
+def _lower(node: fx.Node, device_type: str) -> bool:
+    """Whether a node computes in bfloat16 on that kind of device, of sizes that are known."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or any(not isinstance(size, int) for size in value.shape):
+        return False
+    return value.dtype == torch.bfloat16 and value.device.type == device_type
