@@ -28,6 +28,7 @@ from diffusionblocks.experiments.comparison import remarks
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.preflight import check_disk, check_machine, check_with_data
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.planning.predictor import Predictor
 from diffusionblocks.training.optim import _adamw_8bit
 
 LLAMA, MASKED, DEEP = (
@@ -199,6 +200,10 @@ def with_remarks(path: str, changes: dict[str, Any], folder: Path) -> None:
         raise ValueError(remark)
 
 
+def with_prediction(path: str, changes: dict[str, Any], folder: Path) -> None:
+    Predictor(recipe_of(path, changes))
+
+
 def with_rows(path: str, changes: dict[str, Any], folder: Path) -> None:
     variants(recipe_of(path, changes))
 
@@ -317,6 +322,20 @@ CASES = [
         ("leave it out",),
         "evaluate.kind",
         with_recipe,
+    ),
+    Case(
+        "set blocks.target.likelihood to added, or leave",
+        VIT,
+        OF_VIT | {"train.distill.teacher": "{vit}", "blocks.target.likelihood": "learned"},
+        ("set blocks.target.likelihood to added", "leave it out"),
+        "train.distill.teacher",
+    ),
+    Case(
+        "the memory of teachers is not predicted",
+        VIT,
+        OF_VIT | {"train.distill.teacher": "{vit}"},
+        ("set train.distill to null",),
+        begin=with_prediction,
     ),
     Case("leave fit out", DIGITS, OF_DIT | {"fit": "{steps: 9}"}, ("leave fit out",)),
     Case(

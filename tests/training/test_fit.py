@@ -177,6 +177,15 @@ def test_levels_go_where_the_label_can_neither_be_read_off_z_nor_be_lost(tmp_pat
     assert inside > 0.75 > 2 * even
 
 
+def test_levels_of_equal_loss_go_where_z_leaves_the_label_open(data: dict[str, ImageData], tmp_path: Path) -> None:
+    """Of the same measured losses, `fit.equal: loss` makes higher levels than `rise`."""
+    for equal in ("rise", "loss"):
+        run(recipe({**FIT, "rounds": 1, "equal": equal}), tmp_path / equal, data)
+    rise, loss = (levels_of(tmp_path / equal)["rounds"][0] for equal in ("rise", "loss"))
+    assert rise["losses"] == loss["losses"]
+    assert loss["noise"]["quantiles"][64] > 2 * rise["noise"]["quantiles"][64]
+
+
 # ---- a run is the fit, then the blocks -----------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
 from diffusionblocks import EDM
-from diffusionblocks.noise import fitted_quantiles
+from diffusionblocks.noise import accumulated, fitted_quantiles
 from diffusionblocks.noise.fitted_levels import STEPS, isotonic
 
 LOW, HIGH, WIDTH = 0.002, 80.0, math.log(80.0 / 0.002)
@@ -69,6 +69,18 @@ def test_equal_mass_is_equal_rise() -> None:
     quantiles = fitted_quantiles(fine, losses, floor=1e-9, steps=10)
     rises = [(2.3 / (1 + level**-2) - bottom) / (top - bottom) for level in quantiles]
     assert rises == pytest.approx([k / 10 for k in range(11)], abs=1e-5)
+
+
+def test_levels_of_equal_loss_lie_where_the_loss_is_and_not_where_it_rises() -> None:
+    """A loss of 0 up to sigma = 1 and of 2 above it, on a grid with two levels close to 1."""
+    levels = [LOW, 1.0, 1.0001, HIGH]
+    losses = [0.0, 0.0, 2.0, 2.0]
+    assert accumulated(levels, losses) == pytest.approx([0.0, 0.0, 1e-4, 2 * math.log(HIGH)], abs=1e-3)
+    of_loss = fitted_quantiles(levels, accumulated(levels, losses), floor=0.01)
+    of_rise = fitted_quantiles(levels, losses, floor=0.01)
+    assert mass_between(of_loss, 1.0, HIGH) > 0.98
+    assert mass_between(of_loss, 1.0, math.sqrt(HIGH)) == pytest.approx(0.5, abs=0.02)  # even over log sigma there
+    assert mass_between(of_rise, 0.99, 1.01) > 0.98
 
 
 def test_the_scale_and_the_offset_of_the_loss_do_not_matter_and_its_shape_does() -> None:

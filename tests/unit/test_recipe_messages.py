@@ -23,7 +23,7 @@ WRONG = (
 )
 
 #: Messages of fields that do not go together name the section, or the others.
-TOGETHER = ("fit", "trunk", "evaluate.kind", "give either", "train.steps")
+TOGETHER = ("fit", "trunk", "evaluate.kind", "give either", "train.steps", "train.distill")
 
 
 def shipped(name: str) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from ..noise import GaussianProcess, NoiseProcess, one_level
 from ..targets import (
     Batch,
     EmbeddingTarget,
+    LabelLoss,
+    LabelTarget,
     Target,
     TextTarget,
     check_entries,
+    check_label_loss,
     check_loss_chunk,
     cross_entropies,
     in_chunks,
@@ -135,6 +138,22 @@ class Block(nn.Module):
         self.activation_checkpointing = False
         self._again: Callable[..., Any] = computed_again
         self._loss_chunk: int | None = None
+        self._label_loss: LabelLoss | None = None
+
+    @property
+    def label_loss(self) -> LabelLoss | None:
+        """Label smoothing and distillation, which `loss` then takes account of; None without either.
+
+        Raises:
+            ValueError: set for a block that denoises no label, or to distil one that has no context logits.
+        """
+        return self._label_loss
+
+    @label_loss.setter
+    def label_loss(self, value: LabelLoss | None) -> None:
+        of_labels, model = isinstance(self.target, LabelTarget), f"block {self.index} ({type(self.target).__name__})"
+        check_label_loss(value, model, of_labels=of_labels, context=self.adds_likelihood)
+        self._label_loss = value
 
     @property
     def loss_chunk(self) -> int | None:
@@ -157,7 +176,8 @@ class Block(nn.Module):
     @property
     def entries(self) -> tuple[str, ...]:
         """The batch entries that `loss` reads, the optional ones included."""
-        return tuple(dict.fromkeys((*self.input_names, *self.target.names, *self.target.optional)))
+        more = () if self.label_loss is None else self.label_loss.entries
+        return tuple(dict.fromkeys((*self.input_names, *self.target.names, *self.target.optional, *more)))
 
     @property
     def target(self) -> Target:
@@ -375,11 +395,18 @@ class Block(nn.Module):
         self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None
     ) -> tuple[Batch, Tensor, Tensor]:
         """The first half of `loss`, all that is drawn: (the model's inputs x, z, levels)."""
-        y = self.target.encode(batch)
+        y = self.target.encode(self._with_drawn_labels(batch, generator))
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
         z = self.noise.noised(y, level, generator)
         return self.target.training_inputs({name: batch[name] for name in self.input_names}, generator), z, level
+
+    def _with_drawn_labels(self, batch: Batch, generator: torch.Generator | None) -> Batch:
+        """The batch with the labels that z is noised from, which label smoothing draws."""
+        if self.label_loss is None:
+            return batch
+        assert isinstance(self.target, LabelTarget)
+        return self.label_loss.draw(batch, len(self.target.embedding), generator)
 
     def losses(
         self, batch: Batch, inputs: Batch, z: Tensor, level: Tensor, layers: list[tuple[Any, Any]] | None = None
@@ -387,7 +414,9 @@ class Block(nn.Module):
         """The second half of `loss`: run the network, and compare. Arguments: see `corrupted` and `forward`."""
         # In a registered method FSDP has gathered the parameters; a call would scatter them again before the end.
         run: Callable[..., Any] = self.forward if self.is_sharded() else self
-        if self.loss_chunk is None:
+        if self.label_loss is not None:
+            loss = self._label_losses(self.label_loss, run, batch, inputs, z, level, layers)
+        elif self.loss_chunk is None:
             loss = self.target.loss(run(inputs, z, level, layers=layers), batch, z)
         else:
             loss = self._loss_in_chunks(run(inputs, z, level, states_only=True, layers=layers), batch, z, level)
@@ -395,6 +424,24 @@ class Block(nn.Module):
             loss = loss * self.noise.training_weight(level).float()
         assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
+
+    def _label_losses(
+        self,
+        label_loss: LabelLoss,
+        run: Callable[..., Any],
+        batch: Batch,
+        inputs: Batch,
+        z: Tensor,
+        level: Tensor,
+        layers: list[tuple[Any, Any]] | None,
+    ) -> Tensor:
+        """As the target's loss, with label smoothing and distillation: only what x says is compared with a teacher."""
+
+        def bayes(logits: Tensor) -> Tensor:
+            return self._posterior(logits, z, level)
+
+        output = run(inputs, z, level, context=self.adds_likelihood, layers=layers)
+        return label_loss(bayes(output) if self.adds_likelihood else output, batch, context=output, bayes=bayes)
 
     @eager
     def losses_at(

@@ -25,6 +25,7 @@ from ..sampling import (
     sample_images,
     sample_tokens,
 )
+from ..sampling.solvers import euler
 from ..targets import (
     NONE_IGNORED,
     Batch,
@@ -138,6 +139,28 @@ class Classification(Inference[LabelTarget]):
             owner=model.partition.block_of,
             **options,
         )
+
+    def context_logits(self, pixel_values: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The mean of the blocks' context logits (batch, num_classes), each asked once on the way down from noise.
+
+        Nothing waits for the device, so a captured step may ask. Call it without gradients, in evaluation mode.
+
+        Raises:
+            ValueError: the model has no context logits.
+        """
+        model, config = self.model, self.model.blocks_config.target
+        assert isinstance(config, LabelTargetConfig)
+        feedback, inputs = config.feedback, {"pixel_values": pixel_values}
+        contexts: list[Tensor] = []
+
+        def denoise(z: Tensor, level: float) -> Tensor:
+            contexts.append(model.denoise(inputs, z, level, context=True).float())
+            return self.target.denoised(model.posterior(contexts[-1], z, level), feedback)
+
+        shape = (len(pixel_values), self.target.embedding.shape[-1])
+        z = self.noise.prior(shape, generator=generator, device=pixel_values.device)
+        euler(denoise, z, self.noise.levels(model.partition.num_blocks), self.noise)
+        return torch.stack(contexts).mean(dim=0)
 
 
 class ImageGeneration(Inference[ImageTarget]):

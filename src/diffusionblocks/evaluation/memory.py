@@ -22,7 +22,7 @@ class StepMemory(Row):
 
     Attributes:
         unit: its name.
-        parameters: bytes of all weights the unit needs (frozen ones too).
+        parameters: bytes of all weights the unit needs (frozen ones too, and those of its teachers).
         optimizer: bytes of AdamW's state for them.
         ema: bytes of the moving average.
         transient: measured peak of what the step allocates: gradients, activations, batch.
@@ -63,7 +63,7 @@ def step_memory(trainer: Trainer) -> list[StepMemory]:
         results.append(
             StepMemory(
                 unit.name,
-                bytes_of([*unit.module.parameters(), *unit.module.buffers()]),
+                sum(bytes_of([*m.parameters(), *m.buffers()]) for m in (unit.module, *trainer.teachers)),
                 bytes_of(optimizer),
                 bytes_of(average for group in sets for average in group.ema),
                 transient,

@@ -22,6 +22,7 @@ from ..core.merging import difference
 from ..data.dataset import Dataset
 from ..families import family_named, supported_classes
 from ..noise import EDM
+from ..training.distillation import model_folder
 from ..training.train_config import RESUME_MAY_DIFFER
 from .recipe import Recipe
 
@@ -37,7 +38,7 @@ _NOT_COMPARED = frozenset({"name", "device", "evaluate"})
 _MERGE_MAY_DIFFER = frozenset({"blocks", "schedule", "steps_per_switch", "optimizer_in_backward"})
 
 #: What a description has beside the recipe, by section.
-_IDENTITY = {"data": ("examples", "shape", "classes", "content"), "model": ("files",)}
+_IDENTITY = {"data": ("examples", "shape", "classes", "content"), "model": ("files",), "train": ("teachers",)}
 
 #: What is digested: the whole of so many bytes, else as many evenly spread pieces as make up a quarter of that.
 _WHOLE, _PIECE = 2**28, 2**20
@@ -54,10 +55,11 @@ def describe_run(recipe: Recipe, data: dict[str, Any] | None) -> dict[str, Any]:
     description["blocks"] = describe_blocks(recipe)
     description["data"] |= data or {}
     if recipe.model.pretrained is not None and (folder := Path(recipe.model.pretrained)).is_dir():
-        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-        description["model"]["files"] = {
-            file.name: [file.stat().st_size, _of_file(file)] for file in files if file.is_file()
-        }
+        description["model"]["files"] = _files_in(folder, "*.safetensors")
+    if (teaching := recipe.train.teaching) is not None:
+        description["train"]["teachers"] = [
+            _files_in(model_folder(name), "**/*.safetensors") for name in teaching.teacher
+        ]
     return description
 
 
@@ -67,6 +69,12 @@ def describe_blocks(recipe: Recipe) -> dict[str, Any]:
     if blocks.target is None and recipe.model.type in supported_classes():
         blocks = blocks.model_copy(update={"target": family_named(recipe.model.type).default_target()})
     return blocks.model_dump(mode="json")
+
+
+def _files_in(folder: Path, weights: str) -> dict[str, list[Any]]:
+    """Size and digest of a model's config, and of its files of weights, which a pattern names."""
+    files = [folder / "config.json", *sorted(folder.glob(weights))]
+    return {str(file.relative_to(folder)): [file.stat().st_size, _of_file(file)] for file in files if file.is_file()}
 
 
 def learned_from(description: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +174,12 @@ def _compared(description: dict[str, Any]) -> dict[str, Any]:
             return values
         return {field: value for field, value in values.items() if field not in MAY_DIFFER.get(name, frozenset())}
 
-    return {name: of_section(name, values) for name, values in description.items() if name not in _NOT_COMPARED}
+    sections = {name: of_section(name, values) for name, values in description.items() if name not in _NOT_COMPARED}
+    train = sections.get("train")
+    if isinstance(train, dict) and train.get("teachers") and isinstance(train.get("distill"), dict):
+        # Their contents are compared, so it does not matter where they lie.
+        sections["train"] = train | {"distill": {n: v for n, v in train["distill"].items() if n != "teacher"}}
+    return sections
 
 
 def in_current_terms(description: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ..config import BlocksConfig
 from ..core.block import Block
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
-from ..noise import EDM, fitted_quantiles
+from ..noise import EDM, accumulated, fitted_quantiles
 from ..reports.figures import draw_fit
 from ..training import BatchMaker
 from ..training.checkpoint import checkpoints, read_values
@@ -148,7 +148,9 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -
         )
         noise = dataclasses.replace(
             model.noise,
-            quantiles=fitted_quantiles(grid, losses, floor=options.floor),
+            quantiles=fitted_quantiles(
+                grid, losses if options.equal == "rise" else accumulated(grid, losses), floor=options.floor
+            ),
             coverage=getattr(recipe.blocks.noise, "coverage", None),  # resolved anew, for the partition that comes
         )
         seconds = perf_counter() - start_time

@@ -9,6 +9,7 @@ from ..common.machine import check_memory
 from ..common.modules import bytes_of
 from ..training import check_optimizer, units_of
 from ..training.checkpoint import checkpoints
+from ..training.distillation import check_teachers
 from .experiment import Experiment
 from .recipe import Recipe
 from .recipe_changes import fit_recipe, trunk_recipe
@@ -80,13 +81,16 @@ def check_with_data(experiment: Experiment, folder: Path) -> None:
     """Refuse before training what could only fail in it or after it: the one check of a run, once its data are read.
 
     Raises:
-        ValueError: examples that the model does not take, an evaluation that cannot be done (`Task.check`), or more
-            snapshots than the disk holds.
+        ValueError: examples that the model does not take, an evaluation that cannot be done (`Task.check`), teachers
+            that do not suit, or more snapshots than the disk holds.
         ImportError: a package that the evaluation needs is not installed.
     """
     data = experiment.data("train")
     experiment.task.check_examples(experiment, experiment.outline, data)
     experiment.task.check(experiment, experiment.outline)
+    teaching = experiment.recipe.train.teaching
+    if teaching is not None:
+        check_teachers(teaching, experiment.family, experiment.config_of(experiment.outline))
     if experiment.recipe.train.snapshot_every is not None:  # only now it is known how many there will be
         check_disk(experiment, folder, free=free_space(folder), num_examples=len(data))
 

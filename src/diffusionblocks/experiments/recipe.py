@@ -15,7 +15,7 @@ from ..common.yaml_values import MOST_BYTES, read_yaml
 from ..config import BlocksConfig
 from ..data.data_config import DATA, DataConfig
 from ..families import supported_classes
-from ..targets import check_loss_chunk
+from ..targets import check_label_loss, check_loss_chunk
 from ..training import TrainConfig
 from .schema_errors import cut, explain, text_of
 from .tasks import TASKS, AccuracyConfig, EvaluateSection, Task, tasks_of
@@ -71,12 +71,15 @@ class TrunkConfig(_Section):
 
 
 class FitConfig(_Section):
-    """Fit the noise levels first: equal probability is equal rise of one block's cross-entropy.
+    """Fit the noise levels first, to the cross-entropy of one block given x and z.
 
     Attributes:
         steps: Steps of the fit's training, where `train` is in steps. Learning rate and schedule are `train`'s.
         epochs: Epochs of the fit's training, where `train` is in epochs.
         rounds: Equal parts of it, after each of which the levels are fitted again.
+        equal: What equal probability is equal of: the `rise` of the cross-entropy, or the cross-entropy itself
+            (`loss`), over log sigma. `rise` trains where z narrows the candidates. `loss` is for a target whose
+            likelihood is added: there steps teach the more, the more z leaves open, up to the highest levels.
         grid: Levels, even over log sigma, at which the cross-entropy is measured.
         examples: Training examples on which it is measured.
         batch_size: Examples at a time in the measurement; null takes train.batch_size.
@@ -86,6 +89,7 @@ class FitConfig(_Section):
     steps: Steps | None = None
     epochs: Epochs | None = None
     rounds: Int = Field(default=3, ge=1, le=1000)
+    equal: Literal["rise", "loss"] = "rise"
     grid: Int = Field(default=33, ge=3, le=MOST_LEVELS)
     examples: Samples = 512
     batch_size: Samples | None = None
@@ -215,6 +219,9 @@ class Recipe(_Section):
             )
         model = f"{self.model.type} {task.does} and"
         check_loss_chunk(self.train.loss_chunk, model, of_text=task.of_text, name="train.loss_chunk")
+        check_label_loss(
+            self.train.label_loss, model, of_labels=task.target == "label", context=self._has_context_logits
+        )
         task.check_recipe(self)
         if self.method in OF_CLASSIFIERS and task.target != "label":
             raise ValueError(
@@ -222,6 +229,12 @@ class Recipe(_Section):
                 f"{task.does}: use method: end-to-end"
             )
         return self
+
+    @property
+    def _has_context_logits(self) -> bool:
+        """Whether a classifier's logits are known without what z says; end to end there is no z."""
+        target = self.blocks.target
+        return self.method != "diffusionblocks" or target is None or target.adds_likelihood
 
     @model_validator(mode="after")
     def _no_graph_of_a_drawn_depth(self) -> Self:

@@ -1,7 +1,7 @@
 """What a noise level means: its distribution, its corruption of the target, what the network sees and is told of it."""
 
 from .edm import EDM
-from .fitted_levels import fitted_quantiles
+from .fitted_levels import accumulated, fitted_quantiles
 from .flow import FlowMatching
 from .gaussian import GaussianProcess, Preconditioning
 from .grids import GRIDS, grid_name
@@ -19,6 +19,7 @@ __all__ = [
     "Masking",
     "NoiseProcess",
     "Preconditioning",
+    "accumulated",
     "fitted_quantiles",
     "grid_name",
     "one_level",

@@ -3,6 +3,9 @@
 Where the cross-entropy of a trained network does not change with the level, the levels teach nothing new: at low noise
 the target can be read off z, at high noise z says nothing. Where it rises, what the network knows of the input decides.
 Levels that are drawn evenly over the rise spend the training there.
+
+Where the likelihood of z is added to the logits, the network learns the same context logits at every level. What a step
+teaches of them is what z leaves open, the cross-entropy itself: `accumulated` losses share that evenly instead.
 """
 
 from __future__ import annotations
@@ -49,6 +52,21 @@ def fitted_quantiles(
     shares = [(1 - floor) * r / (rise or 1.0) + floor * w / width for r, w in zip(rises, widths, strict=True)]
     inner = _inverse(places, shares, [step / steps for step in range(1, steps)])
     return (float(levels[0]), *(math.exp(place) for place in inner), float(levels[-1]))
+
+
+def accumulated(levels: Sequence[float], losses: Sequence[float]) -> list[float]:
+    """The integral of losses over log sigma, up to each level: where it rises evenly, the losses are shared evenly.
+
+    Args:
+        levels: where losses were measured, > 0, ascending.
+        losses: mean loss >= 0 at each of them; between them it is taken for linear over log sigma.
+    """
+    places = [math.log(level) for level in levels]
+    parts = [
+        (high - low) * (one + other) / 2
+        for (low, high), (one, other) in zip(itertools.pairwise(places), itertools.pairwise(losses), strict=True)
+    ]
+    return [0.0, *itertools.accumulate(parts)]
 
 
 def isotonic(values: Sequence[float]) -> list[float]:

@@ -70,10 +70,15 @@ class Predictor:
             (`DataSection.count_examples`), else none.
 
     Raises:
-        ValueError: num_examples < 0.
+        ValueError: num_examples < 0, or a recipe that distils.
     """
 
     def __init__(self, recipe: Recipe, num_examples: int | None = None) -> None:
+        if recipe.train.teaching is not None:
+            raise ValueError(
+                "train.distill: the memory of teachers is not predicted; plan without it (set train.distill to null), "
+                "and add their weights and their forward pass"
+            )
         if num_examples is not None and num_examples < 0:
             raise ValueError(f"num_examples must be >= 0, got {num_examples}")
         self.recipe = recipe

@@ -2,6 +2,7 @@
 
 from .image import ImageTarget, ImageTargetConfig
 from .label import NONE_IGNORED, LabelTarget, LabelTargetConfig, check_labels, label_losses
+from .label_loss import TEACHER_LOGITS, LabelLoss, check_label_loss
 from .masked_tokens import TokenTarget, TokenTargetConfig
 from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig
 from .target import (
@@ -21,11 +22,13 @@ from .target import (
 __all__ = [
     "CONTEXT",
     "NONE_IGNORED",
+    "TEACHER_LOGITS",
     "BaseTargetConfig",
     "Batch",
     "EmbeddingTarget",
     "ImageTarget",
     "ImageTargetConfig",
+    "LabelLoss",
     "LabelTarget",
     "LabelTargetConfig",
     "NextTokenTarget",
@@ -35,6 +38,7 @@ __all__ = [
     "TokenTarget",
     "TokenTargetConfig",
     "check_entries",
+    "check_label_loss",
     "check_labels",
     "check_loss_chunk",
     "check_tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..common.fields import (
     MOST_STEPS,
@@ -21,12 +21,41 @@ from ..common.fields import (
     Share,
     Steps,
 )
+from ..targets import LabelLoss
 
 #: Former names of fields, which recipes, checkpoints and fits of older versions have.
 FORMER_NAMES = {"dwell": "steps_per_switch"}
 
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 #: Decay of one of AdamW's averages.
 Decay = Annotated[Float, Field(ge=0, lt=1)]
+
+
+class DistillConfig(BaseModel):
+    """Distil a classifier from trained ones: loss = (1 - weight) * cross-entropy + weight * temperature^2 * KL.
+
+    KL(teacher || network) compares the teachers' logits with the network's own, of blocks their context logits. The
+    teachers run on each augmented batch, in evaluation mode, and stay on the device beside what trains. The trunk and
+    the fit of a run are distilled as its blocks are.
+
+    Attributes:
+        teacher: Folders of trained models, or of their runs: blocks in our format (with the likelihood added: the mean
+            of their context logits), or unconverted classifiers and ensembles. The logits of several are averaged.
+        weight: Weight of the divergence; the labels have the rest. 0 trains without teachers.
+        temperature: Divides both sides' logits in the divergence.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    teacher: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)] = Field(
+        min_length=1, max_length=100
+    )
+    weight: Share = 0.5
+    temperature: Positive = 1.0
 
 
 class TrainConfig(BaseModel):
@@ -43,6 +72,9 @@ class TrainConfig(BaseModel):
         lr_schedule: `constant`, or `cosine` to zero over the unit's own steps; both after the warm-up.
         warmup_steps: Steps of the unit over which the learning rate rises linearly from zero.
         warmup_epochs: The same in epochs; used where `warmup_steps` is 0.
+        label_smoothing: Of a classifier: probability with which a label counts as drawn anew, uniformly. Blocks' z is
+            noised from such draws, so it does not disagree with what z says. Null and 0: none.
+        distill: Distil a classifier from trained ones; null learns from the labels alone.
         gradient_clip: Largest global norm of a step's gradient; null does not clip.
         precision: `float32`, or `bfloat16` autocast with float32 weights.
         ema_decay: Decay of the moving average of the weights, which rises as (1 + step) / (10 + step). The saved model
@@ -95,6 +127,8 @@ class TrainConfig(BaseModel):
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: Int = Field(default=0, ge=0, le=MOST_STEPS)
     warmup_epochs: Float = Field(default=0.0, ge=0, le=MOST_STEPS)
+    label_smoothing: Float | None = Field(default=None, ge=0, lt=1)  # null, so that older checkpoints go on
+    distill: DistillConfig | None = None
     gradient_clip: Positive | None = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: Float | None = Field(default=None, gt=0, lt=1)
@@ -173,6 +207,18 @@ class TrainConfig(BaseModel):
     def keeps_average(self) -> bool:
         """Whether a moving average of the weights is kept."""
         return self.ema_decay is not None or self.ema_half_life is not None
+
+    @property
+    def teaching(self) -> DistillConfig | None:
+        """The distillation; None where its weight is 0, for then no teacher is asked."""
+        return self.distill if self.distill is not None and self.distill.weight else None
+
+    @property
+    def label_loss(self) -> LabelLoss | None:
+        """Label smoothing and distillation; None without either."""
+        if self.teaching is not None:
+            return LabelLoss(self.label_smoothing or 0.0, self.teaching.weight, self.teaching.temperature)
+        return LabelLoss(self.label_smoothing) if self.label_smoothing else None
 
     def average_decay(self, step: int) -> float:
         """Decay of the moving average at a unit's 0-based step."""

@@ -25,13 +25,14 @@ from ..data.dataset import BatchMaker
 from .checkpoint import RunDescription, checkpoints, read_owner, read_values, remove, write_checkpoint
 from .compilation import Compiler
 from .data_order import DataOrder
+from .distillation import TaughtBatches, load_teachers
 from .interruption import Interrupted, SignalWatch
 from .residency import Lengths, make_residency
 from .run_log import LOG, JsonLines, Logger
 from .schedules import block_schedule, next_others
 from .step import Stepper
 from .train_config import RESUME_MAY_DIFFER, TrainConfig, under_current_names
-from .units import Unit, units_of
+from .units import Unit, set_label_loss, units_of
 
 _log = logging.getLogger(__name__)
 
@@ -83,14 +84,19 @@ class Trainer:
         self.folder = folder
         self.loggers = list(loggers)
         self.progress = progress
+        self.teachers: list[nn.Module] = []
         self.units, shared = units_of(model, config.blocks)
         if config.concurrent and shared:
             raise ValueError(
                 "train.concurrent = true needs blocks that move no parameter in common; blocks.shared is joint: set "
                 "train.concurrent to false, or blocks.shared to replicated"
             )
+        set_label_loss(self.units, config)
         _warn_of_rounding(self.units)
         self.device = device or next(self.units[0].module.parameters()).device
+        if config.teaching is not None:
+            self.teachers = load_teachers(config.teaching, self.units[0].module, model.config, self.device)
+            batches = TaughtBatches(batches, self.teachers, config.precision)
         steps = config.unit_steps(batches.num_examples)
         lengths = Lengths(steps, config.warmup(batches.num_examples))
         self.residency = make_residency(self.units, shared, lengths, config, self.device, folder, fill)

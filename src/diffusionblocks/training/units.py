@@ -18,7 +18,16 @@ from ..core.end_to_end import save_end_to_end
 from ..core.model import DiffusionBlocks
 from ..families import Family, family_for
 from ..sampling import Prediction
-from ..targets import check_entries, check_loss_chunk, cross_entropies, in_chunks, label_losses
+from ..targets import (
+    LabelLoss,
+    check_entries,
+    check_label_loss,
+    check_loss_chunk,
+    cross_entropies,
+    in_chunks,
+    label_losses,
+)
+from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -122,9 +131,11 @@ class EndToEnd(Baseline):
         super().__init__()
         self.model = model
         self._loss_chunk: int | None = None
+        self._label_loss: LabelLoss | None = None
 
     @functools.cached_property
-    def _family(self) -> Family:
+    def family(self) -> Family:
+        """The family of the model's class."""
         return family_for(self.model)
 
     @property
@@ -162,9 +173,20 @@ class EndToEnd(Baseline):
     @loss_chunk.setter
     def loss_chunk(self, value: int | None) -> None:
         if value is not None:
-            of_text = self._family.target == "next-token"
+            of_text = self.family.target == "next-token"
             check_loss_chunk(value, f"a {type(self.model).__name__}", of_text=of_text)
         self._loss_chunk = value
+
+    @property
+    def label_loss(self) -> LabelLoss | None:
+        """As of a block: label smoothing and distillation of a classifier; None without either."""
+        return self._label_loss
+
+    @label_loss.setter
+    def label_loss(self, value: LabelLoss | None) -> None:
+        if value is not None:
+            check_label_loss(value, f"a {type(self.model).__name__}", of_labels=self.family.target == "label")
+        self._label_loss = value
 
     @property
     def _trains_itself(self) -> bool:
@@ -182,7 +204,7 @@ class EndToEnd(Baseline):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile part by part, as blocks are: all layers share one graph, so it takes seconds at any depth."""
-        family = self._family
+        family = self.family
         for path in (family.layers_path(self.model), *family.shared_paths(self.model)):
             owner, _, name = path.rpartition(".")
             part = getattr(self.model.get_submodule(owner), name)
@@ -198,7 +220,8 @@ class EndToEnd(Baseline):
         Raises:
             ValueError: texts of fewer than two tokens, or an entry that nothing reads.
         """
-        names = ("input_ids",) if "input_ids" in batch else ("pixel_values", "labels")
+        more = () if self.label_loss is None else self.label_loss.entries
+        names = ("input_ids",) if "input_ids" in batch else ("pixel_values", "labels", *more)
         check_entries(batch, names, type(self.model).__name__)
         if self._trains_itself:
             return self.model.loss(batch, generator, self.loss_chunk)  # type: ignore[operator, no-any-return]
@@ -208,13 +231,14 @@ class EndToEnd(Baseline):
                 shape = tuple(tokens.shape)
                 raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {shape}")
             return in_chunks(self._token_losses, self._states(tokens), tokens[:, 1:], self.loss_chunk).mean(dim=1)
-        loss = label_losses(self(batch["pixel_values"]), batch["labels"])
+        logits = self(batch["pixel_values"])
+        loss = label_losses(logits, batch["labels"]) if self.label_loss is None else self.label_loss(logits, batch)
         assert loss.shape == batch["labels"].shape
         return loss
 
     def _states(self, tokens: Tensor) -> Tensor:
         """What the head of a language model is given: tokens (batch, length) -> (batch, length, dim)."""
-        family: Any = self._family  # of a library's language model, the only one that comes here
+        family: Any = self.family  # of a library's language model, the only one that comes here
         return family.whole_states(self.model, tokens)  # type: ignore[no-any-return]
 
     def _token_losses(self, states: Tensor, tokens: Tensor) -> Tensor:
@@ -283,6 +307,19 @@ def units_of(model: nn.Module, blocks: Sequence[int] | None = None) -> tuple[lis
         )
     common = frozenset(id(p) for p in shared)
     return _require_parameters([Unit(b, f"block {b}", model.block(b), common) for b in indices], shared)
+
+
+def set_label_loss(units: Sequence[Unit], config: TrainConfig) -> None:
+    """Let units train with the label smoothing and the distillation of a configuration.
+
+    Raises:
+        ValueError: their losses know of neither.
+    """
+    for unit in units:
+        if hasattr(unit.module, "label_loss"):
+            unit.module.label_loss = config.label_loss  # type: ignore[assignment]
+        else:
+            check_label_loss(config.label_loss, f"a {type(unit.module).__name__}", of_labels=False)
 
 
 def _require_parameters(units: list[Unit], shared: list[nn.Parameter]) -> tuple[list[Unit], list[nn.Parameter]]:
