@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from diffusionblocks.layers import fused_mlp as fused
 from diffusionblocks.layers.fused_mlp import Tiles
 from diffusionblocks.training import graph_rewrites
+from diffusionblocks.training.adamw_kernel import OneKernelAdamW
 from diffusionblocks.training.step import attention_kernels
 
 ROWS, DIM, HIDDEN, SETS = 8448, 128, 3072, 4
@@ -267,15 +268,16 @@ def time_attention(report: dict[str, Any]) -> None:
 
 
 def time_adamw(report: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-    for label, options in (("fused", {"fused": True}), ("compiled foreach", {"foreach": True})):
+    for label, options in (("one kernel", {"fused": True}), ("fused", {"fused": True}), ("foreach", {"foreach": True})):
         own = [nn.Parameter(p.detach().clone()) for p in parameters]
         for p in own:
             p.grad = torch.randn_like(p)
         lr = torch.tensor(1e-4, device="cuda")
-        optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.01, capturable=True, **options)
+        kind: Any = OneKernelAdamW if label == "one kernel" else torch.optim.AdamW
+        optimizer = kind(own, lr=lr, weight_decay=0.01, capturable=True, **options)
         try:
             start = time.time()
-            step: Any = optimizer.step if label == "fused" else torch.compile(optimizer.step)
+            step: Any = torch.compile(optimizer.step) if label == "foreach" else optimizer.step
             row = {
                 "adamw": label,
                 "us": graph_time(step),

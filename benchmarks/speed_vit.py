@@ -4,7 +4,8 @@
 
 Everything a run does is in the time: data order, gather, augmentation, noise, forward, backward, clipping, AdamW.
 Each row is the median of several windows, timed by device events, in one process after warm-up; the rows "eager"
-run the same mathematics without torch.compile and CUDA graphs.
+run the same mathematics without torch.compile and CUDA graphs. Rows "before" are without `train.fused_kernels`, rows
+"after" with them, end to end as in the blocks.
 """
 
 from __future__ import annotations
@@ -70,34 +71,45 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     data = recipe.data.load("train")
     rows: list[dict[str, Any]] = []
-    for fast in (True, False) if options.eager else (True,):
-        for variant in variants(recipe):
-            if "-x" in variant.key:
-                continue  # the same step, more of them
+    modes = [("before", True, False), ("after", True, True)] + [("eager", False, False)] * options.eager
+    for variant in variants(recipe):
+        if "-x" in variant.key or variant.name == "ensemble":
+            continue  # the same step, more of them
+        for when, fast, fused in modes:
+            train = variant.recipe.train.model_copy(update={"fused_kernels": fused})
+            timed = executed(variant.recipe.model_copy(update={"train": train}), fast=fast)
             rows.append(
                 {
                     "name": variant.name,
                     "layers": variant.layers,
                     "blocks": variant.blocks,
                     "mode": "compile + CUDA graph" if fast else "eager",
+                    "when": when,
                     "precision": recipe.train.precision,
                     "batch_size": recipe.train.batch_size,
-                    **measure(executed(variant.recipe, fast=fast), data, options.windows, options.iterations),
+                    **measure(timed, data, options.windows, options.iterations),
                 }
             )
             torch.cuda.empty_cache()
             torch._dynamo.reset()
             print(format_table(rows[-1:]), flush=True)
-    ratios = {
-        row["mode"]: row["blocks"] * row["ms_per_iteration"] / whole["ms_per_iteration"]
-        for row in rows
-        for whole in rows
-        if row["name"] == "diffusionblocks" and whole["layers"] == row["layers"] and whole["mode"] == row["mode"]
-        if whole["name"] == "end-to-end"
+    times = {(row["name"], row["layers"], row["when"]): row["ms_per_iteration"] for row in rows}
+    after_over_before = {
+        f"{name}, {layers} layers": times[name, layers, "after"] / ms
+        for (name, layers, when), ms in times.items()
+        if when == "before"
     }
-    write_results(options.out, rows, blocks_times_block_over_end_to_end=ratios)
+    blocks_over_whole = {
+        row["when"]: row["blocks"] * row["ms_per_iteration"] / times["end-to-end", row["layers"], row["when"]]
+        for row in rows
+        if row["name"] == "diffusionblocks"
+    }
+    write_results(
+        options.out, rows, after_over_before=after_over_before, blocks_times_block_over_end_to_end=blocks_over_whole
+    )
     print(format_table(rows))
-    print("B x block / end to end:", ratios)
+    print("after / before:", after_over_before)
+    print("B x block / end to end:", blocks_over_whole)
 
 
 if __name__ == "__main__":

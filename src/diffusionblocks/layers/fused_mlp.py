@@ -85,7 +85,7 @@ class _FusedMLP(torch.autograd.Function):
             dx = torch.ops.diffusionblocks.mlp_backward_input(x, g, w1, b1, w2)
             parts = torch.ops.diffusionblocks.mlp_backward_weights(x, g, w1, b1, w2)
             dw1, dw2, db1 = parts[0].sum(0), parts[1].sum(0), parts[2]
-        values = (dx.sum(0).view(shape), dw1, db1.sum(0), dw2, g.float().sum(0))
+        values = (dx.sum(0).view(shape), dw1, db1.sum(0), dw2, _wide(g).sum(0))
         return (*(gradient.to(dtype) for gradient, dtype in zip(values, ctx.like, strict=True)), None)
 
 

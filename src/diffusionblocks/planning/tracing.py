@@ -55,7 +55,7 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
     timeline = Timeline(bytes_of(parameters), on_gpu=on_gpu)
     if train.compile:
         backend = simulating_backend(timeline, {p.shape for p in parameters})
-        Compiler(train, torch.device("cpu"), backend=backend, dynamic=False).compile([module])
+        Compiler(train, torch.device("cpu"), backend=backend, dynamic=False, on_gpu=on_gpu).compile([module])
     with FakeTensorMode():
         tensors = _without_memory(tensors_of(unit.module))
         shared.bind(unit, tensors)

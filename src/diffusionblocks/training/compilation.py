@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from ..core.block import Block
+from .graph_rewrites import rewriting
 from .train_config import TrainConfig
 
 
@@ -16,12 +17,13 @@ class Compiler:
     """Compiles what trains, as a run's configuration says: the one place where torch.compile's options are chosen.
 
     Args:
-        config: `compile`, `activation_memory_budget` and `cuda_graph`; and `optimizer_in_backward`, which needs parts,
-            because a graph returns all its gradients together: in one of the whole block none could be used up before
-            the last.
+        config: `compile`, `activation_memory_budget`, `fused_kernels` and `cuda_graph`; and `optimizer_in_backward`,
+            which needs parts, because a graph returns all its gradients together: in one of the whole block none could
+            be used up before the last.
         device: where the modules run.
         backend: of torch.compile; None is inductor, with the options that suit the device.
         dynamic: of torch.compile.
+        on_gpu: rewrite graphs as for a GPU, wherever they run; None: where they run on one.
     """
 
     def __init__(
@@ -31,11 +33,14 @@ class Compiler:
         *,
         backend: Callable[..., Any] | None = None,
         dynamic: bool | None = None,
+        on_gpu: bool | None = None,
     ) -> None:
         self._by_parts = config.compile == "layers" or config.optimizer_in_backward
         options = _inductor_options(config, device) if backend is None else None
         if config.activation_memory_budget < 1:
             backend, options = within_budget(config.activation_memory_budget, backend, options), None
+        if config.fused_kernels and (device.type == "cuda" if on_gpu is None else on_gpu):
+            backend, options = rewriting(backend or _inductor(options), device.type), None
         self._options: dict[str, Any] = {"backend": backend or "inductor", "options": options, "dynamic": dynamic}
 
     def compile(self, modules: Sequence[nn.Module]) -> None:
@@ -65,6 +70,10 @@ def _inductor_options(config: TrainConfig, device: torch.device) -> dict[str, An
     return {"combo_kernels": True}
 
 
+def _inductor(options: dict[str, Any] | None) -> Callable[..., Any]:
+    return lambda graph, inputs: torch._inductor.compile(graph, inputs, options)
+
+
 def within_budget(
     budget: float, backend: Callable[..., Any] | None, options: dict[str, Any] | None
 ) -> Callable[..., Any]:
@@ -79,8 +88,6 @@ def within_budget(
     def compile_graph(graph: fx.GraphModule, inputs: Any) -> Any:
         functorch: Any = torch._functorch.config
         with functorch.patch(activation_memory_budget=budget):  # read where a graph is parted into forward and backward
-            if backend is not None:
-                return backend(graph, inputs)
-            return torch._inductor.compile(graph, inputs, options)
+            return (backend or _inductor(options))(graph, inputs)
 
     return compile_graph

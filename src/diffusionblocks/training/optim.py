@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .adamw_kernel import OneKernelAdamW
 from .schedules import lr_factor
 from .train_config import TrainConfig
 
@@ -249,7 +250,8 @@ def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConf
         check_optimizer(config)
         optimizer: Optimizer = _adamw_8bit()(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
         return optimizer
-    return torch.optim.AdamW(
+    kernel = OneKernelAdamW if config.fused_kernels and OneKernelAdamW.takes(parameters) else torch.optim.AdamW
+    return kernel(
         parameters,
         lr=lr,
         betas=config.betas,

@@ -87,6 +87,9 @@ class TrainConfig(BaseModel):
         activation_memory_budget: Share of the activations that torch.compile may keep for the backward pass; the rest,
             the cheapest, it computes again. At 0.9 those are norms and activation functions, and no matrix product.
             Without effect under `activation_checkpointing`.
+        fused_kernels: On a GPU, step AdamW's float32 parameters in one kernel; and let `compile` replace, in bfloat16,
+            a wide MLP with exact GELU on a narrow residual stream (128) by kernels that never write its hidden
+            activation, and the products that make query, key and value by one. Changes rounding only.
         cuda_graph: Capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph. Without effect
             on a CPU.
         concurrent: Let steps of different blocks overlap on one GPU, each block on a CUDA stream of its own: steps of
@@ -136,6 +139,7 @@ class TrainConfig(BaseModel):
     ema_ramp_up: Positive = 0.05
     compile: bool | Literal["layers"] = False
     activation_memory_budget: Share = 1.0
+    fused_kernels: bool = False
     cuda_graph: bool = False
     concurrent: bool = False
     schedule: Literal["random", "round-robin", "sequential"] = "random"
@@ -278,11 +282,12 @@ def under_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
 LEAN_BUDGET = 0.9
 
 #: Fields that may differ between a checkpoint and the run that resumes it: they do not change what is computed
-#: (compile, its memory budget, cuda_graph and loss_chunk change rounding only).
+#: (compile, its memory budget, fused_kernels, cuda_graph and loss_chunk change rounding only).
 RESUME_MAY_DIFFER = frozenset(
     {
         "compile",
         "activation_memory_budget",
+        "fused_kernels",
         "cuda_graph",
         "concurrent",
         "resident",

@@ -1,0 +1,163 @@
+"""The fused MLP, the kernels behind it, AdamW's kernel, and the rewrites of a graph that use them."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from helpers import seeded
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.nn import functional as F
+
+from diffusionblocks.layers.fused_mlp import Tiles, _FusedMLP, supported
+from diffusionblocks.training.graph_rewrites import fuse_mlps, merge_projections, rewriting
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: its interpreter runs the kernels"
+)
+
+
+def operands(rows: int, dim: int, hidden: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """x, g, W1, b1, W2, b2."""
+    random = seeded(0)
+    shapes = [(rows, dim), (rows, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
+    scales = [1.0, 1.0, dim**-0.5, 1.0, hidden**-0.5, 1.0]
+    values = [torch.randn(shape, generator=random) * scale for shape, scale in zip(shapes, scales, strict=True)]
+    return [tensor.to(device, dtype) for tensor in values]
+
+
+def reference(x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Any:
+    """The output in float64, and the gradients of x, W1, b1, W2, b2."""
+    x, w1, b1, w2, b2 = (tensor.detach().double().requires_grad_() for tensor in (x, w1, b1, w2, b2))
+    y = F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+    return [y.detach(), *torch.autograd.grad(y, (x, w1, b1, w2, b2), g.double())]
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_gradients_are_exact(written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusionblocks.layers.fused_mlp.WRITE_BACKWARD", written)
+    x, g, *weights = operands(12, 16, 48, torch.float64)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
+    y = _FusedMLP.apply(*leaves, torch.float64)
+    found = [y.detach(), *torch.autograd.grad(y, leaves, g)]
+    for value, expected in zip(found, reference(x, g, *weights), strict=True):
+        assert error(value, expected) < 1e-13
+    assert error(found[0], reference(x, g, *weights, approximate="tanh")[0]) > 1e-6  # another GELU would be seen
+
+
+@needs_triton
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+def test_kernels_are_exact(dtype: torch.dtype, within: float) -> None:
+    """With rows that fill no tile, and float16 for bfloat16, whose products the interpreter gets wrong."""
+    from diffusionblocks.layers import fused_mlp_kernels as kernels
+
+    if DEVICE == "cuda" and dtype == torch.float32:
+        pytest.skip("a GPU's products of float32 are of tf32")
+    x, g, w1, b1, w2, b2 = operands(75, 32, 128, dtype, DEVICE)
+    y, dx, dw1, db1, dw2, _ = reference(x, g, w1, b1, w2, torch.zeros_like(b2))
+    tiles = Tiles(parts=2, rows=32, chunk=32, warps=4, stages=2)
+    assert error(kernels.forward(x, w1, b1, w2, tiles).sum(0), y) < within
+    found = kernels.backward_input(x, g, w1, b1, w2, tiles, write=True)
+    assert error(found[0].sum(0), dx) < within
+    assert error(g.t().double() @ found[1].double(), dw2) < within
+    assert error(found[2].t().double() @ x.double(), dw1) < within
+    assert error(found[3].sum(0), db1) < within
+    torch.testing.assert_close(kernels.backward_input(x, g, w1, b1, w2, tiles)[0], found[0], rtol=0, atol=0)
+    for slices, expected in zip(kernels.backward_weights(x, g, w1, b1, w2, tiles), (dw1, dw2, db1), strict=True):
+        assert error(slices.sum(0), expected) < within
+    other = reference(x, g, w1, b1, w2, torch.zeros_like(b2), approximate="tanh")
+    assert error(kernels.forward(x, w1, b1, w2, tiles).sum(0), other[0]) > 1e-5
+
+
+@needs_triton
+def test_adamw_is_torchs() -> None:
+    from diffusionblocks.training.adamw_kernel import update
+
+    random = seeded(0)
+    start = [torch.randn(shape, generator=random) for shape in ((3000,), (7,), (33, 65))]
+    mine = [tensor.to(DEVICE, copy=True) for tensor in start]
+    states = [
+        {"step": torch.zeros((), device=DEVICE), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for p in mine
+    ]
+    exact = [tensor.to(DEVICE).double().requires_grad_() for tensor in start]
+    settings: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.1, "eps": 1e-8}
+    optimizer = torch.optim.AdamW(exact, lr=1e-2, **settings)
+    group = settings | {"lr": torch.tensor(1e-2, device=DEVICE)}
+    for _ in range(4):
+        gradients = [torch.randn(tensor.shape, generator=random).to(DEVICE) for tensor in start]
+        for parameter, gradient in zip(exact, gradients, strict=True):
+            parameter.grad = gradient.double()
+        optimizer.step()
+        update(list(zip(mine, gradients, states, strict=True)), group, [])
+    for tensor, parameter, before in zip(mine, exact, start, strict=True):
+        assert error(tensor - before.to(DEVICE), parameter.detach() - before.to(DEVICE)) < 1e-4
+    assert [float(state["step"]) for state in states] == [4, 4, 4]
+
+
+# ---- rewrites ----------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Query, key and value of one input, and an MLP on what is made of them."""
+
+    def __init__(self, dim: int = 128, hidden: int = 1024, approximate: str = "none") -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (projection(x) for projection in self.projections)
+        return self.mlp(query * key + value)  # type: ignore[no-any-return]
+
+
+def counts(module: nn.Module, *, lower: bool = True) -> tuple[int, int]:
+    """How many MLPs and groups of projections are rewritten in a compiled module."""
+    torch._dynamo.reset()
+    found = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append((fuse_mlps(graph, "cpu"), merge_projections(graph, "cpu")))
+        return graph.forward
+
+    dim = module.projections[0].in_features  # type: ignore[index, union-attr]
+    with torch.autocast("cpu", torch.bfloat16, enabled=lower), torch.no_grad():
+        torch.compile(module, backend=backend)(torch.randn(2, 5, dim))
+    return found[0]
+
+
+def test_what_is_rewritten() -> None:
+    assert counts(Layer()) == (1, 1)
+    assert counts(Layer(), lower=False) == (0, 0)
+    assert counts(Layer(approximate="tanh")) == (0, 1)
+    assert counts(Layer(hidden=512)) == (0, 1)
+    assert counts(Layer(dim=64)) == (0, 1)
+    assert supported(128, 3072, 128)
+    assert not supported(768, 3072, 768)
+
+
+def test_a_rewritten_graph_computes_the_same() -> None:
+    torch.manual_seed(0)
+    module = Layer()
+    x = torch.randn(4, 7, 128, generator=seeded(1))
+
+    def gradients(call: Any) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = call(x)
+        loss = (output.float() * torch.linspace(-1, 1, 128)).sum()
+        return [output.detach(), *torch.autograd.grad(loss, list(module.parameters()))]
+
+    expected = gradients(module)
+    torch._dynamo.reset()
+    backend = rewriting(lookup_backend("aot_eager"), "cpu")
+    for value, plain in zip(gradients(torch.compile(module, backend=backend)), expected, strict=True):
+        assert value.stride() == plain.stride()
+        assert error(value, plain.double()) < 0.02
