@@ -56,6 +56,8 @@ class Lane:
         indices: examples of the step (accumulation, batch).
         step: number of the step.
         stream: where the steps run; None: on the current one.
+        dropout: state of torch's generator while the steps run; None: as it is. Captured steps read it from memory of
+            the state, which steps that overlap must not share.
         pool: memory of the captured steps, which they use in turn.
     """
 
@@ -63,17 +65,26 @@ class Lane:
     indices: Tensor
     step: Tensor
     stream: Any = None
+    dropout: Any = None
     pool: Any = None
 
     @classmethod
     def on(cls, device: torch.device, config: TrainConfig, *, own_stream: bool) -> Lane:
         """Make a lane on a device, with a stream of its own or without."""
+        own: dict[str, Any] = {}
+        if own_stream:
+            own = {"stream": torch.cuda.Stream(device), "dropout": _torchs_generator(device).clone_state()}
         return cls(
             torch.Generator(device=device),
             torch.zeros(config.accumulation, config.batch_size, dtype=torch.int64, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
-            torch.cuda.Stream(device) if own_stream else None,
+            **own,
         )
+
+
+def _torchs_generator(device: torch.device) -> Any:
+    """The generator that dropout draws from on a GPU."""
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 class Stepper:
@@ -127,8 +138,15 @@ class Stepper:
             self._run(lane, unit, step, indices, keys, following)
             return
         lane.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(lane.stream):
-            self._run(lane, unit, step, indices, keys, following)
+        indices.record_stream(lane.stream)  # their memory must not be used again before they are read
+        generator = _torchs_generator(self.device)
+        before = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(lane.dropout)
+        try:
+            with torch.cuda.stream(lane.stream):
+                self._run(lane, unit, step, indices, keys, following)
+        finally:
+            generator.graphsafe_set_state(before)
 
     def _run(
         self, lane: Lane, unit: int, step: int, indices: Tensor, keys: tuple[int, int], following: int | None
