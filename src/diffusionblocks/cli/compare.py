@@ -16,7 +16,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `compare`."""
     takes_recipe(parser, run)
     parser.add_argument("--out", type=Path, help="folder (default runs/<name>-compare)")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, for example end-to-end-4")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        help="only these rows, for example end-to-end-4; of classifiers also those of local learning, as greedy-3x4",
+    )
     parser.add_argument(
         "--equal",
         choices=["updates", "seconds"],

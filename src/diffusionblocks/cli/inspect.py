@@ -41,11 +41,22 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         print(f"partition drawn to {options.figure}")
 
 
+#: What is trained on its own, by method.
+_UNITS = {
+    "diffusionblocks": "each block",
+    "end-to-end": "the whole model",
+    "ensemble": "each member",
+    "local": "each module",
+}
+
+
 def _stages(recipe: Recipe) -> str:
     """How long each stage of the training is."""
     blocks = recipe.method == "diffusionblocks"
     before = [("fit of the noise levels", recipe.fit), ("trunk", recipe.trunk)] if blocks else []
-    unit = {"diffusionblocks": "each block", "ensemble": "each member"}.get(recipe.method, "the whole model")
+    unit = {"diffusionblocks": "each block", "ensemble": "each member", "local": "each module"}.get(
+        recipe.method, "the whole model"
+    )
     stages = [*before, (unit, recipe.train)]
     return ", then ".join(
         f"{name} {stage.steps:,} steps" if stage.steps is not None else f"{name} {stage.epochs:g} epochs"

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..common.graphs import eager, leave_to_host, on_host
 from ..config import BlocksConfig
 from ..families import BlockCall, Family, TextFamily
-from ..families.module_tree import Namespace
+from ..families.module_tree import parts_in
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
 from ..noise import GaussianProcess, NoiseProcess, one_level
 from ..targets import (
@@ -190,12 +190,7 @@ class Block(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """The original model's modules in the block: its layers, and its copies of stem and head."""
-        parts: list[nn.Module] = []
-        trees = [self.network]
-        while trees:
-            for child in trees.pop().children():
-                (trees if isinstance(child, (Namespace, nn.ModuleList)) else parts).append(child)
-        return parts
+        return parts_in(self.network)
 
     def compile_parts(self, **options: Any) -> None:
         """torch.compile each of `parts`, norms together with what adapts them: all layers share one graph.

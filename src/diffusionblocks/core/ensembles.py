@@ -29,7 +29,7 @@ from .saving import check_out
 class _Index(BaseModel):
     """Schema of `ensemble.json`."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, protected_namespaces=())
 
     format: Literal[1]
     model_class: str

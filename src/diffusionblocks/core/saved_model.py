@@ -48,10 +48,13 @@ OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safeten
 WITH_TOKENIZER = re.compile(rf"{OURS.pattern}|{re.escape(TOKENIZER)}")
 END_TO_END_FILES = "files.json"
 ENSEMBLE = "ensemble.json"
+LOCAL = "local.json"
 #: names of the files of an end-to-end model, which its own library writes
 _LIBRARY = r"config\.json|generation_config\.json|(model|diffusion_pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
 #: what a run may have left as its model, of any method: all of it is replaced
-MODEL_FILES = re.compile(rf"{WITH_TOKENIZER.pattern}|{_LIBRARY}|files\.json|ensemble\.json|member-\d+")
+MODEL_FILES = re.compile(
+    rf"{WITH_TOKENIZER.pattern}|{_LIBRARY}|files\.json|ensemble\.json|member-\d+|local\.json|module-\d+\.safetensors"
+)
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 

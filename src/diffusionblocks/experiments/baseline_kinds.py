@@ -11,12 +11,13 @@ from torch import nn
 
 from ..common.seeds import seed_from
 from ..core.end_to_end import load_end_to_end
-from ..core.saved_model import ENSEMBLE
+from ..core.saved_model import ENSEMBLE, LOCAL
 from ..training.ensemble import Ensemble
+from ..training.local_learning import LocalLearning
 from ..training.units import Baseline, EndToEnd
 from .original import Original
 from .recipe import Recipe
-from .recipe_changes import layers_of_a_block, with_depth
+from .recipe_changes import layers_of_a_block, modules_of, with_depth
 
 #: Makes the network of an `Original`: with its weights, or on the meta device.
 MakeNetwork = Callable[[Original], nn.Module]
@@ -92,5 +93,21 @@ class _Ensemble(BaselineKind):
         return Ensemble.load(path)
 
 
+class _LocalLearning(BaselineKind):
+    mark = LOCAL
+
+    def make(
+        self, recipe: Recipe, original: Original, network: MakeNetwork, blocks: Sequence[int] | None = None
+    ) -> Baseline:
+        return LocalLearning(network(original), recipe.local, modules_of(recipe))
+
+    def load(self, model_class: str, path: Path) -> Baseline:
+        return LocalLearning.load(path)
+
+
 #: By `method`.
-BASELINE_KINDS: dict[str, BaselineKind] = {"end-to-end": _EndToEnd(), "ensemble": _Ensemble()}
+BASELINE_KINDS: dict[str, BaselineKind] = {
+    "end-to-end": _EndToEnd(),
+    "ensemble": _Ensemble(),
+    "local": _LocalLearning(),
+}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from ..common.formats import read_json
+from ..training.local_learning import LocalConfig
 from .experiment import Experiment
 from .recipe import DEPTH_ON_HOST, Recipe
-from .recipe_changes import depth_of, layers_of_a_block, trunk_recipe, with_depth, with_train
+from .recipe_changes import depth_of, layers_of_a_block, modules_of, trunk_recipe, with_depth, with_train
 from .run import RECIPE
 
 #: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
@@ -18,7 +20,14 @@ _WARM, _TIMED = 12, 36
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the comparison: a recipe and what is particular about it."""
+    """One row of the comparison: a recipe and what is particular about it.
+
+    Attributes:
+        key: names it, and its folder.
+        recipe: what is trained.
+        layers: of all blocks, members or modules together.
+        blocks: how many of these there are.
+    """
 
     key: str
     recipe: Recipe
@@ -27,8 +36,14 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The method: `end-to-end`, `ensemble` or `diffusionblocks`."""
-        return self.recipe.method
+        """The method: `end-to-end`, `ensemble`, `diffusionblocks`, or the objective of local learning."""
+        return self.recipe.local.objective if self.recipe.method == "local" else self.recipe.method
+
+    @property
+    def layer_updates(self) -> float:
+        """Layers that an iteration updates, on average."""
+        units = self.blocks + (self.recipe.local.more_units if self.recipe.method == "local" else 0)
+        return self.layers / units
 
     @property
     def has_trunk(self) -> bool:
@@ -51,12 +66,12 @@ def variants(recipe: Recipe) -> list[Variant]:
         raise ValueError(f"compare trains all blocks, not train.blocks = {list(recipe.train.blocks)}; leave it out")
     depth, many = depth_of(recipe), recipe.blocks.num_blocks
     short = layers_of_a_block(recipe)
-    field = "steps" if recipe.train.steps is not None else "epochs"
+    field = _length_field(recipe)
     trunk, fit = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
     # What every block would have had, had they shared the updates of trunk and fit.
     without_fit = _longer(recipe, fit / many, field).model_copy(update={"fit": None})
     scratch = _longer(recipe, trunk / many, field).model_copy(update={"trunk": None})
-    ordinary = _longer(recipe, (trunk + fit) / many, field).model_copy(update={"trunk": None, "fit": None})
+    ordinary = _without_stages(recipe, field)
     rows = [
         Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),
     ]
@@ -73,6 +88,40 @@ def variants(recipe: Recipe) -> list[Variant]:
     if recipe.fit is not None:
         rows.append(Variant(f"{rows[-1].key}-unfitted", without_fit, depth, many))
     return rows
+
+
+def _without_stages(recipe: Recipe, field: str) -> Recipe:
+    """The recipe of a baseline, whose units have the steps of a block and their share of trunk and fit."""
+    stages = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
+    longer = _longer(recipe, sum(stages) / recipe.blocks.num_blocks, field)
+    return longer.model_copy(update={"trunk": None, "fit": None})
+
+
+def local_variants(recipe: Recipe) -> list[Variant]:
+    """A row for each objective of local learning, of a classifier; each module has the steps of a block.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has.
+    """
+    if recipe.task.target != "label":
+        return []
+    depth, recipe = depth_of(recipe), _without_stages(recipe, _length_field(recipe))
+    rows = []
+    for objective in get_args(LocalConfig.model_fields["objective"].annotation):
+        options = recipe.local.model_copy(update={"objective": objective})
+        if options.by_layer:
+            options = options.model_copy(update={"modules": None})
+        local = with_train(recipe, resident="all", concurrent=False)  # a module runs those before it
+        local = local.model_copy(update={"method": "local", "local": options})
+        many = modules_of(local)
+        key = f"{objective}-{many}x{depth // many}"
+        rows.append(Variant(key, local, depth, many))
+    return rows
+
+
+def _length_field(recipe: Recipe) -> str:
+    """The field that says how long the recipe trains."""
+    return "steps" if recipe.train.steps is not None else "epochs"
 
 
 def _longer(recipe: Recipe, more: float, field: str) -> Recipe:

@@ -6,7 +6,8 @@ networks with the steps of a block each (the baseline to beat); DiffusionBlocks 
 a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there once more
 without. All rows but the one of L/B layers at equal steps have the same number of layer-updates (recurrent depth end to
 end runs its core many times a step, which `layer_passes` counts). With `equal="seconds"` the end-to-end rows train as
-long as the blocks did instead, by the clock.
+long as the blocks did instead, by the clock. Rows of local learning (`greedy-BxL/B`, ...) are trained where they are
+named: their modules run those before them forward as well, which no count of updates shows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..models.recurrent_depth import RecurrentDepth, layer_passes
 from ..reports.results import write_results
 from ..reports.tables import format_bytes, format_table
 from ..training import EndToEnd, units_of
-from .baselines import Variant, executed, of_equal_time, variants
+from .baselines import Variant, executed, local_variants, of_equal_time, variants
 from .experiment import Experiment
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe
@@ -46,7 +47,8 @@ def compare(
     Args:
         experiment: of method `diffusionblocks`.
         folder: each row's run goes to a sub-folder; finished rows are not trained again.
-        rows: keys of the rows to run (see `variants`); default all.
+        rows: keys of the rows to run (see `variants` and, of local learning, `local_variants`); default all of the
+            former.
         equal: what the rows have in common, `updates` of layers or `seconds` of training. Of `seconds` the rows are
             those of blocks, and the baselines for as long as the last of these took.
         progress: show progress bars.
@@ -60,6 +62,8 @@ def compare(
     selection = variants(recipe)
     if equal == "seconds":
         selection = [variant for variant in selection if variant.name == "diffusionblocks"]
+    elif rows is not None:
+        selection += local_variants(recipe)
     if rows is not None:
         unknown = sorted(set(rows) - {variant.key for variant in selection})
         if unknown:
@@ -119,7 +123,7 @@ def run_row(experiment: Experiment, variant: Variant, folder: Path, progress: bo
         "branched": variant.has_trunk,
         "fitted": variant.has_fit,
         "iterations": result.iterations,
-        "layer_updates": result.iterations * variant.layers // variant.blocks,
+        "layer_updates": round(result.iterations * variant.layer_updates),
         **experiment.task.summary(result.rows),
         **_passes(result),
         "parameters_trained": _parameters_at_a_time(result.model),

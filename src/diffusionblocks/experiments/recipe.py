@@ -17,6 +17,8 @@ from ..data.data_config import DATA, DataConfig
 from ..families import supported_classes
 from ..targets import check_label_loss, check_loss_chunk
 from ..training import TrainConfig
+from ..training.local_learning import LocalConfig
+from ..training.units import check_readers
 from .schema_errors import cut, explain, text_of
 from .tasks import TASKS, AccuracyConfig, EvaluateSection, Task, tasks_of
 from .tasks.task import BY_KIND
@@ -100,7 +102,7 @@ class FitConfig(_Section):
 DEPTH_ON_HOST = ("RecurrentDepth",)
 
 #: Methods whose answers are labels.
-OF_CLASSIFIERS = ("ensemble",)
+OF_CLASSIFIERS = ("ensemble", "local")
 
 EvaluateConfig = Annotated[SerializeAsAny[EvaluateSection], BY_KIND]
 
@@ -113,9 +115,11 @@ class Recipe(_Section):
         method: `diffusionblocks`, or a baseline. `end-to-end`: the same class unconverted; of a model that denoises
             anyway, of images or masked text, that is one block on all levels. `ensemble`, of classifiers: as many
             unconverted networks as blocks, of one block's layers and one block's steps each, whose answers are
-            averaged; train.blocks then names members.
+            averaged; train.blocks then names members. `local`, of classifiers: modules of one network, each trained
+            by a loss of its own.
         model: The ordinary model.
         blocks: How it is split into blocks.
+        local: How modules are trained under `method: local`.
         data: What it is trained and measured on.
         fit: Fit the noise levels to the task first (classifiers and autoregressive text); null takes blocks.noise as it
             is.
@@ -128,9 +132,10 @@ class Recipe(_Section):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    method: Literal["diffusionblocks", "end-to-end", "ensemble"] = "diffusionblocks"
+    method: Literal["diffusionblocks", "end-to-end", "ensemble", "local"] = "diffusionblocks"
     model: ModelConfig
     blocks: BlocksConfig = BlocksConfig()
+    local: LocalConfig = LocalConfig()
     data: DataConfig
     fit: FitConfig | None = None
     trunk: TrunkConfig | None = None
@@ -225,9 +230,10 @@ class Recipe(_Section):
         task.check_recipe(self)
         if self.method in OF_CLASSIFIERS and task.target != "label":
             raise ValueError(
-                f"method: {self.method} is for classifiers, whose answers can be averaged; {self.model.type} "
-                f"{task.does}: use method: end-to-end"
+                f"method: {self.method} is for classifiers; {self.model.type} {task.does}: use method: end-to-end"
             )
+        if self.method == "local":
+            check_readers(self.train)
         return self
 
     @property

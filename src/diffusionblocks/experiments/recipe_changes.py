@@ -40,6 +40,17 @@ def layers_of_a_block(recipe: Recipe) -> int:
     return depth // many
 
 
+def modules_of(recipe: Recipe) -> int:
+    """How many modules local learning trains.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has.
+    """
+    if recipe.local.by_layer:
+        return depth_of(recipe)
+    return recipe.blocks.num_blocks if recipe.local.modules is None else recipe.local.modules
+
+
 def with_train(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with other values in its `train` section; they are not checked."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})

@@ -15,6 +15,11 @@ from ..targets import ImageTarget, LabelTarget, NextTokenTarget, Target
 from .family import BlockCall, Family
 
 
+def tokens_of(output: Any) -> Tensor:
+    """The tokens that a layer returns, which some versions of a library return in a tuple."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
 class ClassifierFamily(Family):
     """Classifiers: an image in, logits of its label out; the label's embedding is denoised."""
 
@@ -28,6 +33,26 @@ class ClassifierFamily(Family):
         assert isinstance(config.target, LabelTargetConfig)
         count, dim = self.num_classes(model.config), self.hidden_size(model.config)
         return LabelTarget(count, dim, learned=config.target.embedding == "learned", seed=config.seed)
+
+    # ---- the unconverted model in parts, for local learning ------------------------------------------------
+
+    def embed(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
+        """Run the stem: images (batch, channels, height, width) -> tokens (batch, length, dim).
+
+        Args:
+            network: the model, or a tree of its stem.
+            pixel_values: the images.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not run a model in parts")
+
+    def classify(self, network: nn.Module, tokens: Tensor) -> Tensor:
+        """Run the head, as the model does: tokens (batch, length, dim) -> logits (batch, num_classes).
+
+        Args:
+            network: the model, or a tree of its head.
+            tokens: what the last layer returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not run a model in parts")
 
 
 class DenoiserFamily(Family):

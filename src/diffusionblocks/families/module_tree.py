@@ -41,3 +41,13 @@ def extract(model: nn.Module, paths: Iterable[str], *, memo: dict[int, Any], tak
         part = getattr(model.get_submodule(parent), name)
         root.attach(path, part if take else copy.deepcopy(part, memo))
     return root
+
+
+def parts_in(tree: nn.Module) -> list[nn.Module]:
+    """The model's own modules in a tree that `extract` made: its layers, and what it has of stem and head."""
+    parts: list[nn.Module] = []
+    trees = [tree]
+    while trees:
+        for child in trees.pop().children():
+            (trees if isinstance(child, (Namespace, nn.ModuleList)) else parts).append(child)
+    return parts

@@ -11,8 +11,14 @@ from typing_extensions import override
 from ..config import BlocksConfig, LabelTargetConfig
 from ..layers.target_tokens import LabelToken
 from .family import BlockCall, register_family
-from .kinds import ClassifierFamily
+from .kinds import ClassifierFamily, tokens_of
 from .libraries import TRANSFORMERS
+
+
+def _backbone(network: nn.Module) -> nn.Module:
+    """What all of the model but the classifier is in, of a whole model or of a part of it."""
+    (backbone,) = (child for name, child in network.named_children() if name != "classifier")
+    return backbone
 
 
 @register_family
@@ -55,12 +61,21 @@ class ViTFamily(ClassifierFamily):
         return nn.ModuleDict({"label_token": LabelToken(self.hidden_size(model.config), std)})
 
     @override
-    def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        (backbone,) = (child for name, child in call.network.named_children() if name != "classifier")
-        embeddings = backbone.get_submodule("embeddings")
+    def embed(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
+        embeddings = _backbone(network).get_submodule("embeddings")
         # As the whole model does: images come in the weights' precision.
         dtype = next(embeddings.get_submodule("patch_embeddings").parameters()).dtype
-        tokens = embeddings(call.inputs["pixel_values"].to(dtype))
+        return embeddings(pixel_values.to(dtype))  # type: ignore[no-any-return]
+
+    @override
+    def classify(self, network: nn.Module, tokens: Tensor) -> Tensor:
+        tokens = _backbone(network).get_submodule("layernorm")(tokens)
+        return network.get_submodule("classifier")(tokens[:, 0])  # type: ignore[no-any-return]
+
+    @override
+    def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        embeddings = _backbone(call.network).get_submodule("embeddings")
+        tokens = self.embed(call.network, call.inputs["pixel_values"])
         extra = "label_token" in call.extra
         if extra:
             tokens = torch.cat([tokens, call.extra["label_token"](call.z).to(tokens.dtype)], dim=1)
@@ -69,8 +84,7 @@ class ViTFamily(ClassifierFamily):
             position = embeddings.get_parameter("position_embeddings")[:, :1]
             tokens = torch.cat([(call.z[:, None, :] + position).to(tokens.dtype), tokens[:, 1:]], dim=1)
         for layer in call.layers:
-            output = layer(tokens)
-            tokens = output[0] if isinstance(output, tuple) else output
+            tokens = tokens_of(layer(tokens))
         # The head sees the places it was trained on. F is not cut out of them: a cut's gradient is padded with zeros.
         return (tokens[:, :-1] if extra else tokens), tokens[:, 0]
 
@@ -86,6 +100,11 @@ class Dinov2Family(ViTFamily):
 
     classes = ("Dinov2ForImageClassification",)
     norms = ("norm1", "norm2")
+
+    @override
+    def classify(self, network: nn.Module, tokens: Tensor) -> Tensor:
+        tokens = _backbone(network).get_submodule("layernorm")(tokens)
+        return network.get_submodule("classifier")(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))  # type: ignore[no-any-return]
 
     @override
     def readout(self, call: BlockCall, hidden: Tensor, denoised: Tensor) -> Tensor:

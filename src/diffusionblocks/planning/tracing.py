@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..common.modules import bytes_of, tensors_of
 from ..core.block import Block
-from ..training import EndToEnd, TrainConfig, Unit, trainable
+from ..training import TrainConfig, Unit, trainable
 from ..training.compilation import Compiler
 from ..training.optim import AVERAGED_AT_ONCE
 from ..training.shared_module import SharedModule
@@ -51,7 +51,7 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
     module = shared.module
     if on_gpu:
         _drop_as_a_gpu(module, train)
-    parameters = trainable(unit.module)
+    parameters = unit.parameters
     timeline = Timeline(bytes_of(parameters), on_gpu=on_gpu)
     if train.compile:
         backend = simulating_backend(timeline, {p.shape for p in parameters})
@@ -104,8 +104,7 @@ def _losses(module: nn.Module, batch: Mapping[str, Tensor], size: int) -> Tensor
     """Level and depth are given: drawing them looks at values, which fake tensors have not."""
     if isinstance(module, Block):
         return module.loss(batch, None, level=torch.empty(size))
-    assert isinstance(module, EndToEnd)
-    return module.heaviest_loss(batch)
+    return module.heaviest_loss(batch)  # type: ignore[operator, no-any-return]
 
 
 def _gradient_is_whole(parameter: Tensor, train: TrainConfig, timeline: Timeline) -> None:

@@ -91,17 +91,22 @@ class Residency(abc.ABC):
         self._shared_parameters = shared
         self._shared_updaters: list[Updater] = []
         self._active: dict[int, ActiveUnit] = {}
-        self._common = in_several([unit.module for unit in units])
+        self._common = self._in_common()
         self._fill = fill
         if fill is not None and self._common:  # what they have in common is on the device before the first of them
             for unit in units:
                 self._materialise(unit)
-            self._common = in_several([unit.module for unit in units])
+            self._common = self._in_common()
 
     @property
     def shared_modules(self) -> list[SharedModule]:
         """One for every shape of unit."""
         return list(self._modules.values())
+
+    def _in_common(self) -> set[int]:
+        """Identities of what several units hold, and none of them alone moves."""
+        own = {id(parameter) for unit in self.units for parameter in unit.own}
+        return in_several([unit.module for unit in self.units]) - own
 
     def common_tensors(self) -> list[Tensor]:
         """What several units hold: the shared parameters under `joint`."""

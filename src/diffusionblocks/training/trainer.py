@@ -32,7 +32,7 @@ from .run_log import LOG, JsonLines, Logger
 from .schedules import block_schedule, next_others
 from .step import Stepper
 from .train_config import RESUME_MAY_DIFFER, TrainConfig, under_current_names
-from .units import Unit, set_label_loss, units_of
+from .units import Unit, check_readers, set_label_loss, units_of
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ class Trainer:
         self.progress = progress
         self.teachers: list[nn.Module] = []
         self.units, shared = units_of(model, config.blocks)
+        if any(unit.reads for unit in self.units):
+            check_readers(config)
         if config.concurrent and shared:
             raise ValueError(
                 "train.concurrent = true needs blocks that move no parameter in common; blocks.shared is joint: set "
@@ -329,11 +331,12 @@ class Trainer:
             weights = unit.module.state_dict(keep_vars=True)
             # Once each: a tied parameter has several names.
             once = {id(t): name for name, t in reversed(weights.items())}
-            own = {f"weights.{once[id(t)]}": t for t in weights.values() if id(t) not in common}
+            elsewhere = common | unit.reads
+            own = {f"weights.{once[id(t)]}": t for t in weights.values() if id(t) not in elsewhere}
             yield unit.name, own | {f"set.{name}": t for name, t in self.sets[unit.name].state().items()}
         if common:
-            weights = self.units[0].module.state_dict(keep_vars=True)
-            own = {f"weights.{name}": t for name, t in weights.items() if id(t) in common}
+            states = [unit.module.state_dict(keep_vars=True) for unit in self.units]
+            own = {f"weights.{name}": t for state in states for name, t in state.items() if id(t) in common}
             shared = self.sets["shared"].state() if "shared" in self.sets else {}
             yield "shared", own | {f"set.{name}": t for name, t in shared.items()}
 

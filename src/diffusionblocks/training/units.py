@@ -38,18 +38,25 @@ class Unit:
         index: of the block, or of the part of a baseline (0 for an end-to-end model); keys its randomness.
         name: for logs and messages.
         module: has `loss(batch, generator) -> (batch,)`; its call runs the network.
-        shared: identities of the parameters that other units move, as well or alone.
+        shared: identities of the parameters that other units move as well.
+        reads: identities of the parameters that it only reads, and that other units move.
     """
 
     index: int
     name: str
     module: nn.Module
     shared: frozenset[int] = frozenset()
+    reads: frozenset[int] = frozenset()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters that this unit moves."""
+        return [p for p in trainable(self.module) if id(p) not in self.reads]
 
     @property
     def own(self) -> list[nn.Parameter]:
         """The trainable parameters that only this unit moves."""
-        return [p for p in trainable(self.module) if id(p) not in self.shared]
+        return [p for p in self.parameters if id(p) not in self.shared]
 
 
 class Baseline(nn.Module, abc.ABC):
@@ -320,6 +327,21 @@ def set_label_loss(units: Sequence[Unit], config: TrainConfig) -> None:
             unit.module.label_loss = config.label_loss  # type: ignore[assignment]
         else:
             check_label_loss(config.label_loss, f"a {type(unit.module).__name__}", of_labels=False)
+
+
+def check_readers(config: TrainConfig) -> None:
+    """Refuse settings under which no unit can read what another one moves.
+
+    Raises:
+        ValueError: only some units are trained, or are on the device at a time, or their steps overlap.
+    """
+    reason = "each module of local learning runs those before it"
+    if config.blocks is not None:
+        raise ValueError(f"train.blocks = {list(config.blocks)}: {reason}, so they train in one run; leave it out")
+    if config.resident == "active":
+        raise ValueError(f"train.resident = active: {reason}, so all are on the device; set train.resident to all")
+    if config.concurrent:
+        raise ValueError(f"train.concurrent = true: {reason}, which must stand still; set train.concurrent to false")
 
 
 def _require_parameters(units: list[Unit], shared: list[nn.Parameter]) -> tuple[list[Unit], list[nn.Parameter]]:
