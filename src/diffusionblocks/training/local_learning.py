@@ -371,8 +371,8 @@ class LocalLearning(Baseline):
         Raises:
             FileNotFoundError, ValueError: what `read_modules` refuses, or a model that cannot be made of its index.
         """
-        saved = read_modules(path)
-        network = instantiate(saved.model_class, rebuild_config(saved.model_class, saved.model_config))
-        model = cls(network, LocalConfig.model_validate(saved.local), saved.modules)
-        saved.fill(model._own_states())
+        files = read_modules(path)
+        network = instantiate(files.model_class, rebuild_config(files.model_class, files.model_config))
+        model = cls(network, LocalConfig.model_validate(files.local), files.modules)
+        files.fill(model._own_states())
         return model
