@@ -50,14 +50,10 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
         )
     default = {"overlap": BlocksConfig().overlap}
     config = BlocksConfig.model_validate(
-        _without_defaults(trunk).model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
+        without_defaults(trunk).model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
     )
-    original = instantiate(trunk.model_class, with_depth(trunk.model_class, trunk.config, depth * num_blocks))
-    first = trunk.block(0)
-    parameter = next(first.parameters())
-    branches = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
-    branches.generation_config = copy.deepcopy(trunk.generation_config)
-    weights = first.state_dict()
+    branches = assemble_like(trunk, config, depth * num_blocks)
+    weights = trunk.block(0).state_dict()
     require_finite(weights.items(), "the trunk", DIVERGED)
     for b in range(num_blocks):
         block = branches.block(b)
@@ -65,13 +61,28 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
     return branches.train(trunk.training)
 
 
-def _without_defaults(trunk: DiffusionBlocks) -> BlocksConfig:
-    """The trunk's config, without a coverage that follows from its partition: the blocks' follows from theirs."""
-    config = trunk.blocks_config
+def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> DiffusionBlocks:
+    """Build a model of the same class, device and precision with other blocks, whose weights are to be loaded.
+
+    Args:
+        model: what it is to be like.
+        config: how it is split.
+        depth: its layers.
+    """
+    original = instantiate(model.model_class, with_depth(model.model_class, model.config, depth))
+    parameter = next(model.block(0).parameters())
+    result = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
+    result.generation_config = copy.deepcopy(model.generation_config)
+    return result
+
+
+def without_defaults(model: DiffusionBlocks) -> BlocksConfig:
+    """A model's config, without a coverage that follows from its partition: other blocks' follows from theirs."""
+    config = model.blocks_config
     if config.noise is None or not config.noise.takes_coverage():
         return config
     open_config = config.model_copy(update={"noise": config.noise.with_coverage(None)})
-    return open_config if resolve(open_config, trunk.family, trunk.config) == config else config
+    return open_config if resolve(open_config, model.family, model.config) == config else config
 
 
 def trunk_name(branches: DiffusionBlocks, block: int, name: str) -> str:

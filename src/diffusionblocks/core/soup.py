@@ -1,0 +1,87 @@
+"""Soups: blocks that were branched from one trunk, mixed into one block by the mean of their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..common.finite import DIVERGED, require_finite
+from .branching import assemble_like, trunk_name, without_defaults
+from .model import DiffusionBlocks
+
+
+def soup(model: DiffusionBlocks, weights: Sequence[float] | None = None) -> DiffusionBlocks:
+    """Mix blocks into a model of one block on all levels, by the weighted mean of their parameters.
+
+    Blocks that were branched from one trunk may lie close enough together for it (Wortsman et al., arXiv 2203.05482);
+    a mean of blocks from scratch is of no use. The result is an ordinary model: it predicts, saves and loads.
+
+    Args:
+        model: blocks of one shape.
+        weights: of each block, >= 0, the larger the more it counts; default all alike.
+
+    Returns:
+        The model of one block, on the same device, in the same mode.
+
+    Raises:
+        ValueError: blocks of several shapes, weights that are not one finite number >= 0 a block or are all 0, or
+            parameters that are not finite.
+    """
+    partition = model.partition
+    if len(set(partition.layers)) > 1:
+        raise ValueError(f"soup needs blocks of one shape, and these have layers = {list(partition.layers)}")
+    weights = [1.0] * partition.num_blocks if weights is None else list(weights)
+    if (
+        len(weights) != partition.num_blocks
+        or not all(math.isfinite(w) and w >= 0 for w in weights)
+        or not any(weights)
+    ):
+        raise ValueError(
+            f"weights must be {partition.num_blocks} finite numbers >= 0, one a block, not all 0; got {weights}"
+        )
+    result = assemble_like(model, without_defaults(model).as_one_block(), partition.layers[0])
+    total = sum(weights)
+    state: dict[str, Tensor] = {}
+    for b, weight in enumerate(weights):
+        tensors = model.block(b).state_dict()
+        require_finite(tensors.items(), f"block {b}", DIVERGED)
+        for name, tensor in tensors.items():
+            share = tensor.double() * (weight / total)
+            name = trunk_name(model, b, name)
+            state[name] = state[name] + share if name in state else share
+    block = result.block(0)
+    block.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in block.state_dict().items()})
+    return result.train(model.training)
+
+
+@torch.no_grad()
+def greedy_soup(model: DiffusionBlocks, score: Callable[[DiffusionBlocks], float]) -> tuple[DiffusionBlocks, list[int]]:
+    """Mix blocks one after another, the best first, and leave out each that would lower the score of the mix.
+
+    Args:
+        model: blocks of one shape, branched from one trunk.
+        score: of a model of one block, the higher the better: for example its accuracy on training images that were
+            held out. Never on test images, for the soup is selected by it.
+
+    Returns:
+        The model of one block, never of a lower score than the best single block, and the blocks that are in it.
+
+    Raises:
+        ValueError: what `soup` refuses.
+    """
+    count = model.partition.num_blocks
+
+    def mix(blocks: Sequence[int]) -> DiffusionBlocks:
+        return soup(model, [float(b in blocks) for b in range(count)])
+
+    alone = [score(mix([b])) for b in range(count)]
+    order = sorted(range(count), key=lambda b: -alone[b])
+    chosen, best = order[:1], alone[order[0]]
+    for b in order[1:]:
+        value = score(mix([*chosen, b]))
+        if value >= best:
+            chosen, best = [*chosen, b], value
+    return mix(chosen), chosen

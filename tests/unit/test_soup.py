@@ -1,0 +1,73 @@
+"""Soups of blocks: the mean of their weights as a model of one block."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import POLICIES, convert, noise_batch, same_states, seeded, tiny, toy_batch, train_a_little
+from torch import nn
+
+import diffusionblocks as db
+from diffusionblocks.core.soup import greedy_soup, soup
+
+HELD_OUT = toy_batch(100, seed=77)
+
+
+def branched(seed: int | None = 0, shared: str = "replicated") -> tuple[db.DiffusionBlocks, db.DiffusionBlocks]:
+    """A trunk and its branches, which were trained on from different data."""
+    trunk = convert("vit", layers=2, num_blocks=1, shared=shared)
+    train_a_little(trunk, toy_batch)
+    model = db.branch(trunk, 3)
+    if seed is not None:
+        train_a_little(model, toy_batch, steps=4)
+    return trunk, model
+
+
+def score(model: db.DiffusionBlocks) -> float:
+    """The negative NLL of held-out images."""
+    logits = model.predict(HELD_OUT["pixel_values"], generator=seeded()).logits
+    return -nn.functional.nll_loss(logits, HELD_OUT["labels"]).item()
+
+
+@pytest.mark.parametrize("shared", POLICIES)
+def test_the_soup_of_equal_blocks_is_the_block(shared: str) -> None:
+    trunk, model = branched(None, shared)
+    mixed = soup(model)
+    assert same_states(mixed.state_dict(), trunk.state_dict())
+    assert mixed.partition.layers == (2,)
+    assert not mixed.training
+    images = noise_batch()["pixel_values"]
+    assert torch.equal(mixed.predict(images).logits, trunk.predict(images).logits)
+
+
+def test_weights_weigh(tmp_path: Path) -> None:
+    _, model = branched()
+    names = [next(n for n in model.block(b).state_dict() if n.endswith("q_proj.weight")) for b in range(3)]
+    parts = [model.block(b).state_dict()[name] for b, name in enumerate(names)]
+    assert not torch.equal(parts[0], parts[1])
+    mixed = soup(model, [1, 3, 0])
+    ours = next(t for n, t in mixed.block(0).state_dict().items() if n.endswith("q_proj.weight"))
+    torch.testing.assert_close(ours, (parts[0] + 3 * parts[1]) / 4)
+    mixed.save_pretrained(tmp_path / "soup")
+    assert score(db.load(tmp_path / "soup").eval()) == score(mixed)
+
+
+def test_a_greedy_soup_is_never_worse_than_the_best_block() -> None:
+    _, model = branched()
+    alone = [score(soup(model, [float(b == other) for other in range(3)])) for b in range(3)]
+    mixed, blocks = greedy_soup(model, score)
+    assert score(mixed) >= max(alone)
+    assert blocks[0] == alone.index(max(alone))
+    assert score(mixed) == score(soup(model, [float(b in blocks) for b in range(3)]))
+    worst, taken = greedy_soup(model, lambda m: -score(m))  # the positive control: the score decides
+    assert score(worst) <= min(alone)
+    assert taken[0] == alone.index(min(alone))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"one shape.*layers = \[1, 2\]"):
+        soup(db.convert(tiny("vit"), db.BlocksConfig(num_blocks=2, layers=(1, 2))))
+    _, model = branched(None)
+    for weights in ([1.0], [0.0] * 3, [1, -1, 1], [float("nan"), 1, 1]):
+        with pytest.raises(ValueError, match="weights must be 3 finite numbers"):
+            soup(model, weights)
