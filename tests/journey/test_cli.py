@@ -58,7 +58,14 @@ def test_compare_leaves_table_and_figure(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_digits_are_learned(tmp_path: Path) -> None:
     """A small golden run on real data, block by block; the whole recipe runs in `make demo`."""
     arguments = ["--quiet", "--set", "train.steps=250", "--set", "train.batch_size=64", *TINY[:2]]
-    arguments += ["--set", "model.config.hidden_size=48", "--set", "evaluate.steps=[3]", "--set", "evaluate.seeds=[4]"]
+    arguments += [
+        "--set",
+        "model.config.hidden_size=48",
+        "--set",
+        "evaluate.combine=[mean]",
+        "--set",
+        "evaluate.steps=[3]",
+    ]
     assert main(["train", DIGITS, "--out", str(tmp_path), *arguments]) == 0
     (row,) = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert row["accuracy"] > 0.8

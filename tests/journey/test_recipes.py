@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,8 @@ def settings(recipe: Recipe) -> int:
         return 1
     if options.kind == "samples":
         return len(options.solver) * len(options.steps) * len(options.grid) * len(options.guidance)
-    return len(options.steps) * len(options.seeds) if recipe.method == "diffusionblocks" else 1
+    lists = (options.combine, options.steps, options.seeds)
+    return math.prod(len(values or [None]) for values in lists) if recipe.method == "diffusionblocks" else 1
 
 
 @each_recipe

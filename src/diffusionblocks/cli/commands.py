@@ -55,8 +55,8 @@ examples:
       bytes of a training step by kind, predicted on any machine, and how many blocks or how large a batch fits
   diffusionblocks train recipes/vit/digits.yaml --out runs/digits
       train block by block; run it again to resume after an interruption
-  diffusionblocks evaluate recipes/vit/digits.yaml --model runs/digits/model --set 'evaluate.steps=[1,2,4]'
-      test accuracy for every pair of denoising steps and noise seeds
+  diffusionblocks evaluate recipes/vit/digits.yaml --model runs/digits/model --set 'evaluate.combine=[mean, chain]'
+      test accuracy, NLL and calibration error, by the ways to combine what the blocks say
   diffusionblocks sample recipes/dit/digits.yaml --model runs/dit-digits/model --out samples --labels 3 --count 16
       images of a trained diffusion model: PNG files, a grid, a chain over its steps
   diffusionblocks sample recipes/text/masked_topics.yaml --model runs/masked-topics/model --infill 'the _____ of'

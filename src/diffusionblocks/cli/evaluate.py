@@ -17,7 +17,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     takes_recipe(parser, run)
     takes_model(parser)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--by-level", action="store_true", help="of a classifier, also each block's accuracy by level")
+    parser.add_argument(
+        "--by-level",
+        action="store_true",
+        help="of a classifier, also each block's accuracy and cross-entropy by level",
+    )
+    parser.add_argument("--every-block", action="store_true", help="with --by-level: ask every block at every level")
+    parser.add_argument("--figure", type=Path, help="with --by-level: also draw the cross-entropies to this PNG")
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
@@ -25,6 +31,9 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     from ..reports.results import write_results
     from ..reports.tables import format_table
 
+    for name, value in (("--every-block", options.every_block), ("--figure", options.figure)):
+        if value and not options.by_level:
+            raise ValueError(f"{name} needs --by-level: give both")
     folder = options.model or Path("runs") / experiment.recipe.name / "model"
     experiment = experiment.with_tokenizer_of(folder)
     model, task = experiment.load(folder), experiment.task
@@ -41,8 +50,13 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
             print(format_table([with_rounding(level) for level in row["by_level"]]))
     more = {}
     if options.by_level:
-        levels = task.measure_by_level(experiment, experiment.blocks_of(model))
+        blocks = experiment.blocks_of(model)
+        more_levels = {"every_block": True} if options.every_block else {}  # tasks of other packages may not take it
+        levels = task.measure_by_level(experiment, blocks, **more_levels)
         more["by_level"] = [row.to_dict() for row in levels]
         print(format_table([with_rounding(level) for level in more["by_level"]]))
+        if options.figure:
+            task.draw_by_level(blocks, levels, options.figure)
+            print(options.figure)
     if options.json:
         write_results(options.json, rows, **more)

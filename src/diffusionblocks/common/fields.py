@@ -91,3 +91,6 @@ FEEDBACK_NAMES = AliasChoices("feedback", "bridge")
 #: What a prediction of labels feeds to the next denoising step, and what one of tokens does.
 LabelFeedback = Literal["soft", "hard"]
 TokenFeedback = Literal["soft", "hard", "sampled", "top-k"]
+
+#: How what a classifier's blocks say is combined (`DiffusionBlocks.predict`).
+Combination = Literal["mean", "product", "probabilities", "chain"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..common.finite import FiniteCheck
 from ..common.graphs import leave_to_host, on_host
 from ..config import LabelTargetConfig, NextTokenTargetConfig
 from ..families.generation_config import end_tokens
@@ -17,15 +18,17 @@ from ..noise import GaussianProcess, Masking
 from ..sampling import (
     Callback,
     Continuations,
+    LabelNetwork,
     Prediction,
+    check_combination,
     continue_texts,
     guided,
     predict_labels,
     prior_of_seeds,
+    run_chain,
     sample_images,
     sample_tokens,
 )
-from ..sampling.solvers import euler
 from ..targets import (
     NONE_IGNORED,
     Batch,
@@ -42,6 +45,14 @@ if TYPE_CHECKING:
     from .model import DiffusionBlocks
 
 _Target = TypeVar("_Target", bound=Target)
+
+
+class PredictionDefaults(NamedTuple):
+    """What `predict` takes where it is given None."""
+
+    combine: str
+    steps: int
+    seeds: int
 
 
 class Inference(Generic[_Target]):
@@ -87,6 +98,19 @@ class Inference(Generic[_Target]):
         ]
         return {"loss": torch.stack(losses).mean()}
 
+    @property
+    def defaults(self) -> PredictionDefaults:
+        """What `predict` takes where it is given None."""
+        self.refuse("predict", "classifiers")
+
+    def levels(self, steps: int | None = None, grid: str | None = None) -> list[float]:
+        """The levels at which `predict` asks, and the one at which its chain ends.
+
+        Raises:
+            ValueError: steps < 1, an unknown grid, or the model is no classifier.
+        """
+        self.refuse("predict", "classifiers")
+
     def predict(self, pixel_values: Tensor, **options: Any) -> Prediction:
         """Classify."""
         self.refuse("predict", "classifiers")
@@ -116,51 +140,100 @@ class Classification(Inference[LabelTarget]):
         return {"loss": loss, "logits": logits}
 
     @override
-    def predict(
+    def predict(  # type: ignore[override]
         self,
         pixel_values: Tensor,
         *,
+        combine: str | None = None,
+        steps: int | None = None,
+        seeds: int | None = None,
         feedback: str | None = None,
+        grid: str | None = None,
         generator: torch.Generator | None = None,
-        **options: Any,
+        return_trajectory: bool = False,
     ) -> Prediction:
-        model, config = self.model, self.model.blocks_config.target
-        assert isinstance(config, LabelTargetConfig)
+        model, defaults = self.model, self.defaults
+        combine = check_combination(
+            defaults.combine if combine is None else combine, contexts=model.block(0).adds_likelihood
+        )
+        levels = self.levels(steps, grid)
         inputs = {"pixel_values": pixel_values}
         model.check_batch(inputs, with_target=False)
         return predict_labels(
-            lambda z, level: model.denoise(inputs, z, level),
+            self._network(inputs),
             self.target,
             self.noise,
+            levels,
             batch_size=len(pixel_values),
             device=pixel_values.device,
-            feedback=config.feedback if feedback is None else feedback,
-            generator=generator or model.generator_of(inputs),
             owner=model.partition.block_of,
-            **options,
+            combine=combine,
+            seeds=defaults.seeds if seeds is None else seeds,
+            feedback=self._feedback if feedback is None else feedback,
+            generator=generator or model.generator_of(inputs),
+            return_trajectory=return_trajectory,
         )
 
-    def context_logits(self, pixel_values: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The mean of the blocks' context logits (batch, num_classes), each asked once on the way down from noise.
+    @property
+    def _feedback(self) -> str:
+        config = self.model.blocks_config.target
+        assert isinstance(config, LabelTargetConfig)
+        return config.feedback
 
-        Nothing waits for the device, so a captured step may ask. Call it without gradients, in evaluation mode.
+    def _network(self, inputs: dict[str, Tensor]) -> LabelNetwork:
+        model = self.model
+
+        def ask(z: Tensor, level: float) -> tuple[Tensor | None, Tensor]:
+            if not model.block(0).adds_likelihood:
+                return None, model.denoise(inputs, z, level)
+            context = model.denoise(inputs, z, level, context=True)
+            return context, model.posterior(context, z, level)
+
+        return ask
+
+    def context_logits(self, pixel_values: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The mean of the blocks' context logits, each asked once on the way down from noise: log-probabilities.
+
+        Nothing waits for a GPU, so a captured step may ask. Call it without gradients, in evaluation mode.
+
+        Args:
+            pixel_values: images (batch, channels, height, width).
+            generator: source of the starting noise.
+
+        Returns:
+            Log-probabilities, float32, shape (batch, num_classes).
 
         Raises:
-            ValueError: the model has no context logits.
+            ValueError: the model has no context logits, or on a CPU they are not finite.
         """
-        model, config = self.model, self.model.blocks_config.target
-        assert isinstance(config, LabelTargetConfig)
-        feedback, inputs = config.feedback, {"pixel_values": pixel_values}
-        contexts: list[Tensor] = []
+        check_combination("mean", contexts=self.model.block(0).adds_likelihood)
+        votes = run_chain(
+            self._network({"pixel_values": pixel_values}),
+            self.target,
+            self.noise,
+            self.levels(),
+            batch_size=len(pixel_values),
+            device=pixel_values.device,
+            check=FiniteCheck(owner=self.model.partition.block_of),
+            feedback=self._feedback,
+            generator=generator,
+        )
+        return votes.answer("mean")[1]
 
-        def denoise(z: Tensor, level: float) -> Tensor:
-            contexts.append(model.denoise(inputs, z, level, context=True).float())
-            return self.target.denoised(model.posterior(contexts[-1], z, level), feedback)
+    @property
+    @override
+    def defaults(self) -> PredictionDefaults:
+        """Blocks with context logits are asked once each; without, block 0 alone, from eight noise seeds."""
+        if self.model.block(0).adds_likelihood:
+            return PredictionDefaults("mean", self.model.partition.num_blocks, 1)
+        return PredictionDefaults("chain", 1, 8)
 
-        shape = (len(pixel_values), self.target.embedding.shape[-1])
-        z = self.noise.prior(shape, generator=generator, device=pixel_values.device)
-        euler(denoise, z, self.noise.levels(model.partition.num_blocks), self.noise)
-        return torch.stack(contexts).mean(dim=0)
+    @override
+    def levels(self, steps: int | None = None, grid: str | None = None) -> list[float]:
+        model, steps = self.model, self.defaults.steps if steps is None else steps
+        if grid is None and model.block(0).adds_likelihood and steps == model.partition.num_blocks:
+            return model.partition.levels(self.noise)
+        return self.noise.levels(steps, "equal-quantile" if grid is None else grid)
 
 
 class ImageGeneration(Inference[ImageTarget]):

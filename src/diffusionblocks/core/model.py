@@ -204,7 +204,8 @@ class DiffusionBlocks(nn.Module):
         """Run the one block that owns a level: the output of `Block.forward` for the whole batch at that level.
 
         Args:
-            inputs, z: see there.
+            inputs: see there.
+            z: see there.
             level: of all samples.
             context: return context logits, to which `posterior` adds what z says.
 
@@ -314,34 +315,57 @@ class DiffusionBlocks(nn.Module):
         self,
         pixel_values: Tensor,
         *,
-        steps: int = 1,
-        seeds: int = 8,
+        combine: str | None = None,
+        steps: int | None = None,
+        seeds: int | None = None,
         feedback: str | None = None,
-        grid: str = "equal-quantile",
+        grid: str | None = None,
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
     ) -> Prediction:
-        """Classify by denoising, in evaluation mode: see `diffusionblocks.sampling.predict_labels`.
+        """Classify by denoising, in evaluation mode.
 
-        The default reads the label at the highest level, from eight noise seeds. That is as accurate as more steps or
-        more accurate, and more so than one seed (docs/results.md). It costs `seeds` * `steps` calls of one block; at
-        one step all are of block 0, so that three blocks at eight seeds take 8/3 of what one pass of the whole does.
+        A chain starts from noise and calls the network at `steps` descending levels, at each the block that owns it.
+        A call gives *context* logits, which are of the image alone, and *posterior* logits, which take z into account
+        and make D for the next step. `combine` says what becomes of them:
+
+        - `mean`: the softmax of the mean context logits, over steps and seeds. The blocks are an ensemble, and this is
+          the answer to use unless there is a reason for another.
+        - `product`: the softmax of the sum, over the blocks, of each block's mean context logits: right if the blocks
+          were independent witnesses. Where each is asked equally often the most probable label is that of `mean`, but
+          the probabilities are more extreme.
+        - `probabilities`: the mean of the context probabilities. It doubts more than `mean` where blocks disagree.
+        - `chain`: the posterior probabilities of the last step, averaged over the seeds, as in the paper. A chain of
+          several steps *samples* from p(label | image), so one seed errs more than the others; many seeds estimate
+          that distribution. At `steps` = 1 block 0 alone is asked, at the highest level.
+
+        Under `target.likelihood: added` the default is `mean` over as many steps as blocks, from one seed: each block
+        runs once, which costs one pass of all layers (and a stem and head for each block). Under `learned` there are
+        no context logits, and the default is `chain` with one step and eight seeds, eight calls of block 0.
 
         Args:
             pixel_values: images (batch, channels, height, width).
+            combine: `mean`, `product`, `probabilities` or `chain`; under `learned` only `chain`.
             steps: network calls of a chain, >= 1.
-            seeds: chains whose probabilities are averaged, >= 1.
+            seeds: chains that are combined, >= 1; the cost is `steps` * `seeds` calls of a block.
             feedback: what a prediction feeds to the next step, `soft` or `hard`; default the model's.
-            grid: levels, `equal-quantile` or `karras`.
+            grid: levels, `equal-quantile` or `karras`. By default the first; under `added`, with as many steps as
+                blocks, each block's own highest level instead, so that each is asked once whatever the partition.
             generator: source of the starting noise; by default it follows from `blocks_config.seed` and the images.
-            return_trajectory: keep the probabilities of every step.
+            return_trajectory: return the posterior probabilities of every step.
+
+        Returns:
+            Probabilities and their logarithm, the levels, and each step's context log-probabilities (`contexts`): at
+            the default, the vote of each block. `votes.answer` combines the same calls by another rule.
 
         Raises:
-            ValueError: the model is no classifier, or an argument is out of range.
+            ValueError: the model is no classifier, an argument is out of range, or `combine` needs context logits of a
+                model that has none.
         """
         with evaluating(self):
             return self.inference.predict(
                 pixel_values,
+                combine=combine,
                 steps=steps,
                 seeds=seeds,
                 feedback=feedback,

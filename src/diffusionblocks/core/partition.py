@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..common.fields import MOST_LAYERS, check_count
+from ..common.fields import MOST_LAYERS, MOST_LEVELS, check_count
 from ..noise import NoiseProcess
 
 # A level this close (relative) to a boundary *is* that boundary: float32 copies of a level and levels that
@@ -130,6 +130,31 @@ class Partition:
     def training_interval(self, block: int) -> tuple[float, float]:
         """(lowest, highest) level that the block trains on: its own interval widened by the overlap."""
         return self.training_intervals[self.check_block(block)]
+
+    def levels(self, noise: NoiseProcess, each: int = 1) -> list[float]:
+        """Descending levels at which every block is asked `each` times, and the level at which a chain of them ends.
+
+        A block's levels begin at the noisiest of its own that is read, and are even over what the process spreads them
+        over (their logarithm, or themselves). With `each` = 1 and blocks of equal probability they are the grid
+        `equal-quantile` of as many steps as blocks.
+
+        Args:
+            noise: the process that the partition was built on.
+            each: >= 1.
+
+        Returns:
+            num_blocks * each + 1 levels, of which the last is not asked.
+        """
+        check_count("each", each, MOST_LEVELS)
+        # A block that owns no level that is read has trained all the same: it is asked in the whole of its interval.
+        highest, lowest = self.block_of(noise.read_max), self.block_of(noise.read_min)
+        levels: list[float] = []
+        low = self.boundaries[0]
+        for block in range(self.num_blocks):
+            low, high = self.interval(block)
+            high, low = noise.read_max if block == highest else high, noise.read_min if block == lowest else low
+            levels += [high, *noise.even_levels(low, high, each + 1).flip(0)[1:-1].tolist()]  # `high` free of rounding
+        return [*levels, low]
 
     def layer_range(self, block: int) -> range:
         """Indices in the original network of the layers that the block owns."""

@@ -1,92 +1,131 @@
-"""Test accuracy of a classifier, over denoising steps and averaged noise seeds."""
+"""Test accuracy of a classifier and how far its probabilities can be trusted, over ways to predict."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core.model import DiffusionBlocks
+from ..sampling import Prediction, Votes, check_combination
 from ..training import Baseline
 from .row import Row
+from .scores import Scores
+
+Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
+Views = Sequence[Callable[[Tensor], Tensor]]
+T = TypeVar("T")
+
+#: What is shown of images (batch, channels, height, width): themselves, or their mirror images as well.
+_ONE: Views = (lambda images: images,)
+_BOTH: Views = (*_ONE, lambda images: images.flip(-1))
 
 
 @dataclass(frozen=True)
 class AccuracyRow(Row):
-    """Accuracy in [0, 1] with its binomial standard error; steps and seeds are None for a baseline.
+    """What one way to predict gave on all examples.
 
     Attributes:
-        combine: how parts of a model were brought together, of a model that has several ways.
+        combine: how parts of a model were brought together, see `DiffusionBlocks.predict`; None for a model of one.
+        steps, seeds: see there; None for a baseline, which does not denoise.
+        accuracy, standard_error, nll, ece: see `Scores`.
     """
 
+    combine: str | None
     steps: int | None
     seeds: int | None
     accuracy: float
     standard_error: float
-    combine: str | None = None
+    nll: float
+    ece: float
 
 
 def accuracy_grid(
     model: nn.Module,
-    batches: Callable[[], Iterable[Mapping[str, Tensor]]],
+    batches: Batches,
     *,
-    steps: Sequence[int] = (1,),
-    seeds: Sequence[int] = (1,),
+    combine: Sequence[str | None] = (None,),
+    steps: Sequence[int | None] = (None,),
+    seeds: Sequence[int | None] = (None,),
     feedback: str | None = None,
-    grid: str = "equal-quantile",
+    grid: str | None = None,
     seed: int = 0,
+    flip: bool = False,
 ) -> list[AccuracyRow]:
-    """Accuracy for every pair of steps and seeds.
+    """Accuracy, NLL and calibration error for every combination of `combine`, `steps` and `seeds`.
 
-    The row with n seeds averages the first n of the same chains, so rows differ by averaging alone.
+    The row with n seeds combines the first n of the same chains, and all rules combine the same network calls: rows
+    differ by what is made of them alone.
 
     Args:
-        model: a `DiffusionBlocks`, or a `Baseline` (a row for each of its `answers`; steps and seeds do not apply).
+        model: a `DiffusionBlocks`, or a `Baseline` (a row for each of its `answers`; the settings do not apply).
         batches: makes an iterable of {"pixel_values", "labels"} on the model's device; read once per number of steps.
-        steps, seeds: what to measure; all >= 1.
-        feedback, grid: see `predict_labels`.
+        combine, steps, seeds: what to measure; None stands for the default of `DiffusionBlocks.predict`.
+        feedback, grid: see there.
         seed: of the starting noise.
+        flip: average the log-probabilities of each image and of its mirror image, in every row.
 
     Returns:
-        Rows in the order of steps, then seeds.
+        Rows in the order of `combine`, then steps, then seeds, each once.
 
     Raises:
-        ValueError: there are no examples, or logits are not finite.
+        ValueError: an argument that `predict` refuses, no examples, or logits that are not finite.
     """
+    views = _BOTH if flip else _ONE
     if isinstance(model, Baseline):
-        correct: dict[str | None, int] = {}
-        count = 0
-        for batch in batches():
-            for name, prediction in model.predictions(batch["pixel_values"]).items():
-                right = int((prediction.probabilities.argmax(-1) == batch["labels"]).sum())
-                correct[name] = correct.get(name, 0) + right
-            count += len(batch["labels"])
-        return [_row(None, None, hits, count, name) for name, hits in (correct or {None: 0}).items()]
+        return _baseline_rows(model, batches, views)
     assert isinstance(model, DiffusionBlocks), type(model).__name__
-    rows = []
-    counts = sorted(set(seeds))
-    for n in steps:
+    defaults = model.inference.defaults
+    rules = _resolve(combine, defaults.combine)
+    counts, chains = _resolve(steps, defaults.steps), _resolve(seeds, defaults.seeds)
+    for rule in rules:
+        check_combination(rule, contexts=model.block(0).adds_likelihood)
+    table = {setting: Scores() for setting in itertools.product(rules, counts, chains)}
+    for count in counts:
         generator = torch.Generator(device=model.device).manual_seed(seed)
-        hits = dict.fromkeys(counts, 0)
-        count = 0
+        predict = functools.partial(
+            model.predict, steps=count, seeds=1, feedback=feedback, grid=grid, generator=generator
+        )
         for batch in batches():
-            total = torch.zeros((), device=model.device)
-            for chain in range(1, counts[-1] + 1):
-                prediction = model.predict(
-                    batch["pixel_values"], steps=n, seeds=1, feedback=feedback, grid=grid, generator=generator
-                )
-                total = total + prediction.probabilities
-                if chain in hits:
-                    hits[chain] += int((total.argmax(-1) == batch["labels"]).sum())
-            count += len(batch["labels"])
-        rows += [_row(n, s, hits[s], count) for s in seeds]
-    return rows
+            votes: list[Votes] = []
+            for chain in range(1, max(chains) + 1):
+                new = [_votes(predict(view(batch["pixel_values"]))) for view in views]
+                votes = [a + b for a, b in zip(votes, new, strict=True)] if votes else new
+                for rule in rules if chain in chains else ():
+                    answers = [each.answer(rule)[1] for each in votes]
+                    table[rule, count, chain].add(_average(answers), batch["labels"])
+    return [_row(setting, scores) for setting, scores in table.items()]
 
 
-def _row(steps: int | None, seeds: int | None, correct: int, count: int, combine: str | None = None) -> AccuracyRow:
-    if not count:
-        raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
-    p = correct / count
-    return AccuracyRow(steps, seeds, p, (p * (1 - p) / count) ** 0.5, combine)
+def _baseline_rows(model: Baseline, batches: Batches, views: Views) -> list[AccuracyRow]:
+    ways: dict[str | None, Scores] = {}
+    for batch in batches():
+        predictions = [model.predictions(view(batch["pixel_values"])) for view in views]
+        for way in predictions[0]:
+            logs = [prediction[way].logits for prediction in predictions]
+            ways.setdefault(way, Scores()).add(_average(logs), batch["labels"])
+    return [_row((way, None, None), scores) for way, scores in (ways or {None: Scores()}).items()]
+
+
+def _resolve(values: Sequence[T | None], default: T) -> list[T]:
+    """The values, each once, with the default in the place of None."""
+    return list(dict.fromkeys(default if value is None else value for value in values))
+
+
+def _votes(prediction: Prediction) -> Votes:
+    assert prediction.votes is not None
+    return prediction.votes
+
+
+def _average(logs: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities of the mean of log-probabilities (batch, num_classes)."""
+    return logs[0] if len(logs) == 1 else torch.stack(list(logs)).mean(dim=0).log_softmax(dim=-1)
+
+
+def _row(setting: tuple[str | None, int | None, int | None], scores: Scores) -> AccuracyRow:
+    return AccuracyRow(*setting, **asdict(scores.means()))

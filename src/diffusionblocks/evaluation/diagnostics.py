@@ -1,4 +1,4 @@
-"""What the levels teach: accuracy of each block at levels of its own, beside what z gives away by itself."""
+"""What each block tells at each noise level: its accuracy and cross-entropies, beside what z gives away by itself."""
 
 from __future__ import annotations
 
@@ -10,23 +10,39 @@ from torch import Tensor
 
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
+from ..core.block import Block
 from ..core.model import DiffusionBlocks
-from ..targets import LabelTarget
+from ..targets import LabelTarget, label_losses
 from .row import Row
+
+#: About how many levels are measured by default: as many of each block.
+LEVELS = 12
 
 
 @dataclass(frozen=True)
 class LevelRow(Row):
-    """One level: the block that owns it, its accuracy there, and the accuracy of the nearest target to z alone.
+    """What a block tells of the labels at one noise level, given z of the true label.
 
-    Where `nearest` approaches 1 the label can be read off z without looking at the input: such levels teach nothing
-    about it, and only the accuracy near the highest level tells how well the input is understood.
+    Attributes:
+        level: sigma, or t of flow matching.
+        block: index of the block that was asked.
+        own_level: whether it owns the level.
+        accuracy: of the block's prediction from the image and z.
+        nearest: accuracy of the nearest target to z alone. Where it approaches 1 the label can be read off z without a
+            look at the image: such a level teaches nothing about it.
+        cross_entropy: of the prediction from the image and z, in nats; it falls towards 0 with the level.
+        context_accuracy, context_cross_entropy: of the block's context logits, which are of the image alone. At the
+            optimum they are the same at every level. None under `target.likelihood: learned`.
     """
 
     level: float
     block: int
+    own_level: bool
     accuracy: float
     nearest: float
+    cross_entropy: float
+    context_accuracy: float | None
+    context_cross_entropy: float | None
 
 
 def accuracy_by_level(
@@ -34,41 +50,62 @@ def accuracy_by_level(
     batches: Callable[[], Iterable[Mapping[str, Tensor]]],
     levels: Sequence[float] | None = None,
     *,
+    every_block: bool = False,
     seed: int = 0,
 ) -> list[LevelRow]:
-    """Accuracy of the owning block at each level, given the true label's noised target.
+    """Accuracy and cross-entropies of the owning block at each level, given the true label's noised target.
 
     Args:
         model: a classifier's blocks.
         batches: makes an iterable of {"pixel_values", "labels"} on the model's device; read once a level.
-        levels: what to measure; default the twelve of a chain, from the highest that is read.
+        levels: what to measure; default about twelve, as many of each block (`Partition.levels`).
+        every_block: ask every block at every level, with the same z.
         seed: of the noise.
+
+    Returns:
+        Rows in the order of levels, then blocks.
 
     Raises:
         ValueError: the model is no classifier, there are no examples, or logits are not finite.
     """
-    target = model.target
+    target, partition = model.target, model.partition
     if not isinstance(target, LabelTarget):
         raise ValueError(f"accuracy by level is for classifiers, and {model.model_class} is none")
     if levels is None:
-        levels = model.noise.levels(12)[:-1]
+        levels = partition.levels(model.noise, max(1, LEVELS // partition.num_blocks))[:-1]
     rows = []
-    check = FiniteCheck(owner=model.partition.block_of)
     with torch.no_grad(), evaluating(model):
         for level in levels:
-            block = model.block(model.partition.block_of(level))
+            owner = partition.block_of(level)
+            blocks = [model.block(b) for b in (range(partition.num_blocks) if every_block else [owner])]
+            sums: list[Tensor] = []
             generator = torch.Generator(device=model.device).manual_seed(seed)
-            hits = nearest = count = 0
+            count = 0
             for batch in batches():
-                labels = batch["labels"]
-                result = block.losses_at(batch, level, generator)
-                logits = check.logits(result.output, level)
-                hits += int((logits.argmax(-1) == labels).sum())
-                similarities = check.values(result.z @ target.table.T, "products of z and the targets", level)
-                nearest += int((similarities.argmax(-1) == labels).sum())
-                check.read()
-                count += len(labels)
+                noise = model.block(owner).draw_noise(batch, generator)
+                sums.append(torch.stack([_sums(block, batch, level, noise) for block in blocks]))
+                count += len(batch["labels"])
             if not count:
                 raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
-            rows.append(LevelRow(level, block.index, hits / count, nearest / count))
+            means = (torch.stack(sums).sum(dim=0) / count).tolist()
+            for block, (hits, nearest, loss, *context) in zip(blocks, means, strict=True):
+                context_hits, context_loss = context or (None, None)
+                own_level = block.index == owner
+                rows.append(LevelRow(level, block.index, own_level, hits, nearest, loss, context_hits, context_loss))
     return rows
+
+
+def _sums(block: Block, batch: Mapping[str, Tensor], level: float, noise: Tensor) -> Tensor:
+    """Sums over a batch: hits, hits of the nearest target, and losses; of context logits, too, where there are any."""
+    check = FiniteCheck(owner=lambda _: block.index)
+    labels = batch["labels"]
+    result = block.losses_at(batch, level, noise=noise)
+    assert isinstance(block.target, LabelTarget)
+    outputs = [result.output] if result.context is None else [result.output, result.context]
+    similarities = check.values(result.z @ block.target.table.T, "products of z and the targets", level)
+    sums = []
+    for logits in (check.logits(output.float(), level) for output in outputs):
+        sums += [(logits.argmax(dim=-1) == labels).sum(), label_losses(logits, labels).sum()]
+    check.read()
+    nearest = (similarities.argmax(dim=-1) == labels).sum()
+    return torch.stack([value.double() for value in (sums[0], nearest, *sums[1:])])

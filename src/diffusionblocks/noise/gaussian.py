@@ -119,9 +119,17 @@ class GaussianProcess(NoiseProcess):
         target = target if target.dtype == torch.float64 else target.float()
         return match(self.alpha(level), target) * target + match(self.sigma(level), target) * noise
 
-    def prior(self, shape: tuple[int, ...], *, generator: torch.Generator | None = None, device: Any = None) -> Tensor:
-        """z at `read_max`, where chains start: sigma * eps, float32 (y is negligible there)."""
-        return self.alpha_sigma(self.read_max)[1] * torch.randn(shape, generator=generator, device=device)
+    def prior(
+        self,
+        shape: tuple[int, ...],
+        *,
+        generator: torch.Generator | None = None,
+        device: Any = None,
+        level: float | None = None,
+    ) -> Tensor:
+        """z at the level where a chain starts, default `read_max`: sigma * eps, float32 (y is negligible there)."""
+        sigma = self.alpha_sigma(self.read_max if level is None else level)[1]
+        return sigma * torch.randn(shape, generator=generator, device=device)
 
     def precondition(self, level: Tensor) -> Preconditioning:
         """c_skip, c_out, c_in, c_noise, each of the shape and dtype (>= float32) of `level`.

@@ -253,6 +253,18 @@ class NoiseProcess(abc.ABC):
         inner: list[float] = GRIDS[grid](self, steps, rho)[1:-1].tolist()
         return [self.read_max, *inner, self.read_min]
 
+    def even_levels(self, low: float, high: float, count: int) -> Tensor:
+        """`count` levels from low to high, float64, even over their logarithm where `logarithmic`, else by themselves.
+
+        Args:
+            low: the first of them, within the range of levels.
+            high: the last.
+            count: >= 1.
+        """
+        if not self.logarithmic:
+            return torch.linspace(low, high, count, dtype=torch.float64)
+        return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).clamp(low, high)
+
     def check_grid(self, grid: str, where: str = "") -> str:
         """Return a grid's name of today, if it is one of `grids`.
 

@@ -11,8 +11,8 @@ from ..common.files import whole_file
 from ..core.partition import Partition
 from ..evaluation.accuracy import AccuracyRow
 from ..evaluation.cross_entropy import LanguageRow
+from ..evaluation.diagnostics import LevelRow
 from ..noise import NoiseProcess
-from .tables import level_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,8 @@ def draw_run(
     noise: NoiseProcess,
     path: Path,
 ) -> None:
-    """Write a PNG: accuracy against steps, a line per number of seeds, baselines as lines across; and the partition.
+    """Write a PNG: accuracy against steps, a line per rule and number of seeds, baselines as lines across; and the
+    partition.
 
     Args:
         rows: accuracies of DiffusionBlocks.
@@ -55,17 +56,17 @@ def draw_run(
         path: the PNG.
     """
     figure, (left, right) = _axes(2)
-    averaged = sorted({row.seeds for row in rows if row.seeds is not None})
-    for index, seeds in enumerate(averaged):
-        beside = 0.15 * (index - (len(averaged) - 1) / 2)  # lines that coincide stay visible
-        line = sorted((row for row in rows if row.seeds == seeds), key=lambda row: row.steps or 0)
+    lines = sorted({(row.combine or "", row.seeds or 0) for row in rows})
+    for index, (combine, seeds) in enumerate(lines):
+        beside = 0.15 * (index - (len(lines) - 1) / 2)  # lines that coincide stay visible
+        line = sorted((row for row in rows if (row.combine, row.seeds) == (combine, seeds)), key=lambda r: r.steps or 0)
         left.errorbar(
             [(row.steps or 0) + beside for row in line],
             [100 * row.accuracy for row in line],
             yerr=[100 * row.standard_error for row in line],
             marker="o",
             capsize=2,
-            label=f"DiffusionBlocks, {seeds} noise seed{'s' * (seeds > 1)}",
+            label=f"DiffusionBlocks, {combine}, {seeds} noise seed{'s' * (seeds > 1)}",
         )
     for index, (label, accuracy) in enumerate(baselines):
         left.axhline(100 * accuracy, linestyle=(0, (4, 1 + index)), color=f"{0.15 + 0.25 * index}", label=label)
@@ -91,7 +92,7 @@ def draw_fit(levels: Sequence[float], curves: Sequence[Sequence[float]], noise: 
         shade = f"{0.75 * (1 - (index + 1) / len(curves)):.2f}"
         axes.plot(levels, losses, marker=".", color=shade, label=f"cross-entropy after round {index + 1}")
     beside = axes.twinx()
-    grid = level_grid(noise, noise.level_min, noise.level_max, 400)
+    grid = noise.even_levels(noise.level_min, noise.level_max, 400)
     beside.fill_between(grid.numpy(), noise.density(grid).numpy(), alpha=0.4, label="fitted density")
     beside.set(ylabel=f"training density per unit of {'log ' * noise.logarithmic}{noise.symbol}", ylim=(0, None))
     axes.set_zorder(beside.get_zorder() + 1)
@@ -132,14 +133,7 @@ def draw_levels(
     for index, (label, loss) in enumerate(baselines):
         axes.axhline(loss, linestyle=(0, (4, 1 + index)), color=f"{0.15 + 0.25 * index}", label=label)
     highest = [*(max(at.cross_entropy, at.scrambled) for at in row.by_level), *(loss for _, loss in baselines)]
-    for border in partition.boundaries[1:-1]:
-        axes.axvline(border, color="black", linewidth=0.8, linestyle=":")
-    for block, (high, low) in enumerate(itertools.pairwise(reversed(partition.boundaries))):
-        low, high = max(low, levels[-1]), min(high, levels[0])
-        if low >= high:  # no level of the block's is read
-            continue
-        middle = (low * high) ** 0.5
-        axes.text(middle, 0.98, str(block), transform=axes.get_xaxis_transform(), ha="center", va="top", size=8)
+    _mark_blocks(axes, partition, levels[-1], levels[0])
     beside = axes.twinx()
     beside.fill_between(levels, [at.decodable for at in row.by_level], color="0.5", alpha=0.2, label="decodable from z")
     beside.set(ylabel="share of tokens decodable from z", ylim=(0, 1.15))
@@ -157,9 +151,61 @@ def draw_levels(
     save_figure(figure, path)
 
 
+def draw_label_levels(rows: Sequence[LevelRow], partition: Partition, noise: NoiseProcess, path: Path) -> None:
+    """Write a PNG: the cross-entropy of a classifier's blocks over the noise level, a colour for each block.
+
+    Of context logits it is flat at the optimum; of the prediction from z as well it falls towards 0 with the level.
+
+    Args:
+        rows: of `accuracy_by_level`; what a block says at levels that it does not own is drawn thin.
+        partition, noise: of the same model; the borders of the blocks are marked.
+        path: the PNG.
+    """
+    figure, (axes,) = _axes(1)
+    for block in range(partition.num_blocks):
+        line = sorted((row for row in rows if row.block == block), key=lambda row: row.level)
+        own = [row for row in line if row.own_level]
+        color, name = f"C{block}", f"block {block}"
+        contexts = {row.level: row.context_cross_entropy for row in line if row.context_cross_entropy is not None}
+        if contexts:
+            levels = [row.level for row in own]
+            of_context = [contexts[level] for level in levels]
+            axes.plot(levels, of_context, marker="o", color=color, label=f"{name}, context")
+            axes.plot(list(contexts), list(contexts.values()), linewidth=0.8, alpha=0.7, color=color)
+        from_z = [row.cross_entropy for row in own]
+        axes.plot(
+            [row.level for row in own], from_z, marker=".", linestyle="--", color=color, label=f"{name}, posterior"
+        )
+    lowest, highest = min(row.level for row in rows), max(row.level for row in rows)
+    _mark_blocks(axes, partition, lowest, highest, logarithmic=noise.logarithmic)
+    if noise.logarithmic:
+        axes.set_xscale("log")
+    losses = [max(row.cross_entropy, row.context_cross_entropy or 0.0) for row in rows]
+    axes.set(
+        xlabel=f"noise level {noise.symbol} (dotted: borders of the blocks, numbered)",
+        ylabel="cross-entropy (nats)",
+        ylim=(0, 1.15 * max(losses)),  # room for the numbers
+        title="Cross-entropy of each block against noise level",
+    )
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def _mark_blocks(axes: Axes, partition: Partition, lowest: float, highest: float, *, logarithmic: bool = True) -> None:
+    """Mark the borders of the blocks, and number those that own levels between the lowest and the highest drawn."""
+    for border in partition.boundaries[1:-1]:
+        axes.axvline(border, color="black", linewidth=0.8, linestyle=":")
+    for block, (high, low) in enumerate(itertools.pairwise(reversed(partition.boundaries))):
+        low, high = max(low, lowest), min(high, highest)
+        if low >= high:  # no level of the block's is read
+            continue
+        middle = (low * high) ** 0.5 if logarithmic else (low + high) / 2
+        axes.text(middle, 0.98, str(block), transform=axes.get_xaxis_transform(), ha="center", va="top", size=8)
+
+
 def _draw_partition(axes: Axes, partition: Partition, noise: NoiseProcess) -> None:
     def curve(low: float, high: float) -> tuple[Any, Any]:
-        levels = level_grid(noise, low, high, 200)
+        levels = noise.even_levels(low, high, 200)
         return levels.numpy(), noise.density(levels).numpy()
 
     axes.plot(*curve(noise.level_min, noise.level_max), color="black", linewidth=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,16 +59,9 @@ def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
     return rows
 
 
-def level_grid(noise: NoiseProcess, low: float, high: float, count: int) -> torch.Tensor:
-    """Levels from low to high, evenly over what the process spreads them over (their logarithm, or themselves)."""
-    if not noise.logarithmic:
-        return torch.linspace(low, high, count, dtype=torch.float64)
-    return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).clamp(low, high)
-
-
 def partition_sketch(partition: Partition, noise: NoiseProcess, width: int = 72) -> str:
     """The training density over log sigma (or t) as a line of bars, and below it the block that owns each level."""
-    levels = level_grid(noise, noise.level_min, noise.level_max, width)
+    levels = noise.even_levels(noise.level_min, noise.level_max, width)
     density = noise.density(levels)
     heights = (density / density.max() * 8).round().int().tolist()
     owners = partition.block_of(levels).tolist()

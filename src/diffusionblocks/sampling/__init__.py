@@ -3,7 +3,7 @@
 from .chain import Callback, Denoiser
 from .continue_text import Continuations, continue_plainly, continue_texts
 from .denoise_images import guided, prior_of_seeds, sample_images
-from .denoise_labels import Prediction, predict_labels
+from .denoise_labels import COMBINATIONS, LabelNetwork, Prediction, Votes, check_combination, predict_labels, run_chain
 from .solvers import (
     SOLVERS,
     Solver,
@@ -17,14 +17,18 @@ from .solvers import (
 from .unmask_tokens import sample_tokens
 
 __all__ = [
+    "COMBINATIONS",
     "SOLVERS",
     "Callback",
     "Continuations",
     "Denoiser",
+    "LabelNetwork",
     "Prediction",
     "Solver",
     "SolverFunction",
+    "Votes",
     "calls",
+    "check_combination",
     "continue_plainly",
     "continue_texts",
     "dpmpp_2m",
@@ -34,6 +38,7 @@ __all__ = [
     "predict_labels",
     "prior_of_seeds",
     "register_solver",
+    "run_chain",
     "sample_images",
     "sample_tokens",
 ]

@@ -1,4 +1,4 @@
-"""The task of classifiers: their accuracy over denoising steps and averaged noise seeds."""
+"""The task of classifiers: their accuracy, NLL and calibration over ways to predict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from ...common.fields import FEEDBACK_NAMES, LabelFeedback, Levels, Many, Samples, Seed
+from ...common.fields import FEEDBACK_NAMES, Combination, LabelFeedback, Levels, Many, Samples, Seed
 from .task import EvaluateSection, LevelGrid, RunResult, Task, baselines_in, register_task
 
 if TYPE_CHECKING:
@@ -23,23 +23,31 @@ if TYPE_CHECKING:
 
 
 class AccuracyConfig(EvaluateSection):
-    """Accuracy is measured for every pair of `steps` and `seeds`.
+    """Accuracy, negative log-likelihood and calibration error are measured for every combination of `combine`, `steps`
+    and `seeds`, from one run of the chains.
 
     Attributes:
-        steps: Denoising steps.
-        seeds: Noise seeds whose probabilities are averaged.
+        combine: What becomes of what the blocks say of an image: `mean` (of their context logits), `product` (of
+            independent witnesses), `probabilities` (their mean) or `chain` (the last step's prediction, the paper's).
+            null: `mean`; under `blocks.target.likelihood: learned` `chain`, the only one that there is.
+        steps: Denoising steps; null: as many as blocks, each of which is asked once; under `learned` 1.
+        seeds: Noise seeds that are combined; null: 1, under `learned` 8.
         feedback: What a prediction feeds to the next step: `soft` or `hard`; null takes the model's.
-        grid: Level grid, one that suits the noise process: of EDM `equal-quantile` or `karras`.
+        grid: Level grid, one that suits the noise process: of EDM `equal-quantile` or `karras`. null: the first, but
+            with as many steps as blocks each block's own highest level (not under `learned`).
+        flip: Average the log-probabilities of each image and of its mirror image, in every row, of baselines too.
         batch_size: Images at a time.
         limit: Number of test images, the first, for a quick look; null takes all.
         seed: Seed of the starting noise.
     """
 
     kind: Literal["accuracy"] = "accuracy"
-    steps: Many[Levels] = (1, 3)
-    seeds: Many[Levels] = (1, 8)
+    combine: Many[Combination] | None = None
+    steps: Many[Levels] | None = None
+    seeds: Many[Levels] | None = None
     feedback: LabelFeedback | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
-    grid: LevelGrid = "equal-quantile"
+    grid: LevelGrid | None = None
+    flip: bool = False
     batch_size: Samples = 500
     limit: Samples | None = None
     seed: Seed = 0
@@ -62,11 +70,23 @@ class Classification(Task[AccuracyConfig]):
     def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
         """As many chains as the longest average has seeds, for each number of steps."""
         options = self.options(experiment)
-        chains = sum(options.steps) * max(options.seeds) if experiment.of_blocks(model) else 1
-        return min(len(test), options.limit or len(test)) * chains
+        chains = 1
+        if experiment.of_blocks(model):
+            _, steps, seeds = experiment.blocks_of(model).inference.defaults
+            chains = sum(options.steps or [steps]) * max(options.seeds or [seeds])
+        return min(len(test), options.limit or len(test)) * chains * (1 + options.flip)
+
+    def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
+        """Refuse a way to combine that blocks without context logits do not have."""
+        from ...sampling import check_combination
+
+        if experiment.of_blocks(model):
+            contexts = experiment.blocks_of(model).block(0).adds_likelihood
+            for combine in self.options(experiment).combine or ():
+                check_combination(combine, contexts=contexts, name="evaluate.combine")
 
     def measure(self, experiment: Experiment, model: nn.Module) -> list[AccuracyRow]:
-        """Accuracy for every pair of steps and seeds."""
+        """Accuracy, NLL and calibration error for every combination of the settings."""
         from ...evaluation.accuracy import accuracy_grid
 
         options = self.options(experiment)
@@ -74,19 +94,30 @@ class Classification(Task[AccuracyConfig]):
             return accuracy_grid(
                 model,
                 self._batches(experiment, model),
-                steps=options.steps,
-                seeds=options.seeds,
+                combine=options.combine or (None,),
+                steps=options.steps or (None,),
+                seeds=options.seeds or (None,),
                 feedback=options.feedback,
                 grid=options.grid,
                 seed=options.seed,
+                flip=options.flip,
             )
 
-    def measure_by_level(self, experiment: Experiment, model: DiffusionBlocks) -> list[LevelRow]:
-        """Accuracy of every block on test images at levels of its own, beside what z gives away."""
+    def measure_by_level(
+        self, experiment: Experiment, model: DiffusionBlocks, *, every_block: bool = False
+    ) -> list[LevelRow]:
+        """Accuracy and cross-entropies of every block on test images at levels of its own, or at those of all."""
         from ...evaluation.diagnostics import accuracy_by_level
 
+        batches, seed = self._batches(experiment, model), self.options(experiment).seed
         with experiment.precision(model):
-            return accuracy_by_level(model, self._batches(experiment, model), seed=self.options(experiment).seed)
+            return accuracy_by_level(model, batches, every_block=every_block, seed=seed)
+
+    def draw_by_level(self, model: DiffusionBlocks, rows: Sequence[LevelRow], path: Path) -> None:
+        """The blocks' cross-entropies over the noise level."""
+        from ...reports.figures import draw_label_levels
+
+        draw_label_levels(rows, model.partition, model.noise, path)
 
     def _batches(self, experiment: Experiment, model: nn.Module) -> Callable[[], Iterator[dict[str, Tensor]]]:
         from ...common.modules import computes_on
@@ -97,24 +128,33 @@ class Classification(Task[AccuracyConfig]):
         return functools.partial(section.evaluation_batches, images, batch_size=options.batch_size, device=device)
 
     def headline(self, rows: Sequence[AccuracyRow]) -> AccuracyRow:
-        """The one with the most seeds and the fewest steps."""
-        return max(rows, key=lambda row: (row.seeds or 1, -(row.steps or 1)))
+        """The default way to combine, with the most seeds; of chains the fewest steps, else the most."""
+        rules = [row.combine for row in rows]
+        rule = "mean" if "mean" in rules else rules[0]
+        sign = -1 if rule == "chain" else 1
+        return max(
+            (row for row in rows if row.combine == rule), key=lambda row: (row.seeds or 1, sign * (row.steps or 1))
+        )
 
     def summary(self, rows: Sequence[AccuracyRow]) -> dict[str, Any]:
         """The headline, and all rows beside it."""
         best = self.headline(rows)
         return {
+            "combine": best.combine,
             "steps": best.steps,
             "seeds": best.seeds,
             "test_accuracy": best.accuracy,
             "standard_error": best.standard_error,
+            "nll": best.nll,
+            "ece": best.ece,
             "accuracies": [row.to_dict() for row in rows],
         }
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Steps, seeds and accuracy with its standard error."""
+        """How the answer was combined, accuracy with its standard error, NLL and calibration error."""
         accuracy = f"{100 * row['test_accuracy']:.2f} +- {100 * row['standard_error']:.2f} %"
-        return {"denoising steps": row["steps"], "seeds": row["seeds"], "test accuracy": accuracy}
+        chain = {"combine": row["combine"], "denoising steps": row["steps"], "seeds": row["seeds"]}
+        return chain | {"test accuracy": accuracy, "NLL": f"{row['nll']:.3f}", "ECE": f"{row['ece']:.3f}"}
 
     def draw(
         self,

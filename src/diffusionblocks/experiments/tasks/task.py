@@ -191,7 +191,7 @@ class Task(abc.ABC, Generic[Options]):
             ImportError: a package that the measures need is not installed.
         """
         if experiment.of_blocks(model):
-            grids = getattr(experiment.recipe.evaluate, "grid", ())
+            grids = getattr(experiment.recipe.evaluate, "grid", None) or ()
             for grid in (grids,) if isinstance(grids, str) else grids:
                 experiment.blocks_of(model).noise.check_grid(grid, "evaluate.grid")
         test = experiment.splits.get("test")
@@ -243,14 +243,24 @@ class Task(abc.ABC, Generic[Options]):
         """The row that stands for the run in a table, fixed beforehand: nothing is selected by its result."""
         return rows[0]
 
-    def measure_by_level(self, experiment: Experiment, model: DiffusionBlocks) -> Sequence[Row]:
-        """Measure every block at levels of its own.
+    def measure_by_level(
+        self, experiment: Experiment, model: DiffusionBlocks, *, every_block: bool = False
+    ) -> Sequence[Row]:
+        """Measure every block at levels of its own, or with `every_block` at those of all.
 
         Raises:
             ValueError: the task has no such measure.
         """
         does = f"generates {self.makes}" if self.makes else self.does
         raise ValueError(f"--by-level is for classifiers; {experiment.recipe.model.type} {does}")
+
+    def draw_by_level(self, model: DiffusionBlocks, rows: Sequence[Any], path: Path) -> None:
+        """Draw what `measure_by_level` gave as a PNG.
+
+        Raises:
+            ValueError: the task has no such figure.
+        """
+        raise ValueError(f"--figure: evaluate.kind: {self.kind} has no figure of its levels; leave it out")
 
     # ---- tables and figures --------------------------------------------------------------------------------------
 
