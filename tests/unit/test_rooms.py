@@ -66,7 +66,17 @@ def test_modules_of_core_import_one_another_one_way() -> None:
             "weights",
             "materialise",
         ),
-        *("branching", "soup", "saved_model", "saving", "loading", "merging", "end_to_end", "ensembles", "local_modules"),
+        *(
+            "branching",
+            "soup",
+            "saved_model",
+            "saving",
+            "loading",
+            "merging",
+            "end_to_end",
+            "ensembles",
+            "local_modules",
+        ),
     ]
     folder = SOURCE / "core"
     assert {module.stem for module in folder.glob("*.py")} == {*order, "__init__"}
