@@ -30,6 +30,7 @@ LAYERS = {
     "dit/digits-flow": 6,
     "dit/imagenet-latents": 24,
     "text/masked_topics": 6,
+    "noprop/cifar100": 3,
 }
 LAYERS |= {"text/autoregressive_topics": 4, "text/recurrent_topics": 2, "text/recurrent_prose": 4}  # else 12
 
@@ -159,6 +160,9 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
         else:
             shape = {"intermediate_size": 16, "num_key_value_heads": 2}
         return changes | sizes | {f"model.config.{name}": value for name, value in shape.items()}
+    if recipe.model.type == "NoPropCNN":
+        del changes["model.config.num_attention_heads"]
+        return changes | {"model.config.num_filters": 2, "evaluate.seeds": "[1, 2]"}
     if recipe.evaluate.kind == "accuracy":
         return changes | {"model.config.intermediate_size": 16, "evaluate.seeds": "[1, 2]"}
     return changes | {

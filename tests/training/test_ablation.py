@@ -140,3 +140,33 @@ def test_the_command_prints_its_rows_and_the_table(tmp_path: Path, capsys: pytes
     assert "lr=0.002" in printed
     assert "lr=0.001" not in printed
     assert f"table: {tmp_path / 'table.json'}" in printed
+
+
+def test_the_rows_of_a_recipe_are_its_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NoProp's classifier as blocks, under its own training and under backpropagation: trained, saved, read back."""
+    recipe = str(DIGITS.parents[1] / "noprop" / "cifar100.yaml")
+    sizes = {"image_size": 8, "num_channels": 1, "num_labels": 10, "hidden_size": 8, "num_filters": 2}
+    changes = {"data": {"kind": "digits"}, "evaluate.limit": 50, "evaluate.steps": [2], "evaluate.seeds": [2]}
+    changes |= {f"model.config.{name}": value for name, value in sizes.items()}
+    changes |= {"train.steps": 2, "train.batch_size": 8, "train.compile": False, "train.epochs": None}
+    for row in ("noprop-dt", "backprop"):
+        changes |= {f"rows.{row}.train.epochs": None, f"rows.{row}.model.config.num_layers": 4}
+    options = [part for name, value in changes.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    assert main(["ablate", recipe, "--out", str(tmp_path), "--quiet", *options]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [(row["key"], row["name"], row["layers"], row["iterations"], row["layer_updates"]) for row in rows] == [
+        ("diffusionblocks", "diffusionblocks", 3, 6, 6),
+        ("noprop-dt", "noprop", 4, 10, 8),  # four networks and the read-out
+        ("backprop", "end-to-end", 4, 2, 8),
+    ]
+    assert rows[1]["values"]["train.lr"] == 1e-3
+    assert rows[1]["parameters_trained"] < rows[2]["parameters_trained"] / 3
+    capsys.readouterr()
+    evaluate = ["evaluate", recipe, "--set", "method=noprop", *options]
+    assert main([*evaluate, "--model", str(tmp_path / "noprop-dt" / "seed-0" / "model")]) == 0
+    assert f"{rows[1]['test_accuracy']:.4g}" in capsys.readouterr().out
+
+
+def test_a_training_of_another_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="method: noprop is the training of NoPropCNN alone"):
+        recipe(method="noprop")

@@ -54,9 +54,13 @@ def _stages(recipe: Recipe) -> str:
     """How long each stage of the training is."""
     blocks = recipe.method == "diffusionblocks"
     before = [("fit of the noise levels", recipe.fit), ("trunk", recipe.trunk)] if blocks else []
-    unit = {"diffusionblocks": "each block", "ensemble": "each member", "local": "each module"}.get(
-        recipe.method, "the whole model"
-    )
+    units = {
+        "diffusionblocks": "each block",
+        "ensemble": "each member",
+        "local": "each module",
+        "noprop": "each network",
+    }
+    unit = units.get(recipe.method, "the whole model")
     stages = [*before, (unit, recipe.train)]
     return ", then ".join(
         f"{name} {stage.steps:,} steps" if stage.steps is not None else f"{name} {stage.epochs:g} epochs"

@@ -29,6 +29,24 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
+def check_recomputable(module: nn.Module, setting: str) -> None:
+    """Refuse activation checkpointing of batch norms: the second forward pass would move their statistics again.
+
+    Args:
+        module: what would be computed again.
+        setting: what asks for it, for the message.
+
+    Raises:
+        ValueError: there is a batch norm in the module.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{setting}: {name} is a {type(part).__name__}, whose running statistics would move twice a step; "
+                "leave it off"
+            )
+
+
 def computes_on(model: nn.Module) -> torch.device:
     """The device that a model takes its inputs on."""
     device = getattr(model, "device", None)

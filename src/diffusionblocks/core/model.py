@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..common.graphs import eager, leave_to_host, on_host
 from ..common.keywords import older_keywords
-from ..common.modules import evaluating
+from ..common.modules import check_recomputable, evaluating
 from ..common.seeds import TrainingDraws, of_batch
 from ..config import BlocksConfig
 from ..families import Family
@@ -154,6 +154,8 @@ class DiffusionBlocks(nn.Module):
 
     def _set_activation_checkpointing(self, value: bool) -> None:
         for b in range(self.partition.num_blocks):
+            if value:
+                check_recomputable(self.block(b), "activation checkpointing")
             self.block(b).activation_checkpointing = value
 
     @property

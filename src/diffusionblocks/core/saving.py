@@ -185,8 +185,9 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
             f"blocks {unbuilt} are on the meta device: they were never built, so there is no whole model to export; "
             "save the others, merge the folders of all, and export the merged model"
         )
-    weights: dict[str, torch.Tensor] = {}
     original = instantiate(model.model_class, model.config)
+    unused = tuple(f"{path}." for path in model.family.unused)
+    weights = {name: tensor for name, tensor in original.state_dict().items() if name.startswith(unused)}
     head = tuple(f"{path}." for path in model.family.head_paths(original))
     last = len(model.blocks) - 1
     for index in range(len(model.blocks)):
@@ -196,7 +197,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
             of_head = name.startswith(head)
             if of_layer or (of_head and index == last) or (not of_head and index == 0):
                 weights[name] = tensor.detach().cpu().clone()
-    nn.Module.to(original, dtype=next(iter(weights.values())).dtype)  # diffusers overrides `to`, and nags
+    nn.Module.to(original, dtype=next(model.block(0).network.parameters()).dtype)  # diffusers overrides `to`, and nags
     original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
     if model.generation_config is not None and hasattr(original, "generation_config"):
         original.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[assignment]

@@ -1,15 +1,16 @@
 """Ablations: one recipe with other values in some of its fields, row by row, over one seed or several.
 
-Rows come from presets (the paper's tables 7, 8 and A2: `partition`, `block-count`, `overlap`) and from lists of values
-for any fields. A row is trained by the same code as a row of a comparison. Its result lies in its folder, so a finished
-row is not trained again, and processes that run some of the rows each share one table.
+Rows come from presets (the paper's tables 7, 8 and A2: `partition`, `block-count`, `overlap`), from lists of values for
+any fields, or from the recipe itself, which can name some. A row is trained by the same code as a row of a comparison.
+Its result lies in its folder, so a finished row is not trained again, and processes that run some of the rows each
+share one table.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from ..common.formats import read_json, write_json
 from ..reports.results import write_results
 from ..reports.tables import format_table
+from ..training import units_of
 from .baselines import Variant
 from .comparison import columns, run_row
 from .experiment import Experiment
@@ -103,7 +105,7 @@ def settings(
     Args:
         recipe: what they change.
         over: fields, dotted, and the values that each takes.
-        presets: names of `PRESETS`, whose rows come first.
+        presets: names of `PRESETS`, whose rows come first. Without these and `over`: the recipe's own rows.
         one_at_a_time: the recipe as it is, then each value of each field alone; else all combinations.
 
     Raises:
@@ -118,10 +120,13 @@ def settings(
     if empty := [name for name, values in over.items() if not values]:
         raise ValueError(f"{empty[0]} is given no values; give some, as in --over {empty[0]}=VALUE,VALUE")
     if not over and not presets:
-        raise ValueError(
-            f"nothing to vary: give fields and values, as in --over blocks.overlap=0,0.05, or one of the presets "
-            f"{', '.join(PRESETS)}"
-        )
+        if not recipe.rows:
+            raise ValueError(
+                f"nothing to vary: give fields and values, as in --over blocks.overlap=0,0.05, one of the presets "
+                f"{', '.join(PRESETS)}, or rows in the recipe"
+            )
+        own = {key: dict(_leaves(sections)) for key, sections in recipe.rows.items()}
+        return [Setting(key, _changed(recipe, values, key), values) for key, values in own.items()]
     if "train.seed" in over:
         raise ValueError("train.seed is varied by the seeds of an ablation, which averages over them: --seeds 0,1,2")
     rows = [values for name in presets for values in PRESETS[name](recipe)]
@@ -142,8 +147,17 @@ def settings(
     return list(result.values())
 
 
+def _leaves(sections: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields, dotted, and values of nested sections."""
+    for name, value in sections.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _changed(recipe: Recipe, values: Values, key: str) -> Recipe:
-    plain = recipe.model_dump(mode="json")
+    plain = recipe.model_dump(mode="json") | {"rows": None}
     for name, value in values.items():
         put(plain, name, value, key)
     return parse_recipe(plain, key)
@@ -254,8 +268,8 @@ class _Run:
         if self.result() is not None:
             return
         recipe = self.experiment.recipe
-        blocks = self.experiment.blocks.num_blocks if self.experiment.of_method_blocks else 1
-        variant = Variant(self.key, recipe, depth_of(recipe), blocks)
+        units, _ = units_of(self.experiment.outline)
+        variant = Variant(self.key, recipe, depth_of(recipe), len(units))
         row, _ = run_row(self.experiment, variant, self.folder, progress)
         row |= {"seed": recipe.train.seed, "values": dict(self.values)}
         write_json(self.folder / ROW, {"run": self.experiment.describe(), "row": row})

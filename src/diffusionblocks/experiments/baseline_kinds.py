@@ -14,6 +14,7 @@ from ..core.end_to_end import load_end_to_end
 from ..core.saved_model import ENSEMBLE, LOCAL
 from ..training.ensemble import Ensemble
 from ..training.local_learning import LocalLearning
+from ..training.noprop_steps import NoProp
 from ..training.units import Baseline, EndToEnd
 from .original import Original
 from .recipe import Recipe
@@ -105,9 +106,22 @@ class _LocalLearning(BaselineKind):
         return LocalLearning.load(path)
 
 
+class _NoProp(BaselineKind):
+    mark = "config.json"
+
+    def make(
+        self, recipe: Recipe, original: Original, network: MakeNetwork, blocks: Sequence[int] | None = None
+    ) -> Baseline:
+        return NoProp(network(original))
+
+    def load(self, model_class: str, path: Path) -> Baseline:
+        return NoProp(load_end_to_end(model_class, path))
+
+
 #: By `method`.
 BASELINE_KINDS: dict[str, BaselineKind] = {
     "end-to-end": _EndToEnd(),
     "ensemble": _Ensemble(),
     "local": _LocalLearning(),
+    "noprop": _NoProp(),
 }

@@ -312,7 +312,8 @@ class Experiment:
                 f"{path} holds a {class_name}, the recipe describes a {recipe.model.type}: give the recipe that the "
                 "model was trained with"
             )
-        if method != ("diffusionblocks" if self.baseline is None else recipe.method):
+        # Methods that train one class in one format share a mark.
+        if marks[method] != (INDEX if self.baseline is None else self.baseline.mark):
             raise ValueError(f"{path} holds a model of method {method}, the recipe says method: {recipe.method}")
         return class_name
 

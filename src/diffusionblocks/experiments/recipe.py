@@ -101,8 +101,14 @@ class FitConfig(_Section):
 #: Classes whose own training draws its depth on the host, anew each step: a captured step would repeat the first one.
 DEPTH_ON_HOST = ("RecurrentDepth",)
 
+#: Classes with a training of their own, by its method.
+OWN_TRAINING = {"noprop": ("NoPropCNN",)}
+
 #: Methods whose answers are labels.
 OF_CLASSIFIERS = ("ensemble", "local")
+
+#: It is the name of a folder, too.
+RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_length=100)]
 
 EvaluateConfig = Annotated[SerializeAsAny[EvaluateSection], BY_KIND]
 
@@ -116,7 +122,8 @@ class Recipe(_Section):
             anyway, of images or masked text, that is one block on all levels. `ensemble`, of classifiers: as many
             unconverted networks as blocks, of one block's layers and one block's steps each, whose answers are
             averaged; train.blocks then names members. `local`, of classifiers: modules of one network, each trained
-            by a loss of its own.
+            by a loss of its own. `noprop`, of NoPropCNN: each of its networks denoises one step of a fixed schedule
+            (arXiv 2503.24322).
         model: The ordinary model.
         blocks: How it is split into blocks.
         local: How modules are trained under `method: local`.
@@ -129,10 +136,12 @@ class Recipe(_Section):
             a diffusion model's `samples`, `bits` per character of a masked text model, or `language`: cross-entropies
             and continuations of an autoregressive one.
         device: Where to compute: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+        rows: Rows of `diffusionblocks ablate` by name: of each the sections and fields in which it differs from this
+            recipe. Nothing else reads them.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    method: Literal["diffusionblocks", "end-to-end", "ensemble", "local"] = "diffusionblocks"
+    method: Literal["diffusionblocks", "end-to-end", "ensemble", "local", "noprop"] = "diffusionblocks"
     model: ModelConfig
     blocks: BlocksConfig = BlocksConfig()
     local: LocalConfig = LocalConfig()
@@ -142,6 +151,7 @@ class Recipe(_Section):
     train: TrainConfig
     evaluate: EvaluateConfig = AccuracyConfig()
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    rows: dict[RowName, dict[str, Any]] | None = None
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
@@ -234,6 +244,12 @@ class Recipe(_Section):
             )
         if self.method == "local":
             check_readers(self.train)
+        if self.model.type not in OWN_TRAINING.get(self.method, (self.model.type,)):
+            classes = " or ".join(OWN_TRAINING[self.method])
+            raise ValueError(
+                f"method: {self.method} is the training of {classes} alone, got model.type: {self.model.type}; use "
+                "method: diffusionblocks or end-to-end"
+            )
         return self
 
     @property

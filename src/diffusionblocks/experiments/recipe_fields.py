@@ -27,8 +27,9 @@ is YAML). `diffusionblocks inspect RECIPE` shows what a recipe means. The folder
 
 `diffusionblocks ablate RECIPE --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2` trains a row for each value and seed, and
 prints means and spreads. Several `--over` are combined, or with `--one-at-a-time` varied one by one beside the recipe
-as it is. `--preset partition block-count overlap` are the paper's tables. `--list` names the rows, `--rows` chooses
-some: processes with one `--out` share the table. A finished row is not trained again.
+as it is. `--preset partition block-count overlap` are the paper's tables. Without either, the recipe's own `rows` are
+trained. `--list` names the rows, `--rows` chooses some: processes with one `--out` share the table. A finished row is
+not trained again.
 
 *required* stands for a field without a default, `null` for "none". Of a list in brackets every value is tried. Older
 spellings are accepted in this version: those in the tables, and the grid `equal-mass` for `equal-quantile`.

@@ -68,6 +68,8 @@ class Family(abc.ABC):
     stem: ClassVar[tuple[str, ...]] = ()
     #: paths of the shared modules after the layers
     head: ClassVar[tuple[str, ...]] = ()
+    #: paths of modules that blocks have no use for; conversion leaves them out, and an export draws them afresh
+    unused: ClassVar[tuple[str, ...]] = ()
     #: paths within a layer of the norms that are made adaptive
     norms: ClassVar[tuple[str, ...]] = ()
     #: path of the norm of the head that is made adaptive

@@ -32,7 +32,8 @@ class ClassifierFamily(Family):
     def make_target(self, model: nn.Module, config: BlocksConfig) -> LabelTarget:
         assert isinstance(config.target, LabelTargetConfig)
         count, dim = self.num_classes(model.config), self.hidden_size(model.config)
-        return LabelTarget(count, dim, learned=config.target.embedding == "learned", seed=config.seed)
+        embedding = config.target.embedding
+        return LabelTarget(count, dim, learned=embedding == "learned", seed=config.seed, one_hot=embedding == "one-hot")
 
     # ---- the unconverted model in parts, for local learning ------------------------------------------------
 

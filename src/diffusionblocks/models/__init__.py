@@ -2,6 +2,7 @@
 
 from .diffusion_transformer import DiT
 from .masked_transformer import MaskedTransformer
+from .noprop_cnn import NoPropCNN
 from .recurrent_depth import RecurrentDepth
 
-__all__ = ["DiT", "MaskedTransformer", "RecurrentDepth"]
+__all__ = ["DiT", "MaskedTransformer", "NoPropCNN", "RecurrentDepth"]

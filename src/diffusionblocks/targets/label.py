@@ -20,8 +20,9 @@ class LabelTargetConfig(EmbeddingTargetConfig):
     """What a classifier's blocks denoise: the L2-normalised embedding of the label (paper, section 4.1).
 
     Attributes:
-        embedding: `frozen` (fixed random unit rows) or `learned` (needs `shared: joint`, for z must live in the same
-            space for every block). null: learned under `joint`, else frozen.
+        embedding: `frozen` (fixed random unit rows), `one-hot` (rows of the identity matrix, of a model at least as
+            wide as there are labels) or `learned` (needs `shared: joint`, for z must live in the same space for every
+            block). null: learned under `joint`, else frozen.
         token: Where the noised label enters: as an `extra` token (the paper), or in place of the [CLS] token
             (`replace-cls`, the released code).
         weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2 of the noise process.
@@ -32,7 +33,7 @@ class LabelTargetConfig(EmbeddingTargetConfig):
     fixed: ClassVar[str] = "frozen"
 
     kind: Literal["label"] = "label"
-    embedding: Literal["frozen", "learned"] | None = None
+    embedding: Literal["frozen", "one-hot", "learned"] | None = None
     token: Literal["extra", "replace-cls"] = "extra"
     weight: Literal["none", "edm"] = "none"
     feedback: LabelFeedback = Field(default="soft", validation_alias=FEEDBACK_NAMES)
@@ -44,14 +45,26 @@ class LabelTarget(EmbeddingTarget):
     Args:
         num_classes: number of labels, >= 2.
         dim, learned, seed: see `EmbeddingTarget`.
+        one_hot: whether the rows are those of the identity matrix.
+
+    Raises:
+        ValueError: fewer than 2 labels, or more than dimensions of one-hot rows.
     """
 
     names = ("labels",)
 
-    def __init__(self, num_classes: int, dim: int, *, learned: bool, seed: int) -> None:
+    def __init__(self, num_classes: int, dim: int, *, learned: bool, seed: int, one_hot: bool = False) -> None:
         if num_classes < 2:
             raise ValueError(f"a classifier needs at least 2 labels, got {num_classes}")
+        if one_hot and num_classes > dim:
+            raise ValueError(
+                f"target.embedding = one-hot needs a dimension for each of {num_classes} labels, the model has {dim}: "
+                "use embedding: frozen"
+            )
         super().__init__(num_classes, dim, learned=learned, seed=seed)
+        if one_hot:
+            with torch.no_grad():
+                self.embedding.copy_(torch.eye(num_classes, dim))
 
     def encode(self, batch: Batch) -> Tensor:
         """`labels` (batch,) -> y (batch, dim)."""

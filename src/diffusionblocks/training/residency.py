@@ -268,11 +268,10 @@ class ActiveResident(Residency):
         """The tensors to bind for a unit whose weights lie in an arena, and which of them are trained."""
         views: dict[int, Tensor] = {}
         for i, tensor in enumerate(self._own_tensors(unit)):
-            view = weights[str(i)]
-            # Without `.data`, a step of one parameter would count as a change of all that lie in the same memory.
-            views[id(tensor)] = (
-                nn.Parameter(view.data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
-            )
+            # Without `.data`, a change of one (by a step, or of a batch norm's statistics in a forward pass) would
+            # count as a change of all that lie in the same memory.
+            view = weights[str(i)].data
+            views[id(tensor)] = nn.Parameter(view, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
         parameters = [p for p in (views[id(p)] for p in unit.own) if isinstance(p, nn.Parameter)]
         return [views.get(id(t), t) for t in tensors_of(unit.module)], parameters
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import places_of, tensors_of
+from ..common.modules import check_recomputable, places_of, tensors_of
 from ..core.block import Block
 from .patches import multiply_patches
 from .train_config import TrainConfig
@@ -35,6 +35,7 @@ class SharedModule:
         multiply_patches(self.module)
         self.module.train()
         if config.activation_checkpointing:
+            check_recomputable(self.module, "train.activation_checkpointing = true")
             self.module.activation_checkpointing = True  # type: ignore[assignment]
         if config.loss_chunk is not None:
             self.module.loss_chunk = config.loss_chunk  # type: ignore[assignment]
