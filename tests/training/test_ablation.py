@@ -156,15 +156,16 @@ def test_the_rows_of_a_recipe_are_its_methods(tmp_path: Path, capsys: pytest.Cap
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [(row["key"], row["name"], row["layers"], row["iterations"], row["layer_updates"]) for row in rows] == [
         ("diffusionblocks", "diffusionblocks", 3, 6, 6),
+        ("diffusionblocks-added", "diffusionblocks", 3, 6, 6),
         ("noprop-dt", "noprop", 4, 10, 8),  # four networks and the read-out
         ("backprop", "end-to-end", 4, 2, 8),
     ]
-    assert rows[1]["values"]["train.lr"] == 1e-3
-    assert rows[1]["parameters_trained"] < rows[2]["parameters_trained"] / 3
+    assert rows[2]["values"]["train.lr"] == 1e-3
+    assert rows[2]["parameters_trained"] < rows[3]["parameters_trained"] / 3
     capsys.readouterr()
     evaluate = ["evaluate", recipe, "--set", "method=noprop", *options]
     assert main([*evaluate, "--model", str(tmp_path / "noprop-dt" / "seed-0" / "model")]) == 0
-    assert f"{rows[1]['test_accuracy']:.4g}" in capsys.readouterr().out
+    assert f"{rows[2]['test_accuracy']:.4g}" in capsys.readouterr().out
 
 
 def test_a_training_of_another_class_is_refused() -> None:

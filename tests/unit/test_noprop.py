@@ -113,7 +113,7 @@ def blocks(**config: object) -> db.DiffusionBlocks:
 
 
 def test_a_fresh_block_is_its_network_at_every_level_and_learns_to_tell_levels_apart() -> None:
-    model = blocks(target={"likelihood": "learned"} if "likelihood" in db.LabelTargetConfig.model_fields else {}).eval()
+    model = blocks(target={"likelihood": "learned"}).eval()
     entries, z, level = batch(), torch.randn(8, LABELS, generator=seeded(1)), torch.full((8,), 0.7)
     inputs = {"pixel_values": entries["pixel_values"]}
     for b in range(3):
