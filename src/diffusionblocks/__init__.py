@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .core.model import DiffusionBlocks
     from .core.output import BlocksOutput
     from .core.partition import Partition
-    from .core.saving import export, export_initialisation
+    from .core.saving import export, export_block, export_initialisation
     from .data.data_config import register_data
     from .experiments.tasks import EvaluateSection, Task, register_task
     from .families import Family, register_family
@@ -47,6 +47,7 @@ _ROOMS = {
     "branch": "core.branching",
     "convert": "core.conversion",
     "export": "core.saving",
+    "export_block": "core.saving",
     "export_initialisation": "core.saving",
     "load": "core.loading",
     "merge": "core.merging",
@@ -79,6 +80,7 @@ __all__ = [
     "branch",
     "convert",
     "export",
+    "export_block",
     "export_initialisation",
     "load",
     "merge",

@@ -130,3 +130,12 @@ class BlocksConfig(BaseModel):
                 "train apart would each learn another space for z; use embedding: frozen, or leave it out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _conditioning_needs_noise_input(self) -> Self:
+        if self.conditioning_dim is not None and self.target is not None and not self.target.sees_noise:
+            raise ValueError(
+                f"conditioning_dim = {self.conditioning_dim}: with target.noise_input = false no block is told the "
+                "noise level; leave conditioning_dim out"
+            )
+        return self

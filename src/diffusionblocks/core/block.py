@@ -35,8 +35,8 @@ from ..targets import (
 class SharedModules(nn.Module):
     """What conversion adds that is not of one layer: noise embedding, final adaptive norms, target, the family's parts.
 
-    Noise embedding and norms are None for a model that knows the noise level by itself. The family's parts are the
-    submodule `added`: state dicts have that name.
+    Noise embedding and norms are None for a model that knows the noise level by itself, and for blocks that are not
+    told it (`target.noise_input: false`). The family's parts are the submodule `added`: state dicts have that name.
     """
 
     def __init__(
@@ -95,11 +95,12 @@ class Block(nn.Module):
     Attributes:
         index: b; block 0 is the input side and owns the highest noise.
         network: the block's part of the original model, under the original parameter names.
-        adaptive: adaptive norms of each of its layers (empty where the model knows the noise level by itself).
+        adaptive: adaptive norms of each of its layers (empty where conversion adds none, see `SharedModules`).
         input_names: the batch entries that are the input x.
         final_norm_path: path of the head's norm that is adapted to the noise level, if any.
         shared: the shared modules that conversion adds (one object for all blocks under the `joint` policy).
         interval: the (lowest, highest) level that the block trains on.
+        sees_noise: whether it is shown z and told the noise level (`target.noise_input`).
         adds_likelihood: whether the network's own logits are context logits, to which `posterior` adds what z says.
         activation_checkpointing: whether the layers keep only their inputs for the backward pass, and compute the rest
             again there; default False.
@@ -127,6 +128,7 @@ class Block(nn.Module):
         self.family = family
         self.noise: NoiseProcess = config.noise
         self.weight = config.target.weight
+        self.sees_noise = config.target.sees_noise
         self.adds_likelihood = config.target.adds_likelihood
         self.layer_paths = layer_paths
         self.network = network
@@ -329,11 +331,11 @@ class Block(nn.Module):
 
     def _readout_call(self, condition: Tensor, **rest: Any) -> BlockCall:
         """A call that has the modules of the head alone, and whatever else is given."""
-        final_norm = None
-        if self.shared.final_norms is not None:
-            assert self.final_norm_path is not None
-            norm = self.network.get_submodule(self.final_norm_path)
-            final_norm = functools.partial(self.shared.final_norms, norm, condition)
+        final_norm: Callable[[Tensor], Tensor] | None = None
+        if self.final_norm_path is not None:
+            final_norm = norm = self.network.get_submodule(self.final_norm_path)
+            if self.shared.final_norms is not None:
+                final_norm = functools.partial(self.shared.final_norms, norm, condition)
         return BlockCall(self.network, self.shared.extra, condition, final_norm, **rest)
 
     @eager
@@ -342,7 +344,7 @@ class Block(nn.Module):
         return self._callable_layers()
 
     def _callable_layers(self) -> list[tuple[Any, Any]]:
-        """Each layer with its adaptive norms (None where the model knows the noise level by itself)."""
+        """Each layer with its adaptive norms (None where conversion adds none)."""
         layers: list[Any] = self.layers()
         adaptive: list[Any] = list(self.adaptive) or [None] * len(layers)
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -151,6 +151,8 @@ def _build_blocks(
     model_config: Any,
     take: bool,
 ) -> list[Block]:
+    assert config.target is not None
+    is_told_level = config.target.sees_noise and not family.knows_noise_level
     hidden = family.hidden_size(model.config)
     condition_dim = config.conditioning_dim or max(32, -(-hidden // 6 // 8) * 8)
     shared_paths, final_norm_path = family.shared_paths(model), family.final_norm_path(model)
@@ -159,7 +161,7 @@ def _build_blocks(
         return AdaptiveNorms(module, norms, [hidden] * len(norms), condition_dim)
 
     def final_norms(foreign: nn.Module) -> AdaptiveNorms | None:
-        if family.knows_noise_level or final_norm_path is None:
+        if not is_told_level or final_norm_path is None:
             return None
         norm = foreign.get_submodule(final_norm_path)
         return adaptive_norms(norm, [norm])
@@ -167,7 +169,7 @@ def _build_blocks(
     def shared_modules() -> tuple[Namespace, SharedModules]:
         foreign = extract(model, shared_paths, memo={id(model.config): model_config})
         extra = SharedModules(
-            None if family.knows_noise_level else NoiseEmbedding(condition_dim),
+            NoiseEmbedding(condition_dim) if is_told_level else None,
             final_norms(foreign),
             family.make_target(model, config),
             family.add_parts(model, config),
@@ -193,7 +195,7 @@ def _build_blocks(
             network.attach(path, foreign.get_submodule(path))
         family.adjust(network)
         adaptive = nn.ModuleList()
-        if not family.knows_noise_level:
+        if is_told_level:
             for path in layer_paths:
                 layer = network.get_submodule(path)
                 adaptive.append(adaptive_norms(layer, family.layer_norms(layer)))

@@ -517,6 +517,11 @@ class DiffusionBlocks(nn.Module):
         `diffusionblocks.core.saving.export_initialisation`)."""
         return _saving().export_initialisation(self)  # type: ignore[no-any-return]
 
+    def export_block(self, block: int) -> nn.Module:
+        """One block, of those that see no noise, as a model of the original class (see
+        `diffusionblocks.core.saving.export_block`)."""
+        return _saving().export_block(self, block)  # type: ignore[no-any-return]
+
     def export(self) -> nn.Module:
         """`export_initialisation` under its older name."""
         return _saving().export(self)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from ..common.files import check_replaceable, whole_folder
 from ..common.finite import DIVERGED, require_finite
 from ..common.formats import write_json, write_tensors
 from ..common.tokenizer_file import write_tokenizer
-from ..families import instantiate
+from ..families import instantiate, with_depth
 from .block import Block
 from .model import DiffusionBlocks
 from .saved_model import (
@@ -201,6 +201,42 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
     original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
     if model.generation_config is not None and hasattr(original, "generation_config"):
         original.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[assignment]
+    return original.train(model.training)
+
+
+def export_block(model: DiffusionBlocks, block: int) -> nn.Module:
+    """One block as a model of the original class with as many layers: it gives the block's context logits.
+
+    For blocks that see neither z nor the noise level (`target.noise_input: false`): each is an ordinary classifier.
+
+    Args:
+        model: of such blocks.
+        block: index.
+
+    Returns:
+        An instance of the original class, on the CPU, in the model's mode. Its config has the block's number of layers.
+
+    Raises:
+        ValueError: no such block, one that sees noise, or one that is on the meta device.
+    """
+    part = model.block(block)
+    if part.sees_noise:
+        raise ValueError(
+            f"block {block} is shown z and told the noise level, for which {model.model_class} has no place: only "
+            "blocks of target.noise_input: false are ordinary models; export_initialisation gives weights to train on"
+        )
+    if _on_meta(part):
+        raise ValueError(f"block {block} is on the meta device: it was never built and has no weights to export")
+    layers = model.partition.layer_range(block)
+    original = instantiate(model.model_class, with_depth(model.model_class, model.config, len(layers)))
+    path = part.layer_paths[0].rpartition(".")[0]
+    numbers = {f"{path}.{layer}.": f"{path}.{place}." for place, layer in enumerate(layers)}
+    weights = {}
+    for name, tensor in part.network.state_dict().items():
+        prefix = next((prefix for prefix in numbers if name.startswith(prefix)), "")
+        weights[numbers.get(prefix, "") + name.removeprefix(prefix)] = tensor.detach().cpu().clone()
+    nn.Module.to(original, dtype=next(iter(weights.values())).dtype)
+    original.load_state_dict(weights, strict=True, assign=True)
     return original.train(model.training)
 
 

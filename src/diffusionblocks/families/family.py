@@ -26,7 +26,8 @@ class BlockCall:
         extra: the modules of `Family.add_parts`.
         condition: the noise embedding (batch, dim); where the model knows the noise level, what the process gives the
             network of it (batch,): c_noise under EDM, t under masking.
-        final_norm: maps states to normalised states, adapted to the noise level; None where the family names none.
+        final_norm: maps states to normalised states, adapted to the noise level if blocks are told it; None where the
+            family names none.
         layers: the block's layers, in order, to be called like the originals. Those with adaptive norms also take
             `leading` and `call`, see `AdaptiveNorms.forward`.
         inputs: the batch entries `Family.input_names`; where text is generated, also `Family.generation_names`.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..config import BlocksConfig, LabelTargetConfig
-from ..layers.target_tokens import LabelToken
+from ..layers.target_tokens import ClsReplacement, LabelToken, LinearLabelToken
 from .family import BlockCall, register_family
 from .kinds import ClassifierFamily, tokens_of
 from .libraries import TRANSFORMERS
@@ -25,8 +25,8 @@ def _backbone(network: nn.Module) -> nn.Module:
 class ViTFamily(ClassifierFamily):
     """Converts `ViTForImageClassification` and `DeiTForImageClassification`.
 
-    The noised label joins the tokens, either as an extra last token or in place of [CLS]; F is read at that
-    place, or at [CLS] when the label is an extra token, so that a pretrained head has the input it knows.
+    The noised label joins the tokens, as an extra last token or in place of [CLS], unless `target.noise_input` is
+    false. F is read at the place of [CLS], so that a pretrained head has the input it knows.
     """
 
     classes: ClassVar[tuple[str, ...]] = ("ViTForImageClassification", "DeiTForImageClassification")
@@ -55,10 +55,13 @@ class ViTFamily(ClassifierFamily):
     @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         assert isinstance(config.target, LabelTargetConfig)
-        if config.target.token == "replace-cls":
+        if not config.target.noise_input:
             return nn.ModuleDict()
+        if config.target.token == "replace-cls":
+            return nn.ModuleDict({"cls_replacement": ClsReplacement()})
         std = float(getattr(model.config, "initializer_range", 0.02))
-        return nn.ModuleDict({"label_token": LabelToken(self.hidden_size(model.config), std)})
+        token = LinearLabelToken if config.target.token == "linear" else LabelToken
+        return nn.ModuleDict({"label_token": token(self.hidden_size(model.config), std)})
 
     @override
     def embed(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -79,10 +82,10 @@ class ViTFamily(ClassifierFamily):
         extra = "label_token" in call.extra
         if extra:
             tokens = torch.cat([tokens, call.extra["label_token"](call.z).to(tokens.dtype)], dim=1)
-        else:
-            # The stem has put [CLS] and its position at place 0: take both out, leave the position.
+        elif "cls_replacement" in call.extra:
+            # The stem has put [CLS] and its position at place 0: both are taken out, and the position put back.
             position = embeddings.get_parameter("position_embeddings")[:, :1]
-            tokens = torch.cat([(call.z[:, None, :] + position).to(tokens.dtype), tokens[:, 1:]], dim=1)
+            tokens = call.extra["cls_replacement"](tokens, call.z, position)
         for layer in call.layers:
             tokens = tokens_of(layer(tokens))
         # The head sees the places it was trained on. F is not cut out of them: a cut's gradient is padded with zeros.

@@ -23,6 +23,34 @@ class LabelToken(nn.Module):
         return z[:, None, :] + self.position
 
 
+class LinearLabelToken(LabelToken):
+    """A token of the noised label: a linear map of z, which starts at zero, plus a position embedding of its own.
+
+    Args:
+        dim, std: see `LabelToken`.
+    """
+
+    def __init__(self, dim: int, std: float) -> None:
+        super().__init__(dim, std)
+        self.linear = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (batch, dim) -> token (batch, 1, dim)."""
+        return super().forward(self.linear(z.to(self.linear.weight.dtype)))
+
+
+class ClsReplacement(nn.Module):
+    """Puts the noised label in place of [CLS], at its position, as the released code does. It has no parameters.
+
+    There z drowns the token that is read: its numbers are many times those of an embedding.
+    """
+
+    def forward(self, tokens: Tensor, z: Tensor, position: Tensor) -> Tensor:
+        """Tokens (batch, length, dim), [CLS] first at `position` (1, 1, dim), and z (batch, dim) -> as tokens."""
+        return torch.cat([(z[:, None, :] + position).to(tokens.dtype), tokens[:, 1:]], dim=1)
+
+
 class NoisyToken(nn.Module):
     """Tokens of noised next-token embeddings: a linear map of z, whose bias stands for "predict the token here".
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,8 +23,11 @@ class LabelTargetConfig(EmbeddingTargetConfig):
         embedding: `frozen` (fixed random unit rows), `one-hot` (rows of the identity matrix, of a model at least as
             wide as there are labels) or `learned` (needs `shared: joint`, for z must live in the same space for every
             block). null: learned under `joint`, else frozen.
-        token: Where the noised label enters: as an `extra` token (the paper), or in place of the [CLS] token
-            (`replace-cls`, the released code).
+        token: Where the noised label enters: as an `extra` token (the paper), as an extra token that is a `linear` map
+            of it, which starts at zero, or in place of the [CLS] token (`replace-cls`: the released code. There z
+            drowns the very token that is read, for its numbers are many times those of an embedding).
+        noise_input: Whether the blocks are shown the noised label and told the noise level. false: neither. Then each
+            is an ordinary classifier of its own layers, trained with the likelihood added (see `export_block`).
         weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2 of the noise process.
         feedback: What a prediction feeds to the next step: `soft` (the probabilities times the embedding table) or
             `hard` (the row of the most probable label).
@@ -34,9 +37,39 @@ class LabelTargetConfig(EmbeddingTargetConfig):
 
     kind: Literal["label"] = "label"
     embedding: Literal["frozen", "one-hot", "learned"] | None = None
-    token: Literal["extra", "replace-cls"] = "extra"
+    token: Literal["extra", "linear", "replace-cls"] = "extra"
+    noise_input: bool = True
     weight: Literal["none", "edm"] = "none"
     feedback: LabelFeedback = Field(default="soft", validation_alias=FEEDBACK_NAMES)
+
+    @property
+    def sees_noise(self) -> bool:
+        """`noise_input`."""
+        return self.noise_input
+
+    def resolve(self, shared: str) -> Self:
+        """With the embedding that goes with the policy: learned under `joint`, if networks see it, else fixed."""
+        return super().resolve(shared if self.noise_input else "replicated")
+
+    @model_validator(mode="after")
+    def _without_noise_input(self) -> Self:
+        if self.noise_input:
+            return self
+        if self.likelihood == "learned":
+            raise ValueError(
+                "target.noise_input = false needs target.likelihood = added, got learned: a network that sees no z "
+                "cannot learn what z says; leave likelihood out"
+            )
+        if self.embedding == "learned":
+            raise ValueError(
+                "target.embedding = learned: with target.noise_input = false no network sees the rows, so nothing "
+                "would teach them; leave embedding out"
+            )
+        if self.token != "extra":
+            raise ValueError(
+                f"target.token = {self.token}: with target.noise_input = false no token of z is there; leave token out"
+            )
+        return self
 
 
 class LabelTarget(EmbeddingTarget):

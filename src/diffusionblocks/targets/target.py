@@ -33,6 +33,11 @@ class BaseTargetConfig(BaseModel):
         """Whether what z says of the target is added to the network's logits in closed form."""
         return False
 
+    @property
+    def sees_noise(self) -> bool:
+        """Whether blocks are shown z and told the noise level."""
+        return True
+
     def resolve(self, shared: str) -> Self:
         """The section with the defaults that depend on the policy for shared parameters."""
         return self
