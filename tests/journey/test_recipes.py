@@ -50,6 +50,7 @@ def test_recipes_have_names_of_their_own() -> None:
         "vit/digits",
         "vit/cifar10",
         "vit/cifar100",
+        "vit/cifar100-released",
         "vit/tiny-imagenet",
         "dit/digits",
         "dit/cifar10",
