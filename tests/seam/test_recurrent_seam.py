@@ -87,7 +87,8 @@ def recipe_of(method: str = "diffusionblocks", model: dict[str, Any] | None = No
 def test_at_the_highest_noise_a_pass_is_an_iteration_of_the_original() -> None:
     """There c_skip vanishes, c_in * z is the state, and the norm after the recurrence takes c_out out of D."""
     model, sigma = original(), 1e6
-    block = convert(noise=db.EDM(sigma_max=sigma)).block(0).eval()
+    target: Any = {"kind": "next-token", "likelihood": "learned"}
+    block = convert(noise=db.EDM(sigma_max=sigma), target=target).block(0).eval()
     context = model.embed(TOKENS[:, :-1])
     rotation = model.positions(TOKENS[:, :-1])
     for layer in model.prelude:
@@ -108,8 +109,11 @@ def test_at_the_highest_noise_a_pass_is_an_iteration_of_the_original() -> None:
     assert (one_pass - lower).abs().max() > 0.1
 
 
-def logits_by_hand(block: Block, tokens: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
-    """The network at levels (batch,), sigma_data 0.5, from the parts of a block whose adaptive norms are not zero."""
+def logits_by_hand(block: Block, tokens: Tensor, z: Tensor, sigma: Tensor, *, added: bool = False) -> Tensor:
+    """The network at levels (batch,), sigma_data 0.5, from the parts of a block whose adaptive norms are not zero.
+
+    With an added likelihood F is read as it is, and what z says follows behind the head.
+    """
     network, data = block.network, 0.5
     total = (sigma**2 + data**2)[:, None, None]
     c_skip, c_in, c_out = data**2 / total, total.rsqrt(), sigma[:, None, None] * data * total.rsqrt()
@@ -132,23 +136,28 @@ def logits_by_hand(block: Block, tokens: Tensor, z: Tensor, sigma: Tensor) -> Te
         x = part.norm4(part.mlp(part.norm3(x) * (1 + scale3) + shift3) + x)
     norm: Any = network.get_submodule("final_norm")
     ((scale, shift),) = modulations(block.shared.final_norms)
-    x = norm(c_skip * z + c_out * x) * (1 + scale) + shift
+    x = norm(x if added else c_skip * z + c_out * x) * (1 + scale) + shift
     for layer in network.get_submodule("coda").children():
         x = layer(x, rotation)
     embedding: Any = network.get_submodule("embedding")
-    return norm(x) @ embedding.weight.T  # type: ignore[no-any-return]
+    logits = norm(x) @ embedding.weight.T
+    if added:
+        logits = logits + z @ F.normalize(original().embedding.weight, dim=-1).T / sigma[:, None, None] ** 2
+    return logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("likelihood", ["added", "learned"])
 @pytest.mark.parametrize("weight", ["none", "edm"])
-def test_loss_by_hand(weight: str) -> None:
-    model = convert(target={"kind": "next-token", "weight": weight}).eval()
+def test_loss_by_hand(weight: str, likelihood: str) -> None:
+    model = convert(target={"kind": "next-token", "weight": weight, "likelihood": likelihood}).eval()
     randomise_adaptive(model)
     sigma = torch.tensor([0.01, 0.3, 2.0, 60.0])
     losses = model.loss({"input_ids": TOKENS}, 0, seeded(), level=sigma)
     rows = F.normalize(original().embedding.weight, dim=-1)
     y = rows[TOKENS[:, 1:]]
     z = y + sigma[:, None, None] * torch.randn(y.shape, generator=seeded())
-    log_p = logits_by_hand(model.block(0), TOKENS[:, :-1], z, sigma).log_softmax(-1)
+    added = likelihood == "added"
+    log_p = logits_by_hand(model.block(0), TOKENS[:, :-1], z, sigma, added=added).log_softmax(-1)
     expected = -log_p.gather(-1, TOKENS[:, 1:, None])[..., 0].mean(dim=1)
     if weight == "edm":
         expected = expected * (sigma**2 + 0.25) / (sigma * 0.5) ** 2
@@ -159,7 +168,8 @@ def test_loss_by_hand(weight: str) -> None:
 def test_the_logit_scale_multiplies() -> None:
     inputs, z, level = {"input_ids": TOKENS}, torch.randn(4, LENGTH - 1, HIDDEN, generator=seeded()), torch.ones(4)
     plain, scaled = (
-        convert(target={"kind": "next-token", "logit_scale": scale}).block(0)(inputs, z, level) for scale in (1.0, 3.0)
+        convert(target={"kind": "next-token", "logit_scale": scale}).block(0)(inputs, z, level, context=True)
+        for scale in (1.0, 3.0)
     )
     torch.testing.assert_close(scaled, 3 * plain)
 
