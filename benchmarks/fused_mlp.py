@@ -33,24 +33,24 @@ ROWS, DIM, HIDDEN, SETS = 8448, 128, 3072, 4
 FORWARDS = [
     Tiles(*t)
     for t in (
-        (4, 128, 64, 8, 2), (4, 128, 64, 8, 3), (2, 128, 64, 8, 3), (2, 128, 128, 8, 2), (4, 64, 64, 4, 2),
-        (2, 64, 64, 4, 3), (4, 128, 128, 8, 2),
+        (2, 64, 64, 4, 3), (2, 64, 32, 4, 4), (3, 64, 32, 4, 3), (4, 64, 32, 4, 3), (2, 128, 64, 8, 4),
+        (2, 128, 32, 8, 5), (4, 128, 32, 8, 4), (2, 64, 64, 4, 2),
     )
 ]  # fmt: skip
 INPUTS = [
     Tiles(*t)
     for t in (
-        (2, 128, 64, 8, 2), (2, 128, 64, 8, 3), (4, 64, 64, 4, 2), (2, 64, 64, 4, 2), (4, 64, 32, 4, 3),
-        (4, 128, 32, 8, 2), (2, 128, 32, 8, 3),
+        (2, 128, 64, 8, 3), (2, 128, 64, 8, 4), (4, 128, 32, 8, 3), (2, 64, 32, 4, 4), (2, 64, 64, 4, 3),
+        (2, 64, 32, 4, 3),
     )
 ]  # fmt: skip
-WRITTEN = [
-    Tiles(*t) for t in ((2, 128, 64, 8, 2), (4, 64, 64, 4, 2), (2, 64, 64, 4, 2), (4, 64, 32, 4, 3), (2, 128, 32, 8, 3))
-]
 WEIGHTS = [
     Tiles(*t)
-    for t in ((11, 64, 64, 4, 2), (5, 64, 64, 4, 2), (11, 64, 128, 8, 2), (5, 64, 128, 8, 3), (11, 32, 64, 4, 3))
-]
+    for t in (
+        (5, 64, 128, 8, 3), (5, 64, 128, 8, 4), (5, 64, 64, 4, 3), (5, 32, 128, 8, 4), (5, 32, 64, 4, 4),
+        (11, 64, 128, 8, 3),
+    )
+]  # fmt: skip
 
 
 def operands(rows: int, hidden: int = HIDDEN, dim: int = DIM) -> tuple[Tensor, ...]:
@@ -68,15 +68,12 @@ def kernel_of(name: str) -> Callable[[tuple[Tensor, ...], Tiles], Any]:
     return {
         "forward": lambda o, t: kernels.forward(o[0], *o[2:], t),
         "input": lambda o, t: kernels.backward_input(*o, t),
-        "written": lambda o, t: kernels.backward_input(*o, t, write=True),
         "weights": lambda o, t: kernels.backward_weights(*o, t),
     }[name]
 
 
 CASES = [
-    (name, tiles)
-    for name, many in (("forward", FORWARDS), ("input", INPUTS), ("written", WRITTEN), ("weights", WEIGHTS))
-    for tiles in many
+    (name, tiles) for name, many in (("forward", FORWARDS), ("input", INPUTS), ("weights", WEIGHTS)) for tiles in many
 ]
 
 
@@ -102,11 +99,7 @@ def errors(name: str, o: tuple[Tensor, ...], tiles: Tiles) -> dict[str, float]:
             "dw2": error(out[1].sum(0), w2.grad),
             "db1": error(out[2].sum(0), b1.grad),
         }
-    found = {"dx": error(out[0].sum(0), x.grad)}
-    if name == "written":
-        found |= {"hidden": error(out[1], hidden), "db1": error(out[3].sum(0), b1.grad)}
-        found |= {"dw1": error(out[2].t().double() @ o[0].double(), w1.grad)}
-    return found
+    return {"dx": error(out.sum(0), x.grad)}
 
 
 def graph_time(run: Callable[[], Any], inner: int = 1, replays: int = 30) -> float:
@@ -154,6 +147,7 @@ def time_kernels(report: dict[str, Any], rows: int) -> None:
     report["best"] = {name: [us, *vars(tiles).values()] for name, (us, tiles) in best.items()}
     print("best:", report["best"], flush=True)
     fused.FORWARD = best["forward"][1]
+    fused.BACKWARD_INPUT = best["input"][1]
     fused.BACKWARD_WEIGHTS = best["weights"][1]
 
 
@@ -188,35 +182,31 @@ def step_of(model: nn.Module, call: Callable[[], Tensor], backend: Any) -> Calla
     return step
 
 
-def backend(*, mlp: bool, merge: bool) -> Callable[..., Any]:
+def backend(names: tuple[str, ...]) -> Callable[..., Any]:
     def compile_graph(graph: Any, inputs: Any) -> Any:
-        counts = graph_rewrites.fuse_mlps(graph) if mlp else 0, graph_rewrites.merge_projections(graph) if merge else 0
-        if mlp or merge:
-            print("rewrites (MLPs, projections):", counts, flush=True)
+        counts = {name: getattr(graph_rewrites, name)(graph) for name in names}
+        print("rewrites:", counts, flush=True)
         return torch._inductor.compile(graph, inputs, {"combo_kernels": True})
 
     return compile_graph
 
 
-def compare(report: dict[str, Any], name: str, model: nn.Module, call: Callable[[], Tensor], merge: bool) -> None:
-    best = report["best"]
-    variants = [("compiled", False, False, False), ("two kernels", True, False, False), ("written", True, True, False)]
-    if merge:
-        variants += [("two kernels, merged", True, False, True), ("merged", False, False, True)]
-    for label, mlp, written, merged in variants:
+def compare(report: dict[str, Any], name: str, model: nn.Module, call: Callable[[], Tensor], many: int) -> None:
+    """Without rewrites, and with so many of them."""
+    names = ("fuse_mlps", "merge_projections", "shorten_attention")
+    for count in range(many + 1):
         torch._dynamo.reset()
-        fused.WRITE_BACKWARD = written
-        if mlp:
-            fused.BACKWARD_INPUT = Tiles(*best["written" if written else "input"][1:])
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        row: dict[str, Any] = {"model": name, "rewrites": names[:count]}
         try:
-            start = time.time()
-            us = graph_time(step_of(model, call, backend(mlp=mlp, merge=merged)))
-            row = {"model": name, "variant": label, "us": us, "compile_s": time.time() - start}
-            row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            start, before = time.time(), torch.cuda.memory_allocated()
+            row["us"] = graph_time(step_of(model, call, backend(names[:count])))
+            row["compile_s"] = time.time() - start
+            row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         except Exception as error:
             traceback.print_exc()
-            row = {"model": name, "variant": label, "error": repr(error)[:500]}
+            row["error"] = repr(error)[:500]
         report["steps"].append(row)
         print(row, flush=True)
 
@@ -245,42 +235,61 @@ def vit(tokens: int) -> tuple[nn.Module, Callable[[], Tensor]]:
 def time_attention(report: dict[str, Any]) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    for backend_name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
-        for tokens in (65, 66):
-            q, k, v, g = (torch.randn(128, tokens, 4, 32, device="cuda").bfloat16() for _ in range(4))
-            q, k, v = (t.requires_grad_() for t in (q, k, v))
+    from diffusionblocks.layers import short_attention_kernels as kernels
+    from diffusionblocks.layers.short_attention import _factors
 
-            def run(q: Any = q, k: Any = k, v: Any = v, g: Any = g, back: bool = True) -> None:
-                out = F.scaled_dot_product_attention(
-                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=0.1
-                )
-                if back:
-                    torch.autograd.grad(out, (q, k, v), g.transpose(1, 2))
-
+    for tokens in (65, 66):
+        qkv = torch.randn(128, tokens, 3, 4, 32, device="cuda").bfloat16()
+        q, k, v = (qkv[:, :, i].transpose(1, 2).requires_grad_() for i in range(3))
+        g = torch.randn(128, tokens, 4, 32, device="cuda").bfloat16()
+        seed = torch.randint(2**31 - 1, (2,), dtype=torch.int32, device="cuda")
+        wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        factors = _factors(q.cpu(), seed.cpu(), 0.1).cuda().double()
+        y = (((wide[0] @ wide[1].mT * 32**-0.5).softmax(-1) * factors) @ wide[2]).transpose(1, 2)
+        exact = [y.detach(), *(t.transpose(1, 2) for t in torch.autograd.grad(y, wide, g.double()))]
+        for warps in (4, 8):
+            kernels._WARPS = warps
+            row: dict[str, Any] = {"attention": f"short, {warps} warps", "tokens": tokens}
             try:
-                with sdpa_kernel(getattr(SDPBackend, backend_name)):
-                    row = {"attention": backend_name, "tokens": tokens, "both_us": graph_time(run)}
-                    row["forward_us"] = graph_time(lambda r=run: r(back=False))
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                found = [kernels.forward(q, k, v, seed, 0.1, 32**-0.5)]
+                found += kernels.backward(q, k, v, g, seed, 0.1, 32**-0.5)
+                torch.use_deterministic_algorithms(False)
+                row["errors"] = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+                a, b = (q, k, v, seed, 0.1, 32**-0.5), (q, k, v, g, seed, 0.1, 32**-0.5)
+                row["forward_us"] = graph_time(lambda a=a: [kernels.forward(*a) for _ in range(9)], 9)
+                row["backward_us"] = graph_time(lambda b=b: [kernels.backward(*b) for _ in range(9)], 9)
             except Exception as error:
-                row = {"attention": backend_name, "tokens": tokens, "error": repr(error)[:200]}
+                row["error"] = repr(error)[:200]
             report["attention"].append(row)
             print(row, flush=True)
 
+        def run(back: bool, q: Any = q, k: Any = k, v: Any = v, g: Any = g) -> None:
+            for _ in range(9):
+                out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+                if back:
+                    torch.autograd.grad(out, (q, k, v), g.transpose(1, 2))
+
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            row = {"attention": "flash", "tokens": tokens, "forward_us": graph_time(lambda r=run: r(False), 9)}
+            row["both_us"] = graph_time(lambda r=run: r(True), 9)
+        report["attention"].append(row)
+        print(row, flush=True)
+
 
 def time_adamw(report: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-    for label, options in (("one kernel", {"fused": True}), ("fused", {"fused": True}), ("foreach", {"foreach": True})):
+    for label in ("fused", "one kernel"):
         own = [nn.Parameter(p.detach().clone()) for p in parameters]
         for p in own:
             p.grad = torch.randn_like(p)
         lr = torch.tensor(1e-4, device="cuda")
         kind: Any = OneKernelAdamW if label == "one kernel" else torch.optim.AdamW
-        optimizer = kind(own, lr=lr, weight_decay=0.01, capturable=True, **options)
+        optimizer = kind(own, lr=lr, weight_decay=0.01, capturable=True, fused=True)
         try:
             start = time.time()
-            step: Any = torch.compile(optimizer.step) if label == "foreach" else optimizer.step
             row = {
                 "adamw": label,
-                "us": graph_time(step),
+                "us": graph_time(optimizer.step),
                 "s": time.time() - start,
                 "parameters": sum(p.numel() for p in own),
             }
@@ -336,12 +345,10 @@ def main() -> None:
     chain = Chain(HIDDEN).cuda()
     layers, call = vit(tokens)
     stage("kernels", lambda: time_kernels(report, options.rows))
-    stage("chain", lambda: compare(report, "4 MLPs", chain, lambda: chain(x).float().square().mean(), False))
-    stage("layers", lambda: compare(report, "4 ViT layers", layers, call, True))
+    stage("chain", lambda: compare(report, "4 MLPs", chain, lambda: chain(x).float().square().mean(), 1))
+    stage("layers", lambda: compare(report, "4 ViT layers", layers, call, 3))
     stage("attention", lambda: time_attention(report))
     stage("adamw", lambda: time_adamw(report, list(layers.parameters())))
-    narrow = Chain(1024).cuda()
-    stage("narrow", lambda: compare(report, "4 MLPs of 1024", narrow, lambda: narrow(x).float().square().mean(), False))
     print("\nbest tiles (us, parts, rows, chunk, warps, stages):", report.get("best"))
     for row in [*report["steps"], *report["attention"], *report["adamw"]]:
         print(row)

@@ -34,17 +34,14 @@ class Tiles:
 
 
 #: Measured on an H200 at 8,448 rows, width 128 and 3,072 hidden units.
-FORWARD = Tiles(parts=4, rows=128, chunk=64, warps=8, stages=2)
-BACKWARD_INPUT = Tiles(parts=2, rows=128, chunk=64, warps=8, stages=2)
-BACKWARD_WEIGHTS = Tiles(parts=11, rows=64, chunk=64, warps=4, stages=2)
-
-#: Whether the backward pass writes the hidden activation and its gradient once, for library products over all rows.
-WRITE_BACKWARD = False
+FORWARD = Tiles(parts=2, rows=64, chunk=64, warps=4, stages=3)
+BACKWARD_INPUT = Tiles(parts=2, rows=128, chunk=64, warps=8, stages=3)
+BACKWARD_WEIGHTS = Tiles(parts=5, rows=64, chunk=128, warps=8, stages=3)
 
 
 def supported(dim: int, hidden: int, out: int) -> bool:
     """Whether the kernels take an MLP of these widths, and are faster at it than separate products."""
-    return dim == out == 128 and hidden >= 8 * dim and hidden % 512 == 0
+    return dim == out == 128 and hidden >= 2048 and hidden % 512 == 0
 
 
 def fused_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -78,14 +75,9 @@ class _FusedMLP(torch.autograd.Function):
         x, w1, b1, w2 = ctx.saved_tensors
         shape = gradients[0].shape
         g = gradients[0].reshape(x.shape).to(x.dtype).contiguous()
-        if WRITE_BACKWARD:
-            dx, hidden, before, db1 = torch.ops.diffusionblocks.mlp_backward_written(x, g, w1, b1, w2)
-            dw1, dw2 = before.t() @ x, g.t() @ hidden
-        else:
-            dx = torch.ops.diffusionblocks.mlp_backward_input(x, g, w1, b1, w2)
-            parts = torch.ops.diffusionblocks.mlp_backward_weights(x, g, w1, b1, w2)
-            dw1, dw2, db1 = parts[0].sum(0), parts[1].sum(0), parts[2]
-        values = (dx.sum(0).view(shape), dw1, db1.sum(0), dw2, _wide(g).sum(0))
+        dx = torch.ops.diffusionblocks.mlp_backward_input(x, g, w1, b1, w2)
+        dw1, dw2, db1 = torch.ops.diffusionblocks.mlp_backward_weights(x, g, w1, b1, w2)
+        values = (dx.sum(0).view(shape), dw1.sum(0), db1.sum(0), dw2.sum(0), _wide(g).sum(0))
         return (*(gradient.to(dtype) for gradient, dtype in zip(values, ctx.like, strict=True)), None)
 
 
@@ -107,15 +99,7 @@ def mlp_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
 @torch.library.custom_op("diffusionblocks::mlp_backward_input", mutates_args=(), device_types="cuda")
 def mlp_backward_input(x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
     """Slices (parts, rows, dim), float32, whose sum is the gradient of x."""
-    return _kernels().backward_input(x, g, w1, b1, w2, BACKWARD_INPUT)[0]  # type: ignore[no-any-return]
-
-
-@torch.library.custom_op("diffusionblocks::mlp_backward_written", mutates_args=(), device_types="cuda")
-def mlp_backward_written(
-    x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `mlp_backward_input`; with it the hidden activation, the gradient before it, and slices of that of b1."""
-    return _kernels().backward_input(x, g, w1, b1, w2, BACKWARD_INPUT, write=True)  # type: ignore[no-any-return]
+    return _kernels().backward_input(x, g, w1, b1, w2, BACKWARD_INPUT)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("diffusionblocks::mlp_backward_weights", mutates_args=(), device_types="cuda")
@@ -146,12 +130,6 @@ def _(x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
     return _plain_backward(x, g, w1, b1, w2)[2]
 
 
-@mlp_backward_written.register_kernel("cpu")
-def _(x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, gradient, dx = _plain_backward(x, g, w1, b1, w2)
-    return dx, hidden, gradient.to(x.dtype), gradient.sum(0)[None]
-
-
 @mlp_backward_weights.register_kernel("cpu")
 def _(x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden, gradient, _ = _plain_backward(x, g, w1, b1, w2)
@@ -175,14 +153,6 @@ def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
 @mlp_backward_input.register_fake
 def _(x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
     return _slices(x, _parts(x, BACKWARD_INPUT), *x.shape)
-
-
-@mlp_backward_written.register_fake
-def _(x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tiles = 1 if x.device.type == "cpu" else -(-len(x) // BACKWARD_INPUT.rows)
-    hidden = x.new_empty(len(x), len(w1))
-    dx = _slices(x, _parts(x, BACKWARD_INPUT), *x.shape)
-    return dx, hidden, torch.empty_like(hidden), _slices(x, tiles, len(w1))
 
 
 @mlp_backward_weights.register_fake

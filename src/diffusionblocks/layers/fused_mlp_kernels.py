@@ -76,17 +76,12 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @_jit
 def _backward_input(  # type: ignore[no-untyped-def]
-    x_at, g_at, w1_at, b1_at, w2_at, dx_at, hidden_at, slope_at, db1_at, rows,
+    x_at, g_at, w1_at, b1_at, w2_at, dx_at, rows,
     HIDDEN: tl.constexpr, DIM: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    WRITE: tl.constexpr,
 ):  # fmt: skip
-    """dx[part] of one part of the hidden units, for a tile of rows.
-
-    With WRITE also the hidden activation, the gradient before it and, of each tile, the sum of the latter over rows.
-    """
+    """dx[part] of one part of the hidden units, for a tile of rows."""
     part = tl.program_id(1)
-    tile = tl.program_id(0)
-    row = tile * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)
     inside = (row < rows)[:, None]
     x = tl.load(x_at + row[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
@@ -97,15 +92,8 @@ def _backward_input(  # type: ignore[no-untyped-def]
         w1 = tl.load(w1_at + unit[:, None] * DIM + dim[None, :])
         w2 = tl.load(w2_at + dim[:, None] * HIDDEN + unit[None, :])
         b1 = tl.load(b1_at + unit).to(tl.float32)
-        hidden, slope = _gelu_and_slope(tl.dot(x, tl.trans(w1)) + b1[None, :])
-        before = tl.dot(g, w2) * slope
-        lower = before.to(x.dtype)
-        total = tl.dot(lower, w1, total)
-        if WRITE:
-            place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
-            tl.store(hidden_at + place, hidden.to(x.dtype), mask=inside)
-            tl.store(slope_at + place, lower, mask=inside)
-            tl.store(db1_at + tile * HIDDEN + unit, tl.sum(before, 0))
+        before = tl.dot(g, w2) * _gelu_and_slope(tl.dot(x, tl.trans(w1)) + b1[None, :])[1]
+        total = tl.dot(before.to(x.dtype), w1, total)
     place = part.to(tl.int64) * rows * DIM
     tl.store(dx_at + place + row[:, None] * DIM + dim[None, :], total, mask=inside)
 
@@ -156,28 +144,15 @@ def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, tiles: Any) -> Tensor
     return out
 
 
-def backward_input(
-    x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, tiles: Any, *, write: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx as slices (parts, rows, dim), float32.
-
-    With `write` also the hidden activation and the gradient before it, (rows, hidden) each, and db1 as slices (tiles,
-    hidden); else these three are empty.
-    """
+def backward_input(x: Tensor, g: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, tiles: Any) -> Tensor:
+    """dx as slices (parts, rows, dim), float32."""
     (rows, dim), hidden = x.shape, len(w1)
-    count = _tiles(rows, tiles.rows)
     dx = torch.empty(tiles.parts, rows, dim, dtype=torch.float32, device=x.device)
-    shape = (rows, hidden) if write else (0,)
-    activation, before = (
-        torch.empty(shape, dtype=x.dtype, device=x.device),
-        torch.empty(shape, dtype=x.dtype, device=x.device),
-    )
-    db1 = torch.empty((count, hidden) if write else (0,), dtype=torch.float32, device=x.device)
-    _backward_input[count, tiles.parts](
-        x, g, w1, b1, w2, dx, activation, before, db1, rows, hidden, dim, hidden // tiles.parts, tiles.rows,
-        tiles.chunk, write, num_warps=tiles.warps, num_stages=tiles.stages,
+    _backward_input[_tiles(rows, tiles.rows), tiles.parts](
+        x, g, w1, b1, w2, dx, rows, hidden, dim, hidden // tiles.parts, tiles.rows, tiles.chunk,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return dx, activation, before, db1
+    return dx
 
 
 def backward_weights(

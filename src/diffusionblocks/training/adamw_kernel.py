@@ -73,6 +73,15 @@ class OneKernelAdamW(torch.optim.AdamW):
     def __init__(self, parameters: Sequence[Tensor], **options: Any) -> None:
         super().__init__(parameters, **options)
         self._tables: list[Tensor] = []
+        self._spare: Tensor | None = None
+        self.reserve()
+
+    def reserve(self) -> None:
+        """Have page-locked memory ready for a step that is captured: none can be had meanwhile."""
+        if self._spare is None:
+            sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+            length = len(sizes) * _COLUMNS + len(_work(tuple(sizes)))
+            self._spare = torch.empty(length, dtype=torch.int64, pin_memory=True)
 
     @staticmethod
     def takes(parameters: Sequence[Tensor]) -> bool:
@@ -88,22 +97,31 @@ class OneKernelAdamW(torch.optim.AdamW):
         parameters = [p for p in group["params"] if p.grad is not None]
         if closure is not None or not parameters or not all(self.state.get(p) for p in parameters):
             return super().step(closure)  # which makes the state
-        update([(p, p.grad, self.state[p]) for p in parameters], group, self._tables)
+        rows = [(p, p.grad, self.state[p]) for p in parameters]
+        if torch.cuda.is_current_stream_capturing():
+            assert self._spare is not None, "`reserve` comes before a capture"
+            self._tables.append(self._spare)  # the graph reads it at every replay
+            self._spare = None
+            update(rows, group, self._tables[-1])
+        else:
+            update(rows, group)
         return None
 
 
-def update(rows: Sequence[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, Any], tables: list[Tensor]) -> None:
+def update(
+    rows: Sequence[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, Any], memory: Tensor | None = None
+) -> None:
     """AdamW's step of (parameter, gradient, state) triples.
 
     Args:
         rows: the triples.
         group: settings, as of an optimizer's group.
-        tables: takes the tables of captured graphs, which read them again at every replay.
+        memory: int64, for the table that the kernel goes by, on the host; None takes some.
     """
     torch._foreach_add_([state["step"] for *_, state in rows], 1.0)
     device = rows[0][0].device
     gradients = [gradient.contiguous() for _, gradient, _ in rows]  # they live until the kernel is launched
-    values = [
+    addresses = [
         address
         for (p, _, state), gradient in zip(rows, gradients, strict=True)
         for address in (
@@ -112,13 +130,15 @@ def update(rows: Sequence[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[st
         )
     ]
     work = _work(tuple(p.numel() for p, *_ in rows))
-    table = torch.tensor([*values, *work], pin_memory=device.type == "cuda")
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        tables.append(table)
+    values = torch.tensor([*addresses, *work])
+    if memory is not None:
+        values = memory[: len(values)].copy_(values)
+    elif device.type == "cuda":
+        values = values.pin_memory()
     (beta1, beta2), lr = group["betas"], group["lr"]
     logs = (math.log2(beta) if beta else -math.inf for beta in (beta1, beta2))
     _adamw[(len(work),)](
-        table.to(device, non_blocking=True), lr, len(rows), *logs, 1 - beta1, 1 - beta2,
+        values.to(device, non_blocking=True), lr, len(rows), *logs, 1 - beta1, 1 - beta2,
         group["weight_decay"], group["eps"], _COLUMNS, _BLOCK, num_warps=4,
     )  # fmt: skip
 

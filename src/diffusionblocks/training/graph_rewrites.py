@@ -14,8 +14,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from ..layers.fused_mlp import fused_mlp, supported
+from ..layers.short_attention import MOST_TOKENS, short_attention
 
 _LINEAR = (torch._C._nn.linear, F.linear)
+_ATTENTION = (torch._C._nn.scaled_dot_product_attention, F.scaled_dot_product_attention)
 _GELU = (torch._C._nn.gelu, F.gelu)
 
 
@@ -34,6 +36,7 @@ def rewriting(
             if isinstance(part, fx.GraphModule):
                 fuse_mlps(part, device_type)
                 merge_projections(part, device_type)
+                shorten_attention(part, device_type)
         return compile_graph(graph, inputs)
 
     return rewrite_and_compile
@@ -97,6 +100,30 @@ def merge_projections(graph: fx.GraphModule, device_type: str = "cuda") -> int:
     if groups:
         graph.recompile()
     return len(groups)
+
+
+def shorten_attention(graph: fx.GraphModule, device_type: str = "cuda") -> int:
+    """Replace attention over few tokens in bfloat16, without a mask, by `short_attention`. Returns how many."""
+    count = 0
+    for node in list(graph.graph.nodes):
+        if node.target not in _ATTENTION or not _lower(node, device_type):
+            continue
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        values = dict(zip(names, node.args, strict=False)) | node.kwargs
+        q, k, v = (values.pop(name) for name in names[:3])
+        dropout, scale = values.pop("dropout_p", 0.0), values.pop("scale", None)
+        shape = _value(q).shape
+        if any(values.values()) or len(shape) != 4 or any(_value(other).shape != shape for other in (k, v)):
+            continue
+        if not MOST_TOKENS // 4 < shape[2] <= MOST_TOKENS or shape[3] not in (16, 32, 64):
+            continue
+        with graph.graph.inserting_before(node):
+            _replace(node, graph.graph.call_function(short_attention, (q, k, v, dropout, scale)))
+        graph.graph.erase_node(node)
+        count += 1
+    if count:
+        graph.recompile()
+    return count
 
 
 def _item(values: Any, index: int) -> Any:

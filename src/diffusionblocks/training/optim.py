@@ -192,6 +192,9 @@ class Updater:
     def prepare(self, owner: ParameterSet) -> None:
         """Write the rate and decay of the owner's step to the device (no sync), and count the step."""
         self.lr.fill_(self.learning_rate(owner))
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, OneKernelAdamW):
+                optimizer.reserve()
         if self.ema:
             self.decay.fill_(self.config.average_decay(owner.inherited_steps + owner.steps))
         owner.steps += 1
@@ -250,8 +253,8 @@ def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConf
         check_optimizer(config)
         optimizer: Optimizer = _adamw_8bit()(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
         return optimizer
-    kernel = OneKernelAdamW if config.fused_kernels and OneKernelAdamW.takes(parameters) else torch.optim.AdamW
-    return kernel(
+    one = config.fused_kernels and not config.optimizer_in_backward and OneKernelAdamW.takes(parameters)
+    return (OneKernelAdamW if one else torch.optim.AdamW)(
         parameters,
         lr=lr,
         betas=config.betas,
