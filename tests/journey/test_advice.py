@@ -38,7 +38,7 @@ SOURCE, TESTS = Path(__file__).parents[2] / "src" / "diffusionblocks", Path(__fi
 
 #: What a message says that a user is to type: a setting, or `--restart`. (Those of the bench have no recipe.)
 ADVICE = re.compile(
-    r"--set \S*=|--restart|\bset (\{where\}|model|blocks|data|train|evaluate|fit|trunk)\.[\w.{}]+( to|\b)"
+    r"--set \S*=|--restart|\bset (\{where\}|model|blocks|data|train|evaluate|fit|trunk|local)\.[\w.{}]+( to|\b)"
     r"|set \{\w+\} lower"
 )
 #: A setting of the recipe that is to be left out.
@@ -300,6 +300,31 @@ CASES = [
     ),
     Case(
         "compare trains all blocks", VIT, OF_VIT | {"train.blocks": "[0]"}, ("leave it out",), "train.blocks", with_rows
+    ),
+    Case(
+        "so they train in one run",
+        VIT,
+        OF_VIT | {"method": "local", "train.blocks": "[0]"},
+        ("leave it out",),
+        "train.blocks",
+    ),
+    Case(
+        "so all are on the device",
+        VIT,
+        OF_VIT | {"method": "local", "train.resident": "active"},
+        (r"set \S+ to all",),
+    ),
+    Case(
+        "which must stand still",
+        VIT,
+        OF_VIT | {"method": "local", "train.concurrent": "true", "train.cuda_graph": "true"},
+        (r"set \S+ to false",),
+    ),
+    Case(
+        "set local.modules to one of",
+        VIT,
+        OF_VIT | {"method": "local", "local.modules": 2},
+        (r"set \S+ to one of \[\d+",),
     ),
     Case(
         "an end-to-end model has no blocks",

@@ -211,7 +211,7 @@ def test_a_run_saves_loads_and_goes_on_exactly(objective: str, data: dict[str, I
     assert rows == result.rows
     names = [row.combine for row in rows]
     heads = {"greedy": 2, "trgl": 2, "mono-forward": 4, "forward-forward": 1}[objective]
-    assert names == ["last", *(["mean"] if heads > 1 else []), *(f"head {k}" for k in range(heads - 1))]
+    assert names == ["last", *(["mean of heads"] if heads > 1 else []), *(f"head {k}" for k in range(heads - 1))]
     assert experiment.task.headline(rows) is rows[0]
 
     trainer = runs.blocks_trainer(experiment, tmp_path / "part", progress=False)

@@ -326,11 +326,11 @@ class LocalLearning(Baseline):
         return self._of_heads(pixel_values)[-1]
 
     def answers(self, pixel_values: Tensor) -> Mapping[str | None, Tensor]:
-        """`last`: of the last head; of several heads also the `mean` of their logits, and each head before the last."""
+        """`last`: of the last head; of several also `mean of heads`, of their logits, and each before the last."""
         logits = [logits.float() for logits in self._of_heads(pixel_values)]
         answers: dict[str | None, Tensor] = {"last": logits[-1]}
         if len(logits) > 1:
-            answers["mean"] = torch.stack(logits).mean(0)
+            answers["mean of heads"] = torch.stack(logits).mean(0)
             answers |= {f"head {index}": each for index, each in enumerate(logits[:-1])}
         return answers
 
