@@ -99,6 +99,15 @@ def test_sampling_a_fresh_branch_is_sampling_the_trunk(family: str, solver: str)
     assert not torch.equal(model.sample(**arguments), expected)  # the positive control: the last block takes part
 
 
+def test_the_blocks_of_a_fresh_branch_vote_as_the_trunk_does() -> None:
+    """Blocks that see no noise say at every level what their trunk says, and so does the mean of them."""
+    trunk = trunk_of("vit", target={"kind": "label", "noise_input": False})
+    blocks = db.branch(trunk, BLOCKS)
+    images = noise_batch()["pixel_values"]
+    ours, theirs = (model.inference.context_logits(images, seeded()) for model in (blocks, trunk))  # type: ignore[attr-defined]
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_predicting_with_a_fresh_branch_is_predicting_with_the_trunk() -> None:
     for shared in POLICIES:
         trunk = trunk_of("vit", shared)

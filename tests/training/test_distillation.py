@@ -133,6 +133,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"distill": {"teacher": "anywhere"}}, "train.distill is for classifiers"),
     ("learned", {"distill": {"teacher": "anywhere"}}, "set blocks.target.likelihood to added, or leave it out"),
     ("blocks", {"distill": {"teacher": "nowhere"}}, "train.distill.teacher = nowhere: no model is there"),
+    ("blocks", {"distill": {"teacher": 400 * "x"}}, r"train.distill.teacher = x+\.\.\.: no model is there"),
 ]
 
 
@@ -219,6 +220,7 @@ def test_a_run_without_its_teacher_is_refused_before_anything_is_written(
         ({"distill": {"teacher": "x", "weight": 2}}, "train.distill.weight"),
         ({"distill": {"teacher": "x", "temperature": 0}}, "train.distill.temperature"),
         ({"distill": {}}, "train.distill.teacher"),
+        ({"distill": {"teacher": "a\0b"}}, "train.distill.teacher"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_recipe(changes: dict[str, Any], message: str) -> None:

@@ -43,7 +43,7 @@ def exact(context: Callable[[float], Tensor], combine: str, steps: int = 3, **op
     partition = Partition.build(noise, 3, 3)
     target = LabelTarget(NUM_LABELS, HIDDEN, learned=False, seed=0)
 
-    def network(z: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    def network(z: Tensor, level: float, contexts: object) -> tuple[Tensor, Tensor]:
         logits = context(level)
         return logits, logits + z @ target.table.T / level**2
 

@@ -18,6 +18,7 @@ from ..families.module_tree import parts_in
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
 from ..noise import GaussianProcess, NoiseProcess, one_level
 from ..targets import (
+    HINT,
     Batch,
     EmbeddingTarget,
     LabelLoss,
@@ -101,6 +102,8 @@ class Block(nn.Module):
         shared: the shared modules that conversion adds (one object for all blocks under the `joint` policy).
         interval: the (lowest, highest) level that the block trains on.
         sees_noise: whether it is shown z and told the noise level (`target.noise_input`).
+        self_conditioning: whether its inputs may have `hint`, what was said of the label so far (see
+            `LabelTargetConfig.self_conditioning`).
         adds_likelihood: whether the network's own logits are context logits, to which `posterior` adds what z says.
         activation_checkpointing: whether the layers keep only their inputs for the backward pass, and compute the rest
             again there; default False.
@@ -130,6 +133,7 @@ class Block(nn.Module):
         self.weight = config.target.weight
         self.sees_noise = config.target.sees_noise
         self.adds_likelihood = config.target.adds_likelihood
+        self.self_conditioning = bool(getattr(config.target, "self_conditioning", False))
         self.layer_paths = layer_paths
         self.network = network
         self.adaptive = adaptive
@@ -249,6 +253,7 @@ class Block(nn.Module):
             self._require_context()
         if layers is None:  # else `loss` has checked them, and its graph must not know which block it is of
             names = (*self.input_names, *self.target.names, *self.family.generation_names)
+            names += (HINT,) if self.self_conditioning else ()
             check_entries(inputs, names, f"block {self.index}")
         # A text model's clean stream is a context: what its last layer gives is read by the loss of that stream alone.
         clean_output = self.training and getattr(self.target, "clean_weight", 0) > 0
@@ -396,7 +401,11 @@ class Block(nn.Module):
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
         z = self.noise.noised(y, level, generator)
-        return self.target.training_inputs({name: batch[name] for name in self.input_names}, generator), z, level
+        inputs = self.target.training_inputs({name: batch[name] for name in self.input_names}, generator)
+        if self.self_conditioning:  # who is shown something: `losses` puts it there
+            shown = torch.rand(len(y), 1, generator=generator, device=y.device) < 0.5
+            inputs = {**inputs, HINT: shown.float()}
+        return inputs, z, level
 
     def _with_drawn_labels(self, batch: Batch, generator: torch.Generator | None) -> Batch:
         """The batch with the labels that z is noised from, which label smoothing draws."""
@@ -411,6 +420,8 @@ class Block(nn.Module):
         """The second half of `loss`: run the network, and compare. Arguments: see `corrupted` and `forward`."""
         # In a registered method FSDP has gathered the parameters; a call would scatter them again before the end.
         run: Callable[..., Any] = self.forward if self.is_sharded() else self
+        if self.self_conditioning:
+            inputs = self._with_hint(run, inputs, z, level, layers)
         if self.label_loss is not None:
             loss = self._label_losses(self.label_loss, run, batch, inputs, z, level, layers)
         elif self.loss_chunk is None:
@@ -421,6 +432,24 @@ class Block(nn.Module):
             loss = loss * self.noise.training_weight(level).float()
         assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
+
+    def _with_hint(
+        self,
+        run: Callable[..., Any],
+        inputs: Batch,
+        z: Tensor,
+        level: Tensor,
+        layers: list[tuple[Any, Any]] | None,
+    ) -> Batch:
+        """The inputs, with what the block itself says of the label where they say that something is shown.
+
+        Self-conditioning, arXiv 2208.04202.
+        """
+        assert isinstance(self.target, LabelTarget)
+        first = {name: value for name, value in inputs.items() if name != HINT}
+        with torch.no_grad():
+            context = run(first, z, level, context=True, layers=layers)
+            return {**first, HINT: self.target.denoised(context, "soft") * inputs[HINT]}
 
     def _label_losses(
         self,

@@ -30,6 +30,7 @@ from ..sampling import (
     sample_tokens,
 )
 from ..targets import (
+    HINT,
     NONE_IGNORED,
     Batch,
     ImageTarget,
@@ -183,10 +184,13 @@ class Classification(Inference[LabelTarget]):
     def _network(self, inputs: dict[str, Tensor]) -> LabelNetwork:
         model = self.model
 
-        def ask(z: Tensor, level: float) -> tuple[Tensor | None, Tensor]:
+        def ask(z: Tensor, level: float, contexts: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
             if not model.block(0).adds_likelihood:
                 return None, model.denoise(inputs, z, level)
-            context = model.denoise(inputs, z, level, context=True)
+            hint: Batch = {}
+            if contexts and model.block(0).self_conditioning:
+                hint = {HINT: self.target.denoised(torch.stack(list(contexts)).mean(dim=0), "soft")}
+            context = model.denoise({**inputs, **hint}, z, level, context=True)
             return context, model.posterior(context, z, level)
 
         return ask

@@ -217,13 +217,18 @@ def export_block(model: DiffusionBlocks, block: int) -> nn.Module:
         An instance of the original class, on the CPU, in the model's mode. Its config has the block's number of layers.
 
     Raises:
-        ValueError: no such block, one that sees noise, or one that is on the meta device.
+        ValueError: no such block, one that sees noise or what others say, or one that is on the meta device.
     """
     part = model.block(block)
     if part.sees_noise:
         raise ValueError(
             f"block {block} is shown z and told the noise level, for which {model.model_class} has no place: only "
             "blocks of target.noise_input: false are ordinary models; export_initialisation gives weights to train on"
+        )
+    if part.self_conditioning:
+        raise ValueError(
+            f"block {block} is shown what other blocks say (target.self_conditioning), for which {model.model_class} "
+            "has no place: train without it to export blocks as ordinary models"
         )
     if _on_meta(part):
         raise ValueError(f"block {block} is on the meta device: it was never built and has no weights to export")

@@ -22,6 +22,7 @@ _SECTION = f"{_SHOULD}a section, with fields of its own"
 _PATTERNS = {
     "name": "Input should be letters, digits, '.', '_' or '-', the first a letter or digit",
     "device": "Input should be auto, cpu, cuda or cuda:N",
+    "teacher": "Input should be a path, or several in brackets",
 }
 
 

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from ..config import BlocksConfig, LabelTargetConfig
 from ..layers.target_tokens import ClsReplacement, LabelToken, LinearLabelToken
+from ..targets import HINT
 from .family import BlockCall, register_family
 from .kinds import ClassifierFamily, tokens_of
 from .libraries import TRANSFORMERS
@@ -55,13 +56,15 @@ class ViTFamily(ClassifierFamily):
     @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         assert isinstance(config.target, LabelTargetConfig)
-        if not config.target.noise_input:
-            return nn.ModuleDict()
-        if config.target.token == "replace-cls":
-            return nn.ModuleDict({"cls_replacement": ClsReplacement()})
-        std = float(getattr(model.config, "initializer_range", 0.02))
-        token = LinearLabelToken if config.target.token == "linear" else LabelToken
-        return nn.ModuleDict({"label_token": token(self.hidden_size(model.config), std)})
+        parts = nn.ModuleDict()
+        size = self.hidden_size(model.config), float(getattr(model.config, "initializer_range", 0.02))
+        if config.target.noise_input and config.target.token == "replace-cls":
+            parts["cls_replacement"] = ClsReplacement()
+        elif config.target.noise_input:
+            parts["label_token"] = (LinearLabelToken if config.target.token == "linear" else LabelToken)(*size)
+        if config.target.self_conditioning:
+            parts["hint_token"] = LinearLabelToken(*size)
+        return parts
 
     @override
     def embed(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -79,17 +82,22 @@ class ViTFamily(ClassifierFamily):
     def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
         embeddings = _backbone(call.network).get_submodule("embeddings")
         tokens = self.embed(call.network, call.inputs["pixel_values"])
-        extra = "label_token" in call.extra
-        if extra:
-            tokens = torch.cat([tokens, call.extra["label_token"](call.z).to(tokens.dtype)], dim=1)
-        elif "cls_replacement" in call.extra:
+        length, vectors = tokens.shape[1], {"label_token": call.z, "hint_token": call.inputs.get(HINT)}
+        if "cls_replacement" in call.extra:
             # The stem has put [CLS] and its position at place 0: both are taken out, and the position put back.
             position = embeddings.get_parameter("position_embeddings")[:, :1]
             tokens = call.extra["cls_replacement"](tokens, call.z, position)
+        extra = [
+            call.extra[name](torch.zeros_like(call.z) if vector is None else vector).to(tokens.dtype)
+            for name, vector in vectors.items()
+            if name in call.extra
+        ]
+        if extra:
+            tokens = torch.cat([tokens, *extra], dim=1)
         for layer in call.layers:
             tokens = tokens_of(layer(tokens))
         # The head sees the places it was trained on. F is not cut out of them: a cut's gradient is padded with zeros.
-        return (tokens[:, :-1] if extra else tokens), tokens[:, 0]
+        return (tokens[:, :length] if extra else tokens), tokens[:, 0]
 
     @override
     def readout(self, call: BlockCall, hidden: Tensor, denoised: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from ..noise import GaussianProcess
 from ..targets import LabelTarget
 from .solvers import euler
 
-#: (z, level) -> (context logits, posterior logits), each (batch, num_classes); None for context logits that are not
-#: known apart.
-LabelNetwork = Callable[[Tensor, float], tuple[Tensor | None, Tensor]]
+#: (z, level, context logits of the chain so far) -> (context logits, posterior logits), each (batch, num_classes); None
+#: for context logits that are not known apart.
+LabelNetwork = Callable[[Tensor, float, Sequence[Tensor]], tuple[Tensor | None, Tensor]]
 
 #: Probabilities and their logarithm, each (batch, num_classes).
 Answer = tuple[Tensor, Tensor]
@@ -168,7 +168,8 @@ def predict_labels(
     """Run a chain of network calls down the levels from each of `seeds` noise seeds, and combine what they say.
 
     Args:
-        network: maps z (batch, dim) and a level to context logits, or None, and posterior logits.
+        network: maps z (batch, dim), a level and the context logits of the chain's earlier calls, as log-probabilities,
+            to context logits, or None, and posterior logits.
         target: the label target, whose space z lives in.
         noise: the noise process.
         levels: descending, at least two; the network is called at each but the last.
@@ -228,7 +229,7 @@ def run_chain(
     contexts: list[Tensor] = []
 
     def denoise(z: Tensor, level: float) -> Tensor:
-        context, posterior = network(z, level)
+        context, posterior = network(z, level, contexts)
         if context is not None:
             contexts.append(check.logits(context.float(), level).log_softmax(dim=-1))
         logits = check.logits(posterior.float(), level)

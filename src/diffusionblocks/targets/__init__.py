@@ -1,7 +1,7 @@
 """What the blocks denoise: a label, an image, masked tokens, the next token."""
 
 from .image import ImageTarget, ImageTargetConfig
-from .label import NONE_IGNORED, LabelTarget, LabelTargetConfig, check_labels, label_losses
+from .label import HINT, NONE_IGNORED, LabelTarget, LabelTargetConfig, check_labels, label_losses
 from .label_loss import TEACHER_LOGITS, LabelLoss, check_label_loss
 from .masked_tokens import TokenTarget, TokenTargetConfig
 from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig
@@ -21,6 +21,7 @@ from .target import (
 
 __all__ = [
     "CONTEXT",
+    "HINT",
     "NONE_IGNORED",
     "TEACHER_LOGITS",
     "BaseTargetConfig",

@@ -16,6 +16,10 @@ from .target import Batch, EmbeddingTarget, EmbeddingTargetConfig
 NONE_IGNORED = torch.iinfo(torch.int64).min
 
 
+#: Entry of a block's inputs: the label expected so far, float32 (batch, dim); zeros where nothing was said of it.
+HINT = "hint"
+
+
 class LabelTargetConfig(EmbeddingTargetConfig):
     """What a classifier's blocks denoise: the L2-normalised embedding of the label (paper, section 4.1).
 
@@ -28,6 +32,10 @@ class LabelTargetConfig(EmbeddingTargetConfig):
             drowns the very token that is read, for its numbers are many times those of an embedding).
         noise_input: Whether the blocks are shown the noised label and told the noise level. false: neither. Then each
             is an ordinary classifier of its own layers, trained with the likelihood added (see `export_block`).
+        self_conditioning: Whether blocks are also shown what was said of the label so far, through a linear map that
+            starts at zero: the label expected under the mean of the earlier blocks' context logits. In training it is
+            that of the block's own, from a first pass without gradients, and for half of the samples nothing. So
+            blocks still train apart; a step costs a forward pass more. Needs `likelihood: added`.
         weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2 of the noise process.
         feedback: What a prediction feeds to the next step: `soft` (the probabilities times the embedding table) or
             `hard` (the row of the most probable label).
@@ -39,6 +47,7 @@ class LabelTargetConfig(EmbeddingTargetConfig):
     embedding: Literal["frozen", "one-hot", "learned"] | None = None
     token: Literal["extra", "linear", "replace-cls"] = "extra"
     noise_input: bool = True
+    self_conditioning: bool = False
     weight: Literal["none", "edm"] = "none"
     feedback: LabelFeedback = Field(default="soft", validation_alias=FEEDBACK_NAMES)
 
@@ -50,6 +59,15 @@ class LabelTargetConfig(EmbeddingTargetConfig):
     def resolve(self, shared: str) -> Self:
         """With the embedding that goes with the policy: learned under `joint`, if networks see it, else fixed."""
         return super().resolve(shared if self.noise_input else "replicated")
+
+    @model_validator(mode="after")
+    def _conditions_on_context_logits(self) -> Self:
+        if self.self_conditioning and self.likelihood == "learned":
+            raise ValueError(
+                "target.self_conditioning = true needs target.likelihood = added, got learned: blocks are shown "
+                "context logits, and without it there are none; leave likelihood out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _without_noise_input(self) -> Self:

@@ -7,6 +7,7 @@ that denoise, follows from the step's generator, so a run resumes exactly.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..common.files import recover
 from ..common.formats import read_json
+from ..common.messages import shorten
 from ..core.end_to_end import load_end_to_end
 from ..core.ensembles import read_ensemble
 from ..core.loading import load
@@ -157,8 +159,10 @@ def model_folder(name: str) -> Path:
     """The saved model at a path, which may be the folder of a run."""
     for folder in (Path(name), Path(name) / "model"):
         recover(folder, MODEL_FILES)
-        if any((folder / name).is_file() for name in (INDEX, ENSEMBLE, "config.json")):
-            return folder
+        with contextlib.suppress(OSError):  # a name too long for the disk
+            if any((folder / file).is_file() for file in (INDEX, ENSEMBLE, "config.json")):
+                return folder
+    name = shorten(name, 160)
     raise FileNotFoundError(
         f"train.distill.teacher = {name}: no model is there, nor in {Path(name) / 'model'}; give the folder of a "
         "trained model, or of its run"

@@ -51,7 +51,7 @@ class DistillConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    teacher: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)] = Field(
+    teacher: Annotated[tuple[Annotated[str, Field(pattern=r"^[^\x00]+$")], ...], BeforeValidator(_listed)] = Field(
         min_length=1, max_length=100
     )
     weight: Share = 0.5
