@@ -85,14 +85,50 @@ def test_accuracy_by_level_shows_where_z_gives_the_label_away(
     assert main(["train", DIGITS, "--out", str(tmp_path), "--quiet", "--set", "train.steps=2", *TINY]) == 0
     path = tmp_path / "levels.json"
     more = ["--model", str(tmp_path / "model"), "--by-level", "--json", str(path), "--set", "evaluate.limit=100"]
-    assert main(["evaluate", DIGITS, *TINY, *more]) == 0
-    assert "nearest" in capsys.readouterr().out
+    figure = tmp_path / "levels.png"
+    assert main(["evaluate", DIGITS, *TINY, *more, "--figure", str(figure)]) == 0
+    printed = capsys.readouterr().out
+    assert "nearest" in printed
+    assert "context_cross_entropy" in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(path.read_text())["by_level"]
     assert round(rows[0]["nearest"] * 100, 6).is_integer()  # of 100 images
     assert [row["block"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
     assert rows[0]["level"] == pytest.approx(69.86, abs=0.01)  # the quantile 0.999 of levels centred at e
     assert rows[0]["nearest"] < 0.2
     assert rows[-1]["nearest"] > 0.5
+    assert main(["evaluate", DIGITS, *TINY, *more, "--every-block"]) == 0
+    every = json.loads(path.read_text())["by_level"]
+    assert [row["block"] for row in every] == [0, 1, 2] * 12
+    assert [row for row in every if row["own_level"]] == rows
+    for option in (["--every-block"], ["--figure", str(figure)]):
+        command = ["evaluate", DIGITS, *TINY, "--model", str(tmp_path / "model"), *option]
+        capsys.readouterr()
+        assert main(command) == 2
+        assert f"{option[0]} needs --by-level" in capsys.readouterr().err
+
+
+def test_ways_to_combine_are_measured_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", DIGITS, "--out", str(tmp_path), "--quiet", "--set", "train.steps=2", *TINY]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [(row["combine"], row["steps"], row["seeds"]) for row in rows] == [
+        (combine, steps, seeds)
+        for combine in ("mean", "product", "probabilities", "chain")
+        for steps in (1, 3)
+        for seeds in (1, 2)
+    ]
+    assert all(row["nll"] > 0 and 0 <= row["ece"] <= 1 for row in rows)
+    learned = ["--set", "blocks.target.likelihood=learned", "--quiet", "--set", "train.steps=2", *TINY]
+    capsys.readouterr()
+    assert main(["train", DIGITS, "--out", str(tmp_path / "b"), *learned]) == 2
+    error = capsys.readouterr().err
+    assert "evaluate.combine = 'mean' needs" in error
+    assert "use evaluate.combine = chain" in error
+    assert not (tmp_path / "b" / "log.jsonl").exists()
+    chain = ["--set", "evaluate.combine=null", "--set", "evaluate.steps=null", "--set", "evaluate.seeds=null"]
+    assert main(["train", DIGITS, "--out", str(tmp_path / "b"), *learned, *chain]) == 0
+    (row,) = json.loads((tmp_path / "b" / "result.json").read_text())["rows"]
+    assert (row["combine"], row["steps"], row["seeds"]) == ("chain", 1, 8)
 
 
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path: Path) -> None:
