@@ -36,13 +36,27 @@ NOTED = Path(__file__).with_name("golden_runs.json")
 OLD = Path(__file__).parents[1] / "old_artefacts"
 SHIPPED = Path(__file__).parents[2] / "recipes"
 
+#: What networks of that time learned.
+LEARNED = "blocks.target.likelihood=learned"
+
 #: Runs: the recipe of tests/old_artefacts/recipes, and settings.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "vit": ("vit", ("train.steps=8", "train.log_every=2", "evaluate.limit=20")),
-    "vit-joint": ("vit", ("train.steps=4", "evaluate.limit=20", "blocks.shared=joint", "train.schedule=sequential")),
+    "vit": ("vit", (LEARNED, "train.steps=8", "train.log_every=2", "evaluate.limit=20")),
+    "vit-joint": (
+        "vit",
+        (LEARNED, "train.steps=4", "evaluate.limit=20", "blocks.shared=joint", "train.schedule=sequential"),
+    ),
     "vit-fit": (
         "vit",
-        ("train.steps=4", "evaluate.limit=20", "fit.steps=80", "fit.rounds=2", "fit.grid=9", "fit.examples=64"),
+        (
+            LEARNED,
+            "train.steps=4",
+            "evaluate.limit=20",
+            "fit.steps=80",
+            "fit.rounds=2",
+            "fit.grid=9",
+            "fit.examples=64",
+        ),
     ),
     "vit-end-to-end": ("vit", ("train.steps=8", "train.log_every=2", "evaluate.limit=20", "method=end-to-end")),
     "dit": ("dit", ("train.steps=8", "train.log_every=2", "trunk.steps=6")),
@@ -56,6 +70,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "llama": (
         "llama",
         (
+            LEARNED,
             "train.steps=8",
             "train.log_every=2",
         ),

@@ -251,13 +251,13 @@ def test_the_headline_is_the_first_setting_whatever_the_distances() -> None:
     assert TASKS["samples"].headline(rows) is rows[0]
 
 
-@pytest.mark.parametrize(("rules", "headline"), [(("chain",), 2), (("mean",), 3), (("chain", "product", "mean"), 11)])
-def test_the_headline_of_accuracies_is_the_default_rule_with_most_seeds(rules: tuple[str, ...], headline: int) -> None:
-    """Of chains the fewest steps, else the most: fixed before the run, whatever the accuracies."""
+@pytest.mark.parametrize(("rules", "headline"), [(("chain",), 2), (("mean",), 1), (("chain", "product", "mean"), 9)])
+def test_the_headline_of_accuracies_is_of_the_default_rule(rules: tuple[str, ...], headline: int) -> None:
+    """Of chains the most seeds and the fewest steps, else the other way round: fixed, whatever the accuracies."""
     rows = [
         AccuracyRow(combine, steps, seeds, accuracy, standard_error=0.0, nll=1.0, ece=0.0)
         for combine in rules
-        for steps, seeds, accuracy in ((1, 1, 0.9), (3, 1, 0.99), (1, 8, 0.5), (3, 8, 0.45))
+        for steps, seeds, accuracy in ((1, 1, 0.9), (3, 1, 0.45), (1, 8, 0.5), (3, 8, 0.95))
     ]
     assert TASKS["accuracy"].headline(rows) is rows[headline]
 

@@ -76,6 +76,19 @@ def test_levels_of_each_block_whatever_the_partition() -> None:
         assert [row.block for row in rows] == [b for b in range(blocks) for _ in range(12 // blocks)]
 
 
+def test_blocks_that_see_no_noise_say_the_same_of_an_image_at_every_level() -> None:
+    model = convert("vit", target={"noise_input": False}).eval()
+    rows = accuracy_by_level(model, batches(0))
+    for block in range(3):
+        losses = [row.context_cross_entropy for row in rows if row.block == block]
+        assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    images = noise_batch()["pixel_values"]
+    first, second = (model.predict(images, generator=seeded(seed)).logits for seed in (0, 1))
+    assert torch.equal(first, second)
+    seen = accuracy_by_level(model_of(), batches(0))  # the positive control: blocks that see z
+    assert seen[0].context_cross_entropy != pytest.approx(seen[3].context_cross_entropy, rel=1e-4)
+
+
 def test_blocks_that_learn_the_likelihood_have_no_context(tmp_path: Path) -> None:
     model = model_of(likelihood="learned")
     rows = accuracy_by_level(model, batches(0))

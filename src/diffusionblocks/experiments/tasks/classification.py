@@ -128,13 +128,12 @@ class Classification(Task[AccuracyConfig]):
         return functools.partial(section.evaluation_batches, images, batch_size=options.batch_size, device=device)
 
     def headline(self, rows: Sequence[AccuracyRow]) -> AccuracyRow:
-        """The default way to combine, with the most seeds; of chains the fewest steps, else the most."""
+        """The default way to combine: of a mean the fewest seeds and the most steps, of chains the other way round."""
         rules = [row.combine for row in rows]
         rule = "mean" if "mean" in rules else rules[0]
-        sign = -1 if rule == "chain" else 1
-        return max(
-            (row for row in rows if row.combine == rule), key=lambda row: (row.seeds or 1, sign * (row.steps or 1))
-        )
+        sign = 1 if rule == "chain" else -1
+        of_rule = [row for row in rows if row.combine == rule]
+        return max(of_rule, key=lambda row: (sign * (row.seeds or 1), -sign * (row.steps or 1)))
 
     def summary(self, rows: Sequence[AccuracyRow]) -> dict[str, Any]:
         """The headline, and all rows beside it."""
