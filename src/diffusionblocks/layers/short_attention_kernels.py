@@ -21,71 +21,118 @@ def _jit(kernel: Any) -> Any:
 
 
 @_jit
-def _probabilities(q, k, scale, tokens, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """softmax(scale q k'), with `scale` for powers of two; 0 at tokens that are not there."""
-    scores = tl.dot(q, tl.trans(k)) * scale
-    scores = tl.where((tl.arange(0, SIZE) < tokens)[None, :], scores, float("-inf"))
-    p = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+def _load(at, place, first, tokens, by_token, SIZE: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SIZE tokens from the first, (SIZE, DIM), and 0 for those that are not there."""
+    token = first + tl.arange(0, SIZE)[:, None]
+    return tl.load(at + place + token * by_token + tl.arange(0, DIM)[None, :], mask=token < tokens, other=0.0)
 
 
 @_jit
-def _keep(seed_at, limit, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which scores of this program dropout keeps: a hash of the seed and their place."""
-    place = tl.program_id(0) * (SIZE * SIZE) + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    bits = place.to(tl.uint32) ^ tl.load(seed_at).to(tl.uint32)
+def _store(at, values, first, tokens, heads, SIZE: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store (SIZE, DIM) as tokens from the first, in (batch, tokens, heads, DIM)."""
+    token = first + tl.arange(0, SIZE)[:, None]
+    place = (tl.program_id(0) // heads * tokens + token) * heads + tl.program_id(0) % heads
+    tl.store(at + place * DIM + tl.arange(0, DIM)[None, :], values.to(at.dtype.element_ty), mask=token < tokens)
+
+
+@_jit
+def _scores(q, k, first, tokens, scale, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    there = first + tl.arange(0, SIZE) < tokens
+    return tl.where(there[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+
+
+@_jit
+def _dropped(p, seed_at, limit, factor, first, ROWS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values (ROWS, SIZE) after dropout, by a hash of the seed and of the scores' places."""
+    column = first + tl.arange(0, SIZE)[None, :]
+    bits = (tl.program_id(0) * (ROWS * ROWS) + tl.arange(0, ROWS)[:, None] * ROWS + column).to(tl.uint32)
+    bits = bits ^ tl.load(seed_at).to(tl.uint32)
     bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
     bits = bits ^ tl.load(seed_at + 1).to(tl.uint32)
     bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
-    return (bits >> 8).to(tl.int32) >= limit
+    return tl.where((bits >> 8).to(tl.int32) >= limit, p * factor, 0.0)
 
 
 @_jit
 def _forward(  # type: ignore[no-untyped-def]
     q_at, k_at, v_at, seed_at, out_at, scale, limit, factor, heads, tokens, by_batch, by_head, by_token,
-    DIM: tl.constexpr, SIZE: tl.constexpr, DROP: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    token, dim = tl.arange(0, SIZE)[:, None], tl.arange(0, DIM)[None, :]
-    inside = token < tokens
-    place = batch * by_batch + head * by_head + token * by_token + dim
-    q = tl.load(q_at + place, mask=inside, other=0.0)
-    k = tl.load(k_at + place, mask=inside, other=0.0)
-    v = tl.load(v_at + place, mask=inside, other=0.0)
-    p = _probabilities(q, k, scale, tokens, SIZE)
+    """softmax(q k') v of one head, with `scale` for powers of two; keys are MAIN and REST, which may be none."""
+    place = tl.program_id(0) // heads * by_batch + tl.program_id(0) % heads * by_head
+    q = _load(q_at, place, 0, tokens, by_token, ROWS, DIM)
+    p = _scores(q, _load(k_at, place, 0, tokens, by_token, MAIN, DIM), 0, tokens, scale, MAIN)
+    most = tl.max(p, 1)
+    if REST > 0:
+        rest = _scores(q, _load(k_at, place, MAIN, tokens, by_token, REST, DIM), MAIN, tokens, scale, REST)
+        most = tl.maximum(most, tl.max(rest, 1))
+        rest = tl.exp2(rest - most[:, None])
+    p = tl.exp2(p - most[:, None])
+    total = tl.sum(p, 1)
+    if REST > 0:
+        total += tl.sum(rest, 1)
     if DROP:
-        p = tl.where(_keep(seed_at, limit, SIZE), p * factor, 0.0)
+        p = _dropped(p, seed_at, limit, factor, 0, ROWS, MAIN)
+    v = _load(v_at, place, 0, tokens, by_token, MAIN, DIM)
     out = tl.dot(p.to(v.dtype), v)
-    tl.store(out_at + ((batch * tokens + token) * heads + head) * DIM + dim, out.to(v.dtype), mask=inside)
+    if REST > 0:
+        if DROP:
+            rest = _dropped(rest, seed_at, limit, factor, MAIN, ROWS, REST)
+        v = _load(v_at, place, MAIN, tokens, by_token, REST, DIM)
+        out = tl.dot(rest.to(v.dtype), v, out)
+    _store(out_at, out / total[:, None], 0, tokens, heads, ROWS, DIM)
 
 
 @_jit
 def _backward(  # type: ignore[no-untyped-def]
     q_at, k_at, v_at, g_at, seed_at, dq_at, dk_at, dv_at, scale, slope, limit, factor, heads, tokens,
-    by_batch, by_head, by_token, DIM: tl.constexpr, SIZE: tl.constexpr, DROP: tl.constexpr,
+    by_batch, by_head, by_token,
+    DIM: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    token, dim = tl.arange(0, SIZE)[:, None], tl.arange(0, DIM)[None, :]
-    inside = token < tokens
-    place = batch * by_batch + head * by_head + token * by_token + dim
-    out = ((batch * tokens + token) * heads + head) * DIM + dim
-    q = tl.load(q_at + place, mask=inside, other=0.0)
-    k = tl.load(k_at + place, mask=inside, other=0.0)
-    v = tl.load(v_at + place, mask=inside, other=0.0)
-    g = tl.load(g_at + out, mask=inside, other=0.0)
-    p = _probabilities(q, k, scale, tokens, SIZE)
+    """The gradients of q, k and v of one head; all scores are computed again."""
+    place = tl.program_id(0) // heads * by_batch + tl.program_id(0) % heads * by_head
+    q = _load(q_at, place, 0, tokens, by_token, ROWS, DIM)
+    k = _load(k_at, place, 0, tokens, by_token, MAIN, DIM)
+    v = _load(v_at, place, 0, tokens, by_token, MAIN, DIM)
+    out = tl.program_id(0) // heads * tokens * heads * DIM + tl.program_id(0) % heads * DIM
+    g = _load(g_at, out, 0, tokens, heads * DIM, ROWS, DIM)
+    p = _scores(q, k, 0, tokens, scale, MAIN)
+    most = tl.max(p, 1)
+    if REST > 0:
+        k2 = _load(k_at, place, MAIN, tokens, by_token, REST, DIM)
+        v2 = _load(v_at, place, MAIN, tokens, by_token, REST, DIM)
+        p2 = _scores(q, k2, MAIN, tokens, scale, REST)
+        most = tl.maximum(most, tl.max(p2, 1))
+        p2 = tl.exp2(p2 - most[:, None])
+    p = tl.exp2(p - most[:, None])
+    total = tl.sum(p, 1)
+    if REST > 0:
+        total += tl.sum(p2, 1)
+        p2 = p2 / total[:, None]
+    p = p / total[:, None]
     dp = tl.dot(g, tl.trans(v))
+    after = p
     if DROP:
-        keep = _keep(seed_at, limit, SIZE)
-        dp = tl.where(keep, dp * factor, 0.0)
-        dv = tl.dot(tl.trans(tl.where(keep, p * factor, 0.0).to(v.dtype)), g)
-    else:
-        dv = tl.dot(tl.trans(p.to(v.dtype)), g)
-    tl.store(dv_at + out, dv.to(v.dtype), mask=inside)
-    ds = p * (dp - tl.sum(p * dp, 1)[:, None])
-    ds = (ds * slope).to(v.dtype)
-    tl.store(dq_at + out, tl.dot(ds, k).to(v.dtype), mask=inside)
-    tl.store(dk_at + out, tl.dot(tl.trans(ds), q).to(v.dtype), mask=inside)
+        dp = _dropped(dp, seed_at, limit, factor, 0, ROWS, MAIN)
+        after = _dropped(p, seed_at, limit, factor, 0, ROWS, MAIN)
+    _store(dv_at, tl.dot(tl.trans(after.to(v.dtype)), g), 0, tokens, heads, MAIN, DIM)
+    delta = tl.sum(p * dp, 1)
+    if REST > 0:
+        dp2 = tl.dot(g, tl.trans(v2))
+        after = p2
+        if DROP:
+            dp2 = _dropped(dp2, seed_at, limit, factor, MAIN, ROWS, REST)
+            after = _dropped(p2, seed_at, limit, factor, MAIN, ROWS, REST)
+        _store(dv_at, tl.dot(tl.trans(after.to(v.dtype)), g), MAIN, tokens, heads, REST, DIM)
+        delta += tl.sum(p2 * dp2, 1)
+    ds = (p * (dp - delta[:, None]) * slope).to(v.dtype)
+    dq = tl.dot(ds, k)
+    _store(dk_at, tl.dot(tl.trans(ds), q), 0, tokens, heads, MAIN, DIM)
+    if REST > 0:
+        ds2 = (p2 * (dp2 - delta[:, None]) * slope).to(v.dtype)
+        dq = tl.dot(ds2, k2, dq)
+        _store(dk_at, tl.dot(tl.trans(ds2), q), MAIN, tokens, heads, REST, DIM)
+    _store(dq_at, dq, 0, tokens, heads, ROWS, DIM)
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -98,9 +145,13 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _settings(q: Tensor, dropout: float, scale: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What both kernels are told: numbers, and constants."""
     _, heads, tokens, dim = q.shape
-    factor, size = 1 / (1 - dropout), max(16, triton.next_power_of_2(tokens))
-    numbers = (round(dropout * 2**24), factor, heads, tokens, *q.stride()[:3])
-    return numbers, (dim, size, dropout > 0)
+    rows = max(16, triton.next_power_of_2(tokens))
+    # Few tokens beyond a power of two are keys of their own: 65 are 64 and 16, not 128.
+    main, rest = (rows // 2, max(16, triton.next_power_of_2(tokens - rows // 2))) if tokens > 32 else (rows, 0)
+    if main + rest > rows * 3 // 4:
+        main, rest = rows, 0
+    numbers = (round(dropout * 2**24), 1 / (1 - dropout), heads, tokens, *q.stride()[:3])
+    return numbers, (dim, rows, main, rest, dropout > 0)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout: float, scale: float) -> Tensor:
