@@ -192,6 +192,7 @@ def test_what_is_rewritten() -> None:
     assert counts(Layer(hidden=1024)) == (0, 1, 1)
     assert counts(Layer(dim=64, causal=True)) == (0, 1, 0)
     assert counts(Layer(), tokens=200) == (1, 1, 0)
+    assert counts(Layer(dim=512)) == (0, 0, 0)
     assert supported(128, 3072, 128)
     assert not supported(768, 3072, 768)
 

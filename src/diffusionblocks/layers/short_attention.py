@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Most tokens that one program holds.
-MOST_TOKENS = 128
+
+def is_short(tokens: int, dim: int) -> bool:
+    """Whether one program holds so many tokens of a head of this size, faster than kernels for long sequences."""
+    return 32 < tokens <= 96 and dim == 32
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale: float | None = None) -> Tensor:

@@ -14,7 +14,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from ..layers.fused_mlp import fused_mlp, supported
-from ..layers.short_attention import MOST_TOKENS, short_attention
+from ..layers.short_attention import is_short, short_attention
+
+#: Products of inputs wider than this are large enough by themselves.
+_NARROW = 256
 
 _LINEAR = (torch._C._nn.linear, F.linear)
 _ATTENTION = (torch._C._nn.scaled_dot_product_attention, F.scaled_dot_product_attention)
@@ -74,12 +77,12 @@ def fuse_mlps(graph: fx.GraphModule, device_type: str = "cuda") -> int:
 
 
 def merge_projections(graph: fx.GraphModule, device_type: str = "cuda") -> int:
-    """Replace products of one input in bfloat16, as query, key and value, by one product. Returns how many were."""
+    """Replace products of one narrow input in bfloat16, as query, key and value, by one. Returns how many groups."""
     together: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in graph.graph.nodes:
         if node.target in _LINEAR and _operands(node)[2] is not None and _lower(node, device_type):
             together[_operands(node)[0]].append(node)
-    groups = [nodes for nodes in together.values() if len(nodes) > 1]
+    groups = [nodes for x, nodes in together.items() if len(nodes) > 1 and _value(x).shape[-1] <= _NARROW]
     groups = [nodes for nodes in groups if len({_value(_operands(node)[1]).dtype for node in nodes}) == 1]
     for nodes in groups:
         sizes = [_value(_operands(node)[1]).shape[0] for node in nodes]
@@ -115,7 +118,7 @@ def shorten_attention(graph: fx.GraphModule, device_type: str = "cuda") -> int:
         shape = _value(q).shape
         if any(values.values()) or len(shape) != 4 or any(_value(other).shape != shape for other in (k, v)):
             continue
-        if not MOST_TOKENS // 4 < shape[2] <= MOST_TOKENS or shape[3] not in (16, 32, 64):
+        if not is_short(shape[2], shape[3]):
             continue
         with graph.graph.inserting_before(node):
             _replace(node, graph.graph.call_function(short_attention, (q, k, v, dropout, scale)))

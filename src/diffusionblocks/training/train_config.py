@@ -88,7 +88,7 @@ class TrainConfig(BaseModel):
             the cheapest, it computes again. At 0.9 those are norms and activation functions, and no matrix product.
             Without effect under `activation_checkpointing`.
         fused_kernels: On a GPU, step AdamW's float32 parameters in one kernel; and let `compile` replace, in bfloat16,
-            attention over 33 to 128 tokens without a mask, the products that make query, key and value, and a wide MLP
+            attention over 33 to 96 tokens in heads of 32, the products that make query, key and value, and a wide MLP
             with exact GELU on a narrow residual stream (128) by kernels that write less. Changes rounding, and which
             scores dropout takes.
         cuda_graph: Capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph. Without effect
