@@ -57,6 +57,10 @@ NO_ADVICE = ("examples:\n", "--restart", "set model.config or blocks to make it 
 
 #: Fragments of messages whose advice another test follows -> that test.
 ELSEWHERE = {
+    **dict.fromkeys(
+        ("as all were before there was that field", "--set blocks.target.kind={kind} "),
+        "training/test_resumption.py::test_a_run_of_an_earlier_version_goes_on_with_what_it_noted",
+    ),
     "which told the network every level": (
         "training/test_resumption.py::test_a_run_of_an_earlier_version_goes_on_with_what_it_noted"
     ),
@@ -351,7 +355,8 @@ CASES = [
     Case(
         "set blocks.target.likelihood to added, or leave",
         VIT,
-        OF_VIT | {"train.distill.teacher": "{vit}", "blocks.target.likelihood": "learned"},
+        OF_VIT
+        | {"train.distill.teacher": "{vit}", "blocks.target.likelihood": "learned", "evaluate.combine": "[chain]"},
         ("set blocks.target.likelihood to added", "leave it out"),
         "train.distill.teacher",
     ),

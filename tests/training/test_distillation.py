@@ -110,7 +110,7 @@ def test_the_mean_of_several_teachers_is_taught(teachers: dict[str, str]) -> Non
     blocks, whole, ensemble = trainer.teachers
     assert isinstance(blocks, db.DiffusionBlocks)
     images = taught["pixel_values"]
-    expected = blocks.inference.context_logits(images, generators[1]) + whole(images) + ensemble(images)
+    expected = blocks.predict(images, generator=generators[1]).logits + whole(images) + ensemble(images)
     torch.testing.assert_close(
         taught["teacher_logits"].log_softmax(-1), (expected / 3).log_softmax(-1), atol=1e-5, rtol=1e-5
     )
