@@ -14,6 +14,7 @@ import diffusionblocks as db
 from diffusionblocks.models import NoPropCNN
 from diffusionblocks.noise.discrete_steps import DiscreteSteps
 from diffusionblocks.targets import LabelTarget
+from diffusionblocks.training.local_learning import LocalConfig, LocalLearning
 from diffusionblocks.training.noprop_steps import DenoisingStep, NoProp
 
 LABELS = 4
@@ -160,3 +161,8 @@ def test_what_would_move_the_statistics_twice_is_refused() -> None:
 def test_a_place_among_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"target\.token = replace-cls: a NoPropCNN has no tokens"):
         blocks(target={"token": "replace-cls"})
+
+
+def test_local_learning_of_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="which NoPropFamily does not do for a NoPropCNN"):
+        LocalLearning(cnn(), LocalConfig(), 3)

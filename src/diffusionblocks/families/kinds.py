@@ -37,6 +37,11 @@ class ClassifierFamily(Family):
 
     # ---- the unconverted model in parts, for local learning ------------------------------------------------
 
+    @property
+    def runs_in_parts(self) -> bool:
+        """Whether stem and head can be run by themselves: whether `embed` and `classify` are written."""
+        return type(self).embed is not ClassifierFamily.embed
+
     def embed(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
         """Run the stem: images (batch, channels, height, width) -> tokens (batch, length, dim).
 

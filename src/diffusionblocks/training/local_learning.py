@@ -256,6 +256,11 @@ class LocalLearning(Baseline):
         family = family_for(model)
         if not isinstance(family, ClassifierFamily):
             raise ValueError(f"local learning is for classifiers, not for a {type(model).__name__}")
+        if not family.runs_in_parts:
+            raise ValueError(
+                f"local learning runs stem, layers and head one by one, which {type(family).__name__} does not do "
+                f"for a {type(model).__name__}"
+            )
         self.options, self.model_class, self._config = options, class_name_of(model), model.config
         layers = family.layers_path(model)
         every = [f"{layers}.{name}" for name, _ in model.get_submodule(layers).named_children()]
