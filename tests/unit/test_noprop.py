@@ -158,9 +158,10 @@ def test_what_would_move_the_statistics_twice_is_refused() -> None:
         blocks().activation_checkpointing_enable()
 
 
-def test_a_place_among_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"target\.token = replace-cls: a NoPropCNN has no tokens"):
-        blocks(target={"token": "replace-cls"})
+@pytest.mark.parametrize(("name", "value"), [("token", "linear"), ("noise_input", False), ("self_conditioning", True)])
+def test_what_needs_tokens_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"target\.{name} = {value}: the networks of a NoPropCNN have no tokens"):
+        blocks(target={name: value})
 
 
 def test_local_learning_of_it_is_refused() -> None:

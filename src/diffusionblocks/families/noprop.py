@@ -37,10 +37,14 @@ class NoPropFamily(ClassifierFamily):
     @override
     def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
         assert isinstance(config.target, LabelTargetConfig)
-        if config.target.token != LabelTargetConfig().token:
-            raise ValueError(
-                f"target.token = {config.target.token}: a {type(model).__name__} has no tokens; leave it out"
-            )
+        default = LabelTargetConfig()
+        for name in ("token", "noise_input", "self_conditioning"):
+            value = getattr(config.target, name)
+            if value != getattr(default, name):
+                raise ValueError(
+                    f"target.{name} = {value}: the networks of a {type(model).__name__} have no tokens, and one input "
+                    "for the noised label; leave it out"
+                )
 
     @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
