@@ -41,8 +41,8 @@ each_family = pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 
 
 def letters(overlap: float = 0.0) -> db.DiffusionBlocks:
-    """Three blocks, each of which says one letter of its own: block b says b + 1."""
-    model = convert("llama", overlap=overlap).eval()
+    """Three blocks, each of which says one letter of its own: block b says b + 1, whatever z says."""
+    model = convert("llama", overlap=overlap, target={"kind": "next-token", "likelihood": "learned"}).eval()
     with torch.no_grad():
         for b, block in enumerate(model.blocks):
             final = block.shared.final_norms.linear

@@ -91,6 +91,7 @@ class Recorder:
     def _keep(self, block: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
         inputs, z, level = arguments
         (sigma,) = set(level.tolist())
+        output = block.posterior(output, z, level) if block.adds_likelihood else output  # asked for its context
         kept = {"block": block.index, "inputs": inputs["input_ids"], "z": z, "level": sigma, "output": output}
         self.calls.append(kept | {"training": block.training})
 
