@@ -304,7 +304,7 @@ def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> 
         del line["name"]
         about: dict[str, Any] = {"key": key, "seeds": seeds}
         if several:
-            line["seeds"] = ", ".join(map(str, seeds))
+            line["train.seed"] = ", ".join(map(str, seeds))  # beside the noise seeds of an evaluation
         if score:
             scores = [row[score] for row in rows]
             deviation = statistics.stdev(scores) if len(scores) > 1 and None not in scores else None
