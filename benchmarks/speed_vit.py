@@ -20,8 +20,10 @@ import torch
 from diffusionblocks.experiments.baselines import executed, variants
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.recipe_changes import with_train
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
+from diffusionblocks.training import TrainConfig
 
 
 def measure(recipe: Recipe, data: Any, windows: int, iterations: int) -> dict[str, float]:
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=9)
     parser.add_argument("--iterations", type=int, default=99)
     parser.add_argument("--eager", action="store_true", help="also time the eager rows")
+    parser.add_argument("--kernels", nargs="*", default=TrainConfig().fused_kernels, help="of the rows `after`")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.set)
     if not torch.cuda.is_available():
@@ -71,13 +74,13 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     data = recipe.data.load("train")
     rows: list[dict[str, Any]] = []
-    modes = [("before", True, False), ("after", True, True)] + [("eager", False, False)] * options.eager
+    kernels = {"before": (), "after": options.kernels, "eager": ()}
     for variant in variants(recipe):
         if "-x" in variant.key or variant.name == "ensemble":
             continue  # the same step, more of them
-        for when, fast, fused in modes:
-            train = variant.recipe.train.model_copy(update={"fused_kernels": fused})
-            timed = executed(variant.recipe.model_copy(update={"train": train}), fast=fast)
+        for when in ("before", "after", "eager")[: 2 + options.eager]:
+            fast = when != "eager"
+            timed = executed(with_train(variant.recipe, fused_kernels=kernels[when]), fast=fast)
             rows.append(
                 {
                     "name": variant.name,

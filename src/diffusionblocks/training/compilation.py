@@ -40,7 +40,7 @@ class Compiler:
         if config.activation_memory_budget < 1:
             backend, options = within_budget(config.activation_memory_budget, backend, options), None
         if config.fused_kernels and (device.type == "cuda" if on_gpu is None else on_gpu):
-            backend, options = rewriting(backend or _inductor(options), device.type), None
+            backend, options = rewriting(backend or _inductor(options), config.fused_kernels, device.type), None
         self._options: dict[str, Any] = {"backend": backend or "inductor", "options": options, "dynamic": dynamic}
 
     def compile(self, modules: Sequence[nn.Module]) -> None:

@@ -6,7 +6,7 @@ They look at a graph's own nodes, so they hold for any class, end to end as in a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -25,21 +25,22 @@ _GELU = (torch._C._nn.gelu, F.gelu)
 
 
 def rewriting(
-    compile_graph: Callable[[fx.GraphModule, Any], Any], device_type: str = "cuda"
+    compile_graph: Callable[[fx.GraphModule, Any], Any], names: Collection[str], device_type: str = "cuda"
 ) -> Callable[[fx.GraphModule, Any], Any]:
     """A backend of torch.compile that rewrites graphs before it gives them to another.
 
     Args:
         compile_graph: the other backend.
+        names: what to rewrite, as in `TrainConfig.fused_kernels`.
         device_type: rewrite only what runs there.
     """
+    rewrites = {"mlp": fuse_mlps, "projections": merge_projections, "attention": shorten_attention}
 
     def rewrite_and_compile(graph: fx.GraphModule, inputs: Any) -> Any:
         for part in graph.modules():  # what activation checkpointing computes again is a graph in the graph
-            if isinstance(part, fx.GraphModule):
-                fuse_mlps(part, device_type)
-                merge_projections(part, device_type)
-                shorten_attention(part, device_type)
+            for name, rewrite in rewrites.items():
+                if name in names and isinstance(part, fx.GraphModule):
+                    rewrite(part, device_type)
         return compile_graph(graph, inputs)
 
     return rewrite_and_compile

@@ -253,7 +253,7 @@ def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConf
         check_optimizer(config)
         optimizer: Optimizer = _adamw_8bit()(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
         return optimizer
-    one = config.fused_kernels and not config.optimizer_in_backward and OneKernelAdamW.takes(parameters)
+    one = "adamw" in config.fused_kernels and not config.optimizer_in_backward and OneKernelAdamW.takes(parameters)
     return (OneKernelAdamW if one else torch.optim.AdamW)(
         parameters,
         lr=lr,

@@ -87,10 +87,11 @@ class TrainConfig(BaseModel):
         activation_memory_budget: Share of the activations that torch.compile may keep for the backward pass; the rest,
             the cheapest, it computes again. At 0.9 those are norms and activation functions, and no matrix product.
             Without effect under `activation_checkpointing`.
-        fused_kernels: On a GPU, step AdamW's float32 parameters in one kernel; and let `compile` replace, in bfloat16,
-            attention over 33 to 96 tokens in heads of 32, the products that make query, key and value, and a wide MLP
-            with exact GELU on a narrow residual stream (128) by kernels that write less. Changes rounding, and which
-            scores dropout takes.
+        fused_kernels: What runs on a GPU by kernels of our own, where these are faster. `mlp`: a wide MLP with exact
+            GELU on a narrow stream (128), which never writes its hidden units; `projections`: the products that give
+            query, key and value of at most 256 features, as one; `attention`: over 33 to 96 tokens in heads of 32.
+            These three need `compile`, and bfloat16. `adamw`: its step of float32 parameters, as one kernel. They
+            change rounding; `attention` also which scores dropout takes.
         cuda_graph: Capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph. Without effect
             on a CPU.
         concurrent: Let steps of different blocks overlap on one GPU, each block on a CUDA stream of its own: steps of
@@ -140,7 +141,7 @@ class TrainConfig(BaseModel):
     ema_ramp_up: Positive = 0.05
     compile: bool | Literal["layers"] = False
     activation_memory_budget: Share = 1.0
-    fused_kernels: bool = False
+    fused_kernels: tuple[Literal["mlp", "projections", "attention", "adamw"], ...] = ("mlp", "projections")
     cuda_graph: bool = False
     concurrent: bool = False
     schedule: Literal["random", "round-robin", "sequential"] = "random"
