@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_states
+from torch.nn import functional as F
 
 from diffusionblocks.cli.commands import main
 from diffusionblocks.core.ensembles import merge_ensembles
@@ -17,10 +18,12 @@ from diffusionblocks.data import ImageData, digits
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
-from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.recipe import Recipe, load_recipe, parse_recipe
+from diffusionblocks.experiments.tasks.next_token_text import write_continuations
 from diffusionblocks.training import EndToEnd
 from diffusionblocks.training.ensemble import Ensemble
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIG = {
     **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2},
     **{"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10, "hidden_dropout_prob": 0.2},
@@ -173,10 +176,32 @@ def test_what_cannot_be_an_ensemble_is_refused(data: dict[str, ImageData]) -> No
         Experiment(recipe(train={"blocks": [2]}), data).build()
     with pytest.raises(ValueError, match="4 layers, 3 blocks"):
         Experiment(recipe(blocks={"num_blocks": 3}), data).build()
-    text = {"type": "LlamaForCausalLM", "config": {}}
-    values = {"name": "text", "method": "ensemble", "model": text, "train": {"steps": 1}}
-    with pytest.raises(ValueError, match=r"method: ensemble is for classifiers.*use method: end-to-end"):
-        parse_recipe({**values, "data": {"kind": "topics", "length": 8}}, "test")
+    values = {"name": "text", "method": "ensemble", "train": {"steps": 1}, "data": {"kind": "topics", "length": 8}}
+    for model_class in ("MaskedTransformer", "RecurrentDepth"):
+        with pytest.raises(ValueError, match=r"method: ensemble is for models of several .*: use method: end-to-end"):
+            parse_recipe({**values, "model": {"type": model_class, "config": {}}}, "test")
+
+
+def test_language_models_answer_together(tmp_path: Path) -> None:
+    changes = ["method=ensemble", "train.steps=2", "model.config.hidden_size=16", "blocks.num_blocks=2", "device=cpu"]
+    changes += ["model.config.num_hidden_layers=2", "evaluate.limit=4", "train.warmup_steps=0"]
+    experiment = Experiment(load_recipe(RECIPES / "text" / "autoregressive_topics.yaml", changes))
+    result = runs.train(experiment, tmp_path, progress=False)
+    model = result.model
+    assert isinstance(model, Ensemble)
+    some = experiment.data("test").first(4)
+    (batch,) = experiment.recipe.data.evaluation_batches(some, batch_size=4, device=torch.device("cpu"))
+    tokens = batch["input_ids"]
+    with torch.no_grad():
+        logs = torch.stack([model.member(index)(tokens).log_softmax(-1) for index in range(2)])
+    expected = {"mean": logs.mean(0).log_softmax(-1), "probabilities": logs.exp().mean(0).log()}
+    rows: Any = result.rows
+    assert [row.combine for row in rows] == ["mean", "probabilities"]
+    for row in rows:
+        nll = F.cross_entropy(expected[row.combine][:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        assert row.cross_entropies.cross_entropy == pytest.approx(nll.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="an ensemble of 2 networks writes no texts"):
+        write_continuations(experiment, model, tmp_path / "samples")
 
 
 def test_another_methods_model_is_refused(data: dict[str, ImageData], together: tuple[Path, runs.RunResult]) -> None:

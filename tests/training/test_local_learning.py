@@ -304,6 +304,11 @@ def test_modules_must_divide_the_layers() -> None:
         Experiment(recipe(local={"modules": 3})).build()
 
 
+def test_a_language_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="for classifiers, not for a LlamaForCausalLM"):
+        LocalLearning(tiny("llama"), LocalConfig(), 1)
+
+
 def test_a_changed_file_is_refused(data: dict[str, ImageData], tmp_path: Path) -> None:
     run(recipe(), tmp_path, data)
     folder = tmp_path / "model"

@@ -87,7 +87,7 @@ def merge(
     index = {**first.index, "blocks": [origin.block for origin in origins]}
     index["files"] = {path.name: entry.model_dump() for path, entry in files.items()}
     with whole_folder(Path(out), WITH_TOKENIZER) as temporary:
-        for file in [*files, *_tokenizer(models)]:
+        for file in [*files, *common_tokenizer([model.folder for model in models])]:
             shutil.copyfile(file, temporary / file.name)
         write_json(temporary / INDEX, seal(index))
     return origins
@@ -144,9 +144,13 @@ def _check_configs(models: list[SavedModel]) -> None:
             )
 
 
-def _tokenizer(models: list[SavedModel]) -> list[Path]:
-    """The one tokenizer of a language model's folders, where any has one."""
-    tokenizers = [path for model in models if (path := tokenizer_in(model.folder)) is not None]
+def common_tokenizer(folders: Sequence[Path]) -> list[Path]:
+    """The one tokenizer of a language model's folders, where any has one.
+
+    Raises:
+        ValueError: they have different ones.
+    """
+    tokenizers = [path for folder in folders if (path := tokenizer_in(folder)) is not None]
     for other in tokenizers[1:]:
         if not same_tokenizer(tokenizers[0], other):
             raise ValueError(

@@ -78,7 +78,7 @@ def variants(recipe: Recipe) -> list[Variant]:
     if many > 1 and recipe.model.pretrained is None:  # else one block is the whole model, or has its layers' weights
         rows.append(Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1))
         rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
-        if recipe.task.target == "label":
+        if recipe.task.plain_training:
             ensemble = ordinary.model_copy(update={"method": "ensemble"})
             rows.append(Variant(f"ensemble-{many}x{short}", ensemble, depth, many))
     rows.append(Variant("diffusionblocks", scratch, depth, many))

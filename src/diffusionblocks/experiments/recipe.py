@@ -104,9 +104,6 @@ DEPTH_ON_HOST = ("RecurrentDepth",)
 #: Classes with a training of their own, by its method.
 OWN_TRAINING = {"noprop": ("NoPropCNN",)}
 
-#: Methods whose answers are labels.
-OF_CLASSIFIERS = ("ensemble", "local")
-
 #: It is the name of a folder, too.
 RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_length=100)]
 
@@ -119,11 +116,11 @@ class Recipe(_Section):
     Attributes:
         name: Name of the run, and of its default output folder, runs/<name>.
         method: `diffusionblocks`, or a baseline. `end-to-end`: the same class unconverted; of a model that denoises
-            anyway, of images or masked text, that is one block on all levels. `ensemble`, of classifiers: as many
-            unconverted networks as blocks, of one block's layers and one block's steps each, whose answers are
-            averaged; train.blocks then names members. `local`, of classifiers: modules of one network, each trained
-            by a loss of its own. `noprop`, of NoPropCNN: each of its networks denoises one step of a fixed schedule
-            (arXiv 2503.24322).
+            anyway, of images or masked text, that is one block on all levels. `ensemble`, of classifiers and
+            autoregressive text: as many unconverted networks as blocks, of one block's layers and one block's steps
+            each, whose answers are averaged; train.blocks then names members. `local`, of classifiers: modules of one
+            network, each trained by a loss of its own. `noprop`, of NoPropCNN: each of its networks denoises one step
+            of a fixed schedule (arXiv 2503.24322).
         model: The ordinary model.
         blocks: How it is split into blocks.
         local: How modules are trained under `method: local`.
@@ -238,9 +235,14 @@ class Recipe(_Section):
             self.train.label_loss, model, of_labels=task.target == "label", context=self._has_context_logits
         )
         task.check_recipe(self)
-        if self.method in OF_CLASSIFIERS and task.target != "label":
+        if self.method == "local" and task.target != "label":
+            raise ValueError(f"method: local is for classifiers; {self.model.type} {task.does}: use method: end-to-end")
+        if self.method == "ensemble" and (not task.plain_training or self.model.type in DEPTH_ON_HOST):
             raise ValueError(
-                f"method: {self.method} is for classifiers; {self.model.type} {task.does}: use method: end-to-end"
+                "method: ensemble is for models of several blocks whose answers can be averaged, and "
+                f"{self.model.type} {task.does}"
+                + (" in one" if task.plain_training else "")
+                + ": use method: end-to-end"
             )
         if self.method == "local":
             check_readers(self.train)

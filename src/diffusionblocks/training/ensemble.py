@@ -16,7 +16,7 @@ from .units import Baseline, EndToEnd, Unit
 
 
 class Ensemble(Baseline):
-    """Unconverted classifiers of one class, each trained on its own, whose answers are averaged.
+    """Unconverted classifiers or language models of one class, each trained on its own, whose answers are averaged.
 
     Each has data order, augmentation and dropout of its own, keyed by its index, so members that train in separate jobs
     are bit-identical to those that train together.
@@ -48,19 +48,23 @@ class Ensemble(Baseline):
             raise ValueError(f"train.blocks = {indices}: the ensemble has members 0 to {many - 1}")
         return [Unit(index, f"member {index}", self.member(index)) for index in indices]
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) -> the members' mean logits (batch, num_classes)."""
-        return self._logits(pixel_values).mean(0)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) or tokens (batch, length) -> the mean of the members' logits."""
+        return self.answers(inputs)["mean"]
 
     def answers(self, pixel_values: Tensor) -> Mapping[str | None, Tensor]:
-        """`mean` of the members' logits, and the logarithm of the mean of their `probabilities`."""
-        logits = self._logits(pixel_values)
-        log_probabilities = logits.log_softmax(-1).logsumexp(0) - math.log(len(self.members))
-        return {"mean": logits.mean(0), "probabilities": log_probabilities}
+        """`mean` of the members' logits, and the logarithm of the mean of their `probabilities`.
 
-    def _logits(self, pixel_values: Tensor) -> Tensor:
-        """Those of all members, float32, shape (members, batch, num_classes)."""
-        return torch.stack([member(pixel_values).float() for member in self.members])
+        Args:
+            pixel_values: images; or, of language models, tokens (batch, length).
+        """
+        logits = self.member(0)(pixel_values).float()
+        total, mixture = logits, logits.log_softmax(-1)
+        for index in range(1, len(self.members)):  # one after another: logits of texts are large
+            logits = self.member(index)(pixel_values).float()
+            total, mixture = total + logits, torch.logaddexp(mixture, logits.log_softmax(-1))
+        many = len(self.members)
+        return {"mean": total / many, "probabilities": mixture - math.log(many)}
 
     def save(self, path: Path, *, tokenizer: bytes | None = None, provenance: dict[str, Any] | None = None) -> None:
         """Write the members that are there, each to a sub-folder in the format of its own library."""
@@ -69,7 +73,7 @@ class Ensemble(Baseline):
             for index in range(len(self.members))
             if not any(tensor.is_meta for tensor in tensors_of(self.member(index)))
         }
-        save_ensemble(there, len(self.members), path, provenance)
+        save_ensemble(there, len(self.members), path, provenance, tokenizer)
 
     @classmethod
     def load(cls, path: Path) -> Ensemble:

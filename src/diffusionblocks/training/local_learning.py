@@ -248,7 +248,7 @@ class LocalLearning(Baseline):
         modules: K, which must divide the layers.
 
     Raises:
-        ValueError: K does not divide the layers, or a model of a family that does not run in parts.
+        ValueError: K does not divide the layers, or a model of a family that does not run in parts (`embed`).
     """
 
     def __init__(self, model: nn.Module, options: LocalConfig, modules: int) -> None:

@@ -92,16 +92,22 @@ class LanguageResult:
         known: cross-entropies.
         written: measures of its continuations.
         tokens_per_second: of writing them, in batches of `evaluate.generation_batch_size`.
+        combine: how the members of an ensemble were brought together; it writes no texts.
     """
 
     cross_entropies: LanguageRow
-    texts: GeneratedText
-    tokens_per_second: float
+    texts: GeneratedText | None = None
+    tokens_per_second: float | None = None
+    combine: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        texts = {name: value for name, value in self.texts.to_dict().items() if name != "name"}
-        return {**self.cross_entropies.to_dict(), **texts, "tokens_per_second": self.tokens_per_second}
+        values = self.cross_entropies.to_dict()
+        if self.combine is not None:
+            values["combine"] = self.combine
+        if self.texts is not None:
+            values |= {name: value for name, value in self.texts.to_dict().items() if name != "name"}
+        return values | {"tokens_per_second": self.tokens_per_second}
 
 
 @register_task
@@ -238,6 +244,12 @@ class NextTokenText(Task[LanguageConfig]):
                 cross_entropies = language_row(
                     experiment.blocks_of(model), batches, levels=options.levels, seed=options.seed
                 )
+            elif len(_networks(model)) > 1:
+                with evaluating(model):
+                    return [
+                        LanguageResult(plain_language_row(functools.partial(_answer, model, way), batches), combine=way)
+                        for way in ("mean", "probabilities")
+                    ]
             else:
                 with evaluating(model):
                     cross_entropies = plain_language_row(_repeatable(model, options.seed, device), batches)
@@ -251,11 +263,12 @@ class NextTokenText(Task[LanguageConfig]):
         columns = {
             "cross-entropy": f"{row['cross_entropy']:.4f} +- {row['standard_error']:.4f}",
             "context gap": "-" if row["context_gap"] is None else f"{row['context_gap']:.3f}",
-            "distinct-2": "-" if row["distinct_2"] is None else f"{row['distinct_2']:.3f}",
+            "distinct-2": "-" if row.get("distinct_2") is None else f"{row['distinct_2']:.3f}",
         }
-        if row["perplexity"] is not None:
+        if row.get("perplexity") is not None:
             columns["perplexity under teacher"] = f"{row['perplexity']['perplexity']:.2f}"
-        return columns | {"tokens/s": f"{row['tokens_per_second']:.0f}"}
+        speed = row["tokens_per_second"]
+        return columns | {"tokens/s": "-" if speed is None else f"{speed:.0f}"}
 
     def draw(
         self,
@@ -268,6 +281,8 @@ class NextTokenText(Task[LanguageConfig]):
         from ...reports.figures import draw_levels
 
         for key, result in results.items():
+            if not experiment.of_blocks(result.model) and len(_networks(result.model)) > 1:
+                continue  # an ensemble writes no texts
             write_continuations(experiment, result.model, folder / key / "samples")
         baselines = baselines_in(table, "cross_entropy")
         for key in ("diffusionblocks", "diffusionblocks-branched"):
@@ -293,10 +308,14 @@ class NextTokenText(Task[LanguageConfig]):
         That is the `END` of the recipe's tokenizer, and what a pretrained folder or the recipe's own `model.config`
         names; none of characters. A class's default is an id of another vocabulary.
         """
+        holders: list[Any] = [model] if experiment.of_blocks(model) else _networks(model)
+        for holder in holders:
+            self._settle(experiment, holder, converted=experiment.of_blocks(model))
+
+    def _settle(self, experiment: Experiment, holder: Any, *, converted: bool) -> None:
         from ...families.generation_config import as_ids, end_tokens, rebuilt_generation_config
 
-        recipe, converted = experiment.recipe, experiment.of_blocks(model)
-        holder: Any = model if converted else model.model
+        recipe = experiment.recipe
         own = end_tokens(holder) if recipe.model.pretrained else as_ids(recipe.model.config.get("eos_token_id"))
         end = recipe.data.codec().end
         ids = list(dict.fromkeys([*own, *([] if end is None else [end])]))
@@ -307,6 +326,16 @@ class NextTokenText(Task[LanguageConfig]):
             holder.generation_config.eos_token_id = ends
         elif ends is not None and converted:
             holder.generation_config = rebuilt_generation_config({"eos_token_id": ends}, recipe.name)
+
+
+def _networks(model: nn.Module) -> list[Any]:
+    """The unconverted language models in a baseline."""
+    return [unit.module.model for unit in model.units()]  # type: ignore[operator]
+
+
+def _answer(model: nn.Module, way: str, tokens: Tensor) -> Tensor:
+    """The logits (batch, length, vocab_size) that the members of an ensemble give together."""
+    return model.answers(tokens)[way]  # type: ignore[operator, no-any-return]
 
 
 def _repeatable(model: nn.Module, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -380,7 +409,14 @@ def write(
     from ...sampling import Continuations, continue_plainly
 
     codec, converted = experiment.codec, experiment.of_blocks(model)
-    original: Any = None if converted else model.model
+    original: Any = None
+    if not converted:
+        original, *others = _networks(model)
+        if others:
+            raise ValueError(
+                f"an ensemble of {len(others) + 1} networks writes no texts; take one of them, with method: end-to-end "
+                "and its sub-folder, as in --model RUN/model/member-0"
+            )
     stops: tuple[int, ...] = () if codec.end is None else (codec.end,)
     if stops and experiment.recipe.model.pretrained is not None:  # its chat may end a turn otherwise than a document
         stops += end_tokens(model if converted else original)
