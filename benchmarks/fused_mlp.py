@@ -278,7 +278,9 @@ def time_attention(report: dict[str, Any]) -> None:
 
 
 def time_adamw(report: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    ends: list[Tensor] = []
     for label in ("fused", "one kernel"):
+        torch.manual_seed(1)
         own = [nn.Parameter(p.detach().clone()) for p in parameters]
         for p in own:
             p.grad = torch.randn_like(p)
@@ -293,6 +295,8 @@ def time_adamw(report: dict[str, Any], parameters: list[nn.Parameter]) -> None:
                 "s": time.time() - start,
                 "parameters": sum(p.numel() for p in own),
             }
+            ends.append(torch.cat([(p - q).detach().flatten() for p, q in zip(own, parameters, strict=True)]))
+            row["difference"] = float((ends[-1] - ends[0]).norm() / ends[0].norm())  # both moved as often
         except Exception as error:
             row = {"adamw": label, "error": repr(error)[:300]}
         report["adamw"].append(row)
