@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,9 +13,13 @@ from helpers import seeded
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional as F
+from transformers import ViTConfig, ViTForImageClassification
 
-from diffusionblocks.layers.fused_mlp import Tiles, _FusedMLP, supported
+import diffusionblocks as db
+from diffusionblocks.layers.fused_mlp import Tiles, _FusedMLP, fused_mlp, supported
 from diffusionblocks.layers.short_attention import _factors, attention_backward, attention_forward, short_attention
+from diffusionblocks.training import EndToEnd, TrainConfig
+from diffusionblocks.training.compilation import Compiler
 from diffusionblocks.training.graph_rewrites import fuse_mlps, merge_projections, rewriting, shorten_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -216,3 +222,35 @@ def test_a_rewritten_graph_computes_the_same() -> None:
     for value, plain in zip(gradients(torch.compile(module, backend=backend)), expected, strict=True):
         assert value.stride() == plain.stride()
         assert error(value, plain.double()) < 0.02
+
+
+def test_a_block_and_a_whole_model_are_rewritten_alike() -> None:
+    """Adaptive norms and the label's token stand in no rewrite's way, and losses and gradients are the same."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 2048, "num_hidden_layers": 2}
+    images = {"image_size": 32, "patch_size": 4, "num_labels": 10}
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    network = ViTForImageClassification(ViTConfig(**sizes, **images, **rates))
+    block = db.convert(copy.deepcopy(network), db.BlocksConfig(num_blocks=1)).blocks[0]
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([3, 7])}
+    config = TrainConfig(steps=1, compile=True, precision="bfloat16", fused_kernels=("mlp", "projections", "attention"))
+    for module, graphs in ((block, 2), (EndToEnd(network), 1)):  # the layers of the whole share one
+        losses, seen = {}, Counter[Any]()
+
+        def backend(graph: Any, inputs: Any, seen: Counter[Any] = seen) -> Any:
+            seen.update(node.target for node in graph.graph.nodes)
+            return lookup_backend("aot_eager")(graph, inputs)
+
+        for compiled in (False, True):
+            if compiled:
+                Compiler(config, torch.device("cpu"), backend=backend, on_gpu=True).compile([module])
+            module.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = module.loss(batch, seeded(2)).sum()  # type: ignore[operator]
+            loss.backward()
+            gradient = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+            losses[compiled] = loss.detach(), gradient
+        assert (seen[fused_mlp], seen[short_attention], seen[torch.split]) == (graphs,) * 3
+        torch.testing.assert_close(losses[True][0], losses[False][0], rtol=0.01, atol=0)
+        assert error(losses[True][1], losses[False][1].double()) < 0.05
