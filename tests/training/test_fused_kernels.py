@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import seeded
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
@@ -235,11 +235,14 @@ def test_a_block_and_a_whole_model_are_rewritten_alike() -> None:
     block = db.convert(copy.deepcopy(network), db.BlocksConfig(num_blocks=1)).blocks[0]
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([3, 7])}
     config = TrainConfig(steps=1, compile=True, precision="bfloat16", fused_kernels=("mlp", "projections", "attention"))
-    for module, graphs in ((block, 2), (EndToEnd(network), 1)):  # the layers of the whole share one
+    again = copy.deepcopy(block)
+    again.activation_checkpointing = True  # then layers are graphs in the graph
+    for module, graphs in ((block, 2), (EndToEnd(network), 1), (again, 2)):  # the layers of the whole share one
         losses, seen = {}, Counter[Any]()
 
         def backend(graph: Any, inputs: Any, seen: Counter[Any] = seen) -> Any:
-            seen.update(node.target for node in graph.graph.nodes)
+            parts = [part for part in graph.modules() if isinstance(part, fx.GraphModule)]
+            seen.update(node.target for part in parts for node in part.graph.nodes)
             return lookup_backend("aot_eager")(graph, inputs)
 
         for compiled in (False, True):

@@ -63,7 +63,7 @@ def fuse_mlps(graph: fx.GraphModule, device_type: str = "cuda") -> int:
         (x, w1, b1), (_, w2, b2) = _operands(first), _operands(second)
         if b1 is None or b2 is None or not _lower(first, device_type) or not _lower(second, device_type):
             continue
-        (hidden, dim), (out, _) = (_value(weight).shape for weight in (w1, w2))
+        (*_, dim), (*_, hidden), (*_, out) = _shape(x), _shape(first), _shape(second)
         if not supported(dim, hidden, out):
             continue
         with graph.graph.inserting_before(second):
@@ -83,10 +83,10 @@ def merge_projections(graph: fx.GraphModule, device_type: str = "cuda") -> int:
     for node in graph.graph.nodes:
         if node.target in _LINEAR and _operands(node)[2] is not None and _lower(node, device_type):
             together[_operands(node)[0]].append(node)
-    groups = [nodes for x, nodes in together.items() if len(nodes) > 1 and _value(x).shape[-1] <= _NARROW]
-    groups = [nodes for nodes in groups if len({_value(_operands(node)[1]).dtype for node in nodes}) == 1]
+    groups = [nodes for x, nodes in together.items() if len(nodes) > 1 and 0 < _shape(x)[-1] <= _NARROW]
+    groups = [nodes for nodes in groups if len({_dtype(_operands(node)[1]) for node in nodes}) == 1]
     for nodes in groups:
-        sizes = [_value(_operands(node)[1]).shape[0] for node in nodes]
+        sizes = [_shape(node)[-1] for node in nodes]
         x = _operands(nodes[0])[0]
         # Weights that another node makes come before the last of them; what uses the first comes behind it.
         inputs = [operand for node in nodes for operand in _operands(node)[1:]]
@@ -116,8 +116,8 @@ def shorten_attention(graph: fx.GraphModule, device_type: str = "cuda") -> int:
         values = dict(zip(names, node.args, strict=False)) | node.kwargs
         q, k, v = (values.pop(name) for name in names[:3])
         dropout, scale = values.pop("dropout_p", 0.0), values.pop("scale", None)
-        shape = _value(q).shape
-        if any(values.values()) or len(shape) != 4 or any(_value(other).shape != shape for other in (k, v)):
+        shape = _shape(q)
+        if any(values.values()) or len(shape) != 4 or _shape(k) != shape or _shape(v) != shape:
             continue
         if not is_short(shape[2], shape[3]):
             continue
@@ -145,8 +145,13 @@ def _operands(linear: fx.Node) -> tuple[Any, Any, Any]:
     return values["input"], values["weight"], values.get("bias")
 
 
-def _value(node: fx.Node) -> Any:
-    return node.meta["example_value"]
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what a node makes; (0,) where it is not known."""
+    return tuple(getattr(node.meta.get("example_value"), "shape", (0,)))
+
+
+def _dtype(node: fx.Node) -> Any:
+    return getattr(node.meta.get("example_value"), "dtype", None)
 
 
 def _lower(node: fx.Node, device_type: str) -> bool:
