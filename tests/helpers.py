@@ -152,7 +152,7 @@ def randomise_adaptive(model: nn.Module, std: float = 0.3, seed: int = 5) -> Non
     g = seeded(seed)
     done: set[int] = set()
     for module in model.modules():
-        if type(module).__name__ in ("AdaptiveNorms", "NoisyToken"):
+        if type(module).__name__ in ("AdaptiveNorms", "NoisyToken", "LinearLabelToken"):
             for parameter in module.linear.parameters():
                 if id(parameter) not in done:
                     done.add(id(parameter))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import diffusionblocks as db
 
-TOKENS = ("extra", "replace-cls")
+TOKENS = ("extra", "linear", "replace-cls")
 
 
 def original_layers(model: nn.Module) -> nn.ModuleList:
@@ -267,7 +267,7 @@ def test_layers_run_in_the_blocks_that_the_partition_names(layers: tuple[int, ..
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replace_cls_and_extra_token_differ_by_one_position(family: str) -> None:
+def test_the_token_of_the_label_is_added_or_takes_the_place_of_cls(family: str) -> None:
     lengths = {}
     for token in TOKENS:
         model = convert(family, target={"token": token}).eval()
@@ -275,19 +275,29 @@ def test_replace_cls_and_extra_token_differ_by_one_position(family: str) -> None
         model.blocks[0].layers()[0].register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].shape[1]))
         model.predict(noise_batch()["pixel_values"], seeds=1, generator=seeded())
         lengths[token] = seen[0]
-    assert lengths["extra"] == lengths["replace-cls"] + 1
+    assert lengths["extra"] == lengths["linear"] == lengths["replace-cls"] + 1
 
 
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_see_the_noised_label_and_the_image(family: str, token: str) -> None:
+def test_context_logits_see_the_noised_label_and_the_image(family: str, token: str) -> None:
+    """Context logits, since what is added to them follows z without the network."""
     model = convert(family, target={"token": token}).eval()
     images, level = noise_batch(2)["pixel_values"], torch.full((2,), 0.3)
     z = torch.randn(2, 32, generator=seeded())
-    with torch.no_grad():
-        logits = model.blocks[1]({"pixel_values": images}, z, level)
-        assert not torch.allclose(logits, model.blocks[1]({"pixel_values": images}, -z, level), atol=1e-3)
-        assert not torch.allclose(logits, model.blocks[1]({"pixel_values": -images}, z, level), atol=1e-3)
+
+    def differ() -> tuple[bool, bool]:
+        with torch.no_grad():
+            given, other_z, other_images = (
+                model.blocks[1]({"pixel_values": x}, v, level, context=True)
+                for x, v in ((images, z), (images, -z), (-images, z))
+            )
+        return tuple(not torch.allclose(given, other, atol=1e-3) for other in (other_z, other_images))
+
+    if token == "linear":
+        assert differ() == (False, True)  # its map starts at zero
+        randomise_adaptive(model)
+    assert differ() == (True, True)
 
 
 def test_a_subclass_of_a_supported_class_converts() -> None:
@@ -302,7 +312,7 @@ def test_a_subclass_of_a_supported_class_converts() -> None:
     assert same_states(exported.state_dict(), original.state_dict())
 
 
-# ---- bugs in src at the time of writing: these fail until they are fixed ---------------------------------------------
+# ---- regressions ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)

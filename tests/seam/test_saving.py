@@ -511,7 +511,7 @@ def test_nothing_in_the_folder_is_run(folder: Path, tmp_path: Path, monkeypatch:
     assert not marker.exists()
 
 
-# ---- bugs in src at the time of writing: these fail until they are fixed ----------------------------------------
+# ---- regressions ----------------------------------------------------------------------------------------------------
 
 
 def test_saving_into_a_folder_with_other_files_does_not_delete_them(tmp_path: Path) -> None:

@@ -518,7 +518,7 @@ def test_training_forward_draws_every_block() -> None:
     assert min(calls.count(b) for b in range(3)) >= 10
 
 
-# ---- bugs in src at the time of writing: these fail until they are fixed ---------------------------------------------
+# ---- regressions ----------------------------------------------------------------------------------------------------
 
 
 def test_training_forward_follows_its_generator_alone() -> None:

@@ -343,7 +343,7 @@ def test_a_refusal_draws_no_random_number() -> None:
     assert torch.equal(g.get_state(), before)
 
 
-# ---- bugs in src at the time of writing: these fail until they are fixed ----------------------------------------
+# ---- regressions ----------------------------------------------------------------------------------------------------
 
 UNREFUSED: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     # Regression: comparisons with nan are false, so nan levels pass and the loss is nan.
