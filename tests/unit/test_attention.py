@@ -1,4 +1,7 @@
-"""Two streams: what each position sees, by perturbation and with positive controls; memory; keys and values kept."""
+"""Two streams: what each position sees, by perturbation and with positive controls; memory; keys and values kept.
+
+Blocks are compared by their context logits: what z says is added to them beside the network, and would hide it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def leaks(block: Block) -> list[str]:
     norm = block.network.get_submodule("model.norm")
 
     def both(ids: Tensor, z: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the noisy positions, and the clean stream."""
+        """Context logits of the noisy positions, and the clean stream."""
         hidden = block.family.hidden
 
         def spy(call: BlockCall) -> tuple[Tensor, Tensor]:
@@ -64,7 +67,7 @@ def leaks(block: Block) -> list[str]:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(block.family, "hidden", spy)
-            return block({"input_ids": ids}, z, level), clean[-1]
+            return block({"input_ids": ids}, z, level, context=True), clean[-1]
 
     noisy, stream = both(ids, z, level)
     found: list[str] = []
@@ -213,11 +216,11 @@ each_family = pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_token_by_token_is_the_whole_at_once(family: str, kernel: str, previous: bool) -> None:
     block = block_of(family, previous, attn_implementation=kernel)
     ids, z = token_batch(3)["input_ids"], noise()
-    whole = block({"input_ids": ids}, z, LEVEL)
+    whole = block({"input_ids": ids}, z, LEVEL, context=True)
     past = block.family.past(3, LENGTH, CPU)
     for i in range(LENGTH):
         new = ids[:, i - 1 : i] if i else ids[:, :0]
-        step = block({"input_ids": new, "past": past}, z[:, i : i + 1], LEVEL)
+        step = block({"input_ids": new, "past": past}, z[:, i : i + 1], LEVEL, context=True)
         torch.testing.assert_close(step[:, 0], whole[:, i], rtol=1e-5, atol=1e-5)
         assert past.lengths.tolist() == [i] * 3
 
@@ -230,7 +233,7 @@ def test_rows_of_different_lengths_and_several_calls_a_token(family: str, previo
     block = block_of(family, previous)
     ids, z = token_batch(3)["input_ids"], noise()
     levels = [torch.full((3,), sigma) for sigma in (0.3, 0.1, 0.02)]
-    wholes = [block({"input_ids": ids}, z, level) for level in levels]
+    wholes = [block({"input_ids": ids}, z, level, context=True) for level in levels]
     past = block.family.past(3, 7 + 1 + 1 + 2 + 2, CPU)  # the longest row of each call
     lengths = torch.tensor([3, 0, 7])
     padded = ids[:, :7].clone()
@@ -242,7 +245,7 @@ def test_rows_of_different_lengths_and_several_calls_a_token(family: str, previo
     for grow in ([1, 1, 1], [1, 0, 1], [0, 2, 1], [2, 1, 0], None):
         for call, (level, whole) in enumerate(zip(levels, wholes, strict=True)):
             inputs = {"input_ids": new, "counts": counts} if call == 0 else {"input_ids": new[:, :0]}
-            step = block({**inputs, "past": past}, z[rows, lengths][:, None], level)
+            step = block({**inputs, "past": past}, z[rows, lengths][:, None], level, context=True)
             assert past.lengths.tolist() == lengths.tolist()
             torch.testing.assert_close(step[:, 0], whole[rows, lengths], rtol=1e-5, atol=1e-5)
         if grow is not None:
