@@ -185,15 +185,15 @@ def test_a_position_sees_nothing_of_what_it_is_to_predict(sigma: float) -> None:
     z = torch.randn(4, LENGTH - 1, HIDDEN, generator=seeded()) * math.hypot(sigma, 0.5)
 
     def changed(tokens: slice | None = None, states: slice | None = None) -> float:
-        """Most that the logits up to the position change."""
+        """Most that the context logits up to the position change."""
         new_tokens, new_z = TOKENS.clone(), z.clone()
         if tokens is not None:
             new_tokens[:, tokens] = (new_tokens[:, tokens] + 1) % VOCAB
         if states is not None:
             new_z[:, states] = -new_z[:, states]
         with torch.no_grad():
-            before = block({"input_ids": TOKENS}, z, level)
-            after = block({"input_ids": new_tokens}, new_z, level)
+            before = block({"input_ids": TOKENS}, z, level, context=True)
+            after = block({"input_ids": new_tokens}, new_z, level, context=True)
         return float((before - after)[:, : at + 1].abs().max())
 
     assert changed(tokens=slice(at + 1, None)) < 1e-5

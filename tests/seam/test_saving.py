@@ -46,7 +46,7 @@ def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBl
 
 
 @pytest.mark.each_value
-@pytest.mark.parametrize("token", ["extra", "replace-cls"])
+@pytest.mark.parametrize("token", ["extra", "linear", "replace-cls"])
 @pytest.mark.parametrize("shared", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bit_equal(family: str, shared: str, token: str, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_z_lives_in_one_space_for_all_blocks_whatever_the_policy(trained: Callab
 # ---- the loss -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("token", ["extra", "replace-cls"])
+@pytest.mark.parametrize("token", ["extra", "linear", "replace-cls"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_is_per_sample_float32(family: str, token: str) -> None:
     model = convert(family, target={"token": token})
