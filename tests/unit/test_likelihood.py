@@ -245,7 +245,7 @@ def test_compiled_equals_eager(kind: str, parts: bool) -> None:
 
 
 def test_a_linear_map_of_z_starts_at_zero_and_learns() -> None:
-    block = block_of("vit", token="linear")
+    block = convert("vit", target={"token": "linear"}).block(1)
     inputs, level = {"pixel_values": noise_batch()["pixel_values"]}, torch.full((6,), 0.5)
     z = torch.randn(6, HIDDEN, generator=seeded())
     assert torch.equal(block(inputs, z, level, context=True), block(inputs, -z, level, context=True))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..common.files import whole_folder
 from ..common.finite import require_finite
 from ..common.formats import read_json, read_tensors, write_json, write_tensors
+from ..common.precision import without_autocast
 from ..common.seeds import seed_global
 from ..data import AugmentConfig, ImageBatches, ImageData, evaluation_batches
 from ..data.image_batches import Normalise
@@ -137,7 +138,7 @@ class ClassifierFeatures:
         check_images(images, f"(n, {', '.join(map(str, self.image_shape))})", images.shape[1:] == self.image_shape)
         if images.device != self.device:
             raise ValueError(f"images are on {images.device}, the classifier on {self.device}: move the images there")
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(images):
             return self.network.features(self._normalise(images))
 
     def save(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
+from ..common.precision import without_autocast
 from ..common.seeds import keyed_generator
 from ..core.model import DiffusionBlocks
 from ..noise import GaussianProcess, NoiseProcess, one_level
@@ -204,7 +205,7 @@ def _name_of(model: Callable[[Tensor], Tensor]) -> str:
 def _is_decodable(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     """1 where the nearest of unit rows is the token's own, float32, flat."""
     flat, labels = z.flatten(0, -2), tokens.flatten()
-    with torch.autocast(z.device.type, enabled=False):  # in bfloat16 neighbouring rows are one
+    with without_autocast(z):  # in bfloat16 neighbouring rows are one
         nearest = [(some @ table.T).argmax(dim=-1) for some in flat.split(_TOKENS)]
     return (torch.cat(nearest) == labels).float()
 

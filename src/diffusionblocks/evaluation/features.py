@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..common.precision import without_autocast
+
 
 class Features(Protocol):
     """Maps images to feature vectors.
@@ -84,7 +86,7 @@ class InceptionFeatures:
         check_images(images, "(n, 1 or 3, H, W)", images.dim() == 4 and images.shape[1] in (1, 3))
         if images.device != self.device:
             raise ValueError(f"images are on {images.device}, the network on {self.device}: move the images there")
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(images):
             features: Tensor = self.network(images.expand(-1, 3, -1, -1))[0]
         return features
 

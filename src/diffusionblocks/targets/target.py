@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..common.precision import without_autocast
+
 Batch = Mapping[str, Tensor]
 
 
@@ -170,7 +172,7 @@ class EmbeddingTarget(Target):
         with torch.no_grad():
             table = self.table.to(evidence.dtype)
         logits, evidence = context.to(evidence.dtype).flatten(0, -2), evidence.detach().flatten(0, -2)
-        with torch.autocast(context.device.type, enabled=False):  # in bfloat16 neighbouring rows are one
+        with without_autocast(context):  # in bfloat16 neighbouring rows are one
             return torch.addmm(logits, evidence, table.T).view(context.shape)
 
 

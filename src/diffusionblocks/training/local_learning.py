@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.fields import Blocks, Positive
+from ..common.precision import without_autocast
 from ..core.block import computed_again
 from ..core.local_modules import read_modules, save_modules
 from ..families import ClassifierFamily, class_name_of, config_values, family_for, instantiate, rebuild_config
@@ -227,7 +228,7 @@ def contrastive_losses(features: Tensor, labels: Tensor, temperature: float) -> 
     Returns:
         Losses, float32, shape (batch,).
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features):
         directions = F.normalize(features.float(), dim=-1)
         cosines = directions @ directions.T / temperature
         itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
