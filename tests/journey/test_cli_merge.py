@@ -72,7 +72,8 @@ def test_the_merged_model_is_evaluated_as_the_whole_one(runs: Path, tmp_path: Pa
         assert main(arguments) == 0
         rows.append(json.loads((tmp_path / "rows.json").read_text())["rows"])
     assert rows[0] == rows[1]
-    assert len(rows[0]) == 2
+    rules = ("mean", "product", "probabilities", "chain")
+    assert [(row["combine"], row["steps"]) for row in rows[0]] == [(rule, n) for rule in rules for n in (1, 3)]
 
 
 def test_a_part_is_not_evaluated_as_a_model(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
