@@ -58,6 +58,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
             "fit.examples=64",
         ),
     ),
+    "vit-added": ("vit", ("train.steps=8", "train.log_every=2", "evaluate.limit=20")),
     "vit-end-to-end": ("vit", ("train.steps=8", "train.log_every=2", "evaluate.limit=20", "method=end-to-end")),
     "dit": ("dit", ("train.steps=8", "train.log_every=2", "trunk.steps=6")),
     "masked": (
@@ -75,6 +76,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
             "train.log_every=2",
         ),
     ),
+    "llama-added": ("llama", ("train.steps=8", "train.log_every=2")),
 }
 #: What is planned: a shipped recipe, and options.
 PLANS = {
