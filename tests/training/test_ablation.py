@@ -73,7 +73,8 @@ def test_fields_of_one_name_are_told_apart() -> None:
 
 
 def test_a_table_over_two_seeds_and_nothing_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = Experiment(recipe())
+    small = {"model__config__num_hidden_layers": 2}
+    experiment = Experiment(recipe(**small))
     rows = settings(experiment.recipe, {"blocks.num_blocks": [1, 2]})
     shown: list[str] = []
     ablate(experiment, tmp_path, rows, only=["num_blocks=2"], seeds=[0, 1], progress=False, show=shown.append)
@@ -100,11 +101,11 @@ def test_a_table_over_two_seeds_and_nothing_trained_twice(tmp_path: Path, monkey
         patch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
         assert ablate(experiment, tmp_path, rows, seeds=[0, 1], progress=False, show=shown.append) == table
     # Another evaluation of the same run trains nothing, but measures.
-    again = Experiment(recipe(evaluate__limit=50))
+    again = Experiment(recipe(**small, evaluate__limit=50))
     ablate(again, tmp_path, settings(again.recipe, {"blocks.num_blocks": [2]}), progress=False, show=shown.append)
     assert json.loads((tmp_path / "num_blocks=2" / "seed-0" / "row.json").read_text())["run"]["evaluate"]["limit"] == 50
     # And another training is not taken for it.
-    other = Experiment(recipe(train__steps=3))
+    other = Experiment(recipe(**small, train__steps=3))
     with pytest.raises(ValueError, match=r"made with train\.steps = 2, this run has 3"):
         ablate(other, tmp_path, settings(other.recipe, {"blocks.num_blocks": [2]}), progress=False)
 
