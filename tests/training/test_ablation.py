@@ -96,6 +96,7 @@ def test_a_table_over_two_seeds_and_nothing_trained_twice(tmp_path: Path, monkey
     assert any(mean["spread"] > 0 for mean in values["means"])  # the seeds differ
     assert {"seeds", "train.seed", "spread"} <= set(table.splitlines()[0].split())
     assert f"{100 * values['means'][0]['test_accuracy']:.2f} +-" in table
+    assert f"{100 * values['means'][0]['spread']:.2f} %" in table  # of accuracies in per cent
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))

@@ -308,7 +308,8 @@ def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> 
         if score:
             scores = [row[score] for row in rows]
             deviation = statistics.stdev(scores) if len(scores) > 1 and None not in scores else None
-            line[f"spread of {score}"] = None if deviation is None else f"{deviation:.4f}"
+            name = f"spread of {score.replace('_', ' ')}"
+            line[name] = None if deviation is None else experiment.task.spread_text(deviation)
             about |= {score: mean[score], "spread": deviation}
         means.append(about)
         lines.append(line)

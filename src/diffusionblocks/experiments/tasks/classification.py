@@ -155,6 +155,10 @@ class Classification(Task[AccuracyConfig]):
         chain = {"combine": row["combine"], "denoising steps": row["steps"], "seeds": row["seeds"]}
         return chain | {"test accuracy": accuracy, "NLL": f"{row['nll']:.3f}", "ECE": f"{row['ece']:.3f}"}
 
+    def spread_text(self, deviation: float) -> str:
+        """In per cent, as `columns` writes accuracies."""
+        return f"{100 * deviation:.2f} %"
+
     def draw(
         self,
         experiment: Experiment,

@@ -145,6 +145,10 @@ class Task(abc.ABC, Generic[Options]):
         """The recipe's `evaluate` section."""
         return cast(Options, experiment.recipe.evaluate)
 
+    def spread_text(self, deviation: float) -> str:
+        """The standard deviation of `score` over seeds, in the unit of that score's column."""
+        return f"{deviation:.4f}"
+
     # ---- checks ------------------------------------------------------------------------------------------------
 
     def check_recipe(self, recipe: Recipe) -> None:
