@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from diffusionblocks.recipes import Recipe, load_recipe
 from golden import machine, outputs
 
 import diffusionblocks as db
+from diffusionblocks.recipes import Recipe, load_recipe
 
 HERE = Path(__file__).parent
 #: Options of `sample` by text model.

@@ -6,7 +6,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..experiments.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,11 @@ class Command:
 def takes_recipe(parser: argparse.ArgumentParser, run: Callable[..., None]) -> None:
     """Let a command read a recipe, with overrides; `run` gets the experiment and the options."""
     parser.set_defaults(run=run)
-    parser.add_argument("recipe", help="a YAML recipe, see the folder recipes/")
+    parser.add_argument(
+        "recipe",
+        help="a YAML file, the folder of a run (its recipe, and its model), or a recipe that ships: `diffusionblocks "
+        "recipes` lists them",
+    )
     parser.add_argument(
         "--set", action="append", metavar="a.b=v", help="override a field of the recipe; the value is YAML; repeatable"
     )
@@ -33,7 +40,14 @@ def takes_recipe(parser: argparse.ArgumentParser, run: Callable[..., None]) -> N
 
 def takes_model(parser: argparse.ArgumentParser) -> None:
     """Let a command read a trained model."""
-    parser.add_argument("--model", type=Path, help="folder of the model (default runs/<name>/model)")
+    parser.add_argument("--model", type=Path, help="folder of the model (default: of the run, runs/<name>/model)")
+
+
+def run_folder(experiment: Experiment, options: argparse.Namespace) -> Path:
+    """The folder of the run: the one that stands in the recipe's place, or runs/<name>."""
+    from ..experiments.shipped_recipes import run_of
+
+    return run_of(options.recipe) or Path("runs") / experiment.recipe.name
 
 
 def takes_quiet(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from ..common.messages import STATUSES, OneLineParser, one_line, report_errors
 from .command import Command
 
 COMMANDS = {
+    "recipes": Command("list the recipes that ship, or print one", ".recipes"),
     "train": Command("train a recipe, save the model and evaluate it", ".train"),
     "evaluate": Command("measure a trained model: accuracy, samples, or bits per character", ".evaluate"),
     "sample": Command("samples of a trained diffusion model: images or text", ".sample"),
@@ -49,25 +50,27 @@ _MOST = {
 
 _EXAMPLES = """\
 examples:
-  diffusionblocks inspect recipes/vit/cifar100.yaml
+  diffusionblocks recipes
+      the recipes that ship, by name; with a name, its text to copy and change
+  diffusionblocks inspect vit/cifar100
       what each block holds: layers, noise levels, parameters, bytes; trains nothing
-  diffusionblocks plan recipes/dit/imagenet-latents.yaml --budget 24GiB
+  diffusionblocks plan dit/imagenet-latents --budget 24GiB
       bytes of a training step by kind, predicted on any machine, and how many blocks or how large a batch fits
-  diffusionblocks train recipes/vit/digits.yaml --out runs/digits
+  diffusionblocks train vit/digits --out runs/digits
       train block by block; run it again to resume after an interruption
-  diffusionblocks evaluate recipes/vit/digits.yaml --model runs/digits/model --set 'evaluate.combine=[mean, chain]'
+  diffusionblocks evaluate runs/digits --set 'evaluate.combine=[mean, chain]'
       test accuracy, NLL and calibration error, by the ways to combine what the blocks say
-  diffusionblocks sample recipes/dit/digits.yaml --model runs/dit-digits/model --out samples --labels 3 --count 16
+  diffusionblocks sample runs/dit-digits --out samples --labels 3 --count 16
       images of a trained diffusion model: PNG files, a grid, a chain over its steps
-  diffusionblocks sample recipes/text/masked_topics.yaml --model runs/masked-topics/model --infill 'the _____ of'
+  diffusionblocks sample runs/masked-topics --infill 'the _____ of'
       texts of a trained text model, or the gaps of one filled in
   diffusionblocks branch runs/trunk/model --blocks 3 --out runs/branched
       copy a trained trunk (one block on all levels) into three blocks
   diffusionblocks merge runs/first runs/second --out runs/whole
       one model of blocks that were trained apart, each run with its own --set 'train.blocks=[0, 2]'
-  diffusionblocks compare recipes/vit/digits.yaml --out runs/demo
+  diffusionblocks compare vit/digits --out runs/demo
       DiffusionBlocks beside end-to-end networks and an ensemble, in one table and a figure
-  diffusionblocks ablate recipes/vit/digits.yaml --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2
+  diffusionblocks ablate vit/digits --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2
       a row for each value, with mean and spread over the seeds; --preset partition block-count overlap: the paper's
   diffusionblocks bench memory --models dit-l-2 --blocks 3 --out memory.json --figure memory.png
       on a CUDA GPU: memory and speed beside end-to-end training and other ways to save memory

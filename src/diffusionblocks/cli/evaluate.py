@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import takes_model, takes_recipe, with_rounding
+from .command import run_folder, takes_model, takes_recipe, with_rounding
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -34,7 +34,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     for name, value in (("--every-block", options.every_block), ("--figure", options.figure)):
         if value and not options.by_level:
             raise ValueError(f"{name} needs --by-level: give both")
-    folder = options.model or Path("runs") / experiment.recipe.name / "model"
+    folder = options.model or run_folder(experiment, options) / "model"
     experiment = experiment.with_tokenizer_of(folder)
     model, task = experiment.load(folder), experiment.task
     if options.by_level and not experiment.of_blocks(model):

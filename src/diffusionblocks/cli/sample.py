@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..common.choices import choice_of
 from ..experiments.tasks import TASKS, SampleOption, level_grids
-from .command import takes_model, takes_quiet, takes_recipe
+from .command import run_folder, takes_model, takes_quiet, takes_recipe
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `sample`: those of all tasks, and each task's own."""
     takes_recipe(parser, run)
     takes_model(parser)
-    parser.add_argument("--out", type=Path, help="folder of the files (default runs/<name>/samples)")
+    parser.add_argument("--out", type=Path, help="folder of the files (default: below the run, runs/<name>/samples)")
     parser.add_argument(
         "--count", type=int, help="number of samples (default: one for each of --labels, or what evaluate says)"
     )
@@ -57,10 +57,10 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is not for {recipe.model.type}, which generates {task.makes}; leave it out")
-    place = options.model or Path("runs") / recipe.name / "model"
+    place = options.model or run_folder(experiment, options) / "model"
     experiment = experiment.with_tokenizer_of(place)
     model = experiment.load(place)
-    folder = options.out or Path("runs") / recipe.name / "samples"
+    folder = options.out or run_folder(experiment, options) / "samples"
     for path in task.sample(experiment, model, folder, vars(options), progress=not options.quiet):
         if path.suffix == ".txt":
             print(path.read_text(encoding="utf-8"), end="")

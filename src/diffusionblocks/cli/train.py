@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import takes_quiet, takes_recipe, with_rounding
+from .command import run_folder, takes_quiet, takes_recipe, with_rounding
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -28,7 +28,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     from ..training.run_log import TensorBoard
 
     recipe = experiment.recipe
-    options.folder = folder = options.out or Path("runs") / recipe.name
+    options.folder = folder = options.out or run_folder(experiment, options)
     loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
     result = train(experiment, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
     if result.rows:

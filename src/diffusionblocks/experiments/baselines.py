@@ -12,7 +12,7 @@ from ..training.local_learning import LocalConfig
 from .experiment import Experiment
 from .recipe import DEPTH_ON_HOST, Recipe
 from .recipe_changes import depth_of, layers_of_a_block, modules_of, trunk_recipe, with_depth, with_train
-from .run import RECIPE
+from .shipped_recipes import RECIPE
 
 #: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
 _WARM, _TIMED = 12, 36

@@ -17,14 +17,13 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from ..common.messages import shorten
-from ..config import blocks_as_written
 from ..core.merging import difference
 from ..data.dataset import Dataset
 from ..families import family_named, supported_classes
 from ..noise import EDM
 from ..training.distillation import model_folder
 from ..training.train_config import RESUME_MAY_DIFFER
-from .recipe import Recipe
+from .recipe import Recipe, with_target
 
 #: Fields of a recipe that may differ between a run and its resumption, by section: they do not change what is trained,
 #: or say where something lies whose content is compared.
@@ -195,17 +194,6 @@ def in_current_terms(description: dict[str, Any]) -> dict[str, Any]:
     }
     plain = renew(Recipe, plain)
     return {name: values | more[name] if name in more else values for name, values in plain.items()}
-
-
-def with_target(description: dict[str, Any]) -> dict[str, Any]:
-    """With the blocks' target as it was meant; versions that left the family's default out knew no `likelihood`."""
-    blocks, model = description.get("blocks"), description.get("model")
-    name = model.get("type") if isinstance(model, dict) else None
-    if not isinstance(blocks, dict) or not isinstance(name, str) or name not in supported_classes():
-        return description
-    if blocks.get("target") is None:
-        blocks = blocks | {"target": {"kind": family_named(name).target}}
-    return description | {"blocks": blocks_as_written(blocks)}
 
 
 def renew(schema: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ from ..training.checkpoint import checkpoints, read_values
 from ..training.step import arithmetic
 from ..training.train_config import RESUME_MAY_DIFFER, TrainConfig
 from .experiment import Experiment
-from .identity import describe_blocks, learned_from, of_every_level, renew, with_target
-from .recipe import FitConfig, ModelConfig, Recipe
+from .identity import describe_blocks, learned_from, of_every_level, renew
+from .recipe import FitConfig, ModelConfig, Recipe, with_target
 from .recipe_changes import fit_options, fit_recipe, with_noise
 
 LEVELS = "levels.json"

@@ -11,15 +11,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from ..common.fields import MOST_LEVELS, Epochs, Float, Int, Positive, Samples, Steps
+from ..common.formats import read_json
 from ..common.yaml_values import MOST_BYTES, read_yaml
-from ..config import BlocksConfig
+from ..config import BlocksConfig, blocks_as_written
 from ..data.data_config import DATA, DataConfig
-from ..families import supported_classes
+from ..families import family_named, supported_classes
 from ..targets import check_label_loss, check_loss_chunk
 from ..training import TrainConfig
 from ..training.local_learning import LocalConfig
 from ..training.units import check_readers
 from .schema_errors import cut, explain, text_of
+from .shipped_recipes import recipe_file
 from .tasks import TASKS, AccuracyConfig, EvaluateSection, Task, tasks_of
 from .tasks.task import BY_KIND
 
@@ -274,18 +276,19 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: the YAML file.
+        path: a YAML file, the folder of a run, or the name of a recipe that ships: see `recipe_file`.
         overrides: `a.b=value` strings; the value is YAML (`null`, `[1, 2]`, `0.1`, `text`).
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, and none of that name ships.
         ValueError: not YAML, an unknown field, or a value that is not allowed; the message names field and value.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no recipe at {file}")
-    with file.open("rb") as opened:
-        values = read_yaml(opened.read(MOST_BYTES + 1), str(file))
+    file = recipe_file(path)
+    if file.suffix == ".json":  # which a run wrote
+        values: Any = with_target(read_json(file))
+    else:
+        with file.open("rb") as opened:
+            values = read_yaml(opened.read(MOST_BYTES + 1), str(file))
     if not isinstance(values, dict):
         content = "is empty" if values is None else f"holds {text_of(values)}"
         raise ValueError(f"{file} {content}: a recipe is sections with names, as model, data and train")
@@ -307,6 +310,17 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(name.split(".")):
         raise ValueError(f"--set wants field.name=value, got {text_of(override)}")
     put(values, name, read_yaml(text, f"--set {name}"), f"--set {name}")
+
+
+def with_target(description: dict[str, Any]) -> dict[str, Any]:
+    """With the blocks' target as it was meant; versions that left the family's default out knew no `likelihood`."""
+    blocks, model = description.get("blocks"), description.get("model")
+    name = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(blocks, dict) or not isinstance(name, str) or name not in supported_classes():
+        return description
+    if blocks.get("target") is None:
+        blocks = blocks | {"target": {"kind": family_named(name).target}}
+    return description | {"blocks": blocks_as_written(blocks)}
 
 
 def put(values: dict[str, Any], name: str, value: Any, where: str) -> None:

@@ -23,7 +23,9 @@ _HEAD = """# Recipes: every field
 
 A recipe is a YAML file that reproduces a run. It is checked before any work: an unknown field, a value out of range or
 fields that do not go together are refused. Any field yields to `--set` on the command line (`train.lr=1e-3`, the value
-is YAML). `diffusionblocks inspect RECIPE` shows what a recipe means. The folder `recipes/` has one for each task.
+is YAML). `diffusionblocks inspect RECIPE` shows what a recipe means. `diffusionblocks recipes`
+lists those that ship. In the place of RECIPE stands a file, the name of one that ships (`vit/digits`), or the folder of
+a run, which has its recipe beside its model.
 
 `diffusionblocks ablate RECIPE --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2` trains a row for each value and seed, and
 prints means and spreads. Several `--over` are combined, or with `--one-at-a-time` varied one by one beside the recipe

@@ -37,6 +37,7 @@ from .experiment import Experiment
 from .identity import (
     check_goes_on_from_first_version,
     check_same_run,
+    describe_blocks,
     describe_run,
     in_current_terms,
     learned_from,
@@ -45,10 +46,8 @@ from .noise_fit import LEVELS, Fit, fit_levels
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe
 from .recipe_changes import after_branch, trunk_options, trunk_recipe, with_noise
+from .shipped_recipes import RECIPE
 from .tasks.task import Row, RunResult
-
-#: A run leaves its recipe, overrides applied, under this name.
-RECIPE = "recipe.json"
 
 #: Marks a folder whose checkpoints are being deleted.
 _RESTARTING = ".restarting"
@@ -295,9 +294,9 @@ def _check_resumes(folder: Path, description: dict[str, Any]) -> None:
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Leave the recipe, overrides applied, beside the run's results."""
+    """Leave the recipe, overrides applied and the target written out, beside the run's results."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RECIPE, recipe.model_dump(mode="json"))
+    write_json(folder / RECIPE, recipe.model_dump(mode="json") | {"blocks": describe_blocks(recipe)})
 
 
 def trained_differently(folders: Sequence[Path]) -> list[str]:

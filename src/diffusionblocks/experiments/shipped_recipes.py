@@ -1,0 +1,57 @@
+"""The recipes that ship with the package, by name: `vit/digits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..common.messages import near
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+
+#: A run leaves its recipe, overrides applied, under this name.
+RECIPE = "recipe.json"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Their files by name, as `vit/digits`."""
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def first_sentence(file: Path) -> str:
+    """What a recipe says of itself: the first sentence of the comment that it begins with."""
+    comment = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    return " ".join(comment).partition(". ")[0].removesuffix(".")
+
+
+def recipe_file(place: str | Path) -> Path:
+    """The file that a recipe is read from.
+
+    Args:
+        place: a file; the folder of a run, which has a `recipe.json`; or the name of a recipe that ships, as
+            `vit/digits` or `recipes/vit/digits.yaml`. A file or folder that is there comes before a name.
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    path = Path(place)
+    if path.is_dir():
+        if not (path / RECIPE).is_file():
+            raise FileNotFoundError(f"no recipe at {path}: of a run, give the folder that holds its {RECIPE}")
+        return path / RECIPE
+    if path.is_file():
+        return path
+    recipes = shipped_recipes()
+    name = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if name not in recipes:
+        raise FileNotFoundError(f"no recipe at {path}, and none of that name ships{near(name, recipes)}")
+    return recipes[name]
+
+
+def run_of(place: str | Path) -> Path | None:
+    """The folder of a run that stands in a recipe's place; None where a recipe does."""
+    path = Path(place)
+    return path if path.is_dir() else None

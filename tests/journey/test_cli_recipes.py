@@ -1,0 +1,90 @@
+"""Recipes by name and by the folder of a run: what ships is listed, and a run needs no recipe beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import RECIPES, TINY_VIT, VIT
+
+from diffusionblocks.cli import main
+from diffusionblocks.experiments.identity import describe_run
+from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.experiments.run import write_recipe
+from diffusionblocks.experiments.shipped_recipes import shipped_recipes
+
+
+def test_every_recipe_that_ships_is_listed_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    files = sorted(RECIPES.rglob("*.yaml"))
+    assert [line.split()[0] for line in lines] == [str(file.relative_to(RECIPES).with_suffix("")) for file in files]
+    assert all(len(line.split()) > 4 and len(line) <= 120 for line in lines)
+    assert main(["recipes", "vit/digits"]) == 0
+    assert capsys.readouterr().out == Path(VIT).read_text()
+
+
+@pytest.mark.parametrize("name", ["vit/digits", "vit/digits.yaml", "recipes/vit/digits.yaml"])
+def test_a_recipe_that_ships_is_known_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(name) == load_recipe(VIT)
+
+
+def test_a_file_of_the_users_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "digits").write_text(Path(VIT).read_text().replace("vit-digits", "mine"))
+    assert load_recipe("vit/digits").name == "mine"
+
+
+@pytest.mark.parametrize(("place", "message"), [("vit/digitz", "did you mean vit/digits"), (".", "its recipe.json")])
+def test_no_recipe_there_is_told_with_the_fix(
+    place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", place]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_what_a_run_leaves_is_its_recipe(name: str, tmp_path: Path) -> None:
+    """Read back it trains the same, and describes the same run."""
+    recipe = load_recipe(name)
+    write_recipe(recipe, tmp_path)
+    again = load_recipe(tmp_path)
+    assert describe_run(again, None) == describe_run(recipe, None)
+    assert again.evaluate == recipe.evaluate
+    assert again.blocks.target is not None  # its defaults may become others
+
+
+def test_an_old_run_means_what_it_meant() -> None:
+    """It was written before the likelihood could be added, and says nothing of it."""
+    run = Path(__file__).parents[1] / "old_artefacts" / "runs" / "vit-stopped"
+    assert "likelihood" not in json.loads((run / "recipe.json").read_text())["blocks"]["target"]
+    target = load_recipe(run).blocks.target
+    assert target is not None
+    assert not target.adds_likelihood
+
+
+def test_a_run_is_evaluated_and_inspected_without_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = [*TINY_VIT, "--set", "train.steps=2", "--set", "evaluate.combine=[mean]"]
+    assert main(["train", "vit/digits", "--out", "mine", "--quiet", *changes]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "mine", "--json", "again.json"]) == 0
+    first, again = (json.loads(Path(name).read_text())["rows"] for name in ("mine/result.json", "again.json"))
+    (first, again) = ([row["accuracy"] for row in rows] for rows in (first, again))
+    assert first == again
+    capsys.readouterr()
+    assert main(["inspect", "mine"]) == 0
+    assert "3 layers" in capsys.readouterr().out
+    assert main(["train", "mine", "--quiet"]) == 0  # which has ended
+    assert not Path("runs").exists()
+
+
+def test_a_run_is_sampled_without_its_recipe(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["sample", str(run), "--count", "2", "--out", str(tmp_path), "--quiet"]) == 0
+    assert len(list((tmp_path / "images").iterdir())) == 2
