@@ -24,6 +24,16 @@ import diffusionblocks as db
 from diffusionblocks.core.saved_model import INDEX
 
 FAMILIES = ("vit", "deit", "dinov2")
+#: further classifiers: name -> class of transformers, and what its config needs beside the common sizes
+MORE_CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit-msn": ("ViTMSNForImageClassification", {"intermediate_size": 64}),
+    "dinov2-registers": ("Dinov2WithRegistersForImageClassification", {"mlp_ratio": 2, "num_register_tokens": 3}),
+    "ijepa": ("IJepaForImageClassification", {"intermediate_size": 64}),
+    "siglip": ("SiglipForImageClassification", {"intermediate_size": 64}),
+    "clip": ("CLIPForImageClassification", {"intermediate_size": 64}),
+    "metaclip2": ("MetaClip2ForImageClassification", {"intermediate_size": 64}),
+    "beit": ("BeitForImageClassification", {"intermediate_size": 64, "use_relative_position_bias": True}),
+}
 DIT_FAMILIES = ("dit", "diffusers-dit")
 CAUSAL_CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -43,8 +53,8 @@ IMAGE = 8
 def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
     """A tiny model whose every parameter is random, as in a pretrained model (none zero, none one).
 
-    `family` is a classifier of `FAMILIES`, a diffusion transformer of `DIT_FAMILIES`, a language model of
-    `CAUSAL_FAMILIES`, or `masked`.
+    `family` is a classifier of `FAMILIES` or `MORE_CLASSIFIERS`, a diffusion transformer of `DIT_FAMILIES`, a
+    language model of `CAUSAL_FAMILIES`, or `masked`.
     """
     common = {
         "image_size": IMAGE,
@@ -63,6 +73,8 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
             model = DeiTForImageClassification(DeiTConfig(**({"intermediate_size": 64} | common)))
         elif family == "dinov2":
             model = Dinov2ForImageClassification(Dinov2Config(**({"mlp_ratio": 2} | common)))
+        elif family in MORE_CLASSIFIERS:
+            model = fresh_classifier(family, **common)
         elif family in DIT_FAMILIES:
             model = fresh_dit(family, layers=layers, **overrides)
         elif family == "masked":
@@ -75,6 +87,18 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def fresh_classifier(family: str, **values: Any) -> nn.Module:
+    """A tiny classifier of `MORE_CLASSIFIERS` as its class initialises it; sizes go to the part that has them."""
+    name, more = MORE_CLASSIFIERS[family]
+    found = getattr(transformers, name)
+    part = db.families.family_named(name).config_part
+    values = more | values
+    if part is not None:
+        whole = {key: values.pop(key) for key in ("num_labels", "attn_implementation") if key in values}
+        values = whole | {part: values}
+    return found(found.config_class(**values))  # type: ignore[no-any-return]
 
 
 def fresh_dit(family: str = "dit", *, layers: int = 3, **overrides: Any) -> nn.Module:

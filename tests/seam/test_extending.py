@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import convert, noise_batch, seeded, toy_batch, train_a_little
 from torch import Tensor
-from transformers import IJepaConfig, IJepaForImageClassification
+from transformers import Data2VecVisionConfig, Data2VecVisionForImageClassification
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
@@ -274,15 +274,15 @@ def test_a_process_that_would_load_as_another_is_refused() -> None:
 # ---- a family ------------------------------------------------------------------------------------------------
 
 
-def ijepa() -> IJepaForImageClassification:
+def data2vec() -> Data2VecVisionForImageClassification:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     torch.manual_seed(0)
-    return IJepaForImageClassification(IJepaConfig(**sizes, image_size=8, patch_size=4, num_labels=4))
+    return Data2VecVisionForImageClassification(Data2VecVisionConfig(**sizes, image_size=8, patch_size=4, num_labels=4))
 
 
 def test_a_model_of_a_user_s_family_trains_saves_loads_and_predicts(package: ModuleType, tmp_path: Path) -> None:
-    model = db.convert(ijepa(), db.BlocksConfig(num_blocks=3))
-    assert type(model.family) is package.family.IJepaFamily
+    model = db.convert(data2vec(), db.BlocksConfig(num_blocks=3))
+    assert type(model.family) is package.family.Data2VecVisionFamily
     data = toy_batch(64, seed=1)
     before = model.loss(data, 0, seeded()).mean().item()
     train_a_little(model, toy_batch)
@@ -293,24 +293,28 @@ def test_a_model_of_a_user_s_family_trains_saves_loads_and_predicts(package: Mod
     probabilities = loaded.predict(data["pixel_values"], generator=seeded()).probabilities
     assert torch.equal(probabilities, model.predict(data["pixel_values"], generator=seeded()).probabilities)
     with torch.no_grad():  # a conversion that never trained is the original again
-        original, again = ijepa().eval(), db.convert(ijepa()).export_initialisation().eval()
+        original, again = data2vec().eval(), db.convert(data2vec()).export_initialisation().eval()
         assert torch.equal(again(data["pixel_values"]).logits, original(data["pixel_values"]).logits)
 
 
 def test_a_saved_model_of_a_family_that_nobody_registered_is_refused(
     package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    db.convert(ijepa()).save_pretrained(tmp_path / "model")
-    monkeypatch.delitem(FAMILIES._entries, "IJepaForImageClassification")
-    with pytest.raises(ValueError, match=r"unknown model class 'IJepaForImageClassification'.* import the package"):
+    db.convert(data2vec()).save_pretrained(tmp_path / "model")
+    monkeypatch.delitem(FAMILIES._entries, "Data2VecVisionForImageClassification")
+    with pytest.raises(
+        ValueError, match=r"unknown model class 'Data2VecVisionForImageClassification'.* import the package"
+    ):
         db.load(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"cannot convert IJepaForImageClassification.* docs/extending.md, 'A family'"):
-        db.convert(ijepa())
+    with pytest.raises(
+        ValueError, match=r"cannot convert Data2VecVisionForImageClassification.* docs/extending.md, 'A family'"
+    ):
+        db.convert(data2vec())
 
 
 def test_what_is_registered_is_checked(package: ModuleType) -> None:
-    family = package.family.IJepaFamily
-    with pytest.raises(ValueError, match="IJepaForImageClassification is registered already"):
+    family = package.family.Data2VecVisionFamily
+    with pytest.raises(ValueError, match="Data2VecVisionForImageClassification is registered already"):
         db.register_family(type("Again", (family,), {}))
     with pytest.raises(TypeError, match=r"a subclass of diffusionblocks\.families\.Family, got 3"):
         db.register_family(3)  # type: ignore[type-var]

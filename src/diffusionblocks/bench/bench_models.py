@@ -125,7 +125,7 @@ def recipe_of(spec: Spec) -> Recipe:
         "method": "diffusionblocks" if method.kind == "blocks" else "end-to-end",
         "model": {
             "type": model.type,
-            "config": config | {family.depth_field: parts[0] if method.kind == "short" else layers},
+            "config": family.with_depth(config, parts[0] if method.kind == "short" else layers),
         },
         "data": _data(family.target, config),
         "train": {

@@ -173,7 +173,7 @@ def merge_ensembles(
         model: Any = load_end_to_end(first.model_class, path)  # whole, finite and as it was saved
         others = tuple(each.folder for each in having if each.folder != source)
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        depth = int(getattr(model.config, family_named(first.model_class).depth_field))
+        depth = family_named(first.model_class).depth(model.config)
         origins.append(Origin(member, range(depth), source, others, size))
         configs.append(without_writers(config_values(first.model_class, model.config)))
         _check_equal(configs[0], configs[-1], origins[0].folder, source)

@@ -186,8 +186,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
             "save the others, merge the folders of all, and export the merged model"
         )
     original = instantiate(model.model_class, model.config)
-    unused = tuple(f"{path}." for path in model.family.unused)
-    weights = {name: tensor for name, tensor in original.state_dict().items() if name.startswith(unused)}
+    weights = _unused(model, original)
     head = tuple(f"{path}." for path in model.family.head_paths(original))
     last = len(model.blocks) - 1
     for index in range(len(model.blocks)):
@@ -202,6 +201,12 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
     if model.generation_config is not None and hasattr(original, "generation_config"):
         original.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[assignment]
     return original.train(model.training)
+
+
+def _unused(model: DiffusionBlocks, original: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that blocks have no use for, as a fresh model has them."""
+    unused = tuple(f"{path}." for path in model.family.unused)
+    return {name: tensor for name, tensor in original.state_dict().items() if name.startswith(unused)}
 
 
 def export_block(model: DiffusionBlocks, block: int) -> nn.Module:
@@ -236,11 +241,11 @@ def export_block(model: DiffusionBlocks, block: int) -> nn.Module:
     original = instantiate(model.model_class, with_depth(model.model_class, model.config, len(layers)))
     path = part.layer_paths[0].rpartition(".")[0]
     numbers = {f"{path}.{layer}.": f"{path}.{place}." for place, layer in enumerate(layers)}
-    weights = {}
+    weights = _unused(model, original)
     for name, tensor in part.network.state_dict().items():
         prefix = next((prefix for prefix in numbers if name.startswith(prefix)), "")
         weights[numbers.get(prefix, "") + name.removeprefix(prefix)] = tensor.detach().cpu().clone()
-    nn.Module.to(original, dtype=next(iter(weights.values())).dtype)
+    nn.Module.to(original, dtype=next(part.network.parameters()).dtype)
     original.load_state_dict(weights, strict=True, assign=True)
     return original.train(model.training)
 

@@ -152,13 +152,18 @@ def model_config(options: ModelConfig) -> Any:
     check_sizes(values)
     config = _rebuild(model_class, values, "model.config")
     if name is None:
-        check_shape(config)
+        check_shape(family_named(model_class).sizes(config))
         try:
             outline(model_class, with_depth(model_class, config, 1))
         except Exception as error:  # as an activation function that the library has not
             raise ValueError(f"model.config: {model_class} refuses it: {_one_line(error)}") from None
         return config
     own_config = described_config(model_class, name)
+    part = family_named(model_class).config_part
+    if part in values:
+        raise ValueError(
+            f"model.config.{part}: {name} has its own, and its weights are of its sizes: leave model.config.{part} out"
+        )
     for field in sorted(values.keys() & SIZES.keys() - {"num_labels"}):
         own = getattr(own_config, field)
         if own != values[field]:

@@ -16,12 +16,15 @@ def depth_of(recipe: Recipe) -> int:
     Raises:
         ValueError: the recipe does not say.
     """
-    field = family_named(recipe.model.type).depth_field
+    family = family_named(recipe.model.type)
     if recipe.model.pretrained is not None:  # its folder says it, not the recipe
-        return int(getattr(model_config(recipe.model), field))
-    if field not in recipe.model.config:
-        raise ValueError(f"the recipe must give model.config.{field}, to make models of fewer layers")
-    return int(recipe.model.config[field])
+        return family.depth(model_config(recipe.model))
+    part, field = family.config_part, family.depth_field
+    sizes = recipe.model.config if part is None else recipe.model.config.get(part, {})
+    if field not in sizes:
+        where = field if part is None else f"{part}.{field}"
+        raise ValueError(f"the recipe must give model.config.{where}, to make models of fewer layers")
+    return int(sizes[field])
 
 
 def layers_of_a_block(recipe: Recipe) -> int:
@@ -70,7 +73,7 @@ def with_depth(recipe: Recipe, layers: int) -> Recipe:
                 "model.pretrained=null"
             )
         return recipe
-    config = recipe.model.config | {family_named(recipe.model.type).depth_field: layers}
+    config = family_named(recipe.model.type).with_depth(recipe.model.config, layers)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
 
 

@@ -3,7 +3,7 @@
 A user's own package registers a family by `register_family`, as ours do: see docs/extending.md.
 """
 
-from . import causal_lm, dit, masked_lm, noprop, recurrent, vit  # noqa: F401 - they register their families
+from . import causal_lm, dit, masked_lm, mean_pooled, noprop, recurrent, vit  # noqa: F401 - they register their families
 from .family import BlockCall, Family, register_family
 from .kinds import ClassifierFamily, DenoiserFamily, ImageFamily, NextTokenFamily, TextFamily
 from .libraries import DIFFUSERS, TRANSFORMERS, CannotReadInParts, Diffusers, Library, Transformers, check_attention

@@ -79,6 +79,8 @@ class Family(abc.ABC):
     inputs: ClassVar[tuple[str, ...]] = ()
     #: further inputs of a block's forward pass while text is generated
     generation_names: ClassVar[tuple[str, ...]] = ()
+    #: the config value that holds the config of the network itself, where a config has parts (a vision tower)
+    config_part: ClassVar[str | None] = None
     #: the config value that holds the number of layers
     depth_field: ClassVar[str] = "num_hidden_layers"
     #: the config value that holds the width of the residual stream
@@ -165,9 +167,23 @@ class Family(abc.ABC):
     def _at(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
         return tuple(path.format(base=getattr(model, "base_model_prefix", "")) for path in paths)
 
+    def sizes(self, config: Any) -> Any:
+        """The part of a config that has depth, width and shape of the network: most often the config itself."""
+        return config if self.config_part is None else getattr(config, self.config_part)
+
+    def depth(self, config: Any) -> int:
+        """Number of layers of a model with that config."""
+        return int(getattr(self.sizes(config), self.depth_field))
+
+    def with_depth(self, values: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        """Plain config values with another number of layers."""
+        if self.config_part is None:
+            return {**values, self.depth_field: layers}
+        return {**values, self.config_part: {**values.get(self.config_part, {}), self.depth_field: layers}}
+
     def hidden_size(self, config: Any) -> int:
         """Width of the residual stream of a model with that config."""
-        return int(getattr(config, self.width_field))
+        return int(getattr(self.sizes(config), self.width_field))
 
     def num_classes(self, config: Any) -> int:
         """Number of labels (or of different tokens) of a model with that config; 0 for a model that knows none."""
@@ -175,7 +191,7 @@ class Family(abc.ABC):
 
     def example_shape(self, config: Any) -> tuple[int, ...]:
         """(channels, height, width) of the images, or (length,) of the texts, of a model with that config."""
-        return tuple(int(getattr(config, name)) for name in self.shape_fields)
+        return tuple(int(getattr(self.sizes(config), name)) for name in self.shape_fields)
 
     def input_names(self, config: Any) -> tuple[str, ...]:
         """The batch entries that are the input x."""

@@ -129,7 +129,7 @@ def with_depth(model_class: str, model_config: Any, layers: int) -> Any:
     """The config with another number of layers."""
     library, imported = _imported(model_class)
     values = {n: v for n, v in library.values(model_config).items() if n not in library.depth_dependent}
-    return library.config(imported, values | {family_named(model_class).depth_field: layers})
+    return library.config(imported, family_named(model_class).with_depth(values, layers))
 
 
 def pretrained(

@@ -41,6 +41,8 @@ def check_sizes(values: Mapping[str, Any], where: str = "model.config") -> None:
         ValueError: a size that is no whole number, or out of its range; or any number beyond 2^31.
     """
     for name, value in values.items():
+        if name.endswith("_config") and isinstance(value, Mapping):  # a part's, of a model of several
+            check_sizes(value, f"{where}.{name}")
         low, high = SIZES.get(name, (-_MOST, _MOST))
         if name in SIZES and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{where}.{name} = {value!r}: must be a whole number from {low} to {high}")

@@ -1,8 +1,8 @@
-"""Vision transformers of transformers for image classification: ViT, DeiT and DINOv2."""
+"""Vision transformers of transformers for image classification whose head reads the [CLS] token."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,42 @@ from .kinds import ClassifierFamily, tokens_of
 from .libraries import TRANSFORMERS
 
 
-def _backbone(network: nn.Module) -> nn.Module:
+def backbone_of(network: nn.Module) -> nn.Module:
     """What all of the model but the classifier is in, of a whole model or of a part of it."""
     (backbone,) = (child for name, child in network.named_children() if name != "classifier")
     return backbone
 
 
+def embeddings_of(network: nn.Module) -> nn.Module:
+    """What makes tokens of images, with their positions."""
+    return backbone_of(network).get_submodule("embeddings")
+
+
 @register_family
 class ViTFamily(ClassifierFamily):
-    """Converts `ViTForImageClassification` and `DeiTForImageClassification`.
+    """Converts `ViTForImageClassification`, `DeiTForImageClassification` and `ViTMSNForImageClassification`.
 
     The noised label joins the tokens, as an extra last token or in place of [CLS], unless `target.noise_input` is
     false. F is read at the place of [CLS], so that a pretrained head has the input it knows.
     """
 
-    classes: ClassVar[tuple[str, ...]] = ("ViTForImageClassification", "DeiTForImageClassification")
+    classes: ClassVar[tuple[str, ...]] = (
+        "ViTForImageClassification",
+        "DeiTForImageClassification",
+        "ViTMSNForImageClassification",
+    )
     library = TRANSFORMERS
-    layers = ("{base}.layers", "{base}.encoder.layer", "{base}.encoder.layers")  # by version of the library
-    stem = ("{base}.embeddings",)
-    head = ("{base}.layernorm", "classifier")
+    layers: ClassVar[str | tuple[str, ...]] = (
+        "{base}.layers",
+        "{base}.encoder.layer",
+        "{base}.encoder.layers",
+    )  # by version
+    stem: ClassVar[tuple[str, ...]] = ("{base}.embeddings",)
+    head: ClassVar[tuple[str, ...]] = ("{base}.layernorm", "classifier")
     norms = ("layernorm_before", "layernorm_after")
-    final_norm = "{base}.layernorm"
+    final_norm: ClassVar[str | None] = "{base}.layernorm"
+    #: path within the embeddings of what makes tokens of patches
+    patches: ClassVar[str] = "patch_embeddings"
 
     @override
     def check(self, model: nn.Module) -> None:
@@ -57,7 +72,8 @@ class ViTFamily(ClassifierFamily):
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         assert isinstance(config.target, LabelTargetConfig)
         parts = nn.ModuleDict()
-        size = self.hidden_size(model.config), float(getattr(model.config, "initializer_range", 0.02))
+        std = float(getattr(self.sizes(model.config), "initializer_range", 0.02))
+        size = self.hidden_size(model.config), std
         if config.target.noise_input and config.target.token == "replace-cls":
             parts["cls_replacement"] = ClsReplacement()
         elif config.target.noise_input:
@@ -66,26 +82,41 @@ class ViTFamily(ClassifierFamily):
             parts["hint_token"] = LinearLabelToken(*size)
         return parts
 
+    @property
+    @override
+    def runs_in_parts(self) -> bool:
+        """Whether a layer takes tokens alone."""
+        return type(self).layer_options is ViTFamily.layer_options
+
     @override
     def embed(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
-        embeddings = _backbone(network).get_submodule("embeddings")
+        embeddings = embeddings_of(network)
         # As the whole model does: images come in the weights' precision.
-        dtype = next(embeddings.get_submodule("patch_embeddings").parameters()).dtype
+        dtype = next(embeddings.get_submodule(self.patches).parameters()).dtype
         return embeddings(pixel_values.to(dtype))  # type: ignore[no-any-return]
 
     @override
     def classify(self, network: nn.Module, tokens: Tensor) -> Tensor:
-        tokens = _backbone(network).get_submodule("layernorm")(tokens)
+        tokens = backbone_of(network).get_submodule("layernorm")(tokens)
         return network.get_submodule("classifier")(tokens[:, 0])  # type: ignore[no-any-return]
 
+    def layer_options(self, network: nn.Module, pixel_values: Tensor, length: int) -> dict[str, Any]:
+        """What each layer is given beside the tokens, of which there are `length`."""
+        return {}
+
+    def pooled(self, network: nn.Module, tokens: Tensor, length: int) -> Tensor:
+        """What F is of the last layer's tokens, of which the first `length` are the model's own: (batch, dim)."""
+        return tokens[:, 0]
+
     @override
-    def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        embeddings = _backbone(call.network).get_submodule("embeddings")
-        tokens = self.embed(call.network, call.inputs["pixel_values"])
+    def hidden(self, call: BlockCall) -> tuple[Any, Tensor]:
+        images = call.inputs["pixel_values"]
+        tokens = self.embed(call.network, images)
         length, vectors = tokens.shape[1], {"label_token": call.z, "hint_token": call.inputs.get(HINT)}
         if "cls_replacement" in call.extra:
             # The stem has put [CLS] and its position at place 0: both are taken out, and the position put back.
-            position = embeddings.get_parameter("position_embeddings")[:, :1]
+            positions = getattr(embeddings_of(call.network), "position_embeddings")  # noqa: B009 - a foreign class's
+            position = torch.zeros_like(tokens[:1, :1]) if positions is None else positions[:, :1]
             tokens = call.extra["cls_replacement"](tokens, call.z, position)
         extra = [
             call.extra[name](torch.zeros_like(call.z) if vector is None else vector).to(tokens.dtype)
@@ -94,31 +125,42 @@ class ViTFamily(ClassifierFamily):
         ]
         if extra:
             tokens = torch.cat([tokens, *extra], dim=1)
+        options = self.layer_options(call.network, images, tokens.shape[1])
         for layer in call.layers:
-            tokens = tokens_of(layer(tokens))
+            tokens = tokens_of(layer(tokens, **options))
         # The head sees the places it was trained on. F is not cut out of them: a cut's gradient is padded with zeros.
-        return (tokens[:, :length] if extra else tokens), tokens[:, 0]
+        return (tokens[:, :length] if extra else tokens), self.pooled(call.network, tokens, length)
 
     @override
-    def readout(self, call: BlockCall, hidden: Tensor, denoised: Tensor) -> Tensor:
+    def readout(self, call: BlockCall, hidden: Any, denoised: Tensor) -> Tensor:
         assert call.final_norm is not None
         return call.module("classifier")(call.final_norm(denoised.to(hidden.dtype)[:, None, :])[:, 0])  # type: ignore[no-any-return]
 
 
 @register_family
 class Dinov2Family(ViTFamily):
-    """Converts `Dinov2ForImageClassification`, whose head also reads the mean of the patch tokens."""
+    """Converts `Dinov2ForImageClassification`, whose head also reads the mean of the patch tokens.
 
-    classes = ("Dinov2ForImageClassification",)
+    And `Dinov2WithRegistersForImageClassification`: its registers are tokens between [CLS] and patches, not read.
+    """
+
+    classes = ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification")
     norms = ("norm1", "norm2")
+
+    @staticmethod
+    def _first_patch(network: nn.Module) -> int:
+        registers = getattr(embeddings_of(network), "register_tokens", None)
+        return 1 if registers is None else 1 + int(registers.shape[1])
 
     @override
     def classify(self, network: nn.Module, tokens: Tensor) -> Tensor:
-        tokens = _backbone(network).get_submodule("layernorm")(tokens)
-        return network.get_submodule("classifier")(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))  # type: ignore[no-any-return]
+        tokens = backbone_of(network).get_submodule("layernorm")(tokens)
+        patches = tokens[:, self._first_patch(network) :]
+        return network.get_submodule("classifier")(torch.cat([tokens[:, 0], patches.mean(dim=1)], dim=1))  # type: ignore[no-any-return]
 
     @override
-    def readout(self, call: BlockCall, hidden: Tensor, denoised: Tensor) -> Tensor:
+    def readout(self, call: BlockCall, hidden: Any, denoised: Tensor) -> Tensor:
         assert call.final_norm is not None
-        tokens = call.final_norm(torch.cat([denoised.to(hidden.dtype)[:, None, :], hidden[:, 1:]], dim=1))
+        patches = hidden[:, self._first_patch(call.network) :]
+        tokens = call.final_norm(torch.cat([denoised.to(hidden.dtype)[:, None, :], patches], dim=1))
         return call.module("classifier")(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))  # type: ignore[no-any-return]

@@ -1,0 +1,183 @@
+"""Further classifiers of transformers: blocks are the original, in every variant that its config has."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    HIDDEN,
+    MORE_CLASSIFIERS,
+    convert,
+    noise_batch,
+    randomise_adaptive,
+    same_states,
+    seeded,
+    tiny,
+    train_a_little,
+)
+from torch import Tensor
+
+import diffusionblocks as db
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in MORE_CLASSIFIERS),
+    *((name, {"attn_implementation": "eager"}) for name in MORE_CLASSIFIERS),
+    ("vit-msn", {"qkv_bias": False}),
+    ("dinov2-registers", {"use_swiglu_ffn": True, "num_register_tokens": 1}),
+    ("dinov2-registers", {"drop_path_rate": 0.3, "qkv_bias": False}),
+    ("ijepa", {"qkv_bias": False, "hidden_act": "relu"}),
+    ("siglip", {"vision_use_head": False}),
+    ("clip", {"hidden_act": "gelu"}),
+    ("beit", {"use_mean_pooling": False}),
+    ("beit", {"use_relative_position_bias": False, "use_absolute_position_embeddings": True}),
+    ("beit", {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}),
+    ("beit", {"use_shared_relative_position_bias": True, "attn_implementation": "eager"}),
+    ("beit", {"layer_scale_init_value": 0.0, "drop_path_rate": 0.2, "use_mask_token": True}),
+    ("beit", {"use_mean_pooling": False, "use_shared_relative_position_bias": True}),
+]
+
+
+def logits(model: Any, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images).logits  # type: ignore[no-any-return]
+
+
+def context(model: db.DiffusionBlocks, block: int, images: Tensor, seed: int = 0) -> Tensor:
+    z = torch.randn(len(images), HIDDEN, generator=seeded(seed))
+    with torch.no_grad():
+        return model.block(block)({"pixel_values": images}, z, torch.full((len(images),), 0.7), context=True)  # type: ignore[no-any-return]
+
+
+def ids(variant: Any) -> str:
+    return variant if isinstance(variant, str) else "-".join(map(str, variant)) or "default"
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=ids)
+def test_one_block_that_sees_no_noise_has_the_original_logits(family: str, options: dict[str, Any]) -> None:
+    original = tiny(family, **options)
+    images = noise_batch()["pixel_values"]
+    model = db.convert(original, db.BlocksConfig(num_blocks=1, target={"noise_input": False})).eval()
+    expected = logits(original, images)
+    assert torch.equal(context(model, 0, images), expected)
+    # Control: logits depend on the images, and on the last layer.
+    assert not torch.allclose(expected, logits(original, -images), atol=1e-2)
+    last = model.block(0).layers()[-1]
+    with torch.no_grad():
+        next(p for p in last.parameters() if p.ndim == 2).mul_(-1)
+    assert not torch.equal(context(model, 0, images), expected)
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=ids)
+def test_a_token_that_nobody_attends_to_leaves_the_original_logits(family: str, options: dict[str, Any]) -> None:
+    """With the label's token hidden from attention, a conversion is the original to rounding, at any level."""
+    original = tiny(family, **options)
+    images = noise_batch()["pixel_values"]
+    model = db.convert(original, db.BlocksConfig(num_blocks=1)).eval()
+    expected = logits(original, images)
+    seen = context(model, 0, images)
+    assert seen.shape == expected.shape
+    assert not torch.allclose(seen, expected, atol=1e-4)  # the token is attended to
+    assert not torch.allclose(seen, context(model, 0, images, seed=1), atol=1e-4)  # and z is in it
+    _hide_last_token(model)
+    hidden = context(model, 0, images)
+    torch.testing.assert_close(hidden, expected, rtol=2e-4, atol=2e-5)
+    randomise_adaptive(model)
+    assert not torch.allclose(context(model, 0, images), expected, atol=1e-3)
+
+
+def _hide_last_token(model: db.DiffusionBlocks) -> None:
+    """Add -inf to every attention score of the last of the tokens, in each attention of the block."""
+    from torch.nn import functional as F
+
+    def without_last(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
+        key, value = key[..., :-1, :], value[..., :-1, :]
+        mask = None if attn_mask is None else attn_mask[..., :-1]
+        return plain(query, key, value, attn_mask=mask, **options)
+
+    def softmax(scores: Tensor, *args: Any, **options: Any) -> Tensor:
+        scores = scores.clone()
+        scores[..., -1] = -torch.inf
+        return plain_softmax(scores, *args, **options)
+
+    plain, plain_softmax = F.scaled_dot_product_attention, F.softmax
+    block: Any = model.block(0)
+    forward = block.forward
+
+    def patched(*args: Any, **options: Any) -> Any:
+        torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.softmax = without_last, softmax
+        try:
+            return forward(*args, **options)
+        finally:
+            torch.nn.functional.scaled_dot_product_attention = plain
+            torch.nn.functional.softmax = plain_softmax
+
+    block.forward = patched
+
+
+@pytest.mark.parametrize("family", MORE_CLASSIFIERS)
+def test_a_classifier_trains_saves_and_predicts(family: str, tmp_path: Path) -> None:
+    model = convert(family, shared="replicated")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train_a_little(model, noise_batch)
+    after = model.state_dict()
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert not {name for name in still if ".layer" in name and "key" not in name and "k_proj.bias" not in name}
+    model.save_pretrained(tmp_path / "model")
+    again = db.load(tmp_path / "model").eval()
+    assert same_states(again.state_dict(), after)
+    images = noise_batch()["pixel_values"]
+    first, second = (m.predict(images, generator=seeded()).probabilities for m in (model, again))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.sum(dim=1), torch.ones(6))
+
+
+@pytest.mark.parametrize("shared", ["joint", "replicated"])
+@pytest.mark.parametrize("family", MORE_CLASSIFIERS)
+def test_exports_are_the_original_and_its_blocks(family: str, shared: str) -> None:
+    original = tiny(family)
+    images = noise_batch()["pixel_values"]
+    assert torch.equal(
+        logits(convert(family, shared=shared).eval().export_initialisation(), images), logits(original, images)
+    )
+    model = convert(family, shared=shared, target={"noise_input": False}).eval()
+    train_a_little(model, noise_batch, steps=1)
+    for index in range(3):
+        ordinary: Any = model.export_block(index)
+        assert type(ordinary) is type(original)
+        assert torch.equal(logits(ordinary, images), context(model, index, images))
+
+
+@pytest.mark.parametrize("family", MORE_CLASSIFIERS)
+@pytest.mark.parametrize("likelihood", ["added", "learned"])
+def test_the_loss_reaches_all_weights_in_bfloat16_too(family: str, likelihood: str) -> None:
+    model = db.convert(tiny(family).bfloat16(), db.BlocksConfig(target={"likelihood": likelihood}))
+    randomise_adaptive(model)
+    block = model.block(1)
+    loss = block.loss(noise_batch(), seeded())
+    assert loss.dtype == torch.float32
+    loss.sum().backward()
+    without = {name for name, p in block.named_parameters() if p.grad is None and "mask_token" not in name}
+    assert without <= {"shared.target.embedding"}, without
+
+
+@pytest.mark.parametrize("family", ["ijepa", "siglip", "clip", "metaclip2", "beit"])
+def test_a_head_that_reads_no_cls_has_none_to_replace(family: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"target.token = replace-cls: the head of a \w+ reads the mean .* use extra or linear"
+    ):
+        convert(family, target={"token": "replace-cls"})
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("vit-msn", {}), ("dinov2-registers", {}), ("beit", {"use_mean_pooling": False})],
+    ids=ids,
+)
+def test_the_label_takes_the_place_of_cls(family: str, options: dict[str, Any]) -> None:
+    model = db.convert(tiny(family, **options), db.BlocksConfig(num_blocks=1, target={"token": "replace-cls"})).eval()
+    lengths: list[int] = []
+    model.block(0).layers()[0].register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
+    images = noise_batch()["pixel_values"]
+    assert not torch.allclose(context(model, 0, images), context(model, 0, images, seed=1), atol=1e-4)
+    assert set(lengths) == {4 + 1 + (3 if family == "dinov2-registers" else 0)}
