@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data.data_config import register_data
     from .experiments.tasks import EvaluateSection, Task, register_task
     from .families import Family, register_family
+    from .integrations.blocks_trainer import BlocksCallback, BlocksTrainer
     from .noise import EDM, FlowMatching, GaussianProcess, Masking, NoiseProcess, register_noise_process
     from .sampling import register_solver
 
@@ -29,8 +30,10 @@ __version__ = "0.1.0"
 _ROOMS = {
     "EDM": "noise",
     "Block": "core.block",
+    "BlocksCallback": "integrations.blocks_trainer",
     "BlocksConfig": "config",
     "BlocksOutput": "core.output",
+    "BlocksTrainer": "integrations.blocks_trainer",
     "DiffusionBlocks": "core.model",
     "EvaluateSection": "experiments.tasks",
     "Family": "families",
@@ -61,8 +64,10 @@ _ROOMS = {
 __all__ = [
     "EDM",
     "Block",
+    "BlocksCallback",
     "BlocksConfig",
     "BlocksOutput",
+    "BlocksTrainer",
     "DiffusionBlocks",
     "EvaluateSection",
     "Family",

@@ -8,10 +8,13 @@ there. And ranks that share its seed would draw the same noise for different exa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+#: What evaluation draws from: one generator for a whole batch, or one for each example.
+Generators = torch.Generator | Sequence[torch.Generator]
 
 _SEEDS = 64  # whose calls are counted, the latest
 

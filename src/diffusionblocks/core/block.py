@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..common.graphs import eager, leave_to_host, on_host
+from ..common.seeds import Generators
 from ..config import BlocksConfig
 from ..families import BlockCall, Family, TextFamily
 from ..families.module_tree import parts_in
@@ -364,14 +366,15 @@ class Block(nn.Module):
         return list(zip(layers, adaptive, strict=True))
 
     @on_host
-    def loss(self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None) -> Tensor:
+    def loss(self, batch: Batch, generator: Generators | None = None, level: Tensor | None = None) -> Tensor:
         """Training loss of each sample at a level drawn in the block's interval (paper, section 3.2).
 
         Args:
             batch: the entries of `input_names` and of the target's `names`: `pixel_values` and `labels`,
                 or `input_ids`. Next-token models also read `labels` and `attention_mask`, see
                 `NextTokenTarget.resolve`.
-            generator: source of level, noise and label dropout, on the batch's device; default the global one.
+            generator: source of level, noise and label dropout, on the batch's device, or a list of one for each
+                example; default the global one.
             level: use these levels, shape (batch,), instead of drawing them.
 
         Returns:
@@ -394,9 +397,11 @@ class Block(nn.Module):
 
     @eager
     def corrupted(
-        self, batch: Batch, generator: torch.Generator | None = None, level: Tensor | None = None
+        self, batch: Batch, generator: Generators | None = None, level: Tensor | None = None
     ) -> tuple[Batch, Tensor, Tensor]:
         """The first half of `loss`, all that is drawn: (the model's inputs x, z, levels)."""
+        if generator is not None and not isinstance(generator, torch.Generator):
+            return self._corrupted_apart(batch, generator, level)
         y = self.target.encode(self._with_drawn_labels(batch, generator))
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
@@ -406,6 +411,25 @@ class Block(nn.Module):
             shown = torch.rand(len(y), 1, generator=generator, device=y.device) < 0.5
             inputs = {**inputs, HINT: shown.float()}
         return inputs, z, level
+
+    def _corrupted_apart(
+        self, batch: Batch, generators: Sequence[torch.Generator], level: Tensor | None
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """As `corrupted`, with a generator for each example: what one draws does not depend on the others, nor on how
+        far its text is padded."""
+        counted, rows = self.target.counted_lengths(batch), []
+        for i, generator in enumerate(generators):
+            row = {name: value[i : i + 1] for name, value in batch.items()}
+            if counted is not None:
+                row = {name: value[:, : counted[i]] for name, value in row.items()}
+            rows.append(self.corrupted(row, generator, None if level is None else level[i : i + 1]))
+        inputs, z, levels = zip(*rows, strict=True)
+        if counted is None:
+            together = {name: torch.cat([row[name] for row in inputs]) for name in inputs[0]}
+        else:  # a text is read whole; what nothing that counts sees has no noise
+            together, full = {name: batch[name] for name in inputs[0]}, self.target.encode(batch).shape[1]
+            z = tuple(F.pad(row, (0, 0, 0, full - row.shape[1])) for row in z)
+        return together, torch.cat(z), torch.cat(levels)
 
     def _with_drawn_labels(self, batch: Batch, generator: torch.Generator | None) -> Batch:
         """The batch with the labels that z is noised from, which label smoothing draws."""

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from ..common.finite import FiniteCheck
 from ..common.graphs import leave_to_host, on_host
+from ..common.seeds import Generators
 from ..config import LabelTargetConfig, NextTokenTargetConfig
 from ..families.generation_config import end_tokens
 from ..noise import GaussianProcess, Masking
@@ -88,7 +89,7 @@ class Inference(Generic[_Target]):
         raise ValueError(f"{method} is for {models}; this {self.model.model_class} {self.does}")
 
     @on_host
-    def evaluate(self, batch: Batch, generator: torch.Generator | None) -> dict[str, Tensor | None]:
+    def evaluate(self, batch: Batch, generator: Generators | None) -> dict[str, Tensor | None]:
         """The entries of `forward`'s output in evaluation mode: the mean of all blocks' losses."""
         model = self.model
         model.check_batch(batch)
@@ -132,7 +133,7 @@ class Classification(Inference[LabelTarget]):
 
     @override
     @on_host
-    def evaluate(self, batch: Batch, generator: torch.Generator | None) -> dict[str, Tensor | None]:
+    def evaluate(self, batch: Batch, generator: Generators | None) -> dict[str, Tensor | None]:
         """Log-probabilities by `predict` with its defaults, and their cross-entropy where there are labels."""
         labels = batch.get("labels")
         self.model.check_batch(batch, with_target=labels is not None)
@@ -150,7 +151,7 @@ class Classification(Inference[LabelTarget]):
         seeds: int | None = None,
         feedback: str | None = None,
         grid: str | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         return_trajectory: bool = False,
     ) -> Prediction:
         model, defaults = self.model, self.defaults

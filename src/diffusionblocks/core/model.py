@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..common.graphs import eager, leave_to_host, on_host
 from ..common.keywords import older_keywords
 from ..common.modules import check_recomputable, evaluating
-from ..common.seeds import TrainingDraws, of_batch
+from ..common.seeds import Generators, TrainingDraws, keyed_generator, of_batch, seed_from
 from ..config import BlocksConfig
 from ..families import Family
 from ..noise import NoiseProcess, one_level
@@ -51,6 +51,41 @@ class DiffusionBlocks(nn.Module):
     #: Else `others` would tell transformers.Trainer that the model itself divides its loss by the labels of all
     #: accumulated batches.
     accepts_loss_kwargs = False
+
+    @property
+    def main_input_name(self) -> str:
+        """The batch entry of the examples, by transformers' name for it."""
+        return next(name for name in _EXAMPLES if name in {*self.block(0).input_names, *self.target.names})
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding of a text model that has one for all blocks, by transformers' name for it.
+
+        Raises:
+            ValueError: the model embeds no tokens of a context, or each block has an embedding of its own.
+        """
+        embeddings = {id(part): part for part in self.input_embeddings()}
+        if len(embeddings) != 1:
+            raise ValueError(
+                f"this {self.model_class} has {len(embeddings)} input embeddings, one for each block, and "
+                "get_input_embeddings (which neftune_noise_alpha of transformers.Trainer reads) is of one: use "
+                "diffusionblocks.BlocksTrainer, or leave it out"
+            )
+        return next(iter(embeddings.values()))
+
+    def input_embeddings(self) -> list[nn.Module]:
+        """The token embedding of each block, of a model that reads a text token by token.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        path = getattr(self.family, "embedding_path", None)
+        if path is None:
+            raise ValueError(
+                f"this {self.model_class} embeds no tokens of a context, and neftune_noise_alpha is for language "
+                "models: leave it out"
+            )
+        module = path.rpartition(".")[0]
+        return [self.block(b).network.get_submodule(module) for b in range(self.partition.num_blocks)]
 
     def __init__(
         self,
@@ -234,8 +269,10 @@ class DiffusionBlocks(nn.Module):
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         input_ids: Tensor | None = None,
+        *,
+        block: int | None = None,
         **others: Any,
     ) -> BlocksOutput:
         """For plain loops and transformers.Trainer.
@@ -248,12 +285,14 @@ class DiffusionBlocks(nn.Module):
         Args:
             pixel_values: images (batch, channels, height, width).
             labels: (batch,), int64; a classifier needs them in training mode, an unconditional model never.
-            generator: source of all draws. By default those of evaluation follow from `blocks_config.seed` and the
-                batch: the same batch has the same loss twice, and no other generator is touched. Those of training
-                follow from the seed that `torch.manual_seed` set last and the number of calls since (in the state
-                dict); evaluation in between changes nothing. Where torch.distributed is initialised, ranks of one
-                seed draw the same block, and noise of their own.
+            generator: source of all draws; in evaluation mode it may be one for each example, as `example_generators`
+                gives. By default those of evaluation follow from `blocks_config.seed` and the batch: the same batch has
+                the same loss twice, and no other generator is touched. Those of training follow from the seed that
+                `torch.manual_seed` set last and the number of calls since (in the state dict); evaluation in between
+                changes nothing. Where torch.distributed is initialised, ranks of one seed draw the same block, and
+                noise of their own.
             input_ids: tokens (batch, length), int64, of a text model.
+            block: in training mode, the block to train instead of one that is drawn.
             others: further entries of a batch, which are refused.
 
         Raises:
@@ -261,16 +300,21 @@ class DiffusionBlocks(nn.Module):
             ValueError: what `loss` refuses.
         """
         entries = {"pixel_values": pixel_values, "labels": labels, "input_ids": input_ids}
-        return self._output(entries | others, generator)
+        return self._output(entries | others, generator, block)
 
     @on_host
-    def _output(self, entries: Mapping[str, Tensor | None], generator: torch.Generator | None) -> BlocksOutput:
+    def _output(
+        self, entries: Mapping[str, Tensor | None], generator: Generators | None, block: int | None
+    ) -> BlocksOutput:
         batch = {name: value for name, value in entries.items() if value is not None}
         self._check_entries(batch)
         if not self.training:
             return self._as_output(**self.inference.evaluate(batch, generator))
         self.check_batch(batch)
-        block, of_noise = self._draw_block(batch, generator)
+        of_noise = generator
+        if block is None or generator is None:
+            drawn, of_noise = self._draw_block(batch, generator)
+            block = drawn if block is None else block
         return self._as_output(loss=self._mean(self.block(block).loss(batch, of_noise), batch))
 
     @eager
@@ -291,6 +335,31 @@ class DiffusionBlocks(nn.Module):
         visible = {name: value for name, value in self.target.resolve(batch).items() if name in names}
         return of_batch(self.blocks_config.seed, visible, _device(batch))
 
+    @eager
+    def example_generators(self, batch: Batch) -> list[torch.Generator]:
+        """Generators of evaluation, one for each example: it follows from the blocks' seed and that example alone.
+
+        So an example has the same noise in a batch of any size and order, beside padding of any length.
+
+        Args:
+            batch: see `loss`; labels may be missing.
+
+        Returns:
+            One for each row, on the batch's device.
+        """
+        batch = {name: value for name, value in batch.items() if name in self.block(0).entries}
+        resolved = self.target.resolve(batch)
+        names = sorted({self.main_input_name, *self.block(0).input_names})
+        counted = self.target.counted_lengths(resolved)
+        # Fetched once a tensor; hashed on the host, as evaluation is no hot loop.
+        rows = {name: resolved[name].detach().contiguous().cpu() for name in names}
+        device, generators = _device(batch), []
+        for i in range(len(next(iter(rows.values())))):
+            parts = (rows[name][i] if counted is None else rows[name][i, : counted[i]] for name in names)
+            content = b"".join(part.reshape(-1).view(torch.uint8).numpy().tobytes() for part in parts)
+            generators.append(keyed_generator(self.blocks_config.seed, 0, seed_from(content), "example", device))
+        return generators
+
     # What `forward` has drawn so far belongs to the state: a training that another process goes on with draws on.
     def get_extra_state(self) -> Tensor:
         """How far the draws of training are, int64 (seeds, 2): see `seeds.TrainingDraws`."""
@@ -305,8 +374,9 @@ class DiffusionBlocks(nn.Module):
         check_entries(batch, self.block(0).entries, f"{self.model_class}: forward", TypeError)
 
     @eager
-    def _draw_block(self, batch: Batch, generator: torch.Generator | None) -> tuple[int, torch.Generator]:
+    def _draw_block(self, batch: Batch, generator: Generators | None) -> tuple[int, torch.Generator]:
         """A block, drawn uniformly, and what draws its noise."""
+        assert generator is None or isinstance(generator, torch.Generator), "a block is drawn for all examples"
         of_block, of_noise = (generator, generator) if generator is not None else self._draws.next(_device(batch))
         block = torch.randint(len(self.blocks), (1,), generator=of_block, device=of_block.device)
         return int(block.item()), of_noise
@@ -322,7 +392,7 @@ class DiffusionBlocks(nn.Module):
         seeds: int | None = None,
         feedback: str | None = None,
         grid: str | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         return_trajectory: bool = False,
     ) -> Prediction:
         """Classify by denoising, in evaluation mode.
@@ -353,7 +423,8 @@ class DiffusionBlocks(nn.Module):
             feedback: what a prediction feeds to the next step, `soft` or `hard`; default the model's.
             grid: levels, `equal-quantile` or `karras`. By default the first; under `added`, with as many steps as
                 blocks, each block's own highest level instead, so that each is asked once whatever the partition.
-            generator: source of the starting noise; by default it follows from `blocks_config.seed` and the images.
+            generator: source of the starting noise, or a list of one for each image; by default it follows from
+                `blocks_config.seed` and the images.
             return_trajectory: return the posterior probabilities of every step.
 
         Returns:
@@ -618,18 +689,19 @@ class UnlabelledBlocks(DiffusionBlocks):
         self,
         pixel_values: Tensor | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         return_loss: bool = True,
+        block: int | None = None,
         **others: Any,
     ) -> BlocksOutput:
         """For plain loops and transformers.Trainer: see `DiffusionBlocks.forward`.
 
         Args:
-            pixel_values, generator, input_ids: see there.
+            pixel_values, generator, input_ids, block: see there.
             labels, attention_mask: of text, see `loss`. A model of images without classes passes over labels.
             position_ids: refused: positions follow from `attention_mask`. (Named so that Trainer does not drop them.)
             return_loss: False computes nothing, as a loss is all that there is.
@@ -643,7 +715,7 @@ class UnlabelledBlocks(DiffusionBlocks):
             return self._as_output()
         entries = {"pixel_values": pixel_values, "input_ids": input_ids, "labels": labels}
         masks = {"attention_mask": attention_mask, "position_ids": position_ids}
-        return self._output(entries | masks | others, generator)
+        return self._output(entries | masks | others, generator, block)
 
 
 def _saving() -> ModuleType:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..common.fields import MOST_LEVELS, Combination, check_count
 from ..common.finite import FiniteCheck
+from ..common.seeds import Generators
 from ..noise import GaussianProcess
 from ..targets import LabelTarget
 from .solvers import euler
@@ -162,7 +163,7 @@ def predict_labels(
     combine: str = "chain",
     seeds: int = 1,
     feedback: str = "soft",
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     return_trajectory: bool = False,
 ) -> Prediction:
     """Run a chain of network calls down the levels from each of `seeds` noise seeds, and combine what they say.
@@ -179,7 +180,7 @@ def predict_labels(
         combine: a rule of `COMBINATIONS`, see `DiffusionBlocks.predict`.
         seeds: chains, >= 1.
         feedback: `soft` or `hard`: what a prediction feeds to the next step.
-        generator: source of the starting noise.
+        generator: source of the starting noise, or one for each sample.
         return_trajectory: return the posterior probabilities of every step.
 
     Raises:
@@ -216,7 +217,7 @@ def run_chain(
     device: torch.device,
     check: FiniteCheck,
     feedback: str = "soft",
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> Votes:
     """Run one chain of network calls down the levels, and take the vote of each.
 
@@ -236,8 +237,14 @@ def run_chain(
         posteriors.append(logits.softmax(dim=-1))
         return target.denoised(logits, feedback)
 
-    shape = (batch_size, target.embedding.shape[-1])
-    euler(denoise, noise.prior(shape, generator=generator, device=device, level=levels[0]), levels, noise)
+    def start(size: int, generator: torch.Generator | None) -> Tensor:
+        return noise.prior((size, target.embedding.shape[-1]), generator=generator, device=device, level=levels[0])
+
+    if generator is None or isinstance(generator, torch.Generator):
+        z = start(batch_size, generator)
+    else:
+        z = torch.cat([start(1, each) for each in generator])
+    euler(denoise, z, levels, noise)
     logs = torch.stack(contexts) if contexts else None
     owners = tuple(check.owner(level) for level in levels[:-1])
     return Votes(1, owners, torch.stack(posteriors), logs, None if logs is None else logs.exp())

@@ -135,6 +135,14 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         )
         return {"input_ids": tokens, "loss_mask": loss_mask}
 
+    def counted_lengths(self, batch: Batch) -> list[int] | None:
+        """Of each text, the tokens up to the last that counts: no position that counts sees those behind it."""
+        if "loss_mask" not in batch:
+            return None
+        places = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
+        lengths: list[int] = (batch["loss_mask"] * places).amax(dim=1).clamp(min=self.shift + 1).tolist()
+        return lengths
+
     def reduce(self, token_losses: Sequence[Tensor], batch: Batch, z: Tensor | None) -> Tensor:
         """The mean over the counted tokens of each sequence, in nats; and `clean_weight` times that of the clean
         stream."""

@@ -101,6 +101,10 @@ class Target(nn.Module, abc.ABC):
         """
         return batch
 
+    def counted_lengths(self, batch: Batch) -> list[int] | None:
+        """Of each text of a resolved batch, how many entries there are up to the last that counts; None: all count."""
+        return None
+
     def training_inputs(self, inputs: Batch, generator: torch.Generator | None) -> Batch:
         """The inputs x as they are shown in training."""
         return inputs

@@ -1,0 +1,1 @@
+"""Other libraries' own training loops, fitted to blocks."""
