@@ -19,6 +19,7 @@ from pydantic import (
 
 from .common.by_kind import ByKind
 from .common.fields import Blocks, Float, Seed, Width
+from .common.messages import perhaps
 from .noise import NOISE_PROCESSES, NoiseProcess
 from .targets import ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
 
@@ -69,8 +70,9 @@ def _registered(values: Any) -> Any:
         )
     if isinstance(values, dict) and kind not in NOISE_PROCESSES:
         raise ValueError(
-            f"kind = {kind!r} is no noise process that is known here; allowed: {', '.join(NOISE_PROCESSES)}. Of your "
-            "own, import the package that registers it first (register_noise_process)"
+            f"kind = {kind!r} is no noise process that is known here{perhaps(str(kind), NOISE_PROCESSES)}; allowed: "
+            f"{', '.join(NOISE_PROCESSES)}. Of your own, import the package that registers it "
+            "first (register_noise_process)"
         )
     return values
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
-from commands import RECIPES, TINY_VIT, VIT
+from commands import DIGITS, RECIPES, TINY, TINY_VIT, VIT
 
 from diffusionblocks.cli import main
 from diffusionblocks.experiments.identity import describe_run
@@ -88,3 +89,56 @@ def test_a_run_is_evaluated_and_inspected_without_its_recipe(
 def test_a_run_is_sampled_without_its_recipe(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["sample", str(run), "--count", "2", "--out", str(tmp_path), "--quiet"]) == 0
     assert len(list((tmp_path / "images").iterdir())) == 2
+
+
+# ---- what was meant ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "vit/digits"], "did you mean train?"),
+        (["train", "vit/digits", "--queit"], "did you mean --quiet?"),
+        (["train", "vit/digits", "--set", "trian.lr=1"], "trian: no such field; did you mean train or"),
+        (["train", "vit/digits", "--set", "train.lr_schedule=cosin"], "(did you mean cosine?)"),
+        (["train", "vit/digits", "--set", "data.kind=digit"], "(did you mean digits?)"),
+        (["train", "dit/digits", "--set", "blocks.noise.kind=flwo"], "(did you mean flow?)"),
+        (["train", "dit/digits", "--set", "evaluate.solver=[huen]"], "(did you mean heun?)"),
+        (["train", "vit/digits", "--set", "model.type=ViTForImageClassifcation"], "did you mean ViTForImage"),
+        (["compare", "vit/digits", "--rows", "end-to-end-5"], "did you mean end-to-end-4"),
+        (["ablate", "vit/digits", "--preset", "overlaps"], "(did you mean overlap?)"),
+    ],
+)
+def test_what_was_meant_is_said(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):  # of the parser
+        assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+# ---- phases --------------------------------------------------------------------------------------------------------
+
+
+def test_phases_are_announced_unless_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = [*TINY, "--set", "train.log_every=2"]
+    assert main(["train", DIGITS, "--out", str(tmp_path / "loud"), *changes]) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.split(":")[0].isalpha()]
+    assert lines == [
+        "trunk: 6 steps",
+        "train: each block 4 steps, 12 iterations in all",
+        f"save: {tmp_path / 'loud' / 'model'}",
+        "evaluate: samples",
+    ]
+    assert "loss=" in printed.err  # in the bar, with the time that is left
+    assert "12/12" in printed.err
+    assert "trunk:" not in printed.out
+    assert main(["train", DIGITS, "--out", str(tmp_path / "quiet"), "--quiet", *changes]) == 0
+    assert capsys.readouterr().err == ""

@@ -11,7 +11,6 @@ from .command import takes_recipe
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
-    from ..experiments.recipe import Recipe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Show the blocks of a recipe before any training."""
     from ..core.materialise import empty
+    from ..experiments.recipe_changes import stages
     from ..reports.figures import draw_partition
     from ..reports.tables import block_table, format_table, partition_sketch
 
@@ -30,7 +30,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     model = empty(source, recipe.blocks)
     total = sum(p.numel() for p in source.outline().parameters())
     print(f"{recipe.name}: {recipe.model.type}, {model.partition.num_layers} layers, {total:,} parameters")
-    print(f"training: {_stages(recipe)}")
+    print("training:", ", then ".join(f"{name} {length}" for _, name, length in stages(recipe)))
     print(f"blocks: {json.dumps(model.blocks_config.model_dump(mode='json', exclude={'noise'}))}")
     print(format_table(block_table(model)))
     print("bytes: AdamW in the weights' precision, of one block and its shared parameters, without activations")
@@ -39,31 +39,3 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.figure:
         draw_partition(model.partition, model.noise, options.figure)
         print(f"partition drawn to {options.figure}")
-
-
-#: What is trained on its own, by method.
-_UNITS = {
-    "diffusionblocks": "each block",
-    "end-to-end": "the whole model",
-    "ensemble": "each member",
-    "local": "each module",
-}
-
-
-def _stages(recipe: Recipe) -> str:
-    """How long each stage of the training is."""
-    blocks = recipe.method == "diffusionblocks"
-    before = [("fit of the noise levels", recipe.fit), ("trunk", recipe.trunk)] if blocks else []
-    units = {
-        "diffusionblocks": "each block",
-        "ensemble": "each member",
-        "local": "each module",
-        "noprop": "each network",
-    }
-    unit = units.get(recipe.method, "the whole model")
-    stages = [*before, (unit, recipe.train)]
-    return ", then ".join(
-        f"{name} {stage.steps:,} steps" if stage.steps is not None else f"{name} {stage.epochs:g} epochs"
-        for name, stage in stages
-        if stage is not None
-    )

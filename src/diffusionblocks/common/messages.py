@@ -67,13 +67,40 @@ def near(name: str, names: Iterable[str]) -> str:
     return f"; allowed: {', '.join(ordered)}" if ordered else ""
 
 
+def perhaps(unknown: str | Iterable[str], names: Iterable[str]) -> str:
+    """Which allowed names an unknown one, or the first of several, may mean; nothing where none is near."""
+    name = unknown if isinstance(unknown, str) else next(iter(unknown), "")
+    close = difflib.get_close_matches(name, sorted(names), n=2, cutoff=0.7)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def announce(line: str) -> None:
+    """Tell on standard error, in one line, what begins now."""
+    print(one_line(line), file=sys.stderr, flush=True)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that refuses in one line; the usage is in `--help`."""
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with status 2."""
-        print(one_line(f"error: {message}; see {self.prog} --help"), file=sys.stderr)
+        print(one_line(f"error: {message}{self._perhaps(message)}; see {self.prog} --help"), file=sys.stderr)
         self.exit(2)
+
+    def _perhaps(self, message: str) -> str:
+        """What was meant by an unknown command, choice or option; Python 3.14 says so itself of choices."""
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        if choice is not None:
+            return perhaps(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        option = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        return "" if option is None else perhaps(option[1], self._options())
+
+    def _options(self) -> Iterator[str]:
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from command._options()
 
 
 def report_errors(action: Callable[[], None], way_on: Callable[[], str] | None = None) -> int:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
+from .messages import perhaps
+
 Entry = TypeVar("Entry")
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -45,7 +47,7 @@ class Registry(Mapping[str, Entry]):
             ValueError: nothing is registered under it; the message says which names there are.
         """
         if name not in self._entries:
-            raise ValueError(f"unknown {self.kind} {name!r}; allowed: {', '.join(self._entries)}")
+            raise ValueError(f"unknown {self.kind} {name!r}{perhaps(name, self)}; allowed: {', '.join(self)}")
         return name
 
     def __getitem__(self, name: str) -> Entry:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.formats import read_json, write_json
+from ..common.messages import perhaps
 from ..reports.results import write_results
 from ..reports.tables import format_table
 from ..training import units_of
@@ -116,7 +117,7 @@ def settings(
     if recipe.train.blocks is not None:
         raise ValueError(f"ablate trains all blocks, not train.blocks = {list(recipe.train.blocks)}; leave it out")
     if unknown := [name for name in presets if name not in PRESETS]:
-        raise ValueError(f"unknown presets {unknown}; allowed: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown presets {unknown}{perhaps(unknown, PRESETS)}; allowed: {', '.join(PRESETS)}")
     if empty := [name for name, values in over.items() if not values]:
         raise ValueError(f"{empty[0]} is given no values; give some, as in --over {empty[0]}=VALUE,VALUE")
     if not over and not presets:
@@ -221,7 +222,8 @@ def ablate(
             trained.
     """
     if only is not None and (unknown := sorted(set(only) - {row.key for row in rows})):
-        raise ValueError(f"unknown rows {unknown}; allowed: {[row.key for row in rows]}")
+        keys = [row.key for row in rows]
+        raise ValueError(f"unknown rows {unknown}{perhaps(unknown, keys)}; allowed: {keys}")
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
         raise ValueError(f"seeds must be whole numbers, each once; got {list(seeds)}")
     seeds = [experiment.recipe.train.seed] if seeds is None else seeds

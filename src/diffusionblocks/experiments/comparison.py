@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..common.messages import announce, perhaps
 from ..core.model import DiffusionBlocks
 from ..evaluation.memory import step_memory
 from ..models.recurrent_depth import RecurrentDepth, layer_passes
@@ -65,9 +66,10 @@ def compare(
     elif rows is not None:
         selection += local_variants(recipe)
     if rows is not None:
-        unknown = sorted(set(rows) - {variant.key for variant in selection})
+        keys = [variant.key for variant in selection]
+        unknown = sorted(set(rows) - set(keys))
         if unknown:
-            raise ValueError(f"unknown rows {unknown}; allowed: {[variant.key for variant in selection]}")
+            raise ValueError(f"unknown rows {unknown}{perhaps(unknown, keys)}; allowed: {keys}")
         selection = [variant for variant in selection if variant.key in rows]
     for split in ("train", "test"):
         experiment.data(split)
@@ -109,6 +111,8 @@ def run_row(experiment: Experiment, variant: Variant, folder: Path, progress: bo
     Returns:
         (the row as JSON values, what the run left).
     """
+    if progress:
+        announce(f"row: {variant.key}")
     if variant.recipe.train.compile:
         torch.compiler.reset()  # graphs of many rows count together; past a limit torch runs the others eagerly
     probe = experiment.derive(executed(variant.recipe, fast=False))

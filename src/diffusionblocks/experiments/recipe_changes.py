@@ -130,3 +130,20 @@ def _of_one_block(recipe: Recipe, **train: Any) -> Recipe:
     """The recipe of one block of L/B layers on all levels, which starts from no trunk."""
     changes = {"trunk": None, "blocks": recipe.blocks.as_one_block()}
     return with_train(with_depth(recipe, layers_of_a_block(recipe)), blocks=None, **train).model_copy(update=changes)
+
+
+def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """The stages of a run that train, `fit`, `trunk` and `train`, each with what it trains and how long that is."""
+    before = [("fit", "fit of the noise levels", recipe.fit), ("trunk", "trunk", recipe.trunk)]
+    units = {
+        "diffusionblocks": "each block",
+        "ensemble": "each member",
+        "local": "each module",
+        "noprop": "each network",
+    }
+    unit = ("train", units.get(recipe.method, "the whole model"), recipe.train)
+    return [
+        (key, name, f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.epochs:g} epochs")
+        for key, name, stage in [*(before if recipe.method == "diffusionblocks" else []), unit]
+        if stage is not None
+    ]

@@ -26,6 +26,7 @@ from torch import nn
 
 from ..common.files import check_replaceable, delete_folder, folder_lock
 from ..common.formats import read_json, write_json
+from ..common.messages import announce
 from ..core.branching import branch
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
@@ -45,7 +46,7 @@ from .identity import (
 from .noise_fit import LEVELS, Fit, fit_levels
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe
-from .recipe_changes import after_branch, trunk_options, trunk_recipe, with_noise
+from .recipe_changes import after_branch, stages, trunk_options, trunk_recipe, with_noise
 from .shipped_recipes import RECIPE
 from .tasks.task import Row, RunResult
 
@@ -72,26 +73,35 @@ def train(
         folder: of the run; an unfinished run there is resumed.
         loggers: further receivers of the log.
         resume: False starts anew.
-        progress: show progress bars.
+        progress: announce the phases, and show progress bars.
         measure: whether to evaluate; else `rows` is empty.
     """
+    say = announce if progress else _nothing
     with folder_lock(folder):
         prepare(experiment, folder, resume=resume, measure=measure)
+        phases = {key: (name, length) for key, name, length in stages(experiment.recipe)}
+        if "fit" in phases:
+            say(f"fit: {phases['fit'][1]}")
         experiment, fit = fit_noise(experiment, folder, progress=progress)
         seconds, iterations = (0.0, 0) if fit is None else (fit.seconds, fit.iterations)
         trunk = None
         if _has_trunk(experiment):
+            say(f"trunk: {phases['trunk'][1]}")
             trunk = train_trunk(experiment, folder, progress=progress)
             seconds, iterations = seconds + trunk.seconds, iterations + trunk.iteration
         trainer = blocks_trainer(experiment, folder, trunk, loggers=loggers, progress=progress)
         del trunk  # and its memory, before the blocks train
+        say(f"train: {' '.join(phases['train'])}, {len(trainer.schedule):,} iterations in all")
         trainer.train()
         seconds, iterations = seconds + trainer.seconds, iterations + trainer.iteration
+        say(f"save: {folder / 'model'}")
         save_blocks(experiment, folder, trainer)
         if experiment.recipe.train.blocks is not None:  # the others are trained elsewhere: nothing whole to measure yet
             return RunResult(trainer.model, [], seconds, iterations)
         # What is measured is what was saved; the trainer's memory is free by then.
         del trainer
+        if measure:
+            say(f"evaluate: {experiment.recipe.evaluate.kind}")
         model, rows, evaluation_seconds = evaluate_saved(experiment, folder, measure=measure)
         times = {"train_seconds": seconds, "evaluation_seconds": evaluation_seconds, "iterations": iterations}
         write_json(folder / _RESULT, {"rows": [row.to_dict() for row in rows], **times})
@@ -255,6 +265,10 @@ def _check_fitted(experiment: Experiment) -> None:
     """Refuse levels that are not fitted yet: blocks would train on others, and nobody would see it."""
     if experiment.recipe.fit is not None and experiment.of_method_blocks:
         raise ValueError(f"{experiment.recipe.name} fits its noise levels first: give the experiment of fit_noise")
+
+
+def _nothing(line: str) -> None:
+    """Announce nothing."""
 
 
 def _has_trunk(experiment: Experiment) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
@@ -12,7 +13,7 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..common.by_kind import ByKind
-from ..common.messages import near
+from ..common.messages import near, perhaps
 
 #: Wrong fields that a message lists, and how long a line of them may be.
 _MOST_LINES, _MOST_CHARACTERS = 5, 600
@@ -68,10 +69,8 @@ def _explained(item: Any, config: type[BaseModel] | None) -> tuple[str, str]:
     if kind == "union_tag_invalid":
         if not isinstance(value, dict):
             return location, f"{_SECTION}{value_text}"
-        return (
-            f"{location}.kind",
-            f"Input should be one of {item['ctx']['expected_tags']} (got {text_of(value.get('kind'))})",
-        )
+        tags, own = item["ctx"]["expected_tags"], value.get("kind")
+        return f"{location}.kind", f"Input should be one of {tags} (got {text_of(own)}){_perhaps(own, tags)}"
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
         message = _SECTION
     elif kind == "tuple_type":
@@ -92,7 +91,14 @@ def _explained(item: Any, config: type[BaseModel] | None) -> tuple[str, str]:
         field = message.split(maxsplit=1)[0]
         if location and field in inside:
             location = f"{location}.{field}"
+    elif kind == "literal_error":
+        value_text += _perhaps(value, item["ctx"]["expected"])
     return location, f"{message}{value_text}"
+
+
+def _perhaps(value: Any, choices: str) -> str:
+    """Which of the names that pydantic lists, in quotes, a value may mean."""
+    return perhaps(value, re.findall("'([^']*)'", choices)) if isinstance(value, str) else ""
 
 
 def text_of(value: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..common.finite import DIVERGED, require_finite
+from ..common.messages import perhaps
 from .family import FAMILIES, Family
 from .inspection import check_plain, check_unwrapped
 from .libraries import Checkpoint, Library
@@ -74,7 +75,8 @@ def family_named(model_class: str) -> Family:
     """
     if model_class not in FAMILIES:
         raise ValueError(
-            f"unknown model class {model_class!r}; supported: {', '.join(sorted(FAMILIES))}. Of a class of your own, "
+            f"unknown model class {model_class!r}{perhaps(str(model_class), FAMILIES)}; supported: "
+            f"{', '.join(sorted(FAMILIES))}. Of a class of your own, "
             "first import the package that registers its family (diffusionblocks.register_family)"
         )
     return FAMILIES[model_class]

@@ -186,11 +186,11 @@ class Trainer:
                 or (config.checkpoint_seconds is not None and now - last_save >= config.checkpoint_seconds)
             )
             if save or log or snapshot or self._watch.signum or self._is_due(check_every):
-                self._stop_if_diverged()
+                self._stop_if_diverged()  # waits for the device: so many iterations are done, and not only begun
+                bar.update(self.iteration - bar.n)
             if log:
                 now = time.perf_counter()
-                self._log(counts, now - last_log)
-                bar.update(self.iteration - bar.n)
+                bar.set_postfix(loss=f"{self._log(counts, now - last_log):.4g}")
                 counts, last_log = [0] * len(self.units), now
             if save or (self.folder is not None and self._watch.signum):
                 self.save_checkpoint()
@@ -247,7 +247,8 @@ class Trainer:
             f"{what}; {way_back}. Try a lower train.lr, a smaller train.gradient_clip, or train.precision: float32"
         )
 
-    def _log(self, counts: list[int], seconds: float) -> None:
+    def _log(self, counts: list[int], seconds: float) -> float:
+        """Log each unit that stepped since the last time; returns the mean loss of these steps."""
         losses, norms = self.stepper.read_sums()
         speed = sum(counts) / max(seconds, 1e-9)
         for index, unit in enumerate(self.units):
@@ -264,6 +265,7 @@ class Trainer:
             }
             for logger in self._receivers():
                 logger.log(record)
+        return sum(losses) / max(sum(counts), 1)
 
     def _receivers(self) -> list[Logger]:
         return [*([] if self._log_file is None else [self._log_file]), *self.loggers]
