@@ -42,6 +42,21 @@ CAUSAL_CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 CAUSAL_FAMILIES = tuple(CAUSAL_CLASSES)
+#: classes whose layers are Llama's, or nearly: `test_causal_variants_parity.py` goes through them
+CAUSAL_VARIANTS = {
+    "ministral": "MinistralForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2-moe": "Qwen2MoeForCausalLM",
+    "qwen3-moe": "Qwen3MoeForCausalLM",
+}
 VOCAB = 27
 LENGTH = 12
 POLICIES = ("joint", "replicated", "frozen")
@@ -54,7 +69,7 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
     """A tiny model whose every parameter is random, as in a pretrained model (none zero, none one).
 
     `family` is a classifier of `FAMILIES` or `MORE_CLASSIFIERS`, a diffusion transformer of `DIT_FAMILIES`, a
-    language model of `CAUSAL_FAMILIES`, or `masked`.
+    language model of `CAUSAL_FAMILIES` or `CAUSAL_VARIANTS`, or `masked`.
     """
     common = {
         "image_size": IMAGE,
@@ -79,7 +94,7 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
             model = fresh_dit(family, layers=layers, **overrides)
         elif family == "masked":
             model = fresh_masked(layers=layers, **overrides)
-        elif family in CAUSAL_FAMILIES:
+        elif family in {*CAUSAL_FAMILIES, *CAUSAL_VARIANTS}:
             model = fresh_causal(family, layers=layers, **overrides)
         else:
             raise ValueError(family)
@@ -128,8 +143,8 @@ def fresh_causal(family: str = "llama", *, layers: int = 3, **overrides: Any) ->
     """A tiny causal language model as its class initialises it: two queries share a key; untied unless overridden."""
     common = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HIDDEN // 4}
-    rest = {"max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": None}
-    found = getattr(transformers, CAUSAL_CLASSES[family])
+    rest = {"max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": None, "pad_token_id": None}
+    found = getattr(transformers, (CAUSAL_CLASSES | CAUSAL_VARIANTS)[family])
     return found(found.config_class(**(common | heads | rest | overrides))).eval()  # type: ignore[no-any-return]
 
 

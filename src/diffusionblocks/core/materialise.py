@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BlocksConfig
-from ..families import instantiate, outline, with_depth
+from ..families import instantiate, outline, with_depth, with_fewest_layers
 from .block import Block
 from .conversion import assemble
 from .model import DiffusionBlocks
@@ -141,11 +141,11 @@ def _tensors(block: Block) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fill_from_reference(model: DiffusionBlocks, block: Block, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill tensors that do not depend on the original's weights from a real model of one layer in one block."""
+    """Fill tensors that do not depend on the original's weights from a real model of few layers in one block."""
     waiting = {name: tensor for name, tensor in tensors if tensor.is_meta}
     if not waiting:
         return
-    original = instantiate(model.model_class, with_depth(model.model_class, model.config, 1))
+    original = instantiate(model.model_class, with_fewest_layers(model.model_class, model.config))
     reference = assemble(original, model.blocks_config.as_one_block(), take=True).block(0)
     values = dict(_tensors(reference))
     for name, tensor in waiting.items():

@@ -3,7 +3,16 @@
 A user's own package registers a family by `register_family`, as ours do: see docs/extending.md.
 """
 
-from . import causal_lm, dit, masked_lm, mean_pooled, noprop, recurrent, vit  # noqa: F401 - they register their families
+from . import (  # noqa: F401 - they register their families
+    causal_lm,
+    causal_lm_variants,
+    dit,
+    masked_lm,
+    mean_pooled,
+    noprop,
+    recurrent,
+    vit,
+)
 from .family import BlockCall, Family, register_family
 from .kinds import ClassifierFamily, DenoiserFamily, ImageFamily, NextTokenFamily, TextFamily
 from .libraries import DIFFUSERS, TRANSFORMERS, CannotReadInParts, Diffusers, Library, Transformers, check_attention
@@ -23,6 +32,7 @@ from .lookup import (
     restored,
     supported_classes,
     with_depth,
+    with_fewest_layers,
 )
 
 __all__ = [
@@ -56,4 +66,5 @@ __all__ = [
     "restored",
     "supported_classes",
     "with_depth",
+    "with_fewest_layers",
 ]

@@ -1,4 +1,4 @@
-"""Causal language models of transformers, of the Llama kind: Llama, Mistral, Qwen2 and Qwen3.
+"""Causal language models of transformers, of the Llama kind; `causal_lm_variants.py` has those that differ from it.
 
 A block sees every sequence twice: noisy positions, which denoise one token each, and clean ones, which are their
 context (paper, section 4.3; `two_streams.py`). Both run through the same layers, with the same rotary positions; only
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,24 @@ def _register_kernels() -> None:
 
 @register_family
 class CausalLMFamily(NextTokenFamily):
-    """Converts `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` and `Qwen3ForCausalLM`.
+    """Converts the classes of transformers whose layers are those of Llama: see `classes`.
 
     A head that is tied to the input embedding is untied, for blocks that train apart have one copy of each; its weights
-    start as they were.
+    start as they were. A class that embeds, attends or reads out in another way subclasses this one and overrides
+    `embed`, `rotations`, `keys_values` or `head_logits`.
     """
 
-    classes = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    classes: ClassVar[tuple[str, ...]] = (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "MinistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "GemmaForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen3MoeForCausalLM",
+    )
     library = TRANSFORMERS
     layers = "model.layers"
     stem = ("model.embed_tokens", "model.rotary_emb")
@@ -71,9 +83,20 @@ class CausalLMFamily(NextTokenFamily):
             )
         if kernel == "flex_attention" and config.attention_dropout > 0:
             raise ValueError(f"{name}: flex_attention has no dropout; set attention_dropout to 0, or use sdpa")
-        rope = (config.rope_parameters or {}).get("rope_type", "default")
-        if rope in ("dynamic", "longrope"):
-            raise ValueError(f"{name} has rotary positions of rope_type {rope}, which change with the text's length")
+        for rope in _rope_types(config):
+            if rope in ("dynamic", "longrope"):
+                raise ValueError(
+                    f"{name} has rotary positions of rope_type {rope}, which change with the text's length"
+                )
+        if getattr(config, "use_bidirectional_attention", False):
+            raise ValueError(
+                f"{name} has use_bidirectional_attention = True, and sees the token it is to predict; set False"
+            )
+        if getattr(config, "output_router_logits", False):
+            raise ValueError(
+                f"{name} has output_router_logits = True, which adds an auxiliary loss of its experts' load; blocks "
+                "train without it: set output_router_logits to False"
+            )
 
     @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
@@ -118,20 +141,59 @@ class CausalLMFamily(NextTokenFamily):
         tokens, past, noisy = call.inputs["input_ids"], call.inputs.get("past"), call.z.shape[1]
         streams = Streams(noisy, tokens.shape[1], call.z.device, past=past, counts=call.inputs.get("counts"))
         self._check_length(call.network, noisy if past is None else past.most + tokens.shape[1] + noisy)
-        clean = call.module("model.embed_tokens")(tokens)
+        clean = self.embed(call.network, tokens)
         noisy_tokens = call.extra["noisy_token"](call.z).to(clean.dtype)
         if call.extra["noisy_token"].previous:
             noisy_tokens = noisy_tokens + _before(clean, streams)
         states = torch.cat([noisy_tokens, clean], dim=1)
-        rotation = call.module("model.rotary_emb")(states, streams.positions)
-        both = len(call.layers) if call.clean_output else len(call.layers) - 1
-        for layer in call.layers[:both]:
+        layers = list(zip(call.layers, self.rotations(call, states, streams.positions), strict=True))
+        both = len(layers) if call.clean_output else len(layers) - 1
+        for layer, rotation in layers[:both]:
             states = layer(states, leading=noisy, position_embeddings=rotation, streams=streams)
-        for layer in call.layers[both:]:
-            states = layer(states, rotation, streams, call=_noisy_alone)
+        for layer, rotation in layers[both:]:
+            states = layer(states, rotation, streams, call=self._noisy_alone)
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
+
+    def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
+        """What the first layer is given of clean tokens: (batch, length) -> (batch, length, dim)."""
+        return network.get_submodule("model.embed_tokens")(tokens)  # type: ignore[no-any-return]
+
+    def rotations(self, call: BlockCall, states: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Cosines and sines for each of the block's layers."""
+        return [call.module("model.rotary_emb")(states, positions)] * len(call.layers)
+
+    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a layer attends to of the clean positions.
+
+        Args:
+            layer: of the network.
+            clean: what the layer is given there, (batch, length, dim).
+            rotation: cosines and sines of these positions.
+
+        Returns:
+            Keys and values (batch, key heads, length, dim of a head).
+        """
+        attention, normed = layer.self_attn, unadapted(layer.input_layernorm, clean)
+        key, value = (
+            project(normed).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "k_norm"):
+            key = attention.k_norm(key)
+        return rotated(key.transpose(1, 2), rotation), value.transpose(1, 2)
+
+    def head_logits(self, network: nn.Module, states: Tensor) -> Tensor:
+        """The model's own logits of what its final norm gives: (..., dim) -> (..., vocab_size)."""
+        return network.get_submodule("lm_head")(states)  # type: ignore[no-any-return]
+
+    def _noisy_alone(self, layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], streams: Streams) -> Tensor:
+        """A layer at the noisy positions; of the clean ones only keys and values, which is all that is read there."""
+        sizes = [streams.noisy, streams.clean]
+        at_noisy, clean = states.split(sizes, dim=1)
+        (cosine, clean_cosine), (sine, clean_sine) = (part.split(sizes, dim=1) for part in rotation)
+        seen = self.keys_values(layer, clean, (clean_cosine, clean_sine))
+        return layer(at_noisy, position_embeddings=(cosine, sine), streams=streams, clean=seen)  # type: ignore[no-any-return]
 
     @staticmethod
     def _check_length(network: nn.Module, length: int) -> None:
@@ -166,12 +228,14 @@ class CausalLMFamily(NextTokenFamily):
     @override
     def logits(self, call: BlockCall, states: Tensor, condition: Tensor) -> Tensor:
         assert call.final_norm is not None
-        head = call.module("lm_head")
-        return call.extra["logit_scale"](head(call.final_norm(states.to(next(head.parameters()).dtype))))  # type: ignore[no-any-return]
+        dtype = next(call.module("lm_head").parameters()).dtype
+        normed = call.final_norm(states.to(dtype))
+        return call.extra["logit_scale"](self.head_logits(call.network, normed))  # type: ignore[no-any-return]
 
     @override
     def clean_logits(self, call: BlockCall, hidden: Tensor) -> Tensor:
-        return call.extra["logit_scale"](call.module("lm_head")(call.module("model.norm")(hidden)))  # type: ignore[no-any-return]
+        normed = call.module("model.norm")(hidden)
+        return call.extra["logit_scale"](self.head_logits(call.network, normed))  # type: ignore[no-any-return]
 
 
 def attention_window(config: Any) -> int | None:
@@ -180,26 +244,22 @@ def attention_window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def _noisy_alone(layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], streams: Streams) -> Tensor:
-    """A layer at the noisy positions; of the clean ones only keys and values, which is all that is read of the last."""
+def rotated(key: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Keys (batch, heads, length, dim) at their positions; their first entries alone where the rotation has fewer."""
     from transformers.models.llama.modeling_llama import rotate_half
 
-    noisy = streams.noisy
-    at_noisy, clean = states.split([noisy, streams.clean], dim=1)
-    rotations = [part.split([noisy, streams.clean], dim=1) for part in rotation]
-    cosine, sine = (part[1][:, None] for part in rotations)
-    attention = layer.self_attn
-    normed = unadapted(layer.input_layernorm, clean)
-    key, value = (
-        project(normed).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
-    )
-    if hasattr(attention, "k_norm"):
-        key = attention.k_norm(key)
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    key = key * cosine + rotate_half(key) * sine
-    return layer(  # type: ignore[no-any-return]
-        at_noisy, position_embeddings=tuple(part[0] for part in rotations), streams=streams, clean=(key, value)
-    )
+    cosine, sine = (part[:, None] for part in rotation)
+    width = cosine.shape[-1]
+    turned, rest = key[..., :width], key[..., width:]
+    turned = (turned * cosine + rotate_half(turned) * sine).to(key.dtype)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions of a model, of which some have one for each kind of layer."""
+    values = config.rope_parameters or {}
+    each = [part for part in values.values() if isinstance(part, dict)] or [values]
+    return {part.get("rope_type", "default") for part in each}
 
 
 def _before(clean: Tensor, streams: Streams) -> Tensor:

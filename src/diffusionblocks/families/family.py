@@ -83,6 +83,8 @@ class Family(abc.ABC):
     config_part: ClassVar[str | None] = None
     #: the config value that holds the number of layers
     depth_field: ClassVar[str] = "num_hidden_layers"
+    #: the config value that lists the kind of each layer, where shared modules have buffers for each kind
+    kinds_field: ClassVar[str | None] = None
     #: the config value that holds the width of the residual stream
     width_field: ClassVar[str] = "hidden_size"
     #: the config value that holds the number of labels, or of different tokens

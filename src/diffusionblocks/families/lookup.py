@@ -134,6 +134,17 @@ def with_depth(model_class: str, model_config: Any, layers: int) -> Any:
     return library.config(imported, family_named(model_class).with_depth(values, layers))
 
 
+def with_fewest_layers(model_class: str, model_config: Any) -> Any:
+    """The config with one layer; with one of each kind, where the model's shared modules differ with the kinds."""
+    library, imported = _imported(model_class)
+    family = family_named(model_class)
+    if family.kinds_field is None:
+        return with_depth(model_class, model_config, 1)
+    kinds = list(dict.fromkeys(getattr(model_config, family.kinds_field)))
+    fewest = {family.depth_field: len(kinds), family.kinds_field: kinds}
+    return library.config(imported, library.values(model_config) | fewest)
+
+
 def pretrained(
     model_class: str, path: str | Path, values: dict[str, Any], dtype: torch.dtype | None = None
 ) -> nn.Module:

@@ -44,9 +44,12 @@ class ExactRotation(nn.Module):
         """The model's config."""
         return self.rotary.config
 
-    def forward(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (1 or batch, length, dim of a head), of the dtype of `states`."""
-        return self.rotary(states, positions)  # type: ignore[no-any-return]
+    def forward(self, states: Tensor, positions: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (1 or batch, length, dim of a head), of the dtype of `states` or float32.
+
+        `kind`: of layer, for a model that has positions for each.
+        """
+        return self.rotary(states, positions, *kind)  # type: ignore[no-any-return]
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ExactRotation:
         exact = dict(self.rotary.named_buffers())

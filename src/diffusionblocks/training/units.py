@@ -249,8 +249,8 @@ class EndToEnd(Baseline):
         return family.whole_states(self.model, tokens)  # type: ignore[no-any-return]
 
     def _token_losses(self, states: Tensor, tokens: Tensor) -> Tensor:
-        model: Any = self.model
-        return cross_entropies(model.get_output_embeddings()(states), tokens)
+        family: Any = self.family  # which knows what the class makes of what its head gives
+        return cross_entropies(family.head_logits(self.model, states), tokens)
 
     def heaviest_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """As `loss`, of the step that takes most memory, whatever the batch's values: for predicting that memory.

@@ -1,0 +1,280 @@
+"""Causal language models that differ from Llama, in every variant that their configs have, against transformers.
+
+As `test_causal_lm_parity.py`, of more classes and in fewer questions: the clean stream is the library's model, every
+noisy position is the last of an ordinary causal pass, and so are generation, training, saving and end-to-end losses.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    CAUSAL_VARIANTS,
+    LENGTH,
+    randomise_adaptive,
+    same_states,
+    seeded,
+    tiny,
+    token_batch,
+)
+from test_causal_lm_parity import IDS, LEVEL, clean_logits, cut, noise, streams_of
+from torch import Tensor
+from torch.nn import functional as F
+
+import diffusionblocks as db
+from diffusionblocks import families as families
+from diffusionblocks.core.materialise import build
+from diffusionblocks.core.weights import pretrained_source
+from diffusionblocks.training import EndToEnd
+
+LAYERS = 4
+SCALED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+QWEN2_MOE = MOE | {"shared_expert_intermediate_size": 40}
+BY_KIND = {"full_attention": SCALED, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+
+#: class -> name of a variant -> the config values that make it
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "ministral": {"default": {}, "kinds": {"layer_types": MIXED}},
+    "granite": {
+        "default": {},
+        "multipliers": {
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 6.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+        },
+        "biases": {"attention_bias": True, "mlp_bias": True, "logits_scaling": 0.5},
+    },
+    "smollm3": {
+        "default": {},
+        "positions": {"no_rope_layers": [0, 1, 1, 0]},
+        "sliding": {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 16},
+        "biases": {"attention_bias": True, "mlp_bias": True, "no_rope_layer_interval": 2},
+    },
+    "phi3": {
+        "default": {},
+        "partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "dropout": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "sliding_window": 16},
+    },
+    "olmo2": {"default": {}, "biases": {"attention_bias": True}, "yarn": {"rope_parameters": YARN}},
+    "olmo3": {
+        "default": {},
+        "kinds": {"layer_types": MIXED, "rope_parameters": BY_KIND},
+        "biases": {"attention_bias": True},
+    },
+    "starcoder2": {
+        "default": {},
+        "no-bias": {"use_bias": False},
+        "dropout": {"residual_dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1},
+    },
+    "gemma": {"default": {}, "biases": {"attention_bias": True}, "heads": {"head_dim": 16}},
+    "gemma3": {
+        "default": {},
+        "kinds": {"layer_types": MIXED, "rope_parameters": BY_KIND, "query_pre_attn_scalar": 20},
+        "capped": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0},
+        "biases": {"attention_bias": True, "head_dim": 16},
+    },
+    "mixtral": {
+        "default": {"num_local_experts": 4},
+        "jitter": {"num_local_experts": 3, "num_experts_per_tok": 1, "router_jitter_noise": 0.1},
+    },
+    "qwen2-moe": {
+        "default": QWEN2_MOE,
+        "some": QWEN2_MOE | {"mlp_only_layers": [1], "norm_topk_prob": True, "qkv_bias": False},
+        "sparse": QWEN2_MOE | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 16},
+    },
+    "qwen3-moe": {
+        "default": MOE,
+        "some": MOE | {"mlp_only_layers": [1], "norm_topk_prob": True, "attention_bias": True},
+        "sparse": MOE | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 16},
+    },
+}
+each_variant = pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        pytest.param(family, values, id=f"{family}-{name}")
+        for family in CAUSAL_VARIANTS
+        for name, values in VARIANTS[family].items()
+    ],
+)
+each_class = pytest.mark.parametrize("family", CAUSAL_VARIANTS)
+
+
+def original_of(family: str, values: dict[str, Any], **more: Any) -> Any:
+    return tiny(family, layers=LAYERS, **(values | more))
+
+
+def usual(family: str) -> dict[str, Any]:
+    """The values of the variant that differs most."""
+    return list(VARIANTS[family].values())[1]
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@each_variant
+@torch.no_grad()
+def test_the_clean_stream_is_the_models_own(family: str, values: dict[str, Any]) -> None:
+    original = original_of(family, values)
+    model = db.convert(original, db.BlocksConfig(num_blocks=2)).eval()
+    randomise_adaptive(model)  # only noisy positions are told the level
+    clean, _ = streams_of(model.block(0), IDS, noise(), LEVEL)
+    close(clean, original.model(IDS, output_hidden_states=True).hidden_states[2])
+    whole = db.convert(original, db.BlocksConfig(num_blocks=1)).eval().block(0)
+    clean, _ = streams_of(whole, IDS, noise(), LEVEL)
+    close(clean_logits(whole, clean), original(IDS).logits)
+
+
+@each_variant
+@torch.no_grad()
+def test_every_noisy_position_is_the_last_of_an_ordinary_causal_pass(family: str, values: dict[str, Any]) -> None:
+    """With and without the clean states of the last layer, which training under `clean_weight` reads alone."""
+    original = original_of(family, values)
+    config = db.BlocksConfig(num_blocks=2, layers=(1, 3), target={"kind": "next-token", "previous": True})  # type: ignore[arg-type]
+    model = db.convert(original, config).eval()
+    randomise_adaptive(model, std=0.0)
+    noisy = model.block(0).shared.added["noisy_token"]
+    torch.nn.init.normal_(noisy.linear.weight, generator=seeded(3))
+    for b, block in enumerate(model.blocks):
+        layers = model.partition.layer_range(b)
+        few = cut(original, layers)
+        if getattr(few.config, "layer_types", None):
+            few.model.config.layer_types = [original.config.layer_types[i] for i in layers]
+        _, raw = streams_of(block, IDS, noise(), LEVEL)
+        logits = block({"input_ids": IDS}, noise(), LEVEL, context=True)
+        embedded = block.family.embed(block.network, IDS)
+        # The library's model scales what it is given as embeddings where its class does so behind them.
+        scale = getattr(few.model, "embedding_multiplier", 1.0)
+        added = block.shared.added["noisy_token"](block.noise.scaled(noise(), LEVEL))
+        for i in range(LENGTH):
+            last = added[:, i] + (embedded[:, i - 1] if i else 0)
+            given = torch.cat([embedded[:, :i], last[:, None]], dim=1) / scale
+            states = few.model(inputs_embeds=given, use_cache=False).last_hidden_state[:, -1]
+            close(raw[:, i], states)
+            final = original.model.norm(states)
+            expected = original.__class__.forward(_headed(original, final), IDS).logits[:, 0]
+            close(logits[:, i], expected)
+
+
+def _headed(original: Any, states: Tensor) -> Any:
+    """The library's model, whose layers give these states: to read them out as it does."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    class Trunk(torch.nn.Module):
+        def forward(self, **_: Any) -> MoeModelOutputWithPast:
+            return MoeModelOutputWithPast(last_hidden_state=states[:, None])
+
+    few = copy.copy(original)
+    few._modules = dict(original._modules) | {"model": Trunk()}
+    return few
+
+
+@each_variant
+@torch.no_grad()
+def test_generation_with_a_past_is_full_recomputation(family: str, values: dict[str, Any]) -> None:
+    model = db.convert(original_of(family, values), db.BlocksConfig(num_blocks=2)).eval()
+    randomise_adaptive(model)
+    block, z = model.block(1), noise()
+    whole = block({"input_ids": IDS}, z, LEVEL, context=True)
+    past = block.family.past(3, LENGTH + 1, torch.device("cpu"))
+    start = 0
+    for stop in (5, 6, 9, 11):
+        step = block({"input_ids": IDS[:, start:stop], "past": past}, z[:, stop : stop + 1], LEVEL, context=True)
+        close(step[:, 0], whole[:, stop])
+        start = stop
+
+
+@each_variant
+def test_a_training_step_reaches_all_of_a_block(family: str, values: dict[str, Any]) -> None:
+    target = {"kind": "next-token", "clean_weight": 0.5}
+    model = db.convert(original_of(family, values), db.BlocksConfig(num_blocks=2, target=target)).train()  # type: ignore[arg-type]
+    randomise_adaptive(model)
+    torch.manual_seed(0)
+    losses = model.loss(token_batch(12), 1, seeded())
+    assert losses.isfinite().all()
+    losses.mean().backward()
+    lacking = {n for n, p in model.block(1).named_parameters() if p.grad is None or not bool((p.grad != 0).any())}
+    assert lacking == {"shared.target.embedding"}  # which trains under `joint` alone
+    assert not [n for n, p in model.block(0).named_parameters() if p.grad is not None and ".layers." in n]
+
+
+@each_class
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_export_saving_and_files_give_the_same(family: str, tied: bool, tmp_path: Path) -> None:
+    original = original_of(family, usual(family), tie_word_embeddings=tied, attn_implementation="eager")
+    config = db.BlocksConfig(num_blocks=2, shared="replicated")
+    model = db.convert(original, config).eval()
+    exported: Any = model.export_initialisation()
+    assert type(exported) is type(original)
+    with torch.no_grad():
+        close(exported(IDS).logits, original(IDS).logits)
+    assert same_states(exported.state_dict(), original.state_dict())
+    randomise_adaptive(model)
+    model.save_pretrained(tmp_path / "blocks")
+    loaded = db.load(tmp_path / "blocks").eval()
+    assert same_states(loaded.state_dict(), model.state_dict())
+    for b in range(2):
+        assert torch.equal(loaded.loss(token_batch(), b, seeded()), model.loss(token_batch(), b, seeded()))
+    original.save_pretrained(tmp_path / "original")
+    name = type(original).__name__
+    built = build(pretrained_source(name, tmp_path / "original", {}, seed=0, dtype=None), config).eval()
+    plain = db.convert(families.pretrained(name, tmp_path / "original", {}), config).eval()
+    assert same_states(built.state_dict(), plain.state_dict())
+    for b in range(2):
+        assert torch.equal(built.loss(token_batch(), b, seeded()), plain.loss(token_batch(), b, seeded()))
+
+
+@each_variant
+@torch.no_grad()
+def test_the_loss_end_to_end_is_the_librarys(family: str, values: dict[str, Any]) -> None:
+    original = original_of(family, values)
+    ours = EndToEnd(original).eval().loss({"input_ids": IDS})
+    logits = original(IDS).logits[:, :-1]
+    close(ours, F.cross_entropy(logits.transpose(1, 2), IDS[:, 1:], reduction="none").mean(dim=1))
+
+
+@each_variant
+@torch.no_grad()
+def test_kernels_agree(family: str, values: dict[str, Any]) -> None:
+    results = []
+    for kernel in ("eager", "sdpa"):
+        original = original_of(family, values, attn_implementation=kernel)
+        model = db.convert(original, db.BlocksConfig(num_blocks=2)).eval()
+        randomise_adaptive(model)
+        results.append(model.block(0)({"input_ids": IDS}, noise(), LEVEL, context=True))
+    close(*results)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("mixtral", {"output_router_logits": True}, "output_router_logits = True, which adds an auxiliary loss"),
+        (
+            "phi3",
+            {
+                "max_position_embeddings": 64,
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+            "rope_type longrope, which change with the text's length",
+        ),
+    ],
+)
+def test_variants_that_are_refused(family: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        db.convert(original_of(family, VARIANTS[family]["default"] | values))
