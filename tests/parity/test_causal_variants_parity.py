@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import diffusionblocks as db
 from diffusionblocks import families as families
 from diffusionblocks.core.materialise import build
-from diffusionblocks.core.weights import pretrained_source
+from diffusionblocks.core.weights import Fresh, pretrained_source
 from diffusionblocks.training import EndToEnd
 
 LAYERS = 4
@@ -278,3 +278,30 @@ def test_kernels_agree(family: str, values: dict[str, Any]) -> None:
 def test_variants_that_are_refused(family: str, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         db.convert(original_of(family, VARIANTS[family]["default"] | values))
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("olmo3", "kinds"), ("gemma3", "kinds"), ("smollm3", "sliding"), ("qwen2-moe", "sparse"), ("qwen3-moe", "some")],
+)
+def test_layers_keep_their_kinds_when_blocks_are_built_and_branched(family: str, variant: str) -> None:
+    """Fresh blocks are drawn from a model of their own layers, a branch from one of all of them."""
+    original = original_of(family, VARIANTS[family][variant])
+    config = db.BlocksConfig(num_blocks=2, shared="replicated")
+    expected = db.convert(original, config)
+    built = build(Fresh(type(original).__name__, original.config, seed=0), config)
+    sizes = {name: tensor.shape for name, tensor in built.state_dict().items()}
+    assert sizes == {name: tensor.shape for name, tensor in expected.state_dict().items()}
+    built.load_state_dict(expected.state_dict())
+    for b in range(2):
+        assert torch.equal(built.loss(token_batch(), b, seeded()), expected.loss(token_batch(), b, seeded()))
+    trunk = db.convert(original, config.as_one_block())
+    branches = db.branch(trunk, 2).eval()
+    for values in ("layer_types", "no_rope_layers"):  # a branch has all the trunk's layers
+        assert (getattr(branches.config, values, None) or []) == 2 * (getattr(original.config, values, None) or [])
+    for layers in (range(4), range(1, 3), range(2, 4)):
+        part = families.with_layers(type(original).__name__, original.config, layers)
+        ours = families.outline(type(original).__name__, part).state_dict()
+        theirs = cut(original, layers).state_dict()
+        of_layers = [{n: t.shape for n, t in state.items() if ".layers." in n} for state in (ours, theirs)]
+        assert of_layers[0] == of_layers[1]

@@ -16,7 +16,7 @@ from ..common.files import check_replaceable, whole_folder
 from ..common.finite import DIVERGED, require_finite
 from ..common.formats import write_json, write_tensors
 from ..common.tokenizer_file import write_tokenizer
-from ..families import instantiate, with_depth
+from ..families import instantiate, with_layers
 from .block import Block
 from .model import DiffusionBlocks
 from .saved_model import (
@@ -238,7 +238,7 @@ def export_block(model: DiffusionBlocks, block: int) -> nn.Module:
     if _on_meta(part):
         raise ValueError(f"block {block} is on the meta device: it was never built and has no weights to export")
     layers = model.partition.layer_range(block)
-    original = instantiate(model.model_class, with_depth(model.model_class, model.config, len(layers)))
+    original = instantiate(model.model_class, with_layers(model.model_class, model.config, layers))
     path = part.layer_paths[0].rpartition(".")[0]
     numbers = {f"{path}.{layer}.": f"{path}.{place}." for place, layer in enumerate(layers)}
     weights = _unused(model, original)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from ..common.finite import DIVERGED, require_finite
 from ..common.seeds import seed_from, seed_global
-from ..families import CannotReadInParts, checkpoint, family_named, instantiate, outline, pretrained, with_depth
+from ..families import (
+    CannotReadInParts,
+    checkpoint,
+    family_named,
+    instantiate,
+    outline,
+    pretrained,
+    with_depth,
+    with_layers,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +108,7 @@ class Fresh(WeightSource):
         shared = [name for name in names if self._is_shared(name)]
         if shared:
             depends = family_named(self.model_class).depth_dependent_weights
-            values = self._draw(layers.stop if depends else 1, "shared")
+            values = self._draw(range(layers.stop if depends else 1), "shared")
             pointers: set[int] = set()
             for name in shared:
                 tensor = values[name]
@@ -109,7 +118,7 @@ class Fresh(WeightSource):
             del values
         of_layers = {self._name_from(layers.start, name): name for name in names if not self._is_shared(name)}
         if of_layers:
-            values = self._draw(len(layers), f"block {block}")
+            values = self._draw(layers, f"block {block}")
             yield from ((of_layers[name], tensor) for name, tensor in values.items() if name in of_layers)
 
     def _is_shared(self, name: str) -> bool:
@@ -122,11 +131,11 @@ class Fresh(WeightSource):
         place, _, rest = name.removeprefix(layers).partition(".")
         return f"{layers}{int(place) - first}.{rest}"
 
-    def _draw(self, layers: int, purpose: str) -> dict[str, Tensor]:
+    def _draw(self, layers: range, purpose: str) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             seed_global(seed_from(f"{self.seed}/{purpose}"))
             # `instantiate` forks from here, so the weights depend on this seed alone.
-            return instantiate(self.model_class, with_depth(self.model_class, self.model_config, layers)).state_dict()
+            return instantiate(self.model_class, with_layers(self.model_class, self.model_config, layers)).state_dict()
 
 
 class InFiles(WeightSource):

@@ -33,6 +33,7 @@ from .lookup import (
     supported_classes,
     with_depth,
     with_fewest_layers,
+    with_layers,
 )
 
 __all__ = [
@@ -67,4 +68,5 @@ __all__ = [
     "supported_classes",
     "with_depth",
     "with_fewest_layers",
+    "with_layers",
 ]

@@ -156,6 +156,16 @@ class CausalLMFamily(NextTokenFamily):
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
 
+    @override
+    def values_of_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
+        kinds = {name: getattr(config, name, None) for name in ("layer_types", "no_rope_layers")}
+        values: dict[str, Any] = {name: [each[i] for i in layers] for name, each in kinds.items() if each}
+        if hasattr(config, "mlp_only_layers"):  # by number, and each so many layers
+            step, plain = config.decoder_sparse_step, config.mlp_only_layers
+            values["mlp_only_layers"] = [n for n, i in enumerate(layers) if i in plain or (i + 1) % step]
+            values["decoder_sparse_step"] = 1
+        return values
+
     def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
         """What the first layer is given of clean tokens: (batch, length) -> (batch, length, dim)."""
         return network.get_submodule("model.embed_tokens")(tokens)  # type: ignore[no-any-return]
@@ -192,8 +202,8 @@ class CausalLMFamily(NextTokenFamily):
         sizes = [streams.noisy, streams.clean]
         at_noisy, clean = states.split(sizes, dim=1)
         (cosine, clean_cosine), (sine, clean_sine) = (part.split(sizes, dim=1) for part in rotation)
-        seen = self.keys_values(layer, clean, (clean_cosine, clean_sine))
-        return layer(at_noisy, position_embeddings=(cosine, sine), streams=streams, clean=seen)  # type: ignore[no-any-return]
+        keys_values = self.keys_values(layer, clean, (clean_cosine, clean_sine))
+        return layer(at_noisy, position_embeddings=(cosine, sine), streams=streams, clean=keys_values)  # type: ignore[no-any-return]
 
     @staticmethod
     def _check_length(network: nn.Module, length: int) -> None:

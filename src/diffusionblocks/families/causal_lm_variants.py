@@ -22,11 +22,11 @@ class GraniteFamily(CausalLMFamily):
 
     @override
     def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
-        return super().embed(network, tokens) * _config(network).embedding_multiplier
+        return super().embed(network, tokens) * float(_config(network).embedding_multiplier)
 
     @override
     def head_logits(self, network: nn.Module, states: Tensor) -> Tensor:
-        return super().head_logits(network, states) / _config(network).logits_scaling
+        return super().head_logits(network, states) / float(_config(network).logits_scaling)
 
 
 @register_family

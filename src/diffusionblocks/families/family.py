@@ -195,6 +195,10 @@ class Family(abc.ABC):
         """(channels, height, width) of the images, or (length,) of the texts, of a model with that config."""
         return tuple(int(getattr(self.sizes(config), name)) for name in self.shape_fields)
 
+    def values_of_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
+        """The config values, of a model that has these of its layers, that say what kind each of its layers is."""
+        return {}
+
     def input_names(self, config: Any) -> tuple[str, ...]:
         """The batch entries that are the input x."""
         return self.inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,18 @@ def outline(model_class: str, model_config: Any) -> nn.Module:
 
 
 def with_depth(model_class: str, model_config: Any, layers: int) -> Any:
-    """The config with another number of layers."""
+    """The config with another number of layers: the model's first, or all of them over and over."""
+    depth = family_named(model_class).depth(model_config)
+    return with_layers(model_class, model_config, [i % depth for i in range(layers)])
+
+
+def with_layers(model_class: str, model_config: Any, layers: Sequence[int]) -> Any:
+    """The config of a model that has these of its layers, each of the kind that it was."""
     library, imported = _imported(model_class)
+    family = family_named(model_class)
     values = {n: v for n, v in library.values(model_config).items() if n not in library.depth_dependent}
-    return library.config(imported, family_named(model_class).with_depth(values, layers))
+    values |= family.values_of_layers(model_config, layers)
+    return library.config(imported, family.with_depth(values, len(layers)))
 
 
 def with_fewest_layers(model_class: str, model_config: Any) -> Any:
