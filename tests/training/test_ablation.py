@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from diffusionblocks.cli import main
-from diffusionblocks.experiments.ablation import ablate, settings
+from diffusionblocks.experiments.ablation import _mean, ablate, settings
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.training import Trainer
@@ -105,6 +105,13 @@ def test_a_table_over_two_seeds_and_nothing_trained_twice(tmp_path: Path, monkey
     again = Experiment(recipe(**small, evaluate__limit=50))
     ablate(again, tmp_path, settings(again.recipe, {"blocks.num_blocks": [2]}), progress=False, show=shown.append)
     assert json.loads((tmp_path / "num_blocks=2" / "seed-0" / "row.json").read_text())["run"]["evaluate"]["limit"] == 50
+    # A damaged result is named, with the way out.
+    file = tmp_path / "num_blocks=1" / "seed-0" / "row.json"
+    whole = file.read_text()
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="holds no row of an ablation; remove it"):
+        ablate(experiment, tmp_path, rows, progress=False)
+    file.write_text(whole)
     # And another training is not taken for it.
     other = Experiment(recipe(**small, train__steps=3))
     with pytest.raises(ValueError, match=r"made with train\.steps = 2, this run has 3"):
@@ -127,6 +134,12 @@ def test_bad_rows_are_refused_before_any_is_trained(tmp_path: Path, capsys: pyte
     assert "whole numbers from 0" in refused("--preset", "overlap", "--seeds", "a")
     assert "each once" in refused("--preset", "overlap", "--seeds", "1,1")
     assert "varied by the seeds" in refused("--over", "train.seed=0,1")
+    assert "the seeds of an ablation would replace" in refused("--over", "train={steps: 2, seed: 3}")
+    assert "would replace" in refused("--set", "rows={a: {train: {seed: 3}}}")
+    assert "a row is measured whole" in refused("--over", "train.blocks=null,[0]")
+    dit = ["--over", "model={type: DiT}", "--over", "evaluate={kind: samples}", "--over", "blocks.noise=null"]
+    assert "the same measures" in refused(*dit)
+    assert "is the file of the table" in refused("--set", "rows={table.json: {}}")
     assert "is given no values" in refused("--over", "blocks.overlap=")
     assert "do not divide by 12" in refused("--preset", "partition", "--set", "model.config.num_hidden_layers=6")
 
@@ -173,3 +186,8 @@ def test_the_rows_of_a_recipe_are_its_methods(tmp_path: Path, capsys: pytest.Cap
 def test_a_training_of_another_class_is_refused() -> None:
     with pytest.raises(ValueError, match="method: noprop is the training of NoPropCNN alone"):
         recipe(method="noprop")
+
+
+def test_a_mean_of_rows_is_of_all_of_them() -> None:
+    assert _mean([{"a": 1.0, "b": "x"}, {"a": 2.0, "b": "x"}]) == {"a": 1.5, "b": "x"}
+    assert _mean([{"a": 1.0}, {"a": None}]) == {"a": None}

@@ -32,6 +32,9 @@ from .recipe_changes import depth_of, with_train
 #: A row leaves its result in its folder under this name.
 ROW = "row.json"
 
+#: All rows that are finished.
+TABLE = "table.json"
+
 #: Of a row's name; folders are called by it.
 _ODD = re.compile(r"[^\w.,=+-]+")
 _LONGEST = 100
@@ -126,6 +129,8 @@ def settings(
                 f"nothing to vary: give fields and values, as in --over blocks.overlap=0,0.05, one of the presets "
                 f"{', '.join(PRESETS)}, or rows in the recipe"
             )
+        if TABLE in recipe.rows:
+            raise ValueError(f"rows: {TABLE} is the file of the table, beside the folders of rows; name the row anew")
         own = {key: dict(_leaves(sections)) for key, sections in recipe.rows.items()}
         return [Setting(key, _changed(recipe, values, key), values) for key, values in own.items()]
     if "train.seed" in over:
@@ -161,7 +166,23 @@ def _changed(recipe: Recipe, values: Values, key: str) -> Recipe:
     plain = recipe.model_dump(mode="json") | {"rows": None}
     for name, value in values.items():
         put(plain, name, value, key)
-    return parse_recipe(plain, key)
+    changed = parse_recipe(plain, key)
+    # By what came of it: a section that is given as a whole, or a row of the recipe, may say it as well.
+    if changed.train.seed != recipe.train.seed:
+        raise ValueError(
+            f"{key} has train.seed = {changed.train.seed}, which the seeds of an ablation would replace; leave it out, "
+            "and name seeds for all rows: --seeds 0,1,2"
+        )
+    if changed.train.blocks is not None:
+        raise ValueError(
+            f"{key} trains only train.blocks = {list(changed.train.blocks)}, and a row is measured whole; leave it out"
+        )
+    if changed.evaluate.kind != recipe.evaluate.kind:
+        raise ValueError(
+            f"{key} is measured by evaluate.kind = {changed.evaluate.kind}, the recipe by {recipe.evaluate.kind}: the "
+            "rows of one table have the same measures; give it an ablation of its own"
+        )
+    return changed
 
 
 def _short_names(names: set[str]) -> dict[str, str]:
@@ -262,8 +283,11 @@ class _Run:
         if not file.is_file():
             return None
         values = read_json(file)
-        check_same_run(values["run"], self.experiment.describe(), file)
-        return values["row"] if values["run"]["evaluate"] == self.experiment.describe()["evaluate"] else None
+        run, row, now = values.get("run"), values.get("row"), self.experiment.describe()
+        if not isinstance(run, dict) or not isinstance(row, dict):
+            raise ValueError(f"{file} holds no row of an ablation; remove it to have the row measured again")
+        check_same_run(run, now, file)
+        return row if run.get("evaluate") == now["evaluate"] else None
 
     def finish(self, progress: bool) -> None:
         """Train and evaluate, where that is not done."""
@@ -315,12 +339,15 @@ def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> 
             about |= {score: mean[score], "spread": deviation}
         means.append(about)
         lines.append(line)
-    write_results(folder / "table.json", [row for rows in results.values() for row in rows], None, means=means)
+    write_results(folder / TABLE, [row for rows in results.values() for row in rows], None, means=means)
     return format_table(lines)
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """The mean of JSON values of one form, number by number; what is no number, or is equal in all, is the first's."""
+    """The mean of JSON values of one form, number by number; what is no number, or is equal in all, is the first's.
+
+    Where one of them has no number, null: the first's would pass for a mean.
+    """
     first = values[0]
     if all(value == first for value in values):
         return first
@@ -330,4 +357,4 @@ def _mean(values: Sequence[Any]) -> Any:
         return [_mean(parts) for parts in zip(*values, strict=True)]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return statistics.fmean(values)
-    return first
+    return None if None in values else first
