@@ -123,7 +123,7 @@ def test_ways_to_combine_are_measured_side_by_side(tmp_path: Path, capsys: pytes
     assert main(["train", DIGITS, "--out", str(tmp_path / "b"), *learned]) == 2
     error = capsys.readouterr().err
     assert "evaluate.combine = 'mean' needs" in error
-    assert "use evaluate.combine = chain" in error
+    assert "use evaluate.combine = [chain]" in error
     assert not (tmp_path / "b" / "log.jsonl").exists()
     chain = ["--set", "evaluate.combine=null", "--set", "evaluate.steps=null", "--set", "evaluate.seeds=null"]
     assert main(["train", DIGITS, "--out", str(tmp_path / "b"), *learned, *chain]) == 0

@@ -21,6 +21,7 @@ from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.planning.predictor import Predictor
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.ensemble import Ensemble
+from diffusionblocks.training.local_learning import LocalConfig, LocalLearning
 
 CPU = torch.device("cpu")
 
@@ -157,6 +158,17 @@ def test_a_teacher_of_other_labels_or_without_context_logits_is_refused(tmp_path
         train("blocks", distill={"teacher": str(tmp_path / "three")})
     with pytest.raises(ValueError, match=r"holds blocks of target.likelihood: learned, which have no context logits"):
         train("blocks", distill={"teacher": str(tmp_path / "learned")})
+    LocalLearning(tiny("vit"), LocalConfig(), 3).save(tmp_path / "local")
+    with pytest.raises(ValueError, match=r"local is of method: local, whose modules cannot teach; name blocks, an ens"):
+        train("blocks", distill={"teacher": str(tmp_path / "local")})
+
+
+@pytest.mark.parametrize("value", [1e308, 1e-300])
+def test_a_temperature_that_float32_cannot_follow_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"temperature\n.*should be (less|greater) than or equal"):
+        TrainConfig.model_validate({"distill": {"teacher": "a", "temperature": value}})
+    with pytest.raises(ValueError, match=r"temperature\n.*should be (less|greater) than or equal"):
+        LocalConfig(objective="forward-forward", temperature=value)
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------------

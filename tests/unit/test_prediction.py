@@ -1,6 +1,7 @@
 """Prediction of classifiers: what each rule makes of the blocks' logits, which blocks are asked, and what it costs."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -205,11 +206,10 @@ def test_learned_likelihood_predicts_as_ever_and_has_nothing_to_average() -> Non
 
 
 def test_a_rule_that_there_is_not() -> None:
-    for value in ("median", ""):
-        with pytest.raises(
-            ValueError, match=f"unknown combine {value!r}; allowed: mean, product, probabilities, chain"
-        ):
-            convert("vit").predict(IMAGES, combine=value)
+    for value in ("median", "", 1, ["mean"]):
+        message = f"unknown combine {value!r}; allowed: mean, product, probabilities, chain"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            convert("vit").predict(IMAGES, combine=value)  # type: ignore[arg-type]
     assert get_args(Combination) == RULES
 
 

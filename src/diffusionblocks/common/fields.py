@@ -82,6 +82,8 @@ Seed = Annotated[int, Field(ge=0, le=MOST_SEED), IsNumber]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), IsNumber]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), IsNumber]
 Share = Annotated[float, Field(ge=0, le=1), IsNumber]
+#: What logits are divided by: beyond these, its square, or they, leave what float32 can hold.
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3), IsNumber]
 #: A list of settings, every combination of which is measured.
 Many = Annotated[tuple[_T, ...], Field(min_length=1, max_length=100)]
 

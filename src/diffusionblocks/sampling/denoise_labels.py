@@ -106,23 +106,24 @@ COMBINATIONS: dict[str, Callable[[Votes], Answer]] = {
 }
 
 
-def check_combination(combine: str, *, contexts: bool, name: str = "combine") -> str:
+def check_combination(combine: str, *, contexts: bool, name: str = "combine", chain: str = "chain") -> str:
     """Return the name of a rule, if there are the votes that it needs.
 
     Args:
         combine: the name.
         contexts: whether context logits are known apart.
         name: of the setting, for the message.
+        chain: how that setting is written for the rule `chain` alone.
 
     Raises:
         ValueError: an unknown rule, or one that needs context logits where there are none.
     """
-    if combine not in COMBINATIONS:
+    if not isinstance(combine, str) or combine not in COMBINATIONS:
         raise ValueError(f"unknown {name} {combine!r}; allowed: {', '.join(get_args(Combination))}")
     if combine != "chain" and not contexts:
         raise ValueError(
             f"{name} = {combine!r} needs the blocks' context logits, which blocks trained with target.likelihood = "
-            f"learned do not have: use {name} = chain, or train with target.likelihood = added"
+            f"learned do not have: use {name} = {chain}, or train with target.likelihood = added"
         )
     return combine
 

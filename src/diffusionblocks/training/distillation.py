@@ -22,7 +22,7 @@ from ..core.end_to_end import load_end_to_end
 from ..core.ensembles import read_ensemble
 from ..core.loading import load
 from ..core.model import DiffusionBlocks
-from ..core.saved_model import ENSEMBLE, INDEX, MODEL_FILES, read_saved
+from ..core.saved_model import ENSEMBLE, INDEX, LOCAL, MODEL_FILES, read_saved
 from ..data.dataset import BatchMaker
 from ..families import Family, family_named, rebuild_config
 from ..targets import TEACHER_LOGITS
@@ -162,6 +162,11 @@ def model_folder(name: str) -> Path:
         with contextlib.suppress(OSError):  # a name too long for the disk
             if any((folder / file).is_file() for file in (INDEX, ENSEMBLE, "config.json")):
                 return folder
+            if (folder / LOCAL).is_file():
+                raise ValueError(
+                    f"train.distill.teacher = {shorten(name, 160)} is of method: local, whose modules cannot teach; "
+                    "name blocks, an ensemble or an end-to-end classifier"
+                )
     name = shorten(name, 160)
     raise FileNotFoundError(
         f"train.distill.teacher = {name}: no model is there, nor in {Path(name) / 'model'}; give the folder of a "

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.fields import Blocks, Positive
+from ..common.fields import Blocks, Positive, Temperature
 from ..common.precision import without_autocast
 from ..core.block import computed_again
 from ..core.local_modules import read_modules, save_modules
@@ -56,7 +56,7 @@ class LocalConfig(BaseModel):
     read: Literal["cls", "mean"] | None = None
     tau: Positive = 100.0
     double_tau: bool = False
-    temperature: Positive = 0.1
+    temperature: Temperature = 0.1
 
     @model_validator(mode="after")
     def _modules_of_the_objective(self) -> Self:

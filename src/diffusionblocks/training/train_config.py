@@ -20,6 +20,7 @@ from ..common.fields import (
     Seed,
     Share,
     Steps,
+    Temperature,
 )
 from ..targets import LabelLoss
 
@@ -55,7 +56,7 @@ class DistillConfig(BaseModel):
         min_length=1, max_length=100
     )
     weight: Share = 0.5
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
 
 
 class TrainConfig(BaseModel):

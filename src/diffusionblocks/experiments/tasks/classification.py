@@ -83,7 +83,7 @@ class Classification(Task[AccuracyConfig]):
         if experiment.of_blocks(model):
             contexts = experiment.blocks_of(model).block(0).adds_likelihood
             for combine in self.options(experiment).combine or ():
-                check_combination(combine, contexts=contexts, name="evaluate.combine")
+                check_combination(combine, contexts=contexts, name="evaluate.combine", chain="[chain]")
 
     def measure(self, experiment: Experiment, model: nn.Module) -> list[AccuracyRow]:
         """Accuracy, NLL and calibration error for every combination of the settings."""
