@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .experiments.tasks import EvaluateSection, Task, register_task
     from .families import Family, register_family
     from .integrations.blocks_trainer import BlocksCallback, BlocksTrainer
-    from .noise import EDM, FlowMatching, GaussianProcess, Masking, NoiseProcess, register_noise_process
+    from .noise import DDPM, EDM, FlowMatching, GaussianProcess, Masking, NoiseProcess, register_noise_process
     from .sampling import register_solver
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 # Imported when they are first asked for: torch and transformers take seconds, which the command line's --help, and
 # Ctrl-C before it has begun, need not wait for.
 _ROOMS = {
+    "DDPM": "noise",
     "EDM": "noise",
     "Block": "core.block",
     "BlocksCallback": "integrations.blocks_trainer",
@@ -62,6 +63,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "DDPM",
     "EDM",
     "Block",
     "BlocksCallback",

@@ -585,9 +585,9 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
         ("shared = frozen", "final_layer.linear", "zero", "replicated"),
     ),
     (
-        "a learned sigma",
+        "a learned variance",
         lambda: db.convert(fresh_dit("diffusers-dit", out_channels=6)),
-        ("out_channels = 6", "in_channels = 3", "learned sigma", "set out_channels to 3"),
+        ("out_channels = 6", "in_channels = 3", "noise and its variance", "kind: ddpm", "out_channels: 3"),
     ),
     (
         "diffusers' class without classes",

@@ -212,7 +212,7 @@ def test_a_classifier_and_a_language_model_take_it_too() -> None:
             ["blocks.noise.kind=flow", "blocks.noise.shift=0"],
             r"blocks\.noise\.shift: shift must be a finite",
         ),
-        ("dit", ["blocks.noise.kind=folw"], r"kind = 'folw' is no noise process .*allowed: edm, flow, masking"),
+        ("dit", ["blocks.noise.kind=folw"], r"kind = 'folw' is no noise process .*allowed: ddpm, edm, flow, masking"),
     ],
 )
 def test_recipes_are_refused_in_one_line(recipe: str, overrides: list[str], message: str) -> None:
@@ -295,6 +295,6 @@ def test_refusals(call, message: str) -> None:
 
 
 def test_a_process_of_tokens_is_refused_for_images_and_the_message_says_what_fits() -> None:
-    with pytest.raises(ValueError, match=r"blocks.noise.kind = masking, but .*DiT.* needs edm or flow"):
+    with pytest.raises(ValueError, match=r"blocks.noise.kind = masking, but .*DiT.* needs ddpm or edm or flow"):
         convert("dit", noise={"kind": "masking"})
     assert isinstance(Partition.build(FlowMatching(), 3, 3), Partition)

@@ -193,7 +193,8 @@ def described_config(model_class: str, name: str) -> Any:
         )
     values = read_json(file)
     own_class = (values.get("architectures") or [values.get("_class_name")])[0]
-    if isinstance(own_class, str) and supported_classes().get(own_class, None) is not family_named(model_class):
+    family, classes = family_named(model_class), supported_classes()
+    if isinstance(own_class, str) and classes.get(own_class) is not family and own_class not in family.older_names:
         raise ValueError(f"model.pretrained = {name} holds a {own_class}, the recipe has model.type: {model_class}")
     check_sizes(values, f"{name}/config.json: ")
     fields = config_fields(model_class)

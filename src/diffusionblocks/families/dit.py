@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from ..config import BlocksConfig
 from ..layers.exact_buffers import ExactBuffers
+from ..noise import DDPM
 from .family import BlockCall, register_family
 from .kinds import ImageFamily
 from .libraries import DIFFUSERS, OURS
@@ -53,9 +55,13 @@ class DiffusersDiTFamily(ImageFamily):
     Every layer has a time and label embedder of its own; that of layer 0 also conditions the head, so it is shared.
     Its layers drop labels by themselves, each on its own, so that a dropped label is hardly ever dropped in
     all layers; in the blocks that is switched off and `label_dropout` drops it for the whole block.
+
+    Published weights predict noise and its variance, in twice the channels: they need the noise process `ddpm`, and the
+    second half is not read.
     """
 
     classes = ("DiTTransformer2DModel",)
+    older_names = ("Transformer2DModel",)  # of which it was one kind; the class itself refuses the others' `norm_type`
     library = DIFFUSERS
     class_count_field = "num_embeds_ada_norm"
     layers = "transformer_blocks"
@@ -75,10 +81,23 @@ class DiffusersDiTFamily(ImageFamily):
                 f"{type(model).__name__} has num_embeds_ada_norm = {config.num_embeds_ada_norm}: it always has class "
                 "labels, so it needs at least 1; an unconditional model is diffusionblocks.models.DiT, num_classes=0"
             )
-        if config.out_channels not in (None, config.in_channels):
+        channels = config.in_channels
+        if config.out_channels not in (None, channels, 2 * channels):
             raise ValueError(
-                f"{type(model).__name__} has out_channels = {config.out_channels} for in_channels = "
-                f"{config.in_channels}: a learned sigma is not supported; set out_channels to {config.in_channels}"
+                f"{type(model).__name__} has out_channels = {config.out_channels} for in_channels = {channels}: set "
+                f"out_channels to {channels}, or to {2 * channels} where it predicts noise and its variance"
+            )
+
+    @override
+    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
+        super().check_config(model, config)
+        options: Any = model.config
+        if options.out_channels == 2 * options.in_channels and not isinstance(config.noise, DDPM):
+            raise ValueError(
+                f"{type(model).__name__} has out_channels = {options.out_channels} for in_channels = "
+                f"{options.in_channels}: it predicts noise and its variance at the timesteps of a schedule, which "
+                "blocks.noise must say: kind: ddpm (DDPM.from_scheduler reads the scheduler_config.json beside the "
+                f"weights); a fresh model has out_channels: {options.in_channels}"
             )
 
     @override
@@ -102,7 +121,9 @@ class DiffusersDiTFamily(ImageFamily):
         n, count, _ = patches.shape
         side, channels = round(count**0.5), call.z.shape[1]
         patch = call.z.shape[-1] // side
-        images = torch.einsum("nhwpqc->nchpwq", patches.reshape(n, side, side, patch, patch, channels))
+        # As many channels as z has: the others, where there are any, predict a variance.
+        patches = patches.reshape(n, side, side, patch, patch, -1)[..., :channels]
+        images = torch.einsum("nhwpqc->nchpwq", patches)
         return tokens, images.reshape(call.z.shape)
 
 

@@ -61,6 +61,8 @@ class Family(abc.ABC):
 
     #: names of the public classes that the family converts
     classes: ClassVar[tuple[str, ...]]
+    #: names by which older files of pretrained weights call one of these classes
+    older_names: ClassVar[tuple[str, ...]] = ()
     #: the library that has them
     library: ClassVar[Library]
     #: path of the list of layers; several where versions of a library differ, of which a model has one

@@ -138,7 +138,7 @@ class Library(abc.ABC):
         """The config object of a class from plain values."""
 
     @abc.abstractmethod
-    def values(self, config: Any) -> dict[str, Any]:
+    def values(self, model_class: Any, config: Any) -> dict[str, Any]:
         """The plain JSON values of a config object: the inverse of `config`."""
 
     @abc.abstractmethod
@@ -262,7 +262,7 @@ class Transformers(Library):
         return config
 
     @override
-    def values(self, config: Any) -> dict[str, Any]:
+    def values(self, model_class: Any, config: Any) -> dict[str, Any]:
         return dict(config.to_dict()) | {"attn_implementation": config._attn_implementation}
 
     @override
@@ -366,12 +366,14 @@ class Diffusers(Library):
             return model_class(**values).config
 
     @override
-    def values(self, config: Any) -> dict[str, Any]:
-        return {name: value for name, value in config.items() if not name.startswith("_")}
+    def values(self, model_class: Any, config: Any) -> dict[str, Any]:
+        # Configs of older files also have values that the class of today does not take; the library passes over them.
+        fields = self.fields(model_class)
+        return {name: value for name, value in config.items() if name in fields}
 
     @override
     def _create(self, model_class: Any, config: Any) -> nn.Module:
-        return model_class(**self.values(config))  # type: ignore[no-any-return]
+        return model_class(**self.values(model_class, config))  # type: ignore[no-any-return]
 
     @override
     def _pretrained_config(

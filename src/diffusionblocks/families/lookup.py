@@ -112,7 +112,8 @@ def rebuild_config(model_class: str, values: dict[str, Any]) -> Any:
 
 def config_values(model_class: str, config: Any) -> dict[str, Any]:
     """The plain JSON values of a config: the inverse of `rebuild_config`."""
-    return _imported(model_class)[0].values(config)
+    library, imported = _imported(model_class)
+    return library.values(imported, config)
 
 
 def instantiate(model_class: str, model_config: Any) -> nn.Module:
@@ -137,7 +138,7 @@ def with_layers(model_class: str, model_config: Any, layers: Sequence[int]) -> A
     """The config of a model that has these of its layers, each of the kind that it was."""
     library, imported = _imported(model_class)
     family = family_named(model_class)
-    values = {n: v for n, v in library.values(model_config).items() if n not in library.depth_dependent}
+    values = {n: v for n, v in library.values(imported, model_config).items() if n not in library.depth_dependent}
     values |= family.values_of_layers(model_config, layers)
     return library.config(imported, family.with_depth(values, len(layers)))
 
@@ -150,7 +151,7 @@ def with_fewest_layers(model_class: str, model_config: Any) -> Any:
         return with_depth(model_class, model_config, 1)
     kinds = list(dict.fromkeys(getattr(model_config, family.kinds_field)))
     fewest = {family.depth_field: len(kinds), family.kinds_field: kinds}
-    return library.config(imported, library.values(model_config) | fewest)
+    return library.config(imported, library.values(imported, model_config) | fewest)
 
 
 def pretrained(

@@ -1,6 +1,8 @@
 """What a noise level means: its distribution, its corruption of the target, what the network sees and is told of it."""
 
+from .ddpm import DDPM
 from .edm import EDM
+from .exploding import VarianceExploding
 from .fitted_levels import accumulated, fitted_quantiles
 from .flow import FlowMatching
 from .gaussian import GaussianProcess, Preconditioning
@@ -9,6 +11,7 @@ from .masking import SCHEDULES, Masking
 from .process import NOISE_PROCESSES, PARTITION_STRATEGIES, NoiseProcess, one_level, register_noise_process
 
 __all__ = [
+    "DDPM",
     "EDM",
     "GRIDS",
     "NOISE_PROCESSES",
@@ -19,6 +22,7 @@ __all__ = [
     "Masking",
     "NoiseProcess",
     "Preconditioning",
+    "VarianceExploding",
     "accumulated",
     "fitted_quantiles",
     "grid_name",

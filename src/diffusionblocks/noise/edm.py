@@ -11,19 +11,20 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..common.fields import MOST_LEVELS, Number, check_count
-from .gaussian import GaussianProcess, Preconditioning
-from .process import match, normal_cdf, register_noise_process
+from .exploding import VarianceExploding
+from .gaussian import Preconditioning
+from .process import normal_cdf, register_noise_process
 
 
 @register_noise_process
 @dataclass(frozen=True)
-class EDM(GaussianProcess):
+class EDM(VarianceExploding):
     """Variance-exploding noise with EDM's training distribution, preconditioning and weight.
 
     Args:
@@ -44,11 +45,6 @@ class EDM(GaussianProcess):
     Raises:
         ValueError: a parameter out of its range.
     """
-
-    symbol: ClassVar[str] = "sigma"
-    logarithmic: ClassVar[bool] = True
-    grids: ClassVar[tuple[str, ...]] = ("equal-quantile", "karras")
-    sampling_grid: ClassVar[str] = "karras"
 
     p_mean: Number = -1.2
     p_std: Number = 1.2
@@ -110,56 +106,26 @@ class EDM(GaussianProcess):
         q_min, q_max = normal_cdf((ends.log() - self.p_mean) / self.p_std).tolist()
         return q_min, q_max
 
-    @functools.cached_property
-    def _knots_on(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    def _knots(self, device: torch.device) -> Tensor:
-        """Logarithms of `quantiles`, float64, made once a device: a CUDA graph can hold no copy from the host."""
-        if device not in self._knots_on:
-            assert self.quantiles is not None
-            self._knots_on[device] = torch.tensor(self.quantiles, dtype=torch.float64).log().to(device)
-        return self._knots_on[device]
+    @property
+    def table(self) -> tuple[float, ...] | None:
+        """`quantiles`."""
+        return self.quantiles
 
     def _cdf(self, level: Tensor) -> Tensor:
         if self.quantiles is not None:
-            knots = self._knots(level.device)
-            place = level.log().clamp(knots[0], knots[-1])
-            below = _interval_of(place.detach(), knots)
-            within = (place - knots[below]) / (knots[below + 1] - knots[below])
-            return (below + within) / (len(knots) - 1)
+            return self._cdf_of_table(level)
         q_min, q_max = self._normal_ends
         q = normal_cdf((level.log() - self.p_mean) / self.p_std)
         return ((q - q_min) / (q_max - q_min)).clamp(0.0, 1.0)
 
     def _icdf(self, quantile: Tensor) -> Tensor:
         if self.quantiles is not None:
-            knots = self._knots(quantile.device)
-            steps = quantile * (len(knots) - 1)
-            below = steps.floor().clamp(max=len(knots) - 2).long()
-            return (knots[below] + (steps - below) * (knots[below + 1] - knots[below])).exp()
+            return self._icdf_of_table(quantile)
         q_min, q_max = self._normal_ends
         q = q_min + quantile * (q_max - q_min)
         return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(q))
 
-    # ---- corruption, preconditioning, weight ---------------------------------------------------------
-
-    def alpha(self, level: Tensor) -> Tensor:
-        """1: the target is not scaled."""
-        return torch.ones_like(level)
-
-    def sigma(self, level: Tensor) -> Tensor:
-        """The level itself."""
-        return level
-
-    def rates(self, level: float) -> tuple[float, float]:
-        """0 and 1."""
-        return 0.0, 1.0
-
-    def corrupt(self, target: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """z = y + sigma * eps (EDM eq. 2), in float32 or better; `level` (batch,) broadcasts over the rest."""
-        target = target if target.dtype == torch.float64 else target.float()
-        return target + match(level, target) * noise
+    # ---- preconditioning, weight ---------------------------------------------------------------------
 
     def precondition(self, level: Tensor) -> Preconditioning:
         """c_skip, c_out, c_in, c_noise (EDM table 1), each of the shape and dtype (>= float32) of `level`."""
@@ -177,8 +143,3 @@ class EDM(GaussianProcess):
         """w(sigma) = (sigma^2 + sd^2) / (sigma * sd)^2 = 1 / c_out^2 (EDM eq. 144), shape of `level`."""
         sigma = level if level.dtype == torch.float64 else level.float()
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-
-
-def _interval_of(place: Tensor, knots: Tensor) -> Tensor:
-    """Index of the knot at or below each place, at most the last but one; int64, shape of `place`."""
-    return torch.searchsorted(knots, place, right=True).sub(1).clamp(0, len(knots) - 2)
