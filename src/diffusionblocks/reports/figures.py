@@ -68,14 +68,20 @@ def draw_run(
             capsize=2,
             label=f"DiffusionBlocks, {combine}, {seeds} noise seed{'s' * (seeds > 1)}",
         )
-    for index, (label, accuracy) in enumerate(baselines):
-        left.axhline(100 * accuracy, linestyle=(0, (4, 1 + index)), color=f"{0.15 + 0.25 * index}", label=label)
+    _draw_baselines(left, [(label, 100 * accuracy) for label, accuracy in baselines])
     left.set(xlabel="denoising steps", ylabel="test accuracy (%)", title="Accuracy against denoising steps")
     left.set_xticks(sorted({row.steps for row in rows if row.steps is not None}))
     left.margins(y=0.25)  # room for the legend
     left.legend(fontsize=8, framealpha=0.9, ncols=2, loc="lower center")
     _draw_partition(right, partition, noise)
     save_figure(figure, path)
+
+
+def _draw_baselines(axes: Any, values: Sequence[tuple[str, float]]) -> None:
+    """Draw (label, value) as lines across, in greys that stay below white however many there are."""
+    for index, (label, value) in enumerate(values):
+        shade = f"{0.15 + 0.6 * index / len(values):.2f}"
+        axes.axhline(value, linestyle=(0, (4, 1 + index)), color=shade, label=label)
 
 
 def draw_fit(levels: Sequence[float], curves: Sequence[Sequence[float]], noise: NoiseProcess, path: Path) -> None:
@@ -130,8 +136,7 @@ def draw_levels(
     levels = [at.level for at in row.by_level]
     axes.plot(levels, [at.cross_entropy for at in row.by_level], marker="o", label="cross-entropy")
     axes.plot(levels, [at.scrambled for at in row.by_level], marker=".", label="with another sequence's context")
-    for index, (label, loss) in enumerate(baselines):
-        axes.axhline(loss, linestyle=(0, (4, 1 + index)), color=f"{0.15 + 0.25 * index}", label=label)
+    _draw_baselines(axes, baselines)
     highest = [*(max(at.cross_entropy, at.scrambled) for at in row.by_level), *(loss for _, loss in baselines)]
     _mark_blocks(axes, partition, levels[-1], levels[0])
     beside = axes.twinx()
