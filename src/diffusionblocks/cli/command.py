@@ -50,6 +50,15 @@ def run_folder(experiment: Experiment, options: argparse.Namespace) -> Path:
     return run_of(options.recipe) or Path("runs") / experiment.recipe.name
 
 
+def takes_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Let a command only say what it would do."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check and read all that a run does, predict its memory and time a few steps; write nothing",
+    )
+
+
 def takes_quiet(parser: argparse.ArgumentParser) -> None:
     """Let a command be quiet."""
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
+    "doctor": Command("what of this machine can be used, and how to mend what is missing", ".doctor"),
     "bench": Command(
         "measure memory, speed and depth beside end-to-end training and other ways to save memory, on a CUDA GPU",
         "..bench.options",
@@ -58,6 +59,10 @@ examples:
       bytes of a training step by kind, predicted on any machine, and how many blocks or how large a batch fits
   diffusionblocks train vit/digits --out runs/digits
       train block by block; run it again to resume after an interruption
+  diffusionblocks train vit/digits --dry-run
+      check all that the run needs, predict its memory, time a few steps; write nothing. Of compare, too
+  diffusionblocks doctor
+      GPU, kernels, extras, disk, data and cache: what is there, and the fix for what is missing
   diffusionblocks evaluate runs/digits --set 'evaluate.combine=[mean, chain]'
       test accuracy, NLL and calibration error, by the ways to combine what the blocks say
   diffusionblocks sample runs/dit-digits --out samples --labels 3 --count 16

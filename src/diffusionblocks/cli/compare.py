@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import takes_quiet, takes_recipe
+from .command import takes_dry_run, takes_quiet, takes_recipe
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -28,14 +28,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="updates",
         help="what the rows have in common: updates of layers, or seconds of training",
     )
+    takes_dry_run(parser)
     takes_quiet(parser)
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train the recipe and its end-to-end baselines; print their table."""
-    from ..experiments.comparison import compare
+    from ..experiments.comparison import checked_rows, compare
+    from .dry_run import dry_comparison
 
     options.folder = folder = options.out or Path("runs") / f"{experiment.recipe.name}-compare"
+    if options.dry_run:
+        rows = checked_rows(experiment, folder, options.rows, options.equal)
+        dry_comparison(experiment, [(row.key, experiment.derive(row.recipe)) for row in rows])
+        return
     print(compare(experiment, folder, rows=options.rows, equal=options.equal, progress=not options.quiet))
     print(f"table: {folder / 'table.json'}")
     figures = [path for name in ("samples/grid.png", "levels.png") for path in sorted(folder.glob(f"*/{name}"))]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import run_folder, takes_quiet, takes_recipe, with_rounding
+from .command import run_folder, takes_dry_run, takes_quiet, takes_recipe, with_rounding
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -18,6 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/<name>); an unfinished run resumes")
     parser.add_argument("--restart", action="store_true", help="start anew, removing the checkpoints in the folder")
     parser.add_argument("--tensorboard", action="store_true", help="also log to <out>/tensorboard (extra: tensorboard)")
+    takes_dry_run(parser)
     takes_quiet(parser)
 
 
@@ -26,9 +27,13 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     from ..experiments.run import train
     from ..reports.tables import format_table
     from ..training.run_log import TensorBoard
+    from .dry_run import dry_run
 
     recipe = experiment.recipe
     options.folder = folder = options.out or run_folder(experiment, options)
+    if options.dry_run:
+        dry_run(experiment, folder)
+        return
     loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
     result = train(experiment, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
     if result.rows:

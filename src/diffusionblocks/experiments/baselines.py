@@ -159,15 +159,21 @@ def of_equal_time(experiment: Experiment, seconds: float, folder: Path) -> list[
     return rows
 
 
-def seconds_a_step(experiment: Experiment) -> float:
-    """What a training step takes once it runs, from a few of each unit."""
-    recipe = with_train(experiment.recipe, steps=_WARM + _TIMED, epochs=None, schedule="round-robin")
+def seconds_a_step(experiment: Experiment, *, warm: int = _WARM, timed: int = _TIMED) -> float:
+    """What a training step takes once it runs, from a few of each unit.
+
+    Args:
+        experiment: whose steps; what they train is thrown away.
+        warm: steps of each unit before the clock starts.
+        timed: steps of each unit that are timed.
+    """
+    recipe = with_train(experiment.recipe, steps=warm + timed, epochs=None, schedule="round-robin")
     trainer = experiment.derive(recipe).trainer(progress=False)
     units = len(trainer.units)
-    trainer.train(until=_WARM * units)
+    trainer.train(until=warm * units)
     before = trainer.seconds
     trainer.train()
-    return (trainer.seconds - before) / (_TIMED * units)
+    return (trainer.seconds - before) / (timed * units)
 
 
 def executed(recipe: Recipe, *, fast: bool) -> Recipe:

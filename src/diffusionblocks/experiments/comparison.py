@@ -57,6 +57,34 @@ def compare(
     Raises:
         ValueError: an unknown row, or a recipe that cannot be compared.
     """
+    selection = checked_rows(experiment, folder, rows, equal)
+    table: list[dict[str, Any]] = []
+    results: dict[str, RunResult] = {}
+
+    def add(variant: Variant) -> None:
+        row, results[variant.key] = run_row(experiment, variant, folder / variant.key, progress)
+        table.append(row)
+        write_results(folder / "table.json", table)
+
+    for variant in selection:
+        add(variant)
+    if equal == "seconds":
+        for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
+            add(variant)
+    experiment.task.draw(experiment, table, results, folder)
+    return "\n".join([format_table([columns(experiment, row) for row in table]), *remarks(experiment.recipe)])
+
+
+def checked_rows(
+    experiment: Experiment,
+    folder: Path,
+    rows: Sequence[str] | None = None,
+    equal: Literal["updates", "seconds"] = "updates",
+) -> list[Variant]:
+    """The rows of a comparison, once it is known that all can be trained; see `compare`.
+
+    Of equal seconds only those of blocks: how long the others train is known when these have ended.
+    """
     recipe = experiment.recipe
     if not experiment.of_method_blocks:
         raise ValueError(f"compare starts from method: diffusionblocks, got {recipe.method}")
@@ -78,21 +106,7 @@ def compare(
         row = experiment.derive(variant.recipe)
         check_machine(row, folder / variant.key)
         check_with_data(row, folder / variant.key)
-    table: list[dict[str, Any]] = []
-    results: dict[str, RunResult] = {}
-
-    def add(variant: Variant) -> None:
-        row, results[variant.key] = run_row(experiment, variant, folder / variant.key, progress)
-        table.append(row)
-        write_results(folder / "table.json", table)
-
-    for variant in selection:
-        add(variant)
-    if equal == "seconds":
-        for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
-            add(variant)
-    experiment.task.draw(experiment, table, results, folder)
-    return "\n".join([format_table([columns(experiment, row) for row in table]), *remarks(recipe)])
+    return selection
 
 
 def remarks(recipe: Recipe) -> list[str]:

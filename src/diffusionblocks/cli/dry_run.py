@@ -1,0 +1,92 @@
+"""What `--dry-run` prints: all that a run does before its first step, its memory and its time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ..experiments.experiment import Experiment
+    from ..planning import Predictor
+
+#: Steps of each unit before the clock starts, and timed ones, where nothing is compiled or captured first.
+_PLAIN = (2, 6)
+
+
+def dry_run(experiment: Experiment, folder: Path) -> None:
+    """Do what `train` does before its first step; print the stages, and the memory of a step by kind."""
+    from ..experiments.run import prepare
+    from ..planning.report import ledger_table, remarks
+
+    prepare(experiment, folder)
+    data = experiment.data("train")
+    print(f"{experiment.recipe.name}: {len(data):,} training examples, on {experiment.device}; nothing is written")
+    _print(experiment, [_row(name, [stage]) for name, stage in _stages(experiment)])
+    predictor = _predictor(experiment)
+    if predictor is not None:
+        print(ledger_table(predictor.recipe, predictor.forecast().ledger))
+        for line in remarks(predictor):
+            print(line)
+
+
+def dry_comparison(experiment: Experiment, rows: Iterable[tuple[str, Experiment]]) -> None:
+    """Print each row of a comparison that is checked: its iterations, memory and time."""
+    _print(experiment, [_row(name, [stage for _, stage in _stages(row)]) for name, row in rows])
+
+
+def _print(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
+    from ..reports.tables import format_table
+
+    print(format_table(rows))
+    print(
+        f"time: of the steps, by a few of each unit that were run on {experiment.device} now and thrown away; saving "
+        "and evaluation come on top"
+    )
+
+
+def _stages(experiment: Experiment) -> list[tuple[str, Experiment]]:
+    """The trainings of a run, in order."""
+    from ..experiments.recipe_changes import fit_recipe, trunk_recipe
+
+    recipe, stages = experiment.recipe, []
+    if experiment.of_method_blocks and recipe.fit is not None:
+        stages.append(("fit", experiment.derive(fit_recipe(recipe))))
+    if experiment.of_method_blocks and recipe.trunk is not None:
+        stages.append(("trunk", experiment.derive(trunk_recipe(recipe))))
+    return [*stages, ("train", experiment)]
+
+
+def _row(name: str, stages: list[Experiment]) -> dict[str, Any]:
+    from ..experiments.baselines import seconds_a_step
+    from ..reports.tables import format_bytes
+    from ..training import units_of
+
+    iterations, seconds, peaks = 0, 0.0, []
+    for stage in stages:
+        train = stage.recipe.train
+        units, _ = units_of(stage.outline, train.blocks)
+        steps = train.unit_steps(len(stage.data("train"))) * len(units)
+        timed = {} if train.compile or train.cuda_graph else dict(zip(("warm", "timed"), _PLAIN, strict=True))
+        iterations, seconds = iterations + steps, seconds + steps * seconds_a_step(stage, **timed)
+        predictor = _predictor(stage)
+        peaks.append(None if predictor is None else predictor.forecast().ledger.peak)
+    peak = "not predicted" if None in peaks else format_bytes(max(peak for peak in peaks if peak is not None))
+    return {"row": name, "iterations": f"{iterations:,}", "peak of a step, predicted": peak, "time": _clock(seconds)}
+
+
+def _predictor(experiment: Experiment) -> Predictor | None:
+    """Predicts for the device that would train; None of a recipe whose memory is not predicted."""
+    from ..planning import Predictor
+
+    if experiment.recipe.train.teaching is not None:
+        return None
+    recipe = experiment.recipe.model_copy(update={"device": str(experiment.device)})
+    return Predictor(recipe, len(experiment.data("train")))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.2g} s"
