@@ -24,8 +24,8 @@ def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exec(compile(code, "snippet", "exec"), {})
 
 
-def test_there_is_one_a_family_and_one_of_a_soup() -> None:
-    assert len(_snippets()) == 6
+def test_there_is_one_a_family_and_one_each_of_a_soup_and_a_trainer() -> None:
+    assert len(_snippets()) == 7
 
 
 def test_the_readme_is_short() -> None:

@@ -4,6 +4,9 @@ import copy
 import json
 import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import LENGTH, convert, same_states, seeded, tiny, token_batch, toy_batch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import diffusionblocks as db
 from diffusionblocks.common.seeds import keyed_generator
@@ -308,9 +313,55 @@ def test_what_blocks_cannot_follow_is_refused_before_anything_is_done(tmp_path: 
         trainer_of(tiny("vit"), tmp_path)
     with pytest.raises(ValueError, match="compute_loss_func cannot be followed"):
         db.BlocksTrainer(convert("vit"), arguments(tmp_path), compute_loss_func=lambda *_: None)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ValueError, match="a MaskedTransformer has none: leave it out"):
+        db.BlocksTrainer(convert("masked"), arguments(tmp_path), processing_class=tokenizer)
     packed = [row | {"position_ids": torch.arange(LENGTH)} for row in rows(token_batch(8))]
     with pytest.raises(TypeError, match=r"takes no position_ids.*positions follow from"):
         db.BlocksTrainer(convert("llama"), arguments(tmp_path), train_dataset=packed).train()
+
+
+def test_a_plain_trainer_says_why_it_cannot_smooth_labels(tmp_path: Path) -> None:
+    texts = [row | {"labels": row["input_ids"]} for row in rows(token_batch(8))]
+    for name, data, error in (("vit", rows(batch_of("vit")), ValueError), ("llama", texts, KeyError)):
+        with pytest.raises(error, match=r"label_smoothing_factor.*BlocksTrainer does not"):
+            Trainer(convert(name), arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=data).train()
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "packing_strategy": "wrapped", "max_length": 16}])
+def test_supervised_fine_tuning_of_trl(options: dict[str, Any], tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+
+    class BlocksSFT(db.BlocksTrainer, trl.SFTTrainer):
+        """Both in one."""
+
+    letters = {"<pad>": 0, "<eos>": 1} | {chr(97 + i): 2 + i for i in range(25)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(letters, [])), pad_token="<pad>", eos_token="<eos>"
+    )
+    data = Dataset.from_list([{"prompt": "abc", "completion": "defg"[: 2 + i % 2]} for i in range(16)])
+    if options:
+        data = Dataset.from_list([{"text": "hello" * (1 + i % 3)} for i in range(16)])
+    common = {"max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": [], "bf16": False}
+
+    def trainer(model: nn.Module, **more: Any) -> Any:
+        config = trl.SFTConfig(output_dir=str(tmp_path), save_steps=3, **(common | options | more))
+        return BlocksSFT(model, config, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+
+    model = convert("llama")
+    turns = watched(model)
+    mine = trainer(model)
+    mine.train()
+    assert sorted(turns) == [0, 1, 2]
+    assert mine.evaluate()["eval_loss"] == mine.evaluate()["eval_loss"]
+    assert db.load(tmp_path / "checkpoint-3" / "model").model_class == "LlamaForCausalLM"
+    for more, message in (
+        ({"packing": True, "packing_strategy": "bfd"}, "told apart by position_ids that blocks do not read"),
+        ({"loss_type": "dft"}, "loss_type = 'dft' is computed from a whole model's logits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(convert("llama"), **more)
 
 
 # ---- several processes -------------------------------------------------------------------------------------------
@@ -339,8 +390,6 @@ def train_as_rank(rank: int, folder: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
 def test_ranks_train_one_block_with_noise_of_their_own_and_evaluate_as_one_process(tmp_path: Path) -> None:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
@@ -363,3 +412,39 @@ def test_ranks_train_one_block_with_noise_of_their_own_and_evaluate_as_one_proce
     assert same_states(model.state_dict(), weights[0])
     alone = trainer_of(model, tmp_path / "alone", "llama", per_device_eval_batch_size=3).evaluate()["eval_loss"]
     assert first["eval_loss"] == pytest.approx(alone, rel=1e-5)
+
+
+LAUNCHED = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from helpers import convert
+from test_blocks_trainer import trainer_of
+trainer = trainer_of(convert("vit"), Path({folder!r}), "vit", ddp_backend="gloo", save_strategy="steps", save_steps=6)
+assert trainer.args.world_size == 2
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes(tmp_path: Path) -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script = tmp_path / "train.py"  # with `--cpu` accelerate would ask for MPI
+    script.write_text(LAUNCHED.format(paths=paths, folder=str(tmp_path)))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    done = subprocess.run([*launch, *options, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert db.load(tmp_path / "checkpoint-6" / "model").partition.num_blocks == 3

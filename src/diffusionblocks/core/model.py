@@ -57,6 +57,10 @@ class DiffusionBlocks(nn.Module):
         """The batch entry of the examples, by transformers' name for it."""
         return next(name for name in _EXAMPLES if name in {*self.block(0).input_names, *self.target.names})
 
+    def add_model_tags(self, tags: Sequence[str] | str) -> None:
+        """Note tags of the model in `model_tags`, by transformers' name for it; trl's trainers do."""
+        self.model_tags = [*dict.fromkeys([*self.model_tags, *([tags] if isinstance(tags, str) else tags)])]
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding of a text model that has one for all blocks, by transformers' name for it.
 
@@ -107,6 +111,7 @@ class DiffusionBlocks(nn.Module):
         self.model_class = model_class
         self.config = model_config
         self.generation_config = generation_config
+        self.model_tags: list[str] = []
         self._turns: OneAtATime | None = None
         self._draws = TrainingDraws()
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
@@ -623,7 +628,10 @@ class DiffusionBlocks(nn.Module):
         required = sorted({*names, *(self.target.names if with_target else ())})
         missing = [name for name in required if name not in batch]
         if missing:
-            raise ValueError(f"the batch lacks {missing}; it has {sorted(batch)}")
+            hint = ""
+            if missing == ["labels"]:
+                hint = " (transformers.Trainer takes labels out for label_smoothing_factor, BlocksTrainer does not)"
+            raise ValueError(f"the batch lacks {missing}; it has {sorted(batch)}{hint}")
         check_entries(batch, self.block(0).entries, self.model_class)
         size = len(next(batch[name] for name in _EXAMPLES if name in required))
         if not size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -17,3 +18,12 @@ class BlocksOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+
+    def __getitem__(self, k: Any) -> Any:
+        """An entry by name or index; KeyError says why a model has no logits."""
+        if k == "logits" and self.logits is None:
+            raise KeyError(
+                "logits: blocks give a loss alone, but for a classifier in evaluation mode (label_smoothing_factor of "
+                "transformers.Trainer reads them; diffusionblocks.BlocksTrainer does not)"
+            )
+        return super().__getitem__(k)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from ..common.modules import places_of
@@ -97,6 +97,12 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
                 "it; leave it out"
             )
         super().__init__(model, args, **options)
+        tokenizer = isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin))
+        if tokenizer and not hasattr(self.blocks.config, "get_text_config"):
+            raise ValueError(
+                f"processing_class is for models of transformers, whose config has special tokens; a "
+                f"{self.blocks.model_class} has none: leave it out, and give a data_collator"
+            )
         self._label_loss: LabelLoss | None = None
         self._neftune: float | None = None
         self._hooks: list[Any] = []
@@ -320,6 +326,17 @@ def _check_arguments(args: Any, resident: Residency) -> None:
                 f"{name} shards all blocks together, though only one trains at a step: leave it out; with "
                 "resident='active' a device holds one block"
             )
+    if getattr(args, "loss_type", "nll") != "nll":  # of trl
+        raise ValueError(
+            f"loss_type = {args.loss_type!r} is computed from a whole model's logits: a block's loss is its own; leave "
+            "it out"
+        )
+    flattened = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") != "wrapped"
+    if flattened or getattr(args, "padding_free", False):  # of trl
+        raise ValueError(
+            "packing by bins, and padding_free, put several texts in one row, told apart by position_ids that blocks "
+            "do not read: use packing=True with packing_strategy='wrapped', or pad"
+        )
     if args.push_to_hub:
         raise ValueError(
             "push_to_hub = True uploads files that a converted model does not have: leave it out, and upload the "
