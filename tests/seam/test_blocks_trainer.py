@@ -435,7 +435,7 @@ def test_accelerate_launches_two_processes(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",
         "--num_processes",
         "2",
         "--num_machines",
