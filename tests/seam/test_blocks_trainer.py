@@ -438,8 +438,6 @@ def test_accelerate_launches_two_processes(tmp_path: Path) -> None:
         "--multi_gpu",
         "--num_processes",
         "2",
-        "--num_machines",
-        "1",
     ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

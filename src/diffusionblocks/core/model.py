@@ -52,6 +52,9 @@ class DiffusionBlocks(nn.Module):
     #: accumulated batches.
     accepts_loss_kwargs = False
 
+    #: Tags for its page on a hub, see `add_model_tags`.
+    model_tags: list[str]
+
     @property
     def main_input_name(self) -> str:
         """The batch entry of the examples, by transformers' name for it."""
@@ -111,7 +114,7 @@ class DiffusionBlocks(nn.Module):
         self.model_class = model_class
         self.config = model_config
         self.generation_config = generation_config
-        self.model_tags: list[str] = []
+        self.model_tags = []
         self._turns: OneAtATime | None = None
         self._draws = TrainingDraws()
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
