@@ -30,6 +30,7 @@ MORE_CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2-registers": ("Dinov2WithRegistersForImageClassification", {"mlp_ratio": 2, "num_register_tokens": 3}),
     "ijepa": ("IJepaForImageClassification", {"intermediate_size": 64}),
     "siglip": ("SiglipForImageClassification", {"intermediate_size": 64}),
+    "siglip2": ("Siglip2ForImageClassification", {"intermediate_size": 64, "num_patches": 4}),
     "clip": ("CLIPForImageClassification", {"intermediate_size": 64}),
     "metaclip2": ("MetaClip2ForImageClassification", {"intermediate_size": 64}),
     "beit": ("BeitForImageClassification", {"intermediate_size": 64, "use_relative_position_bias": True}),
@@ -110,6 +111,8 @@ def fresh_classifier(family: str, **values: Any) -> nn.Module:
     found = getattr(transformers, name)
     part = db.families.family_named(name).config_part
     values = more | values
+    if "num_patches" in values:  # which says the size of an image
+        del values["image_size"]
     if part is not None:
         whole = {key: values.pop(key) for key in ("num_labels", "attn_implementation") if key in values}
         values = whole | {part: values}

@@ -17,6 +17,7 @@ from helpers import (
     train_a_little,
 )
 from torch import Tensor
+from transformers import Siglip2ForImageClassification
 
 import diffusionblocks as db
 
@@ -28,6 +29,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dinov2-registers", {"drop_path_rate": 0.3, "qkv_bias": False}),
     ("ijepa", {"qkv_bias": False, "hidden_act": "relu"}),
     ("siglip", {"vision_use_head": False}),
+    ("siglip2", {"vision_use_head": False, "num_patches": 9}),  # positions are resized
     ("clip", {"hidden_act": "gelu"}),
     ("beit", {"use_mean_pooling": False}),
     ("beit", {"use_relative_position_bias": False, "use_absolute_position_embeddings": True}),
@@ -40,7 +42,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 def logits(model: Any, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(images).logits  # type: ignore[no-any-return]
+        if not isinstance(model, Siglip2ForImageClassification):
+            return model(images).logits  # type: ignore[no-any-return]
+        # As `convert_image_to_patches` of its processor, which needs torchvision: in rows, channels last.
+        n, channels, height, width = images.shape
+        patches = images.reshape(n, channels, height // 4, 4, width // 4, 4).permute(0, 2, 4, 3, 5, 1)
+        shapes = torch.tensor([[height // 4, width // 4]]).repeat(n, 1)
+        return model(patches.reshape(n, -1, 16 * channels), None, shapes).logits  # type: ignore[no-any-return]
 
 
 def context(model: db.DiffusionBlocks, block: int, images: Tensor, seed: int = 0) -> Tensor:
@@ -161,7 +169,16 @@ def test_the_loss_reaches_all_weights_in_bfloat16_too(family: str, likelihood: s
     assert without <= {"shared.target.embedding"}, without
 
 
-@pytest.mark.parametrize("family", ["ijepa", "siglip", "clip", "metaclip2", "beit"])
+def test_a_mask_without_padding_changes_nothing() -> None:
+    """Processors of SigLIP 2 give a mask, which says that all patches of such images are there."""
+    original, images = tiny("siglip2"), noise_batch()["pixel_values"]
+    patches = images.reshape(6, 3, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(6, 4, 48)
+    with torch.no_grad():
+        masked = original(patches, torch.ones(6, 4, dtype=torch.int32), torch.full((6, 2), 2)).logits
+    torch.testing.assert_close(masked, logits(original, images))
+
+
+@pytest.mark.parametrize("family", ["ijepa", "siglip", "siglip2", "clip", "metaclip2", "beit"])
 def test_a_head_that_reads_no_cls_has_none_to_replace(family: str) -> None:
     with pytest.raises(
         ValueError, match=r"target.token = replace-cls: the head of a \w+ reads the mean .* use extra or linear"

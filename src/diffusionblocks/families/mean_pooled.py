@@ -6,8 +6,10 @@ given tokens that are moved alike, so that D is their mean.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -68,7 +70,7 @@ class IJepaFamily(MeanPooledFamily):
 
 @register_family
 class SiglipFamily(IJepaFamily):
-    """Converts `SiglipForImageClassification`, of SigLIP and of SigLIP 2 at a fixed resolution.
+    """Converts `SiglipForImageClassification`.
 
     Its attention pooling serves the contrast with texts; the classifier reads the mean of the tokens instead.
     """
@@ -86,6 +88,40 @@ class SiglipFamily(IJepaFamily):
     @override
     def layer_options(self, network: nn.Module, pixel_values: Tensor, length: int) -> dict[str, Any]:
         return {"attention_mask": None}
+
+
+@register_family
+class Siglip2Family(SiglipFamily):
+    """Converts `Siglip2ForImageClassification`, whose blocks take images, all of one size, and not their patches.
+
+    Its positions are resized to the patches of an image, as the class does. None is padding.
+    """
+
+    classes = ("Siglip2ForImageClassification",)
+
+    @override
+    def example_shape(self, config: Any) -> tuple[int, ...]:
+        """(channels, height, width) of images whose positions are not resized."""
+        sizes = self.sizes(config)
+        pixels = math.isqrt(sizes.num_patches) * int(sizes.patch_size)
+        return int(sizes.num_channels), pixels, pixels
+
+    @override
+    def embed(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
+        embeddings: Any = embeddings_of(network)
+        size, side = embeddings.patch_size, embeddings.position_embedding_size
+        n = len(pixel_values)
+        patches = pixel_values.unfold(2, size, size).unfold(3, size, size)  # (n, channels, rows, columns, size, size)
+        rows, columns = patches.shape[2:4]
+        patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(n, rows * columns, -1)
+        # One image's positions stand for all: the class resizes them image by image.
+        positions = embeddings.resize_positional_embeddings(
+            embeddings.position_embedding.weight.reshape(side, side, -1),
+            torch.tensor([[rows, columns]], device="cpu"),
+            max_length=rows * columns,
+        )
+        tokens = embeddings.patch_embedding(patches.to(embeddings.patch_embedding.weight.dtype))
+        return tokens + positions  # type: ignore[no-any-return]
 
 
 @register_family
