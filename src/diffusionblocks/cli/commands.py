@@ -24,6 +24,7 @@ COMMANDS = {
     "train": Command("train a recipe, save the model and evaluate it", ".train"),
     "evaluate": Command("measure a trained model: accuracy, samples, or bits per character", ".evaluate"),
     "sample": Command("samples of a trained diffusion model: images or text", ".sample"),
+    "init": Command("write a commented recipe for data of your own", ".init"),
     "inspect": Command("show the blocks of a recipe before any training", ".inspect"),
     "plan": Command("predict the memory of a recipe's training step, and what fits a budget", ".plan"),
     "compare": Command("train a recipe and its baselines; table and figure", ".compare"),
@@ -55,6 +56,8 @@ examples:
       the recipes that ship, by name; with a name, its text to copy and change
   diffusionblocks inspect vit/cifar100
       what each block holds: layers, noise levels, parameters, bytes; trains nothing
+  diffusionblocks init cats photos/
+      cats.yaml, for a folder of pictures for each class (or parquet files, or a text); edit it, or train it as it is
   diffusionblocks plan dit/imagenet-latents --budget 24GiB
       bytes of a training step by kind, predicted on any machine, and how many blocks or how large a batch fits
   diffusionblocks train vit/digits --out runs/digits

@@ -1,0 +1,88 @@
+"""Folders of pictures, a folder for each class, packed into the parquet files that data of kind `images` are."""
+
+from __future__ import annotations
+
+import re
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from ..common.files import whole_folder
+from .encode import center_crop
+from .image_decoder import decode_image, oversized_refused
+
+_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
+
+#: Of pictures that are not split yet, one of so many is for testing.
+_TEST_SHARE = 10
+
+#: What is written.
+_FILES = re.compile(r"(train|test)\.parquet")
+
+_TEST = ("test", "valid", "val", "validation")
+
+
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The pictures of each class, in the order of the names; of none where the folder has no folders of pictures.
+
+    Args:
+        folder: with a folder for each class, or with `train` that has these.
+    """
+    root = folder / "train" if (folder / "train").is_dir() else folder
+    return _pictures(root)
+
+
+def pack_images(folder: Path, out: Path, size: int) -> None:
+    """Write train.parquet and test.parquet: pictures brought to one size, as PNG, with the names of their classes.
+
+    The shorter side is resized and the middle cut out. Where the folder has no `test` (or `valid`, `val`, `validation`)
+    beside `train`, every tenth picture of a class is for testing, at least one of each class.
+
+    Args:
+        folder: see `class_folders`.
+        out: folder of the files; it appears when it is whole.
+        size: height and width.
+
+    Raises:
+        ValueError: classes of one picture only, other classes for testing, or a picture that cannot be decoded.
+    """
+    train = class_folders(folder)
+    names = list(train)
+    held_out = next((folder / name for name in _TEST if (folder / name).is_dir()), None)
+    if (folder / "train").is_dir() and held_out is not None:
+        test = _pictures(held_out)
+        if not set(test) <= set(names):
+            raise ValueError(f"{held_out} has the classes {sorted(set(test) - set(names))}, which train has not")
+    else:
+        few = [name for name, files in train.items() if len(files) < 2]
+        if few:
+            raise ValueError(f"class {few[0]!r} has one picture: one to train on and one to test on are needed")
+        test = {name: files[::_TEST_SHARE] for name, files in train.items()}
+        train = {name: [file for file in files if file not in set(test[name])] for name, files in train.items()}
+    with whole_folder(out, _FILES) as temporary:
+        for split, files_of in (("train", train), ("test", test)):
+            _write(temporary / f"{split}.parquet", files_of, names, size)
+
+
+def _pictures(root: Path) -> dict[str, list[Path]]:
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files = {path.name: sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS) for path in folders}
+    return {name: paths for name, paths in files.items() if paths}
+
+
+def _write(file: Path, files_of: dict[str, list[Path]], names: list[str], size: int) -> None:
+    import datasets
+
+    def rows() -> Any:
+        with oversized_refused():
+            for name, files in files_of.items():
+                for path in files:
+                    picture = center_crop(decode_image(path.read_bytes(), str(path), 3), size)
+                    buffer = BytesIO()
+                    picture.save(buffer, "PNG")
+                    yield {"bytes": buffer.getvalue(), "path": None}, names.index(name)
+
+    images, labels = zip(*rows(), strict=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    table = datasets.Dataset.from_dict({"image": list(images), "label": list(labels)}, features=features)
+    table.to_parquet(str(file))

@@ -1,0 +1,109 @@
+"""`init` writes a recipe for the user's own data, which inspects and trains as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import sets
+from PIL import Image
+
+from diffusionblocks.cli import main
+from diffusionblocks.data.image_table import open_table
+from diffusionblocks.experiments.recipe import load_recipe
+
+FEW = sets(device="cpu", train__epochs="null", train__steps=2, train__batch_size=4)
+OF = {
+    "vit": sets(model__config__hidden_size=16),
+    "dit": sets(model__config__hidden_size=16, evaluate__samples=2, evaluate__steps="[2]"),
+    "masked": sets(model__config__hidden_size=16, evaluate__samples=2, evaluate__steps=4, evaluate__limit=4),
+    "llama": sets(model__config__hidden_size=16, evaluate__samples=2, evaluate__limit=4, evaluate__new_tokens=4),
+}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Pictures of two classes, of several sizes and formats."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number, ending in enumerate(("jpg", "png", "webp", "png")):
+            pixels = rng.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.{ending}")
+    return tmp_path / "photos"
+
+
+def check_trains(name: str, model: str) -> None:
+    """What `init` wrote inspects as it is, has a comment on what is to be known, and trains."""
+    text = Path(f"{name}.yaml").read_text()
+    assert text.count("#") > 6
+    assert main(["inspect", f"{name}.yaml"]) == 0
+    assert main(["train", f"{name}.yaml", "--quiet", *FEW, *OF[model]]) == 0
+    assert Path("runs", name, "model", "diffusionblocks.json").is_file()
+
+
+@pytest.mark.parametrize("model", ["vit", "dit"])
+def test_a_folder_of_pictures(model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "pets", "photos", "--model", model, "--size", "16"]) == 0
+    tables = [open_table("pets-images", split) for split in ("train", "test")]
+    assert [table.rows for table in tables] == [6, 2]
+    assert tables[0].class_names == ("cat", "dog")
+    assert load_recipe("pets.yaml").data.image_size == 16  # type: ignore[union-attr]
+    check_trains("pets", model)
+
+
+def test_pictures_that_are_split_already(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    photos.rename(tmp_path / "data" / "train")
+    test = tmp_path / "data" / "val" / "dog"
+    test.mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(test / "a.png")
+    assert main(["init", "pets", "data", "--size", "8"]) == 0
+    assert [open_table("pets-images", split).rows for split in ("train", "test")] == [8, 1]
+    assert [row.label for row in open_table("pets-images", "test", reference_split="train")] == [1]
+
+
+def test_parquet_files(
+    image_folder: Callable[[int, int, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_folder(24, 3, "label")
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "mine", str(folder)]) == 0
+    recipe = load_recipe("mine.yaml")
+    assert recipe.model.config["image_size"] == 24
+    assert recipe.model.config["num_labels"] == 3
+    check_trains("mine", "vit")
+
+
+@pytest.mark.parametrize("model", ["masked", "llama"])
+def test_a_text(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it's.txt").write_text("The quick brown fox, 7 times, jumps over the lazy dog. " * 100)
+    assert main(["init", "book", "it's.txt", "--model", model]) == 0
+    check_trains("book", model)
+
+
+def test_nothing_is_overwritten_or_guessed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.pdf").touch()
+    for arguments, message in (
+        (["mine", "photos"], "mine.yaml exists, and is not overwritten"),
+        (["pets", "nowhere"], "nowhere is missing"),
+        (["pets", "empty"], "empty holds neither parquet files"),
+        (["pets", "a.pdf"], "a text is one of *.txt"),
+        (["pets", "photos", "--model", "llama"], "choose vit or dit"),
+        (["pets", "photos", "--size", "30"], "--size 30: must be a multiple of 4"),
+        (["../pets", "photos"], "name '../pets'"),
+    ):
+        assert main(["init", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "mine.yaml").read_text() == "name: mine"
+    assert not list(tmp_path.glob("pets*"))
