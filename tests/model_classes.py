@@ -89,7 +89,7 @@ CLASSES: dict[str, list[Tried]] = {
         *_text("OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "Starcoder2ForCausalLM"),
         *_text("MixtralForCausalLM", num_local_experts=4),
         *_text("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", **EXPERTS, shared_expert_intermediate_size=24),
-        *_text("GptOssForCausalLM", num_local_experts=4),
+        *_text("GptOssForCausalLM", num_local_experts=4, num_experts_per_tok=2),
         *_text("OlmoeForCausalLM", num_experts=4),
         *_text("GPTNeoXForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "OPTForCausalLM", "BloomForCausalLM"),
         *_text("FalconForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "StableLmForCausalLM"),

@@ -71,15 +71,18 @@ class CausalLMFamily(NextTokenFamily):
     embedding_path = "model.embed_tokens.weight"
     shift = 0  # a noisy position of its own for each token
     shape_fields = ("max_position_embeddings",)  # texts may be shorter
+    #: the attention implementations that give what the class means
+    kernels: ClassVar[tuple[str, ...]] = KERNELS
 
     @override
     def check(self, model: nn.Module) -> None:
         config: Any = model.config
         name = type(model).__name__
         kernel = config._attn_implementation
-        if kernel not in (*KERNELS, None):
+        if kernel not in (*self.kernels, None):
             raise ValueError(
-                f"{name} has attn_implementation = {kernel}, which knows no two streams; allowed: {', '.join(KERNELS)}"
+                f"{name} has attn_implementation = {kernel}, which knows no two streams of this class; allowed: "
+                f"{', '.join(self.kernels)}"
             )
         if kernel == "flex_attention" and config.attention_dropout > 0:
             raise ValueError(f"{name}: flex_attention has no dropout; set attention_dropout to 0, or use sdpa")
@@ -227,7 +230,7 @@ class CausalLMFamily(NextTokenFamily):
         whole: Any = model
         config, window = whole.base_model.config, attention_window(whole.base_model.config)
         kernel = config._attn_implementation
-        plain = kernel in ("sdpa", "flex_attention") and (window is None or tokens.shape[1] <= window)
+        plain = kernel in {"sdpa", "flex_attention"} & {*self.kernels} and (window is None or tokens.shape[1] <= window)
         try:
             if plain:
                 config._attn_implementation = _CAUSAL

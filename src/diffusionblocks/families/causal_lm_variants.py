@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -128,11 +129,32 @@ class _SoftCappedLogits(CausalLMFamily):
 
 
 @register_family
+class Gemma2Family(_SoftCappedLogits):
+    """Gemma 2: scores are bent, too, which `eager` alone does."""
+
+    classes = ("Gemma2ForCausalLM",)
+    kernels = ("eager",)
+
+
+@register_family
 class Gemma3Family(_SoftCappedLogits, _ByKindOfLayer):
     """Gemma 3 of text."""
 
     classes = ("Gemma3ForCausalLM",)
     kind = "layer_type"
+
+
+@register_family
+class GptOssFamily(CausalLMFamily):
+    """gpt-oss: attention may go to a key that is not there, which `eager` alone does."""
+
+    classes = ("GptOssForCausalLM",)
+    kernels = ("eager",)
+
+    @override
+    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        cosine, sine = (torch.cat([half, half], dim=-1) for half in rotation)
+        return super().keys_values(layer, clean, (cosine, sine))
 
 
 def _config(network: nn.Module) -> Any:

@@ -184,6 +184,8 @@ def two_streams(
     scale: float | None = None,
     dropout: float = 0.0,
     kernel: str = "sdpa",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of noisy and clean positions.
 
@@ -196,10 +198,14 @@ def two_streams(
         scale: of the scores; None is 1 / sqrt(dim).
         dropout: of the weights (not under `flex_attention`).
         kernel: one of `KERNELS`; `flex_attention` trains on a GPU only, and is `sdpa` where it cannot.
+        softcap: scores are bent to stay below it: softcap * tanh(score / softcap). With it the kernel is `eager`.
+        sinks: (heads,), the score of a key that is not there, to which attention may go. Likewise `eager`.
 
     Returns:
         Of the shape of `query`.
     """
+    if bent := softcap is not None or sinks is not None:
+        kernel = "eager"
     if kernel == "flex_attention" and query.device.type == "cpu" and query.requires_grad:
         kernel = "sdpa"  # FlexAttention has no backward pass there
     groups = query.shape[1] // key.shape[1]
@@ -209,7 +215,10 @@ def two_streams(
     if streams.past is not None:
         keys, values = streams.past.update(layer, key[:, :, n:], value[:, :, n:])
         keys, values = torch.cat([keys, key[:, :, :n]], dim=2), torch.cat([values, value[:, :, :n]], dim=2)
-        return F.scaled_dot_product_attention(query, keys, values, streams.over_past(queries), scale=scale)
+        visible = streams.over_past(queries)
+        if bent:
+            return _reference(query, keys, values, visible, scale, dropout, softcap, sinks)
+        return F.scaled_dot_product_attention(query, keys, values, visible, scale=scale)
     if kernel == "flex_attention":
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -217,7 +226,7 @@ def two_streams(
         mask = streams.block_mask(queries, query.device)
         return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[no-any-return]
     if kernel == "eager":
-        return _reference(query, key, value, streams.whole()[:queries], scale, dropout)
+        return _reference(query, key, value, streams.whole()[:queries], scale, dropout, softcap, sinks)
     attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
     (noisy_k, clean_k), (noisy_v, clean_v) = (t.split(n, dim=2) for t in (key, value))
     noisy_q, *clean_q = query.split(n, dim=2)
@@ -233,10 +242,24 @@ def two_streams(
     return torch.cat(parts, dim=2)
 
 
-def _reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, dropout: float) -> Tensor:
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(query.dtype)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]].to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
 
@@ -252,10 +275,13 @@ def library_attention(
     clean: tuple[Tensor, Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """`two_streams` as an attention function of transformers (`AttentionInterface`): (batch, length, heads, dim).
 
+    `s_aux` is the library's name for sinks.
     `clean`: keys and values of the clean positions, where the layer runs at the noisy ones alone.
     """
     assert attention_mask is None, "the streams say what is seen"
@@ -271,5 +297,7 @@ def library_attention(
         scale=scaling,
         dropout=dropout,
         kernel=kernel,
+        softcap=softcap,
+        sinks=s_aux,
     )
     return out.transpose(1, 2).contiguous(), None
