@@ -21,8 +21,8 @@ from helpers import (
     tiny,
     token_batch,
 )
-from test_causal_lm_parity import IDS, LEVEL, clean_logits, cut, noise, streams_of
-from torch import Tensor
+from test_causal_lm_parity import IDS, LEVEL, clean_logits, noise, streams_of
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diffusionblocks as db
@@ -90,6 +90,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
+    "gpt-neox": {
+        "default": {},
+        "serial": {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False},
+        "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    },
     "gemma3": {
         "default": {},
         "kinds": {"layer_types": MIXED, "rope_parameters": BY_KIND, "query_pre_attn_scalar": 20},
@@ -131,6 +136,22 @@ def usual(family: str) -> dict[str, Any]:
     return list(VARIANTS[family].values())[1]
 
 
+def cut(original: Any, layers: range) -> Any:
+    """The library's model with these layers alone and without its final norm."""
+    few = copy.deepcopy(original)
+    trunk = few.base_model
+    trunk.layers = nn.ModuleList(trunk.layers[i] for i in layers)
+    few.config.num_hidden_layers = len(layers)
+    if getattr(few.config, "layer_types", None):
+        few.config.layer_types = [original.config.layer_types[i] for i in layers]
+    setattr(trunk, final_norm(few), nn.Identity())
+    return few
+
+
+def final_norm(model: Any) -> str:
+    return "norm" if hasattr(model.base_model, "norm") else "final_layer_norm"
+
+
 def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
 
@@ -142,7 +163,7 @@ def test_the_clean_stream_is_the_models_own(family: str, values: dict[str, Any])
     model = db.convert(original, db.BlocksConfig(num_blocks=2)).eval()
     randomise_adaptive(model)  # only noisy positions are told the level
     clean, _ = streams_of(model.block(0), IDS, noise(), LEVEL)
-    close(clean, original.model(IDS, output_hidden_states=True).hidden_states[2])
+    close(clean, original.base_model(IDS, output_hidden_states=True).hidden_states[2])
     whole = db.convert(original, db.BlocksConfig(num_blocks=1)).eval().block(0)
     clean, _ = streams_of(whole, IDS, noise(), LEVEL)
     close(clean_logits(whole, clean), original(IDS).logits)
@@ -159,22 +180,19 @@ def test_every_noisy_position_is_the_last_of_an_ordinary_causal_pass(family: str
     noisy = model.block(0).shared.added["noisy_token"]
     torch.nn.init.normal_(noisy.linear.weight, generator=seeded(3))
     for b, block in enumerate(model.blocks):
-        layers = model.partition.layer_range(b)
-        few = cut(original, layers)
-        if getattr(few.config, "layer_types", None):
-            few.model.config.layer_types = [original.config.layer_types[i] for i in layers]
+        few = cut(original, model.partition.layer_range(b)).base_model
         _, raw = streams_of(block, IDS, noise(), LEVEL)
         logits = block({"input_ids": IDS}, noise(), LEVEL, context=True)
         embedded = block.family.embed(block.network, IDS)
         # The library's model scales what it is given as embeddings where its class does so behind them.
-        scale = getattr(few.model, "embedding_multiplier", 1.0)
+        scale = getattr(few, "embedding_multiplier", 1.0)
         added = block.shared.added["noisy_token"](block.noise.scaled(noise(), LEVEL))
         for i in range(LENGTH):
             last = added[:, i] + (embedded[:, i - 1] if i else 0)
             given = torch.cat([embedded[:, :i], last[:, None]], dim=1) / scale
-            states = few.model(inputs_embeds=given, use_cache=False).last_hidden_state[:, -1]
+            states = few(inputs_embeds=given, use_cache=False).last_hidden_state[:, -1]
             close(raw[:, i], states)
-            final = original.model.norm(states)
+            final = original.base_model.get_submodule(final_norm(original))(states)
             expected = original.__class__.forward(_headed(original, final), IDS).logits[:, 0]
             close(logits[:, i], expected)
 
@@ -184,11 +202,11 @@ def _headed(original: Any, states: Tensor) -> Any:
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
     class Trunk(torch.nn.Module):
-        def forward(self, **_: Any) -> MoeModelOutputWithPast:
+        def forward(self, *_: Any, **options: Any) -> MoeModelOutputWithPast:
             return MoeModelOutputWithPast(last_hidden_state=states[:, None])
 
     few = copy.copy(original)
-    few._modules = dict(original._modules) | {"model": Trunk()}
+    few._modules = dict(original._modules) | {original.base_model_prefix: Trunk()}
     return few
 
 

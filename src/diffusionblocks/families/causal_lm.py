@@ -63,11 +63,16 @@ class CausalLMFamily(NextTokenFamily):
         "Qwen3MoeForCausalLM",
     )
     library = TRANSFORMERS
-    layers = "model.layers"
-    stem = ("model.embed_tokens", "model.rotary_emb")
+    layers: ClassVar[str] = "model.layers"
+    #: paths of the input embedding and of the rotary positions
+    embedding: ClassVar[str] = "model.embed_tokens"
+    rotary: ClassVar[str] = "model.rotary_emb"
+    #: path within a layer of its attention
+    attention: ClassVar[str] = "self_attn"
+    stem: ClassVar[tuple[str, ...]] = ("model.embed_tokens", "model.rotary_emb")
     head = ("model.norm", "lm_head")
     norms = ("input_layernorm", "post_attention_layernorm")
-    final_norm = "model.norm"
+    final_norm: ClassVar[str] = "model.norm"
     embedding_path = "model.embed_tokens.weight"
     shift = 0  # a noisy position of its own for each token
     shape_fields = ("max_position_embeddings",)  # texts may be shorter
@@ -112,14 +117,14 @@ class CausalLMFamily(NextTokenFamily):
     def adjust(self, network: nn.Module) -> None:
         """Untie the head, keep the positions exact, and let the layers attend in two streams."""
         _register_kernels()
-        head, embedding = network.get_submodule("lm_head"), network.get_submodule("model.embed_tokens")
+        head, embedding = network.get_submodule("lm_head"), network.get_submodule(self.embedding)
         tied = embedding.get_parameter("weight")
         if head.weight is tied:
             head.weight = nn.Parameter(tied.detach().clone(), tied.requires_grad)
-        trunk = network.get_submodule("model")
-        trunk.add_module("rotary_emb", ExactRotation(trunk.get_submodule("rotary_emb")))
-        for layer in network.get_submodule("model.layers").children():
-            attention: Any = layer.get_submodule("self_attn")
+        trunk, _, name = self.rotary.rpartition(".")
+        network.get_submodule(trunk).add_module(name, ExactRotation(network.get_submodule(self.rotary)))
+        for layer in network.get_submodule(self.layers).children():
+            attention: Any = layer.get_submodule(self.attention)
             kernel = (attention.config._attn_implementation or "sdpa").removeprefix(_PREFIX)
             # A config of its own: the model's says what the user chose.
             attention.config = copy.copy(attention.config)
@@ -171,11 +176,11 @@ class CausalLMFamily(NextTokenFamily):
 
     def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
         """What the first layer is given of clean tokens: (batch, length) -> (batch, length, dim)."""
-        return network.get_submodule("model.embed_tokens")(tokens)  # type: ignore[no-any-return]
+        return network.get_submodule(self.embedding)(tokens)  # type: ignore[no-any-return]
 
     def rotations(self, call: BlockCall, states: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Cosines and sines for each of the block's layers."""
-        return [call.module("model.rotary_emb")(states, positions)] * len(call.layers)
+        return [call.module(self.rotary)(states, positions)] * len(call.layers)
 
     def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What a layer attends to of the clean positions.
@@ -208,9 +213,8 @@ class CausalLMFamily(NextTokenFamily):
         keys_values = self.keys_values(layer, clean, (clean_cosine, clean_sine))
         return layer(at_noisy, position_embeddings=(cosine, sine), streams=streams, clean=keys_values)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def _check_length(network: nn.Module, length: int) -> None:
-        config: Any = network.get_submodule("model.rotary_emb").config
+    def _check_length(self, network: nn.Module, length: int) -> None:
+        config: Any = network.get_submodule(self.rotary).config
         if length > config.max_position_embeddings:
             raise ValueError(
                 f"{length} tokens, but the model takes {config.max_position_embeddings} (max_position_embeddings)"
@@ -247,7 +251,7 @@ class CausalLMFamily(NextTokenFamily):
 
     @override
     def clean_logits(self, call: BlockCall, hidden: Tensor) -> Tensor:
-        normed = call.module("model.norm")(hidden)
+        normed = call.module(self.final_norm)(hidden)
         return call.extra["logit_scale"](self.head_logits(call.network, normed))  # type: ignore[no-any-return]
 
 

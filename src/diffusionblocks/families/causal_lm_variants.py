@@ -157,6 +157,32 @@ class GptOssFamily(CausalLMFamily):
         return super().keys_values(layer, clean, (cosine, sine))
 
 
+@register_family
+class GPTNeoXFamily(CausalLMFamily):
+    """GPT-NeoX and Pythia: names of its own, one projection, and attention and MLP side by side."""
+
+    classes = ("GPTNeoXForCausalLM",)
+    layers = "gpt_neox.layers"
+    embedding = "gpt_neox.embed_in"
+    rotary = "gpt_neox.rotary_emb"
+    attention = "attention"
+    stem = ("gpt_neox.embed_in", "gpt_neox.emb_dropout", "gpt_neox.rotary_emb")
+    head = ("gpt_neox.final_layer_norm", "lm_head")
+    final_norm = "gpt_neox.final_layer_norm"
+    embedding_path = "gpt_neox.embed_in.weight"
+
+    @override
+    def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
+        return network.get_submodule("gpt_neox.emb_dropout")(super().embed(network, tokens))  # type: ignore[no-any-return]
+
+    @override
+    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        attention = layer.attention
+        projected = attention.query_key_value(unadapted(layer.input_layernorm, clean))
+        _, key, value = projected.unflatten(-1, (-1, 3 * attention.head_size)).transpose(1, 2).chunk(3, dim=-1)
+        return rotated(key, rotation), value
+
+
 def _config(network: nn.Module) -> Any:
     """The config of a model, or of one that was converted: its rotary positions have it."""
     return network.get_submodule("model.rotary_emb").config
