@@ -344,3 +344,19 @@ def test_layers_keep_their_kinds_when_blocks_are_built_and_branched(family: str,
         theirs = cut(original, layers).state_dict()
         of_layers = [{n: t.shape for n, t in state.items() if ".layers." in n} for state in (ours, theirs)]
         assert of_layers[0] == of_layers[1]
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in CAUSAL_VARIANTS if name not in ("granite", "olmo2", "gemma", "gpt-neox")]
+)
+def test_texts_longer_than_a_window_are_refused(family: str) -> None:
+    values = usual(family) | SLIDING
+    if family in ("ministral", "olmo3", "gemma2", "gemma3", "gpt-oss"):
+        values["layer_types"] = MIXED
+    model = db.convert(original_of(family, values), db.BlocksConfig(num_blocks=2))
+    assert model.loss(token_batch(2, length=8), 0, seeded()).shape == (2,)
+    with pytest.raises(ValueError, match="12 tokens, but the model's attention slides over 8"):
+        model.loss(token_batch(2), 0, seeded())
