@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -142,3 +143,14 @@ def test_phases_are_announced_unless_quiet(tmp_path: Path, capsys: pytest.Captur
     assert "trunk:" not in printed.out
     assert main(["train", DIGITS, "--out", str(tmp_path / "quiet"), "--quiet", *changes]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("shtab") is None:
+        assert main(["completion", shell]) == 2
+        assert "pip install 'diffusionblocks[completion]'" in capsys.readouterr().err
+        return
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("doctor", "--dry-run", "--by-level"))

@@ -34,6 +34,7 @@ COMMANDS = {
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
     "doctor": Command("what of this machine can be used, and how to mend what is missing", ".doctor"),
+    "completion": Command("print a script by which a shell completes commands and options", ".completion"),
     "bench": Command(
         "measure memory, speed and depth beside end-to-end training and other ways to save memory, on a CUDA GPU",
         "..bench.options",
@@ -64,6 +65,8 @@ examples:
       train block by block; run it again to resume after an interruption
   diffusionblocks train vit/digits --dry-run
       check all that the run needs, predict its memory, time a few steps; write nothing. Of compare, too
+  eval "$(diffusionblocks completion bash)"
+      commands and options by the Tab key (extra: completion)
   diffusionblocks doctor
       GPU, kernels, extras, disk, data and cache: what is there, and the fix for what is missing
   diffusionblocks evaluate runs/digits --set 'evaluate.combine=[mean, chain]'
