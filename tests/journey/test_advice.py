@@ -64,6 +64,9 @@ ELSEWHERE = {
     "which told the network every level": (
         "training/test_resumption.py::test_a_run_of_an_earlier_version_goes_on_with_what_it_noted"
     ),
+    "leave model.config.{part} out": (
+        "parity/test_image_classifiers_parity.py::test_a_pretrained_model_has_its_own_part_of_the_config"
+    ),
     "are different tokenizers": "journey/test_cli_tokens.py::test_another_tokenizer_is_refused",
     "--set {shlex.quote(": "journey/test_cli_plan.py::test_a_plan_can_be_pasted_and_then_fits",
     **dict.fromkeys(

@@ -20,6 +20,9 @@ from torch import Tensor
 from transformers import Siglip2ForImageClassification
 
 import diffusionblocks as db
+from diffusionblocks.core.materialise import build
+from diffusionblocks.experiments.original import Original
+from diffusionblocks.experiments.recipe import ModelConfig
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in MORE_CLASSIFIERS),
@@ -198,3 +201,16 @@ def test_the_label_takes_the_place_of_cls(family: str, options: dict[str, Any]) 
     images = noise_batch()["pixel_values"]
     assert not torch.allclose(context(model, 0, images), context(model, 0, images, seed=1), atol=1e-4)
     assert set(lengths) == {4 + 1 + (3 if family == "dinov2-registers" else 0)}
+
+
+def test_a_pretrained_model_has_its_own_part_of_the_config(tmp_path: Path) -> None:
+    """Without it, as the message advises, its weights are read, and a head of other labels is drawn afresh."""
+    original = tiny("siglip")
+    original.save_pretrained(tmp_path)  # type: ignore[operator]
+    options = {"type": "SiglipForImageClassification", "pretrained": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"model\.config\.vision_config: .*: leave model\.config\.vision_config out"):
+        Original(ModelConfig(**options, config={"vision_config": {"num_hidden_layers": 2}}), seed=0).weights()
+    source = Original(ModelConfig(**options, config={"num_labels": 7}), seed=0, new_head=True).weights()
+    state, block = original.state_dict(), build(source, db.BlocksConfig()).block(0).network.state_dict()
+    assert len(block["classifier.bias"]) == 7
+    assert all(torch.equal(tensor, state[name]) for name, tensor in block.items() if "classifier" not in name)
