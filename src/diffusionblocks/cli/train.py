@@ -17,7 +17,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     takes_recipe(parser, run)
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/<name>); an unfinished run resumes")
     parser.add_argument("--restart", action="store_true", help="start anew, removing the checkpoints in the folder")
-    parser.add_argument("--tensorboard", action="store_true", help="also log to <out>/tensorboard (extra: tensorboard)")
+    parser.add_argument(
+        "--log",
+        action="append",
+        choices=("tensorboard", "wandb", "trackio", "mlflow"),
+        default=[],
+        help="also log to this (extra of its name), below <out> where it keeps files; repeatable",
+    )
+    parser.add_argument("--tensorboard", action="append_const", dest="log", const="tensorboard", help="the same for it")
     takes_dry_run(parser)
     takes_quiet(parser)
 
@@ -26,7 +33,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train, save and evaluate."""
     from ..experiments.run import train
     from ..reports.tables import format_table
-    from ..training.run_log import TensorBoard
+    from ..training.run_log import LOGGERS
     from .dry_run import dry_run
 
     recipe = experiment.recipe
@@ -34,7 +41,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.dry_run:
         dry_run(experiment, folder)
         return
-    loggers = (TensorBoard(folder / "tensorboard"),) if options.tensorboard else ()
+    values = recipe.model_dump(mode="json")
+    loggers = tuple(LOGGERS[name](folder / name, folder.name, values) for name in dict.fromkeys(options.log))
     result = train(experiment, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
     if result.rows:
         print(format_table([with_rounding(row.to_dict()) for row in result.rows]))

@@ -1,8 +1,11 @@
-"""Logs: JSON lines always, TensorBoard as an extra, behind one small protocol."""
+"""Logs: JSON lines always; TensorBoard, wandb, trackio and MLflow as extras, behind one small protocol."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,24 +62,138 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars to TensorBoard; needs the extra `tensorboard`."""
+    """Scalars to TensorBoard; needs the extra `tensorboard`.
+
+    Args:
+        folder: where its files go.
+    """
 
     def __init__(self, folder: Path) -> None:
-        try:
+        with _extra("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ImportError(
-                "TensorBoard logging needs the extra: pip install 'diffusionblocks[tensorboard]'"
-            ) from None
         self._writer = SummaryWriter(str(folder))
 
     def log(self, record: dict[str, Any]) -> None:
         """Write the record's numbers under its unit's name."""
-        unit = record.get("unit", "run")
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "iteration":
-                self._writer.add_scalar(f"{unit}/{name}", value, record.get("iteration", 0))
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record.get("iteration", 0))
 
     def close(self) -> None:
         """Flush and release the writer."""
         self._writer.close()
+
+
+class Wandb:
+    """Scalars to Weights & Biases; needs the extra `wandb`.
+
+    Without the variable WANDB_MODE nothing leaves the machine: the run is kept offline, for `wandb sync`.
+
+    Args:
+        folder: where its files go; made.
+        name: of the run.
+        config: JSON values that are kept with the run.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        with _extra("wandb"):
+            import wandb
+        folder.mkdir(parents=True, exist_ok=True)
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        self._run = wandb.init(project=_PROJECT, name=name, dir=folder, config=dict(config), mode=mode)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write the record's numbers under its unit's name."""
+        self._run.log(scalars(record), step=record.get("iteration", 0))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Trackio:
+    """Scalars to trackio; needs the extra `trackio`.
+
+    It keeps all runs of the machine in one place, which the variable TRACKIO_DIR names; `trackio show` opens them.
+
+    Args:
+        folder: not used.
+        name: of the run.
+        config: JSON values that are kept with the run.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        with _extra("trackio"):
+            import trackio
+        self._run = trackio.init(project=_PROJECT, name=name, config=dict(config), embed=False)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write the record's numbers under its unit's name."""
+        self._run.log(scalars(record), step=record.get("iteration", 0))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class MLflow:
+    """Scalars to MLflow; needs the extra `mlflow`.
+
+    Without the variable MLFLOW_TRACKING_URI they go to a database in the folder, for `mlflow ui --backend-store-uri`.
+
+    Args:
+        folder: where the database goes; made.
+        name: of the run.
+        config: JSON values that are kept with the run, as `recipe.json`.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        with _extra("mlflow"):
+            import mlflow
+        folder = folder.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        self._client = mlflow.MlflowClient(uri or f"sqlite:///{folder / 'mlflow.db'}")
+        experiment = self._client.get_experiment_by_name(_PROJECT)
+        if experiment is None:
+            place = None if uri else (folder / "files").as_uri()
+            identity = self._client.create_experiment(_PROJECT, artifact_location=place)
+        else:
+            identity = experiment.experiment_id
+        self._run = self._client.create_run(identity, run_name=name).info.run_id
+        self._client.log_dict(self._run, dict(config), "recipe.json")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write the record's numbers under its unit's name."""
+        for name, value in scalars(record).items():
+            self._client.log_metric(self._run, name, value, step=record.get("iteration", 0))
+
+    def close(self) -> None:
+        """Mark the run as finished."""
+        self._client.set_terminated(self._run)
+
+
+#: What a run is logged to, by name: made of a folder, the run's name, and what is kept with it.
+LOGGERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Logger]] = {
+    "tensorboard": lambda folder, name, config: TensorBoard(folder),
+    "wandb": Wandb,
+    "trackio": Trackio,
+    "mlflow": MLflow,
+}
+
+_PROJECT = "diffusionblocks"
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record, named `UNIT/NAME`, without the iteration that orders them."""
+    unit = record.get("unit", "run")
+    numbers = ((name, value) for name, value in record.items() if name != "iteration")
+    return {f"{unit}/{name}": value for name, value in numbers if isinstance(value, int | float)}
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Let a package that is not installed be told with the extra that brings it."""
+    try:
+        yield
+    except ImportError:
+        raise ImportError(f"{name} logging needs the extra: pip install 'diffusionblocks[{name}]'") from None
