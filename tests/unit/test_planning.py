@@ -21,9 +21,9 @@ from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.planning import WORKSPACE_BYTES, Plan, Predictor, forecast, parse_budget, plan, predict
 from diffusionblocks.planning.counting import optimizer_bytes
+from diffusionblocks.planning.plan_text import describe
+from diffusionblocks.planning.plan_text import remarks as remarks_of
 from diffusionblocks.planning.planner import OPTIMISATIONS, with_changes
-from diffusionblocks.planning.report import describe
-from diffusionblocks.planning.report import remarks as remarks_of
 from diffusionblocks.planning.tracing import trace_step
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -31,6 +31,7 @@ COMMANDS = {
     "ablate": Command(
         "train a recipe with other values in some of its fields, over several seeds; one table", ".ablate"
     ),
+    "report": Command("one HTML page about runs: losses, levels, results, samples, memory, time, recipes", ".report"),
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
     "doctor": Command("what of this machine can be used, and how to mend what is missing", ".doctor"),
@@ -83,6 +84,8 @@ examples:
       DiffusionBlocks beside end-to-end networks and an ensemble, in one table and a figure
   diffusionblocks ablate vit/digits --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2
       a row for each value, with mean and spread over the seeds; --preset partition block-count overlap: the paper's
+  diffusionblocks report runs/demo --out report.html
+      one page about runs, comparisons and ablations; with --watch it follows them while they train
   diffusionblocks bench memory --models dit-l-2 --blocks 3 --out memory.json --figure memory.png
       on a CUDA GPU: memory and speed beside end-to-end training and other ways to save memory
 
@@ -153,10 +156,10 @@ def _check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if isinstance(value, int) and abs(value) > most:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at most {most:,}")
-    a_folder = any(name in options for name in ("recipe", "folders", "overlap"))  # of the bench it is a file
+    a_folder = any(name in options for name in ("recipe", "folders", "overlap"))  # of the others it is a file
     if a_folder and getattr(options, "out", None) is not None:
         check_writable(options.out, "--out")
-    for name in ("json", "figure"):
+    for name in ("json", "figure", *(() if a_folder else ("out",))):
         path = getattr(options, name, None)
         if path is not None:
             if path.is_dir():

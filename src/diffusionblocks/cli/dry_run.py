@@ -18,7 +18,7 @@ _PLAIN = (2, 6)
 def dry_run(experiment: Experiment, folder: Path) -> None:
     """Do what `train` does before its first step; print the stages, and the memory of a step by kind."""
     from ..experiments.run import prepare
-    from ..planning.report import ledger_table, remarks
+    from ..planning.plan_text import ledger_table, remarks
 
     prepare(experiment, folder)
     data = experiment.data("train")

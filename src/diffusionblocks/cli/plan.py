@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Predict the memory of a recipe's training step, and what fits a budget."""
     from ..planning import Predictor, parse_budget, plan_with
-    from ..planning.report import describe, ledger_table, remarks
+    from ..planning.plan_text import describe, ledger_table, remarks
     from ..reports.results import write_results
 
     recipe = experiment.recipe

@@ -28,12 +28,10 @@ from .identity import check_same_run
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe, parse_recipe, put
 from .recipe_changes import depth_of, with_train
+from .run import TABLE
 
 #: A row leaves its result in its folder under this name.
 ROW = "row.json"
-
-#: All rows that are finished.
-TABLE = "table.json"
 
 #: Of a row's name; folders are called by it.
 _ODD = re.compile(r"[^\w.,=+-]+")
@@ -326,7 +324,7 @@ def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> 
     means, lines = [], []
     for key, rows in results.items():
         mean, seeds = _mean(rows), [row["seed"] for row in rows]
-        line = {"row": key, **columns(experiment, mean)}
+        line = {"row": key, **columns(experiment.task, mean)}
         del line["name"]
         about: dict[str, Any] = {"key": key, "seeds": seeds}
         if several:
@@ -339,7 +337,8 @@ def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> 
             about |= {score: mean[score], "spread": deviation}
         means.append(about)
         lines.append(line)
-    write_results(folder / TABLE, [row for rows in results.values() for row in rows], None, means=means)
+    rows = [row for rows in results.values() for row in rows]
+    write_results(folder / TABLE, rows, None, finished=len(rows) == len(runs), means=means)
     return format_table(lines)
 
 

@@ -31,8 +31,8 @@ from .experiment import Experiment
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe
 from .recipe_changes import depth_of
-from .run import train
-from .tasks.task import RunResult
+from .run import TABLE, train
+from .tasks.task import RunResult, Task
 
 
 def compare(
@@ -64,7 +64,7 @@ def compare(
     def add(variant: Variant) -> None:
         row, results[variant.key] = run_row(experiment, variant, folder / variant.key, progress)
         table.append(row)
-        write_results(folder / "table.json", table)
+        write_results(folder / TABLE, table, None, finished=False)
 
     for variant in selection:
         add(variant)
@@ -72,7 +72,9 @@ def compare(
         for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
             add(variant)
     experiment.task.draw(experiment, table, results, folder)
-    return "\n".join([format_table([columns(experiment, row) for row in table]), *remarks(experiment.recipe)])
+    write_results(folder / TABLE, table, None, finished=True)
+    table_text = format_table([columns(experiment.task, row) for row in table])
+    return "\n".join([table_text, *remarks(experiment.recipe)])
 
 
 def checked_rows(
@@ -166,11 +168,11 @@ def _passes(result: RunResult) -> dict[str, float]:
     return {"layer_passes": forward * result.iterations}
 
 
-def columns(experiment: Experiment, row: Mapping[str, Any]) -> dict[str, Any]:
+def columns(task: Task[Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """What is printed of a row of a table, of what `run_row` returned."""
     name = row["name"] + ", branched" * row["branched"] + ", levels fitted" * row["fitted"]
     result = {"name": name, "layers": row["layers"], "blocks": row["blocks"], "iterations": row["iterations"]}
-    result |= experiment.task.columns(row)
+    result |= task.columns(row)
     if "layer_passes" in row:
         result["layer passes"] = f"{row['layer_passes']:,}"
     return result | {

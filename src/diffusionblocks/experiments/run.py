@@ -31,6 +31,7 @@ from ..core.branching import branch
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
 from ..core.saved_model import MODEL_FILES
+from ..reports.results import write_results
 from ..training import Trainer
 from ..training.checkpoint import checkpoints, read_values
 from ..training.run_log import LOG, Logger
@@ -53,7 +54,11 @@ from .tasks.task import Row, RunResult
 #: Marks a folder whose checkpoints are being deleted.
 _RESTARTING = ".restarting"
 
-_RESULT = "result.json"  # what a run measured, and how long it took
+#: What a run measured, and how long it took; it is there when the run has ended.
+RESULT = "result.json"
+
+#: The rows of a comparison or an ablation, and whether they are all there (`finished`).
+TABLE = "table.json"
 
 
 def train(
@@ -104,7 +109,7 @@ def train(
             say(f"evaluate: {experiment.recipe.evaluate.kind}")
         model, rows, evaluation_seconds = evaluate_saved(experiment, folder, measure=measure)
         times = {"train_seconds": seconds, "evaluation_seconds": evaluation_seconds, "iterations": iterations}
-        write_json(folder / _RESULT, {"rows": [row.to_dict() for row in rows], **times})
+        write_results(folder / RESULT, [row.to_dict() for row in rows], None, **times)
         return RunResult(model, rows, seconds, iterations)
 
 
@@ -126,7 +131,7 @@ def prepare(experiment: Experiment, folder: Path, *, resume: bool = True, measur
     places = [folder / "model", *([folder / "trunk" / "model"] if _has_trunk(experiment) else [])]
     for place in places:
         check_replaceable(place, MODEL_FILES)
-    for name in (RECIPE, _RESULT, LOG):
+    for name in (RECIPE, RESULT, LOG):
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder, where a file of the run belongs: move it away first")
     if (folder / _RESTARTING).exists():  # a restart that was killed on its way
@@ -292,7 +297,8 @@ def _forget(folder: Path) -> None:
         if (phase / "checkpoints").is_dir():
             delete_folder(phase / "checkpoints")
     (folder / "fit" / LEVELS).unlink(missing_ok=True)
-    (folder / RECIPE).unlink(missing_ok=True)
+    for name in (RECIPE, RESULT):
+        (folder / name).unlink(missing_ok=True)
     marker.unlink()
 
 

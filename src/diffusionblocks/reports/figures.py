@@ -35,7 +35,7 @@ def save_figure(figure: Any, path: Path) -> None:
 def draw_partition(partition: Partition, noise: NoiseProcess, path: Path) -> None:
     """Write the partition over the density of the training levels as a PNG."""
     figure, (axes,) = _axes(1)
-    _draw_partition(axes, partition, noise)
+    partition_on_axes(axes, partition, noise)
     save_figure(figure, path)
 
 
@@ -73,7 +73,7 @@ def draw_run(
     left.set_xticks(sorted({row.steps for row in rows if row.steps is not None}))
     left.margins(y=0.25)  # room for the legend
     left.legend(fontsize=8, framealpha=0.9, ncols=2, loc="lower center")
-    _draw_partition(right, partition, noise)
+    partition_on_axes(right, partition, noise)
     save_figure(figure, path)
 
 
@@ -208,7 +208,9 @@ def _mark_blocks(axes: Axes, partition: Partition, lowest: float, highest: float
         axes.text(middle, 0.98, str(block), transform=axes.get_xaxis_transform(), ha="center", va="top", size=8)
 
 
-def _draw_partition(axes: Axes, partition: Partition, noise: NoiseProcess) -> None:
+def partition_on_axes(axes: Axes, partition: Partition, noise: NoiseProcess) -> None:
+    """Draw each block's share of the density of the training levels, and below it the interval it trains on."""
+
     def curve(low: float, high: float) -> tuple[Any, Any]:
         levels = noise.even_levels(low, high, 200)
         return levels.numpy(), noise.density(levels).numpy()

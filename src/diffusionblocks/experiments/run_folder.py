@@ -1,0 +1,217 @@
+"""Reading what runs left in their folders, finished or not, for a page: see `reports.page`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..common.formats import read_json
+from ..core.model import DiffusionBlocks
+from ..core.partition import Partition
+from ..core.saved_model import INDEX, read_saved
+from ..noise import NoiseProcess
+from ..reports.page import RunReport, Score, TableReport
+from ..training import units_of
+from ..training.run_log import LOG
+from .ablation import ROW
+from .comparison import columns
+from .experiment import Experiment
+from .identity import in_current_terms
+from .recipe import Recipe, parse_recipe
+from .run import RESULT, TABLE
+from .shipped_recipes import RECIPE
+from .tasks import TASKS
+
+#: Where a run and its phases have logs.
+_PHASES = {"fit": "fit", "trunk": "trunk", "run": "."}
+#: Pictures and texts that a run shows; single images of `sample` are in its grid.
+_PICTURES = ("fit/*.png", "samples/*.png", "*.png")
+_TEXTS = ("samples/*.txt",)
+_MOST_FILES = 12
+
+
+def read_runs(folders: Sequence[Path], *, wait: bool = False) -> tuple[list[RunReport], list[TableReport]]:
+    """Read runs, and the runs and tables of comparisons and ablations.
+
+    Args:
+        folders: each of a run, a comparison or an ablation.
+        wait: let a folder without a run stand for one that has not begun.
+
+    Returns:
+        (runs, tables); names of runs are unique.
+
+    Raises:
+        ValueError: a folder that holds no run, or a file of it that is damaged.
+    """
+    runs: list[RunReport] = []
+    tables: list[TableReport] = []
+    for folder in folders:
+        below = [folder] if _is_run(folder) else _runs_below(folder)
+        if not below and wait:
+            runs.append(RunReport(_name(folder), folder))
+            continue
+        if not below:
+            raise ValueError(
+                f"{folder} holds no run: give a folder that train, compare or ablate wrote to with --out"
+                + ("" if folder.is_dir() else "; it is no folder")
+            )
+        before = "" if len(folders) == 1 else f"{_name(folder)}/"
+        names = [_name(run) if run == folder else before + run.relative_to(folder).as_posix() for run in below]
+        ours = [read_run(run, name) for run, name in zip(below, names, strict=True)]
+        if (folder / TABLE).is_file():
+            values = read_json(folder / TABLE)
+            tables.append(_table(folder, values, ours))
+            ours = _with_memory(ours, values["rows"])
+        elif ours and ours[0].folder != folder:  # its first row is not done yet
+            tables.append(TableReport(_name(folder), [], "", [], {}, finished=False))
+        runs += ours
+    repeated = len({run.name for run in runs}) < len(runs)
+    return [replace(run, name=run.folder.as_posix()) for run in runs] if repeated else runs, tables
+
+
+def read_run(folder: Path, name: str) -> RunReport:
+    """Read one run, finished or not.
+
+    Args:
+        folder: of the run.
+        name: what the page calls it.
+
+    Raises:
+        ValueError: a file that is damaged; the message names it.
+    """
+    plain = read_json(folder / RECIPE) if (folder / RECIPE).is_file() else {}
+    result = read_json(folder / RESULT) if (folder / RESULT).is_file() else None
+    logs = {phase: records for phase, place in _PHASES.items() if (records := _read_log(folder / place / LOG))}
+    unit_steps, outlined = _outline(json.dumps(plain, sort_keys=True))
+    model = _levels_of_saved(folder / "model") or outlined
+    partition, noise = (None, None) if model is None else model
+    of_some_blocks = (plain.get("train") or {}).get("blocks") is not None  # these are measured when they are merged
+    memory = read_json(folder / ROW)["row"].get("memory") if (folder / ROW).is_file() else None
+    return RunReport(
+        name=name,
+        folder=folder,
+        recipe=plain,
+        logs=logs,
+        result=result,
+        finished=result is not None or (of_some_blocks and (folder / "model").is_dir()),
+        unit_steps=unit_steps,
+        partition=partition,
+        noise=noise,
+        memory=None if memory is None else _kinds(memory),
+        pictures=_files(folder, _PICTURES),
+        texts=_files(folder, _TEXTS),
+    )
+
+
+def recipe_of(run: RunReport) -> Recipe:
+    """The recipe that a run left. ValueError: there is none, or this version does not take it."""
+    return _recipe_in_current_terms(dict(run.recipe), str(run.folder / RECIPE))
+
+
+def _recipe_in_current_terms(values: dict[str, Any], where: str) -> Recipe:
+    if not all(isinstance(values.get(section), dict) for section in ("model", "blocks", "data", "train")):
+        raise ValueError(f"{where} is not a valid recipe: it lacks sections")
+    return parse_recipe(in_current_terms(values), where)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE).is_file() or (folder / LOG).is_file()
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    """Runs of a comparison (a folder each) or an ablation (a folder each value and seed), the oldest first."""
+    recipes = [path for pattern in (f"*/{RECIPE}", f"*/*/{RECIPE}") for path in folder.glob(pattern)]
+    return [path.parent for path in sorted(recipes, key=lambda path: (path.stat().st_mtime, path))]
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name or str(folder)
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of a log; a last line that is being written is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if isinstance(record, dict) and {"unit", "step", "loss", "iteration"} <= record.keys():
+            records.append(record)
+    return records
+
+
+def _levels_of_saved(folder: Path) -> tuple[Partition, NoiseProcess] | None:
+    """Partition and noise process of a saved model of blocks."""
+    if not (folder / INDEX).is_file():
+        return None
+    with contextlib.suppress(ValueError, OSError):  # as where it is being replaced
+        index = read_saved(folder)
+        if index.blocks_config.noise is not None:
+            return index.partition, index.blocks_config.noise
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _outline(plain: str) -> tuple[tuple[int, int] | None, tuple[Partition, NoiseProcess] | None]:
+    """Of a recipe: steps and number of the units, and partition and noise of the blocks, where they are known."""
+    with contextlib.suppress(ValueError, OSError, ImportError):
+        experiment = Experiment(_recipe_in_current_terms(json.loads(plain), RECIPE))
+        recipe, model = experiment.recipe, experiment.outline
+        units, _ = units_of(model, recipe.train.blocks)
+        length = recipe.train.steps
+        if length is None and (count := recipe.data.count_examples().count) is not None:
+            length = recipe.train.unit_steps(count)
+        steps = None if length is None else (length, len(units))
+        if isinstance(model, DiffusionBlocks) and recipe.fit is None:  # else its levels are fitted first
+            return steps, (model.partition, model.noise)
+        return steps, None
+    return None, None
+
+
+def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a run that match, without links that lead out of it."""
+    inside = folder.resolve()
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path for path in paths if path.is_file() and path.resolve().is_relative_to(inside)][:_MOST_FILES]
+
+
+def _table(folder: Path, values: Mapping[str, Any], runs: Sequence[RunReport]) -> TableReport:
+    """The rows as they were printed: means over the seeds of an ablation are its rows one by one here."""
+    kinds = {str((run.recipe.get("evaluate") or {}).get("kind")) for run in runs}
+    task = TASKS[kind] if len(kinds) == 1 and (kind := kinds.pop()) in TASKS else None
+    name = "" if task is None else task.score
+    several = len({row.get("seed") for row in values["rows"]}) > 1
+    rows, scores = [], []
+    for row in values["rows"]:
+        line = dict(_scalars(row)) if task is None else columns(task, row)
+        label = str(row.get("key")) + (f", seed {row['seed']}" if several else "")
+        line.pop("name", None)
+        rows.append({"row": label, **line})
+        scores.append(Score(label, row.get(name), row.get("standard_error")))
+    return TableReport(_name(folder), rows, name, scores, values, finished=values.get("finished", True))
+
+
+def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in row.items() if not isinstance(value, dict | list))
+
+
+def _with_memory(runs: Sequence[RunReport], rows: Sequence[Mapping[str, Any]]) -> list[RunReport]:
+    """Runs with the memory that the row of their name measured; those of the table in its order, then the others."""
+    memory = {row["key"]: _kinds(row["memory"]) for row in rows if "memory" in row}
+    order = {row["key"]: place for place, row in enumerate(rows)}
+    with_memory = [run if run.memory is not None else replace(run, memory=memory.get(run.folder.name)) for run in runs]
+    return sorted(with_memory, key=lambda run: order.get(run.folder.name, len(order)))
+
+
+def _kinds(step: Mapping[str, Any]) -> dict[str, int]:
+    names = {"parameters": "parameters", "optimizer": "optimizer", "ema": "ema"}
+    names["transient"] = "gradients, activations, batch"
+    return {name: step.get(key, 0) for key, name in names.items()}
