@@ -76,6 +76,7 @@ def test_parquet_files(
     recipe = load_recipe("mine.yaml")
     assert recipe.model.config["image_size"] == 24
     assert recipe.model.config["num_labels"] == 3
+    assert recipe.train.batch_size == 16  # all that there are
     check_trains("mine", "vit")
 
 

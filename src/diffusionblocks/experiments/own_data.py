@@ -13,6 +13,9 @@ from ..data.split_files import TEXT_ENDINGS
 
 _IMAGES = ("vit", "dit")
 
+#: Examples of a step, where there are as many.
+_BATCH = 32
+
 _VIT = """\
 model:
   type: ViTForImageClassification  # `diffusionblocks recipes vit/cifar100` is one at the paper's size
@@ -160,7 +163,7 @@ def write_own_recipe(name: str, data: Path, *, model: str | None = None, size: i
         raise ValueError(f"--model {model} is not for {'text' if text else 'images'}: choose {choices}")
     files: list[Path] = []
     if text:
-        values = {"source": _quoted(data), "name": name}
+        values = {"source": _quoted(data), "name": name, "batch": str(_BATCH)}
         section = _TEXT_DATA
     else:
         if pictures:
@@ -171,9 +174,9 @@ def write_own_recipe(name: str, data: Path, *, model: str | None = None, size: i
             data = folder
         values, section = {**_facts_of(data), "name": name}, _IMAGE_DATA
     words = _MODELS[model] + section + _TRAIN + _EVALUATE[model]
-    length, batch = ("steps: 500", 32) if text else ("epochs: 20", 32)
+    length = "steps: 500" if text else "epochs: 20"
     head = f"# {name}: written by `diffusionblocks init` for {data}. All fields: docs/recipes.md of diffusionblocks.\n"
-    body = words.format(**values, length=length, batch=batch)
+    body = words.format(**values, length=length)
     with whole_file(file) as temporary:
         temporary.write_text(f"{head}name: {name}\n{body}", encoding="utf-8")
     return [*files, file]
@@ -204,6 +207,7 @@ def _facts_of(folder: Path) -> dict[str, str]:
         "size": str(size),
         "patch": str(patch),
         "classes": str(len(table.class_names)),
+        "batch": str(min(_BATCH, table.rows or _BATCH)),
     }
 
 
