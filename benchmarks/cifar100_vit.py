@@ -4,7 +4,7 @@ The runs are long and made apart, on whatever machine, one process a GPU:
 
     diffusionblocks train recipes/vit/cifar100.yaml --out runs/ours --set train.concurrent=true
     diffusionblocks train recipes/vit/cifar100.yaml --out runs/ensemble --set method=ensemble
-    python benchmarks/cifar100_vit.py runs/ours runs/ensemble --commit b65643d --device "NVIDIA H200" --torch 2.11.0
+    python benchmarks/cifar100_vit.py runs/ours runs/ensemble --commit ff4ebe4 --device "NVIDIA H200" --torch 2.11.0
 
 A folder is one of `train`, or of a row of `compare` or `ablate`: it has recipe.json and result.json. Rows of a run that
 is in the file already are replaced.
