@@ -194,6 +194,25 @@ def test_the_control_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"] == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "units"),
+    [
+        ("ensemble", ["member 0", "member 1", "member 2"]),
+        ("local", ["module 0", "module 1", "module 2"]),
+        ("end-to-end", ["end-to-end"]),
+    ],
+)
+def test_inspect_shows_what_a_baseline_trains(
+    method: str, units: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["inspect", "vit/digits", "--set", f"method={method}"]
+    assert main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("  ")[0].strip() for line in lines[4:]] == units
+    assert main([*options, "--figure", str(tmp_path / "levels.png")]) == 2
+    assert "leave it out" in capsys.readouterr().err
+
+
 def test_inspect_draws_the_partition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", DIGITS, "--figure", str(tmp_path / "p.png")]) == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

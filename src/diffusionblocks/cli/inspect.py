@@ -20,14 +20,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Show the blocks of a recipe before any training."""
+    """Show the blocks of a recipe, or what a baseline trains in their place, before any training."""
     from ..core.materialise import empty
     from ..experiments.recipe_changes import stages
     from ..reports.figures import draw_partition
     from ..reports.tables import block_table, format_table, partition_sketch
+    from ..training import units_of
 
     recipe, source = experiment.recipe, experiment.original.weights()
-    model = empty(source, recipe.blocks)
+    if experiment.baseline is not None:
+        units, _ = units_of(experiment.outline)
+        print(f"{recipe.name}: {recipe.model.type}, method: {recipe.method}")
+        print("training:", ", then ".join(f"{name} {length}" for _, name, length in stages(recipe)))
+        sizes = {each.name: sum(p.numel() for p in each.own) for each in units}
+        print(format_table([{"unit": name, "trainable": f"{size:,}"} for name, size in sizes.items()]))
+        if options.figure:
+            raise ValueError(f"--figure draws the levels of blocks, and method: {recipe.method} has none; leave it out")
+        return
+    model = empty(source, experiment.blocks)
     total = sum(p.numel() for p in source.outline().parameters())
     print(f"{recipe.name}: {recipe.model.type}, {model.partition.num_layers} layers, {total:,} parameters")
     print("training:", ", then ".join(f"{name} {length}" for _, name, length in stages(recipe)))
