@@ -307,7 +307,10 @@ MODEL = convert("masked").eval()
 TOKENS = token_batch()["input_ids"]
 CASES: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: convert("masked", noise=db.EDM()), ("noise.kind = edm", "MaskedTransformer needs masking")),
-    (lambda: convert("dit", noise=db.Masking()), ("noise.kind = masking", "needs edm", "leave noise out")),
+    (
+        lambda: convert("dit", noise=db.Masking()),
+        ("noise.kind = masking", "DiT needs ddpm or edm or flow", "leave noise out"),
+    ),
     (lambda: convert("masked", noise=db.Masking(vocab_size=30)), ("vocab_size = 30", "vocab_size = 27")),
     (lambda: convert("masked", target={"kind": "image"}), ("target.kind = image", "denoises tokens")),
     (lambda: convert("masked", partition="log-uniform"), ("log-uniform", "masking", "equi-probability, uniform")),

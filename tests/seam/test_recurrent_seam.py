@@ -275,7 +275,7 @@ def test_a_fresh_block_is_initialised_for_the_depth_that_the_model_runs() -> Non
             {"target": {"kind": "next-token", "clean_weight": 0.5}},
             ("target.clean_weight = 0.5", "no clean stream", "leave it out"),
         ),
-        ({"noise": db.Masking()}, ("noise.kind = masking", "RecurrentDepth needs edm")),
+        ({"noise": db.Masking()}, ("noise.kind = masking", "RecurrentDepth needs ddpm or edm or flow")),
     ],
     ids=["blocks", "clean-weight", "noise"],
 )

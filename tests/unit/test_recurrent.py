@@ -276,8 +276,9 @@ def test_it_is_saved_and_read_back(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path)
     again = RecurrentDepth.from_pretrained(tmp_path)
-    assert OURS.values(again.config) == OURS.values(model.config)
-    assert OURS.values(OURS.config(RecurrentDepth, OURS.values(model.config))) == OURS.values(model.config)
+    values = OURS.values(RecurrentDepth, model.config)
+    assert OURS.values(RecurrentDepth, again.config) == values
+    assert OURS.values(RecurrentDepth, OURS.config(RecurrentDepth, values)) == values
     with torch.no_grad():
         assert torch.equal(again(TOKENS, 3, seeded()), model(TOKENS, 3, seeded()))
 
