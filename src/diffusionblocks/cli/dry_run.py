@@ -48,14 +48,13 @@ def _print(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
 
 def _stages(experiment: Experiment) -> list[tuple[str, Experiment]]:
     """The trainings of a run, in order."""
-    from ..experiments.recipe_changes import fit_recipe, trunk_recipe
+    from ..experiments.recipe_changes import fit_recipe, stages, trunk_recipe
 
-    recipe, stages = experiment.recipe, []
-    if experiment.of_method_blocks and recipe.fit is not None:
-        stages.append(("fit", experiment.derive(fit_recipe(recipe))))
-    if experiment.of_method_blocks and recipe.trunk is not None:
-        stages.append(("trunk", experiment.derive(trunk_recipe(recipe))))
-    return [*stages, ("train", experiment)]
+    changed = {"fit": fit_recipe, "trunk": trunk_recipe}
+    return [
+        (key, experiment.derive(changed[key](experiment.recipe)) if key in changed else experiment)
+        for key, _, _ in stages(experiment.recipe)
+    ]
 
 
 def _row(name: str, stages: list[Experiment]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,26 @@ def digest(path: Path) -> FileDigest:
         raise FileNotFoundError(f"{path} is missing")
     with path.open("rb") as file:
         return FileDigest(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def check_digest(file: Path, files: Mapping[str, FileDigest], index: str, advice: str) -> None:
+    """Refuse a file that is not as the index beside it says.
+
+    Args:
+        file: the file.
+        files: digests by the names of files, of the index.
+        index: what the index is called.
+        advice: what to do, for the message.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it was changed or damaged, or the index has no digest of it.
+    """
+    if files.get(file.name) != digest(file):
+        raise ValueError(
+            f"{file} does not match {index} beside it, by its SHA-256: it was changed or damaged after it was saved; "
+            f"{advice}"
+        )
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:

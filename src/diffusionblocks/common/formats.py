@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,3 +121,12 @@ def validate(values: Any, schema: type[_Values], where: Path | str) -> _Values:
         others = f"; {len(more)} more fields are wrong" if more else ""
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{where}: {field}{': ' if field else ''}{message}{got}{others}") from None
+
+
+def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields of nested JSON objects by their dotted names, and their values; an empty object is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from ..common.digests import FileDigest, digest
+from ..common.digests import FileDigest, check_digest, digest
 from ..common.files import recover, whole_folder
 from ..common.formats import read_json, validate, write_json
 from ..common.tokenizer_file import write_tokenizer
@@ -95,11 +95,7 @@ def load_end_to_end(model_class: str, path: Path, *, verify: bool = True) -> nn.
     if verify and listed.is_file():
         files = validate(read_json(listed), _Files, listed).files
         for file in [*weights, *(path / name for name in _CONFIGS if name in files)]:
-            if files.get(file.name) != digest(file):
-                raise ValueError(
-                    f"{file} does not match {END_TO_END_FILES} beside it, by its SHA-256: it was changed or damaged "
-                    f"after it was saved; copy it again, or delete {listed} if the change is meant"
-                )
+            check_digest(file, files, END_TO_END_FILES, f"copy it again, or delete {listed} if the change is meant")
     return restored(model_class, path)
 
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..common.digests import FileDigest, check_seal, digest, seal
+from ..common.digests import FileDigest, check_digest, check_seal, digest, seal
 from ..common.fields import Blocks
 from ..common.files import recover, whole_folder
 from ..common.finite import DIVERGED, require_finite
@@ -69,11 +69,7 @@ class SavedModules:
         """
         for index, state in enumerate(states):
             file = self.folder / _file(index)
-            if self.files.get(file.name) != digest(file):
-                raise ValueError(
-                    f"{file} does not match {LOCAL} beside it, by its SHA-256: it was changed or damaged after it was "
-                    "saved; copy it again"
-                )
+            check_digest(file, self.files, LOCAL, "copy it again")
             tensors = read_tensors(file)
             present = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
             check_tensors(present, state, f"{file} does not match the model: it", "save the model again")

@@ -58,7 +58,7 @@ def pack_images(folder: Path, out: Path, size: int) -> None:
         if few:
             raise ValueError(f"class {few[0]!r} has one picture: one to train on and one to test on are needed")
         test = {name: files[::_TEST_SHARE] for name, files in train.items()}
-        train = {name: [file for file in files if file not in set(test[name])] for name, files in train.items()}
+        train = {name: [file for i, file in enumerate(files) if i % _TEST_SHARE] for name, files in train.items()}
     with whole_folder(out, _FILES) as temporary:
         for split, files_of in (("train", train), ("test", test)):
             _write(temporary / f"{split}.parquet", files_of, names, size)
@@ -76,11 +76,12 @@ def _write(file: Path, files_of: dict[str, list[Path]], names: list[str], size: 
     def rows() -> Any:
         with oversized_refused():
             for name, files in files_of.items():
+                label = names.index(name)
                 for path in files:
                     picture = center_crop(decode_image(path.read_bytes(), str(path), 3), size)
                     buffer = BytesIO()
                     picture.save(buffer, "PNG")
-                    yield {"bytes": buffer.getvalue(), "path": None}, names.index(name)
+                    yield {"bytes": buffer.getvalue(), "path": None}, label
 
     images, labels = zip(*rows(), strict=True)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..common.formats import read_json, write_json
+from ..common.formats import leaves, read_json, write_json
 from ..common.messages import perhaps
 from ..reports.results import write_results
 from ..reports.tables import format_table
@@ -129,7 +129,7 @@ def settings(
             )
         if TABLE in recipe.rows:
             raise ValueError(f"rows: {TABLE} is the file of the table, beside the folders of rows; name the row anew")
-        own = {key: dict(_leaves(sections)) for key, sections in recipe.rows.items()}
+        own = {key: dict(leaves(sections)) for key, sections in recipe.rows.items()}
         return [Setting(key, _changed(recipe, values, key), values) for key, values in own.items()]
     if "train.seed" in over:
         raise ValueError("train.seed is varied by the seeds of an ablation, which averages over them: --seeds 0,1,2")
@@ -149,15 +149,6 @@ def settings(
             key += "+"
         result[key] = Setting(key, changed, values)
     return list(result.values())
-
-
-def _leaves(sections: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Fields, dotted, and values of nested sections."""
-    for name, value in sections.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _changed(recipe: Recipe, values: Values, key: str) -> Recipe:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from ..common.modules import places_of
+from ..common.modules import tensors_of
 from ..common.seeds import keyed_generator
 from ..core.loading import load
 from ..core.model import DiffusionBlocks
 from ..targets import LabelLoss, LabelTarget
 from ..training.schedules import block_schedule
+from ..training.shared_module import in_several, move_tensors
 
 #: The folder of a checkpoint that holds the model, as `DiffusionBlocks.save_pretrained` writes it.
 MODEL = "model"
@@ -216,7 +217,7 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
             super()._move_model_to_device(model, device)
         else:
             blocks = _blocks_of(model)
-            _move(blocks.blocks, device, only=_shared(blocks))
+            move_tensors(blocks, _shared(blocks), device)
 
     @contextlib.contextmanager
     def _placed(self) -> Iterator[None]:
@@ -236,8 +237,8 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
         for b in range(len(self.blocks.blocks)):
             if b != block:
                 self._put_aside(b, shared)
-                _move(self.blocks.block(b), host, but=shared)
-        _move(self.blocks.block(block), self.args.device, but=shared)
+                _move(self.blocks.block(b), shared, host)
+        _move(self.blocks.block(block), shared, self.args.device)
         with_steps = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
         for parameter, state in self._waiting.pop(block, {}).items():
             self.optimizer.state[parameter] = _on_device(state, parameter.device, with_steps=with_steps)
@@ -259,7 +260,7 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
         """Bring the weights of all blocks to the device, for what needs them all."""
         if self.resident == "active":
             self._active = None
-            _move(self.blocks, self.args.device)
+            _move(self.blocks, set(), self.args.device)
 
     # ---- files ---------------------------------------------------------------------------------------------
 
@@ -356,24 +357,12 @@ def _check_arguments(args: Any, resident: Residency) -> None:
 
 def _shared(blocks: DiffusionBlocks) -> set[int]:
     """Identities of the tensors that several blocks hold."""
-    every: list[set[int]] = [
-        {id(entries[name]) for entries, name in places_of(blocks.block(b))} for b in range(len(blocks.blocks))
-    ]
-    return {one for i, some in enumerate(every) for one in some if any(one in other for other in every[:i])}
+    return in_several([blocks.block(b) for b in range(len(blocks.blocks))])
 
 
-def _move(
-    module: nn.Module,
-    device: torch.device,
-    *,
-    only: set[int] | None = None,
-    but: frozenset[int] | set[int] = frozenset(),
-) -> None:
-    """Move parameters and buffers of a module, in place, to a device: by identity only some, or all but some."""
-    for entries, name in places_of(module):
-        tensor = entries[name]
-        if id(tensor) not in but and (only is None or id(tensor) in only) and tensor.device != device:
-            tensor.data = tensor.data.to(device)
+def _move(module: nn.Module, but: set[int], device: torch.device) -> None:
+    """Move a module's parameters and buffers, in place, to a device; by identity all but some."""
+    move_tensors(module, {id(tensor) for tensor in tensors_of(module)} - but, device)
 
 
 def _on_device(state: Mapping[str, Any], device: torch.device, *, with_steps: bool = False) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from ..common.files import whole_file
+from ..common.formats import leaves
 from ..core.partition import Partition
 from ..noise import NoiseProcess
 from . import charts
@@ -146,18 +147,10 @@ def all_ended(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> bool:
 
 def recipe_differences(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
     """Fields, dotted, in which the recipes of runs differ, with each run's value; what a recipe lacks is None."""
-    flat = [dict(_flat(run.recipe)) for run in runs]
+    flat = [dict(leaves(run.recipe)) for run in runs]
     names = dict.fromkeys(name for values in flat for name in values)
     rows = ({"field": name, "values": [values.get(name) for values in flat]} for name in names)
     return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
 
 
 # ---- parts of the page -----------------------------------------------------------------------------------------
