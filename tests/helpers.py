@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers import (
 
 import diffusionblocks as db
 from diffusionblocks.core.saved_model import INDEX
+from diffusionblocks.data import ImageData, digits
+from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 
 FAMILIES = ("vit", "deit", "dinov2")
 #: further classifiers: name -> class of transformers, and what its config needs beside the common sizes
@@ -283,3 +286,29 @@ def same_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def parameter_names(model: nn.Module, *, with_grad: bool) -> set[str]:
     """Names (every alias counted) of the parameters that have, or lack, a gradient."""
     return {n for n, p in model.named_parameters(remove_duplicate=False) if (p.grad is not None) == with_grad}
+
+
+def few_digits(count: int = 40) -> ImageData:
+    """The first training images of the digits, in memory of their own."""
+    whole = digits("train")
+    return ImageData(whole.images[:count].clone(), whole.labels[:count].clone(), whole.class_names)
+
+
+def changed_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
+    """A recipe of values, some of whose sections are changed field by field."""
+    changed = dict(values)
+    for name, change in changes.items():
+        changed[name] = (values.get(name) or {}) | change if isinstance(change, dict) else change
+    return parse_recipe(changed, "test")
+
+
+def run_ranks(train: Callable[[int, Path], None], folder: Path, *, timeout: float) -> None:
+    """Run two processes, called with their rank and the folder, and see that both end well within so many seconds."""
+    context = multiprocessing.get_context("fork")  # a fresh process would import for longer than these tests run
+    ranks = [context.Process(target=train, args=(rank, folder), daemon=True) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=timeout)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]

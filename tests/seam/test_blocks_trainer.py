@@ -2,7 +2,6 @@
 
 import copy
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LENGTH, convert, same_states, seeded, tiny, token_batch, toy_batch
+from helpers import LENGTH, convert, run_ranks, same_states, seeded, tiny, token_batch, toy_batch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from torch import Tensor, nn
@@ -393,14 +392,7 @@ def test_ranks_train_one_block_with_noise_of_their_own_and_evaluate_as_one_proce
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=train_as_rank, args=(rank, tmp_path), daemon=True) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=90)
-        rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    run_ranks(train_as_rank, tmp_path, timeout=90)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     (blocks, levels), (others, other_levels) = (zip(*result["seen"], strict=True) for result in (first, second))
     assert blocks == others

@@ -1,7 +1,6 @@
 """Loops that know nothing of blocks: a plain five-line loop and transformers.Trainer, unchanged."""
 
 import copy
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from helpers import (
     convert,
     image_batch,
     noise_batch,
+    run_ranks,
     same_states,
     seeded,
     tiny,
@@ -447,14 +447,7 @@ def train_as_rank(rank: int, folder: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
 def test_ranks_draw_one_block_and_noise_of_their_own(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")  # a fresh process would import for longer than this test runs
-    ranks = [context.Process(target=train_as_rank, args=(rank, tmp_path), daemon=True) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=60)
-        rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    run_ranks(train_as_rank, tmp_path, timeout=60)
     first, second = (torch.load(tmp_path / f"rank-{rank}", weights_only=True) for rank in range(2))
     assert first["blocks"] == second["blocks"]
     assert len(set(first["blocks"])) > 1

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_states
+from helpers import changed_recipe, few_digits, same_states
 from torch.nn import functional as F
 
 from diffusionblocks.cli.commands import main
 from diffusionblocks.core.ensembles import merge_ensembles
 from diffusionblocks.core.saved_model import ENSEMBLE
-from diffusionblocks.data import ImageData, digits
+from diffusionblocks.data import ImageData
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
@@ -31,7 +31,7 @@ CONFIG = {
 
 
 def recipe(**changes: Any) -> Recipe:
-    values: dict[str, Any] = {
+    values = {
         "name": "tiny",
         "method": "ensemble",
         "model": {"type": "ViTForImageClassification", "config": CONFIG},
@@ -41,15 +41,12 @@ def recipe(**changes: Any) -> Recipe:
         "evaluate": {"limit": 20, "steps": [1], "seeds": [1]},
         "device": "cpu",
     }
-    for name, change in changes.items():
-        values[name] = values[name] | change if isinstance(change, dict) else change
-    return parse_recipe(values, "test")
+    return changed_recipe(values, changes)
 
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, ImageData]:
-    whole = digits("train")
-    few = ImageData(whole.images[:40].clone(), whole.labels[:40].clone(), whole.class_names)
+    few = few_digits()
     return {"train": few, "test": few}
 
 

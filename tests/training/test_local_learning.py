@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import image_batch, same_states, tiny
+from helpers import changed_recipe, few_digits, image_batch, same_states, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from diffusionblocks.common.modules import bytes_of
 from diffusionblocks.core.local_modules import read_modules
-from diffusionblocks.data import ImageData, digits
+from diffusionblocks.data import ImageData
 from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
-from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.recipe import Recipe
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.compilation import Compiler
 from diffusionblocks.training.local_learning import (
@@ -41,7 +41,7 @@ CONFIG = {
 
 
 def recipe(**changes: Any) -> Recipe:
-    values: dict[str, Any] = {
+    values = {
         "name": "tiny",
         "method": "local",
         "model": {"type": "ViTForImageClassification", "config": CONFIG},
@@ -51,15 +51,12 @@ def recipe(**changes: Any) -> Recipe:
         "evaluate": {"limit": 20, "steps": [1], "seeds": [1]},
         "device": "cpu",
     }
-    for name, change in changes.items():
-        values[name] = (values.get(name) or {}) | change if isinstance(change, dict) else change
-    return parse_recipe(values, "test")
+    return changed_recipe(values, changes)
 
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, ImageData]:
-    whole = digits("train")
-    few = ImageData(whole.images[:40].clone(), whole.labels[:40].clone(), whole.class_names)
+    few = few_digits()
     return {"train": few, "test": few}
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import listing
+from helpers import changed_recipe, few_digits, listing
 
-from diffusionblocks.data import ImageData, digits
+from diffusionblocks.data import ImageData
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
@@ -24,7 +24,7 @@ IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
 
 
 def recipe(**changes: Any) -> Recipe:
-    values: dict[str, Any] = {
+    values = {
         "name": "tiny",
         "model": {"type": "ViTForImageClassification", "config": SIZE | IMAGES},
         "blocks": {"num_blocks": 2},
@@ -32,15 +32,12 @@ def recipe(**changes: Any) -> Recipe:
         "train": {"steps": 2, "batch_size": 4},
         "device": "cpu",
     }
-    for name, change in changes.items():
-        values[name] = (values.get(name) or {}) | change if isinstance(change, dict) else change
-    return parse_recipe(values, "test")
+    return changed_recipe(values, changes)
 
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, ImageData]:
-    whole = digits("train")
-    return {"train": ImageData(whole.images[:40].clone(), whole.labels[:40].clone(), whole.class_names)}
+    return {"train": few_digits()}
 
 
 @pytest.fixture(scope="module")
