@@ -11,5 +11,7 @@ from torch import Tensor
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Leave autocast for a while, on the tensor's device; on one that has none (`meta`) there is nothing to leave."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    kind = (
+        like.device.type
+    )  # asked of the tensor: torch.amp.is_autocast_available breaks compiled graphs before torch 2.12
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)

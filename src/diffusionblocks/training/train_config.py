@@ -142,7 +142,12 @@ class TrainConfig(BaseModel):
     ema_ramp_up: Positive = 0.05
     compile: bool | Literal["layers"] = False
     activation_memory_budget: Share = 1.0
-    fused_kernels: tuple[Literal["mlp", "projections", "attention", "adamw"], ...] = ("mlp", "projections")
+    fused_kernels: tuple[Literal["mlp", "projections", "attention", "adamw"], ...] = (
+        "mlp",
+        "projections",
+        "attention",
+        "adamw",
+    )
     cuda_graph: bool = False
     concurrent: bool = False
     schedule: Literal["random", "round-robin", "sequential"] = "random"
