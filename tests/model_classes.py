@@ -25,7 +25,7 @@ its blocks trained. Else the line with which it is refused. A class works in the
 others are refused, and the message names the field. A family for a class of your own: [extending](extending.md).
 
 Mixtures of experts train without the auxiliary loss of their experts' load, as the library trains them by default
-(`output_router_logits` false). Of attention that slides, texts may be as long as the window.
+(`output_router_logits` false).
 
 This page is made by `tests/model_classes.py`, and `tests/unit/test_supported_classes.py` holds it to what happens.
 """
@@ -90,11 +90,13 @@ CLASSES: dict[str, list[Tried]] = {
         *_text("MixtralForCausalLM", num_local_experts=4),
         *_text("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", **EXPERTS, shared_expert_intermediate_size=24),
         *_text("GptOssForCausalLM", num_local_experts=4, num_experts_per_tok=2),
-        *_text("OlmoeForCausalLM", num_experts=4),
-        *_text("GPTNeoXForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "OPTForCausalLM", "BloomForCausalLM"),
+        *_text("OlmoeForCausalLM", num_experts=4, num_experts_per_tok=2),
+        *_text("GPTNeoXForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM"),
+        *_text("OPTForCausalLM", word_embed_proj_dim=32),
         *_text("FalconForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "StableLmForCausalLM"),
         *_text("GlmForCausalLM", "Glm4ForCausalLM", "Exaone4ForCausalLM"),
-        *_text("GraniteMoeForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM"),
+        *_text("GraniteMoeForCausalLM", num_local_experts=4),
+        *_text("DeepseekV3ForCausalLM", "MambaForCausalLM"),
     ],
     "Image classifiers (label)": [
         *_image("ViTForImageClassification", "DeiTForImageClassification"),

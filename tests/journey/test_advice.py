@@ -246,9 +246,6 @@ OF_TEXT = {
     "evaluate.prompt_length": 8,
     "evaluate.new_tokens": 8,
 }
-OF_MISTRAL = {"device": "cpu", "model.type": "MistralForCausalLM"} | {
-    name: value for name, value in OF_TEXT.items() if name != "device"
-}
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 4}
 SIZES |= {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
 PRETRAINED = {
@@ -263,15 +260,9 @@ CASES = [
     Case("--set model.config.{name}=", LLAMA, OF_TEXT | {"model.config.vocab_size": 26}, (r"--set \S+",)),
     Case("--set data.length={model[0]}", LLAMA, OF_TEXT | {"data.length": 300}, (r"--set \S+",)),
     Case(
-        "(sliding_window), which two streams do not: --set data.length=",
-        LLAMA,
-        OF_MISTRAL | {"model.config.sliding_window": 24},
-        (r"--set \S+",),
-    ),
-    Case(
         "more than the model's",
         LLAMA,
-        OF_MISTRAL | {"model.config.sliding_window": 64, "evaluate.prompt_length": 40, "evaluate.new_tokens": 40},
+        OF_TEXT | {"evaluate.prompt_length": 200, "evaluate.new_tokens": 100},
         (r"set evaluate.new_tokens to at most \d+",),
     ),
     Case("more than the model's", LLAMA, OF_TEXT | {"evaluate.prompt_length": 256}, (r"set \S+ below",), "200"),

@@ -7,6 +7,7 @@ noisy position is the last of an ordinary causal pass, and so are generation, tr
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from helpers import (
 from test_causal_lm_parity import IDS, LEVEL, clean_logits, noise, streams_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GPT2Config
 
 import diffusionblocks as db
 from diffusionblocks import families as families
@@ -36,12 +38,29 @@ SCALED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 QWEN2_MOE = MOE | {"shared_expert_intermediate_size": 40}
+#: shorter than the texts
+WINDOW = 5
 BY_KIND = {"full_attention": SCALED, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
 MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 
 #: class -> name of a variant -> the config values that make it
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "ministral": {"default": {}, "kinds": {"layer_types": MIXED}},
+    "llama": {"no-window": {"sliding_window": WINDOW}},  # a value that the class does not know
+    "mistral": {"sliding": {"sliding_window": WINDOW}},
+    "qwen2": {"sliding": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}},
+    "qwen3": {"sliding": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}},
+    "ministral": {
+        "default": {},
+        "kinds": {"layer_types": MIXED},
+        "sliding": {"layer_types": MIXED, "sliding_window": WINDOW},
+    },
+    "ministral3": {
+        "default": {},
+        "scaled-queries": {
+            "rope_parameters": YARN | {"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5}
+        },
+        "sliding": {"sliding_window": WINDOW},
+    },
     "granite": {
         "default": {},
         "multipliers": {
@@ -55,35 +74,47 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "smollm3": {
         "default": {},
         "positions": {"no_rope_layers": [0, 1, 1, 0]},
-        "sliding": {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 16},
+        "sliding": {
+            "no_rope_layers": [0, 1, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": MIXED,
+        },
         "biases": {"attention_bias": True, "mlp_bias": True, "no_rope_layer_interval": 2},
     },
     "phi3": {
         "default": {},
         "partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        "dropout": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "sliding_window": 16},
+        "dropout": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "sliding_window": WINDOW},
     },
     "olmo2": {"default": {}, "biases": {"attention_bias": True}, "yarn": {"rope_parameters": YARN}},
     "olmo3": {
         "default": {},
-        "kinds": {"layer_types": MIXED, "rope_parameters": BY_KIND},
+        "kinds": {"layer_types": MIXED, "rope_parameters": BY_KIND, "sliding_window": WINDOW},
         "biases": {"attention_bias": True},
     },
     "starcoder2": {
         "default": {},
         "no-bias": {"use_bias": False},
         "dropout": {"residual_dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1},
+        "sliding": {"sliding_window": WINDOW},
     },
     "gemma": {"default": {}, "biases": {"attention_bias": True}, "heads": {"head_dim": 16}},
     "gemma2": {
         "default": {},
         "capped": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 0.7, "query_pre_attn_scalar": 20},
-        "kinds": {"layer_types": MIXED, "attention_bias": True},
+        "kinds": {"layer_types": MIXED, "attention_bias": True, "sliding_window": WINDOW},
         "no-caps": {"final_logit_softcapping": None, "attn_logit_softcapping": None},
     },
     "gpt-oss": {
         "default": {"num_local_experts": 4, "num_experts_per_tok": 2},
-        "kinds": {"num_local_experts": 3, "num_experts_per_tok": 2, "layer_types": MIXED, "attention_bias": True},
+        "kinds": {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "layer_types": MIXED,
+            "attention_bias": True,
+            "sliding_window": WINDOW,
+        },
         "plain": {
             "num_local_experts": 3,
             "num_experts_per_tok": 2,
@@ -97,30 +128,88 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gemma3": {
         "default": {},
-        "kinds": {"layer_types": MIXED, "rope_parameters": BY_KIND, "query_pre_attn_scalar": 20},
+        "kinds": {
+            "layer_types": MIXED,
+            "rope_parameters": BY_KIND,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": WINDOW,
+        },
         "capped": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0},
         "biases": {"attention_bias": True, "head_dim": 16},
     },
     "mixtral": {
         "default": {"num_local_experts": 4},
         "jitter": {"num_local_experts": 3, "num_experts_per_tok": 1, "router_jitter_noise": 0.1},
+        "sliding": {"num_local_experts": 3, "sliding_window": WINDOW},
     },
     "qwen2-moe": {
         "default": QWEN2_MOE,
         "some": QWEN2_MOE | {"mlp_only_layers": [1], "norm_topk_prob": True, "qkv_bias": False},
-        "sparse": QWEN2_MOE | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 16},
+        "sparse": QWEN2_MOE | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+    },
+    "olmo": {"default": {}, "clipped": {"clip_qkv": 0.3, "attention_bias": True}},
+    "olmoe": {
+        "default": {"num_experts": 4, "num_experts_per_tok": 2},
+        "clipped": {"num_experts": 3, "clip_qkv": 0.3, "norm_topk_prob": True, "num_experts_per_tok": 2},
+        "no-window": {"num_experts": 3, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    },
+    "phi": {
+        "default": {},
+        "normed": {"qk_layernorm": True, "rope_parameters": SCALED | {"partial_rotary_factor": 0.25}},
+        "dropout": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1},
+    },
+    "stablelm": {
+        "default": {},
+        "parallel": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
+        "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    },
+    "cohere": {
+        "default": {},
+        "normed": {"use_qk_norm": True, "logit_scale": 0.7, "attention_bias": True},
+    },
+    "cohere2": {
+        "default": {},
+        "kinds": {"layer_types": MIXED, "sliding_window": WINDOW, "logit_scale": 2.0, "attention_bias": True},
+    },
+    "glm": {"default": {}, "heads": {"head_dim": 16, "attention_bias": True}},
+    "glm4": {"default": {}, "heads": {"head_dim": 16, "attention_bias": True}},
+    "exaone4": {
+        "default": {},
+        "kinds": {"layer_types": MIXED, "sliding_window": WINDOW},
+        "full": {"layer_types": ["full_attention"] * LAYERS, "sliding_window": None},
+    },
+    "granite-moe": {
+        "default": {"num_local_experts": 4},
+        "multipliers": {
+            "num_local_experts": 3,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 6.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+            "attention_bias": True,
+        },
+    },
+    "gpt2": {
+        "default": {"n_inner": 48},
+        "upcast": {"reorder_and_upcast_attn": True, "activation_function": "relu"},
+        "unscaled": {"scale_attn_weights": False},
+    },
+    "opt": {
+        "default": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "no-biases": {"word_embed_proj_dim": 32, "enable_bias": False, "layer_norm_elementwise_affine": False},
+        "dropout": {"word_embed_proj_dim": 32, "attention_dropout": 0.1, "dropout": 0.3},
     },
     "qwen3-moe": {
         "default": MOE,
         "some": MOE | {"mlp_only_layers": [1], "norm_topk_prob": True, "attention_bias": True},
-        "sparse": MOE | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 16},
+        "sparse": MOE | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": WINDOW},
     },
 }
 each_variant = pytest.mark.parametrize(
     ("family", "values"),
     [
         pytest.param(family, values, id=f"{family}-{name}")
-        for family in CAUSAL_VARIANTS
+        for family in VARIANTS
         for name, values in VARIANTS[family].items()
     ],
 )
@@ -138,18 +227,15 @@ def usual(family: str) -> dict[str, Any]:
 
 def cut(original: Any, layers: range) -> Any:
     """The library's model with these layers alone and without its final norm."""
-    few = copy.deepcopy(original)
-    trunk = few.base_model
-    trunk.layers = nn.ModuleList(trunk.layers[i] for i in layers)
+    few, family = copy.deepcopy(original), families.family_for(original)
+    place, _, name = family.layers_path(few).rpartition(".")
+    setattr(few.get_submodule(place), name, nn.ModuleList(few.get_submodule(f"{place}.{name}")[i] for i in layers))
     few.config.num_hidden_layers = len(layers)
     if getattr(few.config, "layer_types", None):
         few.config.layer_types = [original.config.layer_types[i] for i in layers]
-    setattr(trunk, final_norm(few), nn.Identity())
+    place, _, name = str(family.final_norm).rpartition(".")
+    setattr(few.get_submodule(place), name, nn.Identity())
     return few
-
-
-def final_norm(model: Any) -> str:
-    return "norm" if hasattr(model.base_model, "norm") else "final_layer_norm"
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -192,18 +278,23 @@ def test_every_noisy_position_is_the_last_of_an_ordinary_causal_pass(family: str
             given = torch.cat([embedded[:, :i], last[:, None]], dim=1) / scale
             states = few(inputs_embeds=given, use_cache=False).last_hidden_state[:, -1]
             close(raw[:, i], states)
-            final = original.base_model.get_submodule(final_norm(original))(states)
+            final = original.get_submodule(block.family.final_norm)(states)
             expected = original.__class__.forward(_headed(original, final), IDS).logits[:, 0]
             close(logits[:, i], expected)
 
 
 def _headed(original: Any, states: Tensor) -> Any:
     """The library's model, whose layers give these states: to read them out as it does."""
-    from transformers.modeling_outputs import MoeModelOutputWithPast
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    class Output(BaseModelOutputWithPastAndCrossAttentions):
+        router_logits = None
 
     class Trunk(torch.nn.Module):
-        def forward(self, *_: Any, **options: Any) -> MoeModelOutputWithPast:
-            return MoeModelOutputWithPast(last_hidden_state=states[:, None])
+        decoder = property(lambda self: self)  # OPT's
+
+        def forward(self, *_: Any, **options: Any) -> Output:
+            return Output(last_hidden_state=states[:, None])
 
     few = copy.copy(original)
     few._modules = dict(original._modules) | {original.base_model_prefix: Trunk()}
@@ -312,6 +403,12 @@ def test_kernels_agree_or_are_refused(family: str, values: dict[str, Any]) -> No
             },
             "rope_type longrope, which change with the text's length",
         ),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True, which has layers.*to False"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True, which scales"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False: its stack ends without a norm"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = True, which leaves no norm"),
+        ("opt", {"layerdrop": 0.1}, "layerdrop = 0.1, which leaves layers out.*; set layerdrop to 0.0"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16, and projects to hidden_size = 32 and back"),
     ],
 )
 def test_variants_that_are_refused(family: str, values: dict[str, Any], message: str) -> None:
@@ -319,9 +416,30 @@ def test_variants_that_are_refused(family: str, values: dict[str, Any], message:
         db.convert(original_of(family, VARIANTS[family]["default"] | values))
 
 
+def test_layers_that_start_by_the_depth_are_drawn_as_in_the_whole_model() -> None:
+    """GPT-2's; the positive control is what a model of a block's layers has."""
+    config = GPT2Config(vocab_size=27, n_embd=64, n_layer=8, n_head=2)
+    built = build(Fresh("GPT2LMHeadModel", config, seed=0), db.BlocksConfig(num_blocks=4))
+    expected = config.initializer_range / math.sqrt(2 * config.n_layer)
+    for block in built.blocks:
+        for layer in block.layers():
+            for projection in (layer.attn.c_proj, layer.mlp.c_proj):  # type: ignore[union-attr]
+                assert projection.weight.std().item() == pytest.approx(expected, rel=0.05)  # type: ignore[union-attr, operator]
+    few = families.instantiate("GPT2LMHeadModel", families.with_layers("GPT2LMHeadModel", config, range(2)))
+    assert few.transformer.h[0].mlp.c_proj.weight.std().item() == pytest.approx(2 * expected, rel=0.05)  # type: ignore[union-attr, index]
+
+
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [("olmo3", "kinds"), ("gemma3", "kinds"), ("smollm3", "sliding"), ("qwen2-moe", "sparse"), ("qwen3-moe", "some")],
+    [
+        ("cohere2", "kinds"),
+        ("exaone4", "kinds"),
+        ("olmo3", "kinds"),
+        ("gemma3", "kinds"),
+        ("smollm3", "sliding"),
+        ("qwen2-moe", "sparse"),
+        ("qwen3-moe", "some"),
+    ],
 )
 def test_layers_keep_their_kinds_when_blocks_are_built_and_branched(family: str, variant: str) -> None:
     """Fresh blocks are drawn from a model of their own layers, a branch from one of all of them."""
@@ -344,19 +462,3 @@ def test_layers_keep_their_kinds_when_blocks_are_built_and_branched(family: str,
         theirs = cut(original, layers).state_dict()
         of_layers = [{n: t.shape for n, t in state.items() if ".layers." in n} for state in (ours, theirs)]
         assert of_layers[0] == of_layers[1]
-
-
-SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
-
-
-@pytest.mark.parametrize(
-    "family", [name for name in CAUSAL_VARIANTS if name not in ("granite", "olmo2", "gemma", "gpt-neox")]
-)
-def test_texts_longer_than_a_window_are_refused(family: str) -> None:
-    values = usual(family) | SLIDING
-    if family in ("ministral", "olmo3", "gemma2", "gemma3", "gpt-oss"):
-        values["layer_types"] = MIXED
-    model = db.convert(original_of(family, values), db.BlocksConfig(num_blocks=2))
-    assert model.loss(token_batch(2, length=8), 0, seeded()).shape == (2,)
-    with pytest.raises(ValueError, match="12 tokens, but the model's attention slides over 8"):
-        model.loss(token_batch(2), 0, seeded())

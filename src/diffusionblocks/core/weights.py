@@ -78,12 +78,12 @@ class Fresh(WeightSource):
 
     A block's layers are those of an instance with as many layers, seeded by (seed, block); its shared parameters those
     of an instance of one layer, seeded by the seed alone, so they are equal in all blocks. This needs an initialisation
-    that depends neither on the depth of the model nor on a layer's place in it. So it is for all supported classes but
-    one: ViT, DeiT, DINOv2 and language models draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT
-    with torch's defaults, and DINOv2's layer scale and drop path are the same in all layers. The one is our
-    `RecurrentDepth`, which has one block: its shared parameters are those of an instance of full depth. Where a class
-    makes layers that differ in their attributes, these are right all the same, because the modules are those of the
-    model at its full depth.
+    that does not depend on a layer's place in the model, and on its depth by a factor at most
+    (`Family.initial_scale`, GPT-2). So it is for all supported classes but one: ViT, DeiT, DINOv2 and language models
+    draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT with torch's defaults, and DINOv2's layer
+    scale and drop path are the same in all layers. The one is our `RecurrentDepth`, which has one block: its shared
+    parameters are those of an instance of full depth. Where a class makes layers that differ in their attributes,
+    these are right all the same, because the modules are those of the model at its full depth.
 
     Args:
         model_class: name of a supported class.
@@ -118,8 +118,11 @@ class Fresh(WeightSource):
             del values
         of_layers = {self._name_from(layers.start, name): name for name in names if not self._is_shared(name)}
         if of_layers:
-            values = self._draw(layers, f"block {block}")
-            yield from ((of_layers[name], tensor) for name, tensor in values.items() if name in of_layers)
+            values, family = self._draw(layers, f"block {block}"), family_named(self.model_class)
+            for name, tensor in values.items():
+                if name in of_layers:
+                    scale = family.initial_scale(name, self.model_config, len(layers))
+                    yield of_layers[name], tensor if scale == 1 else tensor * scale
 
     def _is_shared(self, name: str) -> bool:
         _, shared = self._layers_and_shared

@@ -48,7 +48,7 @@ class CausalLMFamily(NextTokenFamily):
 
     A head that is tied to the input embedding is untied, for blocks that train apart have one copy of each; its weights
     start as they were. A class that embeds, attends or reads out in another way subclasses this one and overrides
-    `embed`, `rotations`, `keys_values` or `head_logits`.
+    `embed`, `add_positions`, `rotations`, `keys_values` or `head_logits`.
     """
 
     classes: ClassVar[tuple[str, ...]] = (
@@ -64,18 +64,21 @@ class CausalLMFamily(NextTokenFamily):
     )
     library = TRANSFORMERS
     layers: ClassVar[str] = "model.layers"
-    #: paths of the input embedding and of the rotary positions
+    #: path of the input embedding
     embedding: ClassVar[str] = "model.embed_tokens"
-    rotary: ClassVar[str] = "model.rotary_emb"
+    #: path of the rotary positions; None where a model has positions of another kind
+    rotary: ClassVar[str | None] = "model.rotary_emb"
     #: path within a layer of its attention
     attention: ClassVar[str] = "self_attn"
     stem: ClassVar[tuple[str, ...]] = ("model.embed_tokens", "model.rotary_emb")
     head = ("model.norm", "lm_head")
-    norms = ("input_layernorm", "post_attention_layernorm")
+    norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
     final_norm: ClassVar[str] = "model.norm"
     embedding_path = "model.embed_tokens.weight"
     shift = 0  # a noisy position of its own for each token
     shape_fields = ("max_position_embeddings",)  # texts may be shorter
+    #: the config value that is the dropout of attention's weights
+    dropout_field: ClassVar[str] = "attention_dropout"
     #: the attention implementations that give what the class means
     kernels: ClassVar[tuple[str, ...]] = KERNELS
 
@@ -89,8 +92,8 @@ class CausalLMFamily(NextTokenFamily):
                 f"{name} has attn_implementation = {kernel}, which knows no two streams of this class; allowed: "
                 f"{', '.join(self.kernels)}"
             )
-        if kernel == "flex_attention" and config.attention_dropout > 0:
-            raise ValueError(f"{name}: flex_attention has no dropout; set attention_dropout to 0, or use sdpa")
+        if kernel == "flex_attention" and getattr(config, self.dropout_field) > 0:
+            raise ValueError(f"{name}: flex_attention has no dropout; set {self.dropout_field} to 0, or use sdpa")
         for rope in _rope_types(config):
             if rope in ("dynamic", "longrope"):
                 raise ValueError(
@@ -121,8 +124,9 @@ class CausalLMFamily(NextTokenFamily):
         tied = embedding.get_parameter("weight")
         if head.weight is tied:
             head.weight = nn.Parameter(tied.detach().clone(), tied.requires_grad)
-        trunk, _, name = self.rotary.rpartition(".")
-        network.get_submodule(trunk).add_module(name, ExactRotation(network.get_submodule(self.rotary)))
+        if self.rotary is not None:
+            trunk, _, name = self.rotary.rpartition(".")
+            network.get_submodule(trunk).add_module(name, ExactRotation(network.get_submodule(self.rotary)))
         for layer in network.get_submodule(self.layers).children():
             attention: Any = layer.get_submodule(self.attention)
             kernel = (attention.config._attn_implementation or "sdpa").removeprefix(_PREFIX)
@@ -153,16 +157,37 @@ class CausalLMFamily(NextTokenFamily):
         noisy_tokens = call.extra["noisy_token"](call.z).to(clean.dtype)
         if call.extra["noisy_token"].previous:
             noisy_tokens = noisy_tokens + _before(clean, streams)
-        states = torch.cat([noisy_tokens, clean], dim=1)
-        layers = list(zip(call.layers, self.rotations(call, states, streams.positions), strict=True))
+        states = self.add_positions(call.network, torch.cat([noisy_tokens, clean], dim=1), streams.positions)
+        masks = self._masks(call.network, streams)
+        layers = list(zip(call.layers, self.rotations(call, states, streams.positions), masks, strict=True))
         both = len(layers) if call.clean_output else len(layers) - 1
-        for layer, rotation in layers[:both]:
-            states = layer(states, leading=noisy, position_embeddings=rotation, streams=streams)
-        for layer, rotation in layers[both:]:
-            states = layer(states, rotation, streams, call=self._noisy_alone)
+        for layer, rotation, mask in layers[:both]:
+            states = layer(
+                states,
+                leading=noisy,
+                attention_mask=mask,
+                position_ids=streams.positions,
+                position_embeddings=rotation,
+            )
+        for layer, rotation, mask in layers[both:]:
+            states = layer(states, rotation, mask, call=self._noisy_alone)
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
+
+    def _masks(self, network: nn.Module, streams: Streams) -> list[Streams]:
+        """What each of the block's layers sees: attention of some may slide."""
+        windows = [window_of(attention) for attention in self._attentions(network)]
+        each = {window: streams.within(window) for window in dict.fromkeys(windows)}
+        return [each[window] for window in windows]
+
+    def _attentions(self, network: nn.Module) -> list[Any]:
+        layers = network.get_submodule(self.layers).children()
+        return [layer.get_submodule(self.attention) for layer in layers]
+
+    def config_of(self, network: nn.Module) -> Any:
+        """The config of a block's network: its layers have it."""
+        return self._attentions(network)[0].config
 
     @override
     def values_of_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
@@ -178,17 +203,26 @@ class CausalLMFamily(NextTokenFamily):
         """What the first layer is given of clean tokens: (batch, length) -> (batch, length, dim)."""
         return network.get_submodule(self.embedding)(tokens)  # type: ignore[no-any-return]
 
-    def rotations(self, call: BlockCall, states: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """Cosines and sines for each of the block's layers."""
-        return [call.module(self.rotary)(states, positions)] * len(call.layers)
+    def add_positions(self, network: nn.Module, states: Tensor, positions: Tensor) -> Tensor:
+        """What the first layer is given of embeddings (batch, length, dim) at their positions, where it is told them
+        there."""
+        return states
 
-    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def rotations(self, call: BlockCall, states: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, ...]]:
+        """Cosines and sines for each of the block's layers; nothing for each, where positions are not rotary."""
+        rotation = () if self.rotary is None else call.module(self.rotary)(states, positions)
+        return [rotation] * len(call.layers)
+
+    def keys_values(
+        self, layer: Any, clean: Tensor, rotation: tuple[Tensor, ...], positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What a layer attends to of the clean positions.
 
         Args:
             layer: of the network.
             clean: what the layer is given there, (batch, length, dim).
             rotation: cosines and sines of these positions.
+            positions: themselves, (1 or batch, length).
 
         Returns:
             Keys and values (batch, key heads, length, dim of a head).
@@ -199,29 +233,25 @@ class CausalLMFamily(NextTokenFamily):
         )
         if hasattr(attention, "k_norm"):
             key = attention.k_norm(key)
-        return rotated(key.transpose(1, 2), rotation), value.transpose(1, 2)
+        return _rotated(key.transpose(1, 2), rotation), value.transpose(1, 2)
 
     def head_logits(self, network: nn.Module, states: Tensor) -> Tensor:
         """The model's own logits of what its final norm gives: (..., dim) -> (..., vocab_size)."""
         return network.get_submodule("lm_head")(states)  # type: ignore[no-any-return]
 
-    def _noisy_alone(self, layer: Any, states: Tensor, rotation: tuple[Tensor, Tensor], streams: Streams) -> Tensor:
+    def _noisy_alone(self, layer: Any, states: Tensor, rotation: tuple[Tensor, ...], streams: Streams) -> Tensor:
         """A layer at the noisy positions; of the clean ones only keys and values, which is all that is read there."""
         sizes = [streams.noisy, streams.clean]
         at_noisy, clean = states.split(sizes, dim=1)
-        (cosine, clean_cosine), (sine, clean_sine) = (part.split(sizes, dim=1) for part in rotation)
-        keys_values = self.keys_values(layer, clean, (clean_cosine, clean_sine))
-        return layer(at_noisy, position_embeddings=(cosine, sine), streams=streams, clean=keys_values)  # type: ignore[no-any-return]
+        positions, clean_positions = streams.positions.split(sizes, dim=1)
+        of_noisy, of_clean = (tuple(part.split(sizes, dim=1)[i] for part in rotation) for i in (0, 1))
+        mask = streams.beside(*self.keys_values(layer, clean, of_clean, clean_positions))
+        return layer(at_noisy, attention_mask=mask, position_ids=positions, position_embeddings=of_noisy)  # type: ignore[no-any-return]
 
     def _check_length(self, network: nn.Module, length: int) -> None:
-        config: Any = network.get_submodule(self.rotary).config
-        if length > config.max_position_embeddings:
-            raise ValueError(
-                f"{length} tokens, but the model takes {config.max_position_embeddings} (max_position_embeddings)"
-            )
-        window = attention_window(config)
-        if window is not None and length > window:
-            raise ValueError(f"{length} tokens, but the model's attention slides over {window}, which is not supported")
+        most = self.config_of(network).max_position_embeddings
+        if length > most:
+            raise ValueError(f"{length} tokens, but the model takes {most} (max_position_embeddings)")
 
     def whole_states(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """What the head of an unconverted model is given: tokens (batch, length), no padding -> (batch, length, dim).
@@ -232,7 +262,7 @@ class CausalLMFamily(NextTokenFamily):
         """
         _register_kernels()
         whole: Any = model
-        config, window = whole.base_model.config, attention_window(whole.base_model.config)
+        config, window = whole.base_model.config, _narrowest(whole.base_model.config)
         kernel = config._attn_implementation
         plain = kernel in {"sdpa", "flex_attention"} & {*self.kernels} and (window is None or tokens.shape[1] <= window)
         try:
@@ -255,26 +285,37 @@ class CausalLMFamily(NextTokenFamily):
         return call.extra["logit_scale"](self.head_logits(call.network, normed))  # type: ignore[no-any-return]
 
 
-def attention_window(config: Any) -> int | None:
-    """How far back attention sees, where that is not all the way."""
+def window_of(attention: Any) -> int | None:
+    """How many tokens the attention of one layer sees, its own included; None: all of the past.
+
+    The class must know the value: of any other, a config keeps what it is given and nobody reads it.
+    """
+    config = attention.config
+    kinds = getattr(config, "layer_types", None)
+    if not hasattr(type(config), "sliding_window") or (
+        kinds is not None and kinds[attention.layer_idx] != "sliding_attention"
+    ):
+        return None
+    return config.sliding_window  # type: ignore[no-any-return]
+
+
+def _narrowest(config: Any) -> int | None:
+    """The shortest window of a model's layers."""
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def rotated(key: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Keys (batch, heads, length, dim) at their positions; their first entries alone where the rotation has fewer."""
+def _rotated(key: Tensor, rotation: tuple[Tensor, ...]) -> Tensor:
+    """Keys (batch, heads, length, dim) at their positions."""
     from transformers.models.llama.modeling_llama import rotate_half
 
     cosine, sine = (part[:, None] for part in rotation)
-    width = cosine.shape[-1]
-    turned, rest = key[..., :width], key[..., width:]
-    turned = (turned * cosine + rotate_half(turned) * sine).to(key.dtype)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    return ((key * cosine) + (rotate_half(key) * sine)).to(key.dtype)  # type: ignore[no-any-return]
 
 
 def _rope_types(config: Any) -> set[str]:
     """The kinds of rotary positions of a model, of which some have one for each kind of layer."""
-    values = config.rope_parameters or {}
+    values = getattr(config, "rope_parameters", None) or {}
     each = [part for part in values.values() if isinstance(part, dict)] or [values]
     return {part.get("rope_type", "default") for part in each}
 

@@ -2,62 +2,102 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 from ..layers.adaptive_norms import unadapted
-from .causal_lm import CausalLMFamily, rotated
+from ..layers.two_streams import KeysValues
+from .causal_lm import CausalLMFamily
 from .family import BlockCall, register_family
+
+
+@register_family
+class AnyAttentionFamily(CausalLMFamily):
+    """Classes whose attention makes keys in a way of its own: it is run on the clean positions for them.
+
+    They have layers without positions, one projection for queries, keys and values, other rotations, or clipped keys.
+    Queries are computed there too, and read by nobody; compiled, they are left out.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = (
+        "SmolLM3ForCausalLM",
+        "Phi3ForCausalLM",
+        "OlmoForCausalLM",
+        "OlmoeForCausalLM",
+        "GlmForCausalLM",
+        "Glm4ForCausalLM",
+        "Ministral3ForCausalLM",
+    )
+    #: path within a layer of the norm before its attention; None where there is none
+    norm_before: ClassVar[str | None] = "input_layernorm"
+
+    @override
+    def keys_values(
+        self, layer: Any, clean: Tensor, rotation: tuple[Tensor, ...], positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        states = clean if self.norm_before is None else unadapted(layer.get_submodule(self.norm_before), clean)
+        notes = KeysValues()
+        attention = layer.get_submodule(self.attention)
+        attention(states, attention_mask=notes, position_ids=positions, position_embeddings=rotation)
+        return notes.key, notes.value
 
 
 @register_family
 class GraniteFamily(CausalLMFamily):
     """Granite: embeddings and logits are scaled (its residuals and attention scores are scaled by its layers)."""
 
-    classes = ("GraniteForCausalLM",)
+    classes = ("GraniteForCausalLM", "GraniteMoeForCausalLM")
 
     @override
     def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
-        return super().embed(network, tokens) * float(_config(network).embedding_multiplier)
+        return super().embed(network, tokens) * float(self.config_of(network).embedding_multiplier)
 
     @override
     def head_logits(self, network: nn.Module, states: Tensor) -> Tensor:
-        return super().head_logits(network, states) / float(_config(network).logits_scaling)
+        return super().head_logits(network, states) / float(self.config_of(network).logits_scaling)
 
 
 @register_family
-class SmolLM3Family(CausalLMFamily):
-    """SmolLM3: some layers have no positions."""
+class StableLmFamily(AnyAttentionFamily):
+    """StableLM: attention and MLP side by side, or one after the other."""
 
-    classes = ("SmolLM3ForCausalLM",)
+    classes = ("StableLmForCausalLM",)
 
     @override
-    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        if not layer.self_attn.use_rope:
-            cosine, sine = rotation
-            rotation = cosine[..., :0], sine[..., :0]
-        return super().keys_values(layer, clean, rotation)
+    def layer_norms(self, layer: nn.Module) -> list[nn.Module]:
+        return [norm for name in self.norms if (norm := getattr(layer, name)) is not None]
 
 
 @register_family
-class Phi3Family(CausalLMFamily):
-    """Phi-3 and Phi-4: one projection for queries, keys and values."""
+class PhiFamily(AnyAttentionFamily):
+    """Phi-1, Phi-1.5 and Phi-2: one norm for attention and MLP, and dropout of embeddings."""
 
-    classes = ("Phi3ForCausalLM",)
+    classes = ("PhiForCausalLM",)
+    norms = ("input_layernorm",)
+    stem = ("model.embed_tokens", "model.embed_dropout", "model.rotary_emb")
+    head = ("model.final_layernorm", "lm_head")
+    final_norm = "model.final_layernorm"
 
     @override
-    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        attention = layer.self_attn
-        projected = attention.qkv_proj(unadapted(layer.input_layernorm, clean))
-        heads = projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        count = attention.num_key_value_heads
-        key, value = heads[:, -2 * count : -count], heads[:, -count:]
-        return rotated(key, rotation), value
+    def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
+        return network.get_submodule("model.embed_dropout")(super().embed(network, tokens))  # type: ignore[no-any-return]
+
+
+@register_family
+class CohereFamily(AnyAttentionFamily):
+    """Command R: one norm for attention and MLP, and logits that are scaled."""
+
+    classes = ("CohereForCausalLM", "Cohere2ForCausalLM")
+    norms = ("input_layernorm",)
+
+    @override
+    def head_logits(self, network: nn.Module, states: Tensor) -> Tensor:
+        return super().head_logits(network, states) * float(self.config_of(network).logit_scale)
 
 
 class _ByKindOfLayer(CausalLMFamily):
@@ -68,33 +108,24 @@ class _ByKindOfLayer(CausalLMFamily):
     kind: ClassVar[str]
 
     @override
-    def rotations(self, call: BlockCall, states: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        layers: list[Any] = list(call.module(self.layers).children())
-        kinds = [getattr(layer.self_attn, self.kind) for layer in layers]
+    def rotations(self, call: BlockCall, states: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, ...]]:
+        kinds = [getattr(attention, self.kind) for attention in self._attentions(call.network)]
         each = {kind: call.module("model.rotary_emb")(states, positions, kind) for kind in dict.fromkeys(kinds)}
         return [each[kind] for kind in kinds]
 
 
-class _NormsBehind(CausalLMFamily):
-    """Norms behind attention and MLP, not before them, and of all keys at once."""
+class _NormsBehind(AnyAttentionFamily):
+    """Norms behind attention and MLP, not before them."""
 
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-
-    @override
-    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        attention = layer.self_attn
-        key, value = (
-            states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for states in (attention.k_norm(attention.k_proj(clean)), attention.v_proj(clean))
-        )
-        return rotated(key, rotation), value
+    norm_before = None
 
 
 @register_family
-class Olmo2Family(_NormsBehind):
-    """OLMo 2: norms behind attention and MLP."""
+class NormsBehindFamily(_NormsBehind):
+    """OLMo 2 and EXAONE 4."""
 
-    classes = ("Olmo2ForCausalLM",)
+    classes = ("Olmo2ForCausalLM", "Exaone4ForCausalLM")
 
 
 @register_family
@@ -114,7 +145,7 @@ class Starcoder2Family(CausalLMFamily):
     @override
     def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
         embedded = super().embed(network, tokens)
-        return F.dropout(embedded, _config(network).embedding_dropout, network.training)
+        return F.dropout(embedded, self.config_of(network).embedding_dropout, network.training)
 
 
 class _SoftCappedLogits(CausalLMFamily):
@@ -124,7 +155,7 @@ class _SoftCappedLogits(CausalLMFamily):
 
     @override
     def head_logits(self, network: nn.Module, states: Tensor) -> Tensor:
-        logits, most = super().head_logits(network, states), _config(network).final_logit_softcapping
+        logits, most = super().head_logits(network, states), self.config_of(network).final_logit_softcapping
         return logits if most is None else F.tanh(logits / most) * most
 
 
@@ -145,21 +176,16 @@ class Gemma3Family(_SoftCappedLogits, _ByKindOfLayer):
 
 
 @register_family
-class GptOssFamily(CausalLMFamily):
+class GptOssFamily(AnyAttentionFamily):
     """gpt-oss: attention may go to a key that is not there, which `eager` alone does."""
 
     classes = ("GptOssForCausalLM",)
     kernels = ("eager",)
 
-    @override
-    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        cosine, sine = (torch.cat([half, half], dim=-1) for half in rotation)
-        return super().keys_values(layer, clean, (cosine, sine))
-
 
 @register_family
-class GPTNeoXFamily(CausalLMFamily):
-    """GPT-NeoX and Pythia: names of its own, one projection, and attention and MLP side by side."""
+class GPTNeoXFamily(AnyAttentionFamily):
+    """GPT-NeoX and Pythia: names of its own, and attention and MLP side by side."""
 
     classes = ("GPTNeoXForCausalLM",)
     layers = "gpt_neox.layers"
@@ -175,14 +201,93 @@ class GPTNeoXFamily(CausalLMFamily):
     def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
         return network.get_submodule("gpt_neox.emb_dropout")(super().embed(network, tokens))  # type: ignore[no-any-return]
 
+
+@register_family
+class GPT2Family(AnyAttentionFamily):
+    """GPT-2: learned positions, and names of its own."""
+
+    classes = ("GPT2LMHeadModel",)
+    layers = "transformer.h"
+    embedding = "transformer.wte"
+    rotary = None
+    attention = "attn"
+    stem = ("transformer.wte", "transformer.wpe", "transformer.drop")
+    head = ("transformer.ln_f", "lm_head")
+    norms = ("ln_1", "ln_2")
+    norm_before = "ln_1"
+    final_norm = "transformer.ln_f"
+    embedding_path = "transformer.wte.weight"
+    depth_field = "n_layer"
+    width_field = "n_embd"
+    shape_fields = ("n_positions",)
+    dropout_field = "attn_pdrop"
+
     @override
-    def keys_values(self, layer: Any, clean: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        attention = layer.attention
-        projected = attention.query_key_value(unadapted(layer.input_layernorm, clean))
-        _, key, value = projected.unflatten(-1, (-1, 3 * attention.head_size)).transpose(1, 2).chunk(3, dim=-1)
-        return rotated(key, rotation), value
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        _refuse(
+            model,
+            add_cross_attention="has layers that attend to an encoder, which blocks have not",
+            scale_attn_by_inverse_layer_idx="scales scores by a layer's number, which changes when blocks are branched",
+        )
+
+    @override
+    def add_positions(self, network: nn.Module, states: Tensor, positions: Tensor) -> Tensor:
+        placed = states + network.get_submodule("transformer.wpe")(positions)
+        return network.get_submodule("transformer.drop")(placed)  # type: ignore[no-any-return]
+
+    @override
+    def initial_scale(self, name: str, config: Any, layers: int) -> float:
+        """The last projections of attention and MLP start smaller, the more layers there are."""
+        return math.sqrt(layers / config.n_layer) if name.endswith(".c_proj.weight") else 1.0
 
 
-def _config(network: nn.Module) -> Any:
-    """The config of a model, or of one that was converted: its rotary positions have it."""
-    return network.get_submodule("model.rotary_emb").config
+@register_family
+class OPTFamily(AnyAttentionFamily):
+    """OPT: learned positions. The norm before an MLP, which sees positions in one row, is not told the level."""
+
+    classes = ("OPTForCausalLM",)
+    layers = "model.decoder.layers"
+    embedding = "model.decoder.embed_tokens"
+    rotary = None
+    stem = ("model.decoder.embed_tokens", "model.decoder.embed_positions")
+    head = ("model.decoder.final_layer_norm", "lm_head")
+    norms = ("self_attn_layer_norm",)
+    norm_before = "self_attn_layer_norm"
+    final_norm = "model.decoder.final_layer_norm"
+    embedding_path = "model.decoder.embed_tokens.weight"
+
+    @override
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        config: Any = model.config
+        if not config.do_layer_norm_before:
+            raise ValueError(
+                f"{type(model).__name__} has do_layer_norm_before = False: its stack ends without a norm to read a "
+                "block's states through; allowed: True"
+            )
+        _refuse(
+            model,
+            _remove_final_layer_norm="leaves no norm to read a block's states through",
+            layerdrop="leaves layers out of a step at random, which may be all of a block",
+        )
+        if config.word_embed_proj_dim != config.hidden_size:
+            raise ValueError(
+                f"{type(model).__name__} has word_embed_proj_dim = {config.word_embed_proj_dim}, and projects to "
+                f"hidden_size = {config.hidden_size} and back; blocks denoise at one width: they must be equal"
+            )
+
+    @override
+    def add_positions(self, network: nn.Module, states: Tensor, positions: Tensor) -> Tensor:
+        # The mask, from which the library would count positions, is not read where they are given.
+        embed = network.get_submodule("model.decoder.embed_positions")
+        return states + embed(None, position_ids=positions)  # type: ignore[no-any-return]
+
+
+def _refuse(model: nn.Module, **reasons: str) -> None:
+    """Refuse a model whose config sets one of these fields."""
+    for name, reason in reasons.items():
+        if value := getattr(model.config, name):
+            raise ValueError(
+                f"{type(model).__name__} has {name} = {value}, which {reason}; set {name} to {type(value)()}"
+            )

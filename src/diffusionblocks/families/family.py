@@ -201,6 +201,18 @@ class Family(abc.ABC):
         """The config values, of a model that has these of its layers, that say what kind each of its layers is."""
         return {}
 
+    def initial_scale(self, name: str, config: Any, layers: int) -> float:
+        """By what to multiply a layer's fresh tensor.
+
+        For a class whose layers start by the depth of the model: in one of that many layers, to be as in the whole.
+
+        Args:
+            name: of the tensor in the model.
+            config: of the whole model.
+            layers: of the model that was made for a block.
+        """
+        return 1.0
+
     def input_names(self, config: Any) -> tuple[str, ...]:
         """The batch entries that are the input x."""
         return self.inputs

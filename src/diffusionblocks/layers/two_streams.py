@@ -5,13 +5,17 @@ Clean position i sees clean positions <= i: an ordinary causal model. Noisy posi
 past, and itself; never the clean token that it is to predict. Clean positions never see noisy ones, so what they give
 does not depend on the noise level, and their keys and values can be kept while text is generated (`Past`).
 
-Three kernels give the same: `sdpa` (no mask for the clean half, boolean masks of some hundred rows for the noisy half),
-`flex_attention` (one call under a block mask: what a GPU wants at long lengths) and `eager` (plain matrix products
-under the whole mask: the reference).
+Where attention slides over a window of w tokens, position i of either stream sees only what is behind i - w: a noisy
+position the w - 1 clean ones before it, and itself (`Streams.within`).
+
+Three kernels give the same: `sdpa` (no mask for a clean half that sees all of its past, else boolean masks of some
+hundred rows), `flex_attention` (one call under a block mask: what a GPU wants at long lengths) and `eager` (plain
+matrix products under the whole mask: the reference).
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +98,15 @@ class Streams:
         device: of the masks.
         past: clean tokens seen before; with it there is at most one noisy position, behind all clean ones.
         counts: how many of the clean positions of each row are tokens, (batch,), with `past`; None: all.
+
+    Attributes:
+        positions: of each position in its text, (1 or batch, noisy + clean).
+        window: how many tokens attention sees, the position's own included; None: all of the past.
     """
+
+    window: int | None = None
+    #: keys and values of the clean positions, where a layer runs at the noisy ones alone
+    _clean: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -125,12 +137,52 @@ class Streams:
         itself[:, :noisy] = True
         self._over_past = torch.cat([visible, itself], dim=2)[:, None]
 
+    def within(self, window: int | None) -> Streams:
+        """The same positions, of which each sees only so many tokens, its own included; None: all of its past."""
+        last = self.noisy - 1 if self.past is None else self.past.most + self.clean
+        if window is None or window > last:
+            return self
+        streams = copy.copy(self)
+        streams.window = window
+        if self.past is not None:
+            keys = torch.arange(last, device=self.positions.device)
+            near = F.pad(keys > self.positions[:, :, None] - window, (0, self.noisy), value=True)
+            streams._over_past = self._over_past & near[:, None]
+        return streams
+
+    def beside(self, key: Tensor, value: Tensor) -> Streams:
+        """The same, where a layer runs at the noisy positions alone, with these keys and values of the clean ones."""
+        streams = copy.copy(self)
+        streams._clean = key, value
+        return streams
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """`two_streams` in an attention module of transformers: (batch, heads, length, dim) of each."""
+        if self._clean is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), self._clean, strict=True))
+        # Read only where it counts: compiled layers that ask for their numbers share no graph.
+        layer = 0 if self.past is None else int(module.layer_idx)  # type: ignore[arg-type]
+        return two_streams(query, key, value, self, layer=layer, **options)
+
+    def first_key(self, start: int) -> int:
+        """The first clean key that rows from `start` on see."""
+        return 0 if self.window is None else max(0, start - self.window + 1)
+
+    def _near(self, query: Tensor, key: Tensor) -> Tensor | bool:
+        return True if self.window is None else key > query - self.window
+
     def rows(self, start: int, stop: int) -> Tensor:
-        """What noisy rows start..stop see of clean keys 0..stop, and of their own: bool (rows, stop + rows)."""
+        """What noisy rows start..stop see of clean keys first_key..stop, and of their own: bool (rows, keys + rows)."""
         query = self.positions[0, start:stop, None]
-        key = self.positions[0, :stop]
+        key = self.positions[0, self.first_key(start) : stop]
         own = torch.eye(stop - start, dtype=torch.bool, device=key.device)
-        return torch.cat([key < query, own], dim=1)
+        return torch.cat([(key < query) & self._near(query, key), own], dim=1)
+
+    def clean_rows(self, start: int, stop: int) -> Tensor:
+        """What clean rows start..stop see of clean keys first_key..stop: bool (rows, keys)."""
+        query = self.positions[0, start:stop, None]
+        key = self.positions[0, self.first_key(start) : stop]
+        return (key <= query) & self._near(query, key)
 
     def over_past(self, queries: int) -> Tensor:
         """What the first `queries` positions see of `past` and of the noisy one: bool (batch, 1, queries, keys)."""
@@ -143,20 +195,22 @@ class Streams:
         query, key = at[:, None], at[None, :]
         to_clean = ~noisy[None, :] & torch.where(noisy[:, None], key < query, key <= query)
         own = noisy[:, None] & noisy[None, :] & (key == query)
-        return to_clean | own
+        return to_clean & self._near(query, key) | own
 
     def block_mask(self, queries: int, device: torch.device) -> BlockMask:
         """`whole` of the first `queries` positions for FlexAttention, which never makes it."""
         make = _block_mask if torch.compiler.is_compiling() else _cached_block_mask
-        return make(self.noisy, queries, device)
+        return make(self.noisy, queries, device, self.window)
 
 
-def _block_mask(length: int, queries: int, device: torch.device) -> BlockMask:
+def _block_mask(length: int, queries: int, device: torch.device, window: int | None) -> BlockMask:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         from_noisy, to_noisy = query < length, key < length
         i = torch.where(from_noisy, query, query - length)
         j = torch.where(to_noisy, key, key - length)
         clean_past = ~to_noisy & torch.where(from_noisy, j < i, j <= i)
+        if window is not None:
+            clean_past = clean_past & (j > i - window)
         return clean_past | (query == key)
 
     from torch.nn.attention.flex_attention import create_block_mask
@@ -230,16 +284,27 @@ def two_streams(
     attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
     (noisy_k, clean_k), (noisy_v, clean_v) = (t.split(n, dim=2) for t in (key, value))
     noisy_q, *clean_q = query.split(n, dim=2)
-    parts, start = [], 0
     rows = _ROWS_ON_CPU if query.device.type == "cpu" else _ROWS
-    for q, k, v in zip(*(t.split(rows, dim=2) for t in (noisy_q, noisy_k, noisy_v)), strict=True):
+    parts = []
+    for start, q in _in_rows(noisy_q, rows):
         stop = start + q.shape[2]
-        keys = torch.cat([clean_k[:, :, :stop], k], dim=2)
-        values = torch.cat([clean_v[:, :, :stop], v], dim=2)
+        first, own = streams.first_key(start), slice(start, stop)
+        keys = torch.cat([clean_k[:, :, first:stop], noisy_k[:, :, own]], dim=2)
+        values = torch.cat([clean_v[:, :, first:stop], noisy_v[:, :, own]], dim=2)
         parts.append(attend(q, keys, values, streams.rows(start, stop)))
-        start = stop
-    parts += [attend(q, clean_k, clean_v, is_causal=True) for q in clean_q]  # one, or none
+    for whole in clean_q:  # one, or none
+        if streams.window is None:
+            parts.append(attend(whole, clean_k, clean_v, is_causal=True))
+            continue
+        for start, q in _in_rows(whole, rows):
+            part = slice(streams.first_key(start), start + q.shape[2])
+            parts.append(attend(q, clean_k[:, :, part], clean_v[:, :, part], streams.clean_rows(start, part.stop)))
     return torch.cat(parts, dim=2)
+
+
+def _in_rows(query: Tensor, rows: int) -> list[tuple[int, Tensor]]:
+    """So many positions at a time, each with where they start."""
+    return [(rows * i, part) for i, part in enumerate(query.split(rows, dim=2))]
 
 
 def _reference(
@@ -263,16 +328,31 @@ def _reference(
     return F.dropout(weights, dropout) @ value
 
 
+class KeysValues:
+    """A mask that notes what attention would have seen, and lets it see nothing: for what a layer gives others.
+
+    Attributes:
+        key: (batch, key heads, length, dim), after whatever a class does to it.
+        value: likewise.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        """Note keys and values; the queries as they are, which nobody reads."""
+        self.key, self.value = key, value
+        return query
+
+
 def library_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Streams | KeysValues,
     *,
     kernel: str,
-    streams: Streams,
-    clean: tuple[Tensor, Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -281,23 +361,9 @@ def library_attention(
 ) -> tuple[Tensor, None]:
     """`two_streams` as an attention function of transformers (`AttentionInterface`): (batch, length, heads, dim).
 
-    `s_aux` is the library's name for sinks.
-    `clean`: keys and values of the clean positions, where the layer runs at the noisy ones alone.
+    The mask says what is seen, the window of each layer included. `s_aux` is the library's name for sinks.
     """
-    assert attention_mask is None, "the streams say what is seen"
-    if clean is not None:
-        key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), clean, strict=True))
-    out = two_streams(
-        query,
-        key,
-        value,
-        streams,
-        # Read only where it counts: compiled layers that ask for their numbers share no graph.
-        layer=0 if streams.past is None else int(module.layer_idx),  # type: ignore[arg-type]
-        scale=scaling,
-        dropout=dropout,
-        kernel=kernel,
-        softcap=softcap,
-        sinks=s_aux,
+    out = attention_mask.attend(
+        module, query, key, value, scale=scaling, dropout=dropout, kernel=kernel, softcap=softcap, sinks=s_aux
     )
     return out.transpose(1, 2).contiguous(), None

@@ -153,22 +153,6 @@ class NextTokenText(Task[LanguageConfig]):
         """Ids that no text has are never targets, and are not generated: vocabularies are padded to round numbers."""
         return model >= data or model == 0
 
-    def check_examples(self, experiment: Experiment, model: nn.Module, data: Dataset) -> None:
-        """Refuse also texts that are longer than the blocks' attention slides over."""
-        super().check_examples(experiment, model, data)
-        window = self._window(experiment, model)
-        if window is not None and data.example_shape[0] > window:
-            raise ValueError(
-                f"data.length = {data.example_shape[0]}, but the model's attention slides over {window} tokens "
-                f"(sliding_window), which two streams do not: --set data.length={window}"
-            )
-
-    def _window(self, experiment: Experiment, model: nn.Module) -> int | None:
-        """How many tokens the attention of blocks slides over; None: over all, or no blocks."""
-        from ...families.causal_lm import attention_window
-
-        return attention_window(experiment.config_of(model)) if experiment.of_blocks(model) else None
-
     def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
         """Those of the cross-entropies, and of the continuations."""
         options = self.options(experiment)
@@ -200,7 +184,7 @@ class NextTokenText(Task[LanguageConfig]):
             )
 
     def check_room(self, experiment: Experiment, model: nn.Module, longest: int, new_tokens: int) -> None:
-        """Refuse texts that grow longer than the model has positions, or than it attends over, converted or not.
+        """Refuse texts that grow longer than the model has positions, converted or not.
 
         Args:
             experiment: of an autoregressive model.
@@ -211,9 +195,6 @@ class NextTokenText(Task[LanguageConfig]):
         config = experiment.config_of(model)
         (most,) = experiment.family.example_shape(config)
         name = "max_position_embeddings" if hasattr(config, "max_position_embeddings") else "sequence_length"
-        window = self._window(experiment, model)
-        if window is not None and window < most:
-            most, name = window, "sliding_window"
         if longest + new_tokens > most:
             raise ValueError(
                 f"a prompt of {longest} tokens and evaluate.new_tokens = {new_tokens} are {longest + new_tokens}, more "
