@@ -150,6 +150,17 @@ def test_evaluation_reports_both(data: dict[str, ImageData], together: tuple[Pat
     assert again == rows
 
 
+def test_evaluation_says_what_members_answer_alone(
+    data: dict[str, ImageData], together: tuple[Path, runs.RunResult]
+) -> None:
+    folder, result = together
+    ensemble = Ensemble.load(folder / "model")
+    ensemble.member(1).model.classifier.bias.data[3] += 100.0  # it always says 3
+    rows = recipe().task.measure(Experiment(recipe(), data), ensemble)  # type: ignore[arg-type]
+    threes = float((data["test"].first(20).labels == 3).double().mean())
+    assert [row.alone for row in rows] == [(result.rows[0].alone[0], threes)] * 2  # type: ignore[attr-defined]
+
+
 def test_compare_has_the_row(data: dict[str, ImageData], tmp_path: Path) -> None:
     made = recipe(method="diffusionblocks", train={"ema_decay": None})
     rows = ["end-to-end-2", "ensemble-2x2", "diffusionblocks"]

@@ -262,6 +262,9 @@ def test_a_row_is_of_the_predictions_by_hand() -> None:
     assert row.nll == pytest.approx(-log_probabilities[range(6), labels].mean().item(), rel=1e-5)
     assert row.accuracy == pytest.approx((log_probabilities.argmax(-1) == labels).double().mean().item())
     assert (row.combine, row.steps, row.seeds) == ("mean", 3, 2)
+    for step in range(3):
+        vote = sum(chain[view].contexts[step] for chain in chains for view in (0, 1))  # type: ignore[index]
+        assert row.alone[step] == pytest.approx((vote.argmax(-1) == labels).double().mean().item())  # type: ignore
 
 
 def test_flips_serve_every_model_alike() -> None:

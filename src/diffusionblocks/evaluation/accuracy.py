@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.model import DiffusionBlocks
 from ..sampling import Prediction, Votes, check_combination
 from ..training import Baseline
+from ..training.ensemble import Ensemble
 from .row import Row
 from .scores import Scores
 
@@ -34,6 +35,8 @@ class AccuracyRow(Row):
         combine: how parts of a model were brought together, see `DiffusionBlocks.predict`; None for a model of one.
         steps, seeds: see there; None for a baseline, which does not denoise.
         accuracy, standard_error, nll, ece: see `Scores`.
+        alone: accuracy of each part by itself: of an ensemble each member, of blocks whose votes are averaged (`mean`)
+            each step's own vote, in the order of the steps; None of other rows.
     """
 
     combine: str | None
@@ -43,6 +46,7 @@ class AccuracyRow(Row):
     standard_error: float
     nll: float
     ece: float
+    alone: tuple[float, ...] | None = None
 
 
 def accuracy_grid(
@@ -86,6 +90,7 @@ def accuracy_grid(
     for rule in rules:
         check_combination(rule, contexts=model.block(0).adds_likelihood)
     table = {setting: Scores() for setting in itertools.product(rules, counts, chains)}
+    alone = {setting: [Scores() for _ in range(setting[1])] for setting in table if setting[0] == "mean"}
     for count in counts:
         generator = torch.Generator(device=model.device).manual_seed(seed)
         predict = functools.partial(
@@ -99,7 +104,9 @@ def accuracy_grid(
                 for rule in rules if chain in chains else ():
                     answers = [each.answer(rule)[1] for each in votes]
                     table[rule, count, chain].add(_average(answers), batch["labels"])
-    return [_row(setting, scores) for setting, scores in table.items()]
+                    for step, scores in enumerate(alone.get((rule, count, chain), ())):
+                        scores.add(_average([each.context_means()[step] for each in votes]), batch["labels"])
+    return [_row(setting, scores, alone.get(setting)) for setting, scores in table.items()]
 
 
 def _baseline_rows(model: Baseline, batches: Batches, views: Views) -> list[AccuracyRow]:
@@ -109,7 +116,11 @@ def _baseline_rows(model: Baseline, batches: Batches, views: Views) -> list[Accu
         for way in predictions[0]:
             logs = [prediction[way].logits for prediction in predictions]
             ways.setdefault(way, Scores()).add(_average(logs), batch["labels"])
-    return [_row((way, None, None), scores) for way, scores in (ways or {None: Scores()}).items()]
+    rows = [_row((way, None, None), scores) for way, scores in (ways or {None: Scores()}).items()]
+    if isinstance(model, Ensemble):
+        parts = [_baseline_rows(model.member(index), batches, views)[0] for index in range(len(model.members))]
+        return [replace(row, alone=tuple(part.accuracy for part in parts)) for row in rows]
+    return rows
 
 
 def _resolve(values: Sequence[T | None], default: T) -> list[T]:
@@ -127,5 +138,8 @@ def _average(logs: Sequence[Tensor]) -> Tensor:
     return logs[0] if len(logs) == 1 else torch.stack(list(logs)).mean(dim=0).log_softmax(dim=-1)
 
 
-def _row(setting: tuple[str | None, int | None, int | None], scores: Scores) -> AccuracyRow:
-    return AccuracyRow(*setting, **asdict(scores.means()))
+def _row(
+    setting: tuple[str | None, int | None, int | None], scores: Scores, alone: Sequence[Scores] | None = None
+) -> AccuracyRow:
+    parts = None if alone is None else tuple(part.means().accuracy for part in alone)
+    return AccuracyRow(*setting, **asdict(scores.means()), alone=parts)
