@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from diffusionblocks.cli import main
+from diffusionblocks.experiments import ablation
 from diffusionblocks.experiments.ablation import _mean, ablate, settings
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
@@ -155,6 +156,45 @@ def test_the_command_prints_its_rows_and_the_table(tmp_path: Path, capsys: pytes
     assert "lr=0.002" in printed
     assert "lr=0.001" not in printed
     assert f"table: {tmp_path / 'table.json'}" in printed
+
+
+@pytest.mark.parametrize(("command", "row"), [("ablate --over train.lr=1e-3", "lr=0.001/seed-0"), ("compare", "")])
+def test_rows_start_anew(command: str, row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [] if row else ["--rows", "diffusionblocks"]
+    arguments = [*command.split(), *rows, "--out", str(tmp_path), "--quiet"]
+    verb, rest = arguments[0], arguments[1:]
+
+    def run(*more: str, **changes: Any) -> int:
+        return main([verb, str(DIGITS), *rest, *(p for text in overrides(**changes) for p in ("--set", text)), *more])
+
+    assert run("--restart", train__steps=1) == 0  # of nothing
+    capsys.readouterr()
+    assert run(train__steps=2) == 2
+    assert "train.steps = 1, this run has 2" in (message := capsys.readouterr().err)
+    assert "start anew with --restart" in message
+    assert run("--restart", train__steps=2) == 0
+    (result,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert result["iterations"] == 2 * result["blocks"]
+
+
+def test_rows_that_another_process_finishes_meanwhile_are_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Experiment(recipe(train__steps=1))
+    rows = settings(experiment.recipe, {"train.lr": [1e-3, 2e-3]})
+    write = ablation.write_results
+
+    def late(*arguments: Any, **more: Any) -> None:
+        """The other process trains its row after this one has read the rows, and before it writes its table."""
+        monkeypatch.setattr(ablation, "write_results", write)
+        ablate(experiment, tmp_path, rows, only=["lr=0.002"], progress=False, show=lambda _: None)
+        write(*arguments, **more)
+
+    monkeypatch.setattr(ablation, "write_results", late)
+    ablate(experiment, tmp_path, rows, only=["lr=0.001"], progress=False, show=lambda _: None)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["key"] for row in table["rows"]] == ["lr=0.001", "lr=0.002"]
+    assert table["finished"]
 
 
 def test_the_rows_of_a_recipe_are_its_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

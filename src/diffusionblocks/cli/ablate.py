@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", metavar="N,N", help="values of train.seed to average over (default the recipe's)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, for example overlap=0.05")
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and train nothing")
+    parser.add_argument("--restart", action="store_true", help="train the rows anew")
     takes_quiet(parser)
 
 
@@ -51,7 +52,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     def show(table: str) -> None:
         print(f"{table}\n", flush=True)
 
-    ablate(experiment, folder, rows, only=options.rows, seeds=seeds, progress=not options.quiet, show=show)
+    resume, progress = not options.restart, not options.quiet
+    ablate(experiment, folder, rows, only=options.rows, seeds=seeds, resume=resume, progress=progress, show=show)
     print(f"table: {folder / 'table.json'}")
 
 

@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="updates",
         help="what the rows have in common: updates of layers, or seconds of training",
     )
+    parser.add_argument("--restart", action="store_true", help="train the rows anew")
     takes_dry_run(parser)
     takes_quiet(parser)
 
@@ -42,7 +43,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         rows = checked_rows(experiment, folder, options.rows, options.equal)
         dry_comparison(experiment, [(row.key, experiment.derive(row.recipe)) for row in rows])
         return
-    print(compare(experiment, folder, rows=options.rows, equal=options.equal, progress=not options.quiet))
+    resume, progress = not options.restart, not options.quiet
+    print(compare(experiment, folder, rows=options.rows, equal=options.equal, resume=resume, progress=progress))
     print(f"table: {folder / 'table.json'}")
     figures = [path for name in ("samples/grid.png", "levels.png") for path in sorted(folder.glob(f"*/{name}"))]
     for figure in [folder / "figure.png", *figures]:

@@ -28,7 +28,7 @@ from .identity import check_same_run
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe, parse_recipe, put
 from .recipe_changes import depth_of, with_train
-from .run import TABLE
+from .run import TABLE, forget
 
 #: A row leaves its result in its folder under this name.
 ROW = "row.json"
@@ -213,6 +213,7 @@ def ablate(
     *,
     only: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    resume: bool = True,
     progress: bool = True,
     show: Callable[[str], None] = print,
 ) -> str:
@@ -224,6 +225,7 @@ def ablate(
         rows: what `settings` gave.
         only: keys of the rows to run; default all. The table has those of other processes too, once they are finished.
         seeds: values of `train.seed`, over which the table averages; default the recipe's own.
+        resume: False trains the selected rows anew.
         progress: show progress bars.
         show: is given the table so far whenever a row is finished.
 
@@ -242,9 +244,12 @@ def ablate(
     for run in selection:  # no row is trained before it is known that all can be
         for split in ("train", "test"):
             run.experiment.data(split)
-        if run.result() is None:
+        if not resume or run.result() is None:
             check_machine(run.experiment, run.folder)
             check_with_data(run.experiment, run.folder)
+    if not resume:
+        for run in selection:
+            run.forget()
     table = ""
     for run in selection:
         run.finish(progress)
@@ -278,6 +283,11 @@ class _Run:
         check_same_run(run, now, file)
         return row if run.get("evaluate") == now["evaluate"] else None
 
+    def forget(self) -> None:
+        """Delete its row, and what it would resume from."""
+        (self.folder / ROW).unlink(missing_ok=True)
+        forget(self.folder)
+
     def finish(self, progress: bool) -> None:
         """Train and evaluate, where that is not done."""
         if self.result() is not None:
@@ -306,10 +316,7 @@ def _runs(base: Experiment, rows: Sequence[Setting], seeds: Sequence[int], folde
 
 def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> str:
     """Write all rows that are finished, by whichever process, and return their means over the seeds as a text."""
-    results: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        if (row := run.result()) is not None:
-            results.setdefault(run.key, []).append(row)
+    results = _results(runs)
     several = len(runs) > len({run.key for run in runs})
     score = experiment.task.score if several else ""
     means, lines = [], []
@@ -330,7 +337,18 @@ def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> 
         lines.append(line)
     rows = [row for rows in results.values() for row in rows]
     write_results(folder / TABLE, rows, None, finished=len(rows) == len(runs), means=means)
+    if _results(runs) != results:  # another process wrote its row since, and its table maybe before ours
+        return _write_table(experiment, folder, runs)
     return format_table(lines)
+
+
+def _results(runs: Sequence[_Run]) -> dict[str, list[dict[str, Any]]]:
+    """The finished rows, by their keys."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if (row := run.result()) is not None:
+            results.setdefault(run.key, []).append(row)
+    return results
 
 
 def _mean(values: Sequence[Any]) -> Any:

@@ -31,7 +31,7 @@ from .experiment import Experiment
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe
 from .recipe_changes import depth_of
-from .run import TABLE, train
+from .run import TABLE, forget, train
 from .tasks.task import RunResult, Task
 
 
@@ -41,6 +41,7 @@ def compare(
     *,
     rows: Sequence[str] | None = None,
     equal: Literal["updates", "seconds"] = "updates",
+    resume: bool = True,
     progress: bool = True,
 ) -> str:
     """Train and evaluate every row; leave `folder`/table.json and figures; return the printed table.
@@ -52,6 +53,7 @@ def compare(
             former.
         equal: what the rows have in common, `updates` of layers or `seconds` of training. Of `seconds` the rows are
             those of blocks, and the baselines for as long as the last of these took.
+        resume: False trains the selected rows anew.
         progress: show progress bars.
 
     Raises:
@@ -66,10 +68,15 @@ def compare(
         table.append(row)
         write_results(folder / TABLE, table, None, finished=False)
 
+    if not resume:
+        for variant in selection:
+            forget(folder / variant.key)
     for variant in selection:
         add(variant)
     if equal == "seconds":
         for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
+            if not resume:
+                forget(folder / variant.key)
             add(variant)
     experiment.task.draw(experiment, table, results, folder)
     write_results(folder / TABLE, table, None, finished=True)

@@ -135,7 +135,7 @@ def prepare(experiment: Experiment, folder: Path, *, resume: bool = True, measur
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder, where a file of the run belongs: move it away first")
     if (folder / _RESTARTING).exists():  # a restart that was killed on its way
-        _forget(folder)
+        forget(folder)
     if resume:
         _check_resumes(folder, describe_run(experiment.recipe, None))
     check_machine(experiment, folder)
@@ -146,7 +146,7 @@ def prepare(experiment: Experiment, folder: Path, *, resume: bool = True, measur
     if resume:
         _check_resumes(folder, experiment.describe())
     else:
-        _forget(folder)
+        forget(folder)
 
 
 def fit_noise(experiment: Experiment, folder: Path, *, progress: bool = True) -> tuple[Experiment, Fit | None]:
@@ -288,9 +288,13 @@ def _phases(folder: Path) -> tuple[Path, ...]:
     return folder, folder / "trunk", folder / "fit"
 
 
-def _forget(folder: Path) -> None:
-    """Delete what a run would resume from. Killed on its way, the next run finishes it: no phase resumes without the
-    others."""
+def forget(folder: Path) -> None:
+    """Delete what a run would resume from, if there is any.
+
+    Killed on its way, the next run finishes it: no phase resumes without the others.
+    """
+    if not folder.is_dir():
+        return
     marker = folder / _RESTARTING
     marker.touch()
     for phase in _phases(folder):
