@@ -18,10 +18,12 @@ from diffusionblocks.data import ImageBatches, ImageData, digits
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.models import NoPropCNN
 from diffusionblocks.planning.predictor import Predictor
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.ensemble import Ensemble
 from diffusionblocks.training.local_learning import LocalConfig, LocalLearning
+from diffusionblocks.training.noprop_steps import NoProp
 
 CPU = torch.device("cpu")
 
@@ -130,8 +132,9 @@ def test_the_trunk_is_distilled_too_and_its_memory_counts_the_teachers(teachers:
 
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
-    ("text", {"label_smoothing": 0.1}, "train.label_smoothing = 0.1 is for classifiers"),
-    ("text", {"distill": {"teacher": "anywhere"}}, "train.distill is for classifiers"),
+    ("noprop", {"label_smoothing": 0.1}, "of labels: a DenoisingStep has another; leave it out"),
+    ("text", {"label_smoothing": 0.1}, "train.label_smoothing = 0.1 is for losses that are cross-entropies of labels"),
+    ("text", {"distill": {"teacher": "anywhere"}}, "train.distill is for losses that are cross-entropies of labels"),
     ("learned", {"distill": {"teacher": "anywhere"}}, "set blocks.target.likelihood to added, or leave it out"),
     ("blocks", {"distill": {"teacher": "nowhere"}}, "train.distill.teacher = nowhere: no model is there"),
     ("blocks", {"distill": {"teacher": 400 * "x"}}, r"train.distill.teacher = x+\.\.\.: no model is there"),
@@ -141,6 +144,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("kind", "changes", "message"), REFUSALS)
 def test_what_cannot_be_smoothed_or_distilled_is_refused(kind: str, changes: dict[str, Any], message: str) -> None:
     model = {
+        "noprop": lambda: NoProp(NoPropCNN(image_size=8, num_labels=4, num_layers=2, hidden_size=16, num_filters=2)),
         "text": lambda: convert("masked", num_blocks=3),
         "learned": lambda: convert("vit", num_blocks=3, target={"likelihood": "learned"}),
         "blocks": lambda: convert("vit", num_blocks=3),

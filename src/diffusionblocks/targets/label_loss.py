@@ -103,7 +103,7 @@ def check_label_loss(loss: LabelLoss | None, model: str, *, of_labels: bool, con
     Args:
         loss: None asks for neither.
         model: what messages call the model.
-        of_labels: whether it is a classifier.
+        of_labels: whether its loss is a cross-entropy of labels.
         context: whether it has logits of the label without what z says.
 
     Raises:
@@ -113,7 +113,7 @@ def check_label_loss(loss: LabelLoss | None, model: str, *, of_labels: bool, con
         return
     name = "train.distill" if loss.distillation else f"train.label_smoothing = {loss.smoothing}"
     if not of_labels:
-        raise ValueError(f"{name} is for classifiers: {model} has no label; leave it out")
+        raise ValueError(f"{name} is for losses that are cross-entropies of labels: {model} has another; leave it out")
     if loss.distillation and not context:
         raise ValueError(
             f"train.distill compares context logits with a teacher's, and {model} has none under target.likelihood: "

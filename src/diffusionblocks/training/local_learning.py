@@ -38,7 +38,8 @@ class LocalConfig(BaseModel):
     Attributes:
         objective: `greedy`: cross-entropy of a head on each module. `trgl`: the same plus the module's kinetic energy.
             `mono-forward`: cross-entropy of a linear read-out on each layer. `forward-forward`: a supervised
-            contrastive loss on each layer's mean token, and a linear head on the whole encoder, the last unit.
+            contrastive loss on each layer's mean token, and a linear head on the whole encoder, the last unit; label
+            smoothing and distillation are the head's alone.
         modules: K, the number of modules, which must divide the layers; null: blocks.num_blocks. Of `mono-forward` and
             `forward-forward` a module is a layer: leave it out.
         read: What a head reads: `cls`, as the model's own head does, or `mean`, the mean token. null: `mean` for
