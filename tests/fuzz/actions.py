@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,82 @@ def _says(text: Any, value: Any) -> bool:
     return False
 
 
+class _Cells(HTMLParser):
+    """The cells of the tables of a page, row by row, and the texts by which its charts are read aloud."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.charts: list[str] = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._inside = True
+        elif tag == "svg":
+            self.charts.append(dict(attrs).get("aria-label") or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.tables[-1][-1][-1] += data
+
+
+def page_says(page: str, folder: str) -> Result:
+    """Check that a page shows the numbers that the files of runs hold, as they are now."""
+    cells = _Cells()
+    cells.feed(Path(page).read_text())
+    rows = [dict(zip(table[0], row, strict=False)) for table in cells.tables if table for row in table[1:]]
+    words = " ".join([*(cell for row in rows for cell in row.values()), *cells.charts]).lower().split()
+    assert not {"nan", "inf", "-inf"} & set(words), "a number that is none"
+    top = Path(folder)
+    single = (top / "recipe.json").is_file() or (top / "log.jsonl").is_file()
+    runs = [top] if single else [path.parent for name in ("*", "*/*") for path in top.glob(f"{name}/recipe.json")]
+    for run in runs:
+        for line in _last_lines(run / "log.jsonl"):
+            text = f"{line['loss']:.4g} at step {line['step']:,}"
+            assert any(text in chart for chart in cells.charts), f"{run}: no chart ends with {text}"
+    files = {"result.json": "rows", "levels.json": "by_level"} if single and not (top / "table.json").is_file() else {}
+    for name, entry in files.items():
+        values = json.loads((top / name).read_bytes()) if (top / name).is_file() else {}
+        for row in values.get(entry, []):
+            assert any(_shows(shown, row) for shown in rows), f"{name}: no row of the page shows {row}"
+    if (top / "table.json").is_file():
+        for row in json.loads((top / "table.json").read_bytes())["rows"]:
+            known = {name: row[name] for name in ("layers", "blocks", "iterations")}
+            assert any(_shows(shown, known) for shown in rows), f"no row of the page shows {known}"
+    return 0, None
+
+
+def _last_lines(path: Path) -> list[dict[str, Any]]:
+    """The last record of each unit; each line but the last must be one."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    records = [json.loads(line) for line in lines[:-1]]
+    return list({record["unit"]: record for record in records}.values())
+
+
+def _shows(shown: dict[str, str], row: dict[str, Any]) -> bool:
+    """Whether the cells of a row of a page say the values that have columns there, and each value has one."""
+    values = {name.replace("_", " "): value for name, value in row.items() if name != "by_level"}
+    return values.keys() <= shown.keys() and all(_is_shown(shown[name], value) for name, value in values.items())
+
+
+def _is_shown(cell: str, value: Any) -> bool:
+    if value is None:
+        return cell == "-"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return math.isclose(float(cell.replace(",", "")), value, rel_tol=1e-3)
+    return not isinstance(value, bool | str) or not str(value).isprintable() or cell == str(value)
+
+
 def facts(file: str) -> Result:
     """Write what inputs are drawn from: the schema of recipes, the fields of models, the options of commands."""
     import argparse
@@ -245,6 +323,7 @@ ACTIONS: dict[str, Callable[..., Result]] = {
     "build": build,
     "product": product,
     "recipe_says": recipe_says,
+    "page_says": page_says,
     "facts": facts,
     "misbehave": misbehave,
 }

@@ -169,6 +169,29 @@ def _run_case(given: Input, workspace: Path, root: Path) -> Case:
     return Case(actions, inputs=("run", "recipe.yaml"), same=True, seconds=15)
 
 
+# ---- pages ---------------------------------------------------------------------------------------------------
+
+_REPORTS = ("report-run", "report-samples", "report-comparison", "report-ablation")
+
+
+def _report_inputs(root: Path) -> st.SearchStrategy[Input]:
+    strategies = []
+    for base in _REPORTS:
+        fields = {"base": st.just(base), "damage": folder_damage(root / base / "run", [])}
+        strategies.append(st.fixed_dictionaries(fields))
+    return st.one_of(strategies)
+
+
+def _report_case(given: Input, workspace: Path, root: Path) -> Case:
+    for operation in given["damage"]:
+        apply(operation, workspace / "run", root)
+    actions = [
+        command("report", "run", "--out", "page.html"),
+        {"do": "page_says", "page": "page.html", "folder": "run"},
+    ]
+    return Case(actions, inputs=("run", "recipe.yaml"), outputs=("page.html",))
+
+
 # ---- data ----------------------------------------------------------------------------------------------------
 
 _DATA = ("data-text", "data-tokens", "data-images", "data-latents")
@@ -434,6 +457,7 @@ _COMMANDS: dict[str, tuple[str, list[str]]] = {
     "plan": ("recipe-vit", ["plan", "recipe.yaml"]),
     "plan text": ("recipe-llama", ["plan", "recipe.yaml"]),
     "compare": ("recipe-vit", ["compare", "recipe.yaml", "--out", "out", "--quiet"]),
+    "report": ("report-run", ["report", "run", "--out", "page.html"]),
     "ablate": ("recipe-vit", ["ablate", "recipe.yaml", "--out", "out", "--quiet", "--over", "blocks.overlap=0"]),
     "branch": ("model-trunk", ["branch", "model", "--blocks", "2", "--out", "out"]),
     "merge": ("model-vit", ["merge", "apart-0", "apart-1", "--out", "out"]),
@@ -471,8 +495,9 @@ def _option_case(given: Input, workspace: Path, root: Path) -> Case:
         place, word = given["replace"]
         arguments = [*arguments[:place], word, *arguments[place + 1 :]]
     arguments += given["options"]
-    kept = tuple(name for name in ("model", "apart-0", "apart-1", "recipe.yaml", "data") if name not in arguments)
-    return Case([command(*arguments)], inputs=kept, outputs=("out",), interrupt=True)
+    names = ("model", "apart-0", "apart-1", "recipe.yaml", "data", "run")
+    kept = tuple(name for name in names if name not in arguments)
+    return Case([command(*arguments)], inputs=kept, outputs=("out", "page.html"), interrupt=True)
 
 
 KINDS: dict[str, Kind] = {
@@ -485,6 +510,7 @@ KINDS: dict[str, Kind] = {
     "controls": Kind(_CONTROLS, lambda root: _model_inputs(_CONTROLS, root), _model_case, share=3),
     "destinations": Kind(tuple(_MODELS), _destination_inputs, _destination_case, share=1),
     "runs": Kind(_RUNS, _run_inputs, _run_case, share=4),
+    "reports": Kind(_REPORTS, _report_inputs, _report_case, share=3),
     "data": Kind(_DATA, _data_inputs, _data_case, share=4),
     "recipes": Kind(_RECIPES, _recipe_inputs, _recipe_case, share=6),
     "yaml": Kind(_RECIPES, _yaml_inputs, _yaml_case, share=4),

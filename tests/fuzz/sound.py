@@ -249,6 +249,27 @@ def run(values: Values) -> Callable[[Path], None]:
     return make
 
 
+def report(values: Values, *commands: list[str]) -> Callable[[Path], None]:
+    """A workspace with what commands left in the folder `run`, but for weights: no page reads them."""
+
+    def make(folder: Path) -> None:
+        import os
+
+        from diffusionblocks.cli import main
+
+        write_recipe(values, folder)
+        os.chdir(folder)
+        for command in commands:
+            if main(command) != 0:
+                raise RuntimeError(f"a sound command must work: {command}")
+        for path in [*Path("run").rglob("*.safetensors"), *Path("run").rglob(".lock")]:
+            path.unlink()
+        for path in [*Path("run").rglob("checkpoints"), *Path("run").rglob("images")]:
+            shutil.rmtree(path)
+
+    return make
+
+
 def data(values: Values, write: Callable[[Path], None]) -> Callable[[Path], None]:
     """A workspace with data, and with what a first training left in a cache."""
 
@@ -299,6 +320,23 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "run-fitted": run(RUN_FITTED),
     "run-branched": run(RUN_BRANCHED),
     "run-control": run(RUN_CONTROL),
+    "report-run": report(
+        changed(VIT, evaluate__combine=["mean", "chain"]),
+        ["train", "recipe.yaml", "--out", "run", "--quiet"],
+        ["evaluate", "run", "--by-level", "--json", "run/levels.json"],
+    ),
+    "report-samples": report(
+        RUN_BRANCHED,
+        ["train", "recipe.yaml", "--out", "run", "--quiet"],
+        ["sample", "run", "--count", "2", "--quiet"],
+    ),
+    "report-comparison": report(
+        VIT, ["compare", "recipe.yaml", "--out", "run", "--quiet", "--rows", "end-to-end-1-x2", "diffusionblocks"]
+    ),
+    "report-ablation": report(
+        VIT,
+        ["ablate", "recipe.yaml", "--out", "run", "--quiet", "--over", "blocks.overlap=0,0.1", "--seeds", "0,1"],
+    ),
     "data-text": data(changed(MASKED, data__cache="cache"), write_text),
     "data-tokens": data(TOKENS, write_text),
     "data-images": data(changed(IMAGES, data__cache="cache"), write_images),

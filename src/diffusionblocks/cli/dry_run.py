@@ -59,7 +59,7 @@ def _stages(experiment: Experiment) -> list[tuple[str, Experiment]]:
 
 def _row(name: str, stages: list[Experiment]) -> dict[str, Any]:
     from ..experiments.baselines import seconds_a_step
-    from ..reports.tables import format_bytes
+    from ..reports.tables import format_bytes, format_duration
     from ..training import units_of
 
     iterations, seconds, peaks = 0, 0.0, []
@@ -72,7 +72,8 @@ def _row(name: str, stages: list[Experiment]) -> dict[str, Any]:
         predictor = _predictor(stage)
         peaks.append(None if predictor is None else predictor.forecast().ledger.peak)
     peak = "not predicted" if None in peaks else format_bytes(max(peak for peak in peaks if peak is not None))
-    return {"row": name, "iterations": f"{iterations:,}", "peak of a step, predicted": peak, "time": _clock(seconds)}
+    time = format_duration(seconds)
+    return {"row": name, "iterations": f"{iterations:,}", "peak of a step, predicted": peak, "time": time}
 
 
 def _predictor(experiment: Experiment) -> Predictor | None:
@@ -83,9 +84,3 @@ def _predictor(experiment: Experiment) -> Predictor | None:
         return None
     recipe = experiment.recipe.model_copy(update={"device": str(experiment.device)})
     return Predictor(recipe, len(experiment.data("train")))
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.2g} s"

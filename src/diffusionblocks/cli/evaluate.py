@@ -16,7 +16,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate`."""
     takes_recipe(parser, run)
     takes_model(parser)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument(
+        "--json", type=Path, help="also write the rows to this file; `report` shows levels that lie in the run's folder"
+    )
     parser.add_argument(
         "--by-level",
         action="store_true",

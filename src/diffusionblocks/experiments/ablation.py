@@ -29,6 +29,7 @@ from .preflight import check_machine, check_with_data
 from .recipe import Recipe, parse_recipe, put
 from .recipe_changes import depth_of, with_train
 from .run import TABLE, forget
+from .tasks.task import Task
 
 #: A row leaves its result in its folder under this name.
 ROW = "row.json"
@@ -317,12 +318,33 @@ def _runs(base: Experiment, rows: Sequence[Setting], seeds: Sequence[int], folde
 def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> str:
     """Write all rows that are finished, by whichever process, and return their means over the seeds as a text."""
     results = _results(runs)
-    several = len(runs) > len({run.key for run in runs})
-    score = experiment.task.score if several else ""
+    means, lines = means_over_seeds(experiment.task, results, several=len(runs) > len({run.key for run in runs}))
+    rows = [row for rows in results.values() for row in rows]
+    write_results(folder / TABLE, rows, None, finished=len(rows) == len(runs), means=means)
+    if _results(runs) != results:  # another process wrote its row since, and its table maybe before ours
+        return _write_table(experiment, folder, runs)
+    return format_table(lines)
+
+
+def means_over_seeds(
+    task: Task[Any], results: Mapping[str, Sequence[dict[str, Any]]], *, several: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Average the rows of an ablation over their seeds.
+
+    Args:
+        task: of the recipe.
+        results: rows by key.
+        several: whether there is more than one seed, so that the score has a spread.
+
+    Returns:
+        (means, lines): the score of each key with its standard deviation over the seeds, `spread`; and the lines of the
+        printed table.
+    """
+    score = task.score if several else ""
     means, lines = [], []
     for key, rows in results.items():
         mean, seeds = _mean(rows), [row["seed"] for row in rows]
-        line = {"row": key, **columns(experiment.task, mean)}
+        line = {"row": key, **columns(task, mean)}
         del line["name"]
         about: dict[str, Any] = {"key": key, "seeds": seeds}
         if several:
@@ -331,15 +353,11 @@ def _write_table(experiment: Experiment, folder: Path, runs: Sequence[_Run]) -> 
             scores = [row[score] for row in rows]
             deviation = statistics.stdev(scores) if len(scores) > 1 and None not in scores else None
             name = f"spread of {score.replace('_', ' ')}"
-            line[name] = None if deviation is None else experiment.task.spread_text(deviation)
+            line[name] = None if deviation is None else task.spread_text(deviation)
             about |= {score: mean[score], "spread": deviation}
         means.append(about)
         lines.append(line)
-    rows = [row for rows in results.values() for row in rows]
-    write_results(folder / TABLE, rows, None, finished=len(rows) == len(runs), means=means)
-    if _results(runs) != results:  # another process wrote its row since, and its table maybe before ours
-        return _write_table(experiment, folder, runs)
-    return format_table(lines)
+    return means, lines
 
 
 def _results(runs: Sequence[_Run]) -> dict[str, list[dict[str, Any]]]:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..common.formats import read_json
 from ..core.model import DiffusionBlocks
 from ..core.partition import Partition
 from ..core.saved_model import INDEX, read_saved
+from ..evaluation.diagnostics import LevelRow
 from ..noise import NoiseProcess
+from ..reports import charts
 from ..reports.page import RunReport, Score, TableReport
 from ..training import units_of
 from ..training.run_log import LOG
-from .ablation import ROW
+from .ablation import ROW, means_over_seeds
 from .comparison import columns
 from .experiment import Experiment
 from .identity import in_current_terms
 from .recipe import Recipe, parse_recipe
 from .run import RESULT, TABLE
+from .run_files import read_label_levels, read_log, read_result, read_row, read_table, read_values
 from .shipped_recipes import RECIPE
 from .tasks import TASKS
 
@@ -63,8 +65,7 @@ def read_runs(folders: Sequence[Path], *, wait: bool = False) -> tuple[list[RunR
         before = "" if len(folders) == 1 else f"{_name(folder)}/"
         names = [_name(run) if run == folder else before + run.relative_to(folder).as_posix() for run in below]
         ours = [read_run(run, name) for run, name in zip(below, names, strict=True)]
-        if (folder / TABLE).is_file():
-            values = read_json(folder / TABLE)
+        if (values := read_table(folder)) is not None:
             tables.append(_table(folder, values, ours))
             ours = _with_memory(ours, values["rows"])
         elif ours and ours[0].folder != folder:  # its first row is not done yet
@@ -84,14 +85,15 @@ def read_run(folder: Path, name: str) -> RunReport:
     Raises:
         ValueError: a file that is damaged; the message names it.
     """
-    plain = read_json(folder / RECIPE) if (folder / RECIPE).is_file() else {}
-    result = read_json(folder / RESULT) if (folder / RESULT).is_file() else None
-    logs = {phase: records for phase, place in _PHASES.items() if (records := _read_log(folder / place / LOG))}
+    plain = _recipe_values(folder / RECIPE)
+    result, row = read_result(folder), read_row(folder)
+    logs = {phase: records for phase, place in _PHASES.items() if (records := read_log(folder / place))}
+    _check_one_run(folder, result, logs)
     unit_steps, outlined = _outline(json.dumps(plain, sort_keys=True))
     model = _levels_of_saved(folder / "model") or outlined
     partition, noise = (None, None) if model is None else model
     of_some_blocks = (plain.get("train") or {}).get("blocks") is not None  # these are measured when they are merged
-    memory = read_json(folder / ROW)["row"].get("memory") if (folder / ROW).is_file() else None
+    memory = None if row is None else row.get("memory")
     return RunReport(
         name=name,
         folder=folder,
@@ -103,9 +105,38 @@ def read_run(folder: Path, name: str) -> RunReport:
         partition=partition,
         noise=noise,
         memory=None if memory is None else _kinds(memory),
+        levels=_label_levels(folder, partition),
         pictures=_files(folder, _PICTURES),
         texts=_files(folder, _TEXTS),
     )
+
+
+def _recipe_values(path: Path) -> dict[str, Any]:
+    """The recipe that a run left; empty: there is none."""
+    plain = read_values(path) if path.is_file() else {}
+    for section in ("model", "train", "evaluate"):
+        if not isinstance(plain.get(section) or {}, dict):
+            raise ValueError(f"{path} is damaged: {section} is no section of a recipe")
+    return plain
+
+
+def _check_one_run(folder: Path, result: Mapping[str, Any] | None, logs: Mapping[str, Sequence[charts.Record]]) -> None:
+    """Refuse a result whose iterations are not those of the logs, where all phases have one."""
+    iterations = None if result is None else result.get("iterations")
+    ends = sum(records[-1]["iteration"] for records in logs.values())
+    whole = all(phase in logs for phase, place in _PHASES.items() if (folder / place).is_dir())
+    if iterations is not None and (ends > iterations or (whole and ends < iterations)):
+        raise ValueError(
+            f"{folder} holds files of two runs: its logs end after {ends:,} iterations, and {RESULT} tells of "
+            f"{iterations:,}"
+        )
+
+
+def _label_levels(folder: Path, partition: Partition | None) -> list[tuple[str, list[LevelRow]]]:
+    """Of each file that `evaluate --by-level --json` wrote here its name and rows."""
+    ours = {RECIPE, RESULT, ROW, TABLE}
+    paths = [path for path in _files(folder, ["*.json"]) if path.name not in ours]
+    return [(path.name, rows) for path in paths if (rows := read_label_levels(path, partition))]
 
 
 def recipe_of(run: RunReport) -> Recipe:
@@ -133,26 +164,11 @@ def _name(folder: Path) -> str:
     return folder.resolve().name or str(folder)
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a log; a last line that is being written is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if isinstance(record, dict) and {"unit", "step", "loss", "iteration"} <= record.keys():
-            records.append(record)
-    return records
-
-
 def _levels_of_saved(folder: Path) -> tuple[Partition, NoiseProcess] | None:
-    """Partition and noise process of a saved model of blocks."""
+    """Partition and noise process of a saved model of blocks. ValueError: its index is damaged."""
     if not (folder / INDEX).is_file():
         return None
-    with contextlib.suppress(ValueError, OSError):  # as where it is being replaced
+    with contextlib.suppress(FileNotFoundError):  # it is being replaced
         index = read_saved(folder)
         if index.blocks_config.noise is not None:
             return index.partition, index.blocks_config.noise
@@ -184,19 +200,43 @@ def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _table(folder: Path, values: Mapping[str, Any], runs: Sequence[RunReport]) -> TableReport:
-    """The rows as they were printed: means over the seeds of an ablation are its rows one by one here."""
+    """The rows as they were printed, one for each seed, and their means where there are several."""
     kinds = {str((run.recipe.get("evaluate") or {}).get("kind")) for run in runs}
     task = TASKS[kind] if len(kinds) == 1 and (kind := kinds.pop()) in TASKS else None
     name = "" if task is None else task.score
+    rows: list[dict[str, Any]] = []
+    scores: list[Score] = []
+    by_key: dict[str, list[dict[str, Any]]] = {}
     several = len({row.get("seed") for row in values["rows"]}) > 1
-    rows, scores = [], []
     for row in values["rows"]:
-        line = dict(_scalars(row)) if task is None else columns(task, row)
-        label = str(row.get("key")) + (f", seed {row['seed']}" if several else "")
+        line = dict(_scalars(row)) if task is None else _of(folder, row, columns, task, row)
+        label = row["key"] + (f", seed {row['seed']}" if several else "")
         line.pop("name", None)
         rows.append({"row": label, **line})
-        scores.append(Score(label, row.get(name), row.get("standard_error")))
-    return TableReport(_name(folder), rows, name, scores, values, finished=values.get("finished", True))
+        by_key.setdefault(row["key"], []).append(row)
+        scores.append(_score(folder, label, row, name, "standard_error"))
+    means: list[dict[str, Any]] = []
+    if several and task is not None:
+        about, means = _of(folder, values["rows"][0], means_over_seeds, task, by_key, several=True)
+        scores = [_score(folder, mean["key"], mean, name, "spread") for mean in about]
+    return TableReport(_name(folder), rows, name, scores, values, values.get("finished", True), means)
+
+
+def _of(folder: Path, row: Mapping[str, Any], function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a task makes of rows. ValueError: it cannot read them."""
+    try:
+        return function(*arguments, **options)
+    except (KeyError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        about = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / TABLE} is damaged, as in row {row['key']}: {about}") from None
+
+
+def _score(folder: Path, label: str, row: Mapping[str, Any], name: str, spread: str) -> Score:
+    value, error = row.get(name), row.get(spread)
+    for number in (value, error):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise ValueError(f"{folder / TABLE} is damaged: of row {label} a score is {number!r}, no number")
+    return Score(label, value, error)
 
 
 def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -214,4 +254,4 @@ def _with_memory(runs: Sequence[RunReport], rows: Sequence[Mapping[str, Any]]) -
 def _kinds(step: Mapping[str, Any]) -> dict[str, int]:
     names = {"parameters": "parameters", "optimizer": "optimizer", "ema": "ema"}
     names["transient"] = "gradients, activations, batch"
-    return {name: step.get(key, 0) for key, name in names.items()}
+    return {name: step[key] for key, name in names.items()}

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..common.messages import shorten
 from ..core.partition import Partition
+from ..evaluation.diagnostics import LevelRow
 from ..noise import NoiseProcess
-from .figures import partition_on_axes
+from .figures import label_levels_on_axes, partition_on_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +24,7 @@ Record = Mapping[str, Any]
 _INK = "#010203"
 _PALETTE = 10  # colours of matplotlib's default cycle
 _MOST_POINTS = 400  # of a line
+_LONGEST = 40  # characters of a name in a legend
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -46,12 +49,15 @@ def loss_chart(records: Sequence[Record]) -> str:
         lines.setdefault(str(record["unit"]), []).append((record["step"], record["loss"]))
     if not lines:
         return ""
-    with _chart(len(lines), f"Loss of {', '.join(lines)} against their steps") as (axes, svg):
+    ends = ((shorten(unit, _LONGEST), *points[-1]) for unit, points in lines.items())
+    text = "; ".join(f"{unit} {loss:.4g} at step {step:,}" for unit, step, loss in ends)
+    with _chart(len(lines), f"Training loss, at the end {text}") as (axes, svg):
         for unit, points in lines.items():
             every = max(1, -(-len(points) // _MOST_POINTS))
             thinned = [*points[:-1:every], points[-1]]
             x, y = zip(*thinned, strict=True)
-            axes.plot(x, y, label=unit.replace("$", r"\$"), marker="." if len(thinned) < 3 else None)  # no formula
+            label = shorten(unit, _LONGEST).replace("$", r"\$")  # no formula
+            axes.plot(x, y, label=label, marker="." if len(thinned) < 3 else None)
         losses = [loss for points in lines.values() for _, loss in points]
         if min(losses) > 0 and max(losses) > 30 * min(losses):
             axes.set_yscale("log")
@@ -64,6 +70,14 @@ def partition_chart(partition: Partition, noise: NoiseProcess) -> str:
     """SVG of which block owns which levels, over the density that training draws them with."""
     with _chart(partition.num_blocks, f"Noise levels of {partition.num_blocks} blocks") as (axes, svg):
         partition_on_axes(axes, partition, noise)
+        axes.set_title("")
+    return svg[0]
+
+
+def label_level_chart(rows: Sequence[LevelRow], partition: Partition, noise: NoiseProcess) -> str:
+    """SVG of the cross-entropy of a classifier's blocks against the noise level, of rows of `accuracy_by_level`."""
+    with _chart(partition.num_blocks, "Cross-entropy of each block against noise level") as (axes, svg):
+        label_levels_on_axes(axes, rows, partition, noise)
         axes.set_title("")
     return svg[0]
 

@@ -157,16 +157,22 @@ def draw_levels(
 
 
 def draw_label_levels(rows: Sequence[LevelRow], partition: Partition, noise: NoiseProcess, path: Path) -> None:
-    """Write a PNG: the cross-entropy of a classifier's blocks over the noise level, a colour for each block.
+    """Write `label_levels_on_axes` as a PNG."""
+    figure, (axes,) = _axes(1)
+    label_levels_on_axes(axes, rows, partition, noise)
+    save_figure(figure, path)
+
+
+def label_levels_on_axes(axes: Axes, rows: Sequence[LevelRow], partition: Partition, noise: NoiseProcess) -> None:
+    """Draw the cross-entropy of a classifier's blocks over the noise level, a colour for each block.
 
     Of context logits it is flat at the optimum; of the prediction from z as well it falls towards 0 with the level.
 
     Args:
+        axes: to draw on.
         rows: of `accuracy_by_level`; what a block says at levels that it does not own is drawn thin.
         partition, noise: of the same model; the borders of the blocks are marked.
-        path: the PNG.
     """
-    figure, (axes,) = _axes(1)
     for block in range(partition.num_blocks):
         line = sorted((row for row in rows if row.block == block), key=lambda row: row.level)
         own = [row for row in line if row.own_level]
@@ -193,7 +199,6 @@ def draw_label_levels(rows: Sequence[LevelRow], partition: Partition, noise: Noi
         title="Cross-entropy of each block against noise level",
     )
     axes.legend(fontsize=8)
-    save_figure(figure, path)
 
 
 def _mark_blocks(axes: Axes, partition: Partition, lowest: float, highest: float, *, logarithmic: bool = True) -> None:

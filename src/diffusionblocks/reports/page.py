@@ -16,9 +16,10 @@ from PIL import Image
 from ..common.files import whole_file
 from ..common.formats import leaves
 from ..core.partition import Partition
+from ..evaluation.diagnostics import LevelRow
 from ..noise import NoiseProcess
 from . import charts
-from .tables import format_bytes
+from .tables import format_bytes, format_duration
 
 #: Entries of a file of results that say how it was made.
 _HEADER = ("command", "device", "torch", "commit")
@@ -40,6 +41,7 @@ class RunReport:
         partition, noise: of its blocks; None of models without blocks, or where they are not known yet.
         memory: bytes of a training step by kind; they add up to its peak.
         memory_source: `measured` or `predicted`.
+        levels: (name of a file, what it says of each block by noise level), of classifiers.
         pictures, texts: files of samples and figures.
         folder: what the names of the files are relative to.
     """
@@ -55,27 +57,28 @@ class RunReport:
     noise: NoiseProcess | None = None
     memory: Mapping[str, int] | None = None
     memory_source: str = "measured"
+    levels: Sequence[tuple[str, Sequence[LevelRow]]] = ()
     pictures: Sequence[Path] = ()
     texts: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
 class Score:
-    """The score of a row, with its standard error where that is known; None: it has none."""
+    """The score of a row, with its standard error, or deviation over seeds, where that is known; None: it has none."""
 
     row: str
     value: float | None
-    standard_error: float | None = None
+    error: float | None = None
 
     @property
     def low(self) -> float:
-        """One standard error below."""
-        return (self.value or 0.0) - (self.standard_error or 0.0)
+        """One error below."""
+        return (self.value or 0.0) - (self.error or 0.0)
 
     @property
     def high(self) -> float:
-        """One standard error above."""
-        return (self.value or 0.0) + (self.standard_error or 0.0)
+        """One error above."""
+        return (self.value or 0.0) + (self.error or 0.0)
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,10 @@ class TableReport:
         name: of its folder.
         rows: as they are printed.
         score: what the task's score is called; "" for none.
-        scores: of each row.
+        scores: of each row, or of each mean.
         values: JSON values of the file: how it was made.
         finished: whether all rows are there.
+        means: over several seeds, as they are printed.
     """
 
     name: str
@@ -97,6 +101,7 @@ class TableReport:
     scores: Sequence[Score]
     values: Mapping[str, Any]
     finished: bool
+    means: Sequence[Mapping[str, Any]] = ()
 
 
 def write_page(
@@ -119,7 +124,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "bytes": format_bytes, "duration": _duration}
+    environment.filters |= {"number": _number, "bytes": format_bytes, "duration": format_duration}
     first = next((run for run in runs if run.partition is not None), runs[0] if runs else None)
     with_result = [run for run in runs if run.result is not None]
     text = environment.get_template("page.html").render(
@@ -137,7 +142,7 @@ def write_page(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # half a character, as JSON can hold it
 
 
 def all_ended(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> bool:
@@ -170,9 +175,20 @@ def _run_values(run: RunReport) -> dict[str, Any]:
         "losses": [(phase, svg) for phase, svg in logs if svg],
         "partition": None if run.partition is None or run.noise is None else _partition(run.partition, run.noise),
         "levels": charts.level_chart(levels[0]) if levels else "",
+        "label_levels": [_label_levels(run, name, rows) for name, rows in run.levels],
         "pictures": [picture for path in run.pictures if (picture := _picture(path, run.folder))],
         "texts": [_text(path, run.folder) for path in run.texts],
         "recipe": yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _label_levels(run: RunReport, name: str, rows: Sequence[LevelRow]) -> dict[str, Any]:
+    """A file of `evaluate --by-level`: its chart, where the blocks are known, and its rows."""
+    known = run.partition is not None and run.noise is not None
+    return {
+        "name": name,
+        "chart": charts.label_level_chart(rows, run.partition, run.noise) if known else "",  # type: ignore[arg-type]
+        "rows": [{key.replace("_", " "): value for key, value in row.to_dict().items()} for row in rows],
     }
 
 
@@ -241,6 +257,7 @@ def _table_values(table: TableReport) -> dict[str, Any]:
     return {
         "name": table.name,
         "rows": table.rows,
+        "means": table.means,
         "marks": [
             {
                 "label": score.row,
@@ -307,9 +324,9 @@ def _environments(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> l
 
 def _picture(path: Path, folder: Path) -> dict[str, Any] | None:
     """A PNG as a data URI; None of a file that is no picture, or a very large one."""
-    content = path.read_bytes()
-    if len(content) > _MOST_PICTURE_BYTES:
+    if path.stat().st_size > _MOST_PICTURE_BYTES:
         return None
+    content = path.read_bytes()
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             width, height = image.size
@@ -340,13 +357,3 @@ def _number(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(_number(part) for part in value)
     return str(value)
-
-
-def _duration(seconds: float | None) -> str:
-    """Seconds as text a person reads at a glance."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

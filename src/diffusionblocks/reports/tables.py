@@ -29,6 +29,15 @@ def format_bytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
+def format_duration(seconds: float) -> str:
+    """Seconds as text that is read at a glance."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
 def block_table(model: DiffusionBlocks) -> list[dict[str, Any]]:
     """A row per block: layers, levels, probability, parameters, and predicted bytes of training with AdamW.
 
