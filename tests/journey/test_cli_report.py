@@ -9,8 +9,11 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import TINY_VIT, VIT, sample, sets
@@ -21,12 +24,35 @@ from diffusionblocks.reports.page import RunReport, recipe_differences
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-#: Ends with what a browser says of a page 390 px wide: its width, and its pictures that are not there.
-_LOOK = """<!doctype html><iframe id="page" style="width:390px;height:800px;border:0" srcdoc="{page}"></iframe><script>
+#: Ends with what a browser says of a page 390 px wide: its width, its pictures that are not there, whether it is dark,
+#: and the least contrast of a text with what is behind it (WCAG's; readable from 4.5).
+_LOOK = """<!doctype html><meta name="color-scheme" content="light dark">
+<iframe id="page" style="width:390px;height:800px;border:0" srcdoc="{page}"></iframe><script>
 page.onload = () => {{
   const inside = page.contentDocument, images = [...inside.images].filter(image => !image.naturalWidth);
-  const width = inside.documentElement.scrollWidth
-  document.body.append(`width ${{width}} missing ${{images.length}} of ${{inside.images.length}}`)
+  const width = inside.documentElement.scrollWidth, style = element => page.contentWindow.getComputedStyle(element);
+  const parts = color => color.match(/[\\d.]+/g).map(Number);
+  const light = color => parts(color).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = element => {{
+    for (; element; element = element.parentElement) {{
+      const color = style(element).backgroundColor;
+      if (parts(color)[3] !== 0) return color;
+    }}
+    return "rgb(255, 255, 255)";
+  }};
+  let least = 21;
+  for (const element of inside.querySelectorAll("main *")) {{
+    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())) continue;
+    const ink = element.closest("svg") ? style(element).fill : style(element).color;
+    if (element.closest("style, title") || !ink.startsWith("rgb")) continue;
+    const [low, high] = [light(ink), light(behind(element))].sort((a, b) => a - b);
+    least = Math.min(least, (high + 0.05) / (low + 0.05));
+  }}
+  const dark = page.contentWindow.matchMedia("(prefers-color-scheme: dark)").matches;
+  document.body.append(`width ${{width}} missing ${{images.length}} of ${{inside.images.length}}`);
+  document.body.append(` dark ${{dark}} contrast ${{least.toFixed(2)}}`);
 }}</script>"""
 
 REFRESH = '<meta http-equiv="refresh"'
@@ -96,6 +122,120 @@ def test_a_run_shows_its_trunk_samples_and_predicted_memory(run: Path, tmp_path:
     assert {"samples/grid.png", "samples/chain.png", "samples/routing.png"} <= set(re.findall(r'alt="([^"]+)"', page))
     assert "(predicted)" in page
     assert json.loads((folder / "result.json").read_text())["torch"] in page
+
+
+def _measured(folder: Path) -> Path:
+    """The file of levels of a run, written into its folder."""
+    levels = folder / "levels.json"
+    assert main(["evaluate", str(folder), "--by-level", "--json", str(levels)]) == 0
+    return levels
+
+
+@pytest.fixture(scope="module")
+def measured(comparison: Path) -> Path:
+    """A run of blocks alone, with what they say by level."""
+    folder = comparison.parent / "measured"
+    shutil.copytree(comparison / "diffusionblocks", folder)
+    _measured(folder)
+    return folder
+
+
+def test_a_run_shows_what_its_blocks_say_by_level(measured: Path, tmp_path: Path) -> None:
+    page = report(tmp_path / "page.html", measured)
+    assert 'aria-label="Cross-entropy of each block against noise level"' in page
+    rows = json.loads((measured / "levels.json").read_text())["by_level"]
+    assert {row["block"] for row in rows} == {0, 1, 2}
+    for row in rows:
+        assert f"<td>{row['level']:.4g}</td><td>{row['block']}</td><td>True</td><td>{row['accuracy']:.4g}</td>" in page
+
+
+def _in_json(name: str, change: Callable[[Any], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / name).read_text())
+        change(values)
+        (folder / name).write_text(json.dumps(values))
+
+    return damage
+
+
+def _in_log(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+        (folder / "log.jsonl").write_text("".join(change(lines)))
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a line cut in the middle": (_in_log(lambda lines: [lines[0][:20] + "\n", *lines[1:]]), "line 1 is not JSON"),
+    "lines in another order": (_in_log(lambda lines: lines[::-1]), "has iteration 10, after 12"),
+    "a loss that is no number": (
+        _in_log(lambda lines: [re.sub(r'"loss": [^,]+', '"loss": NaN', line) for line in lines]),
+        "line 1: loss: Input should be a finite number",
+    ),
+    "the last lines lost": (_in_log(lambda lines: lines[:3]), "holds files of two runs: its logs end after"),
+    "a vote as text": (
+        _in_json("result.json", lambda values: values["rows"][0].update(accuracy="0.9")),
+        "vote.accuracy: Input should be a valid number (got",
+    ),
+    "a vote cut off": (
+        _in_json("result.json", lambda values: values["rows"][0].pop("ece")),
+        "vote.ece: Field required",
+    ),
+    "no rows": (_in_json("result.json", lambda values: values.update(rows={})), "rows: Input should be a valid list"),
+    "a level of another block": (
+        _in_json("levels.json", lambda values: values["by_level"][0].update(block=1)),
+        "levels.json is of other blocks than the run's: block 1 at level",
+    ),
+    "levels without numbers": (
+        _in_json("levels.json", lambda values: values["by_level"][0].update(cross_entropy=None)),
+        "levels.json is damaged: by_level.0.cross_entropy: Input should be a valid number",
+    ),
+    "boundaries of other blocks": (
+        _in_json("model/diffusionblocks.json", lambda values: values["partition"]["boundaries"].__setitem__(1, 0.01)),
+        "diffusionblocks.json",
+    ),
+    "a recipe without sections": (_in_json("recipe.json", lambda values: values.update(model=[1])), "no section"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_are_refused_and_no_page_is_written(
+    name: str, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(measured, folder)
+    damage, message = DAMAGES[name]
+    damage(folder)
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert str(folder) in line
+    assert not (tmp_path / "page.html").exists()
+
+
+TABLE_DAMAGES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "another peak": (
+        lambda values: values["rows"][0].update(peak_memory_bytes=1),
+        "peak_memory_bytes is 1, and memory",
+    ),
+    "a score of text": (lambda values: values["rows"][0].update(test_accuracy="x"), "is damaged, as in row"),
+    "no iterations": (lambda values: values["rows"][0].pop("iterations"), "rows.0.iterations: Field required"),
+    "a row twice": (lambda values: values["rows"].append(values["rows"][0]), "row end-to-end-1-x3 is there twice"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_DAMAGES)
+def test_a_damaged_table_is_refused(
+    name: str, comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "compared"
+    shutil.copytree(comparison, folder)
+    change, message = TABLE_DAMAGES[name]
+    _in_json("table.json", change)(folder)
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_page_is_alone_and_all_that_runs_wrote_is_text(tmp_path: Path) -> None:
@@ -189,8 +329,19 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path, capsys: pytest.CaptureF
 # ---- in a browser ------------------------------------------------------------------------------------------------
 
 
-def look(page: str, folder: Path) -> tuple[int, int, int, list[str]]:
-    """Width at 390 px, pictures that are missing, all pictures, and lines of the console."""
+@dataclass(frozen=True)
+class Look:
+    """What a browser says of a page 390 px wide; `contrast` is the least of a text."""
+
+    width: int
+    missing: int
+    pictures: int
+    dark: bool
+    contrast: float
+    console: tuple[str, ...]
+
+
+def look(page: str, folder: Path, *more: str) -> Look:
     assert CHROMIUM is not None
     place = folder / "look.html"
     place.write_text(_LOOK.format(page=html.escape(page)))
@@ -201,26 +352,33 @@ def look(page: str, folder: Path) -> tuple[int, int, int, list[str]]:
         "--hide-scrollbars",
         "--enable-logging=stderr",
         "--virtual-time-budget=5000",
+        *more,
     ]
     profile = f"--user-data-dir={folder / 'profile'}"
     command = [CHROMIUM, *options, profile, "--dump-dom", place.as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    numbers = re.search(r"width (\d+) missing (\d+) of (\d+)", result.stdout)
-    assert numbers, result.stderr
-    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    return int(numbers[1]), int(numbers[2]), int(numbers[3]), console
+    seen = re.search(r"width (\d+) missing (\d+) of (\d+) dark (\w+) contrast ([\d.]+)", result.stdout)
+    assert seen, result.stderr
+    console = tuple(line for line in result.stderr.splitlines() if "CONSOLE" in line)
+    return Look(int(seen[1]), int(seen[2]), int(seen[3]), seen[4] == "true", float(seen[5]), console)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
-def test_a_phone_shows_the_page(comparison: Path, tmp_path: Path) -> None:
+def test_a_phone_shows_the_page_in_light_and_dark(comparison: Path, measured: Path, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     shutil.copytree(comparison, folder)
+    shutil.copy(measured / "levels.json", folder / "diffusionblocks")
     (folder / "diffusionblocks" / "samples").mkdir()
     Image.new("L", (900, 40)).save(folder / "diffusionblocks" / "samples" / "grid.png")
-    page = report(tmp_path / "page.html", folder)
-    assert look(page, tmp_path) == (390, 0, 1, [])
+    page = report(tmp_path / "page.html", folder).replace("<details", "<details open")
+    for dark, flags in ((False, ()), (True, ("--force-dark-mode",))):
+        seen = look(page, tmp_path, *flags)
+        assert (seen.width, seen.missing, seen.pictures, seen.dark, seen.console) == (390, 0, 1, dark, ())
+        assert seen.contrast >= 4.5
     broken = page.replace("<h1>", '<img src="data:image/png;base64,AAAA"><div style="width:600px">.</div><h1>', 1)
-    width, missing, pictures, console = look(broken + "<script>console.error('heard')</script>", tmp_path)
-    assert width >= 600
-    assert (missing, pictures) == (1, 2)
-    assert any("heard" in line for line in console), "the browser's console is read"
+    broken = broken.replace("<h1>", '<h1 style="color:#1c2330">', 1)  # the ink of a light page
+    seen = look(broken + "<script>console.error('heard')</script>", tmp_path, "--force-dark-mode")
+    assert seen.width >= 600
+    assert (seen.missing, seen.pictures) == (1, 2)
+    assert seen.contrast < 1.5
+    assert any("heard" in line for line in seen.console), "the browser's console is read"

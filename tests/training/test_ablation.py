@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,13 @@ def test_a_table_over_two_seeds_and_nothing_trained_twice(tmp_path: Path, monkey
     assert {"seeds", "train.seed", "spread"} <= set(table.splitlines()[0].split())
     assert f"{100 * values['means'][0]['test_accuracy']:.2f} +-" in table
     assert f"{100 * values['means'][0]['spread']:.2f} %" in table  # of accuracies in per cent
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    means, seeds = page[page.index("Means over the seeds") :].split("<h3>Each seed</h3>")
+    for line in table.splitlines()[2:]:
+        for cell in re.split(r"  +", line):
+            assert f"<td>{cell}</td>" in means, "as it was printed"
+    assert "<td>num_blocks=2, seed 1</td>" in seeds
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
