@@ -97,8 +97,8 @@ class _Row(_Strict):
     name: str
     layers: Count
     blocks: Count
-    branched: bool
-    fitted: bool
+    has_trunk: bool = Field(alias="branched")
+    has_fit: bool = Field(alias="fitted")
     iterations: Count
     parameters_trained: Count
     peak_memory_bytes: Count
@@ -158,21 +158,21 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """What a run measured; None: it has not ended. ValueError: the file is damaged."""
-    return _checked(folder / RESULT, _Result)
+    return _read(folder / RESULT, _Result)
 
 
 def read_table(folder: Path) -> dict[str, Any] | None:
     """The rows of a comparison or an ablation; None: there are none yet. ValueError: the file is damaged."""
-    return _checked(folder / TABLE, _Table)
+    return _read(folder / TABLE, _Table)
 
 
 def read_row(folder: Path) -> dict[str, Any] | None:
     """The row of an ablation that this run is; None: it is none. ValueError: the file is damaged."""
-    values = _checked(folder / ROW, _FinishedRow)
+    values = _read(folder / ROW, _FinishedRow)
     return None if values is None else values["row"]
 
 
-def _checked(path: Path, schema: type[BaseModel]) -> dict[str, Any] | None:
+def _read(path: Path, schema: type[BaseModel]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     values = read_values(path)

@@ -231,8 +231,8 @@ def _of(folder: Path, row: Mapping[str, Any], function: Callable[..., Any], *arg
         raise ValueError(f"{folder / TABLE} is damaged, as in row {row['key']}: {about}") from None
 
 
-def _score(folder: Path, label: str, row: Mapping[str, Any], name: str, spread: str) -> Score:
-    value, error = row.get(name), row.get(spread)
+def _score(folder: Path, label: str, row: Mapping[str, Any], name: str, error_name: str) -> Score:
+    value, error = row.get(name), row.get(error_name)
     for number in (value, error):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
             raise ValueError(f"{folder / TABLE} is damaged: of row {label} a score is {number!r}, no number")

@@ -184,10 +184,10 @@ def _run_values(run: RunReport) -> dict[str, Any]:
 
 def _label_levels(run: RunReport, name: str, rows: Sequence[LevelRow]) -> dict[str, Any]:
     """A file of `evaluate --by-level`: its chart, where the blocks are known, and its rows."""
-    known = run.partition is not None and run.noise is not None
+    has_blocks = run.partition is not None and run.noise is not None
     return {
         "name": name,
-        "chart": charts.label_level_chart(rows, run.partition, run.noise) if known else "",  # type: ignore[arg-type]
+        "chart": charts.label_level_chart(rows, run.partition, run.noise) if has_blocks else "",  # type: ignore[arg-type]
         "rows": [{key.replace("_", " "): value for key, value in row.to_dict().items()} for row in rows],
     }
 
