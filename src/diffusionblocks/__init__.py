@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .core.block import Block
     from .core.branching import branch
     from .core.conversion import convert
+    from .core.hub import from_pretrained, push_to_hub
     from .core.loading import load
     from .core.merging import merge
     from .core.model import DiffusionBlocks
@@ -53,8 +54,10 @@ _ROOMS = {
     "export": "core.saving",
     "export_block": "core.saving",
     "export_initialisation": "core.saving",
+    "from_pretrained": "core.hub",
     "load": "core.loading",
     "merge": "core.merging",
+    "push_to_hub": "core.hub",
     "register_data": "data.data_config",
     "register_family": "families",
     "register_noise_process": "noise",
@@ -89,8 +92,10 @@ __all__ = [
     "export",
     "export_block",
     "export_initialisation",
+    "from_pretrained",
     "load",
     "merge",
+    "push_to_hub",
     "register_data",
     "register_family",
     "register_noise_process",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import this_process_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,11 +23,12 @@ def _snippets() -> list[tuple[str, str]]:
 def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(code, "snippet", "exec"), {})
+    with this_process_at(tmp_path, "user") if "push_to_hub" in code else contextlib.nullcontext():
+        exec(compile(code, "snippet", "exec"), {})
 
 
-def test_there_is_one_a_family_and_one_each_of_a_soup_and_a_trainer() -> None:
-    assert len(_snippets()) == 7
+def test_there_is_one_a_family_and_one_each_of_a_soup_a_trainer_and_the_hub() -> None:
+    assert len(_snippets()) == 8
 
 
 def test_the_readme_is_short() -> None:

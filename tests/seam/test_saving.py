@@ -28,7 +28,11 @@ from safetensors.torch import load_file, save_file
 
 import diffusionblocks as db
 from diffusionblocks.common import files, formats
-from diffusionblocks.core.saved_model import INDEX
+from diffusionblocks.core.model_card import CARD
+from diffusionblocks.core.saved_model import CONFIG, INDEX
+
+#: for others than `load`
+BESIDE = (CARD, CONFIG)
 
 
 def made(family: str = "vit", *, seed: int = 0, **config: Any) -> db.DiffusionBlocks:
@@ -204,8 +208,9 @@ def test_some_blocks_are_saved_as_in_the_whole(shared: str, tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "part", blocks=[2, 0])
     whole, part = listing(tmp_path / "whole"), listing(tmp_path / "part")
-    assert set(part) == {INDEX, "block-00.safetensors", "block-02.safetensors"}
-    assert all(part[name] == whole[name] for name in part if name != INDEX)
+    assert set(part) == {INDEX, "block-00.safetensors", "block-02.safetensors", *BESIDE}
+    assert all(part[name] == whole[name] for name in part if name not in (INDEX, CARD))
+    assert b"blocks 0, 2 of 3" in part[CARD]
     values, of_whole = (json.loads(files_[INDEX]) for files_ in (part, whole))
     assert of_whole["blocks"] == [0, 1, 2]
     of_part = {name: of_whole["files"][name] for name in ("block-00.safetensors", "block-02.safetensors")}
@@ -216,7 +221,7 @@ def test_some_blocks_are_saved_as_in_the_whole(shared: str, tmp_path: Path) -> N
 def test_some_blocks_replace_an_older_save_whole(tmp_path: Path) -> None:
     made(seed=1).save_pretrained(tmp_path / "m")
     made(seed=2).save_pretrained(tmp_path / "m", blocks=[1])
-    assert set(listing(tmp_path / "m")) == {INDEX, "block-01.safetensors"}
+    assert set(listing(tmp_path / "m")) == {INDEX, "block-01.safetensors", *BESIDE}
 
 
 def test_some_blocks_are_not_loaded_as_a_model(tmp_path: Path) -> None:
@@ -299,7 +304,7 @@ def test_layout(shared: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "deep" / "m")
     blocks = {f"block-{b:02d}.safetensors" for b in range(3)}
     joint = {"shared.safetensors"} if shared == "joint" else set()
-    assert {f.name for f in (tmp_path / "deep" / "m").iterdir()} == {INDEX} | blocks | joint
+    assert {f.name for f in (tmp_path / "deep" / "m").iterdir()} == {INDEX, *BESIDE} | blocks | joint
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["m"]
     values = json.loads((tmp_path / "deep" / "m" / INDEX).read_text())
     assert values["format"] == 1
@@ -356,7 +361,7 @@ def test_saving_over_an_older_save_replaces_it_whole(tmp_path: Path) -> None:
     made(seed=1, shared="joint", num_blocks=3).save_pretrained(tmp_path / "m")
     newer = made(seed=2, shared="replicated", num_blocks=1)
     newer.save_pretrained(tmp_path / "m")
-    assert {f.name for f in (tmp_path / "m").iterdir()} == {INDEX, "block-00.safetensors"}
+    assert {f.name for f in (tmp_path / "m").iterdir()} == {INDEX, "block-00.safetensors", *BESIDE}
     assert same_states(db.load(tmp_path / "m").state_dict(), newer.state_dict())
     assert [f.name for f in tmp_path.iterdir()] == ["m"]
 

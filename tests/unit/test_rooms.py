@@ -69,9 +69,11 @@ def test_modules_of_core_import_one_another_one_way() -> None:
         *(
             "branching",
             "soup",
+            "model_card",
             "saved_model",
             "saving",
             "loading",
+            "hub",
             "merging",
             "end_to_end",
             "ensembles",

@@ -34,6 +34,7 @@ COMMANDS = {
     "report": Command("one HTML page about runs: losses, levels, results, samples, memory, time, recipes", ".report"),
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
+    "push": Command("upload a trained model to the Hugging Face hub, with its model card", ".push"),
     "doctor": Command("what of this machine can be used, and how to mend what is missing", ".doctor"),
     "completion": Command("print a script by which a shell completes commands and options", ".completion"),
     "bench": Command(
@@ -86,6 +87,8 @@ examples:
       a row for each value, with mean and spread over the seeds; --preset partition block-count overlap: the paper's
   diffusionblocks report runs/demo --out report.html
       one page about runs, comparisons and ablations; with --watch it follows them while they train
+  diffusionblocks push runs/digits --repo user/digits --private
+      upload the run's model in one commit; diffusionblocks.from_pretrained("user/digits") loads it
   diffusionblocks bench memory --models dit-l-2 --blocks 3 --out memory.json --figure memory.png
       on a CUDA GPU: memory and speed beside end-to-end training and other ways to save memory
 

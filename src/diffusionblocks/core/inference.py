@@ -68,6 +68,10 @@ class Inference(Generic[_Target]):
 
     #: what the model does, and by which method, for messages
     does: ClassVar[str]
+    #: a call of that method, for a model card
+    example: ClassVar[str]
+    #: the hub's name for what the model does; None where it has none
+    pipeline_tag: ClassVar[str | None] = None
 
     def __init__(self, model: DiffusionBlocks) -> None:
         leave_to_host(type(self))
@@ -130,6 +134,8 @@ class Classification(Inference[LabelTarget]):
     """Labels of images, by `predict`."""
 
     does = "classifies: use predict"
+    example = "model.predict(pixel_values).probabilities  # of images, scaled as in training"
+    pipeline_tag = "image-classification"
 
     @override
     @on_host
@@ -245,6 +251,7 @@ class ImageGeneration(Inference[ImageTarget]):
     """Images from noise, by `sample`."""
 
     does = "generates images: use sample"
+    example = "model.sample(seeds=[0, 1, 2])  # images; a class-conditional model also takes labels"
 
     @override
     def sample(  # type: ignore[override]
@@ -314,6 +321,7 @@ class TextGeneration(Inference[_Target]):
 
     #: the kind of model, for messages
     kind: ClassVar[str]
+    pipeline_tag = "text-generation"
 
     def check_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options that were set; ValueError for one that this kind of model does not take."""
@@ -339,6 +347,7 @@ class Unmasking(TextGeneration[TokenTarget]):
     """Text from masks, by `generate`."""
 
     does = "generates text: use generate"
+    example = "model.generate(seeds=[0, 1])  # tokens; a template leaves gaps to fill"
     kind = "masked text models"
 
     @override
@@ -383,6 +392,7 @@ class Continuing(TextGeneration[NextTokenTarget]):
     """Text that goes on from prompts, by `generate`."""
 
     does = "goes on from prompts: use generate(prompts, max_new_tokens)"
+    example = "model.generate([[17, 4]], max_new_tokens=20).tokens  # prompts are lists of tokens"
     kind = "autoregressive models"
 
     @override

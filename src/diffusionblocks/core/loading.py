@@ -17,6 +17,7 @@ from ..common.finite import DIVERGED, require_finite
 from ..common.formats import read_tensors
 from .materialise import materialise_buffers
 from .model import DiffusionBlocks
+from .model_card import NAME_ON_HUB
 from .saved_model import (
     INDEX,
     SHARED,
@@ -63,13 +64,13 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool =
         ValueError: not a saved DiffusionBlocks model, another format, some blocks only, tensors that do not match or
             are not finite, or a file that is not the one that was saved with the index.
     """
-    source = read_saved(path)
-    if source.missing:
-        raise ValueError(
-            f"{source.folder} holds blocks {list(source.blocks)} of {source.partition.num_blocks}; blocks "
-            f"{source.missing} are missing: merge it with the folders that hold them, diffusionblocks merge "
-            f"{source.folder} OTHER ... --out MODEL, and load that"
+    if not Path(path).exists() and NAME_ON_HUB.fullmatch(str(path)):
+        raise FileNotFoundError(
+            f"{path}: there is no such folder; a model on the hub is read by "
+            f"diffusionblocks.from_pretrained({str(path)!r}), and of a run give RUN/model"
         )
+    source = read_saved(path)
+    check_whole(source)
     model = outline_saved(source)
     check_precisions({file: check_header(file, tensors) for file, tensors in files_of(model, source).items()})
     if verify:
@@ -93,6 +94,16 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool =
         block.to(device)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     return model.eval()
+
+
+def check_whole(source: SavedModel) -> None:
+    """Refuse a folder of some of a model's blocks. ValueError: it says which are missing, and how to join them."""
+    if source.missing:
+        raise ValueError(
+            f"{source.folder} holds blocks {list(source.blocks)} of {source.partition.num_blocks}; blocks "
+            f"{source.missing} are missing: merge it with the folders that hold them, diffusionblocks merge "
+            f"{source.folder} OTHER ... --out MODEL, and load that"
+        )
 
 
 def _copies(file: Path, device: torch.device | str) -> dict[str, Tensor]:

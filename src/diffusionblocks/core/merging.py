@@ -23,8 +23,9 @@ from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from ..families import config_values
 from .loading import check_digest, check_header, check_precisions, files_of, opened
 from .model import DiffusionBlocks
-from .saved_model import INDEX, WITH_TOKENIZER, SavedModel, block_file, outline_saved, read_saved
-from .saving import check_out
+from .model_card import card_text, write_card
+from .saved_model import INDEX, WITH_TOKENIZER, SavedModel, block_file, outline_saved, read_saved, write_configs
+from .saving import check_out, replaced_names
 
 #: entries of a model's config that say where it came from, and change nothing
 _WRITERS = ("transformers_version", "_name_or_path", "_diffusers_version", "architectures")
@@ -72,7 +73,7 @@ def merge(
             where they must be, or an `out` that is an input.
     """
     inputs, preferred = as_paths(folders), as_paths(prefer)
-    models = [read_saved(_model_folder(folder)) for folder in inputs]
+    models = [read_saved(model_folder(folder)) for folder in inputs]
     _check_inputs(models, inputs, Path(out))
     _check_configs(models)
     first = models[0]
@@ -82,14 +83,17 @@ def merge(
             f"so they cannot be merged: {_list(models)}; convert with shared: replicated or frozen to train blocks "
             "apart"
         )
-    origins = _origins(models, [_model_folder(folder) for folder in preferred])
-    files = _check_files(models, origins)
+    origins = _origins(models, [model_folder(folder) for folder in preferred])
+    model = outline_saved(first)
+    files, dtype = _check_files(model, models, origins)
     index = {**first.index, "blocks": [origin.block for origin in origins]}
     index["files"] = {path.name: entry.model_dump() for path, entry in files.items()}
-    with whole_folder(Path(out), WITH_TOKENIZER) as temporary:
+    with whole_folder(Path(out), replaced_names(Path(out), WITH_TOKENIZER)) as temporary:
         for file in [*files, *common_tokenizer([model.folder for model in models])]:
             shutil.copyfile(file, temporary / file.name)
         write_json(temporary / INDEX, seal(index))
+        write_configs(temporary, model, dtype)
+        write_card(temporary, card_text(model), before=Path(out))
     return origins
 
 
@@ -101,7 +105,7 @@ def as_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
     return [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
 
 
-def _model_folder(path: Path) -> Path:
+def model_folder(path: Path) -> Path:
     """The saved model at `path`, which may be the folder of a run."""
     for folder in (path, path / "model"):
         if (folder / INDEX).is_file():
@@ -246,21 +250,24 @@ def choose_copy(name: str, holders: Sequence[Path], ranked: Sequence[Path]) -> P
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def _check_files(models: Sequence[SavedModel], origins: Sequence[Origin]) -> dict[Path, FileDigest]:
+def _check_files(
+    model: DiffusionBlocks, models: Sequence[SavedModel], origins: Sequence[Origin]
+) -> tuple[dict[Path, FileDigest], torch.dtype]:
     """The tensor files of the merged model, checked against the model and each against its index, values for being
-    finite, and the shared parameters that must be the same by their bits."""
-    model = outline_saved(models[0])
+    finite, and the shared parameters that must be the same by their bits; and the dtype of its weights."""
     by_folder = {source.folder: source for source in models}
     files: dict[Path, dict[str, torch.Tensor]] = {}
     for origin in origins:
         files |= files_of(model, by_folder[origin.folder], [origin.block])
-    check_precisions({path: check_header(path, tensors) for path, tensors in files.items()})
+    dtypes = {path: check_header(path, tensors) for path, tensors in files.items()}
+    check_precisions(dtypes)
     _check_shared(model, origins)
     for path, tensors in files.items():
         check_digest(by_folder[path.parent], path.name)
         with opened(path) as file:
             require_finite(((name, file.get_tensor(name)) for name in tensors), str(path), DIVERGED)
-    return {path: (by_folder[path.parent].files or {}).get(path.name) or digest(path) for path in files}
+    digests = {path: (by_folder[path.parent].files or {}).get(path.name) or digest(path) for path in files}
+    return digests, next(dtype for floating in dtypes.values() for dtype in floating)
 
 
 def _check_shared(model: DiffusionBlocks, origins: Sequence[Origin]) -> None:

@@ -591,6 +591,15 @@ class DiffusionBlocks(nn.Module):
         """
         _saving().save(self, Path(path), blocks)
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> DiffusionBlocks:
+        """Load a model from a folder, or from a repository of the hub: `diffusionblocks.from_pretrained`."""
+        return _hub().from_pretrained(name, **options)  # type: ignore[no-any-return]
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload the model to a repository of the hub, in one commit: `diffusionblocks.push_to_hub`."""
+        return _hub().push_to_hub(self, repo_id, **options)
+
     def export_initialisation(self) -> nn.Module:
         """The original class with the blocks' weights: an initialisation to train further, not the trained model (see
         `diffusionblocks.core.saving.export_initialisation`)."""
@@ -730,10 +739,17 @@ class UnlabelledBlocks(DiffusionBlocks):
 
 
 def _saving() -> ModuleType:
-    """The module that saves models, and so builds on this one: the only import in core that runs up."""
+    """The module that saves models, and so builds on this one: it and `_hub` are the imports in core that run up."""
     from . import saving
 
     return saving
+
+
+def _hub() -> ModuleType:
+    """The module of models on the hub: see `_saving`."""
+    from . import hub
+
+    return hub
 
 
 def _device(batch: Batch) -> torch.device:

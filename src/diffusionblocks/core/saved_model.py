@@ -9,6 +9,9 @@ A saved model is a folder:
     block-00.safetensors ...    everything block b owns, original names under `network.`
     shared.safetensors          the shared parameters, under the `joint` policy only
     tokenizer.json              of a language model that a recipe trained on tokens (see `tokenizer_file`)
+    config.json                 the original class's config as its own library writes it, and generation_config.json:
+                                for programs that read these; what loads the model goes by the index alone
+    README.md                   the model card (see `model_card`)
 
 A folder may hold some of the blocks only, for machines that share the training; `merging.py` makes one model of them.
 No code from the folder is run; the original class is looked up by name in the family registry.
@@ -29,10 +32,10 @@ from torch import Tensor
 
 from ..common.digests import FileDigest, check_seal, json_digest
 from ..common.files import recover
-from ..common.formats import read_json, same_shape, validate
+from ..common.formats import read_json, same_shape, validate, write_json
 from ..common.tokenizer_file import TOKENIZER
 from ..config import BlocksConfig, blocks_as_written
-from ..families import config_values, family_named, outline, rebuild_config
+from ..families import config_file_values, config_values, family_named, outline, rebuild_config
 from ..families.generation_config import generation_values, rebuilt_generation_config
 from .conversion import assemble, resolve
 from .model import DiffusionBlocks
@@ -46,6 +49,7 @@ STAMP = "diffusionblocks"  # in the metadata of a safetensors file
 OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
 #: and with the tokenizer beside them, where that is replaced as well
 WITH_TOKENIZER = re.compile(rf"{OURS.pattern}|{re.escape(TOKENIZER)}")
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 END_TO_END_FILES = "files.json"
 ENSEMBLE = "ensemble.json"
 LOCAL = "local.json"
@@ -231,6 +235,19 @@ def outline_of_index(index: dict[str, Any]) -> DiffusionBlocks:
     if index.get("generation_config") is not None:  # else, as in older folders, what the class makes of the config
         model.generation_config = rebuilt_generation_config(index["generation_config"], "generation_config")
     return model
+
+
+def write_configs(folder: Path, model: DiffusionBlocks, dtype: torch.dtype) -> None:
+    """Write the original class's config, and how a language model generates, as its own library does.
+
+    Args:
+        folder: of the saved model.
+        model: what was saved, or its outline.
+        dtype: of its weights.
+    """
+    write_json(folder / CONFIG, config_file_values(model.model_class, model.config, dtype))
+    if (generation := generation_values(model.generation_config)) is not None:
+        write_json(folder / GENERATION_CONFIG, generation)
 
 
 # ---- tensors ------------------------------------------------------------------------------------------------

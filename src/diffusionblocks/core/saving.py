@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ from ..common.tokenizer_file import write_tokenizer
 from ..families import instantiate, with_layers
 from .block import Block
 from .model import DiffusionBlocks
+from .model_card import CardNotes, card_text, write_card
 from .saved_model import (
+    CONFIG,
+    GENERATION_CONFIG,
     INDEX,
     OURS,
     SHARED,
@@ -31,6 +35,7 @@ from .saved_model import (
     listed,
     outline_of_index,
     stamp,
+    write_configs,
 )
 
 
@@ -57,6 +62,7 @@ def save(
     blocks: Sequence[int] | None = None,
     tokenizer: bytes | None = None,
     trained: dict[str, Any] | None = None,
+    notes: CardNotes | None = None,
 ) -> None:
     """Write `model` to the folder `path`; an older save there is replaced only once the new one is whole.
 
@@ -68,6 +74,7 @@ def save(
         blocks: write only these blocks; None writes all.
         tokenizer: the bytes of a language model's `tokenizer.json`; None leaves one that is there as it is.
         trained: what the blocks were trained on, as JSON values: blocks of different trainings are not merged.
+        notes: what the model card is to say beside what the model knows of itself.
 
     Raises:
         ValueError: no such block, some blocks of a model with `joint` shared parameters, a block on the meta device,
@@ -79,7 +86,7 @@ def save(
     _check_readable(model, index)
     for b in indices:
         _require_finite(model.block(b))
-    with whole_folder(path, OURS if tokenizer is None else WITH_TOKENIZER) as folder:
+    with whole_folder(path, replaced_names(path, OURS if tokenizer is None else WITH_TOKENIZER)) as folder:
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer)
         files: dict[str, FileDigest] = {}
@@ -95,6 +102,14 @@ def save(
             if shared and b == 0:
                 write(SHARED, {k: t for k, t in tensors.items() if id(t) in shared}, None)
         write_json(folder / INDEX, seal(index | {"files": {name: files[name].model_dump() for name in files}}))
+        write_configs(folder, model, next(model.block(indices[0]).parameters()).dtype)
+        write_card(folder, card_text(model, indices, notes), before=path)
+
+
+def replaced_names(path: Path, ours: re.Pattern[str]) -> re.Pattern[str]:
+    """The names of files that are replaced: configs too, but in a folder of blocks alone, where they are ours."""
+    configs = "|".join(map(re.escape, (CONFIG, GENERATION_CONFIG)))
+    return re.compile(f"{ours.pattern}|{configs}") if (path / INDEX).is_file() else ours
 
 
 def _check_readable(model: DiffusionBlocks, index: dict[str, Any]) -> None:

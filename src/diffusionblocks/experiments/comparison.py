@@ -80,8 +80,12 @@ def compare(
             add(variant)
     experiment.task.draw(experiment, table, results, folder)
     write_results(folder / TABLE, table, None, finished=True)
-    table_text = format_table([columns(experiment.task, row) for row in table])
-    return "\n".join([table_text, *remarks(experiment.recipe)])
+    lines = [columns(experiment.task, row) for row in table]
+    for place, variant in enumerate(selection):  # of equal time more rows follow, which have no blocks
+        rows_of_card = [lines[place], *lines[:place], *lines[place + 1 :]]
+        score = table[place].get(experiment.task.score)
+        experiment.derive(variant.recipe).note_results(folder / variant.key / "model", rows_of_card, score)
+    return "\n".join([format_table(lines), *remarks(experiment.recipe)])
 
 
 def checked_rows(

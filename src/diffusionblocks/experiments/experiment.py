@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ..core.conversion import assemble
 from ..core.loading import load
 from ..core.materialise import build, empty, materialise
 from ..core.model import DiffusionBlocks
-from ..core.saved_model import INDEX, MODEL_FILES
+from ..core.model_card import card_text, remove_generated_card, write_card
+from ..core.saved_model import INDEX, MODEL_FILES, outline_saved, read_saved
 from ..core.saving import save
 from ..data import TextCodec
 from ..data.dataset import BatchMaker, Dataset
@@ -26,6 +28,7 @@ from ..families import Family, check_attention, family_named, rebuild_config
 from ..training import Baseline, RunDescription, Trainer
 from ..training.run_log import Logger
 from .baseline_kinds import BASELINE_KINDS, BaselineKind, outline_of
+from .card_notes import card_notes
 from .identity import check_same_run, data_identity, describe_run, learned_from
 from .original import Original
 from .recipe import Recipe
@@ -268,9 +271,27 @@ class Experiment:
         data = self.splits.get("train")
         tokenizer = None if data is None else data.tokenizer
         if isinstance(model, DiffusionBlocks):
-            save(model, path, self.recipe.train.blocks, tokenizer, provenance)
+            save(model, path, self.recipe.train.blocks, tokenizer, provenance, card_notes(self.origin, data))
         elif isinstance(model, Baseline):
             model.save(path, tokenizer=tokenizer, provenance=provenance)
+            remove_generated_card(path)  # of blocks that were there before
+
+    def note_results(self, path: Path, rows: Sequence[Mapping[str, Any]], metric: float | None = None) -> None:
+        """Write results into the card of a saved model of blocks, unless a person edited it.
+
+        Args:
+            path: the model's folder; of a baseline, which has no card, nothing is written.
+            rows: the printed columns of its results, and after them of its baselines'.
+            metric: the value of the task's score.
+        """
+        if not (path / INDEX).is_file():
+            return
+        score = None
+        if self.task.score and metric is not None and math.isfinite(metric):
+            score = self.task.score, metric
+        notes = card_notes(self.origin, self.splits.get("train"), rows, score)
+        source = read_saved(path)
+        write_card(path, card_text(outline_saved(source), source.blocks, notes))
 
     def load(self, path: Path) -> nn.Module:
         """Load what `save` wrote, on the recipe's device; of blocks under `resident: active` the one that runs.

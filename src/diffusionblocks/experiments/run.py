@@ -110,6 +110,10 @@ def train(
         model, rows, evaluation_seconds = evaluate_saved(experiment, folder, measure=measure)
         times = {"train_seconds": seconds, "evaluation_seconds": evaluation_seconds, "iterations": iterations}
         write_results(folder / RESULT, [row.to_dict() for row in rows], None, **times)
+        if rows:
+            summary = experiment.task.summary(rows)
+            score = summary.get(experiment.task.score)
+            experiment.note_results(folder / "model", [experiment.task.columns(summary)], score)
         return RunResult(model, rows, seconds, iterations)
 
 

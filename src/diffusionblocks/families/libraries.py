@@ -6,6 +6,7 @@ import abc
 import contextlib
 import copy
 import importlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,10 @@ class Library(abc.ABC):
         """The config object of a class from plain values."""
 
     @abc.abstractmethod
+    def config_file(self, model_class: Any, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """The values of `config.json`, as the library's own `save_pretrained` of a model of `dtype` writes them."""
+
+    @abc.abstractmethod
     def values(self, model_class: Any, config: Any) -> dict[str, Any]:
         """The plain JSON values of a config object: the inverse of `config`."""
 
@@ -266,6 +271,14 @@ class Transformers(Library):
         return dict(config.to_dict()) | {"attn_implementation": config._attn_implementation}
 
     @override
+    def config_file(self, model_class: Any, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        values = json.loads(config.to_json_string())
+        for name in ("auto_map", "_name_or_path"):  # code beside the weights, and a place on this machine
+            values.pop(name, None)
+        of_model = {"architectures": [model_class.__name__], "dtype": str(dtype).removeprefix("torch.")}
+        return dict(sorted((values | of_model).items()))
+
+    @override
     def _create(self, model_class: Any, config: Any) -> nn.Module:
         check_attention(config)
         return model_class(config)  # type: ignore[no-any-return]
@@ -370,6 +383,13 @@ class Diffusers(Library):
         # Configs of older files also have values that the class of today does not take; the library passes over them.
         fields = self.fields(model_class)
         return {name: value for name, value in config.items() if name in fields}
+
+    @override
+    def config_file(self, model_class: Any, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        from diffusers import __version__
+
+        names = {"_class_name": model_class.__name__, "_diffusers_version": __version__}
+        return names | dict(sorted(self.values(model_class, config).items()))
 
     @override
     def _create(self, model_class: Any, config: Any) -> nn.Module:

@@ -116,6 +116,18 @@ def config_values(model_class: str, config: Any) -> dict[str, Any]:
     return library.values(imported, config)
 
 
+def config_file_values(model_class: str, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The JSON values of a `config.json` from which the class's own library reads the config.
+
+    Args:
+        model_class: its name.
+        config: its config object.
+        dtype: of the weights.
+    """
+    library, imported = _imported(model_class)
+    return library.config_file(imported, config, dtype)
+
+
 def instantiate(model_class: str, model_config: Any) -> nn.Module:
     """A freshly initialised instance of a supported class; the global random state is left as it was."""
     library, imported = _imported(model_class)
