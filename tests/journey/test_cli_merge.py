@@ -13,6 +13,7 @@ from helpers import listing
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
+from diffusionblocks.core.model_card import CARD
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.experiments.run import trained_differently, write_recipe
@@ -55,7 +56,10 @@ def test_blocks_trained_by_jobs_apart_are_those_of_one_run(
 ) -> None:
     out = tmp_path / "whole"
     assert main(["merge", str(runs / "first"), str(runs / "second"), "--out", str(out)]) == 0
-    assert listing(out) == listing(runs / "all" / "model")
+    merged, whole = listing(out), listing(runs / "all" / "model")
+    assert b"## Recipe" not in merged.pop(CARD)  # each job had a recipe of its own
+    assert b"## Recipe" in whole.pop(CARD)
+    assert merged == whole
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["block", "layers", "taken", "from", "size", "passed", "over"]
     taken = [line.split()[:3] for line in printed[2:5]]
