@@ -36,6 +36,10 @@ MORE_CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip2": ("Siglip2ForImageClassification", {"intermediate_size": 64, "num_patches": 4}),
     "clip": ("CLIPForImageClassification", {"intermediate_size": 64}),
     "metaclip2": ("MetaClip2ForImageClassification", {"intermediate_size": 64}),
+    "dinov3": (
+        "DINOv3ViTForImageClassification",
+        {"intermediate_size": 64, "num_register_tokens": 3, "pos_embed_rescale": None},
+    ),
     "beit": ("BeitForImageClassification", {"intermediate_size": 64, "use_relative_position_bias": True}),
 }
 DIT_FAMILIES = ("dit", "diffusers-dit")
@@ -127,7 +131,7 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
 def fresh_classifier(family: str, **values: Any) -> nn.Module:
     """A tiny classifier of `MORE_CLASSIFIERS` as its class initialises it; sizes go to the part that has them."""
     name, more = MORE_CLASSIFIERS[family]
-    found = getattr(transformers, name)
+    found = db.families.model_class_named(name)
     part = db.families.family_named(name).config_part
     values = more | values
     if "num_patches" in values:  # which says the size of an image

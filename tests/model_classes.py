@@ -23,6 +23,7 @@ INTRODUCTION = """# Models
 What becomes of the classes of transformers and diffusers. *works*: a tiny model of the class was converted, and each of
 its blocks trained. Else the line with which it is refused. A class works in the variants of its config that are exact;
 others are refused, and the message names the field. A family for a class of your own: [extending](extending.md).
+`DINOv3ViTForImageClassification` is `diffusionblocks.models`' own: transformers has the trunk alone.
 
 Mixtures of experts train without the auxiliary loss of their experts' load, as the library trains them by default
 (`output_router_logits` false).
@@ -107,6 +108,7 @@ CLASSES: dict[str, list[Tried]] = {
             for name in ("CLIP", "MetaClip2", "Siglip")
         ),
         Tried("Siglip2ForImageClassification", IMAGE | {"num_patches": 4}, ("vision_config",)),
+        *_image("DINOv3ViTForImageClassification", "DINOv3ViTModel"),
         *_image("SwinForImageClassification", "ConvNextForImageClassification"),
         *_image("ResNetForImageClassification", "HieraForImageClassification", "PvtV2ForImageClassification"),
     ],
@@ -137,13 +139,15 @@ def build(tried: Tried) -> nn.Module:
     import diffusers
     import transformers
 
+    from diffusionblocks import models
     from diffusionblocks.families import supported_classes
 
     known = tried.name in supported_classes()
-    library: Any = transformers if hasattr(transformers, tried.name) else diffusers
-    model_class = getattr(library, tried.name)
+    model_class: Any = next(
+        getattr(library, tried.name) for library in (transformers, diffusers, models) if hasattr(library, tried.name)
+    )
     values = dict(tried.values)
-    if library is transformers:
+    if hasattr(model_class, "config_class"):
         values = dict.fromkeys(tried.parts, values) | {"num_labels": 4} if tried.parts else values
         if not known:
             values = {}

@@ -17,12 +17,13 @@ from helpers import (
     train_a_little,
 )
 from torch import Tensor
-from transformers import Siglip2ForImageClassification
+from transformers import DINOv3ViTModel, Siglip2ForImageClassification, ViTModel
 
 import diffusionblocks as db
 from diffusionblocks.core.materialise import build
 from diffusionblocks.experiments.original import Original
 from diffusionblocks.experiments.recipe import ModelConfig
+from diffusionblocks.models import DINOv3ViTForImageClassification
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in MORE_CLASSIFIERS),
@@ -30,6 +31,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vit-msn", {"qkv_bias": False}),
     ("dinov2-registers", {"use_swiglu_ffn": True, "num_register_tokens": 1}),
     ("dinov2-registers", {"drop_path_rate": 0.3, "qkv_bias": False}),
+    ("dinov3", {"num_register_tokens": 0, "use_gated_mlp": True, "query_bias": False, "key_bias": True}),
+    ("dinov3", {"drop_path_rate": 0.3, "layerscale_value": 0.5, "mlp_bias": False, "pos_embed_jitter": 2.0}),
     ("ijepa", {"qkv_bias": False, "hidden_act": "relu"}),
     ("siglip", {"vision_use_head": False}),
     ("siglip2", {"vision_use_head": False, "num_patches": 9}),  # positions are resized
@@ -191,7 +194,7 @@ def test_a_head_that_reads_no_cls_has_none_to_replace(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("vit-msn", {}), ("dinov2-registers", {}), ("beit", {"use_mean_pooling": False})],
+    [("vit-msn", {}), ("dinov2-registers", {}), ("dinov3", {}), ("beit", {"use_mean_pooling": False})],
     ids=ids,
 )
 def test_the_label_takes_the_place_of_cls(family: str, options: dict[str, Any]) -> None:
@@ -200,7 +203,39 @@ def test_the_label_takes_the_place_of_cls(family: str, options: dict[str, Any]) 
     model.block(0).layers()[0].register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
     images = noise_batch()["pixel_values"]
     assert not torch.allclose(context(model, 0, images), context(model, 0, images, seed=1), atol=1e-4)
-    assert set(lengths) == {4 + 1 + (3 if family == "dinov2-registers" else 0)}
+    assert set(lengths) == {4 + 1 + (3 if family in ("dinov2-registers", "dinov3") else 0)}
+
+
+def test_dinov3_takes_the_weights_of_its_trunk_and_a_head_of_its_own(tmp_path: Path) -> None:
+    """By its class, and read block by block, as a recipe's `pretrained` is."""
+    trunk = DINOv3ViTModel(tiny("dinov3").config).eval()
+    trunk.save_pretrained(tmp_path)
+    model: Any = DINOv3ViTForImageClassification.from_pretrained(tmp_path, num_labels=7).eval()
+    assert same_states(model.backbone.state_dict(), trunk.state_dict())
+    images = noise_batch()["pixel_values"]
+    with torch.no_grad():
+        states = trunk(images).last_hidden_state
+        expected = model.classifier(torch.cat([states[:, 0], states[:, 4:].mean(dim=1)], dim=1))
+    assert torch.equal(logits(model, images), expected)
+    labels = torch.arange(6)
+    assert torch.equal(model(images, labels).loss, torch.nn.functional.cross_entropy(model(images).logits, labels))
+    options = {"type": "DINOv3ViTForImageClassification", "pretrained": str(tmp_path)}
+    source = Original(ModelConfig(**options, config={"num_labels": 7}), seed=0, new_head=True).weights()
+    for block in build(source, db.BlocksConfig()).blocks:
+        state = block.network.state_dict()
+        assert len(state["classifier.bias"]) == 7
+        read = {name.removeprefix("backbone."): t for name, t in state.items() if "classifier" not in name}
+        assert all(torch.equal(tensor, trunk.state_dict()[name]) for name, tensor in read.items())
+
+
+def test_a_trunk_without_a_head_is_refused_with_the_classes_that_have_one() -> None:
+    trunk = DINOv3ViTModel(tiny("dinov3").config)
+    with pytest.raises(
+        ValueError, match=r"no head .*; use DINOv3ViTForImageClassification of diffusionblocks\.models$"
+    ):
+        db.convert(trunk)
+    with pytest.raises(ValueError, match=r"no head .*; use ViTForImageClassification of transformers$"):
+        db.convert(ViTModel(tiny("vit").config))  # type: ignore[arg-type]
 
 
 def test_a_pretrained_model_has_its_own_part_of_the_config(tmp_path: Path) -> None:

@@ -457,3 +457,5 @@ def _headers(keys: dict[str, Path]) -> tuple[dict[str, str], dict[str, torch.Siz
 TRANSFORMERS = Transformers("transformers")
 DIFFUSERS = Diffusers("diffusers")
 OURS = Diffusers("diffusionblocks.models", "diffusionblocks.models")
+#: ours that are models of transformers
+OURS_OF_TRANSFORMERS = Transformers("diffusionblocks.models", "diffusionblocks.models")

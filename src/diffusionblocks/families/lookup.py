@@ -35,10 +35,22 @@ def family_for(model: nn.Module) -> Family:
         family = FAMILIES[name]
         family.check(model)
         return family
+    name = type(model).__name__
+    if heads := _with_a_head(name):
+        raise ValueError(
+            f"cannot convert {name}: it has no head that says what is denoised; use {' or '.join(heads)} of "
+            f"{FAMILIES[heads[0]].library.module}"
+        )
     raise ValueError(
-        f"cannot convert {type(model).__name__}: no family knows this class; supported: {', '.join(sorted(FAMILIES))}. "
+        f"cannot convert {name}: no family knows this class; supported: {', '.join(sorted(FAMILIES))}. "
         "To register one, see docs/extending.md, 'A family'."
     )
+
+
+def _with_a_head(name: str) -> list[str]:
+    """The supported classes that put a head on a class of transformers without one: `ViTModel` is a trunk of theirs."""
+    trunk = name.removesuffix("Model")
+    return [head for head in FAMILIES if trunk != name and head.startswith((f"{trunk}For", f"{trunk}LMHead"))]
 
 
 def _registered_name(model: nn.Module) -> str | None:

@@ -6,14 +6,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from ..config import BlocksConfig, LabelTargetConfig
+from ..layers.exact_buffers import ExactRotation
 from ..layers.target_tokens import ClsReplacement, LabelToken, LinearLabelToken
 from ..targets import HINT
 from .family import BlockCall, register_family
 from .kinds import ClassifierFamily, tokens_of
-from .libraries import TRANSFORMERS
+from .libraries import OURS_OF_TRANSFORMERS, TRANSFORMERS
 
 
 def backbone_of(network: nn.Module) -> nn.Module:
@@ -115,7 +117,7 @@ class ViTFamily(ClassifierFamily):
         length, vectors = tokens.shape[1], {"label_token": call.z, "hint_token": call.inputs.get(HINT)}
         if "cls_replacement" in call.extra:
             # The stem has put [CLS] and its position at place 0: both are taken out, and the position put back.
-            positions = getattr(embeddings_of(call.network), "position_embeddings")  # noqa: B009 - a foreign class's
+            positions = getattr(embeddings_of(call.network), "position_embeddings", None)
             position = torch.zeros_like(tokens[:1, :1]) if positions is None else positions[:, :1]
             tokens = call.extra["cls_replacement"](tokens, call.z, position)
         extra = [
@@ -144,7 +146,7 @@ class Dinov2Family(ViTFamily):
     And `Dinov2WithRegistersForImageClassification`: its registers are tokens between [CLS] and patches, not read.
     """
 
-    classes = ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification")
+    classes: ClassVar[tuple[str, ...]] = ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification")
     norms = ("norm1", "norm2")
 
     @staticmethod
@@ -154,7 +156,7 @@ class Dinov2Family(ViTFamily):
 
     @override
     def classify(self, network: nn.Module, tokens: Tensor) -> Tensor:
-        tokens = backbone_of(network).get_submodule("layernorm")(tokens)
+        tokens = backbone_of(network).get_submodule(str(self.final_norm).rpartition(".")[2])(tokens)
         patches = tokens[:, self._first_patch(network) :]
         return network.get_submodule("classifier")(torch.cat([tokens[:, 0], patches.mean(dim=1)], dim=1))  # type: ignore[no-any-return]
 
@@ -164,3 +166,29 @@ class Dinov2Family(ViTFamily):
         patches = hidden[:, self._first_patch(call.network) :]
         tokens = call.final_norm(torch.cat([denoised.to(hidden.dtype)[:, None, :], patches], dim=1))
         return call.module("classifier")(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))  # type: ignore[no-any-return]
+
+
+@register_family
+class Dinov3Family(Dinov2Family):
+    """Converts our `DINOv3ViTForImageClassification`: patches have rotary positions, the tokens before them none."""
+
+    classes = ("DINOv3ViTForImageClassification",)
+    older_names = ("DINOv3ViTModel",)
+    library = OURS_OF_TRANSFORMERS
+    layers = "{base}.model.layer"
+    stem = ("{base}.embeddings", "{base}.rope_embeddings")
+    head = ("{base}.norm", "classifier")
+    final_norm = "{base}.norm"
+
+    @override
+    def adjust(self, network: nn.Module) -> None:
+        backbone = backbone_of(network)
+        backbone.add_module("rope_embeddings", ExactRotation(backbone.get_submodule("rope_embeddings")))
+
+    @override
+    def layer_options(self, network: nn.Module, pixel_values: Tensor, length: int) -> dict[str, Any]:
+        images = pixel_values.to(embeddings_of(network).get_submodule(self.patches).get_parameter("weight").dtype)
+        cosine, sine = backbone_of(network).get_submodule("rope_embeddings")(images)
+        # The layers turn the last tokens by so many angles. Those behind the patches are not to be turned.
+        behind = (0, 0, 0, length - self._first_patch(network) - len(cosine))
+        return {"position_embeddings": (F.pad(cosine, behind, value=1.0), F.pad(sine, behind))}

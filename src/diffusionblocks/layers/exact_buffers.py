@@ -25,7 +25,7 @@ class ExactBuffers(nn.Module):
 
 
 class ExactRotation(nn.Module):
-    """The library's rotary positions; their frequencies stay float32 when a block is cast to another dtype.
+    """A library's rotary positions; their frequencies stay float32 when a block is cast to another dtype.
 
     The library loads a bfloat16 model with float32 frequencies, too: rounded ones are off by whole turns at some
     hundred tokens.
@@ -44,12 +44,14 @@ class ExactRotation(nn.Module):
         """The model's config."""
         return self.rotary.config
 
-    def forward(self, states: Tensor, positions: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (1 or batch, length, dim of a head), of the dtype of `states` or float32.
+    def forward(self, states: Tensor, *where: Any) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (..., length, dim of a head), of the dtype of `states` or float32.
 
-        `kind`: of layer, for a model that has positions for each.
+        Args:
+            states: of text, or the images themselves.
+            where: of text the positions (1 or batch, length), and the kind of layer where each kind has its own.
         """
-        return self.rotary(states, positions, *kind)  # type: ignore[no-any-return]
+        return self.rotary(states, *where)  # type: ignore[no-any-return]
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ExactRotation:
         exact = dict(self.rotary.named_buffers())
