@@ -61,7 +61,7 @@ class Family(abc.ABC):
 
     #: names of the public classes that the family converts
     classes: ClassVar[tuple[str, ...]]
-    #: names by which files of pretrained weights call one of these classes else: older ones, or a trunk without a head
+    #: names by which older files of pretrained weights call one of these classes
     older_names: ClassVar[tuple[str, ...]] = ()
     #: the library that has them
     library: ClassVar[Library]

@@ -14,6 +14,7 @@ from ..common.messages import perhaps
 from .family import FAMILIES, Family
 from .inspection import check_plain, check_unwrapped
 from .libraries import Checkpoint, Library
+from .unsupported import MISSING
 
 
 def supported_classes() -> Mapping[str, Family]:
@@ -42,8 +43,8 @@ def family_for(model: nn.Module) -> Family:
             f"{FAMILIES[heads[0]].library.module}"
         )
     raise ValueError(
-        f"cannot convert {name}: no family knows this class; supported: {', '.join(sorted(FAMILIES))}. "
-        "To register one, see docs/extending.md, 'A family'."
+        f"cannot convert {name}: {MISSING.get(name, 'no family knows this class')}; supported: "
+        f"{', '.join(sorted(FAMILIES))}. To register one, see docs/extending.md, 'A family'."
     )
 
 

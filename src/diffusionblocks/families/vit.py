@@ -173,7 +173,7 @@ class Dinov3Family(Dinov2Family):
     """Converts our `DINOv3ViTForImageClassification`: patches have rotary positions, the tokens before them none."""
 
     classes = ("DINOv3ViTForImageClassification",)
-    older_names = ("DINOv3ViTModel",)
+    older_names = ("DINOv3ViTModel",)  # the trunk, whose weights it takes
     library = OURS_OF_TRANSFORMERS
     layers = "{base}.model.layer"
     stem = ("{base}.embeddings", "{base}.rope_embeddings")
