@@ -1,6 +1,7 @@
 """BlocksTrainer: transformers.Trainer with block schedules, checkpoints that load, fixed evaluation noise."""
 
 import copy
+import importlib.util
 import json
 import os
 import socket
@@ -14,12 +15,25 @@ import pytest
 import torch
 from helpers import LENGTH, convert, run_ranks, same_states, seeded, tiny, token_batch, toy_batch
 from tokenizers import Tokenizer
-from tokenizers.models import BPE, WordLevel
+from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTImageProcessor,
+)
 
 import diffusionblocks as db
 from diffusionblocks.common.seeds import keyed_generator
+from diffusionblocks.integrations.packed_texts import unpacked
 from diffusionblocks.targets import LabelLoss
 
 
@@ -49,6 +63,12 @@ def trainer_of(model: nn.Module, folder: Path, name: str = "vit", **overrides: A
     own = {key: overrides.pop(key) for key in ("schedule", "steps_per_switch", "resident") if key in overrides}
     data = rows(batch_of(name))
     return db.BlocksTrainer(model, arguments(folder, **overrides), train_dataset=data, eval_dataset=data[:16], **own)
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of 25 letters, with padding and an end."""
+    ids = {"<pad>": 0, "<eos>": 1} | {chr(97 + i): 2 + i for i in range(25)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(ids, [])), pad_token="<pad>", eos_token="<eos>")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -121,6 +141,84 @@ def test_the_best_model_is_loaded_at_the_end_and_a_callback_serves_other_trainer
     assert same_states(opened.state_dict(), plain.state_dict())
 
 
+def test_a_run_goes_on_in_the_order_of_its_blocks_or_is_refused(tmp_path: Path) -> None:
+    """Else some blocks would have more steps than others, and a learning rate that is not theirs."""
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    for schedule in ("sequential", "round-robin"):
+        trainer_of(convert("vit"), tmp_path / schedule, schedule=schedule, **saving).train()
+    model = convert("vit")
+    turns = watched(model)
+    longer = trainer_of(model, tmp_path / "longer", schedule="round-robin", max_steps=9)
+    longer.train(resume_from_checkpoint=str(tmp_path / "round-robin" / "checkpoint-6"))
+    assert turns == [0, 1, 2]  # the same order as far as it went
+    for place, step, change, message in (
+        ("sequential", 6, {"max_steps": 9}, r"max_steps = 6 and not 9\): go on with the same"),
+        ("sequential", 3, {"schedule": "round-robin"}, r"\(schedule = 'sequential' and not 'round-robin'\)"),
+        ("round-robin", 6, {"steps_per_switch": 2}, r"\(steps_per_switch = 1 and not 2\)"),
+    ):
+        other = trainer_of(convert("vit"), tmp_path / "other", **({"schedule": place} | change))
+        with pytest.raises(ValueError, match=message):
+            other.train(resume_from_checkpoint=str(tmp_path / place / f"checkpoint-{step}"))
+    trainer_of(convert("vit"), tmp_path / "weights", save_only_model=True, **saving).train()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-3 has no optimizer state \(save_only_model\).*diffusionblocks.load"
+    ):
+        trainer_of(convert("vit"), tmp_path).train(resume_from_checkpoint=str(tmp_path / "weights" / "checkpoint-3"))
+
+
+def test_a_second_training_has_the_same_bits_for_either_residency(tmp_path: Path) -> None:
+    models = [convert("llama") for _ in range(2)]
+    for model, resident in zip(models, ("all", "active"), strict=True):
+        trainer = trainer_of(model, tmp_path, "llama", resident=resident)
+        trainer.train()
+        trainer.train()  # with the optimizer state of the first
+    assert same_states(models[0].state_dict(), models[1].state_dict())
+
+
+@pytest.mark.parametrize("resident", ["all", "active"])
+def test_a_smaller_batch_starts_over_where_larger_ones_did_not_fit(resident: str, tmp_path: Path) -> None:
+    model, expected = convert("llama"), convert("llama")
+    sizes: list[int] = []
+
+    def too_large(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        sizes.append(len(named["input_ids"]))
+        if sizes[-1] > 2 and len(sizes) > 2:  # after two steps, which moved two blocks
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+    model.register_forward_pre_hook(too_large, with_kwargs=True)
+    options = {"resident": resident, "save_strategy": "steps", "save_steps": 6}
+    trainer_of(model, tmp_path / "found", "llama", auto_find_batch_size=True, **options).train()
+    assert sizes == [4, 4, 4, 3, 2, 2, 2, 2, 2, 2]
+    trainer_of(expected, tmp_path / "known", "llama", per_device_train_batch_size=2, **options).train()
+    assert same_states(model.state_dict(), expected.state_dict())
+
+
+def test_what_makes_the_input_lies_beside_the_weights(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    model = convert("llama")
+    data = rows(batch_of("llama"))
+    args = arguments(tmp_path / "text", **saving)
+    trainer = db.BlocksTrainer(model, args, train_dataset=data, processing_class=letters())
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model()  # in place of the first
+    for folder in (tmp_path / "text", tmp_path / "text" / "checkpoint-6"):
+        assert same_states(db.load(folder / "model").state_dict(), model.state_dict())
+        for place in (folder, folder / "model"):
+            assert PreTrainedTokenizerFast.from_pretrained(place).get_vocab() == letters().get_vocab()
+    plain = Trainer(
+        convert("vit"),
+        arguments(tmp_path / "images", **saving),
+        train_dataset=rows(batch_of("vit")),
+        processing_class=ViTImageProcessor(size={"height": 8, "width": 8}),
+        callbacks=[db.BlocksCallback()],
+    )
+    plain.train()
+    place = tmp_path / "images" / "checkpoint-3" / "model"
+    assert ViTImageProcessor.from_pretrained(place).size["height"] == 8
+    assert db.load(place).model_class == "ViTForImageClassification"
+
+
 def test_a_checkpoint_of_another_conversion_is_refused(tmp_path: Path) -> None:
     trainer_of(convert("vit"), tmp_path, save_strategy="steps", save_steps=6).train()
     other = trainer_of(convert("vit", num_blocks=1), tmp_path / "other")
@@ -183,6 +281,144 @@ def test_metrics_are_of_the_log_probabilities_of_predict(tmp_path: Path) -> None
     np.testing.assert_array_equal(seen[0].inputs, data["pixel_values"].numpy())
     images = [{"pixel_values": image} for image in data["pixel_values"]]
     np.testing.assert_allclose(trainer.predict(images).predictions, predicted.numpy(), atol=1e-5)
+
+
+def test_what_metrics_read_can_be_made_smaller_first(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def metrics(given: Any) -> dict[str, float]:
+        seen.append(given.predictions)
+        return {"right": float((given.predictions == given.label_ids).mean())}
+
+    model, data = convert("vit"), batch_of("vit", 11)
+    trainer = db.BlocksTrainer(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=4),
+        eval_dataset=rows(data),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    assert "eval_right" in trainer.evaluate()
+    predicted = model.predict(data["pixel_values"], generator=model.example_generators(data)).logits
+    np.testing.assert_array_equal(seen[0], predicted.argmax(-1).numpy())
+
+
+def test_a_text_model_reports_its_loss_whatever_labels_are_named(tmp_path: Path) -> None:
+    model, data = convert("llama"), rows(batch_of("llama"))
+    losses = [
+        db.BlocksTrainer(model, arguments(tmp_path, **named), eval_dataset=data).evaluate()["eval_loss"]
+        for named in ({}, {"label_names": ["labels"]})
+    ]
+    assert losses[0] == losses[1]
+
+
+# ---- collators ---------------------------------------------------------------------------------------------------
+
+
+def texts(count: int = 16) -> list[dict[str, list[int]]]:
+    """Texts of several lengths, whose first two tokens are a prompt."""
+    made = []
+    for i in range(count):
+        ids = torch.randint(2, 27, (5 + i % 4,), generator=seeded(i)).tolist()
+        made.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+    return made
+
+
+def shown(model: nn.Module) -> list[dict[str, Tensor]]:
+    """The tensors of each call."""
+    calls: list[dict[str, Tensor]] = []
+
+    def note(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        calls.append({name: value for name, value in named.items() if isinstance(value, Tensor)})
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize("collator", ["padding", "language modeling", "seq2seq"])
+def test_collators_of_the_library_say_what_is_padding(collator: str, tmp_path: Path) -> None:
+    tokenizer = letters()
+    data: Any = texts() if collator == "seq2seq" else [{"input_ids": text["input_ids"]} for text in texts()]
+    makers: dict[str, Any] = {
+        "padding": DataCollatorWithPadding(tokenizer),
+        "language modeling": DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        "seq2seq": DataCollatorForSeq2Seq(tokenizer),
+    }
+    model = convert("llama")
+    calls = shown(model)
+    options = {"train_dataset": data, "eval_dataset": data, "data_collator": makers[collator]}
+    trainer = db.BlocksTrainer(model, arguments(tmp_path, per_device_eval_batch_size=16), **options)
+    trainer.train()
+    expected = {"input_ids", "attention_mask"} | (set() if collator == "padding" else {"labels"})
+    assert calls[0].keys() == expected
+    assert (calls[0]["attention_mask"] == 0).any()
+    reported = trainer.evaluate()["eval_loss"]
+    alone = []
+    for text in data:  # without padding
+        batch = {name: torch.tensor([value]) for name, value in text.items()}
+        with torch.no_grad():
+            alone.append(model(**batch, generator=model.example_generators(batch)).loss.item())
+    assert reported == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}])
+def test_packed_texts_are_trained_as_if_they_were_not_packed(options: dict[str, Any], tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    packed, padded = convert("llama"), convert("llama")
+    calls = shown(packed)
+    data = texts()
+    apart = [{**text, "labels": [-100, *text["labels"][1:]]} for text in data]  # a first token follows another text
+    losses = []
+    for model, examples, collator in (
+        (packed, Dataset.from_list(data), DataCollatorWithFlattening(**options)),
+        (padded, apart, DataCollatorForSeq2Seq(letters(), label_pad_token_id=-100)),
+    ):
+        given = {"train_dataset": examples, "eval_dataset": examples, "data_collator": collator}
+        trainer = db.BlocksTrainer(model, arguments(tmp_path), **given)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert same_states(packed.state_dict(), padded.state_dict())
+    assert losses[0] == losses[1]
+    assert calls[0]["input_ids"].shape == (4, 8)
+    given = {"train_dataset": Dataset.from_list(data), "data_collator": DataCollatorWithFlattening()}
+    plain = Trainer(convert("llama"), arguments(tmp_path), **given)
+    with pytest.raises(TypeError, match=r"takes no position_ids.*BlocksTrainer takes packed texts apart"):
+        plain.train()
+
+
+def test_packed_texts_come_apart() -> None:
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 3, 3], [0, 0, 4, 5, 6, 7, 8]]),
+        "position_ids": torch.tensor([[0, 1, 0, 1, 2, 0, 0], [0, 0, 0, 1, 2, 0, 1]]),
+        "labels": torch.tensor([[-100, 6, -100, 8, 9, -100, -100], [-100, -100, 4, 5, 6, 7, 8]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]),
+        "cu_seq_lens_q": torch.tensor([0, 2, 5, 7]),
+        "other": torch.ones(2),
+    }
+    result = unpacked(batch)
+    assert result["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9], [4, 5, 6], [7, 8, 0]]
+    assert result["labels"].tolist() == [[-100, 6, -100], [-100, 8, 9], [4, 5, 6], [7, 8, -100]]
+    assert result["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    assert result.keys() == {"input_ids", "labels", "attention_mask", "other"}  # what is unknown is refused later
+    for positions in ([[1, 2, 3]], [[0, 1, 3]], [[0, 2, 0]], [[0, 0, 2]]):
+        with pytest.raises(ValueError, match="position_ids must count up from 0 in each text of a row"):
+            unpacked({"input_ids": torch.ones(1, 3, dtype=torch.int64), "position_ids": torch.tensor(positions)})
+    with pytest.raises(ValueError, match=r"position_ids has shape \(1, 2\), but input_ids \(1, 3\)"):
+        unpacked({"input_ids": torch.ones(1, 3, dtype=torch.int64), "position_ids": torch.tensor([[0, 1]])})
+
+
+@pytest.mark.parametrize("kind", [Trainer, db.BlocksTrainer])
+def test_a_masked_text_model_goes_with_its_tokenizer(kind: type[Trainer], tmp_path: Path) -> None:
+    model = convert("masked")
+    data = [{"input_ids": text["input_ids"].tolist()} for text in rows(batch_of("masked", 8))]
+    trainer = kind(model, arguments(tmp_path), train_dataset=data, processing_class=letters())
+    calls = shown(model)
+    trainer.train()
+    assert calls[0].keys() == {"input_ids", "attention_mask"}
+    model.save_pretrained(tmp_path / "m")  # the special tokens that Trainer notes in the config are not of the model
+    assert all(torch.equal(a, b) for a, b in zip(db.load(tmp_path / "m").parameters(), model.parameters(), strict=True))
+    assert dict(db.load(tmp_path / "m").config) == dict(convert("masked").config)
 
 
 # ---- the schedule ------------------------------------------------------------------------------------------------
@@ -297,27 +533,148 @@ def test_checkpointed_activations_change_no_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(models[1][name], tensor, msg=name)
 
 
-def test_what_blocks_cannot_follow_is_refused_before_anything_is_done(tmp_path: Path) -> None:
-    for overrides, message in (
-        ({"use_liger_kernel": True}, "use_liger_kernel = True rewrites whole models"),
-        ({"push_to_hub": True}, "push_to_hub = True uploads files"),
-        ({"neftune_noise_alpha": 1.0}, "embeds no tokens of a context"),
-        ({"schedule": "shuffled"}, "schedule = 'shuffled'; allowed: random, round-robin, sequential"),
-        ({"resident": "none"}, "resident = 'none'; allowed: all, active"),
-        ({"steps_per_switch": 0}, "steps_per_switch must be a whole number >= 1, got 0"),
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("vit", {"use_liger_kernel": True}, "use_liger_kernel = True rewrites whole models"),
+        ("vit", {"push_to_hub": True}, "push_to_hub = True uploads files"),
+        ("vit", {"fsdp": True}, "fsdp shards all blocks together.*resident='active'"),
+        ("vit", {"neftune_noise_alpha": 1.0}, "embeds no tokens of a context"),
+        ("vit", {"schedule": "shuffled"}, "schedule = 'shuffled'; allowed: random, round-robin, sequential"),
+        ("vit", {"resident": "none"}, "resident = 'none'; allowed: all, active"),
+        ("vit", {"steps_per_switch": 0}, "steps_per_switch must be a whole number >= 1, got 0"),
+        ("vit", {"optim": "schedule_free_adamw"}, "optim = 'schedule_free_adamw' counts steps for all parameters"),
+        ("vit", {"optim": "stable_adamw"}, "optim = 'stable_adamw' counts steps for all parameters together"),
+        ("vit", {"optim": "galore_adamw_layerwise"}, "has its state where Trainer does not save it"),
+        ("vit", {"optim": "grokadamw"}, "optim = 'grokadamw' has its state where Trainer does not save it"),
+        ("vit", {"optim": "apollo_adamw", "save_strategy": "steps"}, "has objects in its state.*save_only_model=True"),
+        (
+            "vit",
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "use_reentrant = True: only False is supported",
+        ),
+    ],
+)
+def test_arguments_that_blocks_cannot_follow_are_refused_at_once(
+    name: str, overrides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_of(convert(name), tmp_path, **overrides)
+
+
+def test_options_that_blocks_cannot_follow_are_refused_at_once(tmp_path: Path) -> None:
+    tokenizer = letters()
+    tokenizer.add_special_tokens({"mask_token": "z"})
+    for name, options, message in (
+        ("vit", {"compute_loss_func": lambda *_: None}, "compute_loss_func cannot be followed"),
+        ("llama", {"compute_metrics": lambda _: {}}, "compute_metrics is for classifiers.*read eval_loss"),
+        ("vit", {"peft_config": object()}, "peft_config wraps a whole model"),
+        ("llama", {"data_collator": DataCollatorForLanguageModeling(tokenizer)}, r"masks tokens \(mlm=True\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            trainer_of(convert("vit"), tmp_path, **overrides)
-    with pytest.raises(TypeError, match=r"trains what diffusionblocks.convert makes, not a ViTForImageClassification"):
-        trainer_of(tiny("vit"), tmp_path)
-    with pytest.raises(ValueError, match="compute_loss_func cannot be followed"):
-        db.BlocksTrainer(convert("vit"), arguments(tmp_path), compute_loss_func=lambda *_: None)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(ValueError, match="a MaskedTransformer has none: leave it out"):
-        db.BlocksTrainer(convert("masked"), arguments(tmp_path), processing_class=tokenizer)
-    packed = [row | {"position_ids": torch.arange(LENGTH)} for row in rows(token_batch(8))]
-    with pytest.raises(TypeError, match=r"takes no position_ids.*positions follow from"):
-        db.BlocksTrainer(convert("llama"), arguments(tmp_path), train_dataset=packed).train()
+            db.BlocksTrainer(convert(name), arguments(tmp_path), **options)
+    for bad in (tiny("vit"), None):
+        options = {"model_init": lambda: tiny("vit")} if bad is None else {}
+        with pytest.raises(TypeError, match=r"trains what diffusionblocks.convert makes, not a ViTForImage"):
+            db.BlocksTrainer(bad, arguments(tmp_path), **options)
+
+
+def test_what_launchers_say_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path)
+    args.deepspeed = "zero.json"  # TrainingArguments themselves want the package first
+    with pytest.raises(ValueError, match="deepspeed shards all blocks together"):
+        db.BlocksTrainer(convert("vit"), args)
+    for overrides, message in (
+        ({"_n_gpu": 2}, "2 GPUs in one process copy the model at every step: start a process for each GPU"),
+        ({"world_size": 2}, "resident = 'active' with 2 processes"),
+        ({"world_size": 2, "ddp_find_unused_parameters": False}, "blocks that wait have no gradients"),
+        ({"world_size": 2, "ddp_static_graph": True}, "another block trains at each step"),
+    ):
+
+        class Args(TrainingArguments):
+            world_size = overrides.pop("world_size", 1)
+            n_gpu = overrides.pop("_n_gpu", 1)
+
+        args = Args(str(tmp_path), use_cpu=True, report_to=[], **overrides)
+        with pytest.raises(ValueError, match=message):
+            db.BlocksTrainer(convert("vit"), args, resident="active" if "resident" in message else "all")
+    args = arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"leave it out of the launcher \(ACCELERATE_USE_FSDP\)"):
+        db.BlocksTrainer(convert("vit"), args)
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_done(tmp_path: Path) -> None:
+    for optim, package in (("adamw_8bit", "bitsandbytes"), ("lomo", "lomo_optim")):
+        if importlib.util.find_spec(package) is None:
+            with pytest.raises(ImportError, match=package):
+                trainer_of(convert("vit"), tmp_path, optim=optim)
+
+
+def test_other_trainers_are_joined_in_the_right_order_or_refused(tmp_path: Path) -> None:
+    class Generating(db.BlocksTrainer, Seq2SeqTrainer):
+        """With arguments of its own."""
+
+    class WrongOrder(Seq2SeqTrainer, db.BlocksTrainer):
+        """Whose methods hide those of blocks."""
+
+    class Rewarded(Trainer):
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            return 0.0
+
+    class Both(db.BlocksTrainer, Rewarded):
+        """Of two losses."""
+
+    args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], predict_with_generate=True)
+    with pytest.raises(ValueError, match="predict_with_generate = True calls generate as models of transformers"):
+        Generating(convert("llama"), args)
+    with pytest.raises(TypeError, match=r"write class WrongOrder\(BlocksTrainer, Seq2SeqTrainer\)"):
+        WrongOrder(convert("llama"), args)
+    with pytest.raises(TypeError, match="Rewarded has a loss of its own"):
+        Both(convert("llama"), arguments(tmp_path))
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "adamw_torch_8bit"])
+def test_other_optimizers_resume_and_wait_on_the_host_as_exactly(optim: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    models = [convert("llama", seed=seed) for seed in (0, 0, 1)]
+    options = {"optim": optim, "max_steps": 9}
+    trainer_of(models[0], tmp_path, "llama", save_strategy="steps", save_steps=4, **options).train()
+    trainer_of(models[1], tmp_path / "active", "llama", resident="active", **options).train()
+    resumed = trainer_of(models[2], tmp_path / "again", "llama", resident="active", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_states(models[0].state_dict(), models[1].state_dict())
+    assert same_states(models[0].state_dict(), models[2].state_dict())
+
+
+def test_hyperparameters_are_searched(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    models: list[db.DiffusionBlocks] = []
+
+    def fresh() -> db.DiffusionBlocks:
+        models.append(convert("vit"))
+        return models[-1]
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=6, eval_strategy="steps", eval_steps=6)
+    data = rows(batch_of("vit"))
+    trainer = db.BlocksTrainer(
+        None, args, model_init=fresh, train_dataset=data, eval_dataset=data, resident="active", schedule="round-robin"
+    )
+    smoothed: list[Any] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            smoothed.append(models[-1].block(0).label_loss)
+
+    trainer.add_callback(Watch())
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"label_smoothing_factor": trial.suggest_categorical("s", [0.25])}, n_trials=2
+    )
+    assert len(models) == 3  # at construction, and for each trial
+    assert [loss.smoothing for loss in smoothed] == [0.25] * 12
+    folders = sorted(tmp_path.glob("run-*/checkpoint-6/model"))
+    assert len(folders) == 2
+    assert same_states(db.load(folders[1]).state_dict(), models[-1].state_dict())
 
 
 def test_a_plain_trainer_says_why_it_cannot_smooth_labels(tmp_path: Path) -> None:
@@ -327,40 +684,76 @@ def test_a_plain_trainer_says_why_it_cannot_smooth_labels(tmp_path: Path) -> Non
             Trainer(convert(name), arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=data).train()
 
 
-@pytest.mark.parametrize("options", [{}, {"packing": True, "packing_strategy": "wrapped", "max_length": 16}])
-def test_supervised_fine_tuning_of_trl(options: dict[str, Any], tmp_path: Path) -> None:
+CHAT = (
+    "{% for m in messages %}{{ m['role'][0] }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+SAID = [{"role": "user", "content": "abc"}], [{"role": "assistant", "content": "defgh"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"text": "hello"}, {}),
+        ({"text": "hello"}, {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
+        ({"text": "hello"}, {"packing": True, "packing_strategy": "bfd", "max_length": 16}),
+        ({"prompt": "abc", "completion": "defg"}, {}),
+        ({"prompt": "abc", "completion": "defg"}, {"padding_free": True, "max_length": None}),
+        ({"messages": SAID[0] + SAID[1]}, {}),
+        ({"prompt": SAID[0], "completion": SAID[1]}, {"schedule": "round-robin", "resident": "active"}),
+    ],
+)
+def test_supervised_fine_tuning_of_trl(row: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed")
     from datasets import Dataset
 
     class BlocksSFT(db.BlocksTrainer, trl.SFTTrainer):
         """Both in one."""
 
-    letters = {"<pad>": 0, "<eos>": 1} | {chr(97 + i): 2 + i for i in range(25)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(BPE(letters, [])), pad_token="<pad>", eos_token="<eos>"
-    )
-    data = Dataset.from_list([{"prompt": "abc", "completion": "defg"[: 2 + i % 2]} for i in range(16)])
-    if options:
-        data = Dataset.from_list([{"text": "hello" * (1 + i % 3)} for i in range(16)])
+    tokenizer = letters()
+    tokenizer.chat_template = CHAT
+    own = {name: value for name, value in options.items() if name in ("schedule", "resident")}
+    rest = {name: value for name, value in options.items() if name not in own}
     common = {"max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": [], "bf16": False}
-
-    def trainer(model: nn.Module, **more: Any) -> Any:
-        config = trl.SFTConfig(output_dir=str(tmp_path), save_steps=3, **(common | options | more))
-        return BlocksSFT(model, config, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
-
+    data = Dataset.from_list([row] * 24)
     model = convert("llama")
-    turns = watched(model)
-    mine = trainer(model)
-    mine.train()
+    turns, calls = watched(model), shown(model)
+    config = trl.SFTConfig(output_dir=str(tmp_path), save_steps=3, **common, **rest)
+    trainer = BlocksSFT(model, config, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **own)
+    assert "forward" not in vars(model)
+    trainer.train()
     assert sorted(turns) == [0, 1, 2]
-    assert mine.evaluate()["eval_loss"] == mine.evaluate()["eval_loss"]
+    batch = calls[0]
+    assert batch.keys() == {"input_ids", "labels", "attention_mask"}
+    if "prompt" in row:  # the answer alone counts
+        assert (batch["labels"][:, :3] == -100).all()
+        assert (batch["labels"][:, 3:] != -100).any(dim=1).all()
+    if options.get("packing_strategy") == "bfd" or options.get("padding_free"):
+        assert batch["input_ids"].shape[1] in (6, 8)  # "hello<eos>", "abcdefg<eos>"
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
     assert db.load(tmp_path / "checkpoint-3" / "model").model_class == "LlamaForCausalLM"
-    for more, message in (
-        ({"packing": True, "packing_strategy": "bfd"}, "told apart by position_ids that blocks do not read"),
-        ({"loss_type": "dft"}, "loss_type = 'dft' is computed from a whole model's logits"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            trainer(convert("llama"), **more)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "checkpoint-3" / "model").chat_template == CHAT
+
+
+def test_what_of_trl_is_for_whole_models_is_refused(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+
+    class BlocksSFT(db.BlocksTrainer, trl.SFTTrainer):
+        """Both in one."""
+
+    class BlocksDPO(db.BlocksTrainer, trl.DPOTrainer):
+        """Of two losses."""
+
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "bf16": False}
+    rest = {"train_dataset": Dataset.from_list([{"text": "hello"}]), "processing_class": letters()}
+    with pytest.raises(ValueError, match="loss_type = 'dft' is computed from a whole model's logits"):
+        BlocksSFT(convert("llama"), trl.SFTConfig(loss_type="dft", **common), **rest)
+    with pytest.raises(TypeError, match="DPOTrainer has a loss of its own"):
+        BlocksDPO(convert("llama"), trl.DPOConfig(**common), **rest)
+    plain = trl.SFTTrainer(convert("llama"), trl.SFTConfig(max_steps=1, **common), **rest)
+    with pytest.raises(TypeError, match=r"takes no use_cache.*class Mine\(diffusionblocks.BlocksTrainer, SFTTrainer\)"):
+        plain.train()
 
 
 # ---- several processes -------------------------------------------------------------------------------------------

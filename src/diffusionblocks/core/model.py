@@ -60,6 +60,11 @@ class DiffusionBlocks(nn.Module):
         """The batch entry of the examples, by transformers' name for it."""
         return next(name for name in _EXAMPLES if name in {*self.block(0).input_names, *self.target.names})
 
+    @property
+    def base_model(self) -> DiffusionBlocks:
+        """The model itself, by transformers' name for what a head is put on."""
+        return self
+
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
         """Note tags of the model in `model_tags`, by transformers' name for it; trl's trainers do."""
         self.model_tags = [*dict.fromkeys([*self.model_tags, *([tags] if isinstance(tags, str) else tags)])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,19 +11,26 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
+from transformers.trainer import OPTIMIZER_NAME
 
+from ..common.formats import read_json, write_json
 from ..common.modules import tensors_of
 from ..common.seeds import keyed_generator
 from ..core.loading import load
 from ..core.model import DiffusionBlocks
-from ..targets import LabelLoss, LabelTarget
+from ..targets import LabelLoss
+from ..targets.next_token import NextTokenTarget
 from ..training.schedules import block_schedule
 from ..training.shared_module import in_several, move_tensors
+from .packed_texts import UnpackingCollator
+from .trainer_checks import check_arguments, check_class, check_optimizer, check_options, check_with_model
 
 #: The folder of a checkpoint that holds the model, as `DiffusionBlocks.save_pretrained` writes it.
 MODEL = "model"
+#: The file of a checkpoint that says in which order the blocks took turns.
+TURNS = "turns.json"
 
 Schedule = Literal["random", "round-robin", "sequential"]
 Residency = Literal["all", "active"]
@@ -34,10 +42,12 @@ class BlocksCallback(TrainerCallback):  # type: ignore[misc]
     `BlocksTrainer` does so by itself; this is for those who must keep their Trainer.
     """
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Write `checkpoint-N/model`, which `load` opens."""
+    def on_save(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
+    ) -> None:
+        """Write `checkpoint-N/model`, which `load` opens, with the tokenizer or processor in it."""
         if state.is_world_process_zero:
-            _blocks_of(model).save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MODEL)
+            _write(model, processing_class, Path(args.output_dir) / f"checkpoint-{state.global_step}" / MODEL)
 
 
 class BlocksTrainer(Trainer):  # type: ignore[misc]
@@ -50,6 +60,8 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
     - Checkpoints hold the model in the folder `model`, which `diffusionblocks.load` opens.
     - `eval_loss` is of noise that follows from each example alone: the same twice, in batches of any size and order.
     - Under several processes all train the same block, each with noise of its own.
+    - Texts that a collator packs into a row, told apart by `position_ids`, get rows of their own again.
+    - `auto_find_batch_size` starts over: what batches that were too large have trained is undone.
     - `label_smoothing_factor` is of classifiers, with what z says of the label taken into account.
     - `neftune_noise_alpha` is of language models, with noise on the embeddings of the tokens that are read.
     - `compute_metrics` is given a classifier's log-probabilities by `predict`.
@@ -65,9 +77,14 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
         options: of transformers.Trainer, by name.
 
     Raises:
-        TypeError: the model was not converted.
+        ImportError: the package of `optim` is not installed.
+        TypeError: the model was not converted, or the class joins another trainer that has a loss of its own.
         ValueError: an argument out of range, or one that blocks cannot follow.
     """
+
+    optimizer: Any  # transformers' own attributes
+    label_names: list[str]
+    data_collator: Any
 
     def __init__(
         self,
@@ -88,38 +105,30 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
         self._active: int | None = None
         self._turns = self._own_steps = np.zeros(0, dtype=np.int64)
         self._call = (-1, 0)  # (optimizer step, batches of it so far)
+        self._start: dict[str, Any] | None = None  # of a training whose batches may turn out to be too large
+        self._label_loss: LabelLoss | None = None
+        self._hooks: list[Any] = []
+        check_class(type(self), BlocksTrainer)
         if model is not None:
             _blocks_of(model)
         if args is not None:
-            _check_arguments(args, resident)
-        if options.get("compute_loss_func") is not None:
-            raise ValueError(
-                "compute_loss_func cannot be followed: a block's loss is of levels and noise that are drawn inside of "
-                "it; leave it out"
-            )
+            check_arguments(args, resident)
+        check_options(options)
         super().__init__(model, args, **options)
-        tokenizer = isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin))
-        if tokenizer and not hasattr(self.blocks.config, "get_text_config"):
-            raise ValueError(
-                f"processing_class is for models of transformers, whose config has special tokens; a "
-                f"{self.blocks.model_class} has none: leave it out, and give a data_collator"
-            )
-        self._label_loss: LabelLoss | None = None
-        self._neftune: float | None = None
-        self._hooks: list[Any] = []
-        target = self.blocks.target
-        if self.args.label_smoothing_factor:
-            if not isinstance(target, LabelTarget):
-                raise ValueError(
-                    f"label_smoothing_factor = {self.args.label_smoothing_factor} is for classifiers: a "
-                    f"{self.blocks.model_class} has no label; leave it out"
-                )
-            self._label_loss = LabelLoss(smoothing=self.args.label_smoothing_factor)
-            self.label_smoother = None  # the library's takes the labels out of the batch
-        if self.args.neftune_noise_alpha is not None:
-            self.blocks.input_embeddings()  # refuses models that have none
-            self._neftune = self.args.neftune_noise_alpha
-            self.neftune_noise_alpha = None  # the library's is of one embedding
+        vars(self.blocks).pop("forward", None)  # trl's, which reads what blocks do not give
+        check_with_model(self.args, self.blocks, metrics=self.compute_metrics is not None)
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            check_optimizer(self.args, len(self.blocks.blocks) > 1)
+            self.get_optimizer_cls_and_kwargs(self.args, self.blocks)  # raises where its package is not installed
+        if self.args.activation_checkpointing:
+            options_of_torch = self.args.activation_checkpointing_kwargs or {}
+            self.blocks.activation_checkpointing_enable(**_options_of_checkpointing(options_of_torch))
+        self.label_smoother = None  # the library's takes the labels out of the batch
+        self.neftune_noise_alpha = None  # the library's is of one embedding
+        if self.can_return_loss:
+            self.label_names = []  # where labels were named and not there, no loss would be reported
+        if isinstance(self.blocks.target, NextTokenTarget):
+            self.data_collator = UnpackingCollator(self.data_collator)
 
     @property
     def blocks(self) -> DiffusionBlocks:
@@ -130,36 +139,96 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, *args: Any, **options: Any) -> Any:
         """As transformers' own, with label smoothing and NEFTune for as long as it trains."""
+        self._start = None
         try:
             return super().train(*args, **options)
         finally:
+            self._start = None
             self._set_label_loss(None)
             while self._hooks:
                 self._hooks.pop().remove()
 
     def _set_label_loss(self, loss: LabelLoss | None) -> None:
-        if self._label_loss is not None:
+        if loss is not None or self._label_loss is not None:
             for b in range(len(self.blocks.blocks)):
                 self.blocks.block(b).label_loss = loss
+        self._label_loss = loss
 
     def _add_neftune(self) -> None:
-        if self._neftune is not None and not self._hooks:
+        if self.args.neftune_noise_alpha is not None and not self._hooks:
             for embedding in dict.fromkeys(self.blocks.input_embeddings()):
-                embedding.neftune_noise_alpha = self._neftune  # type: ignore[assignment]
+                embedding.neftune_noise_alpha = self.args.neftune_noise_alpha  # type: ignore[assignment]
                 self._hooks.append(embedding.register_forward_hook(neftune_post_forward_hook))
 
-    def _prepare_for_training(self, max_steps: int, *args: Any, **options: Any) -> Any:
+    def _inner_training_loop(self, *args: Any, **options: Any) -> Any:
+        if self.args.auto_find_batch_size:
+            self._start_over()
+        return super()._inner_training_loop(*args, **options)
+
+    def _start_over(self) -> None:
+        """Note how the training starts; the next time, with smaller batches, go back there."""
+        self._gather_states()
+        given = self.optimizer is not None
+        if self._start is None:
+            self._start = {
+                "weights": {name: value.detach().cpu().clone() for name, value in self.blocks.state_dict().items()},
+                "optimizer": copy.deepcopy(self.optimizer.state_dict()) if given else None,
+                "random": torch.get_rng_state(),
+            }
+            return
+        self.blocks.load_state_dict(self._start["weights"])
+        torch.set_rng_state(self._start["random"])
+        if self._start["optimizer"] is None:
+            self.optimizer = None
+        else:
+            self.optimizer.load_state_dict(self._start["optimizer"])
+
+    def _turns_of(self, max_steps: int, schedule: str, steps_per_switch: int, seed: int) -> Any:
+        """The block of each optimizer step."""
         many = len(self.blocks.blocks)
         steps = [max_steps // many + (b < max_steps % many) for b in range(many)]
-        self._turns = block_schedule(self.schedule, steps, self.steps_per_switch, self.args.seed).astype(np.int64)
+        return block_schedule(schedule, steps, steps_per_switch, seed).astype(np.int64)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None, **options: Any
+    ) -> Any:
+        check_with_model(self.args, self.blocks, metrics=self.compute_metrics is not None)  # of a search's trial, too
+        self._turns = self._turns_of(max_steps, self.schedule, self.steps_per_switch, self.args.seed)
         self._own_steps = np.zeros(max_steps, dtype=np.int64)
-        for b in range(many):
-            self._own_steps[self._turns == b] = np.arange(steps[b])
-        self._waiting, self._active = {}, None
-        self._set_label_loss(self._label_loss)
+        for b in range(len(self.blocks.blocks)):
+            mine = self._turns == b
+            self._own_steps[mine] = np.arange(mine.sum())
+        if resume_from_checkpoint is not None:
+            self._check_resumable(Path(resume_from_checkpoint))
+        self._gather_states()
+        self._call = (-1, 0)
+        smoothing = self.args.label_smoothing_factor
+        self._set_label_loss(LabelLoss(smoothing=smoothing) if smoothing else None)
         self._add_neftune()
         with self._placed():
-            return super()._prepare_for_training(max_steps, *args, **options)
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint, **options)
+
+    def _check_resumable(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint from which this run would not go on as the one that wrote it."""
+        opening = f"diffusionblocks.load({str(checkpoint / MODEL)!r})"
+        if not (checkpoint / OPTIMIZER_NAME).is_file():
+            raise ValueError(
+                f"{checkpoint} has no optimizer state (save_only_model), so its run cannot go on: start another one "
+                f"from {opening}"
+            )
+        if not (checkpoint / TURNS).is_file():  # of a plain Trainer
+            return
+        past, step = read_json(checkpoint / TURNS), self.state.global_step
+        if not np.array_equal(self._turns_of(**past)[:step], self._turns[:step]):
+            now = {"max_steps": len(self._turns), "schedule": self.schedule}
+            now |= {"steps_per_switch": self.steps_per_switch, "seed": self.args.seed}
+            other = ", ".join(
+                f"{name} = {past[name]!r} and not {now[name]!r}" for name in now if past[name] != now[name]
+            )
+            raise ValueError(
+                f"in the run of {checkpoint} blocks took turns in another order ({other}): go on with the same "
+                f"values, or start another run from {opening}"
+            )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As transformers' own, of each block's own steps."""
@@ -252,8 +321,9 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
 
     def _gather_states(self) -> None:
         """Let the optimizer hold the state of all blocks again."""
-        for states in self._waiting.values():
-            self.optimizer.state.update(states)
+        if self.optimizer is not None:  # else of a model that is no more, as in a search
+            for states in self._waiting.values():
+                self.optimizer.state.update(states)
         self._waiting, self._active = {}, None
 
     def _move_all(self) -> None:
@@ -269,13 +339,16 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.blocks.save_pretrained(folder / MODEL)
+        _write(self.blocks, self.processing_class, folder / MODEL)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._gather_states()
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            order = {"schedule": self.schedule, "steps_per_switch": self.steps_per_switch, "seed": self.args.seed}
+            write_json(Path(output_dir) / TURNS, {"max_steps": len(self._turns), **order})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self._gather_states()
@@ -311,48 +384,17 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} = {value!r}; allowed: {', '.join(choices)}")
 
 
-def _check_arguments(args: Any, resident: Residency) -> None:
-    """Refuse what blocks cannot follow.
+def _write(blocks: Any, processing: Any, folder: Path) -> None:
+    """Write a model, and beside it what turns texts or pictures into its input, as `sample` and `evaluate` look for."""
+    _blocks_of(blocks).save_pretrained(folder)
+    if processing is not None:
+        processing.save_pretrained(folder)
 
-    Raises:
-        ValueError: it names the argument, and the way out.
-    """
-    if args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel = True rewrites whole models of transformers, not blocks of them: leave it out"
-        )
-    for name in ("fsdp", "deepspeed"):
-        if getattr(args, name, None):
-            raise ValueError(
-                f"{name} shards all blocks together, though only one trains at a step: leave it out; with "
-                "resident='active' a device holds one block"
-            )
-    if getattr(args, "loss_type", "nll") != "nll":  # of trl
-        raise ValueError(
-            f"loss_type = {args.loss_type!r} is computed from a whole model's logits: a block's loss is its own; leave "
-            "it out"
-        )
-    flattened = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") != "wrapped"
-    if flattened or getattr(args, "padding_free", False):  # of trl
-        raise ValueError(
-            "packing by bins, and padding_free, put several texts in one row, told apart by position_ids that blocks "
-            "do not read: use packing=True with packing_strategy='wrapped', or pad"
-        )
-    if args.push_to_hub:
-        raise ValueError(
-            "push_to_hub = True uploads files that a converted model does not have: leave it out, and upload the "
-            f"folder checkpoint-N/{MODEL} when it has trained"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process copy the model at every step: start a process for each GPU, with "
-            "accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one"
-        )
-    if resident == "active" and args.world_size > 1:
-        raise ValueError(
-            f"resident = 'active' with {args.world_size} processes: DistributedDataParallel keeps all blocks and their "
-            "gradients on every device; set resident to 'all', or start one process"
-        )
+
+def _options_of_checkpointing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What TrainingArguments say of activation checkpointing, as the model takes it."""
+    own = {name: options[name] for name in ("every_n_layers", "offload") if name in options}
+    return own | {"activation_checkpointing_kwargs": {name: v for name, v in options.items() if name not in own}}
 
 
 def _shared(blocks: DiffusionBlocks) -> set[int]:

@@ -9,12 +9,13 @@ gates; adaptive norms could be hooked onto them, gates could not. It is an ordin
 from __future__ import annotations
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .diffusion_transformer import TimestepEmbedder, modulate
+from .text_model_config import WithTextModelConfig
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -116,7 +117,7 @@ class MaskedHead(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))  # type: ignore[no-any-return]
 
 
-class MaskedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class MaskedTransformer(ModelMixin, WithTextModelConfig):  # type: ignore[misc]
     """Bidirectional transformer over partly masked tokens. The default shape is MD4's for text8.
 
     Args:

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from ..common.seeds import seed_from
 from ..targets import check_entries, check_tokens, cross_entropies, in_chunks
 from .masked_transformer import RotaryPositions, Rotation, rotate
+from .text_model_config import WithTextModelConfig
 
 _CUT = 3.0  # standard deviations at which the normal draws of state and weights are cut
 _LOG_SPREAD = 0.5  # of the depth's rate
@@ -112,7 +113,7 @@ class SandwichLayer(nn.Module):
         return self.norm4(self.mlp(self.norm3(x)) + x)  # type: ignore[no-any-return]
 
 
-class RecurrentDepth(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class RecurrentDepth(ModelMixin, WithTextModelConfig):  # type: ignore[misc]
     """Causal language model whose core layers are iterated. The default shape is Pythia-70M's, over 32,000 tokens.
 
     Its parts are called one by one by whoever trains it in another way: `embed`, `prelude`, `initial_state`,

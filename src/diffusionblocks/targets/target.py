@@ -16,6 +16,12 @@ from ..common.precision import without_autocast
 
 Batch = Mapping[str, Tensor]
 
+#: What to do instead of giving an entry that nothing reads.
+_HINTS = {
+    "position_ids": "positions follow from attention_mask, and diffusionblocks.BlocksTrainer takes packed texts apart",
+    "use_cache": "trl's trainer goes with blocks as class Mine(diffusionblocks.BlocksTrainer, SFTTrainer)",
+}
+
 
 class BaseTargetConfig(BaseModel):
     """What the sections `target` of all kinds have in common.
@@ -249,7 +255,7 @@ def check_entries(
     """
     if unknown := [name for name in batch if name not in names]:
         reads = f"it reads {', '.join(sorted(set(names)))}" if names else "it reads none"
-        hint = "; positions follow from attention_mask" if "position_ids" in unknown else ""
+        hint = "".join(f"; {_HINTS[name]}" for name in unknown if name in _HINTS)
         raise error(f"{reader} takes no {', '.join(unknown)}: {reads}{hint}. Leave them out of the batch")
 
 
