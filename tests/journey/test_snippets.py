@@ -1,4 +1,4 @@
-"""The Python snippets of the README and of docs/python.md run as they stand."""
+"""The Python snippets of the README and of the pages on Python and trainers run as they stand."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ ROOT = Path(__file__).parents[2]
 
 
 def _snippets() -> list[tuple[str, str]]:
-    pages = ("README.md", "docs/python.md")
+    pages = ("README.md", "docs/python.md", "docs/trainers.md")
     found = [(page, re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)) for page in pages]
     return [(f"{page}-{place}", code) for page, codes in found for place, code in enumerate(codes)]
 
 
 @pytest.mark.parametrize("code", [pytest.param(code, id=name) for name, code in _snippets()])
 def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in re.findall(r"^import (trl|lightning)$", code, re.M):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     with this_process_at(tmp_path, "user") if "push_to_hub" in code else contextlib.nullcontext():
         exec(compile(code, "snippet", "exec"), {})
 
 
-def test_there_is_one_a_family_and_one_each_of_a_soup_a_trainer_and_the_hub() -> None:
-    assert len(_snippets()) == 8
+def test_there_is_one_a_family_and_one_each_of_a_soup_the_hub_and_three_trainers() -> None:
+    assert len(_snippets()) == 10
 
 
 def test_the_readme_is_short() -> None:

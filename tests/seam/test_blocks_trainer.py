@@ -805,29 +805,48 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from helpers import convert
 from test_blocks_trainer import trainer_of
-trainer = trainer_of(convert("vit"), Path({folder!r}), "vit", ddp_backend="gloo", save_strategy="steps", save_steps=6)
-assert trainer.args.world_size == 2
-trainer.train()
+
+def run(place, resume=None):
+    trainer = trainer_of(
+        convert("llama"), Path({folder!r}) / place, "llama", schedule="sequential", ddp_backend="gloo",
+        gradient_accumulation_steps=2, weight_decay=0.1, activation_checkpointing=True, save_strategy="steps",
+        save_steps=2,
+    )
+    assert trainer.args.world_size == 2
+    trainer.train(resume_from_checkpoint=resume)
+
+run("straight")
+run("resumed", str(Path({folder!r}) / "straight" / "checkpoint-2"))
 """
 
 
 @pytest.mark.slow
-def test_accelerate_launches_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.exhaustive)])
+def test_launchers_start_two_processes_whose_run_resumes_exactly(launcher: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    script = tmp_path / "train.py"  # with `--cpu` accelerate would ask for MPI
     script.write_text(LAUNCHED.format(paths=paths, folder=str(tmp_path)))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
-    done = subprocess.run([*launch, *options, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    # With `--cpu` accelerate would ask for MPI.
+    accelerate = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command = {
+        "accelerate": ["accelerate.commands.launch", *accelerate, "--dynamo_backend=no", "--main_process_port", port],
+        "torchrun": ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"],
+    }[launcher]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(script)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert db.load(tmp_path / "checkpoint-6" / "model").partition.num_blocks == 3
+    models = [
+        db.load(tmp_path / place / f"checkpoint-{step}" / "model").state_dict()
+        for place, step in (("straight", 6), ("resumed", 6), ("straight", 2))
+    ]
+    assert same_states(models[0], models[1])
+    # After two steps, of block 0: weights of the others have not even decayed.
+    start = convert("llama").state_dict()
+    moved = {
+        name.split(".")[1] for name in start if "blocks." in name and not torch.equal(start[name], models[2][name])
+    }
+    assert moved == {"0"}

@@ -168,11 +168,10 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
     def _start_over(self) -> None:
         """Note how the training starts; the next time, with smaller batches, go back there."""
         self._gather_states()
-        given = self.optimizer is not None
         if self._start is None:
             self._start = {
                 "weights": {name: value.detach().cpu().clone() for name, value in self.blocks.state_dict().items()},
-                "optimizer": copy.deepcopy(self.optimizer.state_dict()) if given else None,
+                "optimizer": copy.deepcopy(self.optimizer.state_dict()) if self.optimizer is not None else None,
                 "random": torch.get_rng_state(),
             }
             return

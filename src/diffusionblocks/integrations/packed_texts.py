@@ -59,8 +59,8 @@ def unpacked(batch: Mapping[str, Any]) -> dict[str, Any]:
         starts = _starts(positions[row][there[row]])
         parts = {name: value[row][there[row]].tensor_split(starts) for name, value in columns.items()}
         texts += [dict(zip(parts, text, strict=True)) for text in zip(*parts.values(), strict=True)]
-    counted = [text for text in texts if "labels" not in text or bool((text["labels"] != CONTEXT).any())]
-    return rest | _padded(counted or texts[-1:])
+    some_loss = [text for text in texts if "labels" not in text or bool((text["labels"] != CONTEXT).any())]
+    return rest | _padded(some_loss or texts[-1:])
 
 
 def _starts(positions: Tensor) -> list[int]:
