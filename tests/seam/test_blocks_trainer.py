@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LENGTH, convert, run_ranks, same_states, seeded, tiny, token_batch, toy_batch
+from hub_server import this_process_at
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor, nn
@@ -141,6 +142,7 @@ def test_the_best_model_is_loaded_at_the_end_and_a_callback_serves_other_trainer
     assert same_states(opened.state_dict(), plain.state_dict())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_order_of_its_blocks_or_is_refused(tmp_path: Path) -> None:
     """Else some blocks would have more steps than others, and a learning rate that is not theirs."""
     saving = {"save_strategy": "steps", "save_steps": 3}
@@ -217,6 +219,17 @@ def test_what_makes_the_input_lies_beside_the_weights(tmp_path: Path) -> None:
     place = tmp_path / "images" / "checkpoint-3" / "model"
     assert ViTImageProcessor.from_pretrained(place).size["height"] == 8
     assert db.load(place).model_class == "ViTForImageClassification"
+
+
+def test_the_trainer_uploads_what_it_trained(tmp_path: Path) -> None:
+    model = convert("llama")
+    args = arguments(tmp_path / "trained")
+    trainer = db.BlocksTrainer(model, args, train_dataset=rows(batch_of("llama")), processing_class=letters())
+    trainer.train()
+    with this_process_at(tmp_path, "ann") as hub:
+        trainer.push_to_hub()
+        assert same_states(db.from_pretrained("ann/trained").state_dict(), model.state_dict())
+        assert "tokenizer.json" in hub.repositories["ann/trained"].head
 
 
 def test_a_checkpoint_of_another_conversion_is_refused(tmp_path: Path) -> None:
@@ -634,7 +647,7 @@ def test_other_trainers_are_joined_in_the_right_order_or_refused(tmp_path: Path)
         Both(convert("llama"), arguments(tmp_path))
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "sgd", "adamw_torch_8bit"])
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", pytest.param("adamw_torch_8bit", marks=pytest.mark.slow)])
 def test_other_optimizers_resume_and_wait_on_the_host_as_exactly(optim: str, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     models = [convert("llama", seed=seed) for seed in (0, 0, 1)]

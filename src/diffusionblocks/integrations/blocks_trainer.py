@@ -18,6 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from ..common.formats import read_json, write_json
 from ..common.modules import tensors_of
 from ..common.seeds import keyed_generator
+from ..core.hub import Upload, push_to_hub
 from ..core.loading import load
 from ..core.model import DiffusionBlocks
 from ..targets import LabelLoss
@@ -341,6 +342,32 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
         _write(self.blocks, self.processing_class, folder / MODEL)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+    ) -> Upload | None:
+        """Save the model in the output folder, and upload it with its tokenizer: see `diffusionblocks.push_to_hub`.
+
+        The repository is `hub_model_id` of the arguments, else one named as the output folder.
+
+        Returns:
+            Where it is; None in processes other than the first.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir).resolve()
+        return push_to_hub(
+            folder / MODEL,
+            self.args.hub_model_id or folder.name,
+            private=private,
+            token=token or self.args.hub_token,
+            commit_message=commit_message,
+        )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._gather_states()

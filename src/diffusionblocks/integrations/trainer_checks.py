@@ -90,8 +90,8 @@ def check_arguments(args: Any, resident: str) -> None:
         )
     if args.push_to_hub:
         raise ValueError(
-            "push_to_hub = True uploads files that a converted model does not have: leave it out, and upload the "
-            "folder checkpoint-N/model when it has trained"
+            "push_to_hub = True uploads files that a converted model does not have: leave it out, and call "
+            "push_to_hub of the trainer when it has trained"
         )
     if args.n_gpu > 1:
         raise ValueError(
