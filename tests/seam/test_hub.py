@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from helpers import convert, edit_index, listing, randomise_adaptive, same_states
+from helpers import convert, edit_index, listing, randomise_adaptive, same_states, tiny
 from hub_server import Hub, Refusal, card_errors, running_hub, this_process_at
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -364,7 +364,10 @@ def test_the_command_says_what_is_wrong(
     folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["push", str(folder.parent / "none"), "--repo", "ann/m"]) == 2
-    assert "holds no model" in capsys.readouterr().err
+    assert "is missing: give a folder that a converted model was saved to" in capsys.readouterr().err
+    tiny().save_pretrained(folder.parent / "library")
+    assert main(["push", str(folder.parent / "library"), "--repo", "ann/m"]) == 2
+    assert "holds a model of its own library and no blocks: upload it with `hf upload" in capsys.readouterr().err
     assert main(["push", str(folder.parent), "--repo", "ann/m"]) == 0  # the folder of a run, with `model` in it
     assert f"{hub.address}/ann/m/commit/" in capsys.readouterr().out
     monkeypatch.delenv("HF_TOKEN")

@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> None:
     from ..common.tokenizer_file import tokenizer_in
     from ..core.branching import branch
     from ..core.loading import load
+    from ..core.model_card import notes_in
     from ..core.saving import check_out, save
     from ..reports.tables import block_table, format_table
 
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
     trunk = load(options.model)
     model = branch(trunk, options.blocks, **{name: value for name, value in values.items() if value is not None})
     tokenizer = tokenizer_in(options.model)
-    save(model, options.out, tokenizer=None if tokenizer is None else tokenizer.read_bytes())
+    content = None if tokenizer is None else tokenizer.read_bytes()
+    save(model, options.out, tokenizer=content, notes=notes_in(options.model))
     print(format_table(block_table(model)))
     print(f"{options.blocks} blocks of {trunk.partition.num_layers} layers in {options.out}")

@@ -18,11 +18,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Upload a trained model to the hub in one commit."""
     from ..core.hub import push_to_hub
-    from ..core.merging import model_folder
 
-    upload = push_to_hub(
-        model_folder(options.model), options.repo, private=options.private, commit_message=options.message
-    )
+    of_run = options.model / "model"
+    folder = of_run if of_run.is_dir() else options.model
+    upload = push_to_hub(folder, options.repo, private=options.private, commit_message=options.message)
     if upload.keeps_card:
         print("the repository's own README.md stays: it was edited there")
     print(f"{len(upload.files)} files in {upload.address}")

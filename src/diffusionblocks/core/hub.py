@@ -19,7 +19,7 @@ from ..common.messages import one_line
 from .loading import check_digest, check_whole, load
 from .model import DiffusionBlocks
 from .model_card import CARD, for_repository, is_generated
-from .saved_model import INDEX, OURS, SHARED, SavedModel, block_file, read_saved
+from .saved_model import CONFIG, INDEX, OURS, SHARED, SavedModel, block_file, read_saved
 from .saving import save
 
 if TYPE_CHECKING:
@@ -144,6 +144,10 @@ def _push(
 ) -> Upload:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+    if (folder / CONFIG).is_file() and not (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder} holds a model of its own library and no blocks: upload it with `hf upload {repo_id} {folder}`"
+        )
     source = read_saved(folder)
     check_whole(source)
     for name in _tensor_files(source):

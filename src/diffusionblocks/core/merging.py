@@ -23,7 +23,7 @@ from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from ..families import config_values
 from .loading import check_digest, check_header, check_precisions, files_of, opened
 from .model import DiffusionBlocks
-from .model_card import card_text, write_card
+from .model_card import card_text, notes_in, write_card
 from .saved_model import INDEX, WITH_TOKENIZER, SavedModel, block_file, outline_saved, read_saved, write_configs
 from .saving import check_out, replaced_names
 
@@ -73,7 +73,7 @@ def merge(
             where they must be, or an `out` that is an input.
     """
     inputs, preferred = as_paths(folders), as_paths(prefer)
-    models = [read_saved(model_folder(folder)) for folder in inputs]
+    models = [read_saved(_model_folder(folder)) for folder in inputs]
     _check_inputs(models, inputs, Path(out))
     _check_configs(models)
     first = models[0]
@@ -83,7 +83,7 @@ def merge(
             f"so they cannot be merged: {_list(models)}; convert with shared: replicated or frozen to train blocks "
             "apart"
         )
-    origins = _origins(models, [model_folder(folder) for folder in preferred])
+    origins = _origins(models, [_model_folder(folder) for folder in preferred])
     model = outline_saved(first)
     files, dtype = _check_files(model, models, origins)
     index = {**first.index, "blocks": [origin.block for origin in origins]}
@@ -93,7 +93,7 @@ def merge(
             shutil.copyfile(file, temporary / file.name)
         write_json(temporary / INDEX, seal(index))
         write_configs(temporary, model, dtype)
-        write_card(temporary, card_text(model), before=Path(out))
+        write_card(temporary, card_text(model, notes=notes_in(first.folder)), before=Path(out))
     return origins
 
 
@@ -105,7 +105,7 @@ def as_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
     return [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
 
 
-def model_folder(path: Path) -> Path:
+def _model_folder(path: Path) -> Path:
     """The saved model at `path`, which may be the folder of a run."""
     for folder in (path, path / "model"):
         if (folder / INDEX).is_file():

@@ -194,6 +194,23 @@ def write_card(folder: Path, text: str, before: Path | None = None) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
+def notes_in(folder: Path) -> CardNotes:
+    """Name and data of a model's training, from the generated card in its folder; nothing where there is none."""
+    from huggingface_hub import ModelCard
+
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not is_generated(text):
+        return CardNotes()
+    name = re.search(r"^# (.+)$", text, re.M)
+    data = re.search(r"^## Data\n\n(.*?)\n\n## ", text, re.M | re.S)
+    return CardNotes(
+        name=None if name is None else name[1],
+        data="" if data is None else data[1],
+        datasets=ModelCard(text).data.to_dict().get("datasets") or (),
+    )
+
+
 def remove_generated_card(folder: Path) -> None:
     """Delete a generated card, of a model that is no longer there."""
     if may_replace(folder / CARD):
