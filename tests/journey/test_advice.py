@@ -319,6 +319,19 @@ CASES = [
         (r"set \S+ to false",),
     ),
     Case(
+        "has batch norm, and one example has no variance",
+        VIT,
+        {
+            "device": "cpu",
+            "model": "{type: NoPropCNN, config: {image_size: 8, num_channels: 1, num_labels: 10, num_layers: 3, "
+            "hidden_size: 16, num_filters: 2}}",
+            "blocks.target": "{embedding: one-hot}",
+            "train.batch_size": 1,
+            "train.steps": 4,
+        },
+        (r"set \S+ to \d+",),
+    ),
+    Case(
         "set local.modules to one of",
         VIT,
         OF_VIT | {"method": "local", "local.modules": 2},

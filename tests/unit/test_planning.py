@@ -407,6 +407,18 @@ def test_memory_optimisations_are_tried_in_their_order() -> None:
 
 
 @pytest.mark.slow
+def test_the_smallest_batch_of_batch_norm_is_two() -> None:
+    model = (
+        "{type: NoPropCNN, config: {image_size: 8, num_channels: 1, num_labels: 10, num_layers: 3, hidden_size: 16, "
+    )
+    recipe = small("vit", f"model={model}num_filters: 2}}}}", "blocks.target={embedding: one-hot}")
+    least = predict(with_changes(recipe, {"train.batch_size": 2})).peak
+    made = plan(recipe, least, vary="batch")
+    assert made.batch is not None
+    assert made.batch.changes["train.batch_size"] == 2
+    assert plan(recipe, least - 1, vary="batch").batch is None
+
+
 def test_memory_optimisations_are_proposed_where_only_a_smaller_batch_fits() -> None:
     recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
     most = {"blocks.num_blocks": 2, "train.resident": "active"}

@@ -26,6 +26,11 @@ def check_machine(experiment: Experiment, folder: Path) -> None:
     recipe = experiment.recipe
     check_writable(folder, "the run's folder")
     check_optimizer(recipe.train)
+    if recipe.train.batch_size == 1 and experiment.family.batch_norm:
+        raise ValueError(
+            f"train.batch_size = 1: a {recipe.model.type} has batch norm, and one example has no variance; set "
+            "train.batch_size to 2 or more"
+        )
     if experiment.of_method_blocks:  # first: what blocks alone would take may not do for these
         if recipe.trunk is not None:
             trunk_recipe(recipe)

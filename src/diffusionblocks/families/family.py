@@ -99,6 +99,8 @@ class Family(abc.ABC):
     knows_noise_level: ClassVar[bool] = False
     #: whether shared modules are initialised by the number of layers (then a model has one block)
     depth_dependent_weights: ClassVar[bool] = False
+    #: whether layers have batch norm, which trains on two examples or more, and computes nothing again
+    batch_norm: ClassVar[bool] = False
 
     # ---- how one block runs ----------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class NoPropFamily(ClassifierFamily):
     depth_field = "num_layers"
     width_field = "num_labels"
     knows_noise_level = True  # by the parts that are added
+    batch_norm = True
 
     @override
     def default_target(self) -> LabelTargetConfig:

@@ -53,7 +53,9 @@ def optimisations_of(recipe: Recipe) -> tuple[dict[str, Any], ...]:
         first.append({"train.activation_memory_budget": LEAN_BUDGET})
     if isinstance(data, TextSection) and train.loss_chunk is None:
         first.append({"train.loss_chunk": max(1, data.length // _CHUNKS)})
-    return (*first, *OPTIMISATIONS)
+    again = "train.activation_checkpointing"
+    whole = family_named(recipe.model.type).batch_norm  # its statistics would move twice a step
+    return (*first, *(step for step in OPTIMISATIONS if not (whole and again in step)))
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,10 @@ class _Search:
             self._forecasts[key] = self._predictor.forecast(recipe)
         return self._forecasts[key]
 
+    @property
+    def _smallest_batch(self) -> int:
+        return 2 if family_named(self.recipe.model.type).batch_norm else 1
+
     def fit(self, changes: dict[str, Any]) -> Fit | None:
         """The changes if they fit."""
         ledger = self.at(changes).ledger
@@ -215,13 +221,14 @@ class _Search:
         def at(size: int) -> Forecast:
             return self.at({"train.batch_size": size})
 
-        if at(1).ledger.peak > self.budget:
+        least = self._smallest_batch
+        if at(least).ledger.peak > self.budget:
             return None
         # Both candidate moments of a step are affine in the batch size once it is not tiny.
         low, high = 8, 16
-        size = _largest(lambda n: _affine(at(low), at(high), low, high, n).ledger.peak <= self.budget)
-        while size > 1 and at(size).ledger.peak > self.budget:
-            size -= max(1, size // 64)
+        size = max(least, _largest(lambda n: _affine(at(low), at(high), low, high, n).ledger.peak <= self.budget))
+        while size > least and at(size).ledger.peak > self.budget:
+            size = max(least, size - max(1, size // 64))
         return self.fit({"train.batch_size": size})
 
     def first_optimisations(self, *, smaller_batch: bool) -> Fit | None:
@@ -237,7 +244,7 @@ class _Search:
             return None
         *_, deepest = self._splits()
         size = self.recipe.train.batch_size // 2
-        while size >= 1:
+        while size >= self._smallest_batch:
             if fit := self.fit({**deepest, **changes, "train.batch_size": size}):
                 return fit
             size //= 2
