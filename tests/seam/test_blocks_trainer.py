@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LENGTH, convert, run_ranks, same_states, seeded, tiny, token_batch, toy_batch
+from accelerate.parallelism_config import ParallelismConfig
+from helpers import (
+    LENGTH,
+    convert,
+    run_ranks,
+    same_states,
+    seeded,
+    tiny,
+    token_batch,
+    toy_batch,
+    without_generated_code,
+)
 from hub_server import this_process_at
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -123,17 +134,19 @@ def test_residency_changes_no_bit_and_what_waits_is_not_with_the_optimizer(tmp_p
     assert 0 in held  # a block's first step
 
 
-def test_the_best_model_is_loaded_at_the_end_and_a_callback_serves_other_trainers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resident", ["all", "active"])
+def test_the_best_model_is_loaded_at_the_end(resident: str, tmp_path: Path) -> None:
     model = convert("vit")
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    trainer = trainer_of(
-        model, tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=0.3, **options
-    )
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "resident": resident}
+    trainer = trainer_of(model, tmp_path, learning_rate=0.3, **options)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint or "")
     assert best.name != "checkpoint-6"  # steps that large make it worse
     assert same_states(db.load(best / "model").state_dict(), model.state_dict())
 
+
+def test_a_callback_serves_other_trainers(tmp_path: Path) -> None:
     plain = convert("vit")
     args = arguments(tmp_path / "plain", save_strategy="steps", save_steps=3)
     Trainer(plain, args, train_dataset=rows(batch_of("vit")), callbacks=[db.BlocksCallback()]).train()
@@ -546,6 +559,17 @@ def test_checkpointed_activations_change_no_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(models[1][name], tensor, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("resident", ["all", "active"])
+def test_a_compiled_model_trains_as_it_does_eagerly(resident: str, tmp_path: Path) -> None:
+    compiled, eager = convert("llama"), convert("llama")
+    with without_generated_code("eager"):
+        trainer_of(compiled, tmp_path, "llama", torch_compile=True, resident=resident).train()
+    trainer_of(eager, tmp_path, "llama", resident=resident).train()
+    for name, tensor in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], tensor, msg=name)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
@@ -611,6 +635,10 @@ def test_what_launchers_say_is_refused_at_once(tmp_path: Path, monkeypatch: pyte
         args = Args(str(tmp_path), use_cpu=True, report_to=[], **overrides)
         with pytest.raises(ValueError, match=message):
             db.BlocksTrainer(convert("vit"), args, resident="active" if "resident" in message else "all")
+    args = arguments(tmp_path)
+    args.parallelism_config = ParallelismConfig(cp_size=2)
+    with pytest.raises(ValueError, match="parallelism_config with cp_size > 1 splits what a block computes"):
+        db.BlocksTrainer(convert("llama"), args)
     args = arguments(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"leave it out of the launcher \(ACCELERATE_USE_FSDP\)"):
@@ -698,7 +726,8 @@ def test_a_plain_trainer_says_why_it_cannot_smooth_labels(tmp_path: Path) -> Non
 
 
 CHAT = (
-    "{% for m in messages %}{{ m['role'][0] }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% for m in messages %}{{ m['role'][0] }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
 )
 SAID = [{"role": "user", "content": "abc"}], [{"role": "assistant", "content": "defgh"}]
@@ -713,6 +742,7 @@ SAID = [{"role": "user", "content": "abc"}], [{"role": "assistant", "content": "
         ({"prompt": "abc", "completion": "defg"}, {}),
         ({"prompt": "abc", "completion": "defg"}, {"padding_free": True, "max_length": None}),
         ({"messages": SAID[0] + SAID[1]}, {}),
+        ({"messages": SAID[0] + SAID[1]}, {"assistant_only_loss": True}),
         ({"prompt": SAID[0], "completion": SAID[1]}, {"schedule": "round-robin", "resident": "active"}),
     ],
 )
@@ -738,7 +768,7 @@ def test_supervised_fine_tuning_of_trl(row: dict[str, Any], options: dict[str, A
     assert sorted(turns) == [0, 1, 2]
     batch = calls[0]
     assert batch.keys() == {"input_ids", "labels", "attention_mask"}
-    if "prompt" in row:  # the answer alone counts
+    if "prompt" in row or "assistant_only_loss" in options:  # the answer alone counts
         assert (batch["labels"][:, :3] == -100).all()
         assert (batch["labels"][:, 3:] != -100).any(dim=1).all()
     if options.get("packing_strategy") == "bfd" or options.get("padding_free"):
