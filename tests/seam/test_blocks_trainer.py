@@ -607,6 +607,7 @@ def test_options_that_blocks_cannot_follow_are_refused_at_once(tmp_path: Path) -
         ("llama", {"compute_metrics": lambda _: {}}, "compute_metrics is for classifiers.*read eval_loss"),
         ("vit", {"peft_config": object()}, "peft_config wraps a whole model"),
         ("llama", {"data_collator": DataCollatorForLanguageModeling(tokenizer)}, r"masks tokens \(mlm=True\)"),
+        ("masked", {"data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=False)}, "reads none: its blocks"),
     ):
         with pytest.raises(ValueError, match=message):
             db.BlocksTrainer(convert(name), arguments(tmp_path), **options)

@@ -26,7 +26,14 @@ from ..targets.next_token import NextTokenTarget
 from ..training.schedules import block_schedule
 from ..training.shared_module import in_several, move_tensors
 from .packed_texts import UnpackingCollator
-from .trainer_checks import check_arguments, check_class, check_optimizer, check_options, check_with_model
+from .trainer_checks import (
+    check_arguments,
+    check_class,
+    check_collator,
+    check_optimizer,
+    check_options,
+    check_with_model,
+)
 
 #: The folder of a checkpoint that holds the model, as `DiffusionBlocks.save_pretrained` writes it.
 MODEL = "model"
@@ -118,6 +125,7 @@ class BlocksTrainer(Trainer):  # type: ignore[misc]
         super().__init__(model, args, **options)
         vars(self.blocks).pop("forward", None)  # trl's, which reads what blocks do not give
         check_with_model(self.args, self.blocks, metrics=self.compute_metrics is not None)
+        check_collator(self.data_collator, self.blocks)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             check_optimizer(self.args, len(self.blocks.blocks) > 1)
             self.get_optimizer_cls_and_kwargs(self.args, self.blocks)  # raises where its package is not installed

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import Trainer
+from transformers import DataCollatorForLanguageModeling, Trainer
 
 from ..core.model import DiffusionBlocks
 from ..targets import LabelTarget
@@ -136,11 +136,6 @@ def check_options(options: Mapping[str, Any]) -> None:
                 f"{name} wraps a whole model, and blocks are trained as they are: leave it out; with "
                 "resident='active' a device holds one block"
             )
-    if getattr(options.get("data_collator"), "mlm", False):
-        raise ValueError(
-            "data_collator masks tokens (mlm=True), which blocks do themselves, each as much as its noise levels say: "
-            "set mlm=False, or leave the collator out"
-        )
 
 
 def check_with_model(args: Any, blocks: DiffusionBlocks, *, metrics: bool) -> None:
@@ -167,6 +162,29 @@ def check_with_model(args: Any, blocks: DiffusionBlocks, *, metrics: bool) -> No
         )
     if args.neftune_noise_alpha is not None:
         blocks.input_embeddings()  # refuses models that have none
+
+
+def check_collator(collator: Any, blocks: DiffusionBlocks) -> None:
+    """Refuse a collator whose batches this kind of model does not read.
+
+    Args:
+        collator: of the trainer.
+        blocks: the model.
+
+    Raises:
+        ValueError: it says what is wrong, and the way out.
+    """
+    if not isinstance(collator, DataCollatorForLanguageModeling):
+        return
+    if "labels" not in blocks.block(0).entries:
+        raise ValueError(
+            f"data_collator gives labels, and a {blocks.model_class} reads none: its blocks mask the tokens and predict "
+            "them; leave the collator out"
+        )
+    if collator.mlm:
+        raise ValueError(
+            "data_collator masks tokens (mlm=True), and blocks of this model predict the next one: set mlm=False"
+        )
 
 
 def check_optimizer(args: Any, many_blocks: bool) -> None:
