@@ -178,7 +178,7 @@ def check_collator(collator: Any, blocks: DiffusionBlocks) -> None:
         return
     if "labels" not in blocks.block(0).entries:
         raise ValueError(
-            f"data_collator gives labels, and a {blocks.model_class} reads none: its blocks mask the tokens and predict "
+            f"data_collator gives labels, and a {blocks.model_class} reads none: its blocks mask tokens and predict "
             "them; leave the collator out"
         )
     if collator.mlm:
