@@ -456,6 +456,10 @@ def test_layers_keep_their_kinds_when_blocks_are_built_and_branched(family: str,
     branches = db.branch(trunk, 2).eval()
     for values in ("layer_types", "no_rope_layers"):  # a branch has all the trunk's layers
         assert (getattr(branches.config, values, None) or []) == 2 * (getattr(original.config, values, None) or [])
+    level = torch.full((6,), 0.5)
+    whole = trunk.eval().block(0).loss(token_batch(), seeded(), level)
+    for block in branches.blocks:  # each is the trunk's function at every level, windows and all
+        assert torch.equal(block.loss(token_batch(), seeded(), level), whole)
     for layers in (range(4), range(1, 3), range(2, 4)):
         part = families.with_layers(type(original).__name__, original.config, layers)
         ours = families.outline(type(original).__name__, part).state_dict()

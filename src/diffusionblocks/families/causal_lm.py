@@ -22,7 +22,7 @@ from ..layers.adaptive_norms import unadapted
 from ..layers.exact_buffers import ExactRotation
 from ..layers.logit_scale import LogitScale
 from ..layers.target_tokens import NoisyToken
-from ..layers.two_streams import KERNELS, Streams, library_attention
+from ..layers.two_streams import KERNELS, WINDOW, Streams, library_attention
 from .family import BlockCall, register_family
 from .kinds import NextTokenFamily
 from .libraries import TRANSFORMERS
@@ -133,6 +133,7 @@ class CausalLMFamily(NextTokenFamily):
             # A config of its own: the model's says what the user chose.
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = f"{_PREFIX}{kernel}"
+            setattr(attention.config, WINDOW, window_of(attention))
 
     @override
     def adjust_config(self, config: Any) -> None:
@@ -158,36 +159,33 @@ class CausalLMFamily(NextTokenFamily):
         if call.extra["noisy_token"].previous:
             noisy_tokens = noisy_tokens + _before(clean, streams)
         states = self.add_positions(call.network, torch.cat([noisy_tokens, clean], dim=1), streams.positions)
-        masks = self._masks(call.network, streams)
-        layers = list(zip(call.layers, self.rotations(call, states, streams.positions), masks, strict=True))
+        layers = list(zip(call.layers, self.rotations(call, states, streams.positions), strict=True))
         both = len(layers) if call.clean_output else len(layers) - 1
-        for layer, rotation, mask in layers[:both]:
+        for layer, rotation in layers[:both]:
             states = layer(
                 states,
                 leading=noisy,
-                attention_mask=mask,
+                attention_mask=streams,
                 position_ids=streams.positions,
                 position_embeddings=rotation,
             )
-        for layer, rotation, mask in layers[both:]:
-            states = layer(states, rotation, mask, call=self._noisy_alone)
+        for layer, rotation in layers[both:]:
+            states = layer(states, rotation, streams, call=self._noisy_alone)
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
 
-    def _masks(self, network: nn.Module, streams: Streams) -> list[Streams]:
-        """What each of the block's layers sees: attention of some may slide."""
-        windows = [window_of(attention) for attention in self._attentions(network)]
-        each = {window: streams.within(window) for window in dict.fromkeys(windows)}
-        return [each[window] for window in windows]
-
-    def _attentions(self, network: nn.Module) -> list[Any]:
-        layers = network.get_submodule(self.layers).children()
-        return [layer.get_submodule(self.attention) for layer in layers]
-
     def config_of(self, network: nn.Module) -> Any:
-        """The config of a block's network: its layers have it."""
-        return self._attentions(network)[0].config
+        """The config of a block's network: its rotary positions have it.
+
+        Its layers have it too; but compiled, a graph that looked among them would know their numbers.
+        """
+        assert self.rotary is not None
+        return network.get_submodule(self.rotary).config
+
+    def longest(self, network: nn.Module) -> int:
+        """Tokens of the longest text that a network takes."""
+        return int(self.config_of(network).max_position_embeddings)
 
     @override
     def values_of_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
@@ -249,7 +247,7 @@ class CausalLMFamily(NextTokenFamily):
         return layer(at_noisy, attention_mask=mask, position_ids=positions, position_embeddings=of_noisy)  # type: ignore[no-any-return]
 
     def _check_length(self, network: nn.Module, length: int) -> None:
-        most = self.config_of(network).max_position_embeddings
+        most = self.longest(network)
         if length > most:
             raise ValueError(f"{length} tokens, but the model takes {most} (max_position_embeddings)")
 

@@ -109,7 +109,8 @@ class _ByKindOfLayer(CausalLMFamily):
 
     @override
     def rotations(self, call: BlockCall, states: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, ...]]:
-        kinds = [getattr(attention, self.kind) for attention in self._attentions(call.network)]
+        layers: list[Any] = list(call.module(self.layers).children())
+        kinds = [getattr(layer.self_attn, self.kind) for layer in layers]
         each = {kind: call.module("model.rotary_emb")(states, positions, kind) for kind in dict.fromkeys(kinds)}
         return [each[kind] for kind in kinds]
 
@@ -237,6 +238,10 @@ class GPT2Family(AnyAttentionFamily):
         return network.get_submodule("transformer.drop")(placed)  # type: ignore[no-any-return]
 
     @override
+    def longest(self, network: nn.Module) -> int:
+        return len(network.get_parameter("transformer.wpe.weight"))
+
+    @override
     def initial_scale(self, name: str, config: Any, layers: int) -> float:
         """The last projections of attention and MLP start smaller, the more layers there are."""
         return math.sqrt(layers / config.n_layer) if name.endswith(".c_proj.weight") else 1.0
@@ -282,6 +287,11 @@ class OPTFamily(AnyAttentionFamily):
         # The mask, from which the library would count positions, is not read where they are given.
         embed = network.get_submodule("model.decoder.embed_positions")
         return states + embed(None, position_ids=positions)  # type: ignore[no-any-return]
+
+    @override
+    def longest(self, network: nn.Module) -> int:
+        positions: Any = network.get_submodule("model.decoder.embed_positions")
+        return int(positions.num_embeddings - positions.offset)
 
 
 def _refuse(model: nn.Module, **reasons: str) -> None:

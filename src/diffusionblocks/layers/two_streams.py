@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # which takes long to import
 
 KERNELS = ("sdpa", "flex_attention", "eager")
+#: The value of a layer's own config that is its window: see `Streams.within`.
+WINDOW = "diffusionblocks_window"
 
 #: Noisy rows of one call under `sdpa`: the mask has so many rows, and keys beyond the last of them are left out.
 _ROWS = 512
@@ -162,7 +164,8 @@ class Streams:
             key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), self._clean, strict=True))
         # Read only where it counts: compiled layers that ask for their numbers share no graph.
         layer = 0 if self.past is None else int(module.layer_idx)  # type: ignore[arg-type]
-        return two_streams(query, key, value, self, layer=layer, **options)
+        streams = self.within(getattr(module.config, WINDOW))
+        return two_streams(query, key, value, streams, layer=layer, **options)
 
     def first_key(self, start: int) -> int:
         """The first clean key that rows from `start` on see."""
