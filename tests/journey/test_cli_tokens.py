@@ -163,7 +163,7 @@ def test_a_model_of_characters_has_none(tmp_path: Path) -> None:
 def test_transformers_opens_it(home: Path, name: str) -> None:
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(home / name / "model" / TOKENIZER))
     recipe = load_recipe(recipe_in(home), sets(**TINY)[1::2])
-    ours = Experiment(recipe).with_tokenizer_of(home / name / "model").recipe.data.codec()
+    ours = Experiment(recipe).with_processing_of(home / name / "model").recipe.data.codec()
     assert len(theirs) == ours.vocab_size == 300
     assert theirs.convert_tokens_to_ids(END) == ours.end
     for text in (*BOOKS, "unseen: 日本\x00"):

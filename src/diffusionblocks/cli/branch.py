@@ -33,7 +33,7 @@ def _partitions() -> tuple[str, ...]:
 
 def run(options: argparse.Namespace) -> None:
     """Copy a trained trunk into several blocks."""
-    from ..common.tokenizer_file import tokenizer_in
+    from ..common.processing_files import read_files
     from ..core.branching import branch
     from ..core.loading import load
     from ..core.model_card import notes_in
@@ -44,8 +44,6 @@ def run(options: argparse.Namespace) -> None:
     check_out(options.out, [options.model], "branched")
     trunk = load(options.model)
     model = branch(trunk, options.blocks, **{name: value for name, value in values.items() if value is not None})
-    tokenizer = tokenizer_in(options.model)
-    content = None if tokenizer is None else tokenizer.read_bytes()
-    save(model, options.out, tokenizer=content, notes=notes_in(options.model))
+    save(model, options.out, processing=read_files(options.model), notes=notes_in(options.model))
     print(format_table(block_table(model)))
     print(f"{options.blocks} blocks of {trunk.partition.num_layers} layers in {options.out}")

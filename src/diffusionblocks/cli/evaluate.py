@@ -37,7 +37,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         if value and not options.by_level:
             raise ValueError(f"{name} needs --by-level: give both")
     folder = options.model or run_folder(experiment, options) / "model"
-    experiment = experiment.with_tokenizer_of(folder)
+    experiment = experiment.with_processing_of(folder)
     model, task = experiment.load(folder), experiment.task
     if options.by_level and not experiment.of_blocks(model):
         raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")

@@ -58,7 +58,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is not for {recipe.model.type}, which generates {task.makes}; leave it out")
     place = options.model or run_folder(experiment, options) / "model"
-    experiment = experiment.with_tokenizer_of(place)
+    experiment = experiment.with_processing_of(place)
     model = experiment.load(place)
     folder = options.out or run_folder(experiment, options) / "samples"
     for path in task.sample(experiment, model, folder, vars(options), progress=not options.quiet):

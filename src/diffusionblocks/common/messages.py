@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
+import logging
 import os
 import re
 import signal
@@ -15,6 +17,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import NoReturn
+
+_log = logging.getLogger(__name__)
 
 #: Exit statuses by kind, for `--help`.
 STATUSES = """\
@@ -72,6 +76,12 @@ def perhaps(unknown: str | Iterable[str], names: Iterable[str]) -> str:
     name = unknown if isinstance(unknown, str) else next(iter(unknown), "")
     close = difflib.get_close_matches(name, sorted(names), n=2, cutoff=0.7)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn of something in the log, once in a process: what is checked in every phase of a run."""
+    _log.warning("%s", text)
 
 
 def announce(line: str) -> None:

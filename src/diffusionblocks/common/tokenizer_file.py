@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import whole_file
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -39,17 +37,6 @@ def tokenizer_in(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def write_tokenizer(folder: Path, content: bytes) -> None:
-    """Put a tokenizer into a model's folder as it is, through a temporary name.
-
-    Args:
-        folder: of the model.
-        content: the bytes of a `tokenizer.json`.
-    """
-    with whole_file(folder / TOKENIZER) as temporary:
-        temporary.write_bytes(content)
-
-
 def same_tokenizer(a: Path, b: Path) -> bool:
     """Whether two files hold one tokenizer, however each is laid out and whatever version of the library wrote it.
 
@@ -59,3 +46,12 @@ def same_tokenizer(a: Path, b: Path) -> bool:
     if a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes():
         return True
     return bool(read_tokenizer(a).to_str() == read_tokenizer(b).to_str())
+
+
+def same_ids(a: Path, b: Path) -> bool:
+    """Whether two files give every token the same id, however they cut a text.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_tokenizer`.
+    """
+    return bool(read_tokenizer(a).get_vocab() == read_tokenizer(b).get_vocab())

@@ -2,13 +2,14 @@
 
     config.json, model.safetensors, ...     as `save_pretrained` of the library writes them
     files.json                              length and SHA-256 of each weight file
-    tokenizer.json                          of a language model that a recipe trained on tokens
+    tokenizer.json, ...                     how its input is made (see `processing_files`)
 
 Libraries fill what a folder lacks with random weights, and read over what they do not know. Here both are refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from ..common.digests import FileDigest, check_digest, digest
 from ..common.files import recover, whole_folder
 from ..common.formats import read_json, validate, write_json
-from ..common.tokenizer_file import write_tokenizer
+from ..common.processing_files import write_files
 from ..families import restored
 from .loading import opened
 from .saved_model import END_TO_END_FILES, MODEL_FILES
@@ -42,13 +43,13 @@ class _Shards(BaseModel):
     weight_map: dict[str, Annotated[str, Field(pattern=_WEIGHTS)]]
 
 
-def save_end_to_end(model: nn.Module, path: Path, tokenizer: bytes | None = None) -> None:
+def save_end_to_end(model: nn.Module, path: Path, processing: Mapping[str, bytes] | None = None) -> None:
     """Write an unconverted model to a folder; what a run left there before is replaced once the new one is whole.
 
     Args:
         model: of transformers or diffusers, or one of ours.
         path: the folder.
-        tokenizer: the bytes of a language model's `tokenizer.json`.
+        processing: files that say how its input is made (`processing_files`), content by name.
 
     Raises:
         ValueError: quantised or low-rank weights, or a place that must not be replaced.
@@ -62,8 +63,7 @@ def save_end_to_end(model: nn.Module, path: Path, tokenizer: bytes | None = None
         outputs = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in _CONFIGS)]
         files = {file.name: digest(file).model_dump() for file in outputs if file.is_file()}
         write_json(folder / END_TO_END_FILES, {"files": files})
-        if tokenizer is not None:
-            write_tokenizer(folder, tokenizer)
+        write_files(folder, processing or {})
 
 
 def load_end_to_end(model_class: str, path: Path, *, verify: bool = True) -> nn.Module:

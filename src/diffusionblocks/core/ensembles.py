@@ -19,10 +19,10 @@ from ..common.digests import check_seal, seal
 from ..common.fields import Blocks
 from ..common.files import recover, whole_folder
 from ..common.formats import read_json, validate, write_json
-from ..common.tokenizer_file import write_tokenizer
+from ..common.processing_files import write_files
 from ..families import class_name_of, config_values, family_named
 from .end_to_end import load_end_to_end, save_end_to_end
-from .merging import Origin, as_paths, choose_copy, common_tokenizer, difference, rank, without_writers
+from .merging import Origin, as_paths, choose_copy, common_processing, difference, rank, without_writers
 from .saved_model import ENSEMBLE, MODEL_FILES
 from .saving import check_out
 
@@ -71,7 +71,7 @@ def save_ensemble(
     num_members: int,
     path: Path,
     trained: dict[str, Any] | None = None,
-    tokenizer: bytes | None = None,
+    processing: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write members of an ensemble to a folder; what a run left there before is replaced once the new one is whole.
 
@@ -80,7 +80,7 @@ def save_ensemble(
         num_members: of the whole ensemble.
         path: the folder.
         trained: what they were trained on, as JSON values: members of different trainings are not merged.
-        tokenizer: the bytes of a language model's `tokenizer.json`.
+        processing: files that say how their input is made (`processing_files`), content by name.
 
     Raises:
         ValueError: what `save_end_to_end` refuses.
@@ -88,8 +88,7 @@ def save_ensemble(
     model_class = class_name_of(next(iter(members.values())))
     index = {"format": 1, "model_class": model_class, "num_members": num_members, "members": sorted(members)}
     with whole_folder(path, MODEL_FILES) as folder:
-        if tokenizer is not None:
-            write_tokenizer(folder, tokenizer)
+        write_files(folder, processing or {})
         for number, member in members.items():
             save_end_to_end(member, folder / _folder(number))
         write_json(folder / ENSEMBLE, seal(index | ({} if trained is None else {"trained": trained})))
@@ -177,9 +176,9 @@ def merge_ensembles(
         origins.append(Origin(member, range(depth), source, others, size))
         configs.append(without_writers(config_values(first.model_class, model.config)))
         _check_equal(configs[0], configs[-1], origins[0].folder, source)
-    tokenizer = common_tokenizer([each.folder for each in saved])
+    processing = common_processing([each.folder for each in saved])
     with whole_folder(out, MODEL_FILES) as temporary:
-        for file in tokenizer:
+        for file in processing:
             shutil.copyfile(file, temporary / file.name)
         for origin in origins:
             shutil.copytree(origin.folder / _folder(origin.block), temporary / _folder(origin.block))

@@ -18,13 +18,14 @@ import torch
 from ..common.digests import FileDigest, digest, seal
 from ..common.files import whole_folder
 from ..common.finite import DIVERGED, require_finite
-from ..common.formats import write_json
+from ..common.formats import read_json, write_json
+from ..common.processing_files import IMAGE_PROCESSOR, TOKENIZER_SETTINGS
 from ..common.tokenizer_file import same_tokenizer, tokenizer_in
 from ..families import config_values
 from .loading import check_digest, check_header, check_precisions, files_of, opened
 from .model import DiffusionBlocks
 from .model_card import card_text, notes_in, write_card
-from .saved_model import INDEX, WITH_TOKENIZER, SavedModel, block_file, outline_saved, read_saved, write_configs
+from .saved_model import INDEX, WITH_PROCESSING, SavedModel, block_file, outline_saved, read_saved, write_configs
 from .saving import check_out, replaced_names
 
 #: entries of a model's config that say where it came from, and change nothing
@@ -55,7 +56,7 @@ def merge(
 ) -> tuple[Origin, ...]:
     """Make one saved model of folders that hold its blocks. Nothing is written before all is checked.
 
-    The tokenizer of a language model goes with it.
+    The files that say how its input is made (`processing_files`) go with it.
 
     Args:
         folders: saved models, or folders of runs (whose `model/` is taken); together they hold every block. One that
@@ -69,8 +70,8 @@ def merge(
     Raises:
         FileNotFoundError: a folder holds no model, or lacks a file that its index lists.
         ValueError: configurations that differ, a block that no folder or more than one holds, a file that does not
-            match the model or holds values that are not finite, shared parameters or tokenizers that are not the same
-            where they must be, or an `out` that is an input.
+            match the model or holds values that are not finite, shared parameters, tokenizers or image processors that
+            are not the same where they must be, or an `out` that is an input.
     """
     inputs, preferred = as_paths(folders), as_paths(prefer)
     models = [read_saved(_model_folder(folder)) for folder in inputs]
@@ -88,8 +89,8 @@ def merge(
     files, dtype = _check_files(model, models, origins)
     index = {**first.index, "blocks": [origin.block for origin in origins]}
     index["files"] = {path.name: entry.model_dump() for path, entry in files.items()}
-    with whole_folder(Path(out), replaced_names(Path(out), WITH_TOKENIZER)) as temporary:
-        for file in [*files, *common_tokenizer([model.folder for model in models])]:
+    with whole_folder(Path(out), replaced_names(Path(out), WITH_PROCESSING)) as temporary:
+        for file in [*files, *common_processing([model.folder for model in models])]:
             shutil.copyfile(file, temporary / file.name)
         write_json(temporary / INDEX, seal(index))
         write_configs(temporary, model, dtype)
@@ -148,11 +149,11 @@ def _check_configs(models: list[SavedModel]) -> None:
             )
 
 
-def common_tokenizer(folders: Sequence[Path]) -> list[Path]:
-    """The one tokenizer of a language model's folders, where any has one.
+def common_processing(folders: Sequence[Path]) -> list[Path]:
+    """The files that say how the input of a model is made, which its folders have in common, where any has some.
 
     Raises:
-        ValueError: they have different ones.
+        ValueError: they have different tokenizers, or image processors.
     """
     tokenizers = [path for folder in folders if (path := tokenizer_in(folder)) is not None]
     for other in tokenizers[1:]:
@@ -161,7 +162,15 @@ def common_tokenizer(folders: Sequence[Path]) -> list[Path]:
                 f"{tokenizers[0]} and {other} are different tokenizers, so the blocks beside them learned different "
                 "tokens; merge only blocks that were trained from one recipe on one corpus"
             )
-    return tokenizers[:1]
+    processors = [path for folder in folders if (path := folder / IMAGE_PROCESSOR).is_file()]
+    for other in processors[1:]:
+        if read_json(processors[0]) != read_json(other):
+            raise ValueError(
+                f"{processors[0]} and {other} are different image processors, so the blocks beside them saw different "
+                "pixels; merge only blocks that were trained from one recipe"
+            )
+    settings = [tokenizers[0].parent / name for name in TOKENIZER_SETTINGS] if tokenizers else []
+    return [*tokenizers[:1], *(path for path in settings if path.is_file()), *processors[:1]]
 
 
 def _description(model: SavedModel) -> dict[str, Any]:

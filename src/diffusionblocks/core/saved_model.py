@@ -8,7 +8,7 @@ A saved model is a folder:
                                 and the SHA-256 of all that is said here
     block-00.safetensors ...    everything block b owns, original names under `network.`
     shared.safetensors          the shared parameters, under the `joint` policy only
-    tokenizer.json              of a language model that a recipe trained on tokens (see `tokenizer_file`)
+    tokenizer.json ...          how its input is made, where a recipe knows it (see `processing_files`)
     config.json                 the original class's config as its own library writes it, and generation_config.json:
                                 for programs that read these; what loads the model goes by the index alone
     README.md                   the model card (see `model_card`)
@@ -33,7 +33,7 @@ from torch import Tensor
 from ..common.digests import FileDigest, check_seal, json_digest
 from ..common.files import recover
 from ..common.formats import read_json, same_shape, validate, write_json
-from ..common.tokenizer_file import TOKENIZER
+from ..common.processing_files import PROCESSING_FILES
 from ..config import BlocksConfig, blocks_as_written
 from ..families import config_file_values, config_values, family_named, outline, rebuild_config
 from ..families.generation_config import generation_values, rebuilt_generation_config
@@ -47,8 +47,8 @@ SHARED = "shared.safetensors"
 STAMP = "diffusionblocks"  # in the metadata of a safetensors file
 #: names of the files of a saved model
 OURS = re.compile(r"diffusionblocks\.json|shared\.safetensors|block-\d+\.safetensors")
-#: and with the tokenizer beside them, where that is replaced as well
-WITH_TOKENIZER = re.compile(rf"{OURS.pattern}|{re.escape(TOKENIZER)}")
+#: and with the files of `processing_files` beside them, where those are replaced as well
+WITH_PROCESSING = re.compile("|".join([OURS.pattern, *map(re.escape, PROCESSING_FILES)]))
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 END_TO_END_FILES = "files.json"
 ENSEMBLE = "ensemble.json"
@@ -57,7 +57,7 @@ LOCAL = "local.json"
 _LIBRARY = r"config\.json|generation_config\.json|(model|diffusion_pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
 #: what a run may have left as its model, of any method: all of it is replaced
 MODEL_FILES = re.compile(
-    rf"{WITH_TOKENIZER.pattern}|{_LIBRARY}|files\.json|ensemble\.json|member-\d+|local\.json|module-\d+\.safetensors"
+    rf"{WITH_PROCESSING.pattern}|{_LIBRARY}|files\.json|ensemble\.json|member-\d+|local\.json|module-\d+\.safetensors"
 )
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -164,7 +164,7 @@ def read_saved(path: str | Path) -> SavedModel:
         ValueError: the index is damaged, of another format, or describes no model.
     """
     folder = Path(path)
-    recover(folder, WITH_TOKENIZER)
+    recover(folder, WITH_PROCESSING)
     if not (folder / INDEX).exists():
         raise FileNotFoundError(
             f"{folder / INDEX} is missing: give a folder that a converted model was saved to; of a run, give RUN/model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..common.digests import FileDigest, digest, seal
 from ..common.files import check_replaceable, whole_folder
 from ..common.finite import DIVERGED, require_finite
 from ..common.formats import write_json, write_tensors
-from ..common.tokenizer_file import write_tokenizer
+from ..common.processing_files import write_files
 from ..families import instantiate, with_layers
 from .block import Block
 from .model import DiffusionBlocks
@@ -28,7 +28,7 @@ from .saved_model import (
     OURS,
     SHARED,
     STAMP,
-    WITH_TOKENIZER,
+    WITH_PROCESSING,
     block_file,
     check_tensors,
     describe,
@@ -53,14 +53,14 @@ def check_out(out: Path, inputs: Sequence[Path], action: str) -> None:
     for place in inputs:
         if place.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"out = {out} would replace {place}, which is {action}; choose another folder")
-    check_replaceable(out, WITH_TOKENIZER)
+    check_replaceable(out, WITH_PROCESSING)
 
 
 def save(
     model: DiffusionBlocks,
     path: Path,
     blocks: Sequence[int] | None = None,
-    tokenizer: bytes | None = None,
+    processing: Mapping[str, bytes] | None = None,
     trained: dict[str, Any] | None = None,
     notes: CardNotes | None = None,
 ) -> None:
@@ -72,7 +72,8 @@ def save(
         model: what to save.
         path: the folder.
         blocks: write only these blocks; None writes all.
-        tokenizer: the bytes of a language model's `tokenizer.json`; None leaves one that is there as it is.
+        processing: files that say how its input is made (`processing_files`), content by name; None or none leaves
+            those that are there as they are.
         trained: what the blocks were trained on, as JSON values: blocks of different trainings are not merged.
         notes: what the model card is to say beside what the model knows of itself.
 
@@ -86,9 +87,8 @@ def save(
     _check_readable(model, index)
     for b in indices:
         _require_finite(model.block(b))
-    with whole_folder(path, replaced_names(path, OURS if tokenizer is None else WITH_TOKENIZER)) as folder:
-        if tokenizer is not None:
-            write_tokenizer(folder, tokenizer)
+    with whole_folder(path, replaced_names(path, WITH_PROCESSING if processing else OURS)) as folder:
+        write_files(folder, processing or {})
         files: dict[str, FileDigest] = {}
         shared = {id(p) for p in model.shared_parameters()}
 

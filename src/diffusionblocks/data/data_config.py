@@ -90,8 +90,23 @@ class DataSection(BaseModel, ABC):
         """
         raise ValueError(f"data.kind: {self.kind} has no text; text has data.kind: topics, text or tokens")
 
-    def with_tokenizer_of(self, folder: Path) -> Self:
-        """The section with the tokenizer that lies in a model's folder; itself where it has none."""
+    def with_processing_of(self, folder: Path) -> Self:
+        """The section with the tokenizer, or image processor, that lies in a trained model's folder, if one does.
+
+        Raises:
+            ValueError: the section's own is another one.
+        """
+        return self
+
+    def of_pretrained(self, folder: Path | None) -> Self:
+        """The section with what it leaves to the model that training starts from: its tokenizer, or image processor.
+
+        Args:
+            folder: of that model; None: training starts afresh.
+
+        Raises:
+            ValueError: what is left out is not there either, or what the section says does not suit the model.
+        """
         return self
 
 

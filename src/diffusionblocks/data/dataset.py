@@ -18,9 +18,9 @@ class Dataset(ABC):
     """The examples of one split; `len` counts them."""
 
     @property
-    def tokenizer(self) -> bytes | None:
-        """The bytes of the `tokenizer.json` whose ids the examples are; None without one."""
-        return None
+    def processing(self) -> Mapping[str, bytes]:
+        """Files that say how the examples were made, content by name: of text `tokenizer.json`, whose ids they are."""
+        return {}
 
     @property
     @abstractmethod

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict
 
+import numpy as np
 import torch
 from pydantic import model_validator
 from torch import Tensor
 from typing_extensions import override
 
 from ..common.fields import Float, IsNumber, Labels, Pixels, Positive
+from ..common.messages import warn_once
+from ..common.processing_files import IMAGE_PROCESSOR
 from .augment import AugmentConfig
 from .autoencoder import decode, latent_scale, load_vae
 from .data_config import Batches, DataSection, FilesSection, register_data
 from .dataset import BatchMaker, ExampleCount
 from .image_batches import ImageBatches, evaluation_batches, to_uint8
-from .image_data import ImageData, digits, image_classification
+from .image_data import ImageData, digits, image_classification, resized
+from .image_processor import ImageProcessor, processor_in
 from .image_table import rows_of_split
 from .latent_batches import LatentBatches
 from .latent_data import LatentData
 from .latent_shards import examples_of_split, latent_folder, scale_of_split
+
+
+class Normalisation(TypedDict):
+    """What is subtracted from each channel of pixels in [0, 1], and what they are divided by then."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _left_out(name: str, folder: Path | None = None) -> ValueError:
+    """The error of a field that only an image processor could replace."""
+    reason = "no pretrained model's image processor says it" if folder is None else f"{folder} has no {IMAGE_PROCESSOR}"
+    return ValueError(f"{name} is left out, and {reason}: set {name}")
 
 
 class ImagesSection(DataSection):
@@ -51,37 +70,92 @@ class PixelsConfig(ImagesSection):
     Attributes:
         mean: Mean of each channel, of pixels in [0, 1]; it is subtracted.
         std: Standard deviation of each channel, by which the pixels are divided then.
+        processor: A preprocessor_config.json of transformers, which says of the image size, mean and std those that are
+            left out; null takes that of `model.pretrained`.
         augment: Random changes of training images.
     """
 
     examples: ClassVar[str] = "images"
 
-    mean: tuple[Float, ...]
-    std: tuple[Positive, ...]
+    mean: tuple[Float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    processor: Path | None = None
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
     def _one_number_a_channel(self) -> Self:
-        count = getattr(self, "channels", 1)
+        count = self.number_of_channels
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != count:
+            if values is not None and len(values) != count:
                 raise ValueError(f"{name} = {list(values)}: must be {count} finite numbers, one a channel")
         return self
 
+    @property
+    def number_of_channels(self) -> int:
+        """Of an image."""
+        return 1
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """`mean` and `std`.
+
+        Raises:
+            ValueError: they are left out, and nothing else says them.
+        """
+        if self.mean is None or self.std is None:
+            raise _left_out("data.mean" if self.mean is None else "data.std")
+        return {"mean": self.mean, "std": self.std}
+
+    @override
+    def of_pretrained(self, folder: Path | None) -> Self:
+        file = self.processor or (None if folder is None else processor_in(folder))
+        own = self._own_values()
+        if file is not None and not file.is_file() and own["mean"] and own["std"]:
+            return self  # of a run whose model has a copy beside it
+        if file is None:
+            if missing := [name for name, value in own.items() if value is None]:
+                raise _left_out(f"data.{missing[0]}", folder)
+            return self
+        processor = ImageProcessor(file, self.number_of_channels)
+        theirs = {"mean": processor.mean, "std": processor.std}
+        for name, values in theirs.items():
+            stated = own[name]
+            if stated is not None and not np.allclose(stated, values, atol=1e-3):
+                warn_once(
+                    f"data.{name} = {list(stated)}, but {file} has {[round(value, 4) for value in values]}, with which "
+                    f"the weights were trained: leave data.{name} out"
+                )
+                file = None  # beside the trained model it would say what was not done
+        update = {name: values for name, values in theirs.items() if own[name] is None}
+        if file is None and None in own.values():
+            raise ValueError("data.image_size is left out: then data.mean and data.std must be left out, too")
+        return self.model_copy(update={**update, "processor": file})
+
+    @override
+    def with_processing_of(self, folder: Path) -> Self:
+        theirs = processor_in(folder)
+        return self if theirs is None else self.model_copy(update={"processor": theirs})
+
+    def _own_values(self) -> dict[str, Any]:
+        """What an image processor may say instead: the values of this section, None for those that are left out."""
+        return {"mean": self.mean, "std": self.std}
+
+    def _noted(self, data: ImageData) -> ImageData:
+        """Data with the content of the processor's file, which goes with a model that learns them."""
+        return data if self.processor is None else dataclasses.replace(data, processor=self.processor.read_bytes())
+
     @override
     def batches(self, data: ImageData, device: torch.device) -> BatchMaker:
-        return ImageBatches(
-            data, mean=self.mean, std=self.std, augment=self.augment, device=device, placement=self.placement
-        )
+        return ImageBatches(data, **self.normalisation, augment=self.augment, device=device, placement=self.placement)
 
     @override
     def evaluation_batches(self, data: ImageData, *, batch_size: int, device: torch.device) -> Batches:
-        return evaluation_batches(data, mean=self.mean, std=self.std, batch_size=batch_size, device=device)
+        return evaluation_batches(data, **self.normalisation, batch_size=batch_size, device=device)
 
     @override
     def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        return lambda samples: to_uint8(samples, self.mean, self.std)
+        return functools.partial(to_uint8, **self.normalisation)
 
     @override
     def real_images(
@@ -100,12 +174,25 @@ class DigitsConfig(PixelsConfig):
     """The handwritten digits that ship with scikit-learn: 8x8, one channel, 1,438 train and 359 test images."""
 
     kind: Literal["digits"]
-    mean: tuple[Float, ...] = (0.3,)
-    std: tuple[Positive, ...] = (0.376,)
+    mean: tuple[Float, ...] | None = (0.3,)
+    std: tuple[Positive, ...] | None = (0.376,)
+
+    @override
+    def _own_values(self) -> dict[str, Any]:
+        """Defaults give way to what a pretrained model was trained with."""
+        return {name: getattr(self, name) if name in self.model_fields_set else None for name in ("mean", "std")}
+
+    @override
+    def of_pretrained(self, folder: Path | None) -> Self:
+        has_processor = self.processor is not None or (folder is not None and processor_in(folder) is not None)
+        return super().of_pretrained(folder) if has_processor else self
 
     @override
     def load(self, split: str) -> ImageData:
-        return digits(split)
+        data = digits(split)
+        if self.processor is not None:
+            data = resized(data, ImageProcessor(self.processor, self.number_of_channels))
+        return self._noted(data)
 
     @override
     def count_examples(self) -> ExampleCount:
@@ -121,7 +208,8 @@ class ImageFilesConfig(PixelsConfig, FilesSection):
             backups.
         image_column: Name of the column of images; null finds it.
         label_column: Name of the column of labels; null finds it.
-        image_size: Height and width in pixels; images of other sizes are refused.
+        image_size: Height and width in pixels; images of other sizes are refused. null: the processor brings them to
+            its own.
         channels: Channels of an image.
         num_classes: Number of classes; null takes that of the data.
         cache: Folder for decoded images; null decodes at every start.
@@ -131,14 +219,26 @@ class ImageFilesConfig(PixelsConfig, FilesSection):
     split_files: dict[str, str] | None = None
     image_column: str | None = None
     label_column: str | None = None
-    image_size: Pixels
+    image_size: Pixels | None = None
     channels: Annotated[Literal[1, 3], IsNumber] = 3
     num_classes: Labels | None = None
     cache: Path | None = None
 
+    @property
+    @override
+    def number_of_channels(self) -> int:
+        return self.channels
+
+    @override
+    def _own_values(self) -> dict[str, Any]:
+        return {"image_size": self.image_size, **super()._own_values()}
+
     @override
     def load(self, split: str) -> ImageData:
-        return image_classification(
+        if self.image_size is None and self.processor is None:
+            raise _left_out("data.image_size")
+        resize = None if self.image_size or self.processor is None else ImageProcessor(self.processor, self.channels)
+        data = image_classification(
             self.location(),
             self.split_files,
             self.split_name(split),
@@ -149,7 +249,9 @@ class ImageFilesConfig(PixelsConfig, FilesSection):
             self.num_classes,
             self.cache,
             reference_split=self.train_split,
+            processor=resize,
         )
+        return self._noted(data)
 
     def _count(self, location: str) -> ExampleCount:
         rows = rows_of_split(location, self.split_files, self.train_split)

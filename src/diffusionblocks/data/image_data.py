@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..common.formats import write_tensors
+from ..common.processing_files import IMAGE_PROCESSOR
 from .dataset import LabelledImages
 from .image_decoder import MODES, decode_image, oversized_refused
+from .image_processor import ImageProcessor
 from .image_table import ImageTable, open_table
 from .split_files import source_digest
 
-__all__ = ["ImageData", "digits", "image_classification"]
+__all__ = ["ImageData", "digits", "image_classification", "resized"]
 
 _CACHE_FORMAT = 2  # Raise it when the content of a cache file changes: older files are then not found.
 
@@ -33,6 +35,7 @@ class ImageData(LabelledImages):
         images: uint8 (N, C, H, W), N >= 1.
         labels: int64 (N,), each from 0 to num_classes - 1.
         class_names: one name per class, in the order of the labels.
+        processor: content of the `preprocessor_config.json` by which the images were made, where there is one.
 
     Raises:
         ValueError: a dtype, a shape or a label is not as above.
@@ -41,6 +44,7 @@ class ImageData(LabelledImages):
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    processor: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4 or len(self.images) == 0:
@@ -48,6 +52,11 @@ class ImageData(LabelledImages):
                 f"images: {self.images.dtype} {tuple(self.images.shape)}: must be uint8 (N, C, H, W), N >= 1"
             )
         self._check_labels(len(self.images))
+
+    @property
+    @override
+    def processing(self) -> Mapping[str, bytes]:
+        return {} if self.processor is None else {IMAGE_PROCESSOR: self.processor}
 
     @property
     @override
@@ -95,24 +104,35 @@ def digits(split: str) -> ImageData:
     return ImageData(torch.from_numpy(levels)[:, None], torch.from_numpy(labels[keep]), names)
 
 
+def resized(data: ImageData, processor: ImageProcessor) -> ImageData:
+    """Images as a processor resizes and crops them."""
+    from PIL import Image
+
+    pictures = (
+        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)) for pixels in data.images.numpy()
+    )
+    return dataclasses.replace(data, images=torch.from_numpy(np.stack([processor(picture) for picture in pictures])))
+
+
 def image_classification(
     source: str,
     split_files: Mapping[str, str] | None = None,
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
-    image_size: int = 32,
+    image_size: int | None = 32,
     channels: int = 3,
     num_classes: int | None = None,
     cache_dir: Path | None = None,
     *,
     reference_split: str | None = "train",
+    processor: ImageProcessor | None = None,
 ) -> ImageData:
     """Load image classification data stored as parquet in the schema of the Hugging Face hub.
 
-    Nothing is resized: every image must be image_size x image_size pixels already. What becomes of transparency, 16
-    bits, orientation tags and other colour spaces is said in `image_decoder.py`. Files, and split and reference, may
-    list their classes in different orders: labels are matched by name.
+    Without a processor nothing is resized: every image must be image_size x image_size pixels already. What becomes of
+    transparency, 16 bits, orientation tags and other colour spaces is said in `image_decoder.py`. Files, and split and
+    reference, may list their classes in different orders: labels are matched by name.
 
     Args:
         source: a local folder, or the name of a data set on the hub such as "uoft-cs/cifar100". A name with a
@@ -122,7 +142,7 @@ def image_classification(
         split: which split to load.
         image_column: column with the images; by default "img" or "image", whichever exists.
         label_column: column with the integer labels; by default "label" or "fine_label", whichever exists.
-        image_size: height and width that every image must have.
+        image_size: height and width that every image must have; None: as the processor makes them.
         channels: 3 converts the images to RGB, 1 to grey.
         num_classes: number of classes; needed when the label column is plain integers without class names,
             checked against the file otherwise.
@@ -130,8 +150,10 @@ def image_classification(
             `datasets` library writes for the hub's; made if need be. None decodes anew each time.
         reference_split: of a folder: the split that says which label is which class, where it is there; None: this one.
 
+        processor: resizes and crops the images; None where they have their size.
+
     Returns:
-        Images uint8 (N, channels, image_size, image_size) in the order of the files.
+        Images uint8 (N, channels, height, width) in the order of the files.
 
     Raises:
         FileNotFoundError: no such folder, no file for the split, or the hub data set cannot be had.
@@ -141,7 +163,7 @@ def image_classification(
     """
     if channels not in MODES:
         raise ValueError(f"channels = {channels!r}: must be 1 (grey) or 3 (RGB)")
-    if image_size < 1:
+    if processor is None and (image_size is None or image_size < 1):
         raise ValueError(f"image_size = {image_size!r}: must be at least 1")
     table = open_table(
         source,
@@ -156,29 +178,43 @@ def image_classification(
     cached: Path | None = None
     if cache_dir is not None and table.files:
         settings = [split, image_column, label_column, image_size, channels, num_classes, table.class_names]
+        settings += [] if processor is None else [processor.file.read_text()]
         cached = cache_dir / f"images-{source_digest(_CACHE_FORMAT, table.files, settings)}.safetensors"
         data = _read_cache(cached)
         if data is not None:
             return data
-    data = _decode(table, image_size, channels)
+    data = _decode(table, processor or image_size, channels)
     if cached is not None:
         _write_cache(cached, data)
     return data
 
 
-def _decode(table: ImageTable, size: int, channels: int) -> ImageData:
-    """All images of a table that knows its number of rows."""
+def _decode(table: ImageTable, size: int | ImageProcessor | None, channels: int) -> ImageData:
+    """All images of a table that knows its number of rows, which have a size, or are brought to one."""
     assert table.rows is not None
     table.check_labels()
-    images = np.empty((table.rows, size, size, channels), dtype=np.uint8)
+    images: np.ndarray | None = None
     labels = np.empty(table.rows, dtype=np.int64)
     with oversized_refused():
         for number, row in enumerate(table):
-            picture = decode_image(row.encoded, row.where, channels, (size, size))
-            images[number] = np.asarray(picture).reshape(size, size, channels)
+            picture = decode_image(row.encoded, row.where, channels, (size, size) if isinstance(size, int) else None)
+            pixels = size(picture) if isinstance(size, ImageProcessor) else _channels_first(np.asarray(picture))
+            if images is None:
+                images = np.empty((table.rows, *pixels.shape), dtype=np.uint8)
+            if pixels.shape != images.shape[1:]:
+                raise ValueError(
+                    f"{row.where}: the image processor makes {pixels.shape} of this image, and {images.shape[1:]} of "
+                    "those before it: blocks take images of one size; give square images, or a processor that crops"
+                )
+            images[number] = pixels
             labels[number] = row.label
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return ImageData(tensor, torch.from_numpy(labels), table.class_names)
+    assert images is not None
+    return ImageData(torch.from_numpy(images), torch.from_numpy(labels), table.class_names)
+
+
+def _channels_first(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, C) as (C, H, W)."""
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _read_cache(path: Path) -> ImageData | None:

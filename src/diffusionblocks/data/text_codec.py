@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .character_text import SYMBOLS, decode, encode
 from .document_pieces import copy_of, exact_tokenizer
-from .token_text import END, MAKES_END, end_of, vocab_size_of
+from .token_text import END, MAKES_END, end_of, start_of, vocab_size_of
 
 __all__ = ["CharacterCodec", "TextCodec", "TokenCodec"]
 
@@ -50,29 +50,35 @@ class CharacterCodec:
 
 
 class TokenCodec:
-    """The tokens of a tokenizer that has `END`.
+    """The tokens of a tokenizer.
 
-    Special tokens in a text, such as chat markers, are their ids; the letters of `END` are letters.
+    Special tokens in a text, such as chat markers, are their ids; the letters of `end` are letters.
 
     Args:
         tokenizer: it is copied, without truncation and padding.
+        start: the token before a document, which `encode` puts there and `decode` leaves out; None: none.
+        end: the token that ends a document.
+
+    Raises:
+        ValueError: the tokenizer has no such tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.end: int | None = end_of(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, start: str | None = None, end: str = END) -> None:
+        self.end: int | None = end_of(tokenizer, end)
+        self._start, self._end_token = start_of(tokenizer, start), end
         self.vocab_size: int = vocab_size_of(tokenizer)
-        self._encoder = exact_tokenizer(tokenizer, END, special_tokens=True)
+        self._encoder = exact_tokenizer(tokenizer, end, special_tokens=True)
         self._decoder = copy_of(tokenizer)
 
     def encode(self, text: str) -> Tensor:
-        """Ids, int64, shape (n,); ValueError where the tokenizer's model itself makes `END` of its letters."""
+        """Ids, int64, shape (n,); ValueError where the tokenizer's model itself makes `end` of its letters."""
         ids = self._encoder.encode(text, add_special_tokens=False).ids
         if self.end in ids:
-            raise ValueError(f"{text[:80]!r}: {MAKES_END}")
-        return torch.tensor(ids, dtype=torch.int64)
+            raise ValueError(f"{text[:80]!r}: {MAKES_END.format(self._end_token)}")
+        return torch.tensor([*self._start, *ids], dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:
-        """The text of ids (n,), with the letters of `END` where a document ends; bytes that are no UTF-8 become �.
+        """The text of ids (n,), with the letters of `end` where a document ends; bytes that are no UTF-8 become �.
 
         Raises:
             ValueError: an id that is none, such as a mask's, or ids of another shape.
@@ -80,4 +86,5 @@ class TokenCodec:
         values = ids.tolist()
         if ids.dim() != 1 or not all(0 <= value < self.vocab_size for value in values):
             raise ValueError(f"ids: {tuple(ids.shape)}: must be (n,), each from 0 to {self.vocab_size - 1}")
-        return str(self._decoder.decode(values, skip_special_tokens=False))
+        texts = [value for value in values if value not in self._start]
+        return str(self._decoder.decode(texts, skip_special_tokens=False))

@@ -13,7 +13,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from ..common.fields import MOST_TOKENS, Int, Length, Share
-from ..common.tokenizer_file import same_tokenizer, tokenizer_in
+from ..common.processing_files import TOKENIZER_SETTINGS, read_files
+from ..common.tokenizer_file import TOKENIZER, same_ids, same_tokenizer, tokenizer_in
 from .character_text import characters, python_topics
 from .data_config import Batches, DataSection, FilesSection, register_data
 from .dataset import BatchMaker, ExampleCount
@@ -24,8 +25,10 @@ from .token_text import (
     corpus_tokenizer,
     corpus_tokenizer_path,
     encoded_split,
+    end_token,
     load_tokenizer,
     split_files,
+    start_token,
 )
 
 
@@ -68,18 +71,6 @@ class TextSection(DataSection):
             FileNotFoundError, ValueError: what reading or training the tokenizer refuses.
         """
         return CharacterCodec()
-
-    def with_tokenizer_of(self, folder: Path) -> Self:
-        """The section with the tokenizer that lies in a model's folder, if one does: then no corpus has to be read.
-
-        Args:
-            folder: of the saved model.
-
-        Raises:
-            ValueError: the section's own tokenizer (`tokenizer`, or the one trained on its corpus, where that is at
-                hand and in the cache) is another one, or the file is no tokenizer.
-        """
-        return self
 
     @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
@@ -142,16 +133,22 @@ class TextConfig(TextFilesSection):
 
 @register_data
 class TokensConfig(TextFilesSection):
-    """A corpus as byte-level BPE tokens, of a tokenizer that is trained on its train split; encoded once, then mapped.
+    """A corpus as tokens, encoded once and then mapped: of a pretrained model's tokenizer, or of a byte-level BPE that
+    is trained on the train split.
 
     Attributes:
         source: A folder with text files for each split (plain, .xz, .gz or .bz2).
         folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
         separator: What stands between documents within a file; null: a file is a document.
         special_tokens: Read special tokens in the text, such as chat markers, as their ids. Otherwise their letters are
-            letters; those of <|endoftext|> always are.
+            letters; those of `end` always are.
+        start: Token before each document and prompt; null: none, but where `tokenizer` is left to a pretrained
+            model the one that it puts there itself (Llama's `<s>`, Gemma's `<bos>`).
+        end: Token after each document; null: <|endoftext|>, or where the tokenizer has none the `eos_token` of the
+            tokenizer_config.json beside it.
         vocab_size: Tokens of the tokenizer that is trained, the end of a document among them.
-        tokenizer: A ready tokenizer.json, which has a size of its own; null trains one.
+        tokenizer: A ready tokenizer.json, which has a size of its own; null takes that of `model.pretrained`, or
+            trains one where training starts afresh.
         train_characters: Characters of the train split, the first, on which the tokenizer is trained; null takes all.
         cache: Folder for the tokenizer and the ids; null: runs/tokens-<name of the folder>.
     """
@@ -162,6 +159,8 @@ class TokensConfig(TextFilesSection):
     kind: Literal["tokens"]
     separator: str | None = Field(default=None, min_length=1)
     special_tokens: bool = False
+    start: str | None = Field(default=None, min_length=1)
+    end: str | None = Field(default=None, min_length=1)
     vocab_size: Int = Field(default=8192, ge=257, le=MOST_TOKENS)
     tokenizer: Path | None = None
     train_characters: Int | None = Field(default=None, ge=1, le=10**15)
@@ -179,21 +178,32 @@ class TokensConfig(TextFilesSection):
         file = self._tokenizer_file()
         text = encoded_split(
             files,
-            load_tokenizer(file),
+            load_tokenizer(file, self._end_token(file)),
             self.cache_folder,
             name,
             separator=self.separator,
             special_tokens=self.special_tokens,
+            start=self.start,
+            end=self._end_token(file),
             progress=True,
         )
-        return dataclasses.replace(text, tokenizer=file.read_bytes())
+        settings = read_files(file.parent, TOKENIZER_SETTINGS)
+        return dataclasses.replace(text, processing={TOKENIZER: file.read_bytes(), **settings})
 
     @override
     def codec(self) -> TextCodec:
-        return TokenCodec(load_tokenizer(self._tokenizer_file()))
+        file = self._tokenizer_file()
+        end = self._end_token(file)
+        return TokenCodec(load_tokenizer(file, end), self.start, end)
 
     @override
-    def with_tokenizer_of(self, folder: Path) -> Self:
+    def with_processing_of(self, folder: Path) -> Self:
+        """With the tokenizer of a trained model, if it has one: then no corpus has to be read.
+
+        Raises:
+            ValueError: the section's own tokenizer (`tokenizer`, or the one trained on its corpus, where that is at
+                hand and in the cache) is another one, or the file is no tokenizer.
+        """
         theirs = tokenizer_in(folder)
         if theirs is None:
             return self
@@ -205,6 +215,29 @@ class TokensConfig(TextFilesSection):
                 f"data.tokenizer={theirs}"
             )
         return self.model_copy(update={"tokenizer": theirs})
+
+    @override
+    def of_pretrained(self, folder: Path | None) -> Self:
+        theirs = None if folder is None else tokenizer_in(folder)
+        if folder is None or (theirs is None and self.tokenizer is not None):
+            return self
+        if theirs is None:
+            raise ValueError(
+                f"model.pretrained = {folder} has no {TOKENIZER}, whose ids its weights know: name it, --set "
+                f"data.tokenizer=FILE, or let transformers write it: AutoTokenizer.from_pretrained({str(folder)!r})"
+                f".save_pretrained({str(folder)!r})"
+            )
+        if self.tokenizer is not None and self.tokenizer.is_file() and not same_ids(theirs, self.tokenizer):
+            raise ValueError(
+                f"data.tokenizer = {self.tokenizer} has other ids than {theirs}, which the weights know: leave it out"
+            )
+        if self.tokenizer is not None:
+            return self
+        return self.model_copy(update={"tokenizer": theirs, "start": self.start or start_token(theirs)})
+
+    def _end_token(self, tokenizer: Path) -> str:
+        """The token that ends a document."""
+        return self.end or end_token(tokenizer)
 
     def _trained_tokenizer(self) -> Path | None:
         """Where the tokenizer of the corpus is kept, or would be; None without a corpus."""

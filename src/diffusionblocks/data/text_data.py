@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,8 @@ class TextData:
     Attributes:
         ids: uint8, uint16 or uint32, shape (N,), N >= 1, on the CPU, each from 0 to vocab_size - 1.
         vocab_size: number of different ids; 27 for characters.
-        tokenizer: the bytes of the `tokenizer.json` whose ids these are, where that is known; None for characters.
+        processing: the content of `tokenizer.json`, whose ids these are, and of what lies beside it, by name; empty
+            where that is not known, and for characters.
 
     Raises:
         ValueError: a dtype, a shape or an id is not as above.
@@ -31,7 +33,7 @@ class TextData:
 
     ids: Tensor
     vocab_size: int
-    tokenizer: bytes | None = field(default=None, repr=False)
+    processing: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.ids.dtype not in _DTYPES or self.ids.dim() != 1 or len(self.ids) == 0:
@@ -75,8 +77,8 @@ class TextChunks(Dataset):
 
     @property
     @override
-    def tokenizer(self) -> bytes | None:
-        return self.text.tokenizer
+    def processing(self) -> Mapping[str, bytes]:
+        return self.text.processing
 
     @override
     def tensors(self) -> list[Tensor]:

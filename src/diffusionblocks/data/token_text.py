@@ -7,12 +7,15 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from ..common.files import whole_file
+from ..common.formats import read_json
+from ..common.processing_files import TOKENIZER_SETTINGS
 from ..common.tokenizer_file import read_tokenizer
 from .document_pieces import document_ids, exact_tokenizer
 from .split_files import TEXT_ENDINGS, files_of_split
@@ -31,12 +34,12 @@ __all__ = [
 ]
 
 END = "<|endoftext|>"
-"""The special token after each document (GPT-2's name); id 0."""
+"""The special token after each document (GPT-2's name), where no other is named; id 0 of tokenizers trained here."""
 
 _SMALLEST = 257  # every byte, and END
 _PASSAGE = 1 << 16  # characters after which a passage ends at the next empty line
 _FORMAT = 2  # Raise it when the ids of a text change: older files are then not found.
-MAKES_END = f"the tokenizer's model itself makes {END} of its letters, so that they end a document; take them out"
+MAKES_END = "the tokenizer's model itself makes {} of its letters, so that they end a document; take them out"
 
 
 def train_tokenizer(
@@ -79,14 +82,18 @@ def train_tokenizer(
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, end: str = END) -> Tokenizer:
     """Read a `tokenizer.json`.
 
+    Args:
+        path: the file.
+        end: the token that ends a document.
+
     Raises:
-        FileNotFoundError, ValueError: it is missing, is no tokenizer, or has no `END`.
+        FileNotFoundError, ValueError: it is missing, is no tokenizer, or has no such token.
     """
     tokenizer = read_tokenizer(path)
-    end_of(tokenizer)
+    end_of(tokenizer, end)
     return tokenizer
 
 
@@ -97,21 +104,26 @@ def encoded_corpus(
     *,
     separator: str | None = None,
     special_tokens: bool = False,
+    start: str | None = None,
+    end: str = END,
     progress: bool = False,
 ) -> TextData:
     """A corpus as tokens, encoded once: a later call with the same files and tokenizer only maps the file.
 
-    A document's ids are those that the tokenizer gives for all of it, without truncation and padding; `END` follows.
+    A document's ids are those that the tokenizer gives for all of it, without truncation and padding, between
+    the tokens `start` and `end`.
     Memory holds one file's text at a time, and a million characters or so as tokens (see `document_pieces.py`).
 
     Args:
         files: UTF-8 text, plain or packed (.xz, .gz, .bz2).
-        tokenizer: a tokenizer that has `END`.
+        tokenizer: a tokenizer that has `start` and `end`.
         path: file of the raw little-endian ids, uint16, or uint32 for more than 65,536 tokens; beside it `PATH.json`
             says what it holds. Both are written under temporary names.
         separator: what stands between documents within a file, such as "\\n\\n\\n"; None: a file is a document.
         special_tokens: whether special tokens in the text, such as chat markers, are their ids; otherwise their letters
-            are letters, as those of `END` always are.
+            are letters, as those of `end` always are.
+        start: the token before each document; None: none.
+        end: the token after each document.
         progress: show a progress bar over the files' characters, on a terminal.
 
     Returns:
@@ -119,20 +131,21 @@ def encoded_corpus(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no files, an empty separator, a tokenizer without `END`, text that is not UTF-8 or holds a NUL, or
-            none at all.
+        ValueError: no files, an empty separator, a tokenizer without these tokens, text that is not UTF-8 or holds a
+            NUL, or none at all.
     """
     _check_files(files)
     if separator == "":
         raise ValueError("separator is empty: must be text, or None for one document a file")
-    end_of(tokenizer)
+    end_of(tokenizer, end)
     vocab_size = vocab_size_of(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     index = {
-        "source": _fingerprint(files, tokenizer, separator, special_tokens),
+        "source": _fingerprint(files, tokenizer, separator, special_tokens, start, end),
         "vocab_size": vocab_size,
     }
-    pieces = (np.asarray(ids) for ids in _ids(files, tokenizer, separator, special_tokens, progress))
+    documents = _ids(files, tokenizer, separator, special_tokens, start, end, progress)
+    pieces = (np.asarray(ids) for ids in documents)
     return TextData(cached_ids(path, index, pieces, dtype), vocab_size)
 
 
@@ -175,17 +188,20 @@ def encoded_split(
     *,
     separator: str | None = None,
     special_tokens: bool = False,
+    start: str | None = None,
+    end: str = END,
     progress: bool = False,
 ) -> TextData:
     """As `encoded_corpus`, kept in `folder` as `NAME-FINGERPRINT.ids`.
 
-    The name changes with the files, the tokenizer, the separator and `special_tokens`; so jobs that share a folder
+    The name changes with the files, the tokenizer, the separator and the special tokens; so jobs that share a folder
     never find another's.
     Jobs that encode it at once write the same.
     """
     _check_files(files)
-    path = folder / f"{name}-{_fingerprint(files, tokenizer, separator, special_tokens)}.ids"
-    return encoded_corpus(files, tokenizer, path, separator=separator, special_tokens=special_tokens, progress=progress)
+    path = folder / f"{name}-{_fingerprint(files, tokenizer, separator, special_tokens, start, end)}.ids"
+    options: dict[str, Any] = {"separator": separator, "special_tokens": special_tokens, "start": start, "end": end}
+    return encoded_corpus(files, tokenizer, path, progress=progress, **options)
 
 
 def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = None) -> list[Path]:
@@ -212,9 +228,17 @@ def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = N
 # ---- the parts -------------------------------------------------------------------------------------------
 
 
-def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, separator: str | None, special_tokens: bool) -> str:
+def _fingerprint(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    separator: str | None,
+    special_tokens: bool,
+    start: str | None,
+    end: str,
+) -> str:
     content = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return fingerprint(files, [_FORMAT, content, separator, special_tokens])
+    tokens = [] if (start, end) == (None, END) else [start, end]  # what was encoded before they could be named is right
+    return fingerprint(files, [_FORMAT, content, separator, special_tokens, *tokens])
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:
@@ -223,19 +247,28 @@ def vocab_size_of(tokenizer: Tokenizer) -> int:
 
 
 def _ids(
-    files: Sequence[Path], tokenizer: Tokenizer, separator: str | None, special_tokens: bool, progress: bool
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    separator: str | None,
+    special_tokens: bool,
+    start_token: str | None,
+    end_token: str,
+    progress: bool,
 ) -> Iterator[list[int]]:
-    end, empty = end_of(tokenizer), True
-    tokenizer = exact_tokenizer(tokenizer, END, special_tokens=special_tokens)
+    end, empty = end_of(tokenizer, end_token), True
+    start = start_of(tokenizer, start_token)
+    tokenizer = exact_tokenizer(tokenizer, end_token, special_tokens=special_tokens)
     for file, text in zip(files, _texts(files), strict=True):
         hidden = None if progress else True  # None shows it on terminals only
         with tqdm(total=len(text), desc=file.name, disable=hidden, unit="character", unit_scale=True) as bar:
             for document in text.split(separator) if separator else [text]:
                 if not document:
                     continue
+                if start:
+                    yield start
                 for ids, length in document_ids(document, tokenizer):
                     if end in ids:
-                        raise ValueError(f"{file}: {MAKES_END}")
+                        raise ValueError(f"{file}: {MAKES_END.format(end_token)}")
                     yield ids
                     bar.update(length)
                 yield [end]
@@ -275,9 +308,53 @@ def _check_files(files: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{file} is missing")
 
 
-def end_of(tokenizer: Tokenizer) -> int:
-    """The id of `END`; ValueError where the tokenizer has none."""
-    end: int | None = tokenizer.token_to_id(END)
+def end_of(tokenizer: Tokenizer, token: str = END) -> int:
+    """The id of the token that ends a document; ValueError where the tokenizer has none."""
+    end: int | None = tokenizer.token_to_id(token)
     if end is None:
-        raise ValueError(f"the tokenizer has no token {END}, which ends a document; add it, or train one that has it")
+        raise ValueError(f"the tokenizer has no token {token}, which ends a document; name one of its own (data.end)")
     return end
+
+
+def end_token(path: Path) -> str:
+    """The token that ends a document in a `tokenizer.json`: `END`, or the eos_token of the settings beside it.
+
+    Raises:
+        FileNotFoundError, ValueError: no tokenizer, or one with neither.
+    """
+    tokenizer = read_tokenizer(path)
+    if tokenizer.token_to_id(END) is not None:
+        return END
+    settings = path.parent / TOKENIZER_SETTINGS[0]
+    token = read_json(settings).get("eos_token") if settings.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token  # as older versions of the library wrote it
+    if not isinstance(token, str) or tokenizer.token_to_id(token) is None:
+        raise ValueError(
+            f"{path} has no token {END}, and no {settings.name} beside it names an eos_token: name the token that ends "
+            "a document, --set data.end=TOKEN"
+        )
+    return token
+
+
+def start_token(path: Path) -> str | None:
+    """The token that a `tokenizer.json` puts before every text by itself; None: none, or more than one.
+
+    Raises:
+        FileNotFoundError, ValueError: no tokenizer.
+    """
+    tokenizer = read_tokenizer(path)
+    tokens, plain = (tokenizer.encode("a", add_special_tokens=special).tokens for special in (True, False))
+    before = next((i for i in range(len(tokens)) if tokens[i : i + len(plain)] == plain), 0)
+    return str(tokens[0]) if plain and before == 1 else None
+
+
+def start_of(tokenizer: Tokenizer, token: str | None) -> list[int]:
+    """The ids that stand before a document: one, or none. ValueError where the tokenizer has no such token."""
+    if token is None:
+        return []
+    start: int | None = tokenizer.token_to_id(token)
+    if start is None:
+        raise ValueError(
+            f"the tokenizer has no token {token}, which begins a document; name one of its own (data.start)"
+        )
+    return [start]

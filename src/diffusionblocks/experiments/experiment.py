@@ -30,7 +30,7 @@ from ..training.run_log import Logger
 from .baseline_kinds import BASELINE_KINDS, BaselineKind, outline_of
 from .card_notes import card_notes
 from .identity import check_same_run, data_identity, describe_run, learned_from
-from .original import Original
+from .original import Original, complete
 from .recipe import Recipe
 from .tasks import Task
 
@@ -49,8 +49,8 @@ class Experiment:
     def __init__(
         self, recipe: Recipe, splits: Mapping[str, Dataset] | None = None, *, origin: Recipe | None = None
     ) -> None:
-        self.recipe = recipe
-        self.origin = origin or recipe
+        self.recipe = complete(recipe)
+        self.origin = origin or self.recipe
         self._data = _Data(splits or {})
 
     def derive(self, recipe: Recipe, *, same_run: bool = False) -> Experiment:
@@ -60,7 +60,7 @@ class Experiment:
             recipe: with changes.
             same_run: whether it is a phase of this run, which resumes as what this one was started with.
         """
-        other = Experiment(recipe, origin=self.origin if same_run else recipe)
+        other = Experiment(recipe, origin=self.origin if same_run else None)
         other._data = self._data
         return other
 
@@ -139,9 +139,9 @@ class Experiment:
         """What turns text into ids and back: see `DataSection.codec`."""
         return self.recipe.data.codec()
 
-    def with_tokenizer_of(self, folder: Path) -> Experiment:
-        """The experiment with the tokenizer that lies in a model's folder: see `DataSection.with_tokenizer_of`."""
-        data = self.recipe.data.with_tokenizer_of(folder)
+    def with_processing_of(self, folder: Path) -> Experiment:
+        """The experiment with the tokenizer or image processor in a model's folder: see `DataSection`."""
+        data = self.recipe.data.with_processing_of(folder)
         return self.derive(self.recipe.model_copy(update={"data": data}), same_run=True)
 
     def describe(self) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class Experiment:
     def save(self, model: nn.Module, path: Path, *, provenance: dict[str, Any] | None = None) -> None:
         """Save a model to a folder: its `train.blocks` in our format, a baseline in its own library's.
 
-        The tokenizer of text in tokens, which was read with the data, goes with it as `tokenizer.json`.
+        What was read with the data of how they are made, as the tokenizer of a text, goes with it (`processing_files`).
 
         Args:
             model: a `DiffusionBlocks`, or a baseline.
@@ -269,11 +269,11 @@ class Experiment:
             provenance: what its blocks learned from, for their index (`identity.learned_from`).
         """
         data = self.splits.get("train")
-        tokenizer = None if data is None else data.tokenizer
+        processing = {} if data is None else data.processing
         if isinstance(model, DiffusionBlocks):
-            save(model, path, self.recipe.train.blocks, tokenizer, provenance, card_notes(self.origin, data))
+            save(model, path, self.recipe.train.blocks, processing, provenance, card_notes(self.origin, data))
         elif isinstance(model, Baseline):
-            model.save(path, tokenizer=tokenizer, provenance=provenance)
+            model.save(path, processing=processing, provenance=provenance)
             remove_generated_card(path)  # of blocks that were there before
 
     def note_results(self, path: Path, rows: Sequence[Mapping[str, Any]], metric: float | None = None) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from ..common.messages import shorten
+from ..common.tokenizer_file import TOKENIZER
 from ..core.merging import difference
 from ..data.dataset import Dataset
 from ..families import family_named, supported_classes
@@ -209,12 +210,13 @@ def renew(schema: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
 
 def data_identity(data: Dataset) -> dict[str, Any]:
     """What tells data apart wherever they lie, as JSON values: number, shape and classes, and a digest."""
-    tokenizer = None if data.tokenizer is None else hashlib.sha256(data.tokenizer).hexdigest()
+    tokenizer = data.processing.get(TOKENIZER)
+    digest = None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest()
     return {
         "examples": len(data),
         "shape": list(data.example_shape),
         "classes": data.classes,
-        "content": _content(data.tensors(), tokenizer),
+        "content": _content(data.tensors(), digest),
     }
 
 

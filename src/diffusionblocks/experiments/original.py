@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..common.formats import read_json
 from ..common.messages import near
+from ..common.processing_files import PROCESSING_FILES
 from ..common.seeds import seed_global
 from ..core.weights import Fresh, WeightSource, cast_weights, pretrained_source
 from ..families import (
@@ -25,9 +26,9 @@ from ..families import (
     supported_classes,
     with_depth,
 )
-from ..families.libraries import cached_file
+from ..families.libraries import cached_file, cached_folder
 from ..families.sizes import SIZES, check_shape, check_sizes
-from .recipe import ModelConfig
+from .recipe import ModelConfig, Recipe
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Original:
         if not self._has_other_labels(source.model_config):
             return source
         config = copy.deepcopy(source.model_config)
-        config.num_labels = options.config["num_labels"]
+        config.num_labels = options.config.get("num_labels", config.num_labels)
         return NewHead(source, config, seed=self.seed)
 
     def _build_pretrained(self, name: str) -> nn.Module:
@@ -101,7 +102,8 @@ class Original:
         return {name: value for name, value in self.options.config.items() if name != "num_labels"}
 
     def _has_other_labels(self, config: Any) -> bool:
-        return self.new_head and self.options.config.get("num_labels", config.num_labels) != config.num_labels
+        number = self.options.config.get("num_labels", config.num_labels) if self.new_head else None
+        return self.new_head and (self.options.new_head or number != config.num_labels)
 
 
 class NewHead(WeightSource):
@@ -109,27 +111,47 @@ class NewHead(WeightSource):
 
     Args:
         source: of the weights.
-        model_config: its config, with another number of labels.
+        model_config: its config, with the number of labels.
         seed: of the new classifier.
     """
 
     def __init__(self, source: WeightSource, model_config: Any, *, seed: int) -> None:
         super().__init__(source.model_class, model_config, source.dtype)
-        before, now = source.outline().state_dict(), self.outline().state_dict()
-        self.new = frozenset(name for name in now if name not in before or before[name].shape != now[name].shape)
+        other = copy.deepcopy(model_config)
+        other.num_labels += 1  # what changes with it is the head, also where the source has as many labels
+        now = self.outline().state_dict()
+        others = [each.state_dict() for each in (source.outline(), outline(source.model_class, other))]
+        self.new = frozenset(n for n in now if any(n not in each or each[n].shape != now[n].shape for each in others))
         self._source, self._fresh = source, Fresh(source.model_class, model_config, seed=seed, dtype=source.dtype)
         self._quiet = False  # a plan or a check makes a source too, and draws nothing from it
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of the pretrained model, and a head drawn afresh where the recipe has other labels."""
+        """Tensors of the pretrained model, and a head drawn afresh for the recipe's labels."""
         yield from self._source.tensors(block, layers, [name for name in names if name not in self.new])
         fresh = [name for name in names if name in self.new]
         if fresh:
             if not self._quiet:
                 names_of_new, seed = " and ".join(sorted(self.new)), self._fresh.seed
-                _log.warning("%s drawn afresh for another number of labels, from seed %d", names_of_new, seed)
+                _log.warning("%s drawn afresh for other labels, from seed %d", names_of_new, seed)
                 self._quiet = True
             yield from self._fresh.tensors(block, layers, fresh)
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """A recipe with what its data leave to the pretrained model written out: see `DataSection.of_pretrained`.
+
+    Raises:
+        ValueError: what is left out is not in the model's folder, or what is said does not suit the model.
+    """
+    name = recipe.model.pretrained
+    folder = None if name is None else cached_folder(name, ("config.json", *PROCESSING_FILES))
+    if name is not None and folder is None:  # refused where the model is read, if it is: a trained one needs it no more
+        return recipe
+    data = recipe.data.of_pretrained(folder)
+    return recipe if data is recipe.data else recipe.model_copy(update={"data": data})
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------

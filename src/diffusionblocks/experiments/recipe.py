@@ -37,7 +37,9 @@ class ModelConfig(_Section):
         type: A supported class, for example `ViTForImageClassification`.
         config: Values of that class's config (hidden_size, num_hidden_layers, ...).
         pretrained: Folder or hub name of weights to start from. Their shape is kept; of sizes only `num_labels` may
-            differ in `config`, for a new classifier that is drawn from train.seed.
+            differ in `config`, for a new classifier that is drawn from train.seed. Their tokenizer and image processor
+            are used where `data` leaves them out, and saved beside the trained model.
+        new_head: Draw the classifier afresh also where the pretrained model has as many labels as the data, but others.
         dtype: Precision of the weights that are trained, whatever pretrained files have. In `bfloat16` most steps at
             usual learning rates are rounded away. (train.precision says how a step computes.)
     """
@@ -45,6 +47,7 @@ class ModelConfig(_Section):
     type: str
     config: dict[str, Any] = Field(default_factory=dict)
     pretrained: str | None = None
+    new_head: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -256,7 +256,7 @@ def evaluate_saved(experiment: Experiment, folder: Path, *, measure: bool = True
         The model, its measures, and the seconds that they took.
     """
     model = experiment.load(folder / "model")
-    experiment = experiment.with_tokenizer_of(folder / "model")
+    experiment = experiment.with_processing_of(folder / "model")
     start = perf_counter()
     rows = list(experiment.task.measure(experiment, model)) if measure else []
     return model, rows, perf_counter() - start

@@ -441,6 +441,14 @@ def cached_file(path: str | Path, name: str) -> Path | None:
     return None if file is None else Path(file)
 
 
+def cached_folder(path: str | Path, names: Iterable[str]) -> Path | None:
+    """The folder of those of the named files that a folder, or a hub repository, has; None where it has none."""
+    if Path(path).is_dir():
+        return Path(path)
+    files = [cached_file(path, name) for name in names]
+    return next((file.parent for file in files if file is not None), None)
+
+
 def _headers(keys: dict[str, Path]) -> tuple[dict[str, str], dict[str, torch.Size]]:
     """Dtype (its safetensors name) and shape of every tensor, from the files' headers."""
     dtypes, shapes = {}, {}

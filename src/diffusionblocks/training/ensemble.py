@@ -66,14 +66,20 @@ class Ensemble(Baseline):
         many = len(self.members)
         return {"mean": total / many, "probabilities": mixture - math.log(many)}
 
-    def save(self, path: Path, *, tokenizer: bytes | None = None, provenance: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: Path,
+        *,
+        processing: Mapping[str, bytes] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         """Write the members that are there, each to a sub-folder in the format of its own library."""
         there = {
             index: self.member(index).model
             for index in range(len(self.members))
             if not any(tensor.is_meta for tensor in tensors_of(self.member(index)))
         }
-        save_ensemble(there, len(self.members), path, provenance, tokenizer)
+        save_ensemble(there, len(self.members), path, provenance, processing)
 
     @classmethod
     def load(cls, path: Path) -> Ensemble:

@@ -361,7 +361,13 @@ class LocalLearning(Baseline):
             before |= {id(tensor) for tensor in state.values()}
         return states
 
-    def save(self, path: Path, *, tokenizer: bytes | None = None, provenance: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: Path,
+        *,
+        processing: Mapping[str, bytes] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         """Write each module to a file of its own."""
         values = {
             "model_class": self.model_class,

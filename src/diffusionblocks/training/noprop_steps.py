@@ -147,6 +147,12 @@ class NoProp(Baseline):
         """The logits after the last step."""
         return {None: self(pixel_values)}
 
-    def save(self, path: Path, *, tokenizer: bytes | None = None, provenance: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: Path,
+        *,
+        processing: Mapping[str, bytes] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         """Write the model in its own format, as one that was trained end to end."""
-        save_end_to_end(self.model, path, tokenizer)
+        save_end_to_end(self.model, path, processing)

@@ -83,12 +83,18 @@ class Baseline(nn.Module, abc.ABC):
         """Logits (batch, num_classes) of every way to read a label off, by its name; the first is the default one."""
 
     @abc.abstractmethod
-    def save(self, path: Path, *, tokenizer: bytes | None = None, provenance: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: Path,
+        *,
+        processing: Mapping[str, bytes] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         """Write it to a folder, whole or not at all.
 
         Args:
             path: the folder; an older model there is replaced.
-            tokenizer: the bytes of a language model's `tokenizer.json`.
+            processing: files that say how its input is made (`processing_files`), content by name.
             provenance: what it was trained on, as JSON values: parts of different trainings are not merged.
         """
 
@@ -278,9 +284,15 @@ class EndToEnd(Baseline):
         """The logits of the model."""
         return {None: self(pixel_values)}
 
-    def save(self, path: Path, *, tokenizer: bytes | None = None, provenance: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: Path,
+        *,
+        processing: Mapping[str, bytes] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         """Write the model in the format of its own library."""
-        save_end_to_end(self.model, path, tokenizer)
+        save_end_to_end(self.model, path, processing)
 
     @property
     def _name(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ...common.fields import FEEDBACK_NAMES, Combination, LabelFeedback, Levels, Many, Samples, Seed
+from ...common.messages import warn_once
 from .task import EvaluateSection, LevelGrid, RunResult, Task, baselines_in, register_task
 
 if TYPE_CHECKING:
@@ -53,6 +54,22 @@ class AccuracyConfig(EvaluateSection):
     seed: Seed = 0
 
 
+def _own_names(names: Mapping[int, str] | None) -> list[str] | None:
+    """Names of labels in their order; None for those that say no more than the labels' numbers."""
+    if not names or all(name in (str(label), f"LABEL_{label}") for label, name in names.items()):
+        return None
+    return [str(names[label]) for label in sorted(names)]
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").casefold()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
 @register_task
 class Classification(Task[AccuracyConfig]):
     """Measures the accuracy of classifiers."""
@@ -66,6 +83,28 @@ class Classification(Task[AccuracyConfig]):
     plain_training = True
     by_level = True
     new_head = True
+
+    def check_examples(self, experiment: Experiment, model: nn.Module, data: Dataset) -> None:
+        """Warn also of labels that are as many, and called otherwise."""
+        super().check_examples(experiment, model, data)
+        config: Any = experiment.config_of(model)
+        labels, classes = _own_names(getattr(config, "id2label", None)), _own_names(dict(enumerate(data.classes)))  # type: ignore[arg-type]
+        if labels is None or classes is None or [_plain(name) for name in labels] == [_plain(name) for name in classes]:
+            return
+        fix = "" if experiment.recipe.model.pretrained is None else ": --set model.new_head=true draws a new classifier"
+        warn_once(f"the model's labels are {_some(labels)}, those of the data {_some(classes)}, in this order{fix}")
+
+    def settle(self, experiment: Experiment, model: nn.Module) -> None:
+        """Let the config of a pretrained model name the labels that it learns."""
+        if experiment.recipe.model.pretrained is None:
+            return
+        names = experiment.data("train").classes
+        holders = [model, *model.modules()]
+        configs: list[Any] = [getattr(holder, "config", None) for holder in holders]
+        for config in configs:
+            if getattr(config, "id2label", None) is not None and len(config.id2label) == len(names):
+                config.id2label = dict(enumerate(names))
+                config.label2id = {name: label for label, name in enumerate(names)}
 
     def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
         """As many chains as the longest average has seeds, for each number of steps."""

@@ -256,8 +256,7 @@ def features_of(experiment: Experiment) -> Features:
     features = train_classifier(
         train,
         test,
-        mean=section.mean,
-        std=section.std,
+        **section.normalisation,
         dataset=section.name,
         device=experiment.device,
         flip=section.augment.flip,
@@ -398,8 +397,7 @@ def draw_samples(
             model.partition,
             noise,
             steps,
-            mean=pixel_section.mean,
-            std=pixel_section.std,
+            **pixel_section.normalisation,
             names=names,
             final=final,
         )

@@ -6,8 +6,6 @@ A task's modules import torch only where it works: the command line reads its op
 from __future__ import annotations
 
 import abc
-import functools
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from ...common.by_kind import ByKind, kind_of
 from ...common.choices import NameOf
 from ...common.fields import MANY_CALLS, MOST_CALLS
+from ...common.messages import warn_once
 from ...common.registry import Registry
 
 if TYPE_CHECKING:
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from ...data.dataset import Dataset
     from ..experiment import Experiment
     from ..recipe import Recipe
-
-
-_log = logging.getLogger(__name__)
 
 
 def level_grids() -> Collection[str]:
@@ -231,7 +227,7 @@ class Task(abc.ABC, Generic[Options]):
         if calls > MOST_CALLS:
             raise ValueError(f"{cost}, more than {MOST_CALLS:,}: set {lower} lower")
         if calls > MANY_CALLS:
-            _warn(f"{cost}; for a quick look set {lower} lower")
+            warn_once(f"{cost}; for a quick look set {lower} lower")
 
     # ---- measures ----------------------------------------------------------------------------------------------
 
@@ -374,8 +370,3 @@ def tasks_of(target: str) -> list[Task[Any]]:
     if not tasks:
         raise ValueError(f"no task measures models that denoise {target}: add one with diffusionblocks.register_task")
     return tasks
-
-
-@functools.cache  # every trainer of a run asks
-def _warn(text: str) -> None:
-    _log.warning("%s", text)
