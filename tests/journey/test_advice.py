@@ -68,6 +68,22 @@ ELSEWHERE = {
         "parity/test_image_classifiers_parity.py::test_a_pretrained_model_has_its_own_part_of_the_config"
     ),
     "are different tokenizers": "journey/test_cli_tokens.py::test_another_tokenizer_is_refused",
+    "--set data.tokenizer=FILE": (
+        "journey/test_cli_pretrained.py::test_a_folder_without_a_tokenizer_says_how_to_make_one"
+    ),
+    "--set data.end=TOKEN": (
+        "journey/test_cli_pretrained.py::test_documents_begin_and_end_as_the_folders_tokenizer_says"
+    ),
+    "--set model.new_head=true": (
+        "journey/test_cli_pretrained.py::test_as_many_labels_of_other_names_are_told_and_learned"
+    ),
+    **dict.fromkeys(
+        (
+            "and set data.image_size, data.mean and data.std",
+            "set data.image_size, data.mean and data.std, and give data",
+        ),
+        "journey/test_cli_pretrained.py::test_a_processor_that_cannot_be_followed_is_refused",
+    ),
     "--set {shlex.quote(": "journey/test_cli_plan.py::test_a_plan_can_be_pasted_and_then_fits",
     **dict.fromkeys(
         ("set {where}.hidden_size to", "set {where}.num_key_value_heads", "set {where}.patch_size"),

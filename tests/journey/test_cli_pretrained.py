@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
 from commands import VIT, sets
-from transformers import Qwen2Config, Qwen2ForCausalLM, ViTConfig, ViTForImageClassification
+from PIL import Image
+from tokenizers import Tokenizer, processors
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    EfficientNetImageProcessorPil,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from diffusionblocks.cli import main
 from diffusionblocks.core.loading import load
@@ -203,3 +219,261 @@ def test_a_folder_without_a_model_is_refused(
     changes = sets(model__pretrained=place)
     assert main(["train", str(qwen / "recipe.yaml"), "--out", str(tmp_path / "run"), "--quiet", *changes]) == 2
     assert f"model.pretrained = {place}: no model is there" in last_line(capsys)
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def whole(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Qwen2 with its tokenizer, chat template and settings of generation beside it."""
+    folder = tmp_path_factory.mktemp("whole") / "qwen"
+    shutil.copytree(qwen / "model", folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(qwen / "tokenizer.json"), eos_token="<|endoftext|>")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=[0, 7], temperature=0.6, do_sample=True).save_pretrained(folder)
+    return folder
+
+
+def own_tokenizer(whole: Path, **changes: object) -> list[str]:
+    """The padded recipe on that folder, without a tokenizer of its own."""
+    return sets(model__pretrained=whole, data__tokenizer="null", **changes)
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+def test_the_folders_own_tokenizer_is_used_and_kept(method: str, qwen: Path, whole: Path, tmp_path: Path) -> None:
+    folder, run = tmp_path / "qwen", tmp_path / "run"
+    shutil.copytree(whole, folder)
+    options = own_tokenizer(folder, method=method, data__cache=tmp_path / "cache")
+    assert main(["train", str(qwen / "recipe.yaml"), "--out", str(run), "--quiet", *options]) == 0
+    assert not list((tmp_path / "cache").glob("tokenizer-*")), "none was trained"
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in names:
+        assert (run / "model" / name).read_bytes() == (whole / name).read_bytes()
+    chat = [{"role": "user", "content": "jumps"}]
+    theirs, ours = (AutoTokenizer.from_pretrained(place) for place in (whole, run / "model"))
+    assert ours.apply_chat_template(chat, tokenize=False) == "<|im_start|>user\njumps<|im_end|>\n"
+    assert ours("the quick brown fox").input_ids == theirs("the quick brown fox").input_ids
+    kept: Any = load(run / "model") if method == "diffusionblocks" else None
+    kept = GenerationConfig.from_pretrained(run / "model") if kept is None else kept.generation_config
+    assert (kept.temperature, kept.do_sample, kept.eos_token_id) == (0.6, True, [0, 7])
+    shutil.rmtree(folder)  # what was trained needs it no more
+    shutil.rmtree(tmp_path / "cache")
+    assert (
+        main(["sample", str(run), "--out", str(tmp_path / "s"), "--prompt", "line 3", "--count", "1", "--quiet"]) == 0
+    )
+    assert main(["evaluate", str(run)]) == 0
+
+
+def test_a_tokenizer_with_other_ids_than_the_folders_is_refused(
+    qwen: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tokenizer([qwen / "corpus" / "train.txt"], 290, tmp_path / "other.json")
+    arguments = ["train", str(qwen / "recipe.yaml"), "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*arguments, *sets(model__pretrained=whole, data__tokenizer=tmp_path / "other.json")]) == 2
+    assert f"other.json has other ids than {whole / 'tokenizer.json'}" in last_line(capsys)
+    same = json.loads((whole / "tokenizer.json").read_text()) | {"truncation": None}
+    (tmp_path / "same.json").write_text(json.dumps(same, indent=1))
+    more = sets(model__pretrained=whole, data__tokenizer=tmp_path / "same.json", data__cache=tmp_path / "cache")
+    assert main(["inspect", arguments[1], *more]) == 0
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_make_one(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", str(qwen / "recipe.yaml"), "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*arguments, *sets(data__tokenizer="null")]) == 2
+    message = last_line(capsys)
+    assert f"{qwen / 'model'} has no tokenizer.json" in message
+    assert main([*arguments, *sets(data__tokenizer=qwen / "tokenizer.json")]) == 0
+
+
+def test_documents_begin_and_end_as_the_folders_tokenizer_says(qwen: Path, whole: Path, tmp_path: Path) -> None:
+    """Llama's kind: no <|endoftext|>, and `<s>` before every text by itself."""
+    folder = tmp_path / "llama"
+    shutil.copytree(whole, folder)
+    values = json.loads((whole / "tokenizer.json").read_text().replace("<|endoftext|>", "</s>"))
+    tokenizer = Tokenizer.from_str(json.dumps(values))
+    tokenizer.add_special_tokens(["<s>"])
+    start, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    options = own_tokenizer(folder, data__separator='"\\n"', data__cache=tmp_path / "cache")
+    experiment = Experiment(load_recipe(qwen / "recipe.yaml", options[1::2]))
+    lines = (qwen / "corpus" / "train.txt").read_text().splitlines()
+    library = PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = [token for line in lines for token in [*library(line).input_ids, end]]
+    assert experiment.data("train").text.ids.tolist() == expected
+    assert expected[0] == start
+    prompt = experiment.codec.encode("line 3")
+    assert prompt.tolist() == library("line 3").input_ids
+    assert experiment.codec.decode(prompt) == "line 3"
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no token <\|endoftext\|>.*--set data.end=TOKEN"):
+        Experiment(experiment.recipe).data("train")
+    named = Experiment(load_recipe(qwen / "recipe.yaml", [*options, *sets(data__end="</s>")][1::2]))
+    assert named.data("train").text.ids.tolist() == expected
+
+
+def test_jobs_that_train_one_block_each_keep_the_folders_files(qwen: Path, whole: Path, tmp_path: Path) -> None:
+    for block in (0, 1):
+        options = own_tokenizer(whole, train__blocks=f"[{block}]", data__cache=tmp_path / "cache")
+        out = str(tmp_path / f"job-{block}")
+        assert main(["train", str(qwen / "recipe.yaml"), "--out", out, "--quiet", *options]) == 0
+    jobs = [str(tmp_path / f"job-{block}") for block in (0, 1)]
+    assert main(["merge", *jobs, "--out", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == CHAT
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|endoftext|>"
+
+
+# ---- image processors ------------------------------------------------------------------------------------------
+
+MEAN, STD = [0.2, 0.4, 0.6], [0.5, 0.25, 0.3]
+COLOURS = ["red", "green", "blue"]
+
+
+def pictures(count: int, seed: int) -> list[Image.Image]:
+    """Pictures of several sizes."""
+    draw = np.random.default_rng(seed)
+    sizes = [(20, 30), (16, 16), (31, 17)]
+    return [Image.fromarray(draw.integers(0, 256, (*sizes[i % 3], 3), dtype=np.uint8)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parquet files of pictures of several sizes, with named labels."""
+    folder = tmp_path_factory.mktemp("photos")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=COLOURS)})
+    for split, count, seed in (("train", 24, 0), ("test", 9, 1)):
+        rows = {"image": pictures(count, seed), "label": [i % 3 for i in range(count)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+PROCESSORS = {
+    "squeezed": ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=MEAN, image_std=STD, resample=3),
+    "cropped": CLIPImageProcessorPil(
+        size={"shortest_edge": 10}, crop_size={"height": 8, "width": 8}, image_mean=MEAN, image_std=STD
+    ),
+    "from -1 to 1": ViTImageProcessorPil(
+        size={"height": 8, "width": 8}, rescale_factor=1 / 127.5, image_mean=[1.0] * 3
+    ),
+}
+
+
+def colour_vit(folder: Path, labels: list[str], processor: Any = None) -> Path:
+    """A ViT for pictures of 8 pixels, with named labels."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    names = dict(enumerate(labels))
+    config = ViTConfig(image_size=8, patch_size=4, id2label=names, label2id={n: i for i, n in names.items()}, **sizes)
+    torch.manual_seed(0)
+    ViTForImageClassification(config).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return folder
+
+
+def colour_recipe(folder: Path, vit: Path, photos: Path, **data: object) -> Path:
+    recipe = {
+        "name": "colours",
+        "device": "cpu",
+        "model": {"type": "ViTForImageClassification", "pretrained": str(vit)},
+        "blocks": {"num_blocks": 2},
+        "data": {"kind": "images", "source": str(photos), **data},
+        "train": {"steps": 2, "batch_size": 4},
+        "evaluate": {"steps": [1], "seeds": [1]},
+    }
+    (folder / "colours.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "colours.yaml"
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_images_are_what_the_folders_processor_makes_of_them(kind: str, photos: Path, tmp_path: Path) -> None:
+    vit = colour_vit(tmp_path / "vit", COLOURS, PROCESSORS[kind])
+    experiment = Experiment(load_recipe(colour_recipe(tmp_path, vit, photos, cache=str(tmp_path / "cache"))))
+    for _ in range(2):  # decoded, and from the cache
+        data = experiment.recipe.data.load("test")
+        (batch,) = experiment.recipe.data.evaluation_batches(data, batch_size=9, device=torch.device("cpu"))
+        expected = PROCESSORS[kind](pictures(9, 1), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(batch["pixel_values"], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+def test_the_folders_processor_is_saved_beside_the_trained_model(method: str, photos: Path, tmp_path: Path) -> None:
+    vit = colour_vit(tmp_path / "vit", COLOURS, PROCESSORS["cropped"])
+    recipe, run = colour_recipe(tmp_path, vit, photos), tmp_path / "run"
+    assert main(["train", str(recipe), "--out", str(run), "--quiet", *sets(method=method)]) == 0
+    name = "preprocessor_config.json"
+    assert (run / "model" / name).read_bytes() == (vit / name).read_bytes()
+    shutil.rmtree(vit)
+    assert main(["evaluate", str(run)]) == 0
+
+
+def test_a_recipe_that_normalises_otherwise_than_the_folder_is_told_so(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vit = colour_vit(tmp_path / "vit", COLOURS, PROCESSORS["squeezed"])
+    half = {"mean": [0.5] * 3, "std": STD}
+    assert main(["inspect", str(colour_recipe(tmp_path, vit, photos, **half))]) == 2
+    assert "data.image_size is left out" in last_line(capsys)
+    experiment = Experiment(load_recipe(colour_recipe(tmp_path, vit, photos, image_size=8, **half)))
+    assert sum("leave data.mean out" in record.message for record in caplog.records) == 1
+    assert experiment.recipe.data.processor is None  # type: ignore[attr-defined]
+    (vit / "preprocessor_config.json").unlink()
+    assert main(["inspect", str(colour_recipe(tmp_path, vit, photos))]) == 2
+    assert f"data.image_size is left out, and {vit} has no preprocessor_config.json" in last_line(capsys)
+
+
+@pytest.mark.parametrize("kind", ["unknown", "offset"])
+def test_a_processor_that_cannot_be_followed_is_refused(
+    kind: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vit = colour_vit(
+        tmp_path / "vit",
+        COLOURS,
+        EfficientNetImageProcessorPil(size={"height": 8, "width": 8}, rescale_offset=True, include_top=False),
+    )
+    message = "this processor does more to pixels than to resize, crop and normalise them"
+    if kind == "unknown":
+        (vit / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchImageProcessor"}')
+        message = "is no image processor that can be used here"
+    assert main(["inspect", str(colour_recipe(tmp_path, vit, photos))]) == 2
+    told = last_line(capsys)
+    assert message in told
+    for field in ("data.image_size", "data.mean", "data.std"):
+        assert field in told
+    assert main(["inspect", str(colour_recipe(tmp_path, vit, photos, image_size=8, mean=MEAN, std=STD))]) == 0
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end", "local"])
+def test_as_many_labels_of_other_names_are_told_and_learned(
+    method: str, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vit = colour_vit(tmp_path / "vit", [f"{method} {i}" for i in range(3)], PROCESSORS["squeezed"])
+    recipe, run = colour_recipe(tmp_path, vit, photos), tmp_path / "run"
+    arguments = ["train", str(recipe), "--out", str(run), "--quiet", *sets(method=method)]
+    assert main(arguments) == 0
+    (told,) = [record.message for record in caplog.records if "the model's labels are" in record.message]
+    assert advice_in(told) == sets(model__new_head="true")
+    experiment = Experiment(load_recipe(recipe, sets(method=method)[1::2]))
+    model: Any = experiment.load(run / "model")
+    assert model.config.id2label == dict(enumerate(COLOURS))
+    drawn = Experiment(load_recipe(recipe, [*sets(method=method), *advice_in(told)][1::2])).build()
+    state, stored = drawn.state_dict(), ViTForImageClassification.from_pretrained(vit).state_dict()
+    heads = [name for name in state if name.endswith("classifier.weight")]
+    assert heads
+    assert all(not torch.equal(state[name], stored["classifier.weight"]) for name in heads)
+    (stem,) = {name for name in state if name.endswith("cls_token")} if method == "end-to-end" else {None}
+    assert stem is None or torch.equal(state[stem], stored["vit.embeddings.cls_token"])
+
+
+def test_labels_of_the_same_names_are_not_told(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vit = colour_vit(tmp_path / "vit", ["Red", "Green", "Blue"], PROCESSORS["squeezed"])
+    assert main(["train", str(colour_recipe(tmp_path, vit, photos)), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert not [record for record in caplog.records if "the model's labels are" in record.message]

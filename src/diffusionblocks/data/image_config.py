@@ -117,20 +117,29 @@ class PixelsConfig(ImagesSection):
             if missing := [name for name, value in own.items() if value is None]:
                 raise _left_out(f"data.{missing[0]}", folder)
             return self
-        processor = ImageProcessor(file, self.number_of_channels)
+        try:
+            processor = ImageProcessor(file, self.number_of_channels)
+        except ValueError:
+            if self.processor is not None or None in own.values():
+                raise
+            return self  # nothing is left to it
         theirs = {"mean": processor.mean, "std": processor.std}
-        for name, values in theirs.items():
-            stated = own[name]
-            if stated is not None and not np.allclose(stated, values, atol=1e-3):
-                warn_once(
-                    f"data.{name} = {list(stated)}, but {file} has {[round(value, 4) for value in values]}, with which "
-                    f"the weights were trained: leave data.{name} out"
-                )
-                file = None  # beside the trained model it would say what was not done
+        other = [
+            name for name in theirs if own[name] is not None and not np.allclose(own[name], theirs[name], atol=1e-3)
+        ]
+        for name in other:
+            warn_once(
+                f"data.{name} = {list(own[name])}, but {file} has {[round(value, 4) for value in theirs[name]]}, with "
+                f"which the weights were trained: leave data.{name} out"
+            )
+        if other and None in own.values():
+            left = next(name for name, value in own.items() if value is None)
+            raise ValueError(
+                f"data.{left} is left out, and data.{other[0]} is not that of {file}: leave both out, or none"
+            )
         update = {name: values for name, values in theirs.items() if own[name] is None}
-        if file is None and None in own.values():
-            raise ValueError("data.image_size is left out: then data.mean and data.std must be left out, too")
-        return self.model_copy(update={**update, "processor": file})
+        # Beside the trained model a file that was not followed would be wrong.
+        return self.model_copy(update={**update, "processor": None if other else file})
 
     @override
     def with_processing_of(self, folder: Path) -> Self:
