@@ -318,6 +318,23 @@ def test_documents_begin_and_end_as_the_folders_tokenizer_says(qwen: Path, whole
     assert named.data("train").text.ids.tolist() == expected
 
 
+def test_the_shipped_recipe_takes_depth_and_tokenizer_from_the_folder(
+    qwen: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = "text/finetune"
+    assert main(["inspect", recipe]) == 2
+    assert "model.pretrained = pretrained-model: no model is there" in last_line(capsys)
+    given = sets(model__type="Qwen2ForCausalLM", model__pretrained=whole, data__source=qwen / "corpus", device="cpu")
+    assert main(["inspect", recipe, *given]) == 2
+    assert "num_blocks = 3" in last_line(capsys)
+    tiny = sets(blocks__num_blocks=2, data__length=16, data__cache=tmp_path / "cache", train__steps=2)
+    small = sets(train__warmup_steps=0, evaluate__limit=8, evaluate__new_tokens=4, evaluate__prompt_length=4)
+    assert main(["train", recipe, "--out", str(tmp_path / "run"), "--quiet", *given, *tiny, *small]) == 0
+    model = load(tmp_path / "run" / "model")
+    assert model.partition.num_layers == 2
+    assert model.config.vocab_size == 320
+
+
 def test_jobs_that_train_one_block_each_keep_the_folders_files(qwen: Path, whole: Path, tmp_path: Path) -> None:
     for block in (0, 1):
         options = own_tokenizer(whole, train__blocks=f"[{block}]", data__cache=tmp_path / "cache")

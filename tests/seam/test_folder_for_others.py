@@ -44,7 +44,7 @@ def test_the_libraries_read_a_folder_and_refuse_its_weights(tmp_path: Path) -> N
     model.generation_config.eos_token_id = [3, 5]
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    save(model, tmp_path / "m", tokenizer=tokenizer.to_str().encode())
+    save(model, tmp_path / "m", processing={"tokenizer.json": tokenizer.to_str().encode()})
     assert type(AutoConfig.from_pretrained(tmp_path / "m")) is type(model.config)
     assert GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == [3, 5]
     assert AutoTokenizer.from_pretrained(tmp_path / "m")("b a")["input_ids"] == [1, 0]
@@ -72,11 +72,11 @@ def test_all_files_have_the_modes_of_the_umask(umask: int, tmp_path: Path) -> No
     before = os.umask(umask)
     try:
         model = db.convert(original("llama"), db.BlocksConfig(shared="replicated"))
-        save(model, tmp_path / "all" / "blocks", tokenizer=b"{}")
+        save(model, tmp_path / "all" / "blocks", processing={"tokenizer.json": b"{}"})
         model.save_pretrained(tmp_path / "all" / "a", blocks=[0])
         model.save_pretrained(tmp_path / "all" / "b", blocks=[1, 2])
         db.merge([tmp_path / "all" / "a", tmp_path / "all" / "b"], tmp_path / "all" / "merged")
-        save_end_to_end(original("llama"), tmp_path / "all" / "whole", b"{}")
+        save_end_to_end(original("llama"), tmp_path / "all" / "whole", {"tokenizer.json": b"{}"})
         save_ensemble({b: tiny("vit") for b in range(2)}, 2, tmp_path / "all" / "ensemble")
     finally:
         os.umask(before)
