@@ -326,7 +326,7 @@ def test_the_shipped_recipe_takes_depth_and_tokenizer_from_the_folder(
     assert "model.pretrained = pretrained-model: no model is there" in last_line(capsys)
     given = sets(model__type="Qwen2ForCausalLM", model__pretrained=whole, data__source=qwen / "corpus", device="cpu")
     assert main(["inspect", recipe, *given]) == 2
-    assert "num_blocks = 3" in last_line(capsys)
+    assert "num_blocks must be from 1 to the number of layers, 2; got 3" in last_line(capsys)
     tiny = sets(blocks__num_blocks=2, data__length=16, data__cache=tmp_path / "cache", train__steps=2)
     small = sets(train__warmup_steps=0, evaluate__limit=8, evaluate__new_tokens=4, evaluate__prompt_length=4)
     assert main(["train", recipe, "--out", str(tmp_path / "run"), "--quiet", *given, *tiny, *small]) == 0
