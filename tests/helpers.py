@@ -81,6 +81,16 @@ CAUSAL_VARIANTS = {
     "gpt2": "GPT2LMHeadModel",
     "opt": "OPTForCausalLM",
 }
+#: masked language models of transformers: name -> class, and what its config needs beside the common sizes
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForMaskedLM", {}),
+    "roberta": ("RobertaForMaskedLM", {}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", {}),
+    "camembert": ("CamembertForMaskedLM", {}),
+    "electra": ("ElectraForMaskedLM", {"embedding_size": 16}),
+    "distilbert": ("DistilBertForMaskedLM", {}),
+    "modernbert": ("ModernBertForMaskedLM", {"local_attention": 6}),
+}
 VOCAB = 27
 LENGTH = 12
 POLICIES = ("joint", "replicated", "frozen")
@@ -93,7 +103,7 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
     """A tiny model whose every parameter is random, as in a pretrained model (none zero, none one).
 
     `family` is a classifier of `FAMILIES` or `MORE_CLASSIFIERS`, a diffusion transformer of `DIT_FAMILIES`, a
-    language model of `CAUSAL_FAMILIES` or `CAUSAL_VARIANTS`, or `masked`.
+    language model of `CAUSAL_FAMILIES` or `CAUSAL_VARIANTS`, one of `ENCODERS`, or `masked`.
     """
     common = {
         "image_size": IMAGE,
@@ -118,6 +128,8 @@ def tiny(family: str = "vit", *, layers: int = 3, seed: int = 0, **overrides: An
             model = fresh_dit(family, layers=layers, **overrides)
         elif family == "masked":
             model = fresh_masked(layers=layers, **overrides)
+        elif family in ENCODERS:
+            model = fresh_encoder(family, layers=layers, **overrides)
         elif family in {*CAUSAL_FAMILIES, *CAUSAL_VARIANTS}:
             model = fresh_causal(family, layers=layers, **overrides)
         else:
@@ -172,6 +184,18 @@ def fresh_causal(family: str = "llama", *, layers: int = 3, **overrides: Any) ->
     rest = {"max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": None, "pad_token_id": None}
     found = getattr(transformers, (CAUSAL_CLASSES | CAUSAL_VARIANTS)[family])
     return found(found.config_class(**(common | heads | rest | overrides))).eval()  # type: ignore[no-any-return]
+
+
+def fresh_encoder(family: str = "bert", *, layers: int = 3, **overrides: Any) -> nn.Module:
+    """A tiny masked language model of `ENCODERS` as its class initialises it: its last token, `VOCAB`, is the mask."""
+    name, more = ENCODERS[family]
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 2}
+    if family == "distilbert":
+        sizes = {"dim": HIDDEN, "hidden_dim": 48, "n_layers": layers, "n_heads": 2}
+    rest = {"vocab_size": VOCAB + 1, "max_position_embeddings": 24, "pad_token_id": 1}
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+    found = getattr(transformers, name)
+    return found(found.config_class(**(sizes | rest | none | more | overrides))).eval()  # type: ignore[no-any-return]
 
 
 def token_batch(size: int = 6, seed: int = 0, length: int = LENGTH) -> dict[str, Tensor]:

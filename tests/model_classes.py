@@ -28,6 +28,8 @@ others are refused, and the message names the field. A family for a class of you
 Mixtures of experts train without the auxiliary loss of their experts' load, as the library trains them by default
 (`output_router_logits` false).
 
+A masked language model is told which of its tokens is the mask: `noise=db.Masking(vocab_size=..., mask_token_id=...)`.
+
 This page is made by `tests/model_classes.py`, and `tests/unit/test_supported_classes.py` holds it to what happens.
 """
 
@@ -65,15 +67,22 @@ class Tried:
         name: of the class.
         values: of its config.
         parts: names of parts of its config that take the values instead.
+        noise: the noise process, which is to name the mask.
     """
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    noise: db.Masking | None = None
 
 
 def _text(*names: str, **values: Any) -> list[Tried]:
     return [Tried(name, TEXT | values) for name in names]
+
+
+def _masked(*names: str, **values: Any) -> list[Tried]:
+    noise = db.Masking(vocab_size=27, mask_token_id=26)
+    return [Tried(name, TEXT | {"pad_token_id": 0} | values, noise=noise) for name in names]
 
 
 def _image(*names: str, **values: Any) -> list[Tried]:
@@ -113,8 +122,10 @@ CLASSES: dict[str, list[Tried]] = {
         *_image("ResNetForImageClassification", "HieraForImageClassification", "PvtV2ForImageClassification"),
     ],
     "Masked language models (masked tokens)": [
-        *_text("BertForMaskedLM", "RobertaForMaskedLM", "ModernBertForMaskedLM", "DistilBertForMaskedLM"),
-        *_text("ElectraForMaskedLM", "AlbertForMaskedLM", "DebertaV2ForMaskedLM"),
+        *_masked("BertForMaskedLM", "RobertaForMaskedLM", "XLMRobertaForMaskedLM", "CamembertForMaskedLM"),
+        *_masked("ModernBertForMaskedLM", "ElectraForMaskedLM"),
+        *_masked("DistilBertForMaskedLM", hidden_dim=48),
+        *_masked("AlbertForMaskedLM", "DebertaV2ForMaskedLM"),
     ],
     "Diffusion transformers (image)": [
         Tried("DiTTransformer2DModel", DIT | {"attention_head_dim": 16, "num_embeds_ada_norm": 4}),
@@ -179,7 +190,7 @@ def outcome(tried: Tried) -> str:
         warnings.simplefilter("ignore")
         model = build(tried)
     try:
-        blocks = db.convert(model, db.BlocksConfig(num_blocks=2))
+        blocks = db.convert(model, db.BlocksConfig(num_blocks=2, noise=tried.noise))
     except (TypeError, ValueError) as error:
         return str(error)
     batch = batch_of(blocks)

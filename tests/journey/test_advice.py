@@ -262,6 +262,11 @@ OF_TEXT = {
     "evaluate.prompt_length": 8,
     "evaluate.new_tokens": 8,
 }
+OF_BERT = {
+    "device": "cpu",
+    "model": json.dumps({"type": "BertForMaskedLM", "config": {"vocab_size": 28, "num_hidden_layers": 3}}),
+    "blocks.noise.vocab_size": 28,
+}
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 4}
 SIZES |= {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
 PRETRAINED = {
@@ -292,6 +297,13 @@ CASES = [
     ),
     Case(
         "set blocks.noise.vocab_size to", MASKED, {"device": "cpu", "blocks.noise.vocab_size": 30}, (r"set \S+ to \d+",)
+    ),
+    Case("does not say which of its", MASKED, OF_BERT, (r"set [\w.]+",), "27"),
+    Case(
+        "is one of the data's",
+        MASKED,
+        OF_BERT | {"blocks.noise.mask_token_id": 4},
+        (r"set blocks.noise.mask_token_id to \d+",),
     ),
     Case(
         "its weights are of that size",

@@ -30,7 +30,7 @@ def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_there_is_one_a_family_and_one_each_of_a_soup_the_hub_and_three_trainers() -> None:
-    assert len(_snippets()) == 10
+    assert len(_snippets()) == 11
 
 
 def test_the_readme_is_short() -> None:

@@ -25,8 +25,9 @@ from helpers import (
     token_batch,
     train_a_little,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import diffusionblocks as db
 from diffusionblocks.config import BlocksConfig
@@ -281,6 +282,25 @@ def test_transformers_trainer_trains(tmp_path: Path) -> None:
     result = Trainer(model=model, args=arguments, train_dataset=examples).train()
     assert result.global_step == 6
     assert math.isfinite(result.training_loss)
+    assert not same_states(model.state_dict(), start)
+
+
+@pytest.mark.parametrize("trainer", [Trainer, db.BlocksTrainer])
+def test_trainers_train_a_foreign_model_with_its_tokenizer(trainer: type[Trainer], tmp_path: Path) -> None:
+    letters = {chr(97 + i): i for i in range(26)} | {"[PAD]": 26, "[MASK]": 27}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    processing = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", pad_token="[PAD]")
+    noise = db.Masking(vocab_size=28, mask_token_id=processing.mask_token_id)
+    model = db.convert(tiny("bert", pad_token_id=26), BlocksConfig(noise=noise))
+    start = copy.deepcopy(model.state_dict())
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=6, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    examples = [dict(processing("abcdefghijkl"[i:] + "abcdefghijkl"[:i])) for i in range(12)]
+    loop = trainer(model, arguments, train_dataset=examples, eval_dataset=examples, processing_class=processing)  # type: ignore[arg-type]
+    assert math.isfinite(loop.train().training_loss)
+    assert math.isfinite(loop.evaluate()["eval_loss"])
     assert not same_states(model.state_dict(), start)
 
 

@@ -68,7 +68,11 @@ def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> D
         model: what it is to be like.
         config: how it is split.
         depth: its layers.
+
+    Raises:
+        ValueError: layers of that class keep their place.
     """
+    model.family.check_movable(model.model_class)
     original = instantiate(model.model_class, with_depth(model.model_class, model.config, depth))
     parameter = next(model.block(0).parameters())
     result = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)

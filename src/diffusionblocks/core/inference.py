@@ -360,6 +360,7 @@ class Unmasking(TextGeneration[TokenTarget]):
         grid: str = "equal-quantile",
         temperature: float = 1.0,
         template: Tensor | None = None,
+        num_tokens: int | None = None,
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -373,14 +374,18 @@ class Unmasking(TextGeneration[TokenTarget]):
                     f"with the mask, {self.target.mask_id}, in the places to fill"
                 )
             seeds = prompts
+        length = self.target.length
+        if template is not None and template.dim() and self.target.shorter:
+            length = min(length, template.shape[-1])
         return sample_tokens(
             lambda z, level: model.denoise({}, z, level),
             noise,
-            self.target.length,
+            length,
             noise.levels(steps, grid),
             (0,) if seeds is None else seeds,
             template=template,
             temperature=temperature,
+            num_tokens=num_tokens,
             device=model.device,
             callback=callback,
             progress=progress,

@@ -537,12 +537,13 @@ class DiffusionBlocks(nn.Module):
             grid: levels, see `levels` of the noise process; default `equal-quantile`.
             temperature: divides the logits, >= 0; 0 takes the most probable token. What `generation_config` says of
                 sampling is not followed; it is for whoever exports the model.
-            template: masked: tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill.
+            template: masked: tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill. Of
+                models of transformers a text is as long as the template, without one as long as the model takes.
             top_p: autoregressive: draw from the likeliest tokens of this total probability only, in (0, 1]; default 1.
             feedback: autoregressive: what a prediction feeds to the next step; default the model's.
             stop_tokens: autoregressive: a row ends with the first of these that it generates. By default all of the
                 model's `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.
-            num_tokens: autoregressive: only ids below this are generated; default all of the vocabulary.
+            num_tokens: only ids below this are generated; default all of the vocabulary.
             callback: masked: called once a step with (step, level, z, logits).
             progress: show a progress bar.
 

@@ -221,7 +221,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
 def _unused(model: DiffusionBlocks, original: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that blocks have no use for, as a fresh model has them."""
     unused = tuple(f"{path}." for path in model.family.unused)
-    return {name: tensor for name, tensor in original.state_dict().items() if name.startswith(unused)}
+    return {name: tensor for name, tensor in original.state_dict().items() if f"{name}.".startswith(unused)}
 
 
 def export_block(model: DiffusionBlocks, block: int) -> nn.Module:
@@ -253,6 +253,8 @@ def export_block(model: DiffusionBlocks, block: int) -> nn.Module:
     if _on_meta(part):
         raise ValueError(f"block {block} is on the meta device: it was never built and has no weights to export")
     layers = model.partition.layer_range(block)
+    if layers.start:
+        model.family.check_movable(model.model_class)
     original = instantiate(model.model_class, with_layers(model.model_class, model.config, layers))
     path = part.layer_paths[0].rpartition(".")[0]
     numbers = {f"{path}.{layer}.": f"{path}.{place}." for place, layer in enumerate(layers)}

@@ -18,6 +18,7 @@ from ..common.finite import DIVERGED, require_finite
 from ..common.seeds import seed_from, seed_global
 from ..families import (
     CannotReadInParts,
+    Family,
     checkpoint,
     family_named,
     instantiate,
@@ -74,15 +75,16 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class Fresh(WeightSource):
-    """Weights as the original class initialises them, without ever making a whole model of it.
+    """Weights as the original class initialises them, most often without ever making a whole model of it.
 
     A block's layers are those of an instance with as many layers, seeded by (seed, block); its shared parameters those
     of an instance of one layer, seeded by the seed alone, so they are equal in all blocks. This needs an initialisation
     that does not depend on a layer's place in the model, and on its depth by a factor at most
-    (`Family.initial_scale`, GPT-2). So it is for all supported classes but one: ViT, DeiT, DINOv2 and language models
+    (`Family.initial_scale`, GPT-2). So it is for all supported classes but two: ViT, DeiT, DINOv2 and language models
     draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT with torch's defaults, and DINOv2's layer
-    scale and drop path are the same in all layers. The one is our `RecurrentDepth`, which has one block: its shared
-    parameters are those of an instance of full depth. Where a class makes layers that differ in their attributes,
+    scale and drop path are the same in all layers. One is our `RecurrentDepth`, which has one block: its shared
+    parameters are those of an instance of full depth. The other is ModernBERT (`Family.layers_alike`): a block's
+    layers, too, are those of an instance of full depth. Where a class makes layers that differ in their attributes,
     these are right all the same, because the modules are those of the model at its full depth.
 
     Args:
@@ -100,15 +102,13 @@ class Fresh(WeightSource):
     def _layers_and_shared(self) -> tuple[str, tuple[str, ...]]:
         """The prefix of the layers' names, and the paths of the shared parameters."""
         original = outline(self.model_class, with_depth(self.model_class, self.model_config, 1))
-        family = family_named(self.model_class)
-        return f"{family.layers_path(original)}.", family.shared_paths(original)
+        return f"{self._family.layers_path(original)}.", self._family.shared_paths(original)
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Draw layers and shared parameters afresh, each from a seed of its own."""
         shared = [name for name in names if self._is_shared(name)]
         if shared:
-            depends = family_named(self.model_class).depth_dependent_weights
-            values = self._draw(range(layers.stop if depends else 1), "shared")
+            values = self._draw(self._whole or range(1), "shared")
             pointers: set[int] = set()
             for name in shared:
                 tensor = values[name]
@@ -116,13 +116,25 @@ class Fresh(WeightSource):
                 yield name, tensor.clone() if tensor.data_ptr() in pointers else tensor
                 pointers.add(tensor.data_ptr())
             del values
-        of_layers = {self._name_from(layers.start, name): name for name in names if not self._is_shared(name)}
+        drawn = layers if self._family.layers_alike else self._whole
+        assert drawn is not None
+        of_layers = {self._name_from(drawn.start, name): name for name in names if not self._is_shared(name)}
         if of_layers:
-            values, family = self._draw(layers, f"block {block}"), family_named(self.model_class)
+            values = self._draw(drawn, f"block {block}")
             for name, tensor in values.items():
                 if name in of_layers:
-                    scale = family.initial_scale(name, self.model_config, len(layers))
+                    scale = self._family.initial_scale(name, self.model_config, len(drawn))
                     yield of_layers[name], tensor if scale == 1 else tensor * scale
+
+    @property
+    def _family(self) -> Family:
+        return family_named(self.model_class)
+
+    @property
+    def _whole(self) -> range | None:
+        """All layers, where weights depend on their number or place."""
+        depends = self._family.depth_dependent_weights or not self._family.layers_alike
+        return range(self._family.depth(self.model_config)) if depends else None
 
     def _is_shared(self, name: str) -> bool:
         _, shared = self._layers_and_shared

@@ -4,6 +4,7 @@ A user's own package registers a family by `register_family`, as ours do: see do
 """
 
 from . import (  # noqa: F401 - they register their families
+    bert,
     causal_lm,
     causal_lm_variants,
     dit,
@@ -14,7 +15,7 @@ from . import (  # noqa: F401 - they register their families
     vit,
 )
 from .family import BlockCall, Family, register_family
-from .kinds import ClassifierFamily, DenoiserFamily, ImageFamily, NextTokenFamily, TextFamily
+from .kinds import ClassifierFamily, DenoiserFamily, ImageFamily, MaskedTextFamily, NextTokenFamily, TextFamily
 from .libraries import DIFFUSERS, TRANSFORMERS, CannotReadInParts, Diffusers, Library, Transformers, check_attention
 from .lookup import (
     check_convertible,
@@ -48,6 +49,7 @@ __all__ = [
     "Family",
     "ImageFamily",
     "Library",
+    "MaskedTextFamily",
     "NextTokenFamily",
     "TextFamily",
     "Transformers",

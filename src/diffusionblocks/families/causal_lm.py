@@ -26,6 +26,7 @@ from ..layers.two_streams import KERNELS, WINDOW, Streams, library_attention
 from .family import BlockCall, register_family
 from .kinds import NextTokenFamily
 from .libraries import TRANSFORMERS
+from .rotary import check_rotary
 
 _PREFIX = "diffusionblocks_"
 #: The library's own `sdpa`, under a name for which it makes no masks.
@@ -94,11 +95,7 @@ class CausalLMFamily(NextTokenFamily):
             )
         if kernel == "flex_attention" and getattr(config, self.dropout_field) > 0:
             raise ValueError(f"{name}: flex_attention has no dropout; set {self.dropout_field} to 0, or use sdpa")
-        for rope in _rope_types(config):
-            if rope in ("dynamic", "longrope"):
-                raise ValueError(
-                    f"{name} has rotary positions of rope_type {rope}, which change with the text's length"
-                )
+        check_rotary(model)
         if getattr(config, "use_bidirectional_attention", False):
             raise ValueError(
                 f"{name} has use_bidirectional_attention = True, and sees the token it is to predict; set False"
@@ -309,13 +306,6 @@ def _rotated(key: Tensor, rotation: tuple[Tensor, ...]) -> Tensor:
 
     cosine, sine = (part[:, None] for part in rotation)
     return ((key * cosine) + (rotate_half(key) * sine)).to(key.dtype)  # type: ignore[no-any-return]
-
-
-def _rope_types(config: Any) -> set[str]:
-    """The kinds of rotary positions of a model, of which some have one for each kind of layer."""
-    values = getattr(config, "rope_parameters", None) or {}
-    each = [part for part in values.values() if isinstance(part, dict)] or [values]
-    return {part.get("rope_type", "default") for part in each}
 
 
 def _before(clean: Tensor, streams: Streams) -> Tensor:

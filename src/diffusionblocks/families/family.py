@@ -56,7 +56,8 @@ class Family(abc.ABC):
     Paths are dotted module names in the original model, so that parameters keep their original names. In them
     `{base}` stands for the model's `base_model_prefix` (transformers).
 
-    Subclass one of `ClassifierFamily`, `ImageFamily`, `TextFamily` or `NextTokenFamily`, which know what is denoised.
+    Subclass one of `ClassifierFamily`, `ImageFamily`, `MaskedTextFamily`, `TextFamily` or `NextTokenFamily`, which know
+    what is denoised.
     """
 
     #: names of the public classes that the family converts
@@ -71,7 +72,8 @@ class Family(abc.ABC):
     stem: ClassVar[tuple[str, ...]] = ()
     #: paths of the shared modules after the layers
     head: ClassVar[tuple[str, ...]] = ()
-    #: paths of modules that blocks have no use for; conversion leaves them out, and an export draws them afresh
+    #: paths of modules or parameters that blocks have no use for; conversion leaves them out, and an export draws them
+    #: afresh
     unused: ClassVar[tuple[str, ...]] = ()
     #: paths within a layer of the norms that are made adaptive
     norms: ClassVar[tuple[str, ...]] = ()
@@ -91,12 +93,17 @@ class Family(abc.ABC):
     width_field: ClassVar[str] = "hidden_size"
     #: the config value that holds the number of labels, or of different tokens
     class_count_field: ClassVar[str]
+    #: whether a model may have more classes than its data
+    spare_classes: ClassVar[bool] = False
     #: the config values that make the shape of an example: (channels, height, width), or (length,)
     shape_fields: ClassVar[tuple[str, ...]]
     #: how targets are configured; its `kind` is what the blocks denoise
     target_config: ClassVar[type[Any]]
     #: whether the model knows the noise level by itself; if not, conversion adds a noise embedding and adaptive norms
     knows_noise_level: ClassVar[bool] = False
+    #: whether a layer is built and initialised alike wherever it stands in however deep a model; if not, layers keep
+    #: their place: fresh ones are drawn from a whole model, and there are no branches
+    layers_alike: ClassVar[bool] = True
     #: whether shared modules are initialised by the number of layers (then a model has one block)
     depth_dependent_weights: ClassVar[bool] = False
     #: whether layers have batch norm, which trains on two examples or more, and computes nothing again
@@ -199,6 +206,19 @@ class Family(abc.ABC):
         """(channels, height, width) of the images, or (length,) of the texts, of a model with that config."""
         return tuple(int(getattr(self.sizes(config), name)) for name in self.shape_fields)
 
+    def takes_shape(self, config: Any, shape: tuple[int, ...]) -> bool:
+        """Whether a model with that config takes examples of a shape."""
+        return shape == self.example_shape(config)
+
+    def classes_for(self, count: int) -> int:
+        """How many classes a model needs for data of so many."""
+        return count
+
+    def takes_classes(self, config: Any, count: int) -> bool:
+        """Whether a model with that config takes data of so many classes."""
+        own, least = self.num_classes(config), self.classes_for(count)
+        return own in (least, 0) or (self.spare_classes and own > least)
+
     def values_of_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
         """The config values, of a model that has these of its layers, that say what kind each of its layers is."""
         return {}
@@ -219,8 +239,14 @@ class Family(abc.ABC):
         """The batch entries that are the input x."""
         return self.inputs
 
-    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
-        """A training batch of `size` examples whose values are whatever was in memory: for its shapes and dtypes."""
+    def empty_batch(self, config: Any, size: int, length: int | None = None) -> dict[str, Tensor]:
+        """A training batch of `size` examples whose values are whatever was in memory: for its shapes and dtypes.
+
+        Args:
+            config: of the model.
+            size: how many examples.
+            length: tokens of a text; None: as many as the model takes.
+        """
         return {
             "pixel_values": torch.empty(size, *self.example_shape(config)),
             "labels": torch.empty(size, dtype=torch.int64),
@@ -253,6 +279,15 @@ class Family(abc.ABC):
 
     def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:  # noqa: B027
         """Raise ValueError if its very weights cannot be trained with this BlocksConfig, saying why."""
+
+    def check_movable(self, model_class: str) -> None:
+        """Raise ValueError if the layers of a class cannot take another place than their own."""
+        if not self.layers_alike:
+            raise ValueError(
+                f"the layers of a {model_class} differ with their place in it, so none can take another's: it has no "
+                "trunk and no soup, and only its first block is a model by itself; train all blocks from the start, or "
+                "from pretrained weights"
+            )
 
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         """New shared modules that the family needs, such as the position of an extra token."""

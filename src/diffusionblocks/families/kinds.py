@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig
+from ..config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
 from ..layers.two_streams import Past
-from ..targets import ImageTarget, LabelTarget, NextTokenTarget, Target
+from ..noise import Masking
+from ..targets import ImageTarget, LabelTarget, NextTokenTarget, Target, TokenTarget
 from .family import BlockCall, Family
 
 
@@ -119,10 +120,19 @@ class TextFamily(Family):
 
     class_count_field = "vocab_size"
     shape_fields = ("sequence_length",)
+    spare_classes = True  # ids that no text has are never targets: vocabularies are padded to round numbers
+    #: whether texts may be shorter than the model has positions for
+    shorter_texts: ClassVar[bool] = True
 
     @override
-    def empty_batch(self, config: Any, size: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.empty(size, *self.example_shape(config), dtype=torch.int64)}
+    def takes_shape(self, config: Any, shape: tuple[int, ...]) -> bool:
+        own = self.example_shape(config)
+        return shape <= own if self.shorter_texts else shape == own
+
+    @override
+    def empty_batch(self, config: Any, size: int, length: int | None = None) -> dict[str, Tensor]:
+        shape = self.example_shape(config) if length is None else (length,)
+        return {"input_ids": torch.empty(size, *shape, dtype=torch.int64)}
 
     def states(self, call: BlockCall, hidden: Any, denoised: Tensor) -> tuple[Tensor, Tensor]:
         """The first half of `readout`, whose arguments see.
@@ -144,6 +154,51 @@ class TextFamily(Family):
     @override
     def readout(self, call: BlockCall, hidden: Any, denoised: Tensor) -> Tensor:
         return self.logits(call, *self.states(call, hidden, denoised))
+
+
+class MaskedTextFamily(TextFamily):
+    """Masked language models: partly masked tokens in, logits of all tokens out. z is the tokens; there is no x."""
+
+    target_config = TokenTargetConfig
+    #: whether the mask is an id of the vocabulary, which the noise process names; else it is the id after them
+    mask_in_vocabulary: ClassVar[bool] = True
+
+    @override
+    def classes_for(self, count: int) -> int:
+        return count + self.mask_in_vocabulary
+
+    @override
+    def default_noise(self, config: Any) -> Masking:
+        return Masking(vocab_size=self.num_classes(config))
+
+    @override
+    def make_target(self, model: nn.Module, config: BlocksConfig) -> TokenTarget:
+        (length,) = self.example_shape(model.config)
+        mask = getattr(config.noise, "mask_id", None)
+        return TokenTarget(self.num_classes(model.config), length, mask, shorter=self.shorter_texts)
+
+    @override
+    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
+        super().check_config(model, config)
+        name, noise, count = type(model).__name__, config.noise, self.num_classes(model.config)
+        mask = getattr(noise, "mask_token_id", None)
+        if mask is None and self.mask_in_vocabulary:
+            raise ValueError(
+                f"{name} does not say which of its {count} tokens is the mask; set blocks.noise.mask_token_id (a "
+                f"tokenizer's mask_token_id), and blocks.noise.vocab_size = {count}"
+            )
+        size = getattr(noise, "vocab_size", count)
+        if size != count:
+            place = "" if self.mask_in_vocabulary else " and the mask is the id after them"
+            raise ValueError(
+                f"blocks.noise.vocab_size = {size}, but {name} has vocab_size = {count}{place}; set "
+                f"blocks.noise.vocab_size to {count}"
+            )
+        if mask is not None and not self.mask_in_vocabulary:
+            raise ValueError(
+                f"blocks.noise.mask_token_id = {mask}, but the mask of a {name} is the id after its tokens; leave "
+                "mask_token_id out"
+            )
 
 
 class NextTokenFamily(TextFamily):

@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..config import BlocksConfig, TokenTargetConfig
-from ..noise import Masking
-from ..targets import TokenTarget
+from ..config import BlocksConfig
 from .family import BlockCall, register_family
-from .kinds import DenoiserFamily, TextFamily
+from .kinds import DenoiserFamily, MaskedTextFamily
 from .libraries import OURS
 
 
 @register_family
-class MaskedTransformerFamily(TextFamily, DenoiserFamily):
+class MaskedTransformerFamily(MaskedTextFamily, DenoiserFamily):
     """Converts `diffusionblocks.models.MaskedTransformer`: z is the partly masked sequence, and there is no other x."""
 
     classes = ("MaskedTransformer",)
     library = OURS
-    target_config = TokenTargetConfig
     layers = "layers"
     stem = ("token_embedder", "time_embedder", "positions")
     head = ("head",)
     last_linear = "head.linear"
 
-    @override
-    def default_noise(self, config: Any) -> Masking:
-        return Masking(vocab_size=self.num_classes(config))
-
-    @override
-    def make_target(self, model: nn.Module, config: BlocksConfig) -> TokenTarget:
-        return TokenTarget(self.num_classes(model.config), *self.example_shape(model.config))
+    mask_in_vocabulary = False
+    shorter_texts = False
+    spare_classes = False
 
     @override
     def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
         super().check_config(model, config)
-        noise, count = config.noise, self.num_classes(model.config)
-        size = getattr(noise, "vocab_size", count)
-        if size != count:
+        assert config.target is not None
+        if not config.target.sees_noise:
             raise ValueError(
-                f"blocks.noise.vocab_size = {size}, but {type(model).__name__} has vocab_size = {count} "
-                f"and the mask is the id after them; set blocks.noise.vocab_size to {count}"
+                f"target.noise_input = false: {type(model).__name__} knows the noise level by itself; leave it out"
             )
 
     @override

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..common.fields import MOST_LABELS, MOST_LAYERS, MOST_LENGTH, MOST_PIXELS, MOST_TOKENS, MOST_WIDTH
 
-_DEPTHS = ("num_hidden_layers", "num_layers", "num_core_layers", "mean_recurrence", "backprop_depth")
-_COUNTS = ("num_attention_heads", "num_key_value_heads")
-_WIDTHS = ("hidden_size", "head_dim", "attention_head_dim", "embedding_size")
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "num_core_layers", "mean_recurrence", "backprop_depth")
+_COUNTS = ("num_attention_heads", "num_key_value_heads", "n_heads")
+_WIDTHS = ("hidden_size", "dim", "head_dim", "attention_head_dim", "embedding_size")
 _CHANNELS = ("num_channels", "in_channels", "out_channels")
 
 #: Config values that are sizes of a model's weights or inputs -> (lowest, highest). A pretrained model has its own.
@@ -17,7 +17,7 @@ SIZES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys((*_DEPTHS, *_COUNTS), (1, MOST_LAYERS)),
     **dict.fromkeys(("num_prelude_layers", "num_coda_layers"), (0, MOST_LAYERS)),
     **dict.fromkeys(_WIDTHS, (1, MOST_WIDTH)),
-    **dict.fromkeys(("intermediate_size", "mlp_size"), (1, 16 * MOST_WIDTH)),
+    **dict.fromkeys(("intermediate_size", "mlp_size", "hidden_dim"), (1, 16 * MOST_WIDTH)),
     **dict.fromkeys(("image_size", "sample_size", "patch_size"), (1, MOST_PIXELS)),
     **dict.fromkeys(_CHANNELS, (1, MOST_LABELS)),
     "vocab_size": (2, MOST_TOKENS),

@@ -15,6 +15,7 @@ MISSING: Mapping[str, str] = {
     "FalconForCausalLM": _OWN_ATTENTION,
     "DeepseekV3ForCausalLM": "first_k_dense_replace counts layers from the model's start, which a block may not have",
     "MambaForCausalLM": "it carries a state from token to token, with no keys and values for two streams to share",
+    "AlbertForMaskedLM": "its layers are one, run again and again, and blocks that train apart have their own",
     "SwinForImageClassification": _STAGES,
     "ConvNextForImageClassification": _STAGES,
     "ResNetForImageClassification": _STAGES,

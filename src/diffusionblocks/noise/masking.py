@@ -43,9 +43,11 @@ class Masking(NoiseProcess):
     the bound is an integral over the whole range.
 
     Args:
-        vocab_size: number of tokens, >= 2; ids 0 to vocab_size - 1. The mask is the id after them, `mask_id`.
+        vocab_size: number of ids that the model has logits of, >= 2; ids 0 to vocab_size - 1.
         schedule: alpha(t) = (1 - 2e) * a(t) + e with a = 1 - t (`linear`) or 1 - cos(pi/2 * (1 - t)) (`cosine`).
         epsilon: e, in (0, 0.5), default 1e-4: keeps the weight finite at t = 0.
+        mask_token_id: the id that stands for a masked token, where it is one of the vocabulary's (a tokenizer's
+            `mask_token_id`): no text has it, and it is never generated. null: it is the id after them, `vocab_size`.
         kind: tells the noise processes apart in a config.
 
     Raises:
@@ -59,6 +61,7 @@ class Masking(NoiseProcess):
     vocab_size: Int = 27
     schedule: str = "linear"
     epsilon: Number = 1e-4
+    mask_token_id: Int | None = None
     kind: Literal["masking"] = "masking"
 
     def _check(self) -> None:
@@ -70,11 +73,22 @@ class Masking(NoiseProcess):
             raise ValueError(f"unknown schedule {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
         if not 0 < self.epsilon < 0.5:
             raise ValueError(f"epsilon must be in (0, 0.5), got {self.epsilon}; MD4 uses 1e-4")
+        mask = self.mask_token_id
+        if isinstance(mask, bool) or not (mask is None or (isinstance(mask, int) and 0 <= mask < self.vocab_size)):
+            raise ValueError(
+                f"mask_token_id must be an id below vocab_size = {self.vocab_size}, or null for the id after them; got "
+                f"{mask!r}"
+            )
 
     @property
     def mask_id(self) -> int:
         """The id that stands for a masked token."""
-        return self.vocab_size
+        return self.vocab_size if self.mask_token_id is None else self.mask_token_id
+
+    @property
+    def num_tokens(self) -> int:
+        """How many different tokens a text can have: all ids but the mask."""
+        return self.vocab_size - (self.mask_token_id is not None)
 
     # ---- the schedule and the training distribution --------------------------------------------------
 
@@ -190,12 +204,12 @@ class Masking(NoiseProcess):
         return (1 - 2 * self.epsilon) / self.masked(level)
 
     def reconstruction(self, length: int) -> float:
-        """Nats of guessing what is still masked at level 0, length * (1 - alpha(0)) * ln V."""
-        return length * self.epsilon * math.log(self.vocab_size)
+        """Nats of guessing what is still masked at level 0, length * (1 - alpha(0)) * ln V of V different tokens."""
+        return length * self.epsilon * math.log(self.num_tokens)
 
     def prior_term(self, length: int) -> float:
         """Nats for what z at level 1 still shows, length * alpha(1) * ln V.
 
         MD4 leaves it out as negligible (e * log2 V, 0.0005 bits per character); with it the bound is strict.
         """
-        return length * self.epsilon * math.log(self.vocab_size)
+        return length * self.epsilon * math.log(self.num_tokens)

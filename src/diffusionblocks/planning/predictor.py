@@ -84,7 +84,7 @@ class Predictor:
         self.recipe = recipe
         self.num_examples = num_examples
         self._outlines: dict[str, _Outline] = {}
-        self._traces: dict[tuple[str, str, str], StepMoments] = {}
+        self._traces: dict[tuple[str, str, str, int | None], StepMoments] = {}
 
     @functools.cached_property
     def examples(self) -> ExampleCount:
@@ -105,7 +105,8 @@ class Predictor:
     def example_bytes(self) -> int:
         """Bytes of one example on the device."""
         outline = self._outline(self.recipe)
-        shape, classes = outline.family.example_shape(outline.config), outline.family.num_classes(outline.config)
+        length, classes = _text_length(self.recipe), outline.family.num_classes(outline.config)
+        shape = outline.family.example_shape(outline.config) if length is None else (length,)
         return self.recipe.data.example_bytes(shape, classes)
 
     def data_bytes(self, recipe: Recipe | None = None) -> int:
@@ -155,11 +156,17 @@ class Predictor:
         return self._trace(recipe, outline, unit)
 
     def _trace(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepMoments:
-        key = outline.key, unit.name, recipe.train.model_dump_json(exclude=_UNTRACED)
+        length = _text_length(recipe)
+        key = outline.key, unit.name, recipe.train.model_dump_json(exclude=_UNTRACED), length
         if key not in self._traces:
-            make_batch = functools.partial(outline.family.empty_batch, outline.config)
+            make_batch = functools.partial(outline.family.empty_batch, outline.config, length=length)
             self._traces[key] = trace_step(unit, recipe.train, make_batch, on_gpu=self.on_gpu)
         return self._traces[key]
+
+
+def _text_length(recipe: Recipe) -> int | None:
+    """Tokens of a text, which may be fewer than the model takes; None: the data are no texts."""
+    return getattr(recipe.data, "length", None)
 
 
 def predict(recipe: Recipe, *, num_examples: int | None = None) -> Ledger:

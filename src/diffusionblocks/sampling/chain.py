@@ -34,6 +34,12 @@ def check_seeds(seeds: Sequence[int]) -> None:
             raise ValueError(f"every seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
 
 
+def check_num_tokens(num_tokens: int | None, vocabulary: int) -> None:
+    """Raise ValueError unless that many ids can be generated; None: all."""
+    if num_tokens is not None and not 1 <= num_tokens <= vocabulary:
+        raise ValueError(f"num_tokens must be from 1 to the vocabulary's {vocabulary}, got {num_tokens}")
+
+
 def check_temperature(temperature: float) -> None:
     """Raise ValueError unless a temperature is a finite number >= 0."""
     if not (math.isfinite(temperature) and temperature >= 0):

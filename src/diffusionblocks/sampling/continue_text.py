@@ -27,7 +27,7 @@ from ..common.modules import evaluating
 from ..families.generation_config import end_tokens
 from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
-from .chain import check_levels, check_temperature, draw_tokens, generators_of
+from .chain import check_levels, check_num_tokens, check_temperature, draw_tokens, generators_of
 from .solvers import euler
 
 FEEDBACKS: tuple[str, ...] = get_args(TokenFeedback)
@@ -111,7 +111,7 @@ def continue_texts(
     """
     rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
     _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, feedback, top_k)
-    _check_num_tokens(num_tokens, len(target.embedding))
+    check_num_tokens(num_tokens, len(target.embedding))
     device, lengths = torch.device(device), [len(row) for row in rows]
     longest = max(lengths)
     generators = generators_of(seeds)
@@ -165,7 +165,7 @@ def continue_plainly(
     if not all(len(row) for row in rows):
         raise ValueError("an empty prompt: an ordinary language model needs at least one token to go on from")
     _check_tokens(rows, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
-    _check_num_tokens(num_tokens, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    check_num_tokens(num_tokens, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     device = next(model.parameters()).device
     states = torch.Generator(device).manual_seed(seeds[0])
     uniforms = torch.stack(
@@ -408,11 +408,6 @@ def _check_tokens(rows: list[Tensor], vocabulary: int) -> None:
     for row in rows:
         if len(row) and not (int(row.min()) >= 0 and int(row.max()) < vocabulary):
             raise ValueError(f"prompt tokens must be in [0, {vocabulary - 1}], got {row.tolist()}")
-
-
-def _check_num_tokens(num_tokens: int | None, vocabulary: int) -> None:
-    if num_tokens is not None and not 1 <= num_tokens <= vocabulary:
-        raise ValueError(f"num_tokens must be from 1 to the vocabulary's {vocabulary}, got {num_tokens}")
 
 
 def _check_options(

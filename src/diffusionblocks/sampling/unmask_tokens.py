@@ -17,7 +17,16 @@ from tqdm import tqdm
 
 from ..common.finite import FiniteCheck
 from ..noise import Masking
-from .chain import Callback, Denoiser, check_levels, check_seeds, check_temperature, draw_tokens, generators_of
+from .chain import (
+    Callback,
+    Denoiser,
+    check_levels,
+    check_num_tokens,
+    check_seeds,
+    check_temperature,
+    draw_tokens,
+    generators_of,
+)
 
 
 def sample_tokens(
@@ -29,6 +38,7 @@ def sample_tokens(
     *,
     template: Tensor | None = None,
     temperature: float = 1.0,
+    num_tokens: int | None = None,
     device: torch.device | str | None = None,
     callback: Callback | None = None,
     progress: bool = False,
@@ -50,6 +60,7 @@ def sample_tokens(
         template: tokens, int64 (length,) or (n, length), with `process.mask_id` in the places to be sampled; the others
             never change. Levels then tell the denoiser the share that is masked of the tokens to be sampled.
         temperature: divides the logits, >= 0; 0 takes the most probable token.
+        num_tokens: only ids below this are drawn, >= 1; default all.
         device: where the denoiser is; default the CPU.
         callback: called once a step with (step, level, z, logits), before the tokens of the step are revealed.
         progress: show a progress bar, one tick a step.
@@ -63,6 +74,7 @@ def sample_tokens(
             softmax: NaN, inf, or -inf alone. (A logit of -inf rules a token out.)
     """
     _check(length, levels, seeds, temperature)
+    check_num_tokens(num_tokens, process.vocab_size)
     shape = (len(seeds), length)
     start = process.prior(shape) if template is None else _rows(template, process, shape)
     # Steps and places are kept on the CPU: the host then knows what is revealed when without asking the device.
@@ -84,7 +96,7 @@ def sample_tokens(
             here = step_of == step
             uniforms = draw[here].to(device, non_blocking=True)
             rows, columns = (places.to(device, non_blocking=True) for places in here.nonzero(as_tuple=True))
-            z = z.index_put((rows, columns), _choose(logits[rows, columns], uniforms, temperature))
+            z = z.index_put((rows, columns), _choose(logits[rows, columns, :num_tokens], uniforms, temperature))
     check.read()
     return z
 
@@ -120,8 +132,11 @@ def _rows(template: Tensor, process: Masking, shape: tuple[int, int]) -> Tensor:
         )
     rows = template.cpu().expand(shape).contiguous()
     low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high > process.mask_id:
-        raise ValueError(f"the template's tokens must be from 0 to {process.mask_id} (the mask), got {low} to {high}")
+    if low < 0 or high >= max(process.vocab_size, process.mask_id + 1):
+        most = max(process.vocab_size - 1, process.mask_id)
+        raise ValueError(
+            f"the template's tokens must be from 0 to {most} ({process.mask_id}: the mask), got {low} to {high}"
+        )
     return rows
 
 

@@ -15,32 +15,39 @@ class TokenTargetConfig(BaseTargetConfig):
 
     Attributes:
         weight: Weight of the cross-entropy at each level: `elbo` (that of the evidence lower bound: MD4), or `none`.
+        noise_input: Whether blocks are told the noise level. false: they read it off the masks alone, and each is an
+            ordinary masked language model of its own layers (see `export_block`).
     """
 
     kind: Literal["tokens"] = "tokens"
     weight: Literal["elbo", "none"] = "elbo"
+    noise_input: bool = True
+
+    @property
+    def sees_noise(self) -> bool:
+        """`noise_input`."""
+        return self.noise_input
 
 
 class TokenTarget(TextTarget):
     """The tokens themselves as the target of masked diffusion (paper, masked text; MD4, arXiv 2406.04329).
 
     Args:
-        vocab_size: number of tokens; the mask is the id after them.
-        length: of a sequence.
+        vocab_size: number of ids that there are logits of.
+        length: of a sequence; the most that it may have, with `shorter`.
+        mask_id: the id that stands for a masked token; None: the id after the others.
+        shorter: whether sequences may be shorter than `length`.
     """
 
     names = ("input_ids",)
     optional = ("attention_mask",)
 
-    def __init__(self, vocab_size: int, length: int) -> None:
+    def __init__(self, vocab_size: int, length: int, mask_id: int | None = None, *, shorter: bool = False) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.length = length
-
-    @property
-    def mask_id(self) -> int:
-        """The id that stands for a masked token."""
-        return self.vocab_size
+        self.mask_id = vocab_size if mask_id is None else mask_id
+        self.shorter = shorter
 
     def encode(self, batch: Batch) -> Tensor:
         """`input_ids` (batch, length), int64."""
@@ -51,13 +58,13 @@ class TokenTarget(TextTarget):
         return (batch["input_ids"],)
 
     def resolve(self, batch: Batch) -> Batch:
-        """Without `attention_mask`, which must be 1 everywhere: a text has the model's length, and no padding."""
+        """Without `attention_mask`, which must be 1 everywhere: texts have no padding."""
         if (mask := batch.get("attention_mask")) is None:
             return batch
         refuse_where(
             ~attention(mask, batch["input_ids"]),
-            "attention_mask has zeros: a masked text model reads texts of its own length, without padding; cut the "
-            "texts to it, or join them",
+            "attention_mask has zeros: a masked text model reads texts of one length, without padding; cut the texts "
+            "to it, or join them",
         )
         return {"input_ids": batch["input_ids"]}
 
@@ -74,4 +81,17 @@ class TokenTarget(TextTarget):
 
     def check(self, batch: Batch, size: int) -> None:
         """Refuse tokens of another shape or vocabulary than the model's."""
-        check_tokens(batch["input_ids"], self.vocab_size, (size, self.length))
+        tokens, length = batch["input_ids"], self.length
+        if self.shorter and isinstance(tokens, Tensor) and tokens.dim() == 2:
+            if not 0 < tokens.shape[1] <= length:
+                raise ValueError(
+                    f"input_ids has texts of {tokens.shape[1]} tokens, but the model takes 1 to {length}: cut the texts"
+                )
+            length = tokens.shape[1]
+        check_tokens(tokens, self.vocab_size, (size, length))
+        if self.mask_id < self.vocab_size:
+            refuse_where(
+                tokens == self.mask_id,
+                f"input_ids has the mask, {self.mask_id}, among its tokens: blocks mask texts by themselves; give them "
+                "as they are, without a collator that masks",
+            )

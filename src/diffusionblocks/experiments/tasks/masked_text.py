@@ -69,6 +69,16 @@ class MaskedText(Task[BitsConfig]):
         SampleOption("infill", "text: fill in the gaps of this, as in 'the _____ of'", {"metavar": "TEXT"}),
     )
 
+    def check_examples(self, experiment: Experiment, model: nn.Module, data: Dataset) -> None:
+        """Refuse also a mask that is one of the characters."""
+        super().check_examples(experiment, model, data)
+        mask = _target(experiment.blocks_of(model)).mask_id
+        if mask < (count := data.num_classes):
+            raise ValueError(
+                f"blocks.noise.mask_token_id = {mask} is one of the data's {count} characters: set "
+                f"blocks.noise.mask_token_id to {count}, of a model with model.config.vocab_size > {count}"
+            )
+
     def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
         """Those of the bound, and of the texts that are generated."""
         options, partition = self.options(experiment), experiment.blocks_of(model).partition
@@ -151,27 +161,17 @@ def write_texts(
         The file.
 
     Raises:
-        ValueError: no text model of the 27 characters, count < 1, or an infill with other characters, without a gap or
-            longer than the model's texts.
+        ValueError: count < 1, or an infill with other characters, without a gap or longer than the model's texts.
     """
     from ...common.files import check_writable, whole_file
     from ...data.character_text import SYMBOLS, decode
-    from ...targets import TokenTarget
 
-    target = model.target
-    if not isinstance(target, TokenTarget):
-        raise ValueError(f"only text models make texts; {experiment.recipe.model.type} is none")
-    if target.vocab_size != len(SYMBOLS):
-        raise ValueError(
-            f"only models of the {len(SYMBOLS)} characters make texts that can be read, not of {target.vocab_size} "
-            "tokens; use DiffusionBlocks.generate"
-        )
-    options = cast(BitsConfig, experiment.recipe.evaluate)
+    options, target = cast(BitsConfig, experiment.recipe.evaluate), _target(model)
     count = options.samples if count is None else count
     check_count("count", count, MOST_SAMPLES)
     check_writable(folder, "the samples' folder")
-    pattern = None if infill is None else _pattern(infill, target)
-    length = target.length if infill is None else len(infill)
+    length = getattr(experiment.recipe.data, "length", target.length) if target.shorter else target.length
+    pattern = _pattern(infill, target, length)
     first = options.seed if seed is None else seed
     lines: list[str] = []
     with experiment.precision(model):
@@ -182,9 +182,10 @@ def write_texts(
                 grid=grid or options.grid,
                 temperature=options.temperature if temperature is None else temperature,
                 template=pattern,
+                num_tokens=len(SYMBOLS),
                 progress=progress,
             )
-            lines += [decode(row[:length]) for row in tokens]
+            lines += [decode(row[: len(infill) if infill else length]) for row in tokens]
     path = folder / "samples.txt"
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
@@ -192,19 +193,28 @@ def write_texts(
     return path
 
 
-def _pattern(infill: str, target: TokenTarget) -> Tensor:
-    """The known tokens of a text of the model's length; what is not known is the mask."""
+def _target(model: DiffusionBlocks) -> TokenTarget:
+    from ...targets import TokenTarget
+
+    assert isinstance(model.target, TokenTarget)
+    return model.target
+
+
+def _pattern(infill: str | None, target: TokenTarget, length: int) -> Tensor:
+    """The known tokens of a text of that length; what is not known is the mask."""
     import torch
 
     from ...data.character_text import SYMBOLS, encode
 
+    tokens = torch.full((length,), target.mask_id)
+    if infill is None:
+        return tokens
     if wrong := sorted(set(infill) - set(SYMBOLS + GAP)):
         raise ValueError(f"infill = {infill!r}: must be of letters a to z, spaces and gaps ({GAP}), has {wrong}")
-    if GAP not in infill or len(infill) > target.length:
+    if GAP not in infill or len(infill) > length:
         raise ValueError(
-            f"infill = {infill!r}: must have a gap ({GAP}) and at most {target.length} characters, has {len(infill)}"
+            f"infill = {infill!r}: must have a gap ({GAP}) and at most {length} characters, has {len(infill)}"
         )
-    tokens = torch.full((target.length,), target.mask_id)
     gaps = torch.tensor([character == GAP for character in infill])
     tokens[: len(infill)] = encode(infill.replace(GAP, " ")).long().masked_fill(gaps, target.mask_id)
     return tokens

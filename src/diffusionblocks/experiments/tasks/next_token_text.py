@@ -141,17 +141,9 @@ class NextTokenText(Task[LanguageConfig]):
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
-    def fits_shape(self, model: tuple[int, ...], data: tuple[int, ...]) -> bool:
-        """Shorter texts than the model has positions for will do."""
-        return data <= model
-
     def mend_shape(self, model: tuple[int, ...], pretrained: bool) -> str:
         """Set the length of the examples."""
         return f"--set data.length={model[0]}"
-
-    def fits_classes(self, model: int, data: int) -> bool:
-        """Ids that no text has are never targets, and are not generated: vocabularies are padded to round numbers."""
-        return model >= data or model == 0
 
     def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
         """Those of the cross-entropies, and of the continuations."""

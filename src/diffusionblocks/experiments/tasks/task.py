@@ -154,29 +154,21 @@ class Task(abc.ABC, Generic[Options]):
         """Refuse examples that the model does not take, before any GPU work."""
         config, family, pretrained = experiment.config_of(model), experiment.family, experiment.recipe.model.pretrained
         shape = family.example_shape(config)
-        if not self.fits_shape(shape, data.example_shape):
+        if not family.takes_shape(config, data.example_shape):
             ours, theirs = ("x".join(map(str, s)) for s in (shape, data.example_shape))
             where = self.mend_shape(shape, pretrained is not None)
             raise ValueError(f"the model takes {self.examples} of {ours}, the data has {theirs}; {where}")
         count, name = family.num_classes(config), family.class_count_field
-        if not self.fits_classes(count, data.num_classes):
+        if not family.takes_classes(config, data.num_classes):
             if pretrained is not None and not self.new_head:
                 fix = f"its weights have {count}: give the tokenizer or data that {pretrained} was trained with"
             else:
-                fix = f"--set model.config.{name}={data.num_classes}"
+                fix = f"--set model.config.{name}={family.classes_for(data.num_classes)}"
             raise ValueError(f"the model has {name} = {count}, the data has {data.num_classes} {self.classes}; {fix}")
-
-    def fits_shape(self, model: tuple[int, ...], data: tuple[int, ...]) -> bool:
-        """Whether a model takes examples of a shape."""
-        return model == data
 
     def mend_shape(self, model: tuple[int, ...], pretrained: bool) -> str:
         """What to do about examples of another shape."""
         return "give data of the size that it was trained on" if pretrained else "set their size in model.config"
-
-    def fits_classes(self, model: int, data: int) -> bool:
-        """Whether a model of so many classes takes data of so many."""
-        return model in (data, 0)
 
     def check(self, experiment: Experiment, model: nn.Module) -> None:
         """Refuse before work what could only fail after it: the one check of all that `measure` does.
