@@ -65,8 +65,14 @@ def test_doctor_says_what_is_there_and_the_fix(
     assert {"Python", "torch", "GPU", "Triton kernels", "flash attention", "disk", "data"} <= checks.keys()
     assert checks["torch"].startswith("OK")
     assert checks["data"].startswith("missing")  # an empty folder
+    for state, way in (("missing", "fix: "), ("option", "for it: ")):
+        count = sum(line.startswith(state) for line in lines)
+        assert sum(line.strip().startswith(way) for line in lines) == count
+    assert not any(checks[name].startswith("missing") for name in ("GPU", "Triton kernels", "flash attention"))
     missing = sum(line.startswith("missing") for line in lines)
-    assert sum(line.strip().startswith("fix: ") for line in lines) == missing
+    assert lines[-1] == f"{missing} missing, see the fixes"
     (tmp_path / "cifar10").mkdir()
     assert main(["doctor"]) == 0
-    assert "OK       data" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "OK       data" in printed
+    assert ("all that is needed is there" in printed) == (missing == 1)

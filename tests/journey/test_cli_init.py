@@ -95,10 +95,13 @@ def test_nothing_is_overwritten_or_guessed(
     (tmp_path / "mine.yaml").write_text("name: mine")
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.pdf").touch()
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "a.jpg").touch()
     for arguments, message in (
         (["mine", "photos"], "mine.yaml exists, and is not overwritten"),
         (["pets", "nowhere"], "nowhere is missing"),
         (["pets", "empty"], "empty holds neither parquet files"),
+        (["pets", "loose"], "loose holds pictures, but neither parquet files"),
         (["pets", "a.pdf"], "a text is one of *.txt"),
         (["pets", "photos", "--model", "llama"], "choose vit or dit"),
         (["pets", "photos", "--size", "30"], "--size 30: must be a multiple of 4"),

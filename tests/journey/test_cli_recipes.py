@@ -38,6 +38,8 @@ def test_a_file_of_the_users_comes_before_a_name(tmp_path: Path, monkeypatch: py
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit" / "digits").write_text(Path(VIT).read_text().replace("vit-digits", "mine"))
     assert load_recipe("vit/digits").name == "mine"
+    (tmp_path / "cats.yaml").write_text(Path(VIT).read_text().replace("vit-digits", "cats"))
+    assert load_recipe("cats").name == "cats", "as `init cats` was given the name"
 
 
 @pytest.mark.parametrize(("place", "message"), [("vit/digitz", "did you mean vit/digits"), (".", "its recipe.json")])
@@ -154,3 +156,4 @@ def test_a_shell_completes_commands_and_options(shell: str, capsys: pytest.Captu
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert all(word in script for word in ("doctor", "--dry-run", "--by-level"))
+    assert "vit/digits" in script, "recipes that ship are completed by their names"

@@ -143,6 +143,7 @@ def measured(comparison: Path) -> Path:
 def test_a_run_shows_what_its_blocks_say_by_level(measured: Path, tmp_path: Path) -> None:
     page = report(tmp_path / "page.html", measured)
     assert 'aria-label="Cross-entropy of each block against noise level"' in page
+    assert "workspace" not in page, "it was trained on the CPU: no GPU's workspace is predicted"
     rows = json.loads((measured / "levels.json").read_text())["by_level"]
     assert {row["block"] for row in rows} == {0, 1, 2}
     for row in rows:

@@ -35,7 +35,7 @@ COMMANDS = {
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
     "push": Command("upload a trained model to the Hugging Face hub, with its model card", ".push"),
-    "doctor": Command("what of this machine can be used, and how to mend what is missing", ".doctor"),
+    "doctor": Command("what of this machine can be used, what is missing, what is an option", ".doctor"),
     "completion": Command("print a script by which a shell completes commands and options", ".completion"),
     "bench": Command(
         "measure memory, speed and depth beside end-to-end training and other ways to save memory, on a CUDA GPU",

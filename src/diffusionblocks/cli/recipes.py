@@ -13,7 +13,7 @@ _LONGEST = 90
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `recipes`."""
     parser.set_defaults(run=run)
-    parser.add_argument("name", nargs="?", help="print this one, to copy and change")
+    parser.add_argument("name", metavar="recipe", nargs="?", help="print this one, to copy and change")
 
 
 def run(options: argparse.Namespace) -> None:

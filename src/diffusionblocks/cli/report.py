@@ -60,6 +60,8 @@ def _with_memory(run: RunReport) -> RunReport:
 
     if run.memory is not None or not run.recipe:
         return run
+    on_cpu = str((run.result or {}).get("device", "")).startswith("CPU")
     with contextlib.suppress(ValueError, OSError, ImportError):
-        return dataclasses.replace(run, memory=predict(recipe_of(run)).kinds, memory_source="predicted")
+        recipe = recipe_of(run).model_copy(update={"device": "cpu"} if on_cpu else {})
+        return dataclasses.replace(run, memory=predict(recipe).kinds, memory_source="predicted")
     return run

@@ -32,6 +32,11 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
     return _pictures(root)
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures that lie in a folder itself, below no class."""
+    return sorted(filter(_is_picture, folder.iterdir()))
+
+
 def pack_images(folder: Path, out: Path, size: int) -> None:
     """Write train.parquet and test.parquet: pictures brought to one size, as PNG, with the names of their classes.
 
@@ -66,8 +71,12 @@ def pack_images(folder: Path, out: Path, size: int) -> None:
 
 def _pictures(root: Path) -> dict[str, list[Path]]:
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    files = {path.name: sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS) for path in folders}
+    files = {path.name: sorted(filter(_is_picture, path.rglob("*"))) for path in folders}
     return {name: paths for name, paths in files.items() if paths}
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in _ENDINGS
 
 
 def _write(file: Path, files_of: dict[str, list[Path]], names: list[str], size: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..common.files import whole_file
 from ..data.image_decoder import decode_image
-from ..data.image_folder import class_folders, pack_images
+from ..data.image_folder import class_folders, pack_images, pictures_in
 from ..data.image_table import open_table
 from ..data.split_files import TEXT_ENDINGS
 
@@ -152,8 +152,10 @@ def write_own_recipe(name: str, data: Path, *, model: str | None = None, size: i
     pictures = data.is_dir() and not parquet and bool(class_folders(data))
     text = not parquet and not pictures and (data.is_file() or any(data.glob("*.txt*")))
     if not (parquet or pictures or text):
+        fix = "; sort them into a folder for each class" if data.is_dir() and pictures_in(data) else ""
         raise ValueError(
-            f"{data} holds neither parquet files, nor a folder of pictures for each class, nor *.txt files"
+            f"{data} holds {'pictures, but ' if fix else ''}neither parquet files, nor a folder of pictures for each "
+            f"class, nor *.txt files{fix}"
         )
     if text and data.is_file() and not data.name.endswith(TEXT_ENDINGS):
         raise ValueError(f"{data}: a text is one of {', '.join(f'*{ending}' for ending in TEXT_ENDINGS)}")

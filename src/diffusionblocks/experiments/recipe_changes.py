@@ -132,6 +132,11 @@ def _of_one_block(recipe: Recipe, **train: Any) -> Recipe:
     return with_train(with_depth(recipe, layers_of_a_block(recipe)), blocks=None, **train).model_copy(update=changes)
 
 
+def _count(number: float | None, thing: str) -> str:
+    text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{text} {thing}{'s' * (number != 1)}"
+
+
 def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
     """The stages of a run that train, `fit`, `trunk` and `train`, each with what it trains and how long that is."""
     before = [("fit", "fit of the noise levels", recipe.fit), ("trunk", "trunk", recipe.trunk)]
@@ -143,7 +148,7 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
     }
     unit = ("train", units.get(recipe.method, "the whole model"), recipe.train)
     return [
-        (key, name, f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.epochs:g} epochs")
+        (key, name, _count(stage.steps, "step") if stage.steps is not None else _count(stage.epochs, "epoch"))
         for key, name, stage in [*(before if recipe.method == "diffusionblocks" else []), unit]
         if stage is not None
     ]

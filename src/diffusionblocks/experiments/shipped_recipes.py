@@ -31,8 +31,8 @@ def recipe_file(place: str | Path) -> Path:
     """The file that a recipe is read from.
 
     Args:
-        place: a file; the folder of a run, which has a `recipe.json`; or the name of a recipe that ships, as
-            `vit/digits` or `recipes/vit/digits.yaml`. A file or folder that is there comes before a name.
+        place: a file, with or without `.yaml`; the folder of a run, which has a `recipe.json`; or the name of a recipe
+            that ships, as `vit/digits` or `recipes/vit/digits.yaml`. What is there comes before a name.
 
     Raises:
         FileNotFoundError: none of these.
@@ -44,6 +44,8 @@ def recipe_file(place: str | Path) -> Path:
         return path / RECIPE
     if path.is_file():
         return path
+    if path.name and path.with_name(f"{path.name}.yaml").is_file():  # as `init` is given the name
+        return path.with_name(f"{path.name}.yaml")
     recipes = shipped_recipes()
     name = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
     if name not in recipes:

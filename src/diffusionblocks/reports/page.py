@@ -131,7 +131,7 @@ def write_page(
         runs=[{"open": run is first or not run.finished, **_run_values(run)} for run in runs],
         tables=[_table_values(table) for table in tables],
         results=_results(with_result, tables),
-        votes=[{"run": run.name, **row} for run in with_result for row in _rows(run) if row.get("combine") is not None],
+        votes=_votes(with_result) if tables else [],
         memory=_memory(runs),
         times=[_times(run) for run in runs if run.logs],
         differences=recipe_differences(runs),
@@ -244,6 +244,11 @@ def _results(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> list[d
             line = {name.replace("_", " "): _number(value) for name, value in row.items() if name != "by_level"}
             kinds.setdefault(tuple(line), []).append({"run": run.name, **line})
     return [{"rows": rows} for rows in kinds.values()]
+
+
+def _votes(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
+    """What the blocks of each run say by each rule, of which a table shows one."""
+    return [{"run": run.name, **row} for run in runs for row in _rows(run) if row.get("combine") is not None]
 
 
 def _table_values(table: TableReport) -> dict[str, Any]:
