@@ -26,18 +26,18 @@ class Check:
         name: of it.
         about: what there is.
         fix: how to have what is missing; empty: nothing is.
-        needed: whether anything depends on it; else it is an option, and this machine is fine without.
+        is_needed: whether anything depends on it; else it is an option, and this machine is fine without.
     """
 
     name: str
     about: str
     fix: str = ""
-    needed: bool = False
+    is_needed: bool = False
 
     def __str__(self) -> str:
-        state = "OK" if not self.fix else "missing" if self.needed else "option"
+        state = "OK" if not self.fix else "missing" if self.is_needed else "option"
         line = f"{state:7}  {self.name:17}  {self.about}"
-        return f"{line}\n{'':28}{'fix' if self.needed else 'for it'}: {self.fix}" if self.fix else line
+        return f"{line}\n{'':28}{'fix' if self.is_needed else 'for it'}: {self.fix}" if self.fix else line
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     missing = 0
     for check in checks():
         print(check, flush=True)
-        missing += check.needed and bool(check.fix)
+        missing += check.is_needed and bool(check.fix)
     print(f"{missing} missing, see the fixes" if missing else "all that is needed is there")
 
 
@@ -70,7 +70,7 @@ def checks() -> Iterator[Check]:
 def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
     fix = "install Python 3.11 or newer" if sys.version_info < (3, 11) else ""
-    return Check("Python", f"{version}, {sys.executable}", fix, needed=True)
+    return Check("Python", f"{version}, {sys.executable}", fix, is_needed=True)
 
 
 def _torch() -> Check:
@@ -116,7 +116,7 @@ def _extras() -> Iterator[Check]:
     try:
         metadata = importlib.metadata.metadata("diffusionblocks")
     except importlib.metadata.PackageNotFoundError:
-        yield Check("extras", "this package is not installed: not known", "pip install diffusionblocks", needed=True)
+        yield Check("extras", "this package is not installed: not known", "pip install diffusionblocks", is_needed=True)
         return
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
     for extra in metadata.get_all("Provides-Extra") or []:
@@ -144,7 +144,7 @@ def _disk() -> Check:
 
     free = free_space(Path("runs"))
     fix = "make room, or name another folder with --out" if free < _LITTLE_DISK else ""
-    return Check("disk", f"{free / 2**30:.1f} GiB free for runs in {Path.cwd()}", fix, needed=True)
+    return Check("disk", f"{free / 2**30:.1f} GiB free for runs in {Path.cwd()}", fix, is_needed=True)
 
 
 def _data() -> Check:
@@ -159,9 +159,9 @@ def _data() -> Check:
     if not root:
         return Check("data", f"{DATA_VARIABLE} is not set: data come from the hub, or data.source", fix)
     if not Path(root).is_dir():
-        return Check("data", f"{DATA_VARIABLE} = {root} is no folder", fix, needed=True)
+        return Check("data", f"{DATA_VARIABLE} = {root} is no folder", fix, is_needed=True)
     there = [name for name in folders if (Path(root) / name).is_dir()]
-    return Check("data", f"{root}: of the recipes' {', '.join(there) or 'none'}", "" if there else fix, needed=True)
+    return Check("data", f"{root}: of the recipes' {', '.join(there) or 'none'}", "" if there else fix, is_needed=True)
 
 
 def _cache() -> Check:
@@ -173,4 +173,4 @@ def _cache() -> Check:
     while not place.exists():
         place = place.parent
     fix = "" if os.access(place, os.W_OK) else "export HF_HOME=FOLDER that you may write to"
-    return Check("cache of the hub", f"{folder}{offline}", fix, needed=True)
+    return Check("cache of the hub", f"{folder}{offline}", fix, is_needed=True)
