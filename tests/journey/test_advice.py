@@ -86,6 +86,11 @@ ELSEWHERE = {
     ),
     "--set {shlex.quote(": "journey/test_cli_plan.py::test_a_plan_can_be_pasted_and_then_fits",
     **dict.fromkeys(
+        ("that trains all blocks in one process", "holds a run whose blocks train apart"),
+        "training/test_parts.py::test_a_run_goes_on_only_as_what_it_was",
+    ),
+    "moves parameters of all blocks": ("training/test_parts.py::test_what_cannot_train_apart_is_refused_with_the_fix"),
+    **dict.fromkeys(
         ("set {where}.hidden_size to", "set {where}.num_key_value_heads", "set {where}.patch_size"),
         "unit/test_sizes.py::test_sizes_that_do_not_go_together_come_with_advice_that_works",
     ),

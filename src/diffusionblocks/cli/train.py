@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train, save and evaluate."""
-    from ..experiments.run import train
+    from ..experiments.parallel import train
     from ..reports.tables import format_table
     from ..training.run_log import LOGGERS
     from .dry_run import dry_run

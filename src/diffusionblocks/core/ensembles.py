@@ -136,7 +136,11 @@ def ensemble_folder(path: Path) -> Path | None:
 
 
 def merge_ensembles(
-    folders: str | Path | Sequence[str | Path], out: str | Path, prefer: str | Path | Sequence[str | Path] = ()
+    folders: str | Path | Sequence[str | Path],
+    out: str | Path,
+    prefer: str | Path | Sequence[str | Path] = (),
+    *,
+    partial: bool = False,
 ) -> tuple[Origin, ...]:
     """Make one ensemble of folders that hold its members. Nothing is written before all is checked.
 
@@ -144,6 +148,7 @@ def merge_ensembles(
         folders: saved ensembles, or folders of runs (whose `model/` is taken); together they hold every member.
         out: folder of the whole ensemble; an older model there is replaced.
         prefer: where several folders hold a member, this one's copy is taken; of several, the first that holds it.
+        partial: whether members may be missing; the index then lists those that are there.
 
     Returns:
         Where each member was taken from.
@@ -155,18 +160,20 @@ def merge_ensembles(
     """
     inputs, out = as_paths(folders), Path(out)
     saved = [read_ensemble(_ensemble_at(path)) for path in inputs]
-    check_out(out, [*inputs, *(each.folder for each in saved)], "merged")
+    check_out(out, [*inputs, *(each.folder for each in saved)], "merged", MODEL_FILES)
     _check_indices(saved)
     ranked = rank([each.folder for each in saved], [_ensemble_at(path) for path in as_paths(prefer)])
     first, origins, configs = saved[0], [], []
     holders = [[each for each in saved if member in each.members] for member in range(first.num_members)]
     absent = [member for member, having in enumerate(holders) if not having]
-    if absent:
+    if absent and not partial:
         raise ValueError(
             f"members {absent} are in none of {', '.join(str(each.folder) for each in saved)}; train them "
             f"(train.blocks: {absent}) and name their folder as well"
         )
     for member, having in enumerate(holders):
+        if member in absent:
+            continue
         source = choose_copy(f"member {member}", [each.folder for each in having], ranked)
         path = source / _folder(member)
         model: Any = load_end_to_end(first.model_class, path)  # whole, finite and as it was saved
@@ -183,7 +190,7 @@ def merge_ensembles(
         for origin in origins:
             shutil.copytree(origin.folder / _folder(origin.block), temporary / _folder(origin.block))
         index = {name: value for name, value in first.values.items() if name != "sha256"}
-        write_json(temporary / ENSEMBLE, seal(index | {"members": list(range(first.num_members))}))
+        write_json(temporary / ENSEMBLE, seal(index | {"members": [origin.block for origin in origins]}))
     return tuple(origins)
 
 

@@ -52,7 +52,11 @@ class Origin:
 
 
 def merge(
-    folders: str | Path | Sequence[str | Path], out: str | Path, prefer: str | Path | Sequence[str | Path] = ()
+    folders: str | Path | Sequence[str | Path],
+    out: str | Path,
+    prefer: str | Path | Sequence[str | Path] = (),
+    *,
+    partial: bool = False,
 ) -> tuple[Origin, ...]:
     """Make one saved model of folders that hold its blocks. Nothing is written before all is checked.
 
@@ -63,6 +67,7 @@ def merge(
             holds all blocks may stand alone, and is copied.
         out: folder of the merged model; an older model there is replaced.
         prefer: where several folders hold a block, this one's copy is taken; of several, the first that holds it.
+        partial: whether blocks may be missing; the index of the merged model then lists those that are there.
 
     Returns:
         Where each block was taken from.
@@ -84,7 +89,7 @@ def merge(
             f"so they cannot be merged: {_list(models)}; convert with shared: replicated or frozen to train blocks "
             "apart"
         )
-    origins = _origins(models, [_model_folder(folder) for folder in preferred])
+    origins = _origins(models, [_model_folder(folder) for folder in preferred], partial=partial)
     model = outline_saved(first)
     files, dtype = _check_files(model, models, origins)
     index = {**first.index, "blocks": [origin.block for origin in origins]}
@@ -94,7 +99,7 @@ def merge(
             shutil.copyfile(file, temporary / file.name)
         write_json(temporary / INDEX, seal(index))
         write_configs(temporary, model, dtype)
-        write_card(temporary, card_text(model, notes=notes_in(first.folder)), before=Path(out))
+        write_card(temporary, card_text(model, index["blocks"], notes_in(first.folder)), before=Path(out))
     return origins
 
 
@@ -200,19 +205,21 @@ def difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
     return None if a == b else (name, a, b)
 
 
-def _origins(models: list[SavedModel], preferred: list[Path]) -> tuple[Origin, ...]:
+def _origins(models: list[SavedModel], preferred: list[Path], *, partial: bool) -> tuple[Origin, ...]:
     """Which folder's copy of each block is taken."""
     ranked = rank([model.folder for model in models], preferred)
     partition = models[0].partition
     holders = [[model.folder for model in models if b in model.blocks] for b in range(partition.num_blocks)]
     absent = [b for b, folders in enumerate(holders) if not folders]
-    if absent:
+    if absent and not partial:
         raise ValueError(
             f"blocks {absent} are in none of {_list(models)}; train them (train.blocks: {absent}) and name their "
             "folder as well"
         )
     origins = []
     for b, folders in enumerate(holders):
+        if b in absent:
+            continue
         for folder in folders:
             if not (folder / block_file(b)).is_file():
                 raise FileNotFoundError(f"{folder / block_file(b)} is missing, though {folder / INDEX} lists block {b}")

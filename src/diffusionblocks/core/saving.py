@@ -39,13 +39,14 @@ from .saved_model import (
 )
 
 
-def check_out(out: Path, inputs: Sequence[Path], action: str) -> None:
+def check_out(out: Path, inputs: Sequence[Path], action: str, ours: re.Pattern[str] = WITH_PROCESSING) -> None:
     """Refuse a folder for a model, before any work, that must not be replaced, or that would replace what is read.
 
     Args:
         out: the folder.
         inputs: what is read.
         action: what is done to them, for the message.
+        ours: names of files of an older model there, which may be replaced.
 
     Raises:
         ValueError: see `check_replaceable`; or an input lies in `out`.
@@ -53,7 +54,7 @@ def check_out(out: Path, inputs: Sequence[Path], action: str) -> None:
     for place in inputs:
         if place.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"out = {out} would replace {place}, which is {action}; choose another folder")
-    check_replaceable(out, WITH_PROCESSING)
+    check_replaceable(out, ours)
 
 
 def save(

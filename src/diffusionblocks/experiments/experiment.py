@@ -32,6 +32,7 @@ from .card_notes import card_notes
 from .identity import check_same_run, data_identity, describe_run, learned_from
 from .original import Original, complete
 from .recipe import Recipe
+from .recipe_changes import with_train
 from .tasks import Task
 
 
@@ -61,6 +62,12 @@ class Experiment:
             same_run: whether it is a phase of this run, which resumes as what this one was started with.
         """
         other = Experiment(recipe, origin=self.origin if same_run else None)
+        other._data = self._data
+        return other
+
+    def part(self, index: int) -> Experiment:
+        """The experiment of one block, or member of an ensemble, alone: a run of its own, on the same data."""
+        other = Experiment(with_train(self.recipe, blocks=(index,)), origin=with_train(self.origin, blocks=(index,)))
         other._data = self._data
         return other
 

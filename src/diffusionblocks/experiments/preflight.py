@@ -15,8 +15,13 @@ from .recipe import Recipe
 from .recipe_changes import fit_recipe, trunk_recipe
 
 
-def check_machine(experiment: Experiment, folder: Path) -> None:
+def check_machine(experiment: Experiment, folder: Path, *, units_at_once: int | None = None) -> None:
     """Refuse what this machine's memory or disk cannot hold: a lower bound, of weights and what is kept for each.
+
+    Args:
+        experiment: what to train.
+        folder: of the run.
+        units_at_once: how many units are in memory together; None: all, or one with `resident: active`.
 
     Raises:
         ValueError: not enough memory or disk, a folder that cannot be written into, or a model that cannot be built, or
@@ -38,7 +43,7 @@ def check_machine(experiment: Experiment, folder: Path) -> None:
             fit_recipe(recipe)
     device = experiment.device
     blocks, in_training = _blocks_of(experiment)
-    there = 1 if recipe.train.resident == "active" and device.type == "cuda" else in_training
+    there = 1 if recipe.train.resident == "active" and device.type == "cuda" else units_at_once or in_training
     copies = there / blocks * (2 + _state(recipe))
     check_memory(experiment.outline, copies, device, "set model.config or blocks to make it smaller")
     check_disk(experiment, folder, free=free_space(folder))

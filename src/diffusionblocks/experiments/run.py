@@ -17,7 +17,7 @@ Whole, or stage by stage, each of which resumes what is unfinished in the folder
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -57,6 +57,9 @@ _RESTARTING = ".restarting"
 #: What a run measured, and how long it took; it is there when the run has ended.
 RESULT = "result.json"
 
+#: Where the parts of a run lie that train apart, each as a run of its own: see `parts`.
+PARTS = "blocks"
+
 #: The rows of a comparison or an ablation, and whether they are all there (`finished`).
 TABLE = "table.json"
 
@@ -83,6 +86,11 @@ def train(
     """
     say = announce if progress else _nothing
     with folder_lock(folder):
+        if resume and (folder / PARTS).is_dir():
+            raise ValueError(
+                f"{folder} holds a run whose blocks train apart, in {folder / PARTS}: go on with it with "
+                "experiments.parallel.train, start anew with --restart, or choose another folder"
+            )
         prepare(experiment, folder, resume=resume, measure=measure)
         phases = {key: (name, length) for key, name, length in stages(experiment.recipe)}
         if "fit" in phases:
@@ -90,7 +98,7 @@ def train(
         experiment, fit = fit_noise(experiment, folder, progress=progress)
         seconds, iterations = (0.0, 0) if fit is None else (fit.seconds, fit.iterations)
         trunk = None
-        if _has_trunk(experiment):
+        if has_trunk(experiment):
             say(f"trunk: {phases['trunk'][1]}")
             trunk = train_trunk(experiment, folder, progress=progress)
             seconds, iterations = seconds + trunk.seconds, iterations + trunk.iteration
@@ -102,37 +110,37 @@ def train(
         say(f"save: {folder / 'model'}")
         save_blocks(experiment, folder, trainer)
         if experiment.recipe.train.blocks is not None:  # the others are trained elsewhere: nothing whole to measure yet
+            write_results(folder / RESULT, [], None, train_seconds=seconds, iterations=iterations)
             return RunResult(trainer.model, [], seconds, iterations)
         # What is measured is what was saved; the trainer's memory is free by then.
         del trainer
-        if measure:
-            say(f"evaluate: {experiment.recipe.evaluate.kind}")
-        model, rows, evaluation_seconds = evaluate_saved(experiment, folder, measure=measure)
-        times = {"train_seconds": seconds, "evaluation_seconds": evaluation_seconds, "iterations": iterations}
-        write_results(folder / RESULT, [row.to_dict() for row in rows], None, **times)
-        if rows:
-            summary = experiment.task.summary(rows)
-            score = summary.get(experiment.task.score)
-            experiment.note_results(folder / "model", [experiment.task.columns(summary)], score)
-        return RunResult(model, rows, seconds, iterations)
+        return conclude(experiment, folder, seconds, iterations, measure=measure, say=say)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------
 
 
-def prepare(experiment: Experiment, folder: Path, *, resume: bool = True, measure: bool = True) -> None:
+def prepare(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    resume: bool = True,
+    measure: bool = True,
+    units_at_once: int | None = None,
+) -> None:
     """Refuse what can be refused before any work, and read the data; see that the folder's run is this one.
 
     Args:
         experiment, folder: of the run.
         resume: False deletes the checkpoints of the folder's run, once all else is checked.
         measure: whether the run will be evaluated; then test data are read and checked too.
+        units_at_once: how many units this process has in memory together; None: all that it trains.
 
     Raises:
         ValueError, ImportError: what `check_machine` and `check_with_data` refuse, or another run in the folder.
     """
     experiment.device  # noqa: B018 - what can be refused at once is, before the data are read
-    places = [folder / "model", *([folder / "trunk" / "model"] if _has_trunk(experiment) else [])]
+    places = [folder / "model", *([folder / "trunk" / "model"] if has_trunk(experiment) else [])]
     for place in places:
         check_replaceable(place, MODEL_FILES)
     for name in (RECIPE, RESULT, LOG):
@@ -141,14 +149,14 @@ def prepare(experiment: Experiment, folder: Path, *, resume: bool = True, measur
     if (folder / _RESTARTING).exists():  # a restart that was killed on its way
         forget(folder)
     if resume:
-        _check_resumes(folder, describe_run(experiment.recipe, None))
-    check_machine(experiment, folder)
+        check_resumes(folder, describe_run(experiment.recipe, None))
+    check_machine(experiment, folder, units_at_once=units_at_once)
     if not experiment.splits:  # also those that are read after training: what is wrong with them is known now
         for split in sorted({"train", *(experiment.evaluation_splits if measure else ())}, reverse=True):
             experiment.data(split)
     check_with_data(experiment, folder)  # before anything is deleted
     if resume:
-        _check_resumes(folder, experiment.describe())
+        check_resumes(folder, experiment.describe())
     else:
         forget(folder)
 
@@ -179,7 +187,7 @@ def train_trunk(experiment: Experiment, folder: Path, *, progress: bool = True) 
     Raises:
         ValueError: the recipe has no trunk, or a fit that was not done.
     """
-    if not _has_trunk(experiment):
+    if not has_trunk(experiment):
         raise ValueError(f"{experiment.recipe.name} trains no trunk: the recipe has no such section for its method")
     _check_fitted(experiment)
     of_trunk = experiment.derive(trunk_recipe(experiment.recipe))
@@ -188,6 +196,25 @@ def train_trunk(experiment: Experiment, folder: Path, *, progress: bool = True) 
     trunk.train()
     with trunk.averaged() as model:
         of_trunk.save(model, folder / "trunk" / "model")
+    return trunk
+
+
+def read_trunk(experiment: Experiment, folder: Path) -> Trainer:
+    """Read back a trunk that has ended, as `train_trunk` left it; nothing is written.
+
+    Args:
+        experiment: on its fitted levels, where it fits them.
+        folder: of the run.
+
+    Raises:
+        ValueError: it has not ended yet.
+    """
+    trunk = experiment.derive(trunk_recipe(experiment.recipe)).trainer(folder / "trunk", progress=False)
+    older = checkpoints(folder / "trunk" / "checkpoints")
+    if older:
+        trunk.load_checkpoint(older[-1])
+    if trunk.iteration < len(trunk.schedule):
+        raise ValueError(f"{folder / 'trunk'} holds no trunk that has ended: train it first (train_trunk)")
     return trunk
 
 
@@ -212,7 +239,7 @@ def blocks_trainer(
         ValueError: a fit or a trunk of the recipe was not done.
     """
     _check_fitted(experiment)
-    if trunk is None and _has_trunk(experiment):
+    if trunk is None and has_trunk(experiment):
         raise ValueError(f"{experiment.recipe.name} branches its blocks from a trunk: give the one of train_trunk")
     if trunk is None:
         trainer = experiment.trainer(folder, loggers=loggers, progress=progress)
@@ -262,6 +289,35 @@ def evaluate_saved(experiment: Experiment, folder: Path, *, measure: bool = True
     return model, rows, perf_counter() - start
 
 
+def conclude(
+    experiment: Experiment,
+    folder: Path,
+    seconds: float,
+    iterations: int,
+    *,
+    measure: bool = True,
+    say: Callable[[str], None] = announce,
+) -> RunResult:
+    """Measure the model that was saved to `folder`/model, and leave the run's result.
+
+    Args:
+        experiment, folder: of the run.
+        seconds, iterations: of its training.
+        measure: False only loads the model.
+        say: announces what begins.
+    """
+    if measure:
+        say(f"evaluate: {experiment.recipe.evaluate.kind}")
+    model, rows, evaluation_seconds = evaluate_saved(experiment, folder, measure=measure)
+    times = {"train_seconds": seconds, "evaluation_seconds": evaluation_seconds, "iterations": iterations}
+    write_results(folder / RESULT, [row.to_dict() for row in rows], None, **times)
+    if rows:
+        summary = experiment.task.summary(rows)
+        score = summary.get(experiment.task.score)
+        experiment.note_results(folder / "model", [experiment.task.columns(summary)], score)
+    return RunResult(model, rows, seconds, iterations)
+
+
 def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
     """The blocks of the recipe, copied from a trained trunk."""
     assert isinstance(trunk.model, DiffusionBlocks)
@@ -280,7 +336,8 @@ def _nothing(line: str) -> None:
     """Announce nothing."""
 
 
-def _has_trunk(experiment: Experiment) -> bool:
+def has_trunk(experiment: Experiment) -> bool:
+    """Whether the run trains a trunk first."""
     return experiment.recipe.trunk is not None and experiment.of_method_blocks
 
 
@@ -305,12 +362,14 @@ def forget(folder: Path) -> None:
         if (phase / "checkpoints").is_dir():
             delete_folder(phase / "checkpoints")
     (folder / "fit" / LEVELS).unlink(missing_ok=True)
+    if (folder / PARTS).is_dir():
+        delete_folder(folder / PARTS)
     for name in (RECIPE, RESULT):
         (folder / name).unlink(missing_ok=True)
     marker.unlink()
 
 
-def _check_resumes(folder: Path, description: dict[str, Any]) -> None:
+def check_resumes(folder: Path, description: dict[str, Any]) -> None:
     """Refuse another run than the one whose blocks are in the folder, before anything is read or trained."""
     for phase in _phases(folder):
         paths = checkpoints(phase / "checkpoints")

@@ -68,7 +68,10 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: the model, its measures, and what training took (a fit of its levels and a trunk included)."""
+    """What a run left: the model, its measures, and what training took (a fit of its levels and a trunk included).
+
+    Of a run in parts that trains some of the blocks, the model is an outline on the meta device.
+    """
 
     model: nn.Module
     rows: list[Row]
