@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from .core.block import Block
     from .core.branching import branch
     from .core.conversion import convert
+    from .core.exporting import ExportDifference, export, export_block, export_difference, export_initialisation
     from .core.hub import from_pretrained, push_to_hub
     from .core.loading import load
     from .core.merging import merge
     from .core.model import DiffusionBlocks
     from .core.output import BlocksOutput
     from .core.partition import Partition
-    from .core.saving import export, export_block, export_initialisation
     from .data.data_config import register_data
     from .experiments.tasks import EvaluateSection, Task, register_task
     from .families import Family, register_family
@@ -38,6 +38,7 @@ _ROOMS = {
     "BlocksTrainer": "integrations.blocks_trainer",
     "DiffusionBlocks": "core.model",
     "EvaluateSection": "experiments.tasks",
+    "ExportDifference": "core.exporting",
     "Family": "families",
     "FlowMatching": "noise",
     "GaussianProcess": "noise",
@@ -51,9 +52,10 @@ _ROOMS = {
     "TokenTargetConfig": "config",
     "branch": "core.branching",
     "convert": "core.conversion",
-    "export": "core.saving",
-    "export_block": "core.saving",
-    "export_initialisation": "core.saving",
+    "export": "core.exporting",
+    "export_block": "core.exporting",
+    "export_difference": "core.exporting",
+    "export_initialisation": "core.exporting",
     "from_pretrained": "core.hub",
     "load": "core.loading",
     "merge": "core.merging",
@@ -75,6 +77,7 @@ __all__ = [
     "BlocksTrainer",
     "DiffusionBlocks",
     "EvaluateSection",
+    "ExportDifference",
     "Family",
     "FlowMatching",
     "GaussianProcess",
@@ -91,6 +94,7 @@ __all__ = [
     "convert",
     "export",
     "export_block",
+    "export_difference",
     "export_initialisation",
     "from_pretrained",
     "load",

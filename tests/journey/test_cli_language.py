@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from commands import DIGITS, RECIPES, sets
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import diffusionblocks as db
 from diffusionblocks.cli import main
 from diffusionblocks.experiments.baselines import variants
 from diffusionblocks.experiments.recipe import load_recipe
@@ -272,3 +273,22 @@ def test_refused(
 def test_refused_elsewhere(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_blocks_without_noise_input_train_and_go_out_as_language_models(
+    llama_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = sets(blocks__num_blocks=2, blocks__target="{kind: next-token, noise_input: false}")
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["train", LLAMA, "--out", str(run), "--quiet", *TINY, *alone]) == 0
+    assert main(["export", str(run), "--block", "1", "--out", str(out)]) == 0
+    assert "log p(next token | text)" in capsys.readouterr().out
+    exported = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert (type(exported).__name__, exported.config.num_hidden_layers) == ("LlamaForCausalLM", 1)
+    tokens = torch.randint(27, (2, 9))
+    with torch.no_grad():
+        expected = db.load(run / "model").eval().export_block(1)(tokens).logits
+        assert torch.equal(exported(tokens).logits, expected)
+    assert main(["export", str(llama_run), "--block", "0", "--out", str(out)]) == 2
+    assert "reads two streams, noised tokens and their context" in capsys.readouterr().err
+    assert (out / "block.json").is_file()  # what is there stays

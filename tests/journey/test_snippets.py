@@ -1,4 +1,4 @@
-"""The Python snippets of the README and of the pages on Python and trainers run as they stand."""
+"""The Python snippets of the README and of the pages on Python, trainers and export run as they stand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _snippets() -> list[tuple[str, str]]:
-    pages = ("README.md", "docs/python.md", "docs/trainers.md")
+    pages = ("README.md", "docs/python.md", "docs/trainers.md", "docs/export.md")
     found = [(page, re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)) for page in pages]
     return [(f"{page}-{place}", code) for page, codes in found for place, code in enumerate(codes)]
 
@@ -29,8 +29,8 @@ def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         exec(compile(code, "snippet", "exec"), {})
 
 
-def test_there_is_one_a_family_and_one_each_of_a_soup_the_hub_and_three_trainers() -> None:
-    assert len(_snippets()) == 11
+def test_there_is_one_a_family_and_one_each_of_a_soup_the_hub_three_trainers_and_an_export() -> None:
+    assert len(_snippets()) == 12
 
 
 def test_the_readme_is_short() -> None:

@@ -26,6 +26,7 @@ from helpers import (
     tiny,
     token_batch,
 )
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 import diffusionblocks as db
@@ -259,10 +260,86 @@ def test_no_two_blocks_or_names_share_memory_but_jointly_trained_ones(shared: st
     assert bool(common) == (shared == "joint")
 
 
+# ---- without noise input: one stream, which is the library's ----------------------------------------------------
+
+
+def without_noise(family: str = "llama", blocks: int = 1, **overrides: Any) -> db.DiffusionBlocks:
+    target: Any = {"kind": "next-token", "noise_input": False}
+    return db.convert(original_of(family, **overrides), db.BlocksConfig(num_blocks=blocks, target=target)).eval()
+
+
+@each_family
+@each_tying
+def test_one_block_without_noise_input_has_the_librarys_logits(family: str, tied: bool) -> None:
+    model = without_noise(family, tie_word_embeddings=tied)
+    with torch.no_grad():
+        expected = original_of(family, tie_word_embeddings=tied)(IDS).logits[:, :-1]
+        for z in (noise(length=LENGTH - 1), torch.zeros(3, LENGTH - 1, HIDDEN)):
+            context = model.block(0)({"input_ids": IDS}, z, LEVEL, context=True)
+            torch.testing.assert_close(context, expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "flex_attention"])
+def test_kernels_agree_on_one_stream(kernel: str) -> None:
+    z = noise(length=LENGTH - 1)
+    with torch.no_grad():
+        ours, reference = (
+            without_noise(attn_implementation=name).block(0)({"input_ids": IDS}, z, LEVEL) for name in (kernel, "sdpa")
+        )
+    torch.testing.assert_close(ours, reference, rtol=2e-5, atol=2e-5)
+
+
+def test_its_loss_is_that_of_the_librarys_logits_and_what_z_says() -> None:
+    """In closed form; and no position sees the token that it predicts, but by z."""
+    model, g = without_noise(blocks=2), seeded(4)
+    level = torch.full((3,), 0.5)
+    block = model.partition.block_of(0.5)
+    z = model.target.table[IDS[:, 1:]] + 0.5 * torch.randn(3, LENGTH - 1, HIDDEN, generator=g)  # type: ignore[attr-defined]
+    ordinary = model.export_block(block)
+    with torch.no_grad():
+        logits = ordinary(IDS).logits[:, :-1] + z @ model.target.table.T / 0.25  # type: ignore[attr-defined]
+        torch.testing.assert_close(model.block(block)({"input_ids": IDS}, z, level), logits, rtol=0, atol=1e-4)
+        expected = torch.nn.functional.cross_entropy(logits.mT, IDS[:, 1:], reduction="none").mean(dim=1)
+        found = model.block(block).losses({"input_ids": IDS}, {"input_ids": IDS}, z, level)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        other = IDS.clone()
+        other[:, 5] = (other[:, 5] + 1) % VOCAB
+        context = [model.block(block)({"input_ids": ids}, z, level, context=True) for ids in (IDS, other)]
+    assert torch.equal(context[0][:, :5], context[1][:, :5])
+    assert not torch.equal(context[0][:, 5], context[1][:, 5])
+
+
+def test_padding_on_either_side_of_one_stream_is_not_there() -> None:
+    model = without_noise(blocks=2).train()
+    short = IDS[:, :7]
+    batch = {"input_ids": torch.cat([short, torch.zeros(3, 5, dtype=torch.int64)], dim=1)}
+    mask = torch.tensor([[1] * 7 + [0] * 5] * 3)
+    left = {"input_ids": batch["input_ids"].roll(5, 1), "attention_mask": mask.roll(5, 1)}
+    generators = [[seeded(i) for i in range(3)] for _ in range(3)]
+    expected = model.block(1).loss({"input_ids": short}, generators[0])
+    for padded, draws in zip(({**batch, "attention_mask": mask}, left), generators[1:], strict=True):
+        torch.testing.assert_close(model.block(1).loss(padded, draws), expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"likelihood": "learned"}, "needs target.likelihood = added"),
+        ({"previous": False}, "target.previous = false: .* reads a text as an ordinary model does; leave previous out"),
+        ({"clean_weight": 0.5}, "target.clean_weight = 0.5: .* no second stream; leave clean_weight out"),
+    ],
+)
+def test_settings_of_a_second_stream_are_refused_without_one(target: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        db.BlocksConfig.model_validate({"target": {"kind": "next-token", "noise_input": False, **target}})
+
+
 # ---- gradients --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [{}, {"clean_weight": 0.5}, {"previous": False}, {"logit_scale": 3.0}])
+@pytest.mark.parametrize(
+    "target", [{}, {"clean_weight": 0.5}, {"previous": False}, {"logit_scale": 3.0}, {"noise_input": False}]
+)
 @pytest.mark.parametrize("shared", POLICIES)
 @each_family
 def test_gradients_reach_all_of_a_block_and_nothing_else(family: str, shared: str, target: dict[str, Any]) -> None:
@@ -280,7 +357,8 @@ def test_gradients_reach_all_of_a_block_and_nothing_else(family: str, shared: st
     assert all(bool((named[n].grad != 0).any()) for n in trainable)
     shares = {n for n in trainable if ".shared." in n or "embed_tokens" in n or "lm_head" in n or "model.norm" in n}
     assert bool(shares) == (shared != "frozen")
-    assert ("blocks.1.shared.target.embedding" in trainable) == (shared == "joint")
+    learned = shared == "joint" and "noise_input" not in target
+    assert ("blocks.1.shared.target.embedding" in trainable) == learned
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ PRIOR = torch.tensor([0.40, 0.28, 0.17, 0.10, 0.05], dtype=torch.float64)
 MANY = 2_000
 CHI_SQUARE = 18.47  # four degrees of freedom: exceeded once in a thousand
 NOISE = EDM()
-FAMILIES = ("llama", "recurrent")
+FAMILIES = ("llama", "recurrent", "one-stream")
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 
 
@@ -199,7 +199,7 @@ def original(family: str) -> Any:
 
 def converted(family: str) -> db.DiffusionBlocks:
     blocks = 1 if family == "recurrent" else 2
-    target: Any = {"kind": "next-token", "logit_scale": 8.0}
+    target: Any = {"kind": "next-token", "logit_scale": 8.0, "noise_input": family != "one-stream"}
     model = db.convert(original(family), db.BlocksConfig(num_blocks=blocks, overlap=0.1, target=target))
     randomise_adaptive(model)
     return model.eval()

@@ -72,6 +72,7 @@ def test_modules_of_core_import_one_another_one_way() -> None:
             "model_card",
             "saved_model",
             "saving",
+            "exporting",
             "loading",
             "hub",
             "merging",

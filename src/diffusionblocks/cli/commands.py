@@ -35,6 +35,7 @@ COMMANDS = {
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
     "push": Command("upload a trained model to the Hugging Face hub, with its model card", ".push"),
+    "export": Command("one block of a trained model as an ordinary model that its library loads", ".export"),
     "doctor": Command("what of this machine can be used, what is missing, what is an option", ".doctor"),
     "completion": Command("print a script by which a shell completes commands and options", ".completion"),
     "bench": Command(
@@ -81,6 +82,8 @@ examples:
       copy a trained trunk (one block on all levels) into three blocks
   diffusionblocks merge runs/first runs/second --out runs/whole
       one model of blocks that were trained apart, each run with its own --set 'train.blocks=[0, 2]'
+  diffusionblocks export runs/digits --block 1 --out exported
+      one block as an ordinary model, for transformers, diffusers, ONNX
   diffusionblocks compare vit/digits --out runs/demo
       DiffusionBlocks beside end-to-end networks and an ensemble, in one table and a figure
   diffusionblocks ablate vit/digits --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2

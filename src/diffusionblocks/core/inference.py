@@ -72,6 +72,10 @@ class Inference(Generic[_Target]):
     example: ClassVar[str]
     #: the hub's name for what the model does; None where it has none
     pipeline_tag: ClassVar[str | None] = None
+    #: what one of its blocks gives as an ordinary model, for messages
+    exported: ClassVar[str]
+    #: whether that is the network of a preconditioned denoiser, whose coefficients a user needs
+    preconditioned: ClassVar[bool] = False
 
     def __init__(self, model: DiffusionBlocks) -> None:
         leave_to_host(type(self))
@@ -136,6 +140,7 @@ class Classification(Inference[LabelTarget]):
     does = "classifies: use predict"
     example = "model.predict(pixel_values).probabilities  # of images, scaled as in training"
     pipeline_tag = "image-classification"
+    exported = "its logits are log p(label | image) up to a constant, the block's context logits"
 
     @override
     @on_host
@@ -252,6 +257,8 @@ class ImageGeneration(Inference[ImageTarget]):
 
     does = "generates images: use sample"
     example = "model.sample(seeds=[0, 1, 2])  # images; a class-conditional model also takes labels"
+    exported = "it is F of D = c_skip * z + c_out * F(c_in * z, c_noise, label), for z at the block's own levels"
+    preconditioned = True
 
     @override
     def sample(  # type: ignore[override]
@@ -348,6 +355,7 @@ class Unmasking(TextGeneration[TokenTarget]):
 
     does = "generates text: use generate"
     example = "model.generate(seeds=[0, 1])  # tokens; a template leaves gaps to fill"
+    exported = "its logits are of the hidden tokens, for texts that are masked to the block's own levels"
     kind = "masked text models"
 
     @override
@@ -398,6 +406,7 @@ class Continuing(TextGeneration[NextTokenTarget]):
 
     does = "goes on from prompts: use generate(prompts, max_new_tokens)"
     example = "model.generate([[17, 4]], max_new_tokens=20).tokens  # prompts are lists of tokens"
+    exported = "its logits are log p(next token | text) up to a constant, the block's context logits"
     kind = "autoregressive models"
 
     @override

@@ -608,17 +608,18 @@ class DiffusionBlocks(nn.Module):
 
     def export_initialisation(self) -> nn.Module:
         """The original class with the blocks' weights: an initialisation to train further, not the trained model (see
-        `diffusionblocks.core.saving.export_initialisation`)."""
-        return _saving().export_initialisation(self)  # type: ignore[no-any-return]
+        `diffusionblocks.core.exporting.export_initialisation`)."""
+        return _exporting().export_initialisation(self)  # type: ignore[no-any-return]
 
-    def export_block(self, block: int) -> nn.Module:
-        """One block, of those that see no noise, as a model of the original class (see
-        `diffusionblocks.core.saving.export_block`)."""
-        return _saving().export_block(self, block)  # type: ignore[no-any-return]
+    def export_block(
+        self, block: int, level: float | None = None, *, z: Tensor | None = None, approximate_on: Batch | None = None
+    ) -> nn.Module:
+        """One block as an ordinary model, at one noise level (see `diffusionblocks.core.exporting.export_block`)."""
+        return _exporting().export_block(self, block, level, z=z, approximate_on=approximate_on)  # type: ignore[no-any-return]
 
     def export(self) -> nn.Module:
         """`export_initialisation` under its older name."""
-        return _saving().export(self)  # type: ignore[no-any-return]
+        return _exporting().export(self)  # type: ignore[no-any-return]
 
     # ---- parameters by owner ---------------------------------------------------------------------------
 
@@ -745,7 +746,7 @@ class UnlabelledBlocks(DiffusionBlocks):
 
 
 def _saving() -> ModuleType:
-    """The module that saves models, and so builds on this one: it and `_hub` are the imports in core that run up."""
+    """The module that saves models, and so builds on this one. Core's imports that run up: it, `_hub`, `_exporting`."""
     from . import saving
 
     return saving
@@ -756,6 +757,13 @@ def _hub() -> ModuleType:
     from . import hub
 
     return hub
+
+
+def _exporting() -> ModuleType:
+    """The module of ordinary models of the blocks: see `_saving`."""
+    from . import exporting
+
+    return exporting
 
 
 def _device(batch: Batch) -> torch.device:

@@ -53,11 +53,13 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 END_TO_END_FILES = "files.json"
 ENSEMBLE = "ensemble.json"
 LOCAL = "local.json"
-#: names of the files of an end-to-end model, which its own library writes
-_LIBRARY = r"config\.json|generation_config\.json|(model|diffusion_pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
+#: names of the files of a model in the format of its own library
+LIBRARY_FILES = (
+    r"config\.json|generation_config\.json|(model|diffusion_pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
+)
 #: what a run may have left as its model, of any method: all of it is replaced
 MODEL_FILES = re.compile(
-    rf"{WITH_PROCESSING.pattern}|{_LIBRARY}|files\.json|ensemble\.json|member-\d+|local\.json|module-\d+\.safetensors"
+    rf"{WITH_PROCESSING.pattern}|{LIBRARY_FILES}|files\.json|ensemble\.json|member-\d+|local\.json|module-\d+\.safetensors"
 )
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]

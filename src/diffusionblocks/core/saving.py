@@ -1,10 +1,8 @@
-"""Saving a model, one file a block, and an initialisation of the original class from the blocks' weights."""
+"""Saving a model, one file a block."""
 
 from __future__ import annotations
 
-import copy
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from ..common.files import check_replaceable, whole_folder
 from ..common.finite import DIVERGED, require_finite
 from ..common.formats import write_json, write_tensors
 from ..common.processing_files import write_files
-from ..families import instantiate, with_layers
 from .block import Block
 from .model import DiffusionBlocks
 from .model_card import CardNotes, card_text, write_card
@@ -160,9 +157,9 @@ def _choose(model: DiffusionBlocks, blocks: Sequence[int] | None) -> list[int]:
             f"blocks = {indices}: under shared = joint all blocks have one copy of the shared parameters, so they "
             "cannot be saved apart; leave blocks out, or convert with shared: replicated or frozen"
         )
-    unbuilt = [index for index in indices if _on_meta(model.block(index))]
+    unbuilt = [index for index in indices if on_meta(model.block(index))]
     if unbuilt:
-        others = [index for index in every if not _on_meta(model.block(index))]
+        others = [index for index in every if not on_meta(model.block(index))]
         raise ValueError(
             f"blocks {unbuilt} are on the meta device: they were never built and have no weights to save; save the "
             f"others, with blocks={others}"
@@ -174,105 +171,6 @@ def _require_finite(block: Block) -> None:
     require_finite(block.state_dict().items(), f"block {block.index}", DIVERGED)
 
 
-def _on_meta(block: nn.Module) -> bool:
+def on_meta(block: nn.Module) -> bool:
+    """Whether a block was never built."""
     return any(tensor.is_meta for tensor in block.state_dict().values())
-
-
-def export_initialisation(model: DiffusionBlocks) -> nn.Module:
-    """The original class with the blocks' weights: an initialisation to train further, not the trained model.
-
-    Of a conversion that never trained it is the original again. After training its outputs are far from the blocks':
-    each block was trained on noised targets of its own, with what conversion added, and never on what the block before
-    it gives. The trained model is the blocks: `predict`, `sample` or `generate`.
-
-    Layers come from the blocks that own them; shared parameters before the layers from block 0, those after them from
-    the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original
-    class and is left out.
-
-    Returns:
-        An instance of the original class, on the CPU.
-
-    Raises:
-        ValueError: a block is on the meta device.
-    """
-    unbuilt = [index for index in range(len(model.blocks)) if _on_meta(model.block(index))]
-    if unbuilt:
-        raise ValueError(
-            f"blocks {unbuilt} are on the meta device: they were never built, so there is no whole model to export; "
-            "save the others, merge the folders of all, and export the merged model"
-        )
-    original = instantiate(model.model_class, model.config)
-    weights = _unused(model, original)
-    head = tuple(f"{path}." for path in model.family.head_paths(original))
-    last = len(model.blocks) - 1
-    for index in range(len(model.blocks)):
-        block = model.block(index)
-        for name, tensor in block.network.state_dict().items():
-            of_layer = any(name.startswith(f"{path}.") for path in block.layer_paths)
-            of_head = name.startswith(head)
-            if of_layer or (of_head and index == last) or (not of_head and index == 0):
-                weights[name] = tensor.detach().cpu().clone()
-    nn.Module.to(original, dtype=next(model.block(0).network.parameters()).dtype)  # diffusers overrides `to`, and nags
-    original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
-    if model.generation_config is not None and hasattr(original, "generation_config"):
-        original.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[assignment]
-    return original.train(model.training)
-
-
-def _unused(model: DiffusionBlocks, original: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that blocks have no use for, as a fresh model has them."""
-    unused = tuple(f"{path}." for path in model.family.unused)
-    return {name: tensor for name, tensor in original.state_dict().items() if f"{name}.".startswith(unused)}
-
-
-def export_block(model: DiffusionBlocks, block: int) -> nn.Module:
-    """One block as a model of the original class with as many layers: it gives the block's context logits.
-
-    For blocks that see neither z nor the noise level (`target.noise_input: false`): each is an ordinary classifier.
-
-    Args:
-        model: of such blocks.
-        block: index.
-
-    Returns:
-        An instance of the original class, on the CPU, in the model's mode. Its config has the block's number of layers.
-
-    Raises:
-        ValueError: no such block, one that sees noise or what others say, or one that is on the meta device.
-    """
-    part = model.block(block)
-    if part.sees_noise:
-        raise ValueError(
-            f"block {block} is shown z and told the noise level, for which {model.model_class} has no place: only "
-            "blocks of target.noise_input: false are ordinary models; export_initialisation gives weights to train on"
-        )
-    if part.self_conditioning:
-        raise ValueError(
-            f"block {block} is shown what other blocks say (target.self_conditioning), for which {model.model_class} "
-            "has no place: train without it to export blocks as ordinary models"
-        )
-    if _on_meta(part):
-        raise ValueError(f"block {block} is on the meta device: it was never built and has no weights to export")
-    layers = model.partition.layer_range(block)
-    if layers.start:
-        model.family.check_movable(model.model_class)
-    original = instantiate(model.model_class, with_layers(model.model_class, model.config, layers))
-    path = part.layer_paths[0].rpartition(".")[0]
-    numbers = {f"{path}.{layer}.": f"{path}.{place}." for place, layer in enumerate(layers)}
-    weights = _unused(model, original)
-    for name, tensor in part.network.state_dict().items():
-        prefix = next((prefix for prefix in numbers if name.startswith(prefix)), "")
-        weights[numbers.get(prefix, "") + name.removeprefix(prefix)] = tensor.detach().cpu().clone()
-    nn.Module.to(original, dtype=next(part.network.parameters()).dtype)
-    original.load_state_dict(weights, strict=True, assign=True)
-    return original.train(model.training)
-
-
-def export(model: DiffusionBlocks) -> nn.Module:
-    """`export_initialisation` under its older name, which says less; warns of what it gives."""
-    warnings.warn(
-        "export gives an initialisation of the original class to train further, not the trained model, which is the "
-        "blocks; export_initialisation does the same without this warning",
-        stacklevel=2,
-    )
-    return export_initialisation(model)

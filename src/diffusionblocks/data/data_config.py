@@ -90,6 +90,14 @@ class DataSection(BaseModel, ABC):
         """
         raise ValueError(f"data.kind: {self.kind} has no text; text has data.kind: topics, text or tokens")
 
+    def image_processor(self, shape: tuple[int, ...]) -> dict[str, Any] | None:
+        """The values of an image processor of transformers that makes inputs of such images; None where there is none.
+
+        Args:
+            shape: (channels, height, width) of the model's images.
+        """
+        return None
+
     def with_processing_of(self, folder: Path) -> Self:
         """The section with the tokenizer, or image processor, that lies in a trained model's folder, if one does.
 

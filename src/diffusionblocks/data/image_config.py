@@ -167,6 +167,22 @@ class PixelsConfig(ImagesSection):
         return functools.partial(to_uint8, **self.normalisation)
 
     @override
+    def image_processor(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        channels, height, width = shape
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": channels == 3,
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "resample": 2,  # bilinear
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.normalisation["mean"]),
+            "image_std": list(self.normalisation["std"]),
+        }
+
+    @override
     def real_images(
         self, data: ImageData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
     ) -> Iterator[Tensor]:

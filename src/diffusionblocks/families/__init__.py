@@ -37,6 +37,7 @@ from .lookup import (
     with_fewest_layers,
     with_layers,
 )
+from .ordinary import OrdinaryModel
 
 __all__ = [
     "DIFFUSERS",
@@ -51,6 +52,7 @@ __all__ = [
     "Library",
     "MaskedTextFamily",
     "NextTokenFamily",
+    "OrdinaryModel",
     "TextFamily",
     "Transformers",
     "check_attention",

@@ -3,6 +3,7 @@
 A block sees every sequence twice: noisy positions, which denoise one token each, and clean ones, which are their
 context (paper, section 4.3; `two_streams.py`). Both run through the same layers, with the same rotary positions; only
 the noisy ones depend on the noise level, so the clean stream of a pretrained model's first block is the model's own.
+With `target.noise_input: false` there is one stream, and the place of a token predicts the next one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from ..layers.logit_scale import LogitScale
 from ..layers.target_tokens import NoisyToken
 from ..layers.two_streams import KERNELS, WINDOW, Streams, library_attention
 from .family import BlockCall, register_family
-from .kinds import NextTokenFamily
+from .kinds import NextTokenFamily, tokens_of
 from .libraries import TRANSFORMERS
+from .ordinary import OrdinaryModel
 from .rotary import check_rotary
 
 _PREFIX = "diffusionblocks_"
@@ -109,9 +111,11 @@ class CausalLMFamily(NextTokenFamily):
     @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         assert isinstance(config.target, NextTokenTargetConfig)
-        std = float(getattr(model.config, "initializer_range", 0.02))
-        noisy = NoisyToken(self.hidden_size(model.config), std, previous=config.target.previous)
-        return nn.ModuleDict({"noisy_token": noisy, "logit_scale": LogitScale(config.target.logit_scale)})
+        parts = nn.ModuleDict({"logit_scale": LogitScale(config.target.logit_scale)})
+        if config.target.noise_input:
+            std = float(getattr(model.config, "initializer_range", 0.02))
+            parts["noisy_token"] = NoisyToken(self.hidden_size(model.config), std, previous=config.target.previous)
+        return parts
 
     @override
     def adjust(self, network: nn.Module) -> None:
@@ -138,16 +142,19 @@ class CausalLMFamily(NextTokenFamily):
 
     @override
     def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        """Run both streams.
+        """Run both streams; the clean one alone for a block that is shown no noise.
 
         Args:
             call: `inputs` has `input_ids` (batch, length), the clean tokens; where text is generated the new ones only
                 (none, or right-padded), with `past` and `counts` (batch,), see `Streams`. `z` is (batch, length, dim),
-                or (batch, 1, dim) of the one next token.
+                or (batch, 1, dim) of the one next token; of one stream it is not read.
 
         Returns:
-            (clean stream (batch, length, dim), or of length 0 without `clean_output`; F (batch, noisy length, dim)).
+            (clean stream (batch, length, dim), or of length 0 without `clean_output`; F (batch, noisy length, dim)). Of
+            one stream F is that of the clean positions, but in training of the last, which has nothing to predict.
         """
+        if "noisy_token" not in call.extra:
+            return self._one_stream(call)
         tokens, past, noisy = call.inputs["input_ids"], call.inputs.get("past"), call.z.shape[1]
         streams = Streams(noisy, tokens.shape[1], call.z.device, past=past, counts=call.inputs.get("counts"))
         self._check_length(call.network, noisy if past is None else past.most + tokens.shape[1] + noisy)
@@ -183,6 +190,35 @@ class CausalLMFamily(NextTokenFamily):
     def longest(self, network: nn.Module) -> int:
         """Tokens of the longest text that a network takes."""
         return int(self.config_of(network).max_position_embeddings)
+
+    def _one_stream(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        tokens, past = call.inputs["input_ids"], call.inputs.get("past")
+        if past is None:
+            tokens = tokens[:, :-1]
+        streams = Streams(0, tokens.shape[1], tokens.device, past=past, counts=call.inputs.get("counts"))
+        self._check_length(call.network, tokens.shape[1] if past is None else past.most + tokens.shape[1])
+        states = self.add_positions(call.network, self.embed(call.network, tokens), streams.positions)
+        for layer, rotation in zip(call.layers, self.rotations(call, states, streams.positions), strict=True):
+            output = layer(states, attention_mask=streams, position_ids=streams.positions, position_embeddings=rotation)
+            states = tokens_of(output)
+        if past is not None:
+            past.advance(streams.counts, tokens.shape[1])
+        return states[:, :0], states
+
+    @override
+    def fold(self, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        if "noisy_token" in call.extra:
+            raise ValueError(
+                f"a block of this {ordinary.model_class} reads two streams, noised tokens and their context, and no "
+                "ordinary language model does: train with target.noise_input: false to export blocks"
+            )
+        self.fold_logit_scale(call.extra["logit_scale"].get_parameter("log").double().exp(), call, ordinary)
+
+    def fold_logit_scale(self, scale: Tensor, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        """Multiply the logits of a model by a scale (1,)."""
+        for name, tensor in ordinary.shared.items():
+            if name.startswith("lm_head."):
+                ordinary.shared[name] = (tensor.double() * scale).to(tensor.dtype)
 
     @override
     def values_of_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..layers.adaptive_norms import unadapted
 from ..layers.two_streams import KeysValues
 from .causal_lm import CausalLMFamily
 from .family import BlockCall, register_family
+from .ordinary import OrdinaryModel
 
 
 @register_family
@@ -158,6 +159,12 @@ class _SoftCappedLogits(CausalLMFamily):
     def head_logits(self, network: nn.Module, states: Tensor) -> Tensor:
         logits, most = super().head_logits(network, states), self.config_of(network).final_logit_softcapping
         return logits if most is None else F.tanh(logits / most) * most
+
+    @override
+    def fold_logit_scale(self, scale: Tensor, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        super().fold_logit_scale(scale, call, ordinary)
+        if (most := self.config_of(call.network).final_logit_softcapping) is not None:
+            ordinary.values["final_logit_softcapping"] = most * scale.item()
 
 
 @register_family

@@ -17,6 +17,7 @@ from ..noise import DDPM
 from .family import BlockCall, register_family
 from .kinds import ImageFamily
 from .libraries import DIFFUSERS, OURS
+from .ordinary import OrdinaryModel
 
 
 @register_family
@@ -125,6 +126,17 @@ class DiffusersDiTFamily(ImageFamily):
         patches = patches.reshape(n, side, side, patch, patch, -1)[..., :channels]
         images = torch.einsum("nhwpqc->nchpwq", patches)
         return tokens, images.reshape(call.z.shape)
+
+    @override
+    def fold(self, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        """The class conditions its head by layer 0's embedder: of a later block a layer that does nothing has it."""
+        prefix = f"{self.stem[1]}."
+        embedder = {name: ordinary.shared.pop(name) for name in list(ordinary.shared) if name.startswith(prefix)}
+        if not embedder:
+            return  # the layers begin with layer 0
+        path = f"{self.layers}.0."
+        idle = {name: torch.zeros_like(tensor) for name, tensor in ordinary.layers[0].items()}  # its gates are zero
+        ordinary.layers.insert(0, idle | {name.removeprefix(path): tensor for name, tensor in embedder.items()})
 
 
 def _exact_positions(patches: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from ..config import BlocksConfig, NoiseConfig, TargetConfig
 from ..noise import EDM
 from ..targets import Target
 from .libraries import Library
+from .ordinary import OrdinaryModel
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,22 @@ class Family(abc.ABC):
 
     def adjust_config(self, config: Any) -> None:  # noqa: B027
         """Adjust the converted model's own copy of the original's config, where conversion changes what it says."""
+
+    # ---- one block as an ordinary model ------------------------------------------------------------------
+
+    def fold(self, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        """Put what conversion added to a block, at one level and for one z, into the weights of an ordinary model.
+
+        Adaptive norms are folded already. What has no place is noted in `ordinary.differences`.
+
+        Args:
+            call: the block's modules, with `condition` and `z` of one example.
+            ordinary: the model, with the block's own weights.
+
+        Raises:
+            ValueError: no model of the class comes near the block.
+        """
+        ordinary.differences += [f"{name}, which its family adds" for name in call.extra]
 
     # ---- text that is generated token by token ------------------------------------------------------------
 

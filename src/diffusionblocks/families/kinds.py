@@ -36,6 +36,10 @@ class ClassifierFamily(Family):
         embedding = config.target.embedding
         return LabelTarget(count, dim, learned=embedding == "learned", seed=config.seed, one_hot=embedding == "one-hot")
 
+    def whole_logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        """What an unconverted model gives: images (batch, channels, height, width) -> logits (batch, num_classes)."""
+        return model(pixel_values).logits  # type: ignore[no-any-return]
+
     # ---- the unconverted model in parts, for local learning ------------------------------------------------
 
     @property
@@ -209,7 +213,7 @@ class NextTokenFamily(TextFamily):
     generation_names = ("past", "counts")
     #: path of the input embedding's weight, whose rows the target can take
     embedding_path: ClassVar[str]
-    #: see `NextTokenTarget`
+    #: see `NextTokenTarget`; of blocks that are shown no noise it is 1
     shift: ClassVar[int]
 
     @override
@@ -221,7 +225,7 @@ class NextTokenFamily(TextFamily):
             self.hidden_size(model.config),
             learned=options.embedding == "learned",
             seed=config.seed,
-            shift=self.shift,
+            shift=self.shift if options.noise_input else 1,
             clean_weight=options.clean_weight,
         )
         if not next(model.parameters()).is_meta:

@@ -109,11 +109,8 @@ class Siglip2Family(SiglipFamily):
     @override
     def embed(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
         embeddings: Any = embeddings_of(network)
-        size, side = embeddings.patch_size, embeddings.position_embedding_size
-        n = len(pixel_values)
-        patches = pixel_values.unfold(2, size, size).unfold(3, size, size)  # (n, channels, rows, columns, size, size)
-        rows, columns = patches.shape[2:4]
-        patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(n, rows * columns, -1)
+        side = embeddings.position_embedding_size
+        patches, (rows, columns) = self._patches(embeddings, pixel_values)
         # One image's positions stand for all: the class resizes them image by image.
         positions = embeddings.resize_positional_embeddings(
             embeddings.position_embedding.weight.reshape(side, side, -1),
@@ -122,6 +119,20 @@ class Siglip2Family(SiglipFamily):
         )
         tokens = embeddings.patch_embedding(patches.to(embeddings.patch_embedding.weight.dtype))
         return tokens + positions  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _patches(embeddings: Any, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images -> (patches (batch, count, values), channels last in each; how many rows and columns there are)."""
+        size = embeddings.patch_size
+        patches = pixel_values.unfold(2, size, size).unfold(3, size, size)  # (n, channels, rows, columns, size, size)
+        rows, columns = patches.shape[2:4]
+        return patches.permute(0, 2, 3, 4, 5, 1).reshape(len(pixel_values), rows * columns, -1), (rows, columns)
+
+    @override
+    def whole_logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        patches, shape = self._patches(embeddings_of(model), pixel_values)
+        shapes = torch.tensor([shape]).expand(len(pixel_values), 2)
+        return model(patches, None, shapes).logits  # type: ignore[no-any-return]
 
 
 @register_family

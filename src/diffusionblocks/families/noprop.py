@@ -12,6 +12,7 @@ from ..layers.adaptive_norms import NoiseEmbedding
 from .family import BlockCall, register_family
 from .kinds import ClassifierFamily
 from .libraries import OURS
+from .ordinary import OrdinaryModel
 
 
 @register_family
@@ -54,6 +55,13 @@ class NoPropFamily(ClassifierFamily):
         linear = nn.Linear(dim, width, bias=False)
         nn.init.zeros_(linear.weight)
         return nn.ModuleDict({"noise_embedding": NoiseEmbedding(dim), "level": linear})
+
+    @override
+    def fold(self, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        raise ValueError(
+            f"a network of a {ordinary.model_class} maps an image and z to logits, which its class has no place for: "
+            "no ordinary model is one block of it; export_initialisation gives weights to train on"
+        )
 
     @override
     def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from ..layers.two_streams import Streams, two_streams
 from .family import BlockCall, register_family
 from .kinds import NextTokenFamily
 from .libraries import OURS
+from .ordinary import OrdinaryModel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -65,6 +66,10 @@ class RecurrentDepthFamily(NextTokenFamily):
                 f"blocks.num_blocks = {config.num_blocks}: a {type(model).__name__} has one core, the denoiser at "
                 "every level; set num_blocks to 1"
             )
+        if not config.target.noise_input:
+            raise ValueError(
+                f"target.noise_input = false: the recurrence of a {type(model).__name__} is of z; leave it out"
+            )
         if config.target.clean_weight:
             raise ValueError(
                 f"target.clean_weight = {config.target.clean_weight}: a {type(model).__name__} has no clean stream; "
@@ -105,6 +110,13 @@ class RecurrentDepthFamily(NextTokenFamily):
         for number, core_layer in enumerate(call.layers, len(prelude)):
             state = core_layer(state, places.rotation, places.attend(number))
         return (places, len(prelude) + len(call.layers)), state
+
+    @override
+    def fold(self, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        raise ValueError(
+            f"the recurrence of a {ordinary.model_class} has z as its state, which its class draws by itself: no "
+            "ordinary model is one step of it; export_initialisation gives weights to train on"
+        )
 
     @override
     def states(self, call: BlockCall, hidden: Any, denoised: Tensor) -> tuple[Tensor, Tensor]:

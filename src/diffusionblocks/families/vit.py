@@ -16,6 +16,7 @@ from ..targets import HINT
 from .family import BlockCall, register_family
 from .kinds import ClassifierFamily, tokens_of
 from .libraries import OURS_OF_TRANSFORMERS, TRANSFORMERS
+from .ordinary import OrdinaryModel
 
 
 def backbone_of(network: nn.Module) -> nn.Module:
@@ -54,6 +55,11 @@ class ViTFamily(ClassifierFamily):
     final_norm: ClassVar[str | None] = "{base}.layernorm"
     #: path within the embeddings of what makes tokens of patches
     patches: ClassVar[str] = "patch_embeddings"
+    #: class -> the class of the same layers that has one token more, which its classifier does not read
+    with_more_tokens: ClassVar[dict[str, str]] = {
+        "ViTForImageClassification": "DeiTForImageClassification",
+        "ViTMSNForImageClassification": "DeiTForImageClassification",
+    }
 
     @override
     def check(self, model: nn.Module) -> None:
@@ -138,6 +144,28 @@ class ViTFamily(ClassifierFamily):
         assert call.final_norm is not None
         return call.module("classifier")(call.final_norm(denoised.to(hidden.dtype)[:, None, :])[:, 0])  # type: ignore[no-any-return]
 
+    @override
+    def fold(self, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        z = call.z.to(next(call.network.parameters()).dtype)
+        ((base, _),) = ((name, part) for name, part in call.network.named_children() if name != "classifier")
+        for name, part in call.extra.items():
+            if name == "cls_replacement":
+                ordinary.shared[f"{base}.embeddings.cls_token"] = z[:, None]
+            elif name == "label_token" and (other := self.with_more_tokens.get(ordinary.model_class)) is not None:
+                ordinary.model_class = other
+                self.fold_token(part(z).to(z.dtype), f"{base}.embeddings.", ordinary)
+                ordinary.rename(f"{base}.", f"{self.library.model_class(other).base_model_prefix}.")
+            else:
+                ordinary.differences.append("an extra token of z")
+
+    def fold_token(self, token: Tensor, embeddings: str, ordinary: OrdinaryModel) -> None:
+        """Put a token (1, 1, dim) that is the same for all images into the embeddings of `with_more_tokens`."""
+        positions = ordinary.shared[f"{embeddings}position_embeddings"]
+        cls, patches = positions.split([1, positions.shape[1] - 1], dim=1)
+        ordinary.shared[f"{embeddings}position_embeddings"] = torch.cat([cls, torch.zeros_like(cls), patches], dim=1)
+        ordinary.shared[f"{embeddings}distillation_token"] = token
+        ordinary.shared.pop(f"{embeddings}mask_token", None)
+
 
 @register_family
 class Dinov2Family(ViTFamily):
@@ -148,6 +176,18 @@ class Dinov2Family(ViTFamily):
 
     classes: ClassVar[tuple[str, ...]] = ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification")
     norms = ("norm1", "norm2")
+    with_more_tokens: ClassVar[dict[str, str]] = {
+        "Dinov2ForImageClassification": "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersForImageClassification": "Dinov2WithRegistersForImageClassification",
+    }
+
+    @override
+    def fold_token(self, token: Tensor, embeddings: str, ordinary: OrdinaryModel) -> None:
+        """As one more register."""
+        registers = ordinary.shared.get(f"{embeddings}register_tokens", token[:, :0])
+        ordinary.shared[f"{embeddings}register_tokens"] = torch.cat([registers, token], dim=1)
+        ordinary.shared.setdefault(f"{embeddings}mask_token", torch.zeros_like(token[0]))
+        ordinary.values["num_register_tokens"] = registers.shape[1] + 1
 
     @staticmethod
     def _first_patch(network: nn.Module) -> int:
@@ -174,6 +214,7 @@ class Dinov3Family(Dinov2Family):
 
     classes = ("DINOv3ViTForImageClassification",)
     older_names = ("DINOv3ViTModel",)  # the trunk, whose weights it takes
+    with_more_tokens: ClassVar[dict[str, str]] = {name: name for name in classes}
     library = OURS_OF_TRANSFORMERS
     layers = "{base}.model.layer"
     stem = ("{base}.embeddings", "{base}.rope_embeddings")

@@ -100,6 +100,31 @@ class AdaptiveNorms(nn.Module):
                 for norm in norms:
                     norm.adaptation = None  # type: ignore[assignment]
 
+    @torch.no_grad()
+    def folded(self, module: nn.Module, condition: Tensor) -> tuple[dict[str, Tensor], list[str]]:
+        """Weights with which the norms of a module give by themselves what they give adapted to one condition.
+
+        Args:
+            module: of the structure that was hooked.
+            condition: the noise embedding (1, condition_dim).
+
+        Returns:
+            (weights and biases by their names in `module`; the names of norms that have no place for them).
+        """
+        parts = self.linear(F.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
+        weights: dict[str, Tensor] = {}
+        without: list[str] = []
+        for name, part in zip(self.names, parts, strict=True):
+            norm: Any = module.get_submodule(name)
+            if not (isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.bias is not None):
+                without.append(name or type(norm).__name__)
+                continue
+            scale, shift = part[0].double().chunk(2)
+            prefix, gain, dtype = f"{name}." if name else "", 1.0 + scale, norm.weight.dtype
+            weights[f"{prefix}weight"] = (norm.weight.double() * gain).to(dtype)
+            weights[f"{prefix}bias"] = (norm.bias.double() * gain + shift).to(dtype)
+        return weights, without
+
 
 def _hooked(module: nn.Module, name: str) -> list[nn.Module]:
     """The hooked norm of that name; the hooked copies in it, where a library has wrapped it to train a copy."""

@@ -95,7 +95,7 @@ class Streams:
     """What the positions of one forward pass are.
 
     Args:
-        noisy: how many positions, the first, are noisy.
+        noisy: how many positions, the first, are noisy; none where there is one stream.
         clean: how many positions, the others, are clean.
         device: of the masks.
         past: clean tokens seen before; with it there is at most one noisy position, behind all clean ones.
@@ -122,8 +122,8 @@ class Streams:
         self.noisy, self.clean, self.past = noisy, clean, past
         places = torch.arange(max(noisy, clean), device=device)
         if past is None:
-            assert noisy == clean
-            self.positions = torch.cat([places, places])[None]
+            assert noisy in (0, clean)
+            self.positions = torch.cat([places[:noisy], places])[None]
             return
         assert noisy <= 1
         start = past.lengths[:, None]
@@ -141,7 +141,7 @@ class Streams:
 
     def within(self, window: int | None) -> Streams:
         """The same positions, of which each sees only so many tokens, its own included; None: all of its past."""
-        last = self.noisy - 1 if self.past is None else self.past.most + self.clean
+        last = self.clean - 1 if self.past is None else self.past.most + self.clean
         if window is None or window > last:
             return self
         streams = copy.copy(self)
@@ -203,14 +203,14 @@ class Streams:
     def block_mask(self, queries: int, device: torch.device) -> BlockMask:
         """`whole` of the first `queries` positions for FlexAttention, which never makes it."""
         make = _block_mask if torch.compiler.is_compiling() else _cached_block_mask
-        return make(self.noisy, queries, device, self.window)
+        return make(self.noisy, self.noisy + self.clean, queries, device, self.window)
 
 
-def _block_mask(length: int, queries: int, device: torch.device, window: int | None) -> BlockMask:
+def _block_mask(noisy: int, length: int, queries: int, device: torch.device, window: int | None) -> BlockMask:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        from_noisy, to_noisy = query < length, key < length
-        i = torch.where(from_noisy, query, query - length)
-        j = torch.where(to_noisy, key, key - length)
+        from_noisy, to_noisy = query < noisy, key < noisy
+        i = torch.where(from_noisy, query, query - noisy)
+        j = torch.where(to_noisy, key, key - noisy)
         clean_past = ~to_noisy & torch.where(from_noisy, j < i, j <= i)
         if window is not None:
             clean_past = clean_past & (j > i - window)
@@ -218,7 +218,7 @@ def _block_mask(length: int, queries: int, device: torch.device, window: int | N
 
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(visible, None, None, queries, 2 * length, device=str(device))
+    return create_block_mask(visible, None, None, queries, length, device=str(device))
 
 
 _cached_block_mask = functools.lru_cache(maxsize=16)(_block_mask)
@@ -285,8 +285,8 @@ def two_streams(
     if kernel == "eager":
         return _reference(query, key, value, streams.whole()[:queries], scale, dropout, softcap, sinks)
     attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
-    (noisy_k, clean_k), (noisy_v, clean_v) = (t.split(n, dim=2) for t in (key, value))
-    noisy_q, *clean_q = query.split(n, dim=2)
+    (noisy_k, clean_k), (noisy_v, clean_v) = (t.split([n, t.shape[2] - n], dim=2) for t in (key, value))
+    noisy_q, *clean_q = query.split([n, queries - n] if queries > n else [n], dim=2)
     rows = _ROWS_ON_CPU if query.device.type == "cpu" else _ROWS
     parts = []
     for start, q in _in_rows(noisy_q, rows):
@@ -307,7 +307,7 @@ def two_streams(
 
 def _in_rows(query: Tensor, rows: int) -> list[tuple[int, Tensor]]:
     """So many positions at a time, each with where they start."""
-    return [(rows * i, part) for i, part in enumerate(query.split(rows, dim=2))]
+    return [(rows * i, part) for i, part in enumerate(query.split(rows, dim=2)) if part.shape[2]]
 
 
 def _reference(

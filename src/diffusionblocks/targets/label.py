@@ -30,8 +30,6 @@ class LabelTargetConfig(EmbeddingTargetConfig):
         token: Where the noised label enters: as an `extra` token (the paper), as an extra token that is a `linear` map
             of it, which starts at zero, or in place of the [CLS] token (`replace-cls`: the released code. There z
             drowns the very token that is read, for its numbers are many times those of an embedding).
-        noise_input: Whether the blocks are shown the noised label and told the noise level. false: neither. Then each
-            is an ordinary classifier of its own layers, trained with the likelihood added (see `export_block`).
         self_conditioning: Whether blocks are also shown what was said of the label so far, through a linear map that
             starts at zero: the label expected under the mean of the earlier blocks' context logits. In training it is
             that of the block's own, from a first pass without gradients, and for half of the samples nothing. So
@@ -42,23 +40,14 @@ class LabelTargetConfig(EmbeddingTargetConfig):
     """
 
     fixed: ClassVar[str] = "frozen"
+    of_noise_input: ClassVar[dict[str, str]] = {"token": "no token of z is there"}
 
     kind: Literal["label"] = "label"
     embedding: Literal["frozen", "one-hot", "learned"] | None = None
     token: Literal["extra", "linear", "replace-cls"] = "extra"
-    noise_input: bool = True
     self_conditioning: bool = False
     weight: Literal["none", "edm"] = "none"
     feedback: LabelFeedback = Field(default="soft", validation_alias=FEEDBACK_NAMES)
-
-    @property
-    def sees_noise(self) -> bool:
-        """`noise_input`."""
-        return self.noise_input
-
-    def resolve(self, shared: str) -> Self:
-        """With the embedding that goes with the policy: learned under `joint`, if networks see it, else fixed."""
-        return super().resolve(shared if self.noise_input else "replicated")
 
     @model_validator(mode="after")
     def _conditions_on_context_logits(self) -> Self:
@@ -66,26 +55,6 @@ class LabelTargetConfig(EmbeddingTargetConfig):
             raise ValueError(
                 "target.self_conditioning = true needs target.likelihood = added, got learned: blocks are shown "
                 "context logits, and without it there are none; leave likelihood out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _without_noise_input(self) -> Self:
-        if self.noise_input:
-            return self
-        if self.likelihood == "learned":
-            raise ValueError(
-                "target.noise_input = false needs target.likelihood = added, got learned: a network that sees no z "
-                "cannot learn what z says; leave likelihood out"
-            )
-        if self.embedding == "learned":
-            raise ValueError(
-                "target.embedding = learned: with target.noise_input = false no network sees the rows, so nothing "
-                "would teach them; leave embedding out"
-            )
-        if self.token != "extra":
-            raise ValueError(
-                f"target.token = {self.token}: with target.noise_input = false no token of z is there; leave token out"
             )
         return self
 

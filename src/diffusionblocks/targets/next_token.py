@@ -45,6 +45,10 @@ class NextTokenTargetConfig(EmbeddingTargetConfig):
     """
 
     fixed: ClassVar[str] = "given"
+    of_noise_input: ClassVar[dict[str, str]] = {
+        "previous": "a block reads a text as an ordinary model does",
+        "clean_weight": "there is no second stream",
+    }
 
     kind: Literal["next-token"] = "next-token"
     embedding: Literal["given", "frozen", "learned"] | None = None

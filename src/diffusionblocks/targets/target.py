@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -58,25 +58,57 @@ class EmbeddingTargetConfig(BaseTargetConfig):
         likelihood: What the network learns of p(y | x, z), which is p(y | x) times p(z | y) up to a factor. `added`:
             p(y | x) alone, as context logits; the other is known, and z . e / sigma^2 is added to them in closed form.
             `learned`: both together (the paper).
+        noise_input: Whether the blocks are shown the noised target and told the noise level. false: neither. Then each
+            is an ordinary model of its own layers, trained with the likelihood added (see `export_block`).
         unread: chains read off what the network knows of the input; a level where nothing was trained tells nothing.
         fixed: the embedding by default where it is not learned.
+        of_noise_input: fields that say how blocks are shown noise -> why they say nothing without.
     """
 
     unread: ClassVar[float] = 0.001
     fixed: ClassVar[str]
+    of_noise_input: ClassVar[dict[str, str]] = {}
 
     likelihood: Literal["added", "learned"] = "added"
+    noise_input: bool = True
 
     @property
     def adds_likelihood(self) -> bool:
         """Whether `likelihood` is `added`."""
         return self.likelihood == "added"
 
+    @property
+    def sees_noise(self) -> bool:
+        """`noise_input`."""
+        return self.noise_input
+
     def resolve(self, shared: str) -> Self:
-        """With the embedding that goes with the policy: learned under `joint`, else fixed."""
+        """With the embedding that goes with the policy: learned under `joint`, if networks see it, else fixed."""
         if getattr(self, "embedding", None) is not None:
             return self
-        return self.model_copy(update={"embedding": "learned" if shared == "joint" else self.fixed})
+        learned = shared == "joint" and self.noise_input
+        return self.model_copy(update={"embedding": "learned" if learned else self.fixed})
+
+    @model_validator(mode="after")
+    def _without_noise_input(self) -> Self:
+        if self.noise_input:
+            return self
+        if self.likelihood == "learned":
+            raise ValueError(
+                "target.noise_input = false needs target.likelihood = added, got learned: a network that sees no z "
+                "cannot learn what z says; leave likelihood out"
+            )
+        if getattr(self, "embedding", None) == "learned":
+            raise ValueError(
+                "target.embedding = learned: with target.noise_input = false no network sees the rows, so nothing "
+                "would teach them; leave embedding out"
+            )
+        for name, why in self.of_noise_input.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                text = str(value).lower() if isinstance(value, bool) else value
+                raise ValueError(f"target.{name} = {text}: with target.noise_input = false {why}; leave {name} out")
+        return self
 
 
 class Target(nn.Module, abc.ABC):

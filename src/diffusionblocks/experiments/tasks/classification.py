@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from ...common.fields import FEEDBACK_NAMES, Combination, LabelFeedback, Levels, Many, Samples, Seed
 from ...common.messages import warn_once
+from ...common.processing_files import IMAGE_PROCESSOR
 from .task import EvaluateSection, LevelGrid, RunResult, Task, baselines_in, register_task
 
 if TYPE_CHECKING:
@@ -157,6 +159,17 @@ class Classification(Task[AccuracyConfig]):
         from ...reports.figures import draw_label_levels
 
         draw_label_levels(rows, model.partition, model.noise, path)
+
+    def images_to_compare(self, experiment: Experiment, model: nn.Module) -> Mapping[str, Tensor]:
+        """The first test images, as many as are evaluated at a time."""
+        return next(self._batches(experiment, model)())
+
+    def files_of_export(self, experiment: Experiment, model: nn.Module, folder: Path) -> dict[str, bytes]:
+        """How images of any size become the model's inputs, for pipelines."""
+        shape = experiment.family.example_shape(experiment.config_of(model))
+        values = experiment.recipe.data.image_processor(shape)
+        own = {} if values is None else {IMAGE_PROCESSOR: json.dumps(values, indent=2).encode()}
+        return own | super().files_of_export(experiment, model, folder)
 
     def _batches(self, experiment: Experiment, model: nn.Module) -> Callable[[], Iterator[dict[str, Tensor]]]:
         from ...common.modules import computes_on

@@ -17,10 +17,11 @@ from ...common.by_kind import ByKind, kind_of
 from ...common.choices import NameOf
 from ...common.fields import MANY_CALLS, MOST_CALLS
 from ...common.messages import warn_once
+from ...common.processing_files import read_files
 from ...common.registry import Registry
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ...core.model import DiffusionBlocks
     from ...data.dataset import Dataset
@@ -147,6 +148,29 @@ class Task(abc.ABC, Generic[Options]):
     def spread_text(self, deviation: float) -> str:
         """The standard deviation of `score` over seeds, in the unit of that score's column."""
         return f"{deviation:.4f}"
+
+    # ---- one block as an ordinary model ------------------------------------------------------------------------
+
+    def images_to_compare(self, experiment: Experiment, model: nn.Module) -> Mapping[str, Tensor]:
+        """A batch of test images, on which an exported block that is not exact is compared with the block.
+
+        Raises:
+            ValueError: for this kind of model there is nothing between exact and refused.
+        """
+        raise ValueError(
+            f"--approximate is for classifiers; {experiment.recipe.model.type} {self.does}, and its blocks are "
+            "exported exactly or not at all: leave it out"
+        )
+
+    def files_of_export(self, experiment: Experiment, model: nn.Module, folder: Path) -> dict[str, bytes]:
+        """Files that lie beside an exported block, by name: what its library makes inputs with.
+
+        Args:
+            experiment: of the run.
+            model: the trained model.
+            folder: where it is saved, with a tokenizer or an image processor.
+        """
+        return read_files(folder)
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
