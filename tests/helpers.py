@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -343,13 +346,57 @@ def changed_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> Recipe
     return parse_recipe(changed, "test")
 
 
-def run_ranks(train: Callable[[int, Path], None], folder: Path, *, timeout: float) -> None:
-    """Run two processes, called with their rank and the folder, and see that both end well within so many seconds."""
+def run_ranks(
+    train: Callable[[int, Path], None], folder: Path, *, timeout: float, ranks: int = 2, statuses: Sequence[int] = ()
+) -> None:
+    """Run processes, called with their rank and the folder, and see that all end well within so many seconds.
+
+    Args:
+        train: what each does.
+        folder: for what they leave.
+        timeout: seconds.
+        ranks: how many.
+        statuses: their exit statuses, where they do not all end well.
+    """
     context = multiprocessing.get_context("fork")  # a fresh process would import for longer than these tests run
-    ranks = [context.Process(target=train, args=(rank, folder), daemon=True) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=timeout)
-        rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    processes = [context.Process(target=train, args=(rank, folder), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=timeout)
+        process.kill()
+    assert [process.exitcode for process in processes] == list(statuses or [0] * ranks)
+
+
+def run_like_torchrun(
+    command: Callable[[int], int], folder: Path, *, ranks: int, timeout: float = 120, statuses: Sequence[int] = ()
+) -> list[str]:
+    """Run processes with the variables of torchrun, but forked; returns what each said on standard error.
+
+    Args:
+        command: called with the rank; returns the exit status.
+        folder: for what they say.
+        ranks: how many.
+        timeout: seconds.
+        statuses: see `run_ranks`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int, folder: Path) -> None:
+        torch.set_num_threads(1)
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in variables.items()}
+        sys.stderr = (folder / f"rank-{rank}.err").open("w")
+        status = command(rank)
+        sys.stderr.flush()
+        os._exit(status)
+
+    try:
+        run_ranks(one, folder, timeout=timeout, ranks=ranks, statuses=statuses)
+    except AssertionError as error:
+        error.add_note("\n".join((folder / f"rank-{rank}.err").read_text() for rank in range(ranks)))
+        raise
+    return [(folder / f"rank-{rank}.err").read_text() for rank in range(ranks)]

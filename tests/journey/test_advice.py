@@ -89,6 +89,9 @@ ELSEWHERE = {
         ("that trains all blocks in one process", "holds a run whose blocks train apart"),
         "training/test_parts.py::test_a_run_goes_on_only_as_what_it_was",
     ),
+    "steps before the gradients of all {group.size} ranks": (
+        "training/test_parallel.py::test_what_a_group_cannot_train_is_refused"
+    ),
     "moves parameters of all blocks": ("training/test_parts.py::test_what_cannot_train_apart_is_refused_with_the_fix"),
     **dict.fromkeys(
         ("set {where}.hidden_size to", "set {where}.num_key_value_heads", "set {where}.patch_size"),

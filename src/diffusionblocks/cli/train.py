@@ -33,7 +33,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train, save and evaluate."""
     from ..experiments.parallel import train
     from ..reports.tables import format_table
-    from ..training.run_log import LOGGERS
+    from ..training.run_log import LOGGERS, Logger
     from .dry_run import dry_run
 
     recipe = experiment.recipe
@@ -42,8 +42,13 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         dry_run(experiment, folder)
         return
     values = recipe.model_dump(mode="json")
-    loggers = tuple(LOGGERS[name](folder / name, folder.name, values) for name in dict.fromkeys(options.log))
+
+    def loggers(of: Path) -> tuple[Logger, ...]:
+        return tuple(LOGGERS[name](of / name, of.name, values) for name in dict.fromkeys(options.log))
+
     result = train(experiment, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
+    if result is None:  # the first of several ranks tells
+        return
     if result.rows:
         print(format_table([with_rounding(row.to_dict()) for row in result.rows]))
     if recipe.train.blocks is not None:

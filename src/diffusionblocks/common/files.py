@@ -23,6 +23,8 @@ from pathlib import Path
 
 _WORKSPACE = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp")
 
+_LOCK = ".lock"
+
 _OLD = "the-old-one"  # within a workspace: the folder that is being replaced
 
 #: Seconds after which the workspace of another machine counts as that of a dead process: it cannot be asked.
@@ -246,6 +248,14 @@ def naming(path: Path | str) -> Iterator[None]:
         raise
 
 
+def lock_text(folder: Path) -> str:
+    """Who has locked a folder, on whatever machine; "" where nobody has."""
+    try:
+        return (folder / _LOCK).read_text()
+    except OSError:
+        return ""
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Lock a folder, made if need be, for this process; the system unlocks it when the process ends, however it does.
@@ -257,7 +267,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
+    path = folder / _LOCK
     with contextlib.ExitStack() as stack:
         while True:
             file = stack.enter_context(path.open("a+"))

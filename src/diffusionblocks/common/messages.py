@@ -136,6 +136,8 @@ def report_errors(action: Callable[[], None], way_on: Callable[[], str] | None =
         except Exception as error:
             if stopped_by:  # which a library took for an error of its own
                 return _report(f"stopped by {_name(stopped_by)}", 128 + stopped_by[0], way_on)
+            if getattr(error, "quiet", False):  # another process tells
+                return getattr(error, "exit_status", 1)
             if os.environ.get("DIFFUSIONBLOCKS_TRACEBACK"):
                 traceback.print_exc()
             status, text = _status_of(error)
@@ -167,6 +169,11 @@ def _status_of(error: Exception) -> tuple[int, str]:
 
 
 def _report(text: str, status: int, way_on: Callable[[], str] | None) -> int:
+    rank = os.environ.get("RANK", "0")  # of several processes that torchrun started
+    if rank != "0":
+        if status > 128:  # the first one says so for all
+            return status
+        text = f"rank {rank}: {text}"
     more = ""
     if way_on is not None:
         with contextlib.suppress(Exception):  # what to say about it must not hide what happened

@@ -87,6 +87,11 @@ class LevelLosses:
         return self.target.loss(self.output, self.batch, self.z)
 
 
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some examples of a batch, all of whose entries have one row for each example."""
+    return {name: value[rows] for name, value in batch.items()}
+
+
 def computed_again(part: nn.Module, *args: Any, **options: Any) -> Any:
     """Call a module, which keeps only its inputs for the backward pass and computes the rest again there."""
     return checkpoint(part, *args, use_reentrant=False, **options)
@@ -366,7 +371,14 @@ class Block(nn.Module):
         return list(zip(layers, adaptive, strict=True))
 
     @on_host
-    def loss(self, batch: Batch, generator: Generators | None = None, level: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        batch: Batch,
+        generator: Generators | None = None,
+        level: Tensor | None = None,
+        *,
+        rows: slice | None = None,
+    ) -> Tensor:
         """Training loss of each sample at a level drawn in the block's interval (paper, section 3.2).
 
         Args:
@@ -376,19 +388,24 @@ class Block(nn.Module):
             generator: source of level, noise and label dropout, on the batch's device, or a list of one for each
                 example; default the global one.
             level: use these levels, shape (batch,), instead of drawing them.
+            rows: compute only these examples, on what is drawn for the whole batch; None: all.
 
         Returns:
-            Losses, float32, shape (batch,).
+            Losses, float32, shape (batch,), or (rows,).
 
         Raises:
             ValueError: an entry of the batch that nothing reads, or that cannot be followed.
         """
         if self._registers_with_fsdp():
-            return self.loss(batch, generator, level)
+            return self.loss(batch, generator, level, rows=rows)
         batch = self._resolve(batch)
         # Compiled, the graph is that of `losses`, which knows neither the interval nor the names of the layers: blocks
         # of one shape share it.
-        return self.losses(batch, *self.corrupted(batch, generator, level), self.callable_layers())
+        inputs, z, levels = self.corrupted(batch, generator, level)
+        if rows is not None:
+            batch, inputs = rows_of(batch, rows), rows_of(inputs, rows)
+            z, levels = z[rows], levels[rows]
+        return self.losses(batch, inputs, z, levels, self.callable_layers())
 
     @eager
     def _resolve(self, batch: Batch) -> Batch:

@@ -26,6 +26,7 @@ from ..data import TextCodec
 from ..data.dataset import BatchMaker, Dataset
 from ..families import Family, check_attention, family_named, rebuild_config
 from ..training import Baseline, RunDescription, Trainer
+from ..training.ranks import Group
 from ..training.run_log import Logger
 from .baseline_kinds import BASELINE_KINDS, BaselineKind, outline_of
 from .card_notes import card_notes
@@ -64,6 +65,10 @@ class Experiment:
         other = Experiment(recipe, origin=self.origin if same_run else None)
         other._data = self._data
         return other
+
+    def on(self, device: str) -> Experiment:
+        """The experiment on a device; what it leaves says what the recipe says."""
+        return self.derive(self.recipe.model_copy(update={"device": device}), same_run=True)
 
     def part(self, index: int) -> Experiment:
         """The experiment of one block, or member of an ensemble, alone: a run of its own, on the same data."""
@@ -227,6 +232,7 @@ class Experiment:
         model: nn.Module | None = None,
         loggers: tuple[Logger, ...] = (),
         progress: bool = True,
+        group: Group | None = None,
     ) -> Trainer:
         """Model (default: the recipe's, fresh), data and trainer, checked and on the device.
 
@@ -235,6 +241,7 @@ class Experiment:
             model: what to train, instead of the recipe's.
             loggers: further receivers of the log.
             progress: show progress bars.
+            group: ranks that train the one unit together.
         """
         device, data, fill = self.device, self.data("train"), None
         if model is None:
@@ -261,6 +268,7 @@ class Experiment:
             progress=progress,
             snapshot=snapshot,
             description=description,
+            group=group,
         )
 
     # ---- saved models --------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ MAY_DIFFER: Mapping[str, frozenset[str]] = {
     "train": RESUME_MAY_DIFFER,
     "data": frozenset({"source", "folder", "cache", "placement", "split_files", "test_split", "tokenizer", "vae"}),
 }
-_NOT_COMPARED = frozenset({"name", "device", "evaluate", "rows"})
+_NOT_COMPARED = frozenset({"name", "device", "evaluate", "parallel", "rows"})
 
 #: Fields of `train` in which runs may differ, beside those, whose blocks become one model.
 _MERGE_MAY_DIFFER = frozenset({"blocks", "schedule", "steps_per_switch", "optimizer_in_backward"})

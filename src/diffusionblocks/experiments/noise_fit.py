@@ -34,6 +34,7 @@ from ..noise import EDM, accumulated, fitted_quantiles
 from ..reports.figures import draw_fit
 from ..training import BatchMaker
 from ..training.checkpoint import checkpoints, read_values
+from ..training.ranks import Group
 from ..training.step import arithmetic
 from ..training.train_config import RESUME_MAY_DIFFER, TrainConfig
 from .experiment import Experiment
@@ -107,7 +108,7 @@ class Fit:
         return self.rounds[-1].train_seconds + sum(part.measure_seconds for part in self.rounds)
 
 
-def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -> Fit:
+def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True, group: Group | None = None) -> Fit:
     """Fit levels to an experiment's task, or read back what a finished fit left.
 
     Leaves `folder`/levels.json, with all measured losses, and a figure of them, levels.png.
@@ -116,6 +117,7 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -
         experiment: whose recipe has a `fit` section.
         folder: of the fit; an unfinished fit there is resumed.
         progress: show progress bars.
+        group: ranks that do it together; the first of them writes the files.
 
     Raises:
         ValueError: the folder holds a fit with other settings, or checkpoints that are not of its rounds; or rounds
@@ -127,7 +129,7 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -
     grid, rounds = _read_rounds(folder / LEVELS, settings)
     while len(rounds) < options.rounds:
         now = recipe if not rounds else with_noise(recipe, rounds[-1].noise)
-        trainer = of_fit.derive(now, same_run=True).trainer(folder, progress=progress)
+        trainer = of_fit.derive(now, same_run=True).trainer(folder, progress=progress, group=group)
         model = trainer.model
         assert isinstance(model, DiffusionBlocks)
         assert isinstance(model.noise, EDM), "recipes of other processes have no fit"
@@ -146,6 +148,8 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -
             precision=recipe.train.precision,
             seed=recipe.train.seed,
         )
+        if group is not None:  # levels must be the same to the last bit
+            losses = group.of_first(losses)
         noise = dataclasses.replace(
             model.noise,
             quantiles=fitted_quantiles(
@@ -156,6 +160,8 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True) -
         seconds = perf_counter() - start_time
         rounds.append(Round(end, tuple(losses), noise, trainer.seconds, seconds))
         del trainer, model  # and their memory, before the next
+        if group is not None and not group.leads:
+            continue
         if len(rounds) == options.rounds:  # before the file says that the fit is finished
             draw_fit(grid, [part.losses for part in rounds], noise, folder / "levels.png")
         values = [part.to_dict() for part in rounds]

@@ -1,33 +1,220 @@
-"""Training by whoever there is: one process, or several that train the parts of a run side by side."""
+"""Training by whoever there is: one process, or the ranks that torchrun started, which share the parts of a run.
+
+Ranks are a mesh of (block, data). With no more ranks than parts each rank trains parts of its own, one after another,
+and no step waits for another rank. With more, the ranks of a row train one part together. What comes before the parts,
+noise fit and trunk, and a run of one unit, are trained by all ranks together.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from ..training.run_log import Logger
+from ..common.files import folder_lock, lock_text
+from ..common.messages import announce
+from ..training import Diverged
+from ..training.ranks import Group, Place, Ranks
+from ..training.run_log import ProgressLines
 from . import run
 from .experiment import Experiment
-from .parts import is_in_parts, train_in_parts
+from .parts import (
+    Cost,
+    MakeLoggers,
+    begin,
+    check_parts,
+    finish,
+    has_parts,
+    is_finished,
+    is_in_parts,
+    missing_parts,
+    no_loggers,
+    parts_of,
+    train_each,
+    train_in_parts,
+    train_unit,
+    units_in,
+)
+from .recipe_changes import stages
+from .run import conclude, prepare, save_blocks
 from .tasks.task import RunResult
+
+#: Seconds in which what another machine wrote to a shared disk is seen on this one.
+_DELAY = 60.0
 
 
 def train(
     experiment: Experiment,
     folder: Path,
     *,
-    loggers: tuple[Logger, ...] = (),
+    loggers: MakeLoggers = no_loggers,
     resume: bool = True,
     progress: bool = True,
     measure: bool = True,
-) -> RunResult:
-    """Train, save and evaluate an experiment: see `run.train`. A run that several processes began goes on in this one.
+) -> RunResult | None:
+    """Train, save and evaluate an experiment: see `run.train`. Ranks of torchrun share the work.
+
+    Checkpoints are of one block each, so a run that some ranks began goes on with other ones, or in one process.
 
     Args:
         experiment, folder: of the run.
-        loggers: further receivers of the log.
+        loggers: makes further receivers of a log, of the folder of the run, or of a part of it.
         resume: False starts anew.
-        progress: announce the phases, and show progress bars.
+        progress: announce the phases, and show progress.
         measure: whether to evaluate.
+
+    Returns:
+        What the run left; None on ranks but the first.
+
+    Raises:
+        RankLost: another rank died.
+        StoppedWithOthers: another rank failed.
+        ValueError: what `run.train` refuses, or what several ranks cannot train; with the reason and the fix.
     """
-    engine = train_in_parts if resume and is_in_parts(folder) else run.train
-    return engine(experiment, folder, loggers=loggers, resume=resume, progress=progress, measure=measure)
+    place = Place.from_environment()
+    options = {"resume": resume, "progress": progress, "measure": measure}
+    if place is not None and place.world > 1:
+        ranks = Ranks(place, experiment.recipe.parallel.timeout)
+        with ranks.failing_together(), _told_once(ranks):
+            return _train_over_ranks(ranks, experiment, folder, loggers=loggers, **options)
+    if resume and is_in_parts(folder):
+        return train_in_parts(experiment, folder, loggers=loggers, **options)
+    return run.train(experiment, folder, loggers=loggers(folder), **options)
+
+
+def _train_over_ranks(
+    ranks: Ranks,
+    experiment: Experiment,
+    folder: Path,
+    *,
+    loggers: MakeLoggers,
+    resume: bool,
+    progress: bool,
+    measure: bool,
+) -> RunResult | None:
+    place = ranks.place
+    resume = resume or place.restarts > 0  # else each restart would throw away what it is to go on with
+    say = announce if progress and ranks.leads else _nothing
+    with contextlib.ExitStack() as stack:
+        if not ranks.leads:  # what is wrong with the run is told once, by the first
+            _check_shared(folder, ranks.wait_for("begin", 0))
+        experiment = experiment.on(place.device(experiment.recipe.device))
+        apart = has_parts(experiment)
+        rows = mesh_rows(place.world, units_in(experiment)) if apart else 1
+        if ranks.leads:
+            stack.enter_context(folder_lock(folder))
+            (check_parts if apart else prepare)(experiment, folder, resume=resume, measure=measure)
+            ranks.tell("begin", lock_text(folder))
+        before_parts = {key for key, *_ in stages(experiment.recipe)} & {"fit", "trunk"}
+        everyone = ranks.groups(experiment.device, 1) if before_parts or not apart else None
+        say(f"ranks: {place.world}, {rows} of whose groups train side by side" if apart else f"ranks: {place.world}")
+        experiment, before = begin(experiment, folder, say=say, progress=progress and ranks.leads, group=everyone)
+        receivers = functools.partial(_receivers, experiment, loggers, progress)
+        if not apart:
+            return _train_whole(ranks, experiment, folder, before, everyone, receivers, measure=measure, say=say)
+        parts = {part.index: part for part in parts_of(experiment, folder)}
+        if ranks.leads:
+            ranks.tell("parts", json.dumps([part.index for part in missing_parts([*parts.values()])]))
+        order = json.loads(ranks.wait_for("parts", 0))
+        group = ranks.groups(experiment.device, rows)
+        size = place.world // rows
+        row, leads_row = place.rank // size, place.rank % size == 0
+        for index in order[row::rows]:
+            say_of_row = announce if progress and leads_row else _nothing
+            reasons = train_each([parts[index]], loggers=receivers, say=say_of_row, group=group)
+            if leads_row:
+                ranks.tell(f"part {index}", reasons.get(index, ""))
+        if not ranks.leads:
+            return None
+        reasons = {}
+        for number, index in enumerate(order):
+            if reason := ranks.wait_for(f"part {index}", number % rows * size):
+                reasons[index] = reason
+            else:
+                _wait_until(functools.partial(is_finished, parts[index]))
+        return finish(experiment, folder, before, reasons=reasons, measure=measure, say=say)
+
+
+def _train_whole(
+    ranks: Ranks,
+    experiment: Experiment,
+    folder: Path,
+    before: Cost,
+    group: Group | None,
+    loggers: MakeLoggers,
+    *,
+    measure: bool,
+    say: Callable[[str], None],
+) -> RunResult | None:
+    """Train a run of one unit by all ranks together."""
+    say("train: all ranks together")
+    if not ranks.leads:
+        ranks.wait_for("parts", 0)
+        train_unit(experiment, folder, folder, group=group)
+        return None
+    ranks.tell("parts")  # a trunk is there by now
+    trainer = train_unit(experiment, folder, folder, loggers(folder), group=group)
+    seconds, iterations = before.seconds + trainer.seconds, before.iterations + trainer.iteration
+    say(f"save: {folder / 'model'}")
+    save_blocks(experiment, folder, trainer)
+    del trainer
+    return conclude(experiment, folder, seconds, iterations, measure=measure, say=say)
+
+
+@contextlib.contextmanager
+def _told_once(ranks: Ranks) -> Iterator[None]:
+    """Let what diverges in the hands of all ranks be told by the first."""
+    try:
+        yield
+    except Diverged as error:
+        error.quiet = not ranks.leads
+        raise
+
+
+def mesh_rows(world: int, parts: int) -> int:
+    """How many parts train side by side: as many as there are ranks, or each by as many ranks as there are for it.
+
+    Raises:
+        ValueError: more ranks than parts, and the parts do not divide them.
+    """
+    if world <= parts:
+        return world
+    if world % parts:
+        fitting = [parts, (world // parts + 1) * parts] if world < 2 * parts else [world // parts * parts]
+        raise ValueError(
+            f"{world} ranks for {parts} parts: with more ranks than parts each needs as many as the others: start "
+            f"{' or '.join(map(str, fitting))} ranks (--nproc-per-node)"
+        )
+    return parts
+
+
+def _receivers(experiment: Experiment, loggers: MakeLoggers, progress: bool, folder: Path) -> tuple[Any, ...]:
+    steps = experiment.recipe.train.unit_steps(len(experiment.data("train")))
+    return (*loggers(folder), *([ProgressLines(steps)] if progress else []))
+
+
+def _check_shared(folder: Path, text: str) -> None:
+    """Refuse a folder that is not the one that the first rank locked: machines must share the disk that it is on."""
+    if not _wait_until(lambda: lock_text(folder) == text):
+        raise ValueError(
+            f"{folder} is not the folder of the first rank ({text}): machines that train one run share its disk; name "
+            "a folder that all see, or train blocks apart with train.blocks and join them with diffusionblocks merge"
+        )
+
+
+def _wait_until(condition: Callable[[], bool]) -> bool:
+    """Wait for what another machine wrote to be seen here; whether it is."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > _DELAY:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _nothing(line: str) -> None:
+    """Announce nothing."""

@@ -24,8 +24,8 @@ from ..common.messages import announce
 from ..core.ensembles import merge_ensembles
 from ..core.merging import merge
 from ..reports.results import write_results
-from ..training import Diverged, units_of
-from ..training.checkpoint import checkpoints
+from ..training import Diverged, Trainer, units_of
+from ..training.ranks import Group
 from ..training.run_log import Logger
 from .experiment import Experiment
 from .recipe import Recipe
@@ -51,6 +51,14 @@ _KINDS = {"diffusionblocks": "block", "ensemble": "member"}
 
 #: Announces in one line what begins.
 Say = Callable[[str], None]
+
+#: Makes further receivers of the log of the run in a folder: each closes them at its end.
+MakeLoggers = Callable[[Path], tuple[Logger, ...]]
+
+
+def no_loggers(folder: Path) -> tuple[Logger, ...]:
+    """No further receivers of a log."""
+    return ()
 
 
 class PartsMissing(Diverged):
@@ -95,38 +103,61 @@ class Part:
         return self.run / PARTS / f"{_kind(self.experiment.recipe)}-{self.index:02d}"
 
     @property
-    def is_finished(self) -> bool:
-        """Whether it is trained to its end and saved."""
-        return (self.folder / RESULT).is_file() and (self.folder / "model").is_dir()
-
-    @property
     def cost(self) -> Cost:
         """What training it took, once it is finished."""
         values = read_json(self.folder / RESULT)
         return Cost(float(values["train_seconds"]), int(values["iterations"]))
 
-    def train(self, *, loggers: tuple[Logger, ...] = (), progress: bool = False) -> None:
+    def train(self, *, loggers: MakeLoggers = no_loggers, progress: bool = False, group: Group | None = None) -> None:
         """Train it to its end, from its newest checkpoint, and save it; nothing to do where it is finished.
 
         Args:
-            loggers: further receivers of its log.
+            loggers: makes further receivers of its log, of its folder.
             progress: show a progress bar.
+            group: ranks that train it together; the first of them writes the files.
 
         Raises:
             Diverged: its loss, weights or state became NaN or infinite; its last good checkpoint is kept.
             Interrupted: after SIGINT or SIGTERM, when its state is saved.
             ValueError: another process trains it, or the trunk that it starts from has not ended.
         """
+        if is_finished(self):
+            return
+        if group is not None and not group.leads:
+            train_unit(self.experiment, self.run, self.folder, progress=False, group=group)
+            return
         with folder_lock(self.folder):
-            if self.is_finished:
-                return
-            trunk = read_trunk(self.experiment, self.run) if has_trunk(self.experiment) else None
-            trainer = blocks_trainer(self.experiment, self.folder, trunk, loggers=loggers, progress=progress)
-            del trunk  # and its memory
-            trainer.train()
+            of_folder = loggers(self.folder)
+            trainer = train_unit(self.experiment, self.run, self.folder, of_folder, progress=progress, group=group)
             save_blocks(self.experiment, self.folder, trainer)
             times = {"train_seconds": trainer.seconds, "iterations": trainer.iteration}
             write_results(self.folder / RESULT, [], None, **times)
+
+
+def train_unit(
+    experiment: Experiment,
+    run: Path,
+    folder: Path,
+    loggers: tuple[Logger, ...] = (),
+    *,
+    progress: bool = False,
+    group: Group | None = None,
+) -> Trainer:
+    """Train one unit to its end, from the run's trunk where it has one.
+
+    Args:
+        experiment: of the unit, on its fitted levels.
+        run: folder of the whole run.
+        folder: of the unit's own.
+        loggers: further receivers of the log.
+        progress: show a progress bar.
+        group: ranks that train it together.
+    """
+    trunk = read_trunk(experiment, run) if has_trunk(experiment) else None
+    trainer = blocks_trainer(experiment, folder, trunk, loggers=loggers, progress=progress, group=group)
+    del trunk  # and its memory
+    trainer.train()
+    return trainer
 
 
 def has_parts(experiment: Experiment) -> bool:
@@ -152,6 +183,11 @@ def has_parts(experiment: Experiment) -> bool:
     return True
 
 
+def units_in(experiment: Experiment) -> int:
+    """How many units a run trains."""
+    return len(units_of(experiment.outline, experiment.recipe.train.blocks)[0])
+
+
 def parts_of(experiment: Experiment, folder: Path) -> list[Part]:
     """The parts that a run trains, in order; of `train.blocks` those alone.
 
@@ -163,9 +199,14 @@ def parts_of(experiment: Experiment, folder: Path) -> list[Part]:
     return [Part(unit.index, experiment.part(unit.index), folder) for unit in units]
 
 
+def is_finished(part: Part) -> bool:
+    """Whether a part is trained to its end and saved."""
+    return (part.folder / RESULT).is_file() and (part.folder / "model").is_dir()
+
+
 def missing_parts(parts: Sequence[Part]) -> list[Part]:
     """Those that are not finished."""
-    return [part for part in parts if not part.is_finished]
+    return [part for part in parts if not is_finished(part)]
 
 
 def is_in_parts(folder: Path) -> bool:
@@ -185,18 +226,18 @@ def check_parts(experiment: Experiment, folder: Path, *, resume: bool = True, me
         ValueError: what `run.prepare` refuses, an unfinished run of one process in the folder, or a part of another
             run.
     """
-    if resume and checkpoints(folder / "checkpoints"):
-        raise ValueError(
-            f"{folder} holds a run that trains all blocks in one process: go on with it without torchrun, start anew "
-            "with --restart, or choose another folder"
-        )
-    prepare(experiment, folder, resume=resume, measure=measure, units_at_once=1)
+    prepare(experiment, folder, resume=resume, measure=measure, in_parts=True)
     for part in parts_of(experiment, folder):
         check_resumes(part.folder, part.experiment.describe())
 
 
 def begin(
-    experiment: Experiment, folder: Path, *, say: Say = announce, progress: bool = False
+    experiment: Experiment,
+    folder: Path,
+    *,
+    say: Say = announce,
+    progress: bool = False,
+    group: Group | None = None,
 ) -> tuple[Experiment, Cost]:
     """Train what all parts start from, the noise fit and the trunk, or read back that they have ended.
 
@@ -204,6 +245,7 @@ def begin(
         experiment, folder: of the run.
         say: announces what begins.
         progress: show progress bars.
+        group: ranks that do it together; the first of them writes the files.
 
     Returns:
         The experiment on its fitted levels, and what this took.
@@ -211,11 +253,11 @@ def begin(
     lengths = {key: length for key, _, length in stages(experiment.recipe)}
     if "fit" in lengths:
         say(f"fit: {lengths['fit']}")
-    experiment, fit = fit_noise(experiment, folder, progress=progress)
+    experiment, fit = fit_noise(experiment, folder, progress=progress, group=group)
     cost = Cost() if fit is None else Cost(fit.seconds, fit.iterations)
     if has_trunk(experiment):
         say(f"trunk: {lengths['trunk']}")
-        trunk = train_trunk(experiment, folder, progress=progress)
+        trunk = train_trunk(experiment, folder, progress=progress, group=group)
         cost = Cost(cost.seconds + trunk.seconds, cost.iterations + trunk.iteration)
     return experiment, cost
 
@@ -228,7 +270,7 @@ def join(experiment: Experiment, folder: Path, parts: Sequence[Part]) -> None:
         folder: of the run.
         parts: of the run, at least one of them finished.
     """
-    folders = [part.folder for part in parts if part.is_finished]
+    folders = [part.folder for part in parts if is_finished(part)]
     join_models = merge_ensembles if _kind(experiment.recipe) == "member" else merge
     join_models(folders, folder / "model", partial=True)
     experiment.note_results(folder / "model", [])  # the card, which is of all of them now
@@ -257,7 +299,7 @@ def finish(
         PartsMissing: parts are not finished; the others are joined.
     """
     parts = parts_of(experiment, folder)
-    complete, missing = [part for part in parts if part.is_finished], missing_parts(parts)
+    complete, missing = [part for part in parts if is_finished(part)], missing_parts(parts)
     write_recipe(experiment.origin, folder)
     if complete:
         say(f"save: {folder / 'model'}")
@@ -279,7 +321,7 @@ def train_in_parts(
     experiment: Experiment,
     folder: Path,
     *,
-    loggers: tuple[Logger, ...] = (),
+    loggers: MakeLoggers = no_loggers,
     resume: bool = True,
     progress: bool = True,
     measure: bool = True,
@@ -300,11 +342,19 @@ def train_in_parts(
 def train_each(
     parts: Sequence[Part],
     *,
-    loggers: tuple[Logger, ...] = (),
+    loggers: MakeLoggers = no_loggers,
     say: Say = announce,
     progress: bool = False,
+    group: Group | None = None,
 ) -> dict[int, str]:
     """Train parts one after another; one that diverges stops alone.
+
+    Args:
+        parts: of a run.
+        loggers: makes further receivers of a part's log, of its folder.
+        say: announces what begins.
+        progress: show progress bars.
+        group: ranks that train each of them together.
 
     Returns:
         Why parts diverged, by their index.
@@ -313,7 +363,7 @@ def train_each(
     for part in parts:
         say(f"train: {part.name}")
         try:
-            part.train(loggers=loggers, progress=progress)
+            part.train(loggers=loggers, progress=progress, group=group)
         except Diverged as error:
             reasons[part.index] = str(error)
             say(f"{part.name} stops, the others go on: {error}")

@@ -77,6 +77,19 @@ class TrunkConfig(_Section):
     warmup: Literal["none", "again"] = "none"
 
 
+class ParallelConfig(_Section):
+    """How several processes share a run, under torchrun; one process reads nothing of it.
+
+    Attributes:
+        within_block: What ranks of one block share, where there are more ranks than blocks: `replicate` holds the block
+            on each, gives each some rows of every batch, and sums the gradients.
+        timeout: Seconds without a sign of life after which a rank counts as dead, and the others stop.
+    """
+
+    within_block: Literal["replicate"] = "replicate"
+    timeout: Float = Field(default=600.0, ge=1, le=10**6)
+
+
 class FitConfig(_Section):
     """Fit the noise levels first, to the cross-entropy of one block given x and z.
 
@@ -134,6 +147,7 @@ class Recipe(_Section):
             is.
         trunk: Train a trunk first and branch it into the blocks; null trains the blocks from scratch.
         train: How each block is trained.
+        parallel: How several processes share the run.
         evaluate: What is measured afterwards. Its kind follows from the model: `accuracy` of a classifier, measures of
             a diffusion model's `samples`, `bits` per character of a masked text model, or `language`: cross-entropies
             and continuations of an autoregressive one.
@@ -151,6 +165,7 @@ class Recipe(_Section):
     fit: FitConfig | None = None
     trunk: TrunkConfig | None = None
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
     evaluate: EvaluateConfig = AccuracyConfig()
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     rows: dict[RowName, dict[str, Any]] | None = None

@@ -34,6 +34,7 @@ from ..core.saved_model import MODEL_FILES
 from ..reports.results import write_results
 from ..training import Trainer
 from ..training.checkpoint import checkpoints, read_values
+from ..training.ranks import Group
 from ..training.run_log import LOG, Logger
 from .experiment import Experiment
 from .identity import (
@@ -86,11 +87,6 @@ def train(
     """
     say = announce if progress else _nothing
     with folder_lock(folder):
-        if resume and (folder / PARTS).is_dir():
-            raise ValueError(
-                f"{folder} holds a run whose blocks train apart, in {folder / PARTS}: go on with it with "
-                "experiments.parallel.train, start anew with --restart, or choose another folder"
-            )
         prepare(experiment, folder, resume=resume, measure=measure)
         phases = {key: (name, length) for key, name, length in stages(experiment.recipe)}
         if "fit" in phases:
@@ -126,7 +122,7 @@ def prepare(
     *,
     resume: bool = True,
     measure: bool = True,
-    units_at_once: int | None = None,
+    in_parts: bool = False,
 ) -> None:
     """Refuse what can be refused before any work, and read the data; see that the folder's run is this one.
 
@@ -134,7 +130,7 @@ def prepare(
         experiment, folder: of the run.
         resume: False deletes the checkpoints of the folder's run, once all else is checked.
         measure: whether the run will be evaluated; then test data are read and checked too.
-        units_at_once: how many units this process has in memory together; None: all that it trains.
+        in_parts: whether the units train apart, each as a run of its own (`parts`).
 
     Raises:
         ValueError, ImportError: what `check_machine` and `check_with_data` refuse, or another run in the folder.
@@ -149,8 +145,9 @@ def prepare(
     if (folder / _RESTARTING).exists():  # a restart that was killed on its way
         forget(folder)
     if resume:
+        _check_way(folder, in_parts=in_parts)
         check_resumes(folder, describe_run(experiment.recipe, None))
-    check_machine(experiment, folder, units_at_once=units_at_once)
+    check_machine(experiment, folder, units_at_once=1 if in_parts else None)
     if not experiment.splits:  # also those that are read after training: what is wrong with them is known now
         for split in sorted({"train", *(experiment.evaluation_splits if measure else ())}, reverse=True):
             experiment.data(split)
@@ -161,8 +158,15 @@ def prepare(
         forget(folder)
 
 
-def fit_noise(experiment: Experiment, folder: Path, *, progress: bool = True) -> tuple[Experiment, Fit | None]:
+def fit_noise(
+    experiment: Experiment, folder: Path, *, progress: bool = True, group: Group | None = None
+) -> tuple[Experiment, Fit | None]:
     """Fit the noise levels, below `folder`/fit; a fit that has ended is only read back.
+
+    Args:
+        experiment, folder: of the run.
+        progress: show progress bars.
+        group: ranks that do it together.
 
     Returns:
         The experiment on the fitted levels, and the fit; without a `fit` the experiment as it is, and None.
@@ -172,17 +176,18 @@ def fit_noise(experiment: Experiment, folder: Path, *, progress: bool = True) ->
         return experiment, None
     if recipe.trunk is not None:
         trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
-    fit = fit_levels(experiment, folder / "fit", progress=progress)
+    fit = fit_levels(experiment, folder / "fit", progress=progress, group=group)
     return experiment.derive(with_noise(recipe, fit.noise), same_run=True), fit
 
 
-def train_trunk(experiment: Experiment, folder: Path, *, progress: bool = True) -> Trainer:
+def train_trunk(experiment: Experiment, folder: Path, *, progress: bool = True, group: Group | None = None) -> Trainer:
     """Train the trunk, below `folder`/trunk, and save it; one that has ended is only read back.
 
     Args:
         experiment: on its fitted levels, where it fits them.
         folder: of the run.
         progress: show progress bars.
+        group: ranks that train it together.
 
     Raises:
         ValueError: the recipe has no trunk, or a fit that was not done.
@@ -191,7 +196,10 @@ def train_trunk(experiment: Experiment, folder: Path, *, progress: bool = True) 
         raise ValueError(f"{experiment.recipe.name} trains no trunk: the recipe has no such section for its method")
     _check_fitted(experiment)
     of_trunk = experiment.derive(trunk_recipe(experiment.recipe))
-    trunk = of_trunk.trainer(folder / "trunk", progress=progress)
+    trunk = of_trunk.trainer(folder / "trunk", progress=progress, group=group)
+    if group is not None and not group.leads:
+        trunk.train()
+        return trunk
     write_recipe(experiment.origin, folder)
     trunk.train()
     with trunk.averaged() as model:
@@ -225,6 +233,7 @@ def blocks_trainer(
     *,
     loggers: tuple[Logger, ...] = (),
     progress: bool = True,
+    group: Group | None = None,
 ) -> Trainer:
     """Make the trainer of the blocks: fresh ones, copies of a trunk, or where an unfinished run left them.
 
@@ -234,6 +243,7 @@ def blocks_trainer(
         trunk: at its end.
         loggers: further receivers of the log.
         progress: show progress bars.
+        group: ranks that train the one unit together.
 
     Raises:
         ValueError: a fit or a trunk of the recipe was not done.
@@ -242,12 +252,14 @@ def blocks_trainer(
     if trunk is None and has_trunk(experiment):
         raise ValueError(f"{experiment.recipe.name} branches its blocks from a trunk: give the one of train_trunk")
     if trunk is None:
-        trainer = experiment.trainer(folder, loggers=loggers, progress=progress)
-        write_recipe(experiment.origin, folder)
+        trainer = experiment.trainer(folder, loggers=loggers, progress=progress, group=group)
+        if group is None or group.leads:
+            write_recipe(experiment.origin, folder)
         return trainer
     options = trunk_options(experiment.recipe)
     after = experiment.derive(after_branch(experiment.recipe), same_run=True)
-    trainer = after.trainer(folder, model=branch_trunk(experiment.recipe, trunk), loggers=loggers, progress=progress)
+    blocks = branch_trunk(experiment.recipe, trunk)
+    trainer = after.trainer(folder, model=blocks, loggers=loggers, progress=progress, group=group)
     trainer.inherit(trunk, optimizer=options.optimizer == "copied", average=options.average == "copied")
     return trainer
 
@@ -367,6 +379,20 @@ def forget(folder: Path) -> None:
     for name in (RECIPE, RESULT):
         (folder / name).unlink(missing_ok=True)
     marker.unlink()
+
+
+def _check_way(folder: Path, *, in_parts: bool) -> None:
+    """Refuse a run that began the other way: in parts, or all units in one trainer."""
+    if in_parts and checkpoints(folder / "checkpoints"):
+        raise ValueError(
+            f"{folder} holds a run that trains all blocks in one process: go on with it without torchrun, start anew "
+            "with --restart, or choose another folder"
+        )
+    if not in_parts and (folder / PARTS).is_dir():
+        raise ValueError(
+            f"{folder} holds a run whose blocks train apart, in {folder / PARTS}: go on with it by "
+            "experiments.parallel.train, start anew with --restart, or choose another folder"
+        )
 
 
 def check_resumes(folder: Path, description: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def write_checkpoint(
     folder: Path, iteration: int, owners: Iterable[tuple[str, dict[str, Tensor]]], values: dict[str, Any], keep: int
 ) -> Path:
     """Write `folder`/iteration-..., one file an owner, and delete all but the newest `keep` checkpoints."""
-    path = folder / f"iteration-{iteration:09d}"
+    path = checkpoint_path(folder, iteration)
     with whole_folder(path, _FILES) as temporary:
         files = {}
         for name, tensors in owners:
@@ -60,6 +60,18 @@ def write_checkpoint(
         write_json(temporary / "state.json", seal({"iteration": iteration, **values, "files": files}))
     remove(checkpoints(folder)[:-keep])
     return path
+
+
+def checkpoint_path(folder: Path, iteration: int) -> Path:
+    """Where a folder has the checkpoint of an iteration."""
+    return folder / f"iteration-{iteration:09d}"
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration that a checkpoint's name says."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _file(owner: str) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from ..common.files import naming
 from ..common.formats import json_text
+from ..common.messages import announce
 
 
 class Logger(Protocol):
@@ -59,6 +64,36 @@ class JsonLines:
         """Close the file."""
         with naming(self._file.name):
             self._file.close()
+
+
+class ProgressLines:
+    """Prints how far a unit is: its step, loss and time left, every few seconds and at its end.
+
+    Args:
+        steps: of the unit.
+        seconds: between two lines, at least.
+    """
+
+    def __init__(self, steps: int, seconds: float = 10.0) -> None:
+        self._steps = steps
+        self._seconds = seconds
+        self._last = time.monotonic()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Print a line, where one is due."""
+        step, now = record["step"], time.monotonic()
+        if step < self._steps and now - self._last < self._seconds:
+            return
+        self._last = now
+        left = (self._steps - step) / max(record["iterations_per_second"], 1e-9)
+        memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
+        announce(
+            f"{record['unit']}: step {step:,} of {self._steps:,}, loss {record['loss']:.4g}, "
+            f"{datetime.timedelta(seconds=round(left))} left{memory}"
+        )
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class TensorBoard:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..common.seeds import seed_global
 from ..data.dataset import BatchMaker
+from .ranks import Group
 from .residency import ActiveUnit, Residency
 from .train_config import TrainConfig
 
@@ -98,6 +99,7 @@ class Stepper:
         batches: makes batches.
         config: batch size, accumulation, precision, clipping.
         device: where all of it lives.
+        group: ranks that train the unit together, of whose batches each computes some rows; None: this one alone.
     """
 
     def __init__(
@@ -106,7 +108,9 @@ class Stepper:
         batches: BatchMaker,
         config: TrainConfig,
         device: torch.device,
+        group: Group | None = None,
     ) -> None:
+        self.group = group
         self.residency = residency
         self.batches = batches
         self.config = config
@@ -198,12 +202,13 @@ class Stepper:
             batch = self.batches(lane.indices[micro], lane.generator)
             # Checkpointing throws a layer's casts away and makes them anew: kept ones would be a copy of all weights.
             with arithmetic(self.device, config.precision, keep_casts=not config.activation_checkpointing):
-                losses: Tensor = active.module.loss(batch, lane.generator)  # type: ignore[operator]
+                loss = self._mean_loss(active.module, batch, lane.generator) / config.accumulation
             del batch  # what the backward pass needs of it is saved; images in float32 are not
-            loss = losses.mean() / config.accumulation
             with attention_kernels(self.device):
                 loss.backward()
             total += loss.detach()
+        if self.group is not None:
+            self.group.add_up([*(p.grad for p in active.parameters if p.grad is not None), total])
         if config.gradient_clip is not None:
             gradients = [p.grad for p in active.parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
@@ -220,6 +225,14 @@ class Stepper:
         self.loss_sum[index] += total
         first_bad = (self.bad_step[index] < 0) & ~finite
         self.bad_step[index] = torch.where(first_bad, lane.step, self.bad_step[index])
+
+    def _mean_loss(self, module: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+        """The mean loss of a batch, or in a group this rank's share of it: the shares add up to the mean."""
+        if self.group is None:
+            losses: Tensor = module.loss(batch, generator)
+            return losses.mean()
+        losses = module.loss(batch, generator, rows=self.group.rows(self.config.batch_size))
+        return losses.sum() / self.config.batch_size
 
     def first_bad_step(self) -> tuple[int, int] | None:
         """(unit, step) whose loss or gradient was first not finite, or None. Waits for the device."""

@@ -22,17 +22,27 @@ from ..common.seeds import key
 from ..core.branching import trunk_name
 from ..core.model import DiffusionBlocks
 from ..data.dataset import BatchMaker
-from .checkpoint import RunDescription, checkpoints, read_owner, read_values, remove, write_checkpoint
+from .checkpoint import (
+    RunDescription,
+    checkpoint_path,
+    checkpoints,
+    iteration_of,
+    read_owner,
+    read_values,
+    remove,
+    write_checkpoint,
+)
 from .compilation import Compiler
 from .data_order import DataOrder
 from .distillation import TaughtBatches, load_teachers
 from .interruption import Interrupted, SignalWatch
+from .ranks import Group
 from .residency import Lengths, make_residency
 from .run_log import LOG, JsonLines, Logger
 from .schedules import block_schedule, next_others
 from .step import Stepper
 from .train_config import RESUME_MAY_DIFFER, TrainConfig, under_current_names
-from .units import Unit, check_readers, set_label_loss, units_of
+from .units import Unit, check_readers, set_label_loss, takes_rows, units_of
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +51,7 @@ class Diverged(RuntimeError):
     """A loss, a gradient, or what a step made of the weights, became NaN or infinite."""
 
     exit_status = 3
+    quiet = False  # another process tells of it
 
 
 class Trainer:
@@ -58,9 +69,10 @@ class Trainer:
         progress: show a progress bar.
         snapshot: called every `config.snapshot_every` iterations with the averaged model and the iteration.
         description: says what is trained, in every checkpoint, and checks those that the run would go on from.
+        group: ranks that train one unit together, each with a trainer of its own; the first of them writes the files.
 
     Raises:
-        ValueError: fewer examples than a step needs, or nothing to train.
+        ValueError: fewer examples than a step needs, nothing to train, or what a group cannot train.
     """
 
     def __init__(
@@ -76,8 +88,10 @@ class Trainer:
         progress: bool = True,
         snapshot: Callable[[nn.Module, int], None] | None = None,
         description: RunDescription | None = None,
+        group: Group | None = None,
     ) -> None:
         self.model = model
+        self.group = group
         self.description = description
         self.snapshot = snapshot
         self.config = config
@@ -93,6 +107,8 @@ class Trainer:
                 "train.concurrent = true needs blocks that move no parameter in common; blocks.shared is joint: set "
                 "train.concurrent to false, or blocks.shared to replicated"
             )
+        if group is not None:
+            _check_group(self.units, config, group)
         set_label_loss(self.units, config)
         _warn_of_rounding(self.units)
         self.device = device or next(self.units[0].module.parameters()).device
@@ -103,7 +119,7 @@ class Trainer:
         lengths = Lengths(steps, config.warmup(batches.num_examples))
         self.residency = make_residency(self.units, shared, lengths, config, self.device, folder, fill)
         self.sets = self.residency.sets
-        self.stepper = Stepper(self.residency, batches, config, self.device)
+        self.stepper = Stepper(self.residency, batches, config, self.device, group)
         self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.steps_per_switch, config.seed)
         self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
         self.iteration = 0
@@ -133,11 +149,17 @@ class Trainer:
             older = checkpoints(self.folder / "checkpoints")
             if not resume:
                 # Older ones would count as newer than this run's, and be resumed from, by their iteration.
-                remove(older)
+                if self._writes:
+                    remove(older)
                 older = []
-            if older:
-                self.load_checkpoint(older[-1])
-            self._log_file = JsonLines(self.folder / LOG, self.iteration if older else None)
+            newest = older[-1] if older else None
+            if self.group is not None:  # all go on from one
+                at = self.group.of_first([-1 if newest is None else iteration_of(newest)])[0]
+                newest = None if at < 0 else checkpoint_path(self.folder / "checkpoints", int(at))
+            if newest is not None:
+                self.load_checkpoint(newest)
+            if self._writes:
+                self._log_file = JsonLines(self.folder / LOG, self.iteration if newest is not None else None)
         end = min(len(self.schedule), until if until is not None else len(self.schedule))
         self.model.train()
         bar = tqdm(total=len(self.schedule), initial=self.iteration, disable=not self.progress, unit="it")
@@ -160,7 +182,9 @@ class Trainer:
         """
         index, seed = self.units[unit].index, self.config.seed
         step = self.sets[self.units[unit].name].steps
-        keys = key(seed, index, step, "noise"), key(seed, index, step, "dropout")
+        # Other ranks of a group have other rows of the batch, and drop other parts of them.
+        share = "" if self.group is None or self.group.leads else f" {self.group.rank}"
+        keys = key(seed, index, step, "noise"), key(seed, index, step, f"dropout{share}")
         self.stepper.run(unit, step, self.order(index, step), keys, following)
 
     def _loop(self, end: int, bar: tqdm[Any]) -> None:
@@ -185,23 +209,38 @@ class Trainer:
                 or self._is_due(config.checkpoint_every)
                 or (config.checkpoint_seconds is not None and now - last_save >= config.checkpoint_seconds)
             )
-            if save or log or snapshot or self._watch.signum or self._is_due(check_every):
+            signum = self._watch.signum
+            look = log or snapshot or self._is_due(check_every) or self._is_due(config.checkpoint_every)
+            if self.group is not None:  # what depends on a clock or a signal, all do at once
+                save, signum = self._agree(save, signum) if look else (False, None)
+            if save or look or signum:
                 self._stop_if_diverged()  # waits for the device: so many iterations are done, and not only begun
                 bar.update(self.iteration - bar.n)
             if log:
                 now = time.perf_counter()
                 bar.set_postfix(loss=f"{self._log(counts, now - last_log):.4g}")
                 counts, last_log = [0] * len(self.units), now
-            if save or (self.folder is not None and self._watch.signum):
+            if save or (self.folder is not None and signum):
                 self.save_checkpoint()
                 last_save = time.perf_counter()
             elif last or snapshot:
                 self._stop_if_state_diverged()
-            if self.snapshot is not None and snapshot:
+            if self.snapshot is not None and snapshot and self._writes:
                 with self.averaged() as model:
                     self.snapshot(model, self.iteration)
-            if self._watch.signum:
-                raise Interrupted(self._watch.signum, self.folder or Path("nowhere: the run has no folder"))
+            if signum:
+                raise Interrupted(signum, self.folder or Path("nowhere: the run has no folder"))
+
+    @property
+    def _writes(self) -> bool:
+        """Whether files and logs are this process's to write."""
+        return self.group is None or self.group.leads
+
+    def _agree(self, save: bool, signum: int | None) -> tuple[bool, int | None]:
+        """What any rank of the group is about to do."""
+        assert self.group is not None
+        at_once, number = self.group.largest([save, signum or 0])
+        return bool(at_once), number or None
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.iteration % every == 0
@@ -268,7 +307,7 @@ class Trainer:
         return sum(losses) / max(sum(counts), 1)
 
     def _receivers(self) -> list[Logger]:
-        return [*([] if self._log_file is None else [self._log_file]), *self.loggers]
+        return [*([] if self._log_file is None else [self._log_file]), *(self.loggers if self._writes else ())]
 
     # ---- branching -----------------------------------------------------------------------------------
 
@@ -312,13 +351,15 @@ class Trainer:
                 parameters.swap_ema()
 
     def save_checkpoint(self) -> Path:
-        """Write the whole state under the run's folder.
+        """Write the whole state under the run's folder; in a group all look at it, and the first one writes.
 
         Raises:
             Diverged: some of it is not finite; nothing is written.
         """
         assert self.folder is not None
         self._stop_if_state_diverged()
+        if not self._writes:
+            return checkpoint_path(self.folder / "checkpoints", self.iteration)
         values = {"config": self.config.model_dump(mode="json"), "units": sorted(self.sets), "seconds": self.seconds}
         if self.description is not None:
             values["run"] = self.description.values
@@ -384,6 +425,27 @@ class Trainer:
         with torch.cuda.stream(stream):
             yield
         torch.cuda.current_stream().wait_stream(stream)
+
+
+def _check_group(units: Sequence[Unit], config: TrainConfig, group: Group) -> None:
+    """Refuse what several ranks cannot train together."""
+    assert len(units) == 1, "a group trains one unit"
+    module: Any = units[0].module
+    if config.optimizer_in_backward:
+        raise ValueError(
+            f"train.optimizer_in_backward steps before the gradients of all {group.size} ranks are there: set "
+            "train.optimizer_in_backward to false, or start fewer ranks than blocks"
+        )
+    if config.batch_size < group.size:
+        raise ValueError(
+            f"train.batch_size = {config.batch_size} gives {group.size} ranks of one block no example each: start "
+            "fewer ranks, or a larger batch"
+        )
+    if not takes_rows(module):
+        raise ValueError(
+            f"{units[0].name} cannot be trained by {group.size} ranks together, as it draws or keeps statistics over a "
+            "whole batch: start it without torchrun, or with no more ranks than blocks"
+        )
 
 
 def _warn_of_rounding(units: Sequence[Unit]) -> None:

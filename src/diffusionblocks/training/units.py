@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
+from ..core.block import Block, rows_of
 from ..core.end_to_end import save_end_to_end
 from ..core.model import DiffusionBlocks
 from ..families import Family, family_for
@@ -159,7 +160,7 @@ class EndToEnd(Baseline):
     @activation_checkpointing.setter
     def activation_checkpointing(self, value: bool) -> None:
         model: Any = self.model
-        if self._trains_itself:
+        if self.trains_itself:
             if value:
                 raise ValueError(
                     f"train.activation_checkpointing = true: a {type(model).__name__} trained end to end has no "
@@ -202,7 +203,7 @@ class EndToEnd(Baseline):
         self._label_loss = value
 
     @property
-    def _trains_itself(self) -> bool:
+    def trains_itself(self) -> bool:
         """Whether the class brings a training loss of its own (`RecurrentDepth`); none of a library does."""
         return hasattr(type(self.model), "loss")
 
@@ -211,7 +212,7 @@ class EndToEnd(Baseline):
         (batch, length, vocab_size) of those after them."""
         if inputs.is_floating_point():
             return self.model(pixel_values=inputs).logits  # type: ignore[no-any-return]
-        if self._trains_itself:
+        if self.trains_itself:
             return self.model(inputs)  # type: ignore[no-any-return]
         return self.model(input_ids=inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
@@ -227,8 +228,19 @@ class EndToEnd(Baseline):
             elif isinstance(part, nn.Module):  # else a bare parameter
                 part.compile(*args, **kwargs)
 
-    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def loss(
+        self,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+        *,
+        rows: slice | None = None,
+    ) -> Tensor:
         """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens.
+
+        Args:
+            batch: images and labels, or tokens.
+            generator: of what a class with a training of its own draws.
+            rows: compute only these examples; None: all.
 
         Raises:
             ValueError: texts of fewer than two tokens, or an entry that nothing reads.
@@ -236,7 +248,9 @@ class EndToEnd(Baseline):
         more = () if self.label_loss is None else self.label_loss.entries
         names = ("input_ids",) if "input_ids" in batch else ("pixel_values", "labels", *more)
         check_entries(batch, names, type(self.model).__name__)
-        if self._trains_itself:
+        if rows is not None:
+            batch = rows_of(batch, rows)
+        if self.trains_itself:
             return self.model.loss(batch, generator, self.loss_chunk)  # type: ignore[operator, no-any-return]
         if "input_ids" in batch:
             tokens = batch["input_ids"]
@@ -264,7 +278,7 @@ class EndToEnd(Baseline):
         A class that draws how much of itself it runs (`RecurrentDepth`) runs as many iterations as the gradient goes
         through and one before them: more of those take time, and no memory.
         """
-        if self._trains_itself:
+        if self.trains_itself:
             model: Any = self.model
             return model.loss_after(model.backprop_depth + 1, batch["input_ids"], chunk=self.loss_chunk)  # type: ignore[no-any-return]
         return self.loss(batch)
@@ -354,6 +368,13 @@ def check_readers(config: TrainConfig) -> None:
         raise ValueError(f"train.resident = active: {reason}, so all are on the device; set train.resident to all")
     if config.concurrent:
         raise ValueError(f"train.concurrent = true: {reason}, which must stand still; set train.concurrent to false")
+
+
+def takes_rows(module: nn.Module) -> bool:
+    """Whether the examples of a batch can be computed apart, by several ranks: nothing is made of a whole batch."""
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        return False
+    return isinstance(module, Block) or (isinstance(module, EndToEnd) and not module.trains_itself)
 
 
 def _require_parameters(units: list[Unit], shared: list[nn.Parameter]) -> tuple[list[Unit], list[nn.Parameter]]:

@@ -1,0 +1,272 @@
+"""Processes that train side by side (torchrun): who is who, what they tell one another, and groups that share a batch.
+
+Ranks that train different blocks have nothing to say to each other. They tell the first rank through torchrun's
+key-value store that they have ended, and no more. A process group is made only for ranks that train one block together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Elements of gradients that travel together: bounds the memory of their copy.
+_TOGETHER = 2**25
+
+#: Seconds between two signs of life, at most, and between two looks for what a rank waits for.
+_BEAT, _LOOK = 5.0, 0.1
+
+
+class RankLost(RuntimeError):
+    """Another rank died, or its machine did: what this one waits for will not come."""
+
+    exit_status = 1
+
+
+class StoppedWithOthers(RuntimeError):
+    """Another rank failed, and says so itself."""
+
+    exit_status = 1
+    quiet = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """What torchrun tells a process of itself.
+
+    Attributes:
+        rank: its number among all.
+        world: how many there are.
+        local_rank: its number on its machine.
+        local_world: how many there are on its machine.
+        restarts: how often torchrun has started all of them again.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    restarts: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Place | None:
+        """Read torchrun's variables; None in a process that it did not start."""
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            return None
+        names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
+        names["restarts"] = "TORCHELASTIC_RESTART_COUNT"
+        return cls(**{field: int(os.environ.get(name, "0")) for field, name in names.items()})
+
+    def device(self, name: str) -> str:
+        """The device of this rank, where a recipe says `auto`, `cpu` or `cuda`.
+
+        Raises:
+            ValueError: one GPU is named for all ranks, or a machine has fewer GPUs than ranks.
+        """
+        if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+            return "cpu"
+        if name not in ("auto", "cuda"):
+            raise ValueError(f"device: {name} is one GPU for {self.world} ranks; use device: cuda or auto")
+        if max(self.local_rank + 1, self.local_world) > max(1, torch.cuda.device_count()):
+            raise ValueError(
+                f"{self.local_world} ranks on a machine with {torch.cuda.device_count()} GPUs: start torchrun with "
+                f"--nproc-per-node {max(1, torch.cuda.device_count())}"
+            )
+        return f"cuda:{self.local_rank}"
+
+
+class Ranks:
+    """The processes of a run: tells the others of one, and waits for what they tell, but not for the dead.
+
+    Args:
+        place: of this process.
+        timeout: seconds without a sign of life after which a rank counts as dead.
+
+    Raises:
+        RankLost: some of them did not come.
+    """
+
+    def __init__(self, place: Place, timeout: float) -> None:
+        self.place = place
+        self.timeout = timeout
+        with _translated("the ranks did not all start"):
+            from torch.distributed.rendezvous import rendezvous
+
+            self._rendezvous, *_ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
+        self._store = _below("told", self._rendezvous)
+        self._is_over = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank checks, announces, joins and evaluates for all."""
+        return self.place.rank == 0
+
+    def tell(self, name: str, value: str = "") -> None:
+        """Let other ranks read a value."""
+        with _translated("the first rank is gone"):
+            self._store.set(name, value)
+
+    def wait_for(self, name: str, rank: int) -> str:
+        """Read what a rank tells, once it does.
+
+        Raises:
+            RankLost: it died.
+            StoppedWithOthers: some rank failed.
+        """
+        last, since = None, time.monotonic()
+        with _translated("the first rank is gone"):
+            while not self._store.check([name]):
+                if self._store.check(["failure"]):
+                    raise StoppedWithOthers("another rank failed")
+                beats = self._store.add(f"beats/{rank}", 0)
+                if beats != last:
+                    last, since = beats, time.monotonic()
+                elif time.monotonic() - since > self.timeout:
+                    raise RankLost(
+                        f"rank {rank} gave no sign of life for {self.timeout:g} s, its process or machine died: run "
+                        "the same command again to go on from the checkpoints"
+                    )
+                time.sleep(_LOOK)
+            return str(self._store.get(name).decode())
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let the ranks that wait know when this one fails, and leave the others at the end."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                self._store.set("failure", str(self.place.rank))
+            raise
+        finally:
+            self._is_over.set()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+    def groups(self, device: torch.device, blocks: int) -> Group | None:
+        """The group of this rank in a mesh of (block, data): ranks of one row train one block together.
+
+        Every rank calls it, or none.
+
+        Args:
+            device: of this rank.
+            blocks: rows of the mesh; they divide the number of ranks.
+
+        Returns:
+            None where a row is one rank.
+        """
+        if blocks == self.place.world:
+            return None
+        if not torch.distributed.is_initialized():
+            with _translated("the ranks did not all come to the process group"):
+                torch.distributed.init_process_group(
+                    "nccl" if device.type == "cuda" else "gloo",
+                    store=_below("groups", self._rendezvous),
+                    rank=self.place.rank,
+                    world_size=self.place.world,
+                    timeout=timedelta(seconds=self.timeout),
+                )
+        from torch.distributed.device_mesh import init_device_mesh  # takes a second
+
+        mesh = init_device_mesh(device.type, (blocks, self.place.world // blocks), mesh_dim_names=("block", "data"))
+        return Group(mesh["data"].get_group(), device)
+
+    def _beat(self) -> None:
+        """Give signs of life, until the process ends or nobody takes them any more."""
+        with contextlib.suppress(RuntimeError):
+            while not self._is_over.wait(min(_BEAT, self.timeout / 4)):
+                self._store.add(f"beats/{self.place.rank}", 1)
+
+
+class Group:
+    """Ranks that train one unit together: each computes some rows of every batch, and gradients are summed.
+
+    Attributes:
+        size: how many ranks.
+        rank: number of this one in the group.
+    """
+
+    def __init__(self, process_group: Any, device: torch.device) -> None:
+        self._group = process_group
+        self._device = device
+        self.size = torch.distributed.get_world_size(process_group)
+        self.rank = torch.distributed.get_rank(process_group)
+        self._first = torch.distributed.get_global_rank(process_group, 0)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes the files of the group."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a batch that this rank computes: no other rank has them, and together they are all."""
+        return slice(self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of a device by their sums over the group, in a few flat pieces."""
+        for piece in _pieces(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in piece])
+            with _translated(_PARTNER_IS_GONE):
+                torch.distributed.all_reduce(flat, group=self._group)
+            parts = flat.split([tensor.numel() for tensor in piece])
+            torch._foreach_copy_(piece, [part.view(tensor.shape) for part, tensor in zip(parts, piece, strict=True)])
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """Of each value the largest in the group. Waits for the device."""
+        together = torch.tensor(values, dtype=torch.int64, device=self._device)
+        with _translated(_PARTNER_IS_GONE):
+            torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, group=self._group)
+            return together.tolist()  # type: ignore[no-any-return]
+
+    def of_first(self, values: Sequence[float]) -> list[float]:
+        """The values of the rank that leads. Waits for the device."""
+        together = torch.tensor(values, dtype=torch.float64, device=self._device)
+        with _translated(_PARTNER_IS_GONE):
+            torch.distributed.broadcast(together, self._first, group=self._group)
+            return together.tolist()  # type: ignore[no-any-return]
+
+
+def _below(name: str, store: Any) -> Any:
+    """A store within a store."""
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    return PrefixStore(name, store)
+
+
+_PARTNER_IS_GONE = "a rank that trains the same block is gone"
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype, at most so many elements together where they are several."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        piece: list[Tensor] = []
+        size = 0
+        for tensor in tensors:
+            if tensor.dtype == dtype:
+                if piece and size + tensor.numel() > _TOGETHER:
+                    yield piece
+                    piece, size = [], 0
+                piece.append(tensor)
+                size += tensor.numel()
+        if piece:
+            yield piece
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Let errors of a connection say what is the matter."""
+    try:
+        yield
+    except (RankLost, StoppedWithOthers):
+        raise
+    except RuntimeError as error:
+        raise RankLost(f"{what} ({' '.join(str(error).split())[:200]}): run the same command again") from error

@@ -1,0 +1,230 @@
+"""Ranks that share a run (gloo): the model of one process, whoever trains what, and nothing hangs where one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import changed_recipe, few_digits, listing, run_like_torchrun
+from safetensors.torch import load_file
+
+from diffusionblocks.common.messages import report_errors
+from diffusionblocks.experiments import parallel, run
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.parallel import mesh_rows
+from diffusionblocks.training import Trainer
+from diffusionblocks.training.ranks import Group
+
+SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+STAGES = {"fit": {"steps": 2, "rounds": 2, "grid": 3, "examples": 16}, "trunk": {"steps": 2}}
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive"
+)
+
+
+def experiment(**changes: Any) -> Experiment:
+    values = {
+        "name": "tiny",
+        "model": {"type": "ViTForImageClassification", "config": SIZE | IMAGES},
+        "blocks": {"num_blocks": 4},
+        "data": {"kind": "digits", "augment": {"flip": True, "crop_padding": 1}},
+        "train": {"steps": 4, "batch_size": 6, "accumulation": 2, "ema_decay": 0.9, "log_every": 2},
+        "parallel": {"timeout": 30},
+        "evaluate": {"limit": 16, "seeds": [1]},
+        "device": "cpu",
+    }
+    data = few_digits()
+    return Experiment(changed_recipe(values, changes), {"train": data, "test": data})
+
+
+def over_ranks(
+    folder: Path,
+    ranks: int,
+    *,
+    statuses: tuple[int, ...] = (),
+    before: Callable[[int], None] | None = None,
+    **changes: Any,
+) -> list[str]:
+    """Train by so many ranks; returns what each said."""
+
+    def command(rank: int) -> int:
+        if before is not None:
+            before(rank)
+        return report_errors(lambda: parallel.train(experiment(**changes), folder / "run") and None)
+
+    folder.mkdir(exist_ok=True)
+    return run_like_torchrun(command, folder, ranks=ranks, statuses=statuses)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted((folder / "model").rglob("*.safetensors"))
+    return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    values = json.loads((folder / "result.json").read_text())
+    return {name: values[name] for name in ("rows", "iterations")}
+
+
+def assert_close(folder: Path, other: Path) -> None:
+    """The same weights to rounding, and not by chance: they moved."""
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys() != set()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a run in one process, by what is changed."""
+    done: dict[str, Path] = {}
+
+    def of(**changes: Any) -> Path:
+        key = json.dumps(changes)
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("serial")
+            run.train(experiment(**changes), done[key], progress=False)
+        return done[key]
+
+    return of
+
+
+Event = Callable[[Trainer], None]
+
+
+def at(block: int, step: int, event: Event) -> Callable[[int], None]:
+    """Let something happen on the ranks that train a block, before one of its steps."""
+    original = Trainer.step
+
+    def before(rank: int) -> None:
+        def eventful(trainer: Trainer, unit: int, following: int | None = None) -> None:
+            if (trainer.units[unit].index, trainer.iteration) == (block, step):
+                event(trainer)
+            original(trainer, unit, following)
+
+        Trainer.step = eventful  # type: ignore[method-assign]
+
+    return before
+
+
+def killed(trainer: Trainer) -> None:
+    if trainer.group is None or not trainer.group.leads:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stopped(trainer: Trainer) -> None:
+    """SIGTERM comes to one rank."""
+    if trainer.group is None or not trainer.group.leads:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def spoiled(trainer: Trainer) -> None:
+    with torch.no_grad():
+        trainer.units[0].own[0].fill_(float("nan"))
+
+
+def failing(trainer: Trainer) -> None:
+    raise OSError(28, "No space left on device", "somewhere")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"blocks": {"shared": "frozen"}}, {"method": "ensemble"}], ids=["frozen", "ensemble"]
+)
+def test_ranks_leave_what_one_process_leaves(changes: dict[str, Any], serial: Any, tmp_path: Path) -> None:
+    said = over_ranks(tmp_path, 3, **changes)
+    whole = serial(**changes)
+    assert listing(tmp_path / "run" / "model") == listing(whole / "model") != {}
+    assert results(tmp_path / "run") == results(whole)
+    name = "member" if "method" in changes else "block"
+    for rank, parts in enumerate([(0, 3), (1,), (2,)]):
+        assert [f"{name} {b}: step 4 of 4, loss" in said[rank] for b in range(4)] == [b in parts for b in range(4)]
+
+
+GROUPS: dict[str, tuple[int, dict[str, Any]]] = {
+    "rows of two": (4, {"blocks": {"num_blocks": 2}}),
+    "uneven shares": (4, {"method": "end-to-end"}),
+    "fit and trunk": (2, STAGES),
+}
+
+
+@pytest.mark.parametrize("what", GROUPS)
+def test_groups_agree_with_one_process_of_the_whole_batch(what: str, serial: Any, tmp_path: Path) -> None:
+    ranks, changes = GROUPS[what]
+    over_ranks(tmp_path, ranks, **changes)
+    assert_close(tmp_path / "run", serial(**changes))
+    assert results(tmp_path / "run")["iterations"] == results(serial(**changes))["iterations"]
+
+
+def test_a_run_goes_on_with_other_ranks(serial: Any, tmp_path: Path) -> None:
+    changes = {"train": {"checkpoint_every": 1, "seed": 3}, "parallel": {"timeout": 2}}
+    said = over_ranks(tmp_path, 4, statuses=(1, 0, -signal.SIGKILL, 0), before=at(2, 2, killed), **changes)
+    assert "rank 2 gave no sign of life for 2 s" in said[0]
+    folder = tmp_path / "run" / "blocks"
+    of_others = {name: file for name, file in listing(folder).items() if "block-02" not in name}
+    assert {name.split("/")[0] for name in of_others} == {"block-00", "block-01", "block-03"}
+    over_ranks(tmp_path, 2, statuses=(-signal.SIGKILL, 0), before=at(2, 3, killed), **changes)
+    parallel.train(experiment(**changes), tmp_path / "run", progress=False)
+    steps = [json.loads(line)["step"] for line in (folder / "block-02" / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+    assert {name: file for name, file in listing(folder).items() if "block-02" not in name} == of_others
+    assert listing(tmp_path / "run" / "model") == listing(serial(**changes) / "model")
+
+
+@pytest.mark.parametrize("event", [killed, stopped])
+def test_a_group_goes_on_in_one_process(event: Event, serial: Any, tmp_path: Path) -> None:
+    changes = {"method": "end-to-end", "train": {"checkpoint_every": 1}}
+    ends = (1, -signal.SIGKILL) if event is killed else (143, 143)
+    said = over_ranks(tmp_path, 2, statuses=ends, before=at(0, 2, event), **changes)
+    assert "error" not in said[1]
+    assert ("a rank that trains the same block is gone" in said[0]) == (event is killed)
+    (*_, newest) = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert newest.name == ("iteration-000000002" if event is killed else "iteration-000000003")
+    run.train(experiment(**changes), tmp_path / "run", progress=False)
+    assert_close(tmp_path / "run", serial(method="end-to-end"))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_block_that_diverges_stops_alone(ranks: int, tmp_path: Path) -> None:
+    changes = {"blocks": {"num_blocks": 2}}
+    said = over_ranks(tmp_path, ranks, statuses=(3, *[0] * (ranks - 1)), before=at(1, 2, spoiled), **changes)
+    assert "error: block 1 is missing: block 1: loss or gradient is NaN or infinite at its step" in said[0]
+    assert "block 1 stops, the others go on: " in said[ranks // 2]
+    assert json.loads((tmp_path / "run" / "model" / "diffusionblocks.json").read_text())["blocks"] == [0]
+
+
+def test_what_fails_is_told_once(tmp_path: Path) -> None:
+    said = over_ranks(tmp_path, 2, statuses=(1, 4), before=at(1, 2, failing))
+    assert "rank 1: error: somewhere: No space left" in said[1]
+    assert "error" not in said[0]
+    said = over_ranks(tmp_path / "joint", 2, statuses=(2, 1), blocks={"shared": "joint"})
+    assert said[0].startswith("error: blocks.shared = joint: every step")
+    assert "set blocks.shared to replicated or frozen" in said[0]
+
+
+def test_rows_of_the_mesh() -> None:
+    assert [mesh_rows(world, 4) for world in (1, 3, 4, 8, 12)] == [1, 3, 4, 4, 4]
+    with pytest.raises(ValueError, match=r"6 ranks for 4 parts: .* start 4 or 8 ranks"):
+        mesh_rows(6, 4)
+    with pytest.raises(ValueError, match="start 8 ranks"):
+        mesh_rows(9, 4)
+
+
+def test_what_a_group_cannot_train_is_refused() -> None:
+    group: Any = type("Three", (Group,), {"__init__": lambda self: setattr(self, "size", 3)})()
+    for changes, message in [
+        ({"batch_size": 2}, "train.batch_size = 2 gives 3 ranks of one block no example each"),
+        (
+            {"optimizer_in_backward": True, "gradient_clip": None, "accumulation": 1},
+            "set train.optimizer_in_backward to false",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            experiment(method="end-to-end", train=changes).trainer(group=group)
