@@ -249,3 +249,21 @@ def test_differences_are_of_classifiers() -> None:
     model = convert("masked")
     with pytest.raises(ValueError, match="export_difference compares classifiers"):
         db.export_difference(model, 0, model.export_block(0), token_batch())
+
+
+# ---- precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_positions_of_an_export_are_exact_whatever_its_precision(family: str, dtype: torch.dtype) -> None:
+    """As where the library loads a model of that precision: rounded frequencies turn by other angles."""
+    original = tiny(family, layers=4).to(dtype)  # casts the frequencies, too
+    model = db.convert(original, db.BlocksConfig(num_blocks=2, target={"kind": "next-token", "noise_input": False}))  # type: ignore[arg-type]
+    rounded = {name for name, buffer in original.named_buffers() if buffer.dtype == dtype}
+    assert any("inv_freq" in name for name in rounded)  # the positive control
+    for exported in (model.export_block(1), model.export_initialisation()):
+        fresh = dict(type(exported)(exported.config).named_buffers())
+        for name, buffer in exported.named_buffers():
+            assert torch.equal(buffer, fresh[name])
+        assert {p.dtype for p in exported.parameters()} == {dtype}

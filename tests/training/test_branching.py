@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import diffusionblocks as db
 from diffusionblocks.core.branching import trunk_name
+from diffusionblocks.core.soup import soup
 from diffusionblocks.data import ImageBatches, ImageData, digits
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.experiment import Experiment
@@ -56,6 +57,25 @@ def trunk_of(family: str, shared: str = "replicated", **config: Any) -> db.Diffu
 
 
 # ---- the copy is exact --------------------------------------------------------------------------------------
+
+
+def test_branches_and_their_soup_have_the_precision_of_each_tensor_and_what_is_frozen() -> None:
+    original = tiny("llama", layers=DEPTH).to(torch.bfloat16)
+    for name, parameter in original.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.full(parameter.shape, 1.001)  # no number of bfloat16
+        parameter.requires_grad_("q_proj" not in name)
+    trunk = db.convert(original, db.BlocksConfig(num_blocks=1))
+    model = db.branch(trunk, BLOCKS)
+    expected = {name: (p.dtype, p.requires_grad) for name, p in trunk.block(0).named_parameters()}
+    assert {dtype for dtype, _ in expected.values()} == {torch.float32, torch.bfloat16}
+    for branched in (model, soup(model)):
+        for b, block in enumerate(branched.blocks):
+            for name, parameter in block.named_parameters():
+                own = trunk_name(branched, b, name)
+                assert (parameter.dtype, parameter.requires_grad) == expected[own], name
+                if "input_layernorm" in name:
+                    assert torch.equal(parameter, trunk.block(0).get_parameter(own))
 
 
 @pytest.mark.parametrize("shared", POLICIES)

@@ -62,7 +62,9 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
 
 
 def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> DiffusionBlocks:
-    """Build a model of the same class, device and precision with other blocks, whose weights are to be loaded.
+    """Build a model of the same class with other blocks, whose weights are to be loaded.
+
+    Each tensor has the device, the precision and the `requires_grad` of its counterpart in the model's first block.
 
     Args:
         model: what it is to be like.
@@ -76,6 +78,12 @@ def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> D
     original = instantiate(model.model_class, with_depth(model.model_class, model.config, depth))
     parameter = next(model.block(0).parameters())
     result = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
+    counterparts = model.block(0).state_dict(keep_vars=True)
+    for b in range(config.num_blocks):
+        for name, tensor in result.block(b).state_dict(keep_vars=True).items():
+            counterpart = counterparts[trunk_name(result, b, name)]
+            tensor.data = tensor.data.to(counterpart.dtype)
+            tensor.requires_grad_(counterpart.requires_grad)
     result.generation_config = copy.deepcopy(model.generation_config)
     return result
 

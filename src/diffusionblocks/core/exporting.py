@@ -77,16 +77,24 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
             of_head = name.startswith(head)
             if of_layer or (of_head and index == last) or (not of_head and index == 0):
                 weights[name] = tensor.detach().cpu().clone()
-    nn.Module.to(original, dtype=next(model.block(0).network.parameters()).dtype)  # diffusers overrides `to`, and nags
     original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
     _take_generation_config(model, original)
     return original.train(model.training)
 
 
 def _unused(model: DiffusionBlocks, original: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that blocks have no use for, as a fresh model has them."""
+    """The weights that blocks have no use for, as a fresh model has them, in the precision of the blocks.
+
+    The rest of a fresh model is not cast: buffers that no file holds, such as rotary frequencies, stay float32, as they
+    do where the library loads a model.
+    """
     unused = tuple(f"{path}." for path in model.family.unused)
-    return {name: tensor for name, tensor in original.state_dict().items() if f"{name}.".startswith(unused)}
+    dtype = next(model.block(0).network.parameters()).dtype
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in original.state_dict().items()
+        if f"{name}.".startswith(unused)
+    }
 
 
 def export_block(
@@ -319,7 +327,7 @@ def _folded(model: DiffusionBlocks, part: Block, state: _State) -> OrdinaryModel
 
 def _built(model: DiffusionBlocks, block: int, ordinary: OrdinaryModel) -> nn.Module:
     """An instance of the class, with its weights."""
-    part, name = model.block(block), ordinary.model_class
+    name = ordinary.model_class
     indices = list(model.partition.layer_range(block))
     if indices[0]:
         model.family.check_movable(model.model_class)
@@ -331,7 +339,6 @@ def _built(model: DiffusionBlocks, block: int, ordinary: OrdinaryModel) -> nn.Mo
         config = rebuild_config(name, {n: v for n, v in values.items() if n in fields} | ordinary.values)
     exported = instantiate(name, config)
     weights = _unused(model, exported) | ordinary.weights(family_named(name).layers_path(exported))
-    nn.Module.to(exported, dtype=next(part.network.parameters()).dtype)
     exported.load_state_dict({n: t.detach().cpu().clone() for n, t in weights.items()}, strict=True, assign=True)
     _take_generation_config(model, exported)
     return exported.train(model.training)
