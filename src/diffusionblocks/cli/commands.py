@@ -31,6 +31,7 @@ COMMANDS = {
     "ablate": Command(
         "train a recipe with other values in some of its fields, over several seeds; one table", ".ablate"
     ),
+    "status": Command("how far a run is, from another shell: each block, whether it runs, what is missing", ".status"),
     "report": Command("one HTML page about runs: losses, levels, results, samples, memory, time, recipes", ".report"),
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
@@ -88,6 +89,8 @@ examples:
       DiffusionBlocks beside end-to-end networks and an ensemble, in one table and a figure
   diffusionblocks ablate vit/digits --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2
       a row for each value, with mean and spread over the seeds; --preset partition block-count overlap: the paper's
+  diffusionblocks status runs/digits
+      steps, loss and time left of each block of a run that goes on, or was stopped; --json for scripts
   diffusionblocks report runs/demo --out report.html
       one page about runs, comparisons and ablations; with --watch it follows them while they train
   diffusionblocks push runs/digits --repo user/digits --private

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 _WORKSPACE = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp")
 
@@ -31,6 +32,9 @@ _OLD = "the-old-one"  # within a workspace: the folder that is being replaced
 _FOREIGN_AGE = 24 * 3600.0
 #: The same for one that has moved an older folder away without putting the new one in its place, which takes no time.
 _FOREIGN_GAP = 60.0
+
+#: How often a lock is tried: whoever looks at one has it for a moment.
+_LOOKS = 5
 
 
 # ---- replacing -------------------------------------------------------------------------------------------------
@@ -272,7 +276,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         while True:
             file = stack.enter_context(path.open("a+"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
             except BlockingIOError:
                 file.seek(0)
                 who = file.read().strip() or "another process"
@@ -296,6 +300,29 @@ def folder_lock(folder: Path) -> Iterator[None]:
             if not existed:
                 with contextlib.suppress(OSError):  # something is in it
                     folder.rmdir()
+
+
+def _lock(file: TextIO) -> None:
+    """Lock a file for this process. BlockingIOError: another one has it, and not only to look (`lock_holder`)."""
+    for _ in range(_LOOKS):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.02)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def lock_holder(folder: Path) -> str | None:
+    """Who works in a folder, `process 12 on gpu-3`, by its `folder_lock`; None: nobody, or its disk has no locks."""
+    try:
+        with (folder / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        return None
+    return None
 
 
 # ---- workspaces ------------------------------------------------------------------------------------------------

@@ -250,6 +250,7 @@ def begin(
     Returns:
         The experiment on its fitted levels, and what this took.
     """
+    write_recipe(experiment.origin, folder)
     lengths = {key: length for key, _, length in stages(experiment.recipe)}
     if "fit" in lengths:
         say(f"fit: {lengths['fit']}")

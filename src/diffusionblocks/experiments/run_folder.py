@@ -24,7 +24,7 @@ from .comparison import columns
 from .experiment import Experiment
 from .identity import in_current_terms
 from .recipe import Recipe, parse_recipe
-from .run import RESULT, TABLE
+from .run import PARTS, RESULT, TABLE
 from .run_files import read_label_levels, read_log, read_result, read_row, read_table, read_values
 from .shipped_recipes import RECIPE
 from .tasks import TASKS
@@ -88,6 +88,8 @@ def read_run(folder: Path, name: str) -> RunReport:
     plain = _recipe_values(folder / RECIPE)
     result, row = read_result(folder), read_row(folder)
     logs = {phase: records for phase, place in _PHASES.items() if (records := read_log(folder / place))}
+    if parts := _records_of_parts(folder):
+        logs["run"] = parts
     _check_one_run(folder, result, logs)
     unit_steps, outlined = _outline(json.dumps(plain, sort_keys=True))
     model = _levels_of_saved(folder / "model") or outlined
@@ -109,6 +111,15 @@ def read_run(folder: Path, name: str) -> RunReport:
         pictures=_files(folder, _PICTURES),
         texts=_files(folder, _TEXTS),
     )
+
+
+def _records_of_parts(folder: Path) -> list[dict[str, Any]]:
+    """Records of parts that train apart, one part after another, as if one process had trained them in this order."""
+    records: list[dict[str, Any]] = []
+    for part in sorted((folder / PARTS).glob("*-*")):
+        before = records[-1]["iteration"] if records else 0
+        records += [{**record, "iteration": before + record["iteration"]} for record in read_log(part)]
+    return records
 
 
 def _recipe_values(path: Path) -> dict[str, Any]:

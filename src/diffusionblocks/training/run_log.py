@@ -6,12 +6,11 @@ import contextlib
 import datetime
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from ..common.files import naming
 from ..common.formats import json_text
@@ -33,7 +32,8 @@ LOG = "log.jsonl"
 
 
 class JsonLines:
-    """Appends records to a .jsonl file. On resume, records past the checkpoint are dropped.
+    """Appends records to a .jsonl file, with the host and the rank that they are of. On resume, records past the
+    checkpoint are dropped.
 
     Args:
         path: the file.
@@ -41,6 +41,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
+        self._process = {"host": socket.gethostname(), "rank": int(os.environ.get("RANK", 0))}  # torchrun's
         lines: list[str] = []
         if resume_at is not None and path.exists():
             for line in path.read_text().splitlines():
@@ -57,7 +58,7 @@ class JsonLines:
     def log(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it."""
         with naming(self._file.name):
-            self._file.write(json_text(record, self._file.name) + "\n")
+            self._file.write(json_text(record | self._process, self._file.name) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -67,33 +68,41 @@ class JsonLines:
 
 
 class ProgressLines:
-    """Prints how far a unit is: its step, loss and time left, every few seconds and at its end.
+    """Prints how far each unit is in one line: every few seconds, and at its end.
 
     Args:
-        steps: of the unit.
-        seconds: between two lines, at least.
+        steps: of each unit.
+        units: that train in turns.
+        seconds: between two lines of a unit, at least.
     """
 
-    def __init__(self, steps: int, seconds: float = 10.0) -> None:
-        self._steps = steps
-        self._seconds = seconds
-        self._last = time.monotonic()
+    def __init__(self, steps: int, units: int = 1, seconds: float = 10.0) -> None:
+        self._steps, self._units, self._seconds = steps, units, seconds
+        self._times: dict[str, float] = {}
 
     def log(self, record: dict[str, Any]) -> None:
         """Print a line, where one is due."""
-        step, now = record["step"], time.monotonic()
-        if step < self._steps and now - self._last < self._seconds:
-            return
-        self._last = now
-        left = (self._steps - step) / max(record["iterations_per_second"], 1e-9)
-        memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
-        announce(
-            f"{record['unit']}: step {step:,} of {self._steps:,}, loss {record['loss']:.4g}, "
-            f"{datetime.timedelta(seconds=round(left))} left{memory}"
-        )
+        unit, now = record["unit"], time.monotonic()
+        if record["step"] >= self._steps or now - self._times.get(unit, float("-inf")) >= self._seconds:
+            self._times[unit] = now
+            left = self._units * self._steps - record["iteration"]
+            announce(progress_line(record, self._steps, left / max(record["iterations_per_second"], 1e-9)))
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def progress_line(record: Mapping[str, Any], steps: int, left: float) -> str:
+    """A unit's progress in one line: `block 1: step 300 of 1,000, loss 0.0213, 0:00:42 left, peak 1.2 GiB`.
+
+    Args:
+        record: the newest of its log.
+        steps: it takes in all.
+        left: seconds of the training.
+    """
+    peak = f", peak {record['peak_bytes'] / 2**30:.1f} GiB" if record.get("peak_bytes") else ""
+    left_text = datetime.timedelta(seconds=round(left))
+    return f"{record['unit']}: step {record['step']:,} of {steps:,}, loss {record['loss']:.4g}, {left_text} left{peak}"
 
 
 class TensorBoard:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +40,7 @@ from .distillation import TaughtBatches, load_teachers
 from .interruption import Interrupted, SignalWatch
 from .ranks import Group
 from .residency import Lengths, make_residency
-from .run_log import LOG, JsonLines, Logger
+from .run_log import LOG, JsonLines, Logger, ProgressLines
 from .schedules import block_schedule, next_others
 from .step import Stepper
 from .train_config import RESUME_MAY_DIFFER, TrainConfig, under_current_names
@@ -66,7 +68,7 @@ class Trainer:
             called for one block after the other, so that neither host nor device ever holds them all.
         folder: where `log.jsonl` and `checkpoints/` go; None keeps nothing.
         loggers: further receivers of the log.
-        progress: show a progress bar.
+        progress: show a progress bar; without a terminal a line for each unit now and then.
         snapshot: called every `config.snapshot_every` iterations with the averaged model and the iteration.
         description: says what is trained, in every checkpoint, and checks those that the run would go on from.
         group: ranks that train one unit together, each with a trainer of its own; the first of them writes the files.
@@ -122,6 +124,8 @@ class Trainer:
         self.stepper = Stepper(self.residency, batches, config, self.device, group)
         self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.steps_per_switch, config.seed)
         self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
+        if progress and not _on_terminal():
+            self.loggers.append(ProgressLines(steps, len(self.units)))
         self.iteration = 0
         self.seconds = 0.0
         self._watch = SignalWatch()
@@ -162,7 +166,9 @@ class Trainer:
                 self._log_file = JsonLines(self.folder / LOG, self.iteration if newest is not None else None)
         end = min(len(self.schedule), until if until is not None else len(self.schedule))
         self.model.train()
-        bar = tqdm(total=len(self.schedule), initial=self.iteration, disable=not self.progress, unit="it")
+        bar = tqdm(
+            total=len(self.schedule), initial=self.iteration, disable=not (self.progress and _on_terminal()), unit="it"
+        )
         try:
             with self._watch.active(), self.side_stream():
                 self._loop(end, bar)
@@ -301,6 +307,7 @@ class Trainer:
                 "gradient_norm": norms[index] / counts[index] if self.config.gradient_clip is not None else None,
                 "lr": self.residency.learning_rate(index),
                 "iterations_per_second": speed,
+                "peak_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             }
             for logger in self._receivers():
                 logger.log(record)
@@ -446,6 +453,11 @@ def _check_group(units: Sequence[Unit], config: TrainConfig, group: Group) -> No
             f"{units[0].name} cannot be trained by {group.size} ranks together, as it draws or keeps statistics over a "
             "whole batch: start it without torchrun, or with no more ranks than blocks"
         )
+
+
+def _on_terminal() -> bool:
+    """Whether a bar can be shown; bars of several processes would write over one another."""
+    return sys.stderr.isatty() and int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def _warn_of_rounding(units: Sequence[Unit]) -> None:
