@@ -33,6 +33,7 @@ COMMANDS = {
     ),
     "status": Command("how far a run is, from another shell: each block, whether it runs, what is missing", ".status"),
     "report": Command("one HTML page about runs: losses, levels, results, samples, memory, time, recipes", ".report"),
+    "jobs": Command("write a command for each block, for machines that share nothing; merge joins them", ".jobs"),
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
     "push": Command("upload a trained model to the Hugging Face hub, with its model card", ".push"),
@@ -89,6 +90,8 @@ examples:
       DiffusionBlocks beside end-to-end networks and an ensemble, in one table and a figure
   diffusionblocks ablate vit/digits --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2
       a row for each value, with mean and spread over the seeds; --preset partition block-count overlap: the paper's
+  diffusionblocks jobs vit/digits --out jobs --format slurm
+      a script for each block, for machines that share nothing, and a Slurm array; merge joins what comes back
   diffusionblocks status runs/digits
       steps, loss and time left of each block of a run that goes on, or was stopped; --json for scripts
   diffusionblocks report runs/demo --out report.html

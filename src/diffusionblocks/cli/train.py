@@ -18,6 +18,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/<name>); an unfinished run resumes")
     parser.add_argument("--restart", action="store_true", help="start anew, removing the checkpoints in the folder")
     parser.add_argument(
+        "--before-blocks", action="store_true", help="train only the noise fit and the trunk, which blocks start from"
+    )
+    parser.add_argument(
         "--log",
         action="append",
         choices=("tensorboard", "wandb", "trackio", "mlflow"),
@@ -32,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train, save and evaluate."""
     from ..experiments.parallel import train
+    from ..experiments.run import train_before_blocks
     from ..reports.tables import format_table
     from ..training.run_log import LOGGERS, Logger
     from .dry_run import dry_run
@@ -40,6 +44,9 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     options.folder = folder = options.out or run_folder(experiment, options)
     if options.dry_run:
         dry_run(experiment, folder)
+        return
+    if options.before_blocks:
+        train_before_blocks(experiment, folder, resume=not options.restart, progress=not options.quiet)
         return
     values = recipe.model_dump(mode="json")
 

@@ -330,6 +330,34 @@ def conclude(
     return RunResult(model, rows, seconds, iterations)
 
 
+def train_before_blocks(experiment: Experiment, folder: Path, *, resume: bool = True, progress: bool = True) -> None:
+    """Train only the noise fit and the trunk, which the blocks start from; a run in `folder` goes on from there.
+
+    Args:
+        experiment, folder: of the run.
+        resume: False starts anew.
+        progress: announce the phases, and show progress bars.
+
+    Raises:
+        ValueError: the recipe has neither, or what `prepare` refuses.
+    """
+    lengths = {key: length for key, _, length in stages(experiment.recipe) if key != "train"}
+    if not lengths:
+        raise ValueError(
+            f"{experiment.recipe.name} has neither a noise fit nor a trunk: train it without --before-blocks"
+        )
+    say = announce if progress else _nothing
+    with folder_lock(folder):
+        prepare(experiment, folder, resume=resume, measure=False)
+        write_recipe(experiment.origin, folder)
+        if "fit" in lengths:
+            say(f"fit: {lengths['fit']}")
+        experiment, _ = fit_noise(experiment, folder, progress=progress)
+        if "trunk" in lengths:
+            say(f"trunk: {lengths['trunk']}")
+            train_trunk(experiment, folder, progress=progress)
+
+
 def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
     """The blocks of the recipe, copied from a trained trunk."""
     assert isinstance(trunk.model, DiffusionBlocks)

@@ -1,0 +1,39 @@
+"""diffusionblocks jobs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import takes_recipe
+
+if TYPE_CHECKING:
+    from ..experiments.experiment import Experiment
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `jobs`."""
+    takes_recipe(parser, run)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the scripts; new, or empty")
+    parser.add_argument(
+        "--format", choices=("plain", "slurm"), default="plain", help="shell scripts, or a Slurm job array beside them"
+    )
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Write the commands that train each block on a machine of its own."""
+    from ..experiments.job_scripts import MERGE, START, SUBMIT, write_jobs
+
+    scripts = write_jobs(experiment, options.out, options.format)
+    names = [script.name for script in scripts]
+    for script in scripts:
+        print(script)
+    if SUBMIT in names:
+        print(f"submit all: sh {options.out / SUBMIT}")
+        return
+    if START in names:
+        print(f"first {START}, once; then copy the folder {options.out / 'start'} to where the others run")
+    copy = "each other script runs anywhere, from a copy of this folder"
+    back = f"; bring the folders that they leave back here, then {MERGE}" if MERGE in names else ""
+    print(f"{copy}{back}")

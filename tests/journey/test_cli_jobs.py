@@ -1,0 +1,110 @@
+"""Machines that share nothing: the scripts of `jobs`, run in folders of their own, leave the model of the serial run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import TINY_VIT, VIT, sets
+from helpers import listing
+
+from diffusionblocks.cli import main
+
+SMALL = [*TINY_VIT, *sets(train__steps=3, evaluate__limit=20, blocks__num_blocks=2, model__config__num_hidden_layers=2)]
+STAGES = sets(
+    fit="{steps: 2, rounds: 2, grid: 3, examples: 16}",
+    trunk="{steps: 2}",
+)
+
+
+def sh(script: Path, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = {"DIFFUSIONBLOCKS": f"{sys.executable} -m diffusionblocks"}
+    return subprocess.run(
+        ["sh", str(script), *arguments],
+        cwd=cwd,
+        env=os.environ | program | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["blocks", "ensemble"])
+def test_scripts_on_machines_of_their_own_are_one_run(
+    method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = [*SMALL, *(STAGES if method == "blocks" else sets(method="ensemble"))]
+    jobs, name = tmp_path / "jobs", {"blocks": "block", "ensemble": "member"}[method]
+    assert main(["train", VIT, "--out", str(tmp_path / "whole"), "--quiet", *changes]) == 0
+    capfd.readouterr()
+    assert main(["jobs", VIT, "--out", str(jobs), *changes]) == 0
+    scripts = sorted(path.name for path in jobs.iterdir())
+    stages = ["start.sh"] if method == "blocks" else []
+    assert scripts == [f"{name}-00.sh", f"{name}-01.sh", "merge.sh", "recipe.json", *stages]
+    assert str(tmp_path) not in "".join(path.read_text() for path in jobs.iterdir())
+    arguments: list[str] = []
+    if stages:
+        first = shutil.copytree(jobs, tmp_path / "first")
+        refused = sh(first / "block-00.sh", cwd=tmp_path)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "run start.sh first" in refused.stderr
+        assert sh(first / "start.sh", cwd=tmp_path).returncode == 0
+        arguments = [str(first / "start")]
+    for part in ("00", "01"):
+        machine = shutil.copytree(jobs, tmp_path / f"machine-{part}")
+        finished = sh(machine / f"{name}-{part}.sh", *arguments, cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+        shutil.copytree(machine / f"{name}-{part}", jobs / f"{name}-{part}")
+    merged = sh(jobs / "merge.sh", cwd=tmp_path)
+    assert merged.returncode == 0, merged.stderr
+    model = listing(jobs / "model")
+    whole = listing(tmp_path / "whole" / "model")
+    weights = [file for file in whole if file.endswith(".safetensors")]
+    assert len(weights) >= 2
+    assert {file: model[file] for file in weights} == {file: whole[file] for file in weights}
+    for row in json.loads((tmp_path / "whole" / "result.json").read_text())["rows"]:
+        assert f"{row['accuracy']:.4g}" in merged.stdout
+
+
+@pytest.mark.slow
+def test_a_slurm_array_runs_the_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "jobs"
+    assert main(["jobs", VIT, "--out", str(out), "--format", "slurm", *SMALL, *STAGES]) == 0
+    assert f"submit all: sh {out}/submit.sh" in capsys.readouterr().out
+    array = (out / "blocks.sbatch").read_text()
+    assert "#SBATCH --array=0,1\n" in array
+    assert "--gpus" not in array
+    submit = (out / "submit.sh").read_text()
+    assert submit.index("start.sh") < submit.index("blocks.sbatch") < submit.index("merge.sh")
+    task = sh(out / "blocks.sbatch", cwd=tmp_path, SLURM_ARRAY_TASK_ID="1")
+    assert f"no {out}/start/fit: run start.sh first" in task.stderr
+    assert (
+        main(["jobs", VIT, "--out", str(tmp_path / "some"), "--format", "slurm", *SMALL, "--set", "device=auto"]) == 0
+    )
+    assert "#SBATCH --gpus=1\n" in (tmp_path / "some" / "blocks.sbatch").read_text()
+
+
+def test_what_cannot_be_done_apart_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*changes: str, out: str = "out") -> str:
+        assert main(["jobs", VIT, "--out", str(tmp_path / out), *SMALL, *changes]) == 2
+        return capsys.readouterr().err
+
+    assert "set blocks.shared to replicated or frozen" in error(*sets(blocks__shared="joint"))
+    assert "trains one unit" in error(*sets(method="end-to-end"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    assert "is not empty" in error(out="full")
+    assert main(["train", VIT, "--out", str(tmp_path / "out"), "--before-blocks", *SMALL]) == 2
+    assert "neither a noise fit nor a trunk" in capsys.readouterr().err
+
+
+def test_some_blocks_alone(tmp_path: Path) -> None:
+    assert main(["jobs", VIT, "--out", str(tmp_path), *SMALL, *sets(blocks__num_blocks=2, train__blocks="[0, 1]")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block-00.sh", "block-01.sh", "recipe.json"]
