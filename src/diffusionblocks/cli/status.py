@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..experiments.run_status import RunStatus
@@ -21,37 +21,14 @@ def run(options: argparse.Namespace) -> None:
     """Tell how far a run is: each of its blocks, whether a process trains it, and what is missing."""
     import json
 
-    from ..experiments.run_status import read_status
-    from ..reports.tables import format_table
+    from ..experiments.run_status import read_status, status_table
 
     status = read_status(options.folder_of_run)
     if options.as_json:
         print(json.dumps(status.to_dict(), indent=2))
         return
-    print(format_table(status_rows(status)))
+    print(status_table(status))
     print(_summary(status))
-
-
-def status_rows(status: RunStatus) -> list[dict[str, Any]]:
-    """A row for each unit, as it is printed."""
-    from ..reports.tables import format_bytes, format_duration
-
-    def duration(seconds: float | None) -> str | None:
-        return None if seconds is None else format_duration(seconds)
-
-    return [
-        {
-            "unit": unit.unit,
-            "state": unit.state,
-            "steps": f"{unit.step:,} / {'?' if unit.steps is None else f'{unit.steps:,}'}",
-            "loss": None if unit.loss is None else f"{unit.loss:.4g}",
-            "left": duration(unit.seconds_left),
-            "last sign": None if unit.seconds_since is None else f"{duration(unit.seconds_since)} ago",
-            "peak": None if unit.peak_bytes is None else format_bytes(unit.peak_bytes),
-            "host": unit.host,
-        }
-        for unit in status.units
-    ]
 
 
 def _summary(status: RunStatus) -> str:

@@ -172,13 +172,13 @@ def has_parts(experiment: Experiment) -> bool:
         return False
     if recipe.method not in _KINDS:
         raise ValueError(
-            f"method: {recipe.method} trains its {len(units)} units in one process, and this run is of several: start "
-            f"it without torchrun; of several processes are the methods {', '.join(_KINDS)} and end-to-end"
+            f"method: {recipe.method} trains its {len(units)} units in one process, and this run is of several: train "
+            f"it in one, without torchrun; of several processes are the methods {', '.join(_KINDS)} and end-to-end"
         )
     if shared:
         raise ValueError(
             "blocks.shared = joint: every step of a block moves parameters of all blocks, so blocks cannot train "
-            "apart: set blocks.shared to replicated or frozen, or start it without torchrun"
+            "apart: set blocks.shared to replicated or frozen, or train it in one process, without torchrun"
         )
     return True
 
@@ -250,7 +250,8 @@ def begin(
     Returns:
         The experiment on its fitted levels, and what this took.
     """
-    write_recipe(experiment.origin, folder)
+    if group is None or group.leads:
+        write_recipe(experiment.origin, folder)  # whoever looks at the run knows what is to come
     lengths = {key: length for key, _, length in stages(experiment.recipe)}
     if "fit" in lengths:
         say(f"fit: {lengths['fit']}")

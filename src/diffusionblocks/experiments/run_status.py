@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ..common.files import lock_holder
 from ..reports.charts import Record
+from ..reports.tables import format_bytes, format_duration, format_table
 from ..training import units_of
 from ..training.run_log import LOG
 from .experiment import Experiment
@@ -115,6 +116,29 @@ def read_status(folder: Path) -> RunStatus:
     process = lock_holder(folder)
     units = [*_phases(experiment, folder, process), *_units(experiment, folder, process, finished=reports[0].finished)]
     return RunStatus(folder, units, process, reports[0].finished)
+
+
+def status_table(status: RunStatus) -> str:
+    """The units as a text table."""
+
+    def duration(seconds: float | None) -> str | None:
+        return None if seconds is None else format_duration(seconds)
+
+    return format_table(
+        [
+            {
+                "unit": unit.unit,
+                "state": unit.state,
+                "steps": f"{unit.step:,} / {'?' if unit.steps is None else f'{unit.steps:,}'}",
+                "loss": None if unit.loss is None else f"{unit.loss:.4g}",
+                "left": duration(unit.seconds_left),
+                "last sign": None if unit.seconds_since is None else f"{duration(unit.seconds_since)} ago",
+                "peak": None if unit.peak_bytes is None else format_bytes(unit.peak_bytes),
+                "host": unit.host,
+            }
+            for unit in status.units
+        ]
+    )
 
 
 def _phases(experiment: Experiment, folder: Path, process: str | None) -> Iterator[UnitStatus]:
