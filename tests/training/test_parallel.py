@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from diffusionblocks.common.messages import report_errors
 from diffusionblocks.experiments import parallel, run
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parallel import mesh_rows
+from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.experiments.run_folder import read_run
 from diffusionblocks.training import Trainer
 from diffusionblocks.training.ranks import Group
 
@@ -228,3 +233,44 @@ def test_what_a_group_cannot_train_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             experiment(method="end-to-end", train=changes).trainer(group=group)
+
+
+#: A run by the command line, one of whose ranks dies once, at a step that a variable names.
+MORTAL = """
+import os, signal, sys
+from diffusionblocks.cli import main
+from diffusionblocks.training import Trainer
+
+step, (block, last) = Trainer.step, map(int, os.environ["DIES_AT"].split())
+
+def mortal(trainer, unit, following=None):
+    if (trainer.units[unit].index, trainer.iteration, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (block, last, "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(trainer, unit, following)
+
+Trainer.step = mortal
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_died(tmp_path: Path) -> None:
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    recipe, folder = tmp_path / "tiny.json", tmp_path / "run"
+    of_digits = experiment(train={"checkpoint_every": 1, "log_every": 1, "steps": 40}, blocks={"num_blocks": 2})
+    recipe.write_text(json.dumps(of_digits.recipe.model_dump(mode="json")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["mortal.py", "train", str(recipe), "--out", str(folder), "--quiet"]
+    dies_at = f"1 {random.Random(os.getpid()).randrange(1, 40)}"
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "DIES_AT": dies_at}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, (dies_at, done.stderr)
+    assert "80 iterations in" in done.stdout
+    run.train(Experiment(load_recipe(recipe)), tmp_path / "serial", progress=False)
+    assert listing(folder / "model") == listing(tmp_path / "serial" / "model") != {}
+    for block in range(2):  # no step was lost, and none was logged twice
+        log = (folder / "blocks" / f"block-{block:02d}" / "log.jsonl").read_text()
+        assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(1, 41))
+    report = read_run(folder, "run")
+    assert report.finished
+    assert [record["iteration"] for record in report.logs["run"]] == list(range(1, 81))

@@ -35,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train, save and evaluate."""
     from ..experiments.parallel import train
+    from ..experiments.parts import is_in_parts
     from ..experiments.run import train_before_blocks
     from ..reports.tables import format_table
     from ..training.run_log import LOGGERS, Logger
@@ -61,4 +62,5 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if recipe.train.blocks is not None:
         parts = f"{'members' if recipe.method == 'ensemble' else 'blocks'} {', '.join(map(str, recipe.train.blocks))}"
         print(f"only {parts}; join them with the others: diffusionblocks merge")
-    print(f"{result.iterations} iterations in {result.seconds:.1f} s; model in {folder / 'model'}")
+    where = " of one device after another" if is_in_parts(folder) else ""
+    print(f"{result.iterations} iterations in {result.seconds:.1f} s{where}; model in {folder / 'model'}")

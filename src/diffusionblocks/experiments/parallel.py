@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..common.files import folder_lock, lock_text
 from ..common.messages import announce
 from ..training import Diverged
@@ -103,6 +105,8 @@ def _train_over_ranks(
         if not ranks.leads:  # what is wrong with the run is told once, by the first
             _check_shared(folder, ranks.wait_for("begin", 0))
         experiment = experiment.on(place.device(experiment.recipe.device))
+        if experiment.device.type == "cuda":
+            torch.cuda.set_device(experiment.device)  # streams and collectives are of this one
         apart = has_parts(experiment)
         rows = mesh_rows(place.world, units_in(experiment)) if apart else 1
         if ranks.leads:

@@ -302,7 +302,6 @@ def finish(
     """
     parts = parts_of(experiment, folder)
     complete, missing = [part for part in parts if is_finished(part)], missing_parts(parts)
-    write_recipe(experiment.origin, folder)
     if complete:
         say(f"save: {folder / 'model'}")
         join(experiment, folder, parts)

@@ -100,7 +100,9 @@ class Ranks:
         with _translated("the ranks did not all start"):
             from torch.distributed.rendezvous import rendezvous
 
-            self._rendezvous, *_ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
+            store, *_ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
+        # torchrun may keep the store when it starts all again, and what was told then is not so now.
+        self._rendezvous = _below(f"start-{place.restarts}", store)
         self._store = _below("told", self._rendezvous)
         self._is_over = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
