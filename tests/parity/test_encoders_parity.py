@@ -341,6 +341,26 @@ def test_blocks_that_are_not_told_the_level_are_ordinary_models(family: str, tmp
 
 
 @pytest.mark.parametrize("family", [name for name in ENCODERS if name != "modernbert"])
+def test_a_block_at_one_level_is_an_ordinary_model(family: str) -> None:
+    model = blocks_of(original_of(family))
+    train_a_little(model)
+    randomise_adaptive(model)
+    model.eval()
+    other, level = model.partition.interval(0)
+    exported: Any = model.export_block(0, level)
+    z = masked_tokens()
+    with torch.no_grad():
+        ours, theirs = of_tokens(model.denoise({}, z, level)), of_tokens(exported.eval()(z).logits)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert (of_tokens(model.denoise({}, z, (level + other) / 2)) - theirs).abs().max() > 1e-3  # of this level alone
+
+
+def test_norms_without_a_bias_have_no_place_for_a_shift() -> None:
+    with pytest.raises(ValueError, match="more than a ModernBertForMaskedLM can hold: it has a shift of attn_norm"):
+        blocks_of(original_of("modernbert")).export_block(0)
+
+
+@pytest.mark.parametrize("family", [name for name in ENCODERS if name != "modernbert"])
 def test_a_branch_is_its_trunk(family: str) -> None:
     trunk = blocks_of(original_of(family), 1).eval()
     randomise_adaptive(trunk)

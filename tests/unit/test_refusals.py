@@ -84,7 +84,7 @@ def levels(*values: float) -> Tensor:
 CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     # models
     ("linear", lambda: db.convert(nn.Linear(2, 2)), ("Linear", *CLASSES)),
-    ("backbone without a head", lambda: db.convert(ViTModel(tiny().config)), ("ViTModel", *CLASSES)),
+    ("backbone without a head", lambda: db.convert(ViTModel(tiny().config)), ("ViTModel", "ViTForImageClassification")),
     ("converted twice", lambda: db.convert(model()), ("DiffusionBlocks", *CLASSES)),
     ("one label", lambda: db.convert(tiny(num_labels=1)), ("num_labels = 1", "at least 2")),
     ("no label", lambda: db.convert(tiny("dinov2", num_labels=0)), ("num_labels = 0", "at least 2")),

@@ -147,7 +147,7 @@ def export_block(
     if ordinary.differences and approximate_on is None:
         raise ValueError(
             f"block {block} is more than a {ordinary.model_class} can hold: it has {' and '.join(ordinary.differences)}"
-            "; to leave that out and be told how much it changes, give approximate_on a batch of images "
+            "; to leave that out and be told how much it changes, give approximate_on a batch "
             "(--approximate); or train with target.noise_input: false"
         )
     exported = _built(model, block, ordinary)
@@ -319,7 +319,7 @@ def _folded(model: DiffusionBlocks, part: Block, state: _State) -> OrdinaryModel
         folded, without = part.shared.final_norms.folded(norm, condition)
         shared |= {f"{part.final_norm_path}.{name}": tensor for name, tensor in folded.items()}
         ordinary.differences += [f"a shift of {part.final_norm_path}"] * len(without)
-    if part.shared.noise_embedding is not None and not part.adds_likelihood:
+    if part.shared.noise_embedding is not None and not (part.adds_likelihood or part.noise.discrete):
         ordinary.differences.append("logits of D, which has a part of z (target.likelihood: learned)")
     part.family.fold(BlockCall(part.network, part.shared.extra, condition, z=z), ordinary)
     return ordinary

@@ -19,6 +19,7 @@ from ..layers.ruled_out import RuledOut
 from .family import BlockCall, register_family
 from .kinds import MaskedTextFamily, tokens_of
 from .libraries import TRANSFORMERS
+from .ordinary import OrdinaryModel
 from .rotary import check_rotary
 
 
@@ -48,6 +49,10 @@ class EncoderFamily(MaskedTextFamily):
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         mask: Any = getattr(config.noise, "mask_id")  # noqa: B009 - `check_config` has seen to it
         return nn.ModuleDict({"ruled_out": RuledOut(mask)})
+
+    @override
+    def fold(self, call: BlockCall, ordinary: OrdinaryModel) -> None:
+        """Nothing: what is added rules out the mask's own logit, which the library's models do not."""
 
     @override
     def adjust(self, network: nn.Module) -> None:
