@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import yaml
 

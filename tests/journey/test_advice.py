@@ -74,6 +74,9 @@ ELSEWHERE = {
     "--set data.end=TOKEN": (
         "journey/test_cli_pretrained.py::test_documents_begin_and_end_as_the_folders_tokenizer_says"
     ),
+    "--set model.type={own_class}": (
+        "journey/test_cli_pretrained.py::test_another_class_than_the_folders_is_refused_with_its_name"
+    ),
     "--set model.new_head=true": (
         "journey/test_cli_pretrained.py::test_as_many_labels_of_other_names_are_told_and_learned"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def test_a_folder_of_pictures(model: str, photos: Path, tmp_path: Path, monkeypa
     assert tables[0].class_names == ("cat", "dog")
     assert load_recipe("pets.yaml").data.image_size == 16  # type: ignore[union-attr]
     check_trains("pets", model)
+    if model == "vit":
+        config = json.loads(Path("runs/pets/model/config.json").read_text())
+        assert config["id2label"] == {"0": "cat", "1": "dog"}
 
 
 def test_pictures_that_are_split_already(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,16 @@ def test_a_recipe_does_not_contradict_the_folder(
     assert main(["inspect", arguments[1], *sets(**{f"model__config__{field}": own})]) == 0
 
 
+def test_another_class_than_the_folders_is_refused_with_its_name(
+    qwen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["inspect", str(qwen / "recipe.yaml"), *sets(model__type="LlamaForCausalLM")]
+    assert main(arguments) == 2
+    message = last_line(capsys)
+    assert "holds a Qwen2ForCausalLM, the recipe has model.type: LlamaForCausalLM" in message
+    assert main([*arguments, *advice_in(message)]) == 0
+
+
 def test_depth_comes_from_the_folder(vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = sets(model__config__num_labels=10)
     rows = ["--rows", f"end-to-end-{LAYERS}", "diffusionblocks"]

@@ -106,7 +106,7 @@ def test_a_comparison_shows_rows_votes_memory_and_levels(comparison: Path, page_
     for rule in rules:
         assert f"<td>diffusionblocks</td><td>{rule}</td>" in page_of_comparison
     assert f"{blocks['peak_memory_bytes'] / 2**20:.1f} MiB" in page_of_comparison
-    assert f"{100 * blocks['test_accuracy']:.2f} +- " in page_of_comparison, "as the table was printed"
+    assert f"{100 * blocks['test_accuracy']:.2f} ± " in page_of_comparison
     assert "<td>blocks.num_blocks</td>" not in page_of_comparison, "it is the same in both"
     assert "<td>method</td><td>end-to-end</td><td>diffusionblocks</td>" in page_of_comparison
     assert html.escape(table["torch"]) in page_of_comparison

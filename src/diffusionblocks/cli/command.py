@@ -64,14 +64,6 @@ def takes_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def with_rounding(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as it is printed; what is `by_level` is a table of its own."""
-
-    def text_of(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return " ".join(map(str, map(text_of, value)))
-        if isinstance(value, dict):
-            return ", ".join(f"{name} {text_of(part)}" for name, part in value.items())
-        return f"{value:.4g}" if isinstance(value, float) else value
-
-    return {name: text_of(value) for name, value in row.items() if name != "by_level"}
+def without_levels(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is printed: what is `by_level` is a table of its own."""
+    return {name: value for name, value in row.items() if name != "by_level"}

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import run_folder, takes_model, takes_recipe, with_rounding
+from .command import run_folder, takes_model, takes_recipe, without_levels
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -46,17 +46,17 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     experiment.data("test")
     task.check(experiment, model)
     rows = [row.to_dict() for row in task.measure(experiment, model)]
-    print(format_table([with_rounding(row) for row in rows]))
+    print(format_table([without_levels(row) for row in rows]))
     for row in rows:
         if row.get("by_level"):
-            print(format_table([with_rounding(level) for level in row["by_level"]]))
+            print(format_table(row["by_level"]))
     more = {}
     if options.by_level:
         blocks = experiment.blocks_of(model)
         more_levels = {"every_block": True} if options.every_block else {}  # tasks of other packages may not take it
         levels = task.measure_by_level(experiment, blocks, **more_levels)
         more["by_level"] = [row.to_dict() for row in levels]
-        print(format_table([with_rounding(level) for level in more["by_level"]]))
+        print(format_table(more["by_level"]))
         if options.figure:
             task.draw_by_level(blocks, levels, options.figure)
             print(options.figure)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import run_folder, takes_model, takes_recipe, with_rounding
+from .command import run_folder, takes_model, takes_recipe
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -53,5 +53,5 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         f"{type(exported).__name__}{at}: {facts['output']}"
     )
     if facts["coefficients"]:
-        print(format_table([with_rounding(row) for row in facts["coefficients"]]))
+        print(format_table(facts["coefficients"]))
     print(options.out)

@@ -45,7 +45,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     print(format_table(block_table(model)))
     print("bytes: AdamW in the weights' precision, of one block and its shared parameters, without activations")
     print(partition_sketch(model.partition, model.noise))
-    print(f"{model.noise.symbol} is read from {model.noise.read_min:.4g} to {model.noise.read_max:.4g}")
+    symbol, highest, lowest = model.noise.symbol, model.noise.read_max, model.noise.read_min
+    print(f"sampling and evaluation go from {symbol} = {highest:.4g} to {lowest:.4g}")
     if options.figure:
         draw_partition(model.partition, model.noise, options.figure)
         print(f"partition drawn to {options.figure}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import run_folder, takes_dry_run, takes_quiet, takes_recipe, with_rounding
+from .command import run_folder, takes_dry_run, takes_quiet, takes_recipe, without_levels
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -58,7 +58,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if result is None:  # the first of several ranks tells
         return
     if result.rows:
-        print(format_table([with_rounding(row.to_dict()) for row in result.rows]))
+        print(format_table([without_levels(row.to_dict()) for row in result.rows]))
     if recipe.train.blocks is not None:
         parts = f"{'members' if recipe.method == 'ensemble' else 'blocks'} {', '.join(map(str, recipe.train.blocks))}"
         print(f"only {parts}; join them with the others: diffusionblocks merge")

@@ -170,6 +170,7 @@ def read_saved(path: str | Path) -> SavedModel:
     if not (folder / INDEX).exists():
         raise FileNotFoundError(
             f"{folder / INDEX} is missing: give a folder that a converted model was saved to; of a run, give RUN/model"
+            ", of a checkpoint of BlocksTrainer its folder model"
         )
     index = read_json(folder / INDEX)
     if index.get("format", FORMAT) != FORMAT:

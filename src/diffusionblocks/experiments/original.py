@@ -217,7 +217,10 @@ def described_config(model_class: str, name: str) -> Any:
     own_class = (values.get("architectures") or [values.get("_class_name")])[0]
     family, classes = family_named(model_class), supported_classes()
     if isinstance(own_class, str) and classes.get(own_class) is not family and own_class not in family.older_names:
-        raise ValueError(f"model.pretrained = {name} holds a {own_class}, the recipe has model.type: {model_class}")
+        fix = f"--set model.type={own_class}" if own_class in classes else "docs/models.md lists the classes that work"
+        raise ValueError(
+            f"model.pretrained = {name} holds a {own_class}, the recipe has model.type: {model_class}; {fix}"
+        )
     check_sizes(values, f"{name}/config.json: ")
     fields = config_fields(model_class)
     return _rebuild(model_class, {n: v for n, v in values.items() if n in fields and n != "attn_implementation"}, name)

@@ -40,7 +40,10 @@ def recipe_file(place: str | Path) -> Path:
     path = Path(place)
     if path.is_dir():
         if not (path / RECIPE).is_file():
-            raise FileNotFoundError(f"no recipe at {path}: of a run, give the folder that holds its {RECIPE}")
+            raise FileNotFoundError(
+                f"no recipe at {path}: of a run, give the folder that holds its {RECIPE}; of a saved model alone, "
+                f"give a recipe, and --model {path}"
+            )
         return path / RECIPE
     if path.is_file():
         return path

@@ -61,7 +61,7 @@ def loss_chart(records: Sequence[Record]) -> str:
         losses = [loss for points in lines.values() for _, loss in points]
         if min(losses) > 0 and max(losses) > 30 * min(losses):
             axes.set_yscale("log")
-        axes.set(xlabel="steps of the unit", ylabel="training loss")
+        axes.set(xlabel="optimizer steps", ylabel="training loss")
         axes.legend(ncols=min(4, len(lines)), loc="upper right")
     return svg[0]
 

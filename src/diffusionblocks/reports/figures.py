@@ -193,12 +193,12 @@ def label_levels_on_axes(axes: Axes, rows: Sequence[LevelRow], partition: Partit
         axes.set_xscale("log")
     losses = [max(row.cross_entropy, row.context_cross_entropy or 0.0) for row in rows]
     axes.set(
-        xlabel=f"noise level {noise.symbol} (dotted: borders of the blocks, numbered)",
+        xlabel=f"noise level {noise.symbol} (dotted: borders of the blocks, numbered; thin: at others' levels)",
         ylabel="cross-entropy (nats)",
         ylim=(0, 1.15 * max(losses)),  # room for the numbers
         title="Cross-entropy of each block against noise level",
     )
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="best", bbox_to_anchor=(0, 0, 1, 0.93))  # below the numbers
 
 
 def _mark_blocks(axes: Axes, partition: Partition, lowest: float, highest: float, *, logarithmic: bool = True) -> None:
@@ -235,6 +235,9 @@ def partition_on_axes(axes: Axes, partition: Partition, noise: NoiseProcess) -> 
         ylabel=f"training density per unit of {'log ' * noise.logarithmic}{noise.symbol}",
         title="Noise partition",
     )
+    bottom, top = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top])  # the bars have no density
+    axes.set_ylim(bottom, top)
     axes.legend(fontsize=8, loc="upper left")
 
 

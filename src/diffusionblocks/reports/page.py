@@ -21,6 +21,8 @@ from ..noise import NoiseProcess
 from . import charts
 from .tables import format_bytes, format_duration
 
+_ABBREVIATIONS = ("nll", "ece", "fd", "fid", "bpc")
+
 #: Entries of a file of results that say how it was made.
 _HEADER = ("command", "device", "torch", "commit")
 _MOST_PICTURE_BYTES = 4 * 2**20
@@ -188,7 +190,7 @@ def _label_levels(run: RunReport, name: str, rows: Sequence[LevelRow]) -> dict[s
     return {
         "name": name,
         "chart": charts.label_level_chart(rows, run.partition, run.noise) if has_blocks else "",  # type: ignore[arg-type]
-        "rows": [{key.replace("_", " "): value for key, value in row.to_dict().items()} for row in rows],
+        "rows": [{_heading(key): value for key, value in row.to_dict().items()} for row in rows],
     }
 
 
@@ -241,7 +243,7 @@ def _results(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> list[d
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for run in runs:
         for row in _rows(run):
-            line = {name.replace("_", " "): _number(value) for name, value in row.items() if name != "by_level"}
+            line = {_heading(name): _number(value) for name, value in row.items() if name != "by_level"}
             kinds.setdefault(tuple(line), []).append({"run": run.name, **line})
     return [{"rows": rows} for rows in kinds.values()]
 
@@ -274,7 +276,7 @@ def _table_values(table: TableReport) -> dict[str, Any]:
             for score in marks
             if score.value is not None
         ],
-        "score": table.score.replace("_", " "),
+        "score": _heading(table.score),
         "ends": [_number(lowest), _number(highest)],
         "finished": table.finished,
     }
@@ -347,6 +349,11 @@ def _text(path: Path, folder: Path) -> dict[str, str]:
         text = file.read(_MOST_TEXT + 1)
     more = f"\n... more in {path.name}" if len(text) > _MOST_TEXT else ""
     return {"name": path.relative_to(folder).as_posix(), "text": text[:_MOST_TEXT] + more}
+
+
+def _heading(key: str) -> str:
+    """A key of a row as the head of a column."""
+    return " ".join(word.upper() if word in _ABBREVIATIONS else word for word in key.split("_"))
 
 
 def _number(value: Any) -> str:

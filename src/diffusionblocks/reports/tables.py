@@ -16,12 +16,22 @@ from ..training import trainable
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as an aligned text table; None shows as "-"."""
+    """Rows of equal keys as an aligned text table: floats to four digits, None as "-"."""
     names = list(rows[0])
-    cells = [["-" if row[name] is None else str(row[name]) for name in names] for row in rows]
+    cells = [[_cell(row[name]) for name in names] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
     lines = [names, ["-" * width for width in widths], *cells]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, tuple):
+        return " ".join(map(_cell, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def format_bytes(count: int) -> str:

@@ -97,9 +97,7 @@ class Classification(Task[AccuracyConfig]):
         warn_once(f"the model's labels are {_some(labels)}, those of the data {_some(classes)}, in this order{fix}")
 
     def settle(self, experiment: Experiment, model: nn.Module) -> None:
-        """Let the config of a pretrained model name the labels that it learns."""
-        if experiment.recipe.model.pretrained is None:
-            return
+        """Let the model's config name the labels that it learns."""
         names = experiment.data("train").classes
         holders = [model, *model.modules()]
         configs: list[Any] = [getattr(holder, "config", None) for holder in holders]
