@@ -200,10 +200,10 @@ def test_a_recipe_does_not_contradict_the_folder(
 def test_another_class_than_the_folders_is_refused_with_its_name(
     qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["inspect", str(qwen / "recipe.yaml"), *sets(model__type="LlamaForCausalLM")]
+    arguments = ["inspect", str(qwen / "recipe.yaml"), *sets(model__type="GPT2LMHeadModel")]
     assert main(arguments) == 2
     message = last_line(capsys)
-    assert "holds a Qwen2ForCausalLM, the recipe has model.type: LlamaForCausalLM" in message
+    assert "holds a Qwen2ForCausalLM, the recipe has model.type: GPT2LMHeadModel" in message
     assert main([*arguments, *advice_in(message)]) == 0
 
 
