@@ -150,6 +150,18 @@ def test_a_run_shows_what_its_blocks_say_by_level(measured: Path, tmp_path: Path
         assert f"<td>{row['level']:.4g}</td><td>{row['block']}</td><td>True</td><td>{row['accuracy']:.4g}</td>" in page
 
 
+def test_a_run_that_trains_anew_shows_nothing_of_the_model_before(measured: Path, tmp_path: Path) -> None:
+    """The model and the levels beside it are of the run that was there, until the new one ends."""
+    folder = tmp_path / "run"
+    shutil.copytree(measured, folder)
+    (folder / "result.json").unlink()  # as --restart does
+    _in_json("recipe.json", lambda values: values["blocks"].update(num_blocks=2, layers=[1, 2]))(folder)
+    page = report(tmp_path / "page.html", folder)
+    assert "Cross-entropy of each block" not in page
+    layers = re.findall(r"<td>\d</td><td>(0|1-2|[12])</td>", page)
+    assert layers == ["0", "1-2"], "of the recipe, not of the model of three blocks"
+
+
 def _in_json(name: str, change: Callable[[Any], None]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         values = json.loads((folder / name).read_text())
@@ -187,6 +199,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a level of another block": (
         _in_json("levels.json", lambda values: values["by_level"][0].update(block=1)),
         "levels.json is of other blocks than the run's: block 1 at level",
+    ),
+    "levels of another model": (
+        _in_json("levels.json", lambda values: values.update(model="0" * 64)),
+        "levels.json is of another model than",
     ),
     "levels without numbers": (
         _in_json("levels.json", lambda values: values["by_level"][0].update(cross_entropy=None)),

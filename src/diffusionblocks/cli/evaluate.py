@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .command import run_folder, takes_model, takes_recipe, without_levels
 
@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Measure a trained model."""
+    from ..core.saved_model import read_saved
     from ..reports.results import write_results
     from ..reports.tables import format_table
 
@@ -50,11 +51,12 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     for row in rows:
         if row.get("by_level"):
             print(format_table(row["by_level"]))
-    more = {}
+    more: dict[str, Any] = {}
     if options.by_level:
         blocks = experiment.blocks_of(model)
         more_levels = {"every_block": True} if options.every_block else {}  # tasks of other packages may not take it
         levels = task.measure_by_level(experiment, blocks, **more_levels)
+        more["model"] = read_saved(folder).index.get("sha256")  # by which `report` knows whose levels they are
         more["by_level"] = [row.to_dict() for row in levels]
         print(format_table(more["by_level"]))
         if options.figure:

@@ -13,6 +13,7 @@ from ..common.fields import MOST_LAYERS
 from ..common.finite import not_finite_entry
 from ..common.formats import read_json, validate
 from ..core.partition import Partition
+from ..core.saved_model import SavedModel
 from ..evaluation.accuracy import AccuracyRow
 from ..evaluation.cross_entropy import Level
 from ..evaluation.diagnostics import LevelRow
@@ -218,12 +219,12 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def read_label_levels(path: Path, partition: Partition | None) -> list[LevelRow]:
+def read_label_levels(path: Path, model: SavedModel | None) -> list[LevelRow]:
     """What `evaluate --by-level --json` wrote of a classifier's blocks; empty: the file holds no levels.
 
     Args:
         path: the file.
-        partition: of the blocks; where it is known, each level must be of the block that owns it.
+        model: that the run saved; where it is known, the levels must be of it, each of the block that owns it.
 
     Raises:
         ValueError: the file is damaged, or of other blocks.
@@ -231,12 +232,18 @@ def read_label_levels(path: Path, partition: Partition | None) -> list[LevelRow]
     values = read_values(path)
     if "by_level" not in values:
         return []
+    measured, saved = values.get("model"), None if model is None else model.index.get("sha256")  # older ones lack it
+    if model is not None and None not in (measured, saved) and measured != saved:
+        raise ValueError(
+            f"{path} is of another model than {model.folder}: measure this one (diffusionblocks evaluate RUN "
+            f"--by-level --json {path}), or move the file away"
+        )
     try:
         rows = _as(list[LevelRow], values["by_level"], "by_level")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     for row in rows:
-        if partition is not None and not _is_of(row, partition):
+        if model is not None and not _is_of(row, model.partition):
             raise ValueError(f"{path} is of other blocks than the run's: block {row.block} at level {row.level:g}")
     return rows
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.model import DiffusionBlocks
 from ..core.partition import Partition
-from ..core.saved_model import INDEX, read_saved
+from ..core.saved_model import INDEX, SavedModel, read_saved
 from ..evaluation.diagnostics import LevelRow
 from ..noise import NoiseProcess
 from ..reports import charts
@@ -92,9 +92,12 @@ def read_run(folder: Path, name: str) -> RunReport:
         logs["run"] = parts
     _check_one_run(folder, result, logs)
     unit_steps, outlined = _outline(json.dumps(plain, sort_keys=True))
-    model = _levels_of_saved(folder / "model") or outlined
-    partition, noise = (None, None) if model is None else model
     of_some_blocks = (plain.get("train") or {}).get("blocks") is not None  # these are measured when they are merged
+    # While a run trains anew, the model that is still there is an older run's.
+    saved = _saved_blocks(folder / "model") if result is not None or of_some_blocks else None
+    partition, noise = outlined or (None, None)
+    if saved is not None:
+        partition, noise = saved.partition, saved.blocks_config.noise
     memory = None if row is None else row.get("memory")
     return RunReport(
         name=name,
@@ -107,7 +110,7 @@ def read_run(folder: Path, name: str) -> RunReport:
         partition=partition,
         noise=noise,
         memory=None if memory is None else _kinds(memory),
-        levels=_label_levels(folder, partition),
+        levels=[] if saved is None else _label_levels(folder, saved),
         pictures=_files(folder, _PICTURES),
         texts=_files(folder, _TEXTS),
     )
@@ -143,11 +146,11 @@ def _check_one_run(folder: Path, result: Mapping[str, Any] | None, logs: Mapping
         )
 
 
-def _label_levels(folder: Path, partition: Partition | None) -> list[tuple[str, list[LevelRow]]]:
+def _label_levels(folder: Path, model: SavedModel) -> list[tuple[str, list[LevelRow]]]:
     """Of each file that `evaluate --by-level --json` wrote here its name and rows."""
     ours = {RECIPE, RESULT, ROW, TABLE}
     paths = [path for path in _files(folder, ["*.json"]) if path.name not in ours]
-    return [(path.name, rows) for path in paths if (rows := read_label_levels(path, partition))]
+    return [(path.name, rows) for path in paths if (rows := read_label_levels(path, model))]
 
 
 def recipe_of(run: RunReport) -> Recipe:
@@ -175,14 +178,13 @@ def _name(folder: Path) -> str:
     return folder.resolve().name or str(folder)
 
 
-def _levels_of_saved(folder: Path) -> tuple[Partition, NoiseProcess] | None:
-    """Partition and noise process of a saved model of blocks. ValueError: its index is damaged."""
+def _saved_blocks(folder: Path) -> SavedModel | None:
+    """A saved model of blocks. ValueError: its index is damaged."""
     if not (folder / INDEX).is_file():
         return None
     with contextlib.suppress(FileNotFoundError):  # it is being replaced
-        index = read_saved(folder)
-        if index.blocks_config.noise is not None:
-            return index.partition, index.blocks_config.noise
+        saved = read_saved(folder)
+        return saved if saved.blocks_config.noise is not None else None
     return None
 
 
