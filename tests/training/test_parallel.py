@@ -24,7 +24,7 @@ from diffusionblocks.experiments.parallel import mesh_rows
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.experiments.run_folder import read_run
 from diffusionblocks.training import Trainer
-from diffusionblocks.training.ranks import Group
+from diffusionblocks.training.ranks import Group, Place
 
 SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
 IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
@@ -56,6 +56,7 @@ def over_ranks(
     *,
     statuses: tuple[int, ...] = (),
     before: Callable[[int], None] | None = None,
+    resume: bool = True,
     **changes: Any,
 ) -> list[str]:
     """Train by so many ranks; returns what each said."""
@@ -63,7 +64,7 @@ def over_ranks(
     def command(rank: int) -> int:
         if before is not None:
             before(rank)
-        return report_errors(lambda: parallel.train(experiment(**changes), folder / "run") and None)
+        return report_errors(lambda: parallel.train(experiment(**changes), folder / "run", resume=resume) and None)
 
     folder.mkdir(exist_ok=True)
     return run_like_torchrun(command, folder, ranks=ranks, statuses=statuses)
@@ -205,6 +206,15 @@ def test_a_block_that_diverges_stops_alone(ranks: int, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "model" / "diffusionblocks.json").read_text())["blocks"] == [0]
 
 
+def test_a_restart_over_ranks_starts_anew(tmp_path: Path) -> None:
+    run.train(experiment(), tmp_path / "run", progress=False, measure=False)
+    said = over_ranks(tmp_path, 2, statuses=(2, 1))
+    assert "holds a run that trains all blocks in one process" in said[0]
+    over_ranks(tmp_path, 2, resume=False)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert results(tmp_path / "run")["iterations"] == 16
+
+
 def test_what_fails_is_told_once(tmp_path: Path) -> None:
     said = over_ranks(tmp_path, 2, statuses=(1, 4), before=at(1, 2, failing))
     assert "rank 1: error: somewhere: No space left" in said[1]
@@ -220,6 +230,22 @@ def test_rows_of_the_mesh() -> None:
         mesh_rows(6, 4)
     with pytest.raises(ValueError, match="start 8 ranks"):
         mesh_rows(9, 4)
+
+
+def test_each_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert Place.from_environment() is None
+    place = Place(rank=5, world=8, local_rank=1, local_world=4)
+    assert [place.device(name) for name in ("cpu", "auto", "cuda")] == ["cpu", "cpu", "cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [place.device(name) for name in ("cpu", "auto", "cuda")] == ["cpu", "cuda:1", "cuda:1"]
+    with pytest.raises(ValueError, match="device: cuda:0 is one GPU for 8 ranks; use device: cuda or auto"):
+        place.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="4 ranks on a machine with 2 GPUs: start torchrun with --nproc-per-node 2"):
+        place.device("auto")
 
 
 def test_what_a_group_cannot_train_is_refused() -> None:

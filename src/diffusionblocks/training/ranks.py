@@ -71,14 +71,14 @@ class Place:
         Raises:
             ValueError: one GPU is named for all ranks, or a machine has fewer GPUs than ranks.
         """
-        if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-            return "cpu"
+        if name == "cpu" or not torch.cuda.is_available():  # where a GPU is asked for, the experiment refuses it
+            return "cpu" if name == "auto" else name
         if name not in ("auto", "cuda"):
             raise ValueError(f"device: {name} is one GPU for {self.world} ranks; use device: cuda or auto")
-        if max(self.local_rank + 1, self.local_world) > max(1, torch.cuda.device_count()):
+        gpus = torch.cuda.device_count()
+        if max(self.local_rank + 1, self.local_world) > gpus:
             raise ValueError(
-                f"{self.local_world} ranks on a machine with {torch.cuda.device_count()} GPUs: start torchrun with "
-                f"--nproc-per-node {max(1, torch.cuda.device_count())}"
+                f"{self.local_world} ranks on a machine with {gpus} GPUs: start torchrun with --nproc-per-node {gpus}"
             )
         return f"cuda:{self.local_rank}"
 
