@@ -87,6 +87,7 @@ ELSEWHERE = {
         ),
         "journey/test_cli_pretrained.py::test_a_processor_that_cannot_be_followed_is_refused",
     ),
+    "exec $db train": "journey/test_cli_jobs.py::test_scripts_on_machines_of_their_own_are_one_run",
     "--set {shlex.quote(": "journey/test_cli_plan.py::test_a_plan_can_be_pasted_and_then_fits",
     **dict.fromkeys(
         ("that trains all blocks in one process", "holds a run whose blocks train apart"),

@@ -66,6 +66,8 @@ examples:
       cats.yaml, for a folder of pictures for each class (or parquet files, or a text); edit it, or train it as it is
   diffusionblocks plan dit/imagenet-latents --budget 24GiB
       bytes of a training step by kind, predicted on any machine, and how many blocks or how large a batch fits
+  diffusionblocks plan dit/imagenet-latents --gpus 4x24GiB
+      how several GPUs share the blocks, with peaks and bytes between them, beside DDP and FSDP2
   diffusionblocks train vit/digits --out runs/digits
       train block by block; run it again to resume after an interruption
   diffusionblocks train vit/digits --dry-run

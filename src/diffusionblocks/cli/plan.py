@@ -16,6 +16,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan`."""
     takes_recipe(parser, run)
     parser.add_argument("--budget", help="device memory, as 12GiB, 16GB or 800MiB (default: only the ledger)")
+    parser.add_argument(
+        "--gpus",
+        metavar="NxSIZE",
+        help="share the run among GPUs, as 4x24GiB (of several machines: 2x8x80GiB), beside DDP and FSDP2",
+    )
     parser.add_argument("--vary", choices=("blocks", "batch"), help="fit only the number of blocks or the batch size")
     parser.add_argument(
         "--examples", type=int, metavar="N", help="count N examples of the data (default: those of local images)"
@@ -30,6 +35,9 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     from ..reports.results import write_results
 
     recipe = experiment.recipe
+    if options.gpus is not None:
+        _run_gpus(experiment, options)
+        return
     predictor, plan = Predictor(recipe, options.examples), None
     if options.budget is not None:
         plan = plan_with(predictor, parse_budget(options.budget), vary=options.vary)
@@ -44,3 +52,18 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         print(describe(plan, options.vary))
     if options.json:
         write_results(options.json, [ledger.to_dict()], remarks=notes, **({"plan": plan.to_dict()} if plan else {}))
+
+
+def _run_gpus(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Tell what several GPUs make of the recipe."""
+    from ..planning import Predictor, parse_gpus, plan_gpus
+    from ..planning.plan_text import describe_gpus
+    from ..reports.results import write_results
+
+    if options.budget is not None:
+        raise ValueError(f"--gpus {options.gpus} has the memory of each GPU: leave --budget out")
+    gpus = parse_gpus(options.gpus)
+    plan = plan_gpus(Predictor(experiment.recipe, options.examples), gpus, batch=options.vary != "blocks")
+    print(describe_gpus(plan))
+    if options.json:
+        write_results(options.json, [], plan=plan.to_dict())

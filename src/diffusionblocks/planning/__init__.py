@@ -1,6 +1,7 @@
 """Planning: the bytes of a recipe's training step before it runs, and what fits into a budget."""
 
 from .ledger import Forecast, Ledger
+from .many_gpus import Gpus, ParallelPlan, parse_gpus, plan_gpus
 from .planner import Fit, Plan, parse_budget, plan, plan_with
 from .predictor import WORKSPACE_BYTES, Predictor, forecast, predict
 
@@ -8,12 +9,16 @@ __all__ = [
     "WORKSPACE_BYTES",
     "Fit",
     "Forecast",
+    "Gpus",
     "Ledger",
+    "ParallelPlan",
     "Plan",
     "Predictor",
     "forecast",
     "parse_budget",
+    "parse_gpus",
     "plan",
+    "plan_gpus",
     "plan_with",
     "predict",
 ]

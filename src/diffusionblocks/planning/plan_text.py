@@ -6,7 +6,8 @@ from ..data.text_config import TextSection
 from ..experiments.recipe import Recipe
 from ..reports.tables import format_bytes, format_table
 from .ledger import Ledger
-from .planner import Fit, Plan
+from .many_gpus import ParallelPlan
+from .planner import Fit, Plan, options_of
 from .predictor import Predictor
 
 
@@ -89,6 +90,44 @@ def describe(plan: Plan, vary: str | None) -> str:
         lines.append(f"nothing fits {budget}: not even all memory optimisations with the most blocks and one example")
     elif plan.blocks is None and vary != "batch":
         lines.append("what fits at this batch size: nothing, not even all memory optimisations with the most blocks")
+    return "\n".join(lines)
+
+
+def describe_gpus(plan: ParallelPlan) -> str:
+    """The ways to share a run as a table, and what it counts."""
+    gpus = plan.gpus
+    machines = f"{gpus.machines} machines of " if gpus.machines > 1 else ""
+    rows = [
+        {
+            "method": row.method,
+            "mesh (block x data)": f"{row.mesh[0]} x {row.mesh[1]}",
+            "blocks": row.blocks,
+            "batch": row.batch,
+            "per GPU": row.batch_per_gpu,
+            "peak of a GPU": format_bytes(row.peak) + ("" if row.fits else ", too much"),
+            "sent by a GPU per step": format_bytes(row.sent) if row.sent else "nothing",
+            "between machines": format_bytes(row.over_network) if row.over_network else "nothing",
+        }
+        for row in plan.rows
+    ]
+    first, end_to_end = plan.rows[:2]
+    each = f", each on {first.mesh[1]} GPUs" if first.mesh[1] > 1 else ""
+    lines = [
+        f"{machines}{gpus.each} GPUs of {format_bytes(gpus.memory)}",
+        format_table(rows),
+        f"{first.blocks} blocks{each}: {'fits' if first.fits else 'no number of blocks fits at this batch size'}",
+    ]
+    if plan.largest_batch is not None:
+        lines.append(f"largest batch of a block: {plan.largest_batch}")
+    options = f" {options_of(plan.changes)}" if plan.changes else ""
+    nodes = f" --nnodes {gpus.machines}" if gpus.machines > 1 else ""
+    lines += [
+        f"run it: torchrun{nodes} --nproc-per-node {gpus.each} -m diffusionblocks train RECIPE{options}",
+        f"ddp, fsdp2: the end-to-end model at as many layer-updates, {end_to_end.batch_per_gpu} examples on a GPU; the "
+        "peaks have gradients in DDP's buckets, and two gathered layers of FSDP2 beside stem and head",
+        "bytes are those of ring collectives: DDP sends 2 (N - 1) / N of the gradients, FSDP2 (N - 1) / N of the "
+        "weights twice and of the gradients once; data, and what moves between a GPU and its host, are not counted",
+    ]
     return "\n".join(lines)
 
 

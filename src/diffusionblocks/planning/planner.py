@@ -73,7 +73,7 @@ class Fit:
     @property
     def options(self) -> str:
         """The changes as options of the command line."""
-        return " ".join(f"--set {shlex.quote(f'{name}={_yaml(value)}')}" for name, value in self.changes.items())
+        return options_of(self.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -265,6 +265,11 @@ def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             place = place[section]
         place[last] = value
     return parse_recipe(values, "the recipe with " + ", ".join(f"{n} = {_yaml(v)}" for n, v in changes.items()))
+
+
+def options_of(changes: Mapping[str, Any]) -> str:
+    """Changes of a recipe as options of the command line."""
+    return " ".join(f"--set {shlex.quote(f'{name}={_yaml(value)}')}" for name, value in changes.items())
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

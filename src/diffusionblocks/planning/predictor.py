@@ -134,6 +134,11 @@ class Predictor:
         moments = {unit.name: self._moments(recipe, outline, unit) for unit in distinct.values()}
         return Forecast(persistent, moments)
 
+    def units(self, recipe: Recipe | None = None) -> list[Unit]:
+        """What the recipe, or a changed one, trains, on the meta device."""
+        recipe = recipe or self.recipe
+        return units_of(self._outline(recipe).module, recipe.train.blocks)[0]
+
     def _outline(self, recipe: Recipe) -> _Outline:
         key = json.dumps(recipe.model_dump(mode="json", exclude=_OUTSIDE_THE_MODEL), sort_keys=True)
         if key not in self._outlines:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 #: Elements of gradients that travel together: bounds the memory of their copy.
-_TOGETHER = 2**25
+TOGETHER = 2**25
 
 #: Seconds between two signs of life, at most, and between two looks for what a rank waits for.
 _BEAT, _LOOK = 5.0, 0.1
@@ -254,7 +254,7 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         size = 0
         for tensor in tensors:
             if tensor.dtype == dtype:
-                if piece and size + tensor.numel() > _TOGETHER:
+                if piece and size + tensor.numel() > TOGETHER:
                     yield piece
                     piece, size = [], 0
                 piece.append(tensor)

@@ -1,0 +1,233 @@
+"""What several GPUs make of a recipe: the mesh of its blocks, beside the whole model under DDP and FSDP2.
+
+Peaks are the planner's, plus what each way to share keeps. Bytes between GPUs are closed forms of ring collectives:
+
+    blocks, a GPU each      nothing
+    blocks, d GPUs each     all-reduce of a block's gradients:  2 (d - 1) / d G_block
+    DDP                     all-reduce of all gradients:        2 (N - 1) / N G
+    FSDP2                   all-gather of the weights, forward and backward, and reduce-scatter of the gradients:
+                            (N - 1) / N (2 P + G)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..common.modules import bytes_of
+from ..core.block import Block
+from ..experiments.baselines import variants
+from ..experiments.experiment import Experiment
+from ..experiments.parts import has_parts
+from ..experiments.recipe import Recipe
+from ..experiments.recipe_changes import depth_of
+from ..families import family_named
+from ..training.ranks import TOGETHER
+from .ledger import Forecast
+from .planner import parse_budget, plan_with, with_changes
+from .predictor import Predictor
+
+_MOST = 100_000
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs that share a run.
+
+    Attributes:
+        machines: how many.
+        each: GPUs of a machine.
+        memory: bytes of a GPU.
+    """
+
+    machines: int
+    each: int
+    memory: int
+
+    @property
+    def count(self) -> int:
+        """Of all machines."""
+        return self.machines * self.each
+
+    def spans_machines(self, group: int) -> bool:
+        """Whether groups of so many neighbours are on more than one machine."""
+        return self.machines > 1 and (group > self.each or self.each % group > 0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to share a run.
+
+    Attributes:
+        method: `blocks`, `ddp`, `fsdp2`.
+        blocks: of the model.
+        mesh: GPUs along (block, data).
+        batch: examples of a step: of each block, or of the whole model.
+        batch_per_gpu: of them on a GPU.
+        peak: bytes of a GPU at its fullest.
+        sent: bytes that a GPU sends to others in a step.
+        over_network: of them those that leave its machine.
+        fits: whether the peak is within a GPU's memory.
+    """
+
+    method: str
+    blocks: int
+    mesh: tuple[int, int]
+    batch: int
+    batch_per_gpu: int
+    peak: int
+    sent: int
+    over_network: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """What several GPUs make of a recipe.
+
+    Attributes:
+        gpus: they.
+        rows: blocks, and beside them the end-to-end model under DDP and FSDP2 at equal layer-updates of a GPU.
+        changes: of the recipe, with which the blocks are as in the first row.
+        largest_batch: of each block that fits; None: not even one example does.
+    """
+
+    gpus: Gpus
+    rows: tuple[Row, Row, Row]
+    changes: dict[str, Any]
+    largest_batch: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def parse_gpus(text: str) -> Gpus:
+    """GPUs as `4x24GiB`, or of several machines as `2x8x80GiB`: machines, GPUs of each, memory of a GPU.
+
+    Raises:
+        ValueError: it is neither, or a memory that `parse_budget` refuses.
+    """
+    match = re.fullmatch(r"\s*(?:(\d{1,6})\s*x\s*)?(\d{1,6})\s*x\s*([^x]+)", text)
+    counts = [int(match[1] or 1), int(match[2])] if match else [0]
+    if match is None or min(counts) < 1 or math.prod(counts) > _MOST:
+        raise ValueError(
+            f"gpus = {text!r}: must be GPUs and the memory of each, as 4x24GiB, or machines before them, as 2x8x80GiB; "
+            f"at most {_MOST:,} in all"
+        )
+    return Gpus(counts[0], counts[1], parse_budget(match[3]))
+
+
+def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> ParallelPlan:
+    """Find what several GPUs make of a recipe: its number of blocks where it fits, else the fewest that do.
+
+    Args:
+        predictor: of a recipe of blocks.
+        gpus: that share the run.
+        batch: whether to look for the largest batch, which takes a few more steps on fake tensors.
+
+    Raises:
+        ValueError: no blocks that train apart, no number of blocks that divides the GPUs, or what `Predictor` refuses.
+    """
+    recipe = predictor.recipe
+    if recipe.method != "diffusionblocks":
+        raise ValueError(f"method: {recipe.method} has no blocks to share among GPUs: set method to diffusionblocks")
+    has_parts(Experiment(recipe))  # refuses those that do not train apart
+    own = {"train.resident": "active"} | ({} if recipe.train.blocks is None else {"train.blocks": None})
+    candidates = [_of_blocks(predictor, gpus, changes, many) for many, changes in _splits(recipe, gpus, own)]
+    row, changes = next((each for each in candidates if each[0].fits), candidates[-1])
+    largest = None
+    if batch:
+        alone = Predictor(with_changes(recipe, changes), predictor.num_examples)
+        fit = plan_with(alone, gpus.memory, vary="batch").batch
+        largest = None if fit is None else int(fit.changes["train.batch_size"]) * row.mesh[1]
+    del changes["train.resident"]  # which a run in parts does not need
+    return ParallelPlan(gpus, (row, *_end_to_end(predictor, gpus, row)), changes, largest)
+
+
+def _splits(recipe: Recipe, gpus: Gpus, own: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers of blocks that share out the GPUs, with the changes: the recipe's own first, then ascending."""
+    depth = 1 if family_named(recipe.model.type).depth_dependent_weights else depth_of(recipe)
+    now = recipe.blocks.num_blocks
+    others = [many for many in range(2, depth + 1) if depth % many == 0 and many != now]
+    possible = [many for many in (now, *others) if many > 1 and (gpus.count <= many or gpus.count % many == 0)]
+    if not possible:
+        numbers = sorted({now, *others} - {1}) or [now]
+        raise ValueError(
+            f"gpus = {gpus.count}: as many GPUs as blocks, fewer, or a multiple are shared out evenly; {depth} layers "
+            f"make {', '.join(map(str, numbers))} blocks: give another number of GPUs"
+        )
+    for many in possible:
+        changes = own if many == now else own | {"blocks.num_blocks": many, "blocks.layers": None}
+        yield many, {name: value for name, value in changes.items() if name != "blocks.layers" or recipe.blocks.layers}
+
+
+def _of_blocks(predictor: Predictor, gpus: Gpus, changes: dict[str, Any], many: int) -> tuple[Row, dict[str, Any]]:
+    """Blocks on a mesh: each GPU trains one block at a time, alone or with the others of its row."""
+    recipe = predictor.recipe
+    mesh = min(many, gpus.count), max(1, gpus.count // many)
+    share = math.ceil(recipe.train.batch_size / mesh[1])
+    changed = with_changes(recipe, changes | {"train.batch_size": share})
+    gradients = max(bytes_of(unit.own) for unit in predictor.units(changed))
+    copies = min(gradients, TOGETHER * 4) if mesh[1] > 1 else 0  # of the gradients that travel together
+    peak = predictor.forecast(changed).ledger.peak + copies
+    sent = _ring(2 * gradients, mesh[1])
+    over = sent if gpus.spans_machines(mesh[1]) else 0
+    row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, sent, over, peak <= gpus.memory)
+    return row, dict(changes)
+
+
+def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row]:
+    """The whole model under DDP and FSDP2, with as many layer-updates of each GPU in a step."""
+    share = max(1, math.ceil(predictor.recipe.train.batch_size / max(blocks.blocks, gpus.count)))
+    whole = with_changes(_whole(predictor.recipe), {"train.batch_size": share, "train.resident": "all"})
+    forecast, (unit,) = predictor.forecast(whole), predictor.units(whole)
+    weights, gradients = bytes_of(unit.module.parameters()), bytes_of(unit.own)
+    computed = weights // 2 if whole.train.precision == "bfloat16" and whole.model.dtype == "float32" else weights
+    kept = sum(forecast.persistent.values())
+    ddp = kept + gradients + _activations(forecast)  # the buckets are there from the beginning
+    apart = sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema")) + gradients
+    layers = _layers(whole, unit.module)
+    layer = max(bytes_of(each.parameters()) for each in layers)
+    others = weights - sum(bytes_of(each.parameters()) for each in layers)  # stem and head are gathered as one
+    gathered = (2 * layer + others) * computed // weights + layer
+    whole_only = kept - sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema"))
+    fsdp = whole_only + math.ceil(apart / gpus.count) + gathered + _activations(forecast)
+
+    def row(method: str, peak: int, sent: int) -> Row:
+        over = sent if gpus.machines > 1 else 0
+        return Row(method, 1, (1, gpus.count), share * gpus.count, share, peak, sent, over, peak <= gpus.memory)
+
+    return (
+        row("ddp", ddp, _ring(2 * gradients, gpus.count)),
+        row("fsdp2", fsdp, _ring(2 * computed + gradients, gpus.count)),
+    )
+
+
+def _whole(recipe: Recipe) -> Recipe:
+    """The end-to-end recipe of all layers."""
+    alone = recipe.model_copy(update={"train": recipe.train.model_copy(update={"blocks": None})})
+    return variants(alone)[0].recipe
+
+
+def _layers(recipe: Recipe, module: nn.Module) -> list[nn.Module]:
+    """The layers of the end-to-end model."""
+    if isinstance(module, Block):
+        return module.layers()
+    model: Any = module.model
+    return [*model.get_submodule(family_named(recipe.model.type).layers_path(model))]
+
+
+def _activations(forecast: Forecast) -> int:
+    return max(max(m.early.activations, m.late.activations) for m in forecast.moments.values())
+
+
+def _ring(size: int, ranks: int) -> int:
+    """Bytes that each of so many ranks sends, of collectives that move `size` bytes past each."""
+    return size * (ranks - 1) // ranks
