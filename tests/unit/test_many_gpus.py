@@ -43,13 +43,13 @@ def test_bytes_between_gpus_are_the_closed_forms() -> None:
     recipe = small()
     plan = plan_gpus(Predictor(recipe), Gpus(1, 2, 2**30), batch=False)
     blocks, ddp, fsdp = plan.rows
-    assert (blocks.mesh, blocks.batch_per_gpu, blocks.sent, blocks.over_network) == ((2, 1), 16, 0, 0)
+    assert (blocks.mesh, blocks.batch_per_gpu, blocks.traffic_bytes, blocks.network_bytes) == ((2, 1), 16, 0, 0)
     assert blocks.peak == predict(small("train.resident=active")).peak
     whole = gradients(small("method=end-to-end"))
     assert (ddp.mesh, ddp.batch_per_gpu, ddp.batch) == ((1, 2), 8, 16)
-    assert ddp.sent == 2 * whole * 1 // 2
-    assert fsdp.sent == 3 * whole * 1 // 2
-    assert ddp.over_network == fsdp.over_network == 0
+    assert ddp.traffic_bytes == 2 * whole * 1 // 2
+    assert fsdp.traffic_bytes == 3 * whole * 1 // 2
+    assert ddp.network_bytes == fsdp.network_bytes == 0
     assert ddp.peak >= predict(small("method=end-to-end", "train.batch_size=8")).peak
     assert fsdp.peak < ddp.peak
     assert plan.changes == {}
@@ -64,14 +64,14 @@ def test_more_gpus_than_blocks_share_a_batch() -> None:
         sum(p.numel() * 4 for p in block.parameters() if p.requires_grad)
         for block in Experiment(small()).outline.blocks  # type: ignore[union-attr]
     )
-    assert four.sent == 2 * per_block * 1 // 2
+    assert four.traffic_bytes == 2 * per_block * 1 // 2
     assert four.peak == predict(small("train.resident=active", "train.batch_size=8")).peak + per_block
-    assert one.sent == 0
+    assert one.traffic_bytes == 0
     # Groups of two are on one machine, or not.
-    assert plan_gpus(Predictor(small()), Gpus(2, 2, 2**30), batch=False).rows[0].over_network == 0
+    assert plan_gpus(Predictor(small()), Gpus(2, 2, 2**30), batch=False).rows[0].network_bytes == 0
     apart = plan_gpus(Predictor(small()), Gpus(4, 1, 2**30), batch=False)
-    assert apart.rows[0].over_network == four.sent
-    assert apart.rows[1].over_network == apart.rows[1].sent > 0
+    assert apart.rows[0].network_bytes == four.traffic_bytes
+    assert apart.rows[1].network_bytes == apart.rows[1].traffic_bytes > 0
 
 
 def test_the_fewest_blocks_that_fit_and_their_largest_batch() -> None:

@@ -34,6 +34,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         return
     if START in names:
         print(f"first {START}, once; then copy the folder {options.out / 'start'} to where the others run")
-    copy = "each other script runs anywhere, from a copy of this folder"
+    each = "each other script" if START in names else "each script"
+    copy = f"{each} runs anywhere, from a copy of this folder"
     back = f"; bring the folders that they leave back here, then {MERGE}" if MERGE in names else ""
     print(f"{copy}{back}")

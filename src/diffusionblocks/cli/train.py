@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="also log to this (extra of its name), below <out> where it keeps files; repeatable",
     )
     parser.add_argument("--tensorboard", action="append_const", dest="log", const="tensorboard", help="the same for it")
+    parser.add_argument(
+        "--engine", choices=("ray",), help="train each block as a task of Ray (extra: ray); <out> is on a shared disk"
+    )
+    parser.add_argument("--address", help="of a Ray cluster, or auto (default: Ray is started on this machine)")
     takes_dry_run(parser)
     takes_quiet(parser)
 
@@ -36,12 +41,15 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train, save and evaluate."""
     from ..experiments.parallel import train
     from ..experiments.parts import is_in_parts
+    from ..experiments.ray_engine import train_on_ray
     from ..experiments.run import train_before_blocks
     from ..reports.tables import format_table
     from ..training.run_log import LOGGERS, Logger
     from .dry_run import dry_run
 
     recipe = experiment.recipe
+    if options.address is not None and options.engine is None:
+        raise ValueError(f"--address {options.address} is of a Ray cluster: give --engine ray too")
     options.folder = folder = options.out or run_folder(experiment, options)
     if options.dry_run:
         dry_run(experiment, folder)
@@ -54,7 +62,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     def loggers(of: Path) -> tuple[Logger, ...]:
         return tuple(LOGGERS[name](of / name, of.name, values) for name in dict.fromkeys(options.log))
 
-    result = train(experiment, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
+    engine = functools.partial(train_on_ray, address=options.address) if options.engine else train
+    result = engine(experiment, folder, loggers=loggers, resume=not options.restart, progress=not options.quiet)
     if result is None:  # the first of several ranks tells
         return
     if result.rows:

@@ -71,8 +71,8 @@ class Row:
         batch: examples of a step: of each block, or of the whole model.
         batch_per_gpu: of them on a GPU.
         peak: bytes of a GPU at its fullest.
-        sent: bytes that a GPU sends to others in a step.
-        over_network: of them those that leave its machine.
+        traffic_bytes: bytes that a GPU sends to others in a step.
+        network_bytes: of them those that leave its machine.
         fits: whether the peak is within a GPU's memory.
     """
 
@@ -82,8 +82,8 @@ class Row:
     batch: int
     batch_per_gpu: int
     peak: int
-    sent: int
-    over_network: int
+    traffic_bytes: int
+    network_bytes: int
     fits: bool
 
 
@@ -177,9 +177,9 @@ def _of_blocks(predictor: Predictor, gpus: Gpus, changes: dict[str, Any], many: 
     gradients = max(bytes_of(unit.own) for unit in predictor.units(changed))
     copies = min(gradients, TOGETHER * 4) if mesh[1] > 1 else 0  # of the gradients that travel together
     peak = predictor.forecast(changed).ledger.peak + copies
-    sent = _ring(2 * gradients, mesh[1])
-    over = sent if gpus.spans_machines(mesh[1]) else 0
-    row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, sent, over, peak <= gpus.memory)
+    traffic_bytes = _ring(2 * gradients, mesh[1])
+    over = traffic_bytes if gpus.spans_machines(mesh[1]) else 0
+    row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, traffic_bytes, over, peak <= gpus.memory)
     return row, dict(changes)
 
 
@@ -190,19 +190,21 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
     forecast, (unit,) = predictor.forecast(whole), predictor.units(whole)
     weights, gradients = bytes_of(unit.module.parameters()), bytes_of(unit.own)
     computed = weights // 2 if whole.train.precision == "bfloat16" and whole.model.dtype == "float32" else weights
-    kept = sum(forecast.persistent.values())
-    ddp = kept + gradients + _activations(forecast)  # the buckets are there from the beginning
+    persistent = sum(forecast.persistent.values())
+    ddp = persistent + gradients + _activations(forecast)  # the buckets are there from the beginning
     apart = sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema")) + gradients
     layers = _layers(whole, unit.module)
     layer = max(bytes_of(each.parameters()) for each in layers)
     others = weights - sum(bytes_of(each.parameters()) for each in layers)  # stem and head are gathered as one
     gathered = (2 * layer + others) * computed // weights + layer
-    whole_only = kept - sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema"))
+    whole_only = persistent - sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema"))
     fsdp = whole_only + math.ceil(apart / gpus.count) + gathered + _activations(forecast)
 
-    def row(method: str, peak: int, sent: int) -> Row:
-        over = sent if gpus.machines > 1 else 0
-        return Row(method, 1, (1, gpus.count), share * gpus.count, share, peak, sent, over, peak <= gpus.memory)
+    def row(method: str, peak: int, traffic_bytes: int) -> Row:
+        over = traffic_bytes if gpus.machines > 1 else 0
+        return Row(
+            method, 1, (1, gpus.count), share * gpus.count, share, peak, traffic_bytes, over, peak <= gpus.memory
+        )
 
     return (
         row("ddp", ddp, _ring(2 * gradients, gpus.count)),

@@ -105,8 +105,8 @@ def describe_gpus(plan: ParallelPlan) -> str:
             "batch": row.batch,
             "per GPU": row.batch_per_gpu,
             "peak of a GPU": format_bytes(row.peak) + ("" if row.fits else ", too much"),
-            "sent by a GPU per step": format_bytes(row.sent) if row.sent else "nothing",
-            "between machines": format_bytes(row.over_network) if row.over_network else "nothing",
+            "sent by a GPU per step": format_bytes(row.traffic_bytes) if row.traffic_bytes else "nothing",
+            "between machines": format_bytes(row.network_bytes) if row.network_bytes else "nothing",
         }
         for row in plan.rows
     ]
