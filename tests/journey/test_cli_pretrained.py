@@ -197,13 +197,14 @@ def test_a_recipe_does_not_contradict_the_folder(
     assert main(["inspect", arguments[1], *sets(**{f"model__config__{field}": own})]) == 0
 
 
+@pytest.mark.parametrize("other", ["GPT2LMHeadModel", "LlamaForCausalLM"])  # which has no biases
 def test_another_class_than_the_folders_is_refused_with_its_name(
-    qwen: Path, capsys: pytest.CaptureFixture[str]
+    other: str, qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["inspect", str(qwen / "recipe.yaml"), *sets(model__type="GPT2LMHeadModel")]
+    arguments = ["inspect", str(qwen / "recipe.yaml"), *sets(model__type=other)]
     assert main(arguments) == 2
     message = last_line(capsys)
-    assert "holds a Qwen2ForCausalLM, the recipe has model.type: GPT2LMHeadModel" in message
+    assert f"holds a Qwen2ForCausalLM, the recipe has model.type: {other}" in message
     assert main([*arguments, *advice_in(message)]) == 0
 
 

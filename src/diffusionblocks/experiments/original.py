@@ -216,7 +216,7 @@ def described_config(model_class: str, name: str) -> Any:
     values = read_json(file)
     own_class = (values.get("architectures") or [values.get("_class_name")])[0]
     family, classes = family_named(model_class), supported_classes()
-    if isinstance(own_class, str) and classes.get(own_class) is not family and own_class not in family.older_names:
+    if isinstance(own_class, str) and own_class not in (model_class, *family.older_names):
         fix = f"--set model.type={own_class}" if own_class in classes else "docs/models.md lists the classes that work"
         raise ValueError(
             f"model.pretrained = {name} holds a {own_class}, the recipe has model.type: {model_class}; {fix}"
