@@ -232,8 +232,11 @@ def read_label_levels(path: Path, model: SavedModel | None) -> list[LevelRow]:
     values = read_values(path)
     if "by_level" not in values:
         return []
-    measured, saved = values.get("model"), None if model is None else model.index.get("sha256")  # older ones lack it
-    if model is not None and None not in (measured, saved) and measured != saved:
+    of_levels, of_model = (
+        values.get("model"),
+        None if model is None else model.index.get("sha256"),
+    )  # older ones lack it
+    if model is not None and None not in (of_levels, of_model) and of_levels != of_model:
         raise ValueError(
             f"{path} is of another model than {model.folder}: measure this one (diffusionblocks evaluate RUN "
             f"--by-level --json {path}), or move the file away"

@@ -94,10 +94,10 @@ def read_run(folder: Path, name: str) -> RunReport:
     unit_steps, outlined = _outline(json.dumps(plain, sort_keys=True))
     of_some_blocks = (plain.get("train") or {}).get("blocks") is not None  # these are measured when they are merged
     # While a run trains anew, the model that is still there is an older run's.
-    saved = _saved_blocks(folder / "model") if result is not None or of_some_blocks else None
+    model = _saved_blocks(folder / "model") if result is not None or of_some_blocks else None
     partition, noise = outlined or (None, None)
-    if saved is not None:
-        partition, noise = saved.partition, saved.blocks_config.noise
+    if model is not None:
+        partition, noise = model.partition, model.blocks_config.noise
     memory = None if row is None else row.get("memory")
     return RunReport(
         name=name,
@@ -110,7 +110,7 @@ def read_run(folder: Path, name: str) -> RunReport:
         partition=partition,
         noise=noise,
         memory=None if memory is None else _kinds(memory),
-        levels=[] if saved is None else _label_levels(folder, saved),
+        levels=[] if model is None else _label_levels(folder, model),
         pictures=_files(folder, _PICTURES),
         texts=_files(folder, _TEXTS),
     )
@@ -183,8 +183,8 @@ def _saved_blocks(folder: Path) -> SavedModel | None:
     if not (folder / INDEX).is_file():
         return None
     with contextlib.suppress(FileNotFoundError):  # it is being replaced
-        saved = read_saved(folder)
-        return saved if saved.blocks_config.noise is not None else None
+        model = read_saved(folder)
+        return model if model.blocks_config.noise is not None else None
     return None
 
 
