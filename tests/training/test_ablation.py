@@ -104,7 +104,7 @@ def test_a_table_over_two_seeds_and_nothing_trained_twice(tmp_path: Path, monkey
     means, seeds = page[page.index("Means over the seeds") :].split("<h3>Each seed</h3>")
     for line in table.splitlines()[2:]:
         for cell in re.split(r"  +", line):
-            assert f"<td>{cell}</td>" in means, "as it was printed"
+            assert f"<td>{cell.replace('+-', '±')}</td>" in means, "as it was printed"
     assert "<td>num_blocks=2, seed 1</td>" in seeds
 
     with monkeypatch.context() as patch:
