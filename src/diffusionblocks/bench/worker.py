@@ -82,7 +82,7 @@ def _preload() -> None:
 
 
 def isolated(request: dict[str, Any], fork: bool) -> dict[str, Any]:
-    """The answer of a process of its own, which is has_ended with all its helpers when its time is up."""
+    """The answer of a process of its own, which is ended with all its helpers when its time is up."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="diffusionblocks-bench-") as folder:
         out = Path(folder) / "answer.json"
