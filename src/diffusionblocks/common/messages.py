@@ -38,6 +38,9 @@ _BAD_INPUT = (
 _OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Unable to allocate", re.IGNORECASE)
 _OF_SYSTEM = re.compile(r"\(os error \d+\)|\[Errno \d+\]")
 
+#: Tells in one line what begins.
+Say = Callable[[str], None]
+
 #: Characters of a line; of a longer message the beginning and the end are shown, where the value and the fix are.
 LONGEST = 900
 _END = 300
@@ -87,6 +90,15 @@ def warn_once(text: str) -> None:
 def announce(line: str) -> None:
     """Tell on standard error, in one line, what begins now."""
     print(one_line(line), file=sys.stderr, flush=True)
+
+
+def silent(line: str) -> None:
+    """Tell nothing."""
+
+
+def announcer(speaks: bool) -> Say:
+    """`announce`, or what tells nothing."""
+    return announce if speaks else silent
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -30,7 +30,7 @@ def outline_of(original: Original) -> nn.Module:
 
 
 class BaselineKind(abc.ABC):
-    """Makes and reads the models of one method. Stateless."""
+    """Makes and reads the models of one method."""
 
     #: the file by which a saved model of this method is told from others
     mark: ClassVar[str]
@@ -60,16 +60,21 @@ class BaselineKind(abc.ABC):
         """
 
 
-class _EndToEnd(BaselineKind):
+class _OneModel(BaselineKind):
+    """One model, in a baseline of a class."""
+
     mark = "config.json"
+
+    def __init__(self, kind: Callable[[nn.Module], Baseline]) -> None:
+        self.kind = kind
 
     def make(
         self, recipe: Recipe, original: Original, network: MakeNetwork, blocks: Sequence[int] | None = None
     ) -> Baseline:
-        return EndToEnd(network(original))
+        return self.kind(network(original))
 
     def load(self, model_class: str, path: Path) -> Baseline:
-        return EndToEnd(load_end_to_end(model_class, path))
+        return self.kind(load_end_to_end(model_class, path))
 
 
 class _Ensemble(BaselineKind):
@@ -106,22 +111,10 @@ class _LocalLearning(BaselineKind):
         return LocalLearning.load(path)
 
 
-class _NoProp(BaselineKind):
-    mark = "config.json"
-
-    def make(
-        self, recipe: Recipe, original: Original, network: MakeNetwork, blocks: Sequence[int] | None = None
-    ) -> Baseline:
-        return NoProp(network(original))
-
-    def load(self, model_class: str, path: Path) -> Baseline:
-        return NoProp(load_end_to_end(model_class, path))
-
-
 #: By `method`.
 BASELINE_KINDS: dict[str, BaselineKind] = {
-    "end-to-end": _EndToEnd(),
+    "end-to-end": _OneModel(EndToEnd),
     "ensemble": _Ensemble(),
     "local": _LocalLearning(),
-    "noprop": _NoProp(),
+    "noprop": _OneModel(NoProp),
 }

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 
 from ..common.files import folder_lock, lock_text
-from ..common.messages import announce
+from ..common.messages import Say, announcer
 from ..training import Diverged
 from ..training.ranks import Group, Place, Ranks
 from ..training.run_log import ProgressLines
 from . import run
 from .experiment import Experiment
 from .parts import (
-    Cost,
     MakeLoggers,
     begin,
     check_parts,
@@ -42,7 +41,7 @@ from .parts import (
     units_in,
 )
 from .recipe_changes import stages
-from .run import conclude, prepare, save_blocks
+from .run import Cost, conclude, prepare, save_blocks
 from .tasks.task import RunResult
 
 #: Seconds in which what another machine wrote to a shared disk is seen on this one.
@@ -100,7 +99,7 @@ def _train_over_ranks(
 ) -> RunResult | None:
     place = ranks.place
     resume = resume or place.restarts > 0  # else each restart would throw away what it is to go on with
-    say = announce if progress and ranks.leads else _nothing
+    say = announcer(progress and ranks.leads)
     with contextlib.ExitStack() as stack:
         if not ranks.leads:  # what is wrong with the run is told once, by the first
             _check_shared(folder, ranks.wait_for("begin", 0))
@@ -128,7 +127,7 @@ def _train_over_ranks(
         size = place.world // rows
         row, leads_row = place.rank // size, place.rank % size == 0
         for index in order[row::rows]:
-            say_of_row = announce if progress and leads_row else _nothing
+            say_of_row = announcer(progress and leads_row)
             reasons = train_each([parts[index]], loggers=receivers, say=say_of_row, group=group)
             if leads_row:
                 ranks.tell(f"part {index}", reasons.get(index, ""))
@@ -152,7 +151,7 @@ def _train_whole(
     loggers: MakeLoggers,
     *,
     measure: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> RunResult | None:
     """Train a run of one unit by all ranks together."""
     say("train: all ranks together")
@@ -218,7 +217,3 @@ def _wait_until(condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.2)
     return True
-
-
-def _nothing(line: str) -> None:
-    """Announce nothing."""

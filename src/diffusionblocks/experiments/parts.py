@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..common.files import folder_lock
 from ..common.formats import read_json
-from ..common.messages import announce
+from ..common.messages import Say, announce, announcer
 from ..core.ensembles import merge_ensembles
 from ..core.merging import merge
 from ..reports.results import write_results
@@ -29,28 +29,24 @@ from ..training.ranks import Group
 from ..training.run_log import Logger
 from .experiment import Experiment
 from .recipe import Recipe
-from .recipe_changes import stages
 from .run import (
     PARTS,
     RESULT,
+    Cost,
     blocks_trainer,
     check_resumes,
     conclude,
-    fit_noise,
     has_trunk,
     prepare,
     read_trunk,
     save_blocks,
-    train_trunk,
+    train_fit_and_trunk,
     write_recipe,
 )
 from .tasks.task import RunResult
 
 #: What the parts of a run are, by its method; the parts of other methods do not train apart.
 _KINDS = {"diffusionblocks": "block", "ensemble": "member"}
-
-#: Announces in one line what begins.
-Say = Callable[[str], None]
 
 #: Makes further receivers of the log of the run in a folder: each closes them at its end.
 MakeLoggers = Callable[[Path], tuple[Logger, ...]]
@@ -63,19 +59,6 @@ def no_loggers(folder: Path) -> tuple[Logger, ...]:
 
 class PartsMissing(Diverged):
     """Parts of a run diverged: the others were joined, and the model's index lists those that are there."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What training took.
-
-    Attributes:
-        seconds: of one device.
-        iterations: steps of one unit.
-    """
-
-    seconds: float = 0.0
-    iterations: int = 0
 
 
 @dataclass(frozen=True)
@@ -252,15 +235,7 @@ def begin(
     """
     if group is None or group.leads:
         write_recipe(experiment.origin, folder)  # whoever looks at the run knows what is to come
-    lengths = {key: length for key, _, length in stages(experiment.recipe)}
-    if "fit" in lengths:
-        say(f"fit: {lengths['fit']}")
-    experiment, fit = fit_noise(experiment, folder, progress=progress, group=group)
-    cost = Cost() if fit is None else Cost(fit.seconds, fit.iterations)
-    if has_trunk(experiment):
-        say(f"trunk: {lengths['trunk']}")
-        trunk = train_trunk(experiment, folder, progress=progress, group=group)
-        cost = Cost(cost.seconds + trunk.seconds, cost.iterations + trunk.iteration)
+    experiment, _, cost = train_fit_and_trunk(experiment, folder, say=say, progress=progress, group=group)
     return experiment, cost
 
 
@@ -332,7 +307,7 @@ def train_in_parts(
     Raises:
         PartsMissing: a part diverged; the others are trained and joined.
     """
-    say: Say = announce if progress else _nothing
+    say = announcer(progress)
     with folder_lock(folder):
         check_parts(experiment, folder, resume=resume, measure=measure)
         experiment, before = begin(experiment, folder, say=say, progress=progress)
@@ -373,7 +348,3 @@ def train_each(
 
 def _kind(recipe: Recipe) -> str:
     return _KINDS[recipe.method]
-
-
-def _nothing(line: str) -> None:
-    """Announce nothing."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..common.files import folder_lock, lock_holder, lock_text
-from ..common.messages import announce
+from ..common.messages import announcer, silent
 from ..training import Diverged, Interrupted
 from .experiment import Experiment
 from .parts import MakeLoggers, begin, check_parts, finish, has_parts, missing_parts, no_loggers, parts_of, units_in
@@ -111,7 +111,7 @@ def train_on_ray(
     with folder_lock(folder), _cluster(ray, address):
         resources = _resources(ray, experiment)
         job = _Job(experiment.recipe.model_dump(mode="json"), folder, lock_text(folder))
-        say = announce if progress else _nothing
+        say = announcer(progress)
         table = (lambda: _show(folder)) if progress else (lambda: None)
 
         def run_alone(task: Callable[..., Any], *arguments: Any) -> Any:
@@ -152,7 +152,7 @@ def _begin(job: _Job, measure: bool) -> list[int]:
     """Check the run, and train what its parts start from. Returns the parts that are to be trained."""
     experiment = job.experiment()
     check_parts(experiment, job.folder, measure=measure)
-    experiment, _ = begin(experiment, job.folder, say=_nothing)
+    experiment, _ = begin(experiment, job.folder, say=silent)
     return [part.index for part in missing_parts(parts_of(experiment, job.folder))]
 
 
@@ -173,9 +173,9 @@ def _train_part(job: _Job, index: int, cpus: int, loggers: MakeLoggers) -> str:
 
 def _finish(job: _Job, reasons: Mapping[int, str], measure: bool) -> Any:
     """Join and evaluate. Returns (rows, seconds, iterations), or the error of parts that are missing."""
-    experiment, before = begin(job.experiment(), job.folder, say=_nothing)
+    experiment, before = begin(job.experiment(), job.folder, say=silent)
     try:
-        result = finish(experiment, job.folder, before, reasons=reasons, measure=measure, say=_nothing)
+        result = finish(experiment, job.folder, before, reasons=reasons, measure=measure, say=silent)
     except Diverged as error:
         return error
     return result.rows, result.seconds, result.iterations
@@ -272,7 +272,3 @@ def _show(folder: Path) -> None:
     """Print how far each part is."""
     with contextlib.suppress(ValueError, OSError):  # a file that is being written on another machine
         print(status_table(read_status(folder)), file=sys.stderr, flush=True)
-
-
-def _nothing(line: str) -> None:
-    """Announce nothing."""

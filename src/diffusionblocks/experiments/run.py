@@ -17,7 +17,8 @@ Whole, or stage by stage, each of which resumes what is unfinished in the folder
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,7 +27,7 @@ from torch import nn
 
 from ..common.files import check_replaceable, delete_folder, folder_lock
 from ..common.formats import read_json, write_json
-from ..common.messages import announce
+from ..common.messages import Say, announce, announcer
 from ..core.branching import branch
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
@@ -65,6 +66,19 @@ PARTS = "blocks"
 TABLE = "table.json"
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What training took.
+
+    Attributes:
+        seconds: of one device.
+        iterations: steps of one unit.
+    """
+
+    seconds: float = 0.0
+    iterations: int = 0
+
+
 def train(
     experiment: Experiment,
     folder: Path,
@@ -85,24 +99,16 @@ def train(
         progress: announce the phases, and show progress bars.
         measure: whether to evaluate; else `rows` is empty.
     """
-    say = announce if progress else _nothing
+    say = announcer(progress)
     with folder_lock(folder):
         prepare(experiment, folder, resume=resume, measure=measure)
         phases = {key: (name, length) for key, name, length in stages(experiment.recipe)}
-        if "fit" in phases:
-            say(f"fit: {phases['fit'][1]}")
-        experiment, fit = fit_noise(experiment, folder, progress=progress)
-        seconds, iterations = (0.0, 0) if fit is None else (fit.seconds, fit.iterations)
-        trunk = None
-        if has_trunk(experiment):
-            say(f"trunk: {phases['trunk'][1]}")
-            trunk = train_trunk(experiment, folder, progress=progress)
-            seconds, iterations = seconds + trunk.seconds, iterations + trunk.iteration
+        experiment, trunk, before = train_fit_and_trunk(experiment, folder, say=say, progress=progress)
         trainer = blocks_trainer(experiment, folder, trunk, loggers=loggers, progress=progress)
         del trunk  # and its memory, before the blocks train
         say(f"train: {' '.join(phases['train'])}, {len(trainer.schedule):,} iterations in all")
         trainer.train()
-        seconds, iterations = seconds + trainer.seconds, iterations + trainer.iteration
+        seconds, iterations = before.seconds + trainer.seconds, before.iterations + trainer.iteration
         say(f"save: {folder / 'model'}")
         save_blocks(experiment, folder, trainer)
         if experiment.recipe.train.blocks is not None:  # the others are trained elsewhere: nothing whole to measure yet
@@ -207,6 +213,37 @@ def train_trunk(experiment: Experiment, folder: Path, *, progress: bool = True, 
     return trunk
 
 
+def train_fit_and_trunk(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    say: Say = announce,
+    progress: bool = True,
+    group: Group | None = None,
+) -> tuple[Experiment, Trainer | None, Cost]:
+    """Fit the noise levels and train the trunk, where the run has them, or read back that they have ended.
+
+    Args:
+        experiment, folder: of the run.
+        say: announces what begins.
+        progress: show progress bars.
+        group: ranks that do it together; the first of them writes the files.
+
+    Returns:
+        The experiment on its fitted levels, the trunk's trainer, and what this took.
+    """
+    lengths = {key: length for key, _, length in stages(experiment.recipe)}
+    if "fit" in lengths:
+        say(f"fit: {lengths['fit']}")
+    experiment, fit = fit_noise(experiment, folder, progress=progress, group=group)
+    cost = Cost() if fit is None else Cost(fit.seconds, fit.iterations)
+    if not has_trunk(experiment):
+        return experiment, None, cost
+    say(f"trunk: {lengths['trunk']}")
+    trunk = train_trunk(experiment, folder, progress=progress, group=group)
+    return experiment, trunk, Cost(cost.seconds + trunk.seconds, cost.iterations + trunk.iteration)
+
+
 def read_trunk(experiment: Experiment, folder: Path) -> Trainer:
     """Read back a trunk that has ended, as `train_trunk` left it; nothing is written.
 
@@ -308,7 +345,7 @@ def conclude(
     iterations: int,
     *,
     measure: bool = True,
-    say: Callable[[str], None] = announce,
+    say: Say = announce,
 ) -> RunResult:
     """Measure the model that was saved to `folder`/model, and leave the run's result.
 
@@ -341,21 +378,15 @@ def train_before_blocks(experiment: Experiment, folder: Path, *, resume: bool = 
     Raises:
         ValueError: the recipe has neither, or what `prepare` refuses.
     """
-    lengths = {key: length for key, _, length in stages(experiment.recipe) if key != "train"}
-    if not lengths:
+    if all(key == "train" for key, *_ in stages(experiment.recipe)):
         raise ValueError(
             f"{experiment.recipe.name} has neither a noise fit nor a trunk: train it without --before-blocks"
         )
-    say = announce if progress else _nothing
+    say = announcer(progress)
     with folder_lock(folder):
         prepare(experiment, folder, resume=resume, measure=False)
         write_recipe(experiment.origin, folder)
-        if "fit" in lengths:
-            say(f"fit: {lengths['fit']}")
-        experiment, _ = fit_noise(experiment, folder, progress=progress)
-        if "trunk" in lengths:
-            say(f"trunk: {lengths['trunk']}")
-            train_trunk(experiment, folder, progress=progress)
+        train_fit_and_trunk(experiment, folder, say=say, progress=progress)
 
 
 def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
@@ -370,10 +401,6 @@ def _check_fitted(experiment: Experiment) -> None:
     """Refuse levels that are not fitted yet: blocks would train on others, and nobody would see it."""
     if experiment.recipe.fit is not None and experiment.of_method_blocks:
         raise ValueError(f"{experiment.recipe.name} fits its noise levels first: give the experiment of fit_noise")
-
-
-def _nothing(line: str) -> None:
-    """Announce nothing."""
 
 
 def has_trunk(experiment: Experiment) -> bool:

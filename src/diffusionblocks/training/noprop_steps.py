@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.end_to_end import save_end_to_end
 from ..noise.discrete_steps import DiscreteSteps
 from ..targets import check_entries, label_losses
-from .units import Baseline, Unit
+from .units import OneModel, Unit
 
 
 class _Step(nn.Module):
@@ -104,7 +102,7 @@ class ReadOut(_Step):
         return label_losses(logits, labels)
 
 
-class NoProp(Baseline):
+class NoProp(OneModel):
     """A `NoPropCNN` under NoProp's own loss. Each network is a unit, and so is the read-out.
 
     The embeddings are one-hot and fixed. So the divergence of z_0 is a constant, and no gradient goes from one unit to
@@ -115,8 +113,7 @@ class NoProp(Baseline):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         layers: Any = model.layers
         steps = DiscreteSteps.cosine(len(layers))
         self.denoising_steps = nn.ModuleList(
@@ -126,11 +123,6 @@ class NoProp(Baseline):
         classifier: Any = model.classifier
         self.read_out = ReadOut(classifier, steps.abar[-1], self.config.num_labels)
         self.to(next(model.parameters()).device)
-
-    @property
-    def config(self) -> Any:
-        """The config object of the model."""
-        return self.model.config
 
     def units(self, blocks: Sequence[int] | None = None) -> list[Unit]:
         """Each network, and the read-out; ValueError: blocks are named."""
@@ -142,17 +134,3 @@ class NoProp(Baseline):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Images (batch, channels, height, width) -> logits (batch, num_labels), by all steps."""
         return self.model(pixel_values=pixel_values).logits  # type: ignore[no-any-return]
-
-    def answers(self, pixel_values: Tensor) -> Mapping[str | None, Tensor]:
-        """The logits after the last step."""
-        return {None: self(pixel_values)}
-
-    def save(
-        self,
-        path: Path,
-        *,
-        processing: Mapping[str, bytes] | None = None,
-        provenance: dict[str, Any] | None = None,
-    ) -> None:
-        """Write the model in its own format, as one that was trained end to end."""
-        save_end_to_end(self.model, path, processing)

@@ -134,8 +134,8 @@ class Baseline(nn.Module, abc.ABC):
         return type(self).__name__
 
 
-class EndToEnd(Baseline):
-    """An unconverted classifier or language model with the interface of a block: the end-to-end baseline.
+class OneModel(Baseline):
+    """A baseline that is one unconverted model, with one way to read a label off, saved as its library saves it.
 
     Args:
         model: the model; it is trained in place.
@@ -144,6 +144,36 @@ class EndToEnd(Baseline):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def config(self) -> Any:
+        """The config object of the model."""
+        return self.model.config
+
+    def answers(self, pixel_values: Tensor) -> Mapping[str | None, Tensor]:
+        """The logits of the model."""
+        return {None: self(pixel_values)}
+
+    def save(
+        self,
+        path: Path,
+        *,
+        processing: Mapping[str, bytes] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the model in the format of its own library."""
+        save_end_to_end(self.model, path, processing)
+
+
+class EndToEnd(OneModel):
+    """An unconverted classifier or language model with the interface of a block: the end-to-end baseline.
+
+    Args:
+        model: the model; it is trained in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self._loss_chunk: int | None = None
         self._label_loss: LabelLoss | None = None
 
@@ -283,30 +313,11 @@ class EndToEnd(Baseline):
             return model.loss_after(model.backprop_depth + 1, batch["input_ids"], chunk=self.loss_chunk)  # type: ignore[no-any-return]
         return self.loss(batch)
 
-    @property
-    def config(self) -> Any:
-        """The config object of the model."""
-        return self.model.config
-
     def units(self, blocks: Sequence[int] | None = None) -> list[Unit]:
         """One, of the whole model; ValueError: blocks are named."""
         if blocks is not None:
             raise ValueError(f"train.blocks = {list(blocks)}: an end-to-end model has no blocks; leave it out")
         return [Unit(0, "end-to-end", self)]
-
-    def answers(self, pixel_values: Tensor) -> Mapping[str | None, Tensor]:
-        """The logits of the model."""
-        return {None: self(pixel_values)}
-
-    def save(
-        self,
-        path: Path,
-        *,
-        processing: Mapping[str, bytes] | None = None,
-        provenance: dict[str, Any] | None = None,
-    ) -> None:
-        """Write the model in the format of its own library."""
-        save_end_to_end(self.model, path, processing)
 
     @property
     def _name(self) -> str:
