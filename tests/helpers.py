@@ -346,6 +346,19 @@ def changed_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> Recipe
     return parse_recipe(changed, "test")
 
 
+def vit_config(layers: int, **more: Any) -> dict[str, Any]:
+    """Config values of a tiny ViT on the digits."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2}
+    return size | {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10} | more
+
+
+def vit_recipe(config: Mapping[str, Any], sections: Mapping[str, Any], changes: Mapping[str, Any]) -> Recipe:
+    """A recipe of a ViT on the digits, some of whose sections are changed field by field."""
+    model = {"type": "ViTForImageClassification", "config": dict(config)}
+    values = {"name": "tiny", "model": model, "data": {"kind": "digits"}, "device": "cpu", **sections}
+    return changed_recipe(values, changes)
+
+
 def run_ranks(
     train: Callable[[int, Path], None], folder: Path, *, timeout: float, ranks: int = 2, statuses: Sequence[int] = ()
 ) -> None:

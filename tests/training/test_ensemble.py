@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import changed_recipe, few_digits, same_states
+from helpers import few_digits, same_states, vit_config, vit_recipe
 from torch.nn import functional as F
 
 from diffusionblocks.cli.commands import main
@@ -24,24 +24,18 @@ from diffusionblocks.training import EndToEnd
 from diffusionblocks.training.ensemble import Ensemble
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CONFIG = {
-    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2},
-    **{"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10, "hidden_dropout_prob": 0.2},
-}
+CONFIG = vit_config(4, hidden_dropout_prob=0.2)
 
 
 def recipe(**changes: Any) -> Recipe:
-    values = {
-        "name": "tiny",
+    sections = {
         "method": "ensemble",
-        "model": {"type": "ViTForImageClassification", "config": CONFIG},
         "blocks": {"num_blocks": 2},
         "data": {"kind": "digits", "augment": {"crop_padding": 1}},
         "train": {"steps": 3, "batch_size": 4, "ema_decay": 0.9},
         "evaluate": {"limit": 20, "steps": [1], "seeds": [1]},
-        "device": "cpu",
     }
-    return changed_recipe(values, changes)
+    return vit_recipe(CONFIG, sections, changes)
 
 
 @pytest.fixture(scope="module")

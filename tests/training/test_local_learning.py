@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import changed_recipe, few_digits, image_batch, same_states, tiny
+from helpers import few_digits, image_batch, same_states, tiny, vit_config, vit_recipe
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -34,24 +34,17 @@ from diffusionblocks.training.local_learning import (
 )
 
 OBJECTIVES = ("greedy", "trgl", "mono-forward", "forward-forward")
-CONFIG = {
-    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2},
-    **{"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10, "hidden_dropout_prob": 0.2},
-}
+CONFIG = vit_config(4, hidden_dropout_prob=0.2)
 
 
 def recipe(**changes: Any) -> Recipe:
-    values = {
-        "name": "tiny",
+    sections = {
         "method": "local",
-        "model": {"type": "ViTForImageClassification", "config": CONFIG},
         "blocks": {"num_blocks": 2},
-        "data": {"kind": "digits"},
         "train": {"steps": 3, "batch_size": 4, "ema_decay": 0.9},
         "evaluate": {"limit": 20, "steps": [1], "seeds": [1]},
-        "device": "cpu",
     }
-    return changed_recipe(values, changes)
+    return vit_recipe(CONFIG, sections, changes)
 
 
 @pytest.fixture(scope="module")

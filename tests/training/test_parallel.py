@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import changed_recipe, few_digits, listing, run_like_torchrun
+from helpers import few_digits, listing, run_like_torchrun, vit_config, vit_recipe
 from safetensors.torch import load_file
 
 from diffusionblocks.common.messages import report_errors
@@ -26,8 +26,7 @@ from diffusionblocks.experiments.run_folder import read_run
 from diffusionblocks.training import Trainer
 from diffusionblocks.training.ranks import Group, Place
 
-SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+CONFIG = vit_config(4)
 STAGES = {"fit": {"steps": 2, "rounds": 2, "grid": 3, "examples": 16}, "trunk": {"steps": 2}}
 
 pytestmark = pytest.mark.skipif(
@@ -36,18 +35,15 @@ pytestmark = pytest.mark.skipif(
 
 
 def experiment(**changes: Any) -> Experiment:
-    values = {
-        "name": "tiny",
-        "model": {"type": "ViTForImageClassification", "config": SIZE | IMAGES},
+    sections = {
         "blocks": {"num_blocks": 4},
         "data": {"kind": "digits", "augment": {"flip": True, "crop_padding": 1}},
         "train": {"steps": 4, "batch_size": 6, "accumulation": 2, "ema_decay": 0.9, "log_every": 2},
         "parallel": {"timeout": 30},
         "evaluate": {"limit": 16, "seeds": [1]},
-        "device": "cpu",
     }
     data = few_digits()
-    return Experiment(changed_recipe(values, changes), {"train": data, "test": data})
+    return Experiment(vit_recipe(CONFIG, sections, changes), {"train": data, "test": data})
 
 
 def over_ranks(

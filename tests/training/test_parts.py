@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import changed_recipe, few_digits, listing
+from helpers import few_digits, listing, vit_config, vit_recipe
 
 from diffusionblocks.experiments import parallel, run
 from diffusionblocks.experiments.experiment import Experiment
@@ -24,23 +24,18 @@ from diffusionblocks.experiments.parts import (
 )
 from diffusionblocks.training import Interrupted, Trainer
 
-SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+CONFIG = vit_config(3)
 STAGES = {"fit": {"steps": 2, "rounds": 2, "grid": 3, "examples": 16}, "trunk": {"steps": 2}}
 
 
 def experiment(**changes: Any) -> Experiment:
-    values = {
-        "name": "tiny",
-        "model": {"type": "ViTForImageClassification", "config": SIZE | IMAGES},
+    sections = {
         "blocks": {"num_blocks": 3},
-        "data": {"kind": "digits"},
         "train": {"steps": 3, "batch_size": 4, "ema_decay": 0.9},
         "evaluate": {"limit": 16, "seeds": [1]},
-        "device": "cpu",
     }
     data = few_digits()
-    return Experiment(changed_recipe(values, changes), {"train": data, "test": data})
+    return Experiment(vit_recipe(CONFIG, sections, changes), {"train": data, "test": data})
 
 
 def without_time(result: Path) -> dict[str, Any]:

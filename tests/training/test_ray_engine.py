@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import changed_recipe, listing
+from helpers import listing, vit_config, vit_recipe
 
 from diffusionblocks.cli import main
 from diffusionblocks.common.files import lock_holder
@@ -22,23 +22,18 @@ from diffusionblocks.experiments.parts import PartsMissing
 from diffusionblocks.experiments.ray_engine import train_on_ray
 from diffusionblocks.experiments.run_status import read_status
 
-SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+CONFIG = vit_config(2)
 STAGES = {"fit": {"steps": 2, "rounds": 2, "grid": 3, "examples": 16}, "trunk": {"steps": 2}}
 STEPS = 40
 
 
 def experiment(**changes: Any) -> Experiment:
-    values = {
-        "name": "tiny",
-        "model": {"type": "ViTForImageClassification", "config": SIZE | IMAGES},
+    sections = {
         "blocks": {"num_blocks": 2},
-        "data": {"kind": "digits"},
         "train": {"steps": STEPS, "batch_size": 4, "checkpoint_every": 1, "keep_checkpoints": STEPS},
         "evaluate": {"limit": 16, "seeds": [1]},
-        "device": "cpu",
     }
-    return Experiment(changed_recipe(values, changes))
+    return Experiment(vit_recipe(CONFIG, sections, changes))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import changed_recipe, few_digits, listing
+from helpers import few_digits, listing, vit_config, vit_recipe
 
 from diffusionblocks.data import ImageData
 from diffusionblocks.experiments import run as runs
@@ -19,20 +19,15 @@ from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.training.checkpoint import checkpoints
 
-SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+CONFIG = vit_config(2)
 
 
 def recipe(**changes: Any) -> Recipe:
-    values = {
-        "name": "tiny",
-        "model": {"type": "ViTForImageClassification", "config": SIZE | IMAGES},
+    sections = {
         "blocks": {"num_blocks": 2},
-        "data": {"kind": "digits"},
         "train": {"steps": 2, "batch_size": 4},
-        "device": "cpu",
     }
-    return changed_recipe(values, changes)
+    return vit_recipe(CONFIG, sections, changes)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def run(made: Recipe, folder: Path, data: dict[str, ImageData], **options: Any) 
         ({"data": {"mean": [0.5]}}, r"data.mean = \[0.3\], this run has \[0.5\]"),
         ({"data": {"std": [0.5]}}, "data.std"),
         ({"data": {"augment": {"flip": True}}}, "data.augment.flip = False, this run has True"),
-        ({"model": {"config": SIZE | IMAGES | {"hidden_dropout_prob": 0.1}}}, "model.config.hidden_dropout_prob"),
+        ({"model": {"config": CONFIG | {"hidden_dropout_prob": 0.1}}}, "model.config.hidden_dropout_prob"),
         ({"blocks": {"noise": {"sigma_max": 40.0}}}, "blocks.noise"),
         ({"blocks": {"target": {"token": "replace-cls"}}}, "blocks.target"),
         ({"blocks": {"overlap": 0.2}}, "blocks.overlap = 0.05, this run has 0.2"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import changed_recipe, few_digits
+from helpers import few_digits, vit_config, vit_recipe
 
 from diffusionblocks.cli import main
 from diffusionblocks.common.files import folder_lock, lock_holder
@@ -20,23 +20,18 @@ from diffusionblocks.reports.page import write_page
 from diffusionblocks.training import Interrupted, Trainer
 from diffusionblocks.training.run_log import progress_line
 
-SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+CONFIG = vit_config(3)
 STAGES = {"fit": {"steps": 2, "rounds": 2, "grid": 3, "examples": 16}, "trunk": {"steps": 2}}
 
 
 def experiment(**changes: Any) -> Experiment:
-    values = {
-        "name": "tiny",
-        "model": {"type": "ViTForImageClassification", "config": SIZE | IMAGES},
+    sections = {
         "blocks": {"num_blocks": 3},
-        "data": {"kind": "digits"},
         "train": {"steps": 4, "batch_size": 4, "log_every": 1, "schedule": "sequential"},
         "evaluate": {"limit": 16, "seeds": [1]},
-        "device": "cpu",
     }
     data = few_digits()
-    return Experiment(changed_recipe(values, changes), {"train": data, "test": data})
+    return Experiment(vit_recipe(CONFIG, sections, changes), {"train": data, "test": data})
 
 
 def states(status: RunStatus) -> list[tuple[str, str, int]]:
