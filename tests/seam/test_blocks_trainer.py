@@ -847,6 +847,7 @@ LAUNCHED = """
 import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
+import torch
 from helpers import convert
 from test_blocks_trainer import trainer_of
 
@@ -861,6 +862,9 @@ def run(place, resume=None):
 
 run("straight")
 run("resumed", str(Path({folder!r}) / "straight" / "checkpoint-2"))
+# A rank that exits while the other still holds its end of gloo can abort it.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -882,7 +886,7 @@ def test_launchers_start_two_processes_whose_run_resumes_exactly(launcher: str, 
     done = subprocess.run(
         [sys.executable, "-m", *command, str(script)], capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     models = [
         db.load(tmp_path / place / f"checkpoint-{step}" / "model").state_dict()
         for place, step in (("straight", 6), ("resumed", 6), ("straight", 2))
