@@ -220,6 +220,18 @@ def test_what_fails_is_told_once(tmp_path: Path) -> None:
     assert "set blocks.shared to replicated or frozen" in said[0]
 
 
+def test_a_folder_that_ranks_do_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_DELAY", 0.5)
+
+    def command(rank: int) -> int:
+        return report_errors(lambda: parallel.train(experiment(), tmp_path / f"disk-{rank}", progress=False) and None)
+
+    said = run_like_torchrun(command, tmp_path, ranks=2, statuses=(1, 2))
+    assert "disk-1 is not the folder of the first rank (process " in said[1]
+    assert "machines that train one run share its disk; name a folder that all see" in said[1]
+    assert not (tmp_path / "disk-1").exists()
+
+
 def test_rows_of_the_mesh() -> None:
     assert [mesh_rows(world, 4) for world in (1, 3, 4, 8, 12)] == [1, 3, 4, 4, 4]
     with pytest.raises(ValueError, match=r"6 ranks for 4 parts: .* start 4 or 8 ranks"):

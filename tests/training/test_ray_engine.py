@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -15,11 +16,11 @@ import pytest
 from helpers import listing, vit_config, vit_recipe
 
 from diffusionblocks.cli import main
-from diffusionblocks.common.files import lock_holder
+from diffusionblocks.common.files import folder_lock, lock_holder, lock_text
 from diffusionblocks.experiments import run
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parts import PartsMissing
-from diffusionblocks.experiments.ray_engine import train_on_ray
+from diffusionblocks.experiments.ray_engine import _Job, train_on_ray
 from diffusionblocks.experiments.run_status import read_status
 
 CONFIG = vit_config(2)
@@ -104,4 +105,17 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     assert "pip install 'diffusionblocks[ray]'" in capsys.readouterr().err
     assert main(["train", "vit/digits", "--out", str(tmp_path / "out"), "--address", "auto"]) == 2
     assert "give --engine ray too" in capsys.readouterr().err
+    for option in ("--dry-run", "--before-blocks"):
+        assert main(["train", "vit/digits", "--out", str(tmp_path / "out"), "--engine", "ray", option]) == 2
+        assert f"{option} works in this process, and --engine ray in tasks of Ray" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_sees_another_folder_refuses(tmp_path: Path) -> None:
+    recipe = experiment().recipe.model_dump(mode="json")
+    with folder_lock(tmp_path):
+        job = _Job(recipe, tmp_path, lock_text(tmp_path))
+        assert job.experiment().recipe == experiment().recipe
+        elsewhere = dataclasses.replace(job, folder=tmp_path / "not-shared")
+        with pytest.raises(ValueError, match=r"not-shared is not one folder on all machines .*--out, or .* jobs"):
+            elsewhere.experiment()

@@ -16,7 +16,7 @@ from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parts import begin, check_parts, finish, parts_of
 from diffusionblocks.experiments.run_folder import read_run
 from diffusionblocks.experiments.run_status import RunStatus, read_status
-from diffusionblocks.reports.page import write_page
+from diffusionblocks.reports.page import RunReport, _times, write_page
 from diffusionblocks.training import Interrupted, Trainer
 from diffusionblocks.training.run_log import progress_line
 
@@ -97,8 +97,27 @@ def test_a_run_in_parts(tmp_path: Path) -> None:
     assert read_status(tmp_path).finished
     report = read_run(tmp_path, "parts")
     assert [record["unit"] for record in report.logs["run"]] == [f"block {b}" for b in range(3) for _ in range(4)]
+    assert report.side_by_side
     write_page(tmp_path / "page.html", [report])
     assert "block 2" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ends", "left"),
+    [
+        ({0: (60, 10.0), 1: (80, 10.0)}, 4.0),  # the slower of two
+        ({0: (100, 10.0), 1: (50, 5.0)}, 10.0),  # one has ended
+        ({0: (50, 10.0)}, 15.0),  # the other waits for it
+        ({0: (100, 10.0), 1: (100, 10.0)}, 0.0),
+    ],
+)
+def test_what_trains_side_by_side_does_not_add_up(ends: dict[int, tuple[int, float]], left: float) -> None:
+    records = [
+        {"unit": f"block {b}", "step": step, "iteration": step + 100 * b, "iterations_per_second": speed}
+        for b, (step, speed) in ends.items()
+    ]
+    report = RunReport("run", Path("run"), logs={"run": records}, unit_steps=(100, 2), side_by_side=True)
+    assert _times(report)["left"] == left
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: Any) -> None:

@@ -50,6 +50,11 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     recipe = experiment.recipe
     if options.address is not None and options.engine is None:
         raise ValueError(f"--address {options.address} is of a Ray cluster: give --engine ray too")
+    for option, is_set in (("--dry-run", options.dry_run), ("--before-blocks", options.before_blocks)):
+        if is_set and options.engine is not None:
+            raise ValueError(
+                f"{option} works in this process, and --engine {options.engine} in tasks of Ray: give one of them alone"
+            )
     options.folder = folder = options.out or run_folder(experiment, options)
     if options.dry_run:
         dry_run(experiment, folder)

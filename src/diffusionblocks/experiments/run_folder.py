@@ -23,6 +23,7 @@ from .ablation import ROW, means_over_seeds
 from .comparison import columns
 from .experiment import Experiment
 from .identity import in_current_terms
+from .parts import is_in_parts
 from .recipe import Recipe, parse_recipe
 from .run import PARTS, RESULT, TABLE
 from .run_files import read_label_levels, read_log, read_result, read_row, read_table, read_values
@@ -107,6 +108,7 @@ def read_run(folder: Path, name: str) -> RunReport:
         result=result,
         finished=result is not None or (of_some_blocks and (folder / "model").is_dir()),
         unit_steps=unit_steps,
+        side_by_side=is_in_parts(folder),
         partition=partition,
         noise=noise,
         memory=None if memory is None else _kinds(memory),

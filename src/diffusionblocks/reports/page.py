@@ -40,6 +40,7 @@ class RunReport:
         result: the file of its result; None until the run has ended.
         finished: whether it has ended.
         unit_steps: steps of each unit of the phase `run`, and how many units there are; None where that is not known.
+        side_by_side: whether these units train apart, several at a time.
         partition, noise: of its blocks; None of models without blocks, or where they are not known yet.
         memory: bytes of a training step by kind; they add up to its peak.
         memory_source: `measured` or `predicted`.
@@ -55,6 +56,7 @@ class RunReport:
     result: Mapping[str, Any] | None = None
     finished: bool = False
     unit_steps: tuple[int, int] | None = None
+    side_by_side: bool = False
     partition: Partition | None = None
     noise: NoiseProcess | None = None
     memory: Mapping[str, int] | None = None
@@ -304,18 +306,38 @@ def _times(run: RunReport) -> dict[str, Any]:
     result = run.result or {}
     speed = records[-1].get("iterations_per_second") if records else None
     ends = [phase[-1]["iteration"] for phase in run.logs.values() if phase]
-    left = None
-    if not run.finished and run.unit_steps is not None and speed and run.logs.get("run"):
-        steps, count = run.unit_steps
-        left = max(0, steps * count - run.logs["run"][-1]["iteration"]) / speed
     return {
         "run": run.name,
         "iterations": result.get("iterations", sum(ends)),
         "speed": speed,
         "training": result.get("train_seconds"),
         "evaluation": result.get("evaluation_seconds"),
-        "left": left,
+        "left": _seconds_left(run),
     }
+
+
+def _seconds_left(run: RunReport) -> float | None:
+    """How long a run that has not ended will train by its last speed.
+
+    Of units that train side by side: as long as the slowest that has begun, or as all that is left takes at the speed
+    of these together.
+    """
+    records = run.logs.get("run")
+    if run.finished or run.unit_steps is None or not records:
+        return None
+    steps, count = run.unit_steps
+    if not run.side_by_side:
+        speed = records[-1].get("iterations_per_second")
+        return float(max(0, steps * count - records[-1]["iteration"]) / speed) if speed else None
+    newest = {record["unit"]: record for record in records}
+    left = {unit: max(0, steps - record["step"]) for unit, record in newest.items()}
+    speeds = {unit: newest[unit].get("iterations_per_second") for unit, missing in left.items() if missing}
+    waiting = max(0, count - len(newest)) * steps
+    if not any(speeds.values()):
+        return None if waiting or any(left.values()) else 0.0
+    slowest = max(left[unit] / speed for unit, speed in speeds.items() if speed)
+    together = (sum(left.values()) + waiting) / sum(speed for speed in speeds.values() if speed)
+    return float(max(slowest, together))
 
 
 def _environments(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> list[dict[str, Any]]:
