@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import sets
 from PIL import Image
 
+import diffusionblocks as db
 from diffusionblocks.cli import main
+from diffusionblocks.data.image_decoder import decode_image
 from diffusionblocks.data.image_table import open_table
 from diffusionblocks.experiments.recipe import load_recipe
 
@@ -46,7 +49,13 @@ def check_trains(name: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["vit", "dit"])
-def test_a_folder_of_pictures(model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_pictures(
+    model: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["init", "pets", "photos", "--model", model, "--size", "16"]) == 0
     tables = [open_table("pets-images", split) for split in ("train", "test")]
@@ -57,6 +66,34 @@ def test_a_folder_of_pictures(model: str, photos: Path, tmp_path: Path, monkeypa
     if model == "vit":
         config = json.loads(Path("runs/pets/model/config.json").read_text())
         assert config["id2label"] == {"0": "cat", "1": "dog"}
+        check_predicts(Path("runs/pets"), capsys)
+    else:
+        assert main(["predict", "runs/pets", "photos/cat"]) == 2
+        assert "predict is for classifiers; DiT generates images: use sample" in capsys.readouterr().err
+
+
+def check_predicts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures as they are in the user's folder get the probabilities that the model gives what it was trained on."""
+    capsys.readouterr()
+    assert main(["predict", str(run), "photos/cat", "photos/dog/0.jpg", "--top", "1", "--json", "classes.json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    rows = json.loads(Path("classes.json").read_text())["pictures"]
+    table = open_table("pets-images", "train")
+    pixels = decode_image(next(iter(table)).encoded, "", 3)
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None] / 255 * 2 - 1
+    expected = db.load(run / "model").predict(image).probabilities[0].tolist()
+    # The first training picture is the second of the folder: the first is for testing.
+    assert [rows[1]["probabilities"][name] for name in ("cat", "dog")] == pytest.approx(expected, abs=1e-4)
+    assert lines[1].startswith("photos/cat/1.png: " + max(rows[1]["probabilities"], key=rows[1]["probabilities"].get))
+    for arguments, message in {
+        ("photos",): "photos has no pictures in it",
+        ("none.png",): "no picture none.png",
+        ("pets.yaml",): "pets.yaml: cannot decode",
+        ("photos/cat", "--top", "0"): "--top 0: must be at least 1",
+    }.items():
+        assert main(["predict", str(run), *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_pictures_that_are_split_already(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "recipes": Command("list the recipes that ship, or print one", ".recipes"),
     "train": Command("train a recipe, save the model and evaluate it", ".train"),
     "evaluate": Command("measure a trained model: accuracy, samples, or bits per character", ".evaluate"),
+    "predict": Command("the classes of pictures, by a trained classifier", ".predict"),
     "sample": Command("samples of a trained diffusion model: images or text", ".sample"),
     "init": Command("write a commented recipe for data of your own", ".init"),
     "inspect": Command("show the blocks of a recipe before any training", ".inspect"),
@@ -78,6 +79,8 @@ examples:
       GPU, kernels, extras, disk, data and cache: what is there, and the fix for what is missing
   diffusionblocks evaluate runs/digits --set 'evaluate.combine=[mean, chain]'
       test accuracy, NLL and calibration error, by the ways to combine what the blocks say
+  diffusionblocks predict runs/cats holiday/ photo.jpg --top 3
+      classes of pictures in any sizes, with their probabilities
   diffusionblocks sample runs/dit-digits --out samples --labels 3 --count 16
       images of a trained diffusion model: PNG files, a grid, a chain over its steps
   diffusionblocks sample runs/masked-topics --infill 'the _____ of'

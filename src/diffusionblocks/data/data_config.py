@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -97,6 +97,22 @@ class DataSection(BaseModel, ABC):
             shape: (channels, height, width) of the model's images.
         """
         return None
+
+    def pictures(self, files: Sequence[Path], shape: tuple[int, ...]) -> Tensor:
+        """Read pictures of any size as inputs of a model that was trained on this section's images.
+
+        Args:
+            files: of the pictures.
+            shape: (channels, height, width) of the model's images.
+
+        Returns:
+            float32 (len(files), channels, height, width), normalised.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: what cannot be decoded, or data of another kind.
+        """
+        raise ValueError(f"data.kind: {self.kind} has no pictures; give a run on images")
 
     def with_processing_of(self, folder: Path) -> Self:
         """The section with the tokenizer, or image processor, that lies in a trained model's folder, if one does.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict
 
@@ -23,8 +23,10 @@ from .augment import AugmentConfig
 from .autoencoder import decode, latent_scale, load_vae
 from .data_config import Batches, DataSection, FilesSection, register_data
 from .dataset import BatchMaker, ExampleCount
-from .image_batches import ImageBatches, evaluation_batches, to_uint8
+from .encode import center_crop
+from .image_batches import ImageBatches, Normalise, evaluation_batches, to_uint8
 from .image_data import ImageData, digits, image_classification, resized
+from .image_decoder import decode_image, oversized_refused
 from .image_processor import ImageProcessor, processor_in
 from .image_table import rows_of_split
 from .latent_batches import LatentBatches
@@ -165,6 +167,26 @@ class PixelsConfig(ImagesSection):
     @override
     def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         return functools.partial(to_uint8, **self.normalisation)
+
+    @override
+    def pictures(self, files: Sequence[Path], shape: tuple[int, ...]) -> Tensor:
+        processor = None if self.processor is None else ImageProcessor(self.processor, self.number_of_channels)
+        pixels = torch.from_numpy(np.stack([self._pixels(file, shape, processor) for file in files]))
+        return Normalise(**self.normalisation, channels=self.number_of_channels, device=pixels.device)(pixels)
+
+    def _pixels(self, file: Path, shape: tuple[int, ...], processor: ImageProcessor | None) -> np.ndarray:
+        """A picture as the processor brings it to its size, or else its middle: uint8 (channels, height, width)."""
+        with oversized_refused():
+            picture = decode_image(file.read_bytes(), str(file), self.number_of_channels)
+        if processor is not None:
+            pixels = processor(picture)
+        else:
+            values = np.asarray(center_crop(picture, shape[-1]))
+            pixels = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+        if pixels.shape != shape:
+            ours, theirs = ("x".join(map(str, size)) for size in (shape, pixels.shape))
+            raise ValueError(f"{file} becomes {theirs}, and the model takes images of {ours}: give one of that size")
+        return pixels
 
     @override
     def image_processor(self, shape: tuple[int, ...]) -> dict[str, Any]:

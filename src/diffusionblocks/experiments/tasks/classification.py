@@ -142,6 +142,26 @@ class Classification(Task[AccuracyConfig]):
                 flip=options.flip,
             )
 
+    def predict(self, experiment: Experiment, model: nn.Module, files: Sequence[Path]) -> Iterator[dict[str, float]]:
+        """Probabilities by the default way to predict, a batch of pictures at a time."""
+        from ...common.modules import computes_on
+        from ...training import Baseline
+
+        config: Any = experiment.config_of(model)
+        shape, device = experiment.family.example_shape(config), computes_on(model)
+        size = self.options(experiment).batch_size
+        for start in range(0, len(files), size):
+            pixels = experiment.recipe.data.pictures(files[start : start + size], shape).to(device)
+            with experiment.precision(model):
+                if isinstance(model, Baseline):
+                    prediction = next(iter(model.predictions(pixels).values()))
+                else:
+                    prediction = experiment.blocks_of(model).predict(pixels)
+            ranked, order = prediction.probabilities.float().sort(dim=-1, descending=True)
+            names = getattr(config, "id2label", None) or {}
+            for values, classes in zip(ranked.tolist(), order.tolist(), strict=True):
+                yield {str(names.get(c, c)): value for c, value in zip(classes, values, strict=True)}
+
     def measure_by_level(
         self, experiment: Experiment, model: DiffusionBlocks, *, every_block: bool = False
     ) -> list[LevelRow]:

@@ -6,7 +6,7 @@ A task's modules import torch only where it works: the command line reads its op
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar, cast
@@ -307,6 +307,25 @@ class Task(abc.ABC, Generic[Options]):
             results: by key.
             folder: of the comparison; each row has a folder of its own below it.
         """
+
+    # ---- new examples ----------------------------------------------------------------------------------------------
+
+    def predict(self, experiment: Experiment, model: nn.Module, files: Sequence[Path]) -> Iterator[dict[str, float]]:
+        """Predict the class of each picture.
+
+        Args:
+            experiment: of the run.
+            model: its trained model.
+            files: of the pictures, in any sizes.
+
+        Yields:
+            For each file the probability of each class, by name, the likeliest first.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a picture that cannot be decoded, or a model that does not classify.
+        """
+        raise ValueError(f"predict is for classifiers; {experiment.recipe.model.type} generates {self.makes}: use sample")
 
     # ---- samples -------------------------------------------------------------------------------------------------
 
