@@ -278,6 +278,10 @@ def test_a_classifier_of_another_loss_is_refused() -> None:
         refused(model, rf"problem_type = {kind}")
 
 
+def test_positions_of_no_square_are_refused() -> None:
+    refused(tiny("siglip2", num_patches=8), r"num_patches = 8.*set num_patches to a square number, such as 4")
+
+
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_rotary_frequencies_are_exact_in_memory_as_saved_and_loaded(family: str, tmp_path: Any) -> None:
     """`.to(bfloat16)` rounds the original's; no file holds them, and a loaded model has them from its config."""

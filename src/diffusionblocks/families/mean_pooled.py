@@ -100,6 +100,16 @@ class Siglip2Family(SiglipFamily):
     classes = ("Siglip2ForImageClassification",)
 
     @override
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        count = self.sizes(model.config).num_patches
+        if math.isqrt(count) ** 2 != count:
+            raise ValueError(
+                f"cannot convert {type(model).__name__}: its config has num_patches = {count}, but its positions are "
+                f"those of a square; set num_patches to a square number, such as {math.isqrt(count) ** 2}"
+            )
+
+    @override
     def example_shape(self, config: Any) -> tuple[int, ...]:
         """(channels, height, width) of images whose positions are not resized."""
         sizes = self.sizes(config)

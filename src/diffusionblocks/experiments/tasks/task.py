@@ -325,7 +325,8 @@ class Task(abc.ABC, Generic[Options]):
             FileNotFoundError: no such file.
             ValueError: a picture that cannot be decoded, or a model that does not classify.
         """
-        raise ValueError(f"predict is for classifiers; {experiment.recipe.model.type} generates {self.makes}: use sample")
+        kind = experiment.recipe.model.type
+        raise ValueError(f"predict is for classifiers; {kind} generates {self.makes}: use sample")
 
     # ---- samples -------------------------------------------------------------------------------------------------
 
