@@ -168,7 +168,7 @@ def test_filtered_keeps_as_few_as_it_can_of_ties() -> None:
 # ---- tiny real models ----------------------------------------------------------------------------------------------
 
 
-def original(family: str) -> Any:
+def original(family: str, vocab_size: int = VOCAB) -> Any:
     """A tiny model whose weights are large enough for its context to matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -178,7 +178,7 @@ def original(family: str) -> Any:
             model: Any = RecurrentDepth(VOCAB, 32, **sizes, **layers)
         else:
             config = LlamaConfig(
-                vocab_size=VOCAB,
+                vocab_size=vocab_size,
                 hidden_size=HIDDEN,
                 intermediate_size=48,
                 num_hidden_layers=4,
@@ -265,7 +265,7 @@ def uncached(model: db.DiffusionBlocks, prompt: list[int], new: int, seed: int, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_equals_uncached(family: str, steps: int) -> None:
     model = converted(family)
-    made = lists(model.continue_texts(PROMPTS, 8, seeds=[3, 4, 5], steps=steps, feedback="sampled"))
+    made = lists(model.continue_texts(PROMPTS, 8, seeds=[3, 4, 5], combine="chain", steps=steps))
     levels = model.noise.levels(steps)
     assert made == [uncached(model, p, 8, s, levels) for p, s in zip(PROMPTS, (3, 4, 5), strict=True)]
     assert len({token for row in made for token in row[-8:]}) > 5, "the model writes the same whatever it reads"
@@ -273,7 +273,7 @@ def test_cached_equals_uncached(family: str, steps: int) -> None:
 
 def test_two_streams_go_on_from_nothing() -> None:
     model = converted("llama")
-    batch = lists(model.continue_texts([[], [4, 2]], 6, seeds=[0, 1]))
+    batch = lists(model.continue_texts([[], [4, 2]], 6, seeds=[0, 1], combine="chain"))
     assert batch[0] == uncached(model, [], 6, 0, model.noise.levels(2))
     assert batch[1][:2] == [4, 2]
 

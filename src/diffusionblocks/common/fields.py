@@ -96,3 +96,8 @@ TokenFeedback = Literal["soft", "hard", "sampled", "top-k"]
 
 #: How what a classifier's blocks say is combined (`DiffusionBlocks.predict`).
 Combination = Literal["mean", "product", "probabilities", "chain"]
+#: How what several networks say of one target is averaged: their logits, or their probabilities.
+LogitCombination = Literal["mean", "probabilities"]
+
+#: How what an autoregressive model's blocks say of a token is combined (`DiffusionBlocks.generate`).
+TokenCombination = Literal["mean", "probabilities", "chain"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..common.fields import TokenCombination
 from ..common.finite import FiniteCheck
 from ..common.graphs import leave_to_host, on_host
 from ..common.seeds import Generators
@@ -20,6 +22,8 @@ from ..sampling import (
     Callback,
     Continuations,
     LabelNetwork,
+    LogitVotes,
+    Posterior,
     Prediction,
     check_combination,
     continue_texts,
@@ -29,6 +33,7 @@ from ..sampling import (
     run_chain,
     sample_images,
     sample_tokens,
+    vote_on_texts,
 )
 from ..targets import (
     HINT,
@@ -416,8 +421,9 @@ class Continuing(TextGeneration[NextTokenTarget]):
         *,
         max_new_tokens: int | None = None,
         seeds: Sequence[int] | None = None,
+        combine: str | None = None,
         steps: int | None = None,
-        grid: str = "equal-quantile",
+        grid: str | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         feedback: str | None = None,
@@ -425,28 +431,97 @@ class Continuing(TextGeneration[NextTokenTarget]):
         num_tokens: int | None = None,
         progress: bool = False,
     ) -> Continuations:
-        model, noise, config = self.model, self.noise, self.model.blocks_config.target
-        assert isinstance(config, NextTokenTargetConfig)
+        model, config = self.model, self._config
         if prompts is None or max_new_tokens is None:
             raise ValueError(f"generate needs prompts and max_new_tokens: this {model.model_class} {self.does}")
+        combine = self.combination(combine)
+        votes = combine != "chain"
         return continue_texts(
-            model.denoise,
+            self._context if votes else model.denoise,
             model.family.past,
             model.partition.block_of,
             self.target,
-            noise,
+            self.noise,
             prompts,
             max_new_tokens=max_new_tokens,
-            levels=noise.levels(model.partition.num_blocks if steps is None else steps, grid),
+            levels=self._levels(steps, grid, votes=votes),
             seeds=range(len(prompts)) if seeds is None else seeds,
             temperature=temperature,
             top_p=top_p,
             feedback=feedback or config.feedback,
             top_k=config.top_k,
+            combine=combine,
+            posterior=self._posterior if votes else None,
             stop_tokens=end_tokens(model) if stop_tokens is None else stop_tokens,
             num_tokens=num_tokens,
             device=model.device,
             progress=progress,
+        )
+
+    @property
+    def _config(self) -> NextTokenTargetConfig:
+        config = self.model.blocks_config.target
+        assert isinstance(config, NextTokenTargetConfig)
+        return config
+
+    @property
+    def votes(self) -> bool:
+        """Whether blocks have context logits, which can be averaged."""
+        return self.model.block(0).adds_likelihood
+
+    def combination(self, combine: str | None) -> str:
+        """How what the blocks say of a token is combined; None: `mean` where blocks have context logits, else `chain`.
+
+        Raises:
+            ValueError: an unknown rule, or one that needs context logits which the blocks do not have.
+        """
+        if combine is None:
+            return "mean" if self.votes else "chain"
+        if combine not in get_args(TokenCombination):
+            raise ValueError(f"unknown combine {combine!r}; allowed: {', '.join(get_args(TokenCombination))}")
+        return check_combination(combine, contexts=self.votes)
+
+    def _levels(self, steps: int | None, grid: str | None, *, votes: bool) -> list[float]:
+        """The levels of a chain; by default, where blocks vote, the noisiest of each: every block is asked once."""
+        blocks = self.model.partition.num_blocks
+        if votes and grid in (None, "equal-quantile") and steps in (None, blocks):
+            return self.model.partition.levels(self.noise)
+        return self.noise.levels(blocks if steps is None else steps, grid or "equal-quantile")
+
+    def _context(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
+        return self.model.denoise(inputs, z, level, context=True)
+
+    @property
+    def _posterior(self) -> Posterior | None:
+        """None for blocks that are shown no z, which then need not be what it was in training."""
+        return self.model.posterior if self.model.block(0).sees_noise else None
+
+    def vote(self, batch: Batch, generator: torch.Generator, check: FiniteCheck) -> LogitVotes:
+        """What all blocks say of every next token of a batch, each asked once: see `vote_on_texts`.
+
+        Call it without gradients, in evaluation mode.
+
+        Args:
+            batch: `input_ids` (batch, length), resolved.
+            generator: source of the noise, on the model's device.
+            check: what sees to it that logits are finite.
+
+        Raises:
+            ValueError: the blocks have no context logits.
+        """
+        check_combination("mean", contexts=self.votes)
+        inputs = {name: batch[name] for name in self.model.block(0).input_names}
+        return vote_on_texts(
+            functools.partial(self._context, inputs),
+            self._posterior,
+            self.target,
+            self.noise,
+            self.target.encode(batch).shape,
+            self._levels(None, None, votes=True),
+            feedback=self._config.feedback,
+            top_k=self._config.top_k,
+            generator=generator,
+            check=check,
         )
 
 

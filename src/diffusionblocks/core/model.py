@@ -513,6 +513,7 @@ class DiffusionBlocks(nn.Module):
         max_new_tokens: int | None = None,
         *,
         seeds: Sequence[int] | None = None,
+        combine: str | None = None,
         steps: int | None = None,
         grid: str | None = None,
         temperature: float = 1.0,
@@ -532,9 +533,14 @@ class DiffusionBlocks(nn.Module):
             prompts: autoregressive: tokens of each row, of any lengths. (A masked model takes seeds in this place.)
             max_new_tokens: autoregressive: >= 1.
             seeds: one a row; default 0, 1, 2, ..., one a prompt; of a masked model default one row, of seed 0.
+            combine: autoregressive: how what the blocks say of a token is combined. `mean` or `probabilities`: it is
+                drawn from the mean of their context logits, or of the probabilities that these give; temperature and
+                top-p act on that. `chain`: the last step of a chain draws it (the paper). Default `mean` where blocks
+                have context logits (`target.likelihood: added`), else `chain`.
             steps: autoregressive: network calls per token, default one for each block, which costs what the
                 unconverted model does. Masked: network calls, default 64; more than tokens are of no use.
-            grid: levels, see `levels` of the noise process; default `equal-quantile`.
+            grid: levels, see `levels` of the noise process; default `equal-quantile`, where the blocks vote each
+                block's own highest level.
             temperature: divides the logits, >= 0; 0 takes the most probable token. What `generation_config` says of
                 sampling is not followed; it is for whoever exports the model.
             template: masked: tokens, int64 (length,) or (n, length), with `target.mask_id` in the places to fill. Of
@@ -558,6 +564,7 @@ class DiffusionBlocks(nn.Module):
                 prompts,
                 max_new_tokens=max_new_tokens,
                 seeds=seeds,
+                combine=combine,
                 steps=steps,
                 grid=grid,
                 temperature=temperature,

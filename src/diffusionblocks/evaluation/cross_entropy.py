@@ -11,14 +11,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..common.fields import LogitCombination
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
 from ..common.precision import without_autocast
 from ..common.seeds import keyed_generator
+from ..core.inference import Continuing
 from ..core.model import DiffusionBlocks
 from ..noise import GaussianProcess, NoiseProcess, one_level
 from ..targets import NextTokenTarget, cross_entropies
@@ -56,7 +59,7 @@ class LanguageRow(Row):
     """A row: the cross-entropy of a text's tokens, each sequence's first left out, for nothing stands before it.
 
     Attributes:
-        cross_entropy: NLL in nats per token; of blocks at the highest level that is read.
+        cross_entropy: NLL in nats per token; of blocks at the highest level that is read, or of their votes.
         standard_error: of it, over sequences.
         tokens: how many were counted.
         context_gap: how much worse it is with another sequence's context; 0 for a model that ignores its context. None
@@ -137,6 +140,38 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     )
 
 
+def voted_rows(model: DiffusionBlocks, batches: Batches, *, seed: int = 0) -> dict[str, LanguageRow]:
+    """Measure what an autoregressive model's blocks say together: the cross-entropy of their averaged context logits.
+
+    Each block is asked once for a text, at its noisiest level: one pass of all layers. What it is shown of a token
+    follows from noise and from the text before it alone (`vote_on_texts`).
+
+    Args:
+        model: with a `NextTokenTarget`, and context logits (`target.likelihood: added`).
+        batches: as of `language_row`.
+        seed: of the noise, keyed by (seed, batch).
+
+    Returns:
+        A row for each rule of `LogitVotes`, `mean` and `probabilities`.
+
+    Raises:
+        ValueError: a model without context logits, sequences as `_tokens` refuses them, or logits that are not finite.
+    """
+    blocks = model.inference
+    if not isinstance(blocks, Continuing):
+        raise ValueError(f"votes on next tokens are for autoregressive models, not for a {model.model_class}")
+    check, shift = FiniteCheck(owner=model.partition.block_of), blocks.target.shift
+    losses: dict[str, list[Tensor]] = {rule: [] for rule in get_args(LogitCombination)}
+    with torch.no_grad(), evaluating(model):
+        for index, tokens in enumerate(_tokens(batches)):
+            generator = keyed_generator(seed, 0, index, "votes", tokens.device)
+            votes = blocks.vote({"input_ids": tokens}, generator, check)
+            for rule, some in losses.items():
+                some.append(_token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:]))
+    check.read()
+    return {rule: _row(torch.cat(some), tokens.shape[1]) for rule, some in losses.items()}
+
+
 def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> LanguageRow:
     """The same of an unconverted model, which maps tokens (n, length) to logits (n, length, vocab_size).
 
@@ -149,8 +184,13 @@ def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> L
         for tokens in _tokens(batches):
             losses.append(check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:]), "cross-entropies"))
     check.read()
-    rows = torch.cat(losses)
-    return LanguageRow(float(rows.mean()), float(rows.std() / math.sqrt(len(rows))), len(rows) * (tokens.shape[1] - 1))
+    return _row(torch.cat(losses), tokens.shape[1])
+
+
+def _row(losses: Tensor, length: int) -> LanguageRow:
+    """The row of losses (n,) of sequences of a length."""
+    error = float(losses.std() / math.sqrt(len(losses)))
+    return LanguageRow(float(losses.mean()), error, len(losses) * (length - 1))
 
 
 def decodable_share(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor, *, seed: int = 0) -> float:

@@ -16,9 +16,9 @@ from ..training import trainable
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as an aligned text table: floats to four digits, None as "-"."""
-    names = list(rows[0])
-    cells = [[_cell(row[name]) for name in names] for row in rows]
+    """Rows as an aligned text table: floats to four digits, None and what a row does not have as "-"."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
     lines = [names, ["-" * width for width in widths], *cells]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

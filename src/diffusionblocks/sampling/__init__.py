@@ -1,7 +1,7 @@
 """Samplers: stateless solvers, and what each task makes of them."""
 
 from .chain import Callback, Denoiser
-from .continue_text import Continuations, continue_plainly, continue_texts
+from .continue_text import Continuations, Posterior, continue_plainly, continue_texts
 from .denoise_images import guided, prior_of_seeds, sample_images
 from .denoise_labels import COMBINATIONS, LabelNetwork, Prediction, Votes, check_combination, predict_labels, run_chain
 from .solvers import (
@@ -15,6 +15,8 @@ from .solvers import (
     register_solver,
 )
 from .unmask_tokens import sample_tokens
+from .vote_on_texts import vote_on_texts
+from .votes import LogitVotes
 
 __all__ = [
     "COMBINATIONS",
@@ -23,6 +25,8 @@ __all__ = [
     "Continuations",
     "Denoiser",
     "LabelNetwork",
+    "LogitVotes",
+    "Posterior",
     "Prediction",
     "Solver",
     "SolverFunction",
@@ -41,4 +45,5 @@ __all__ = [
     "run_chain",
     "sample_images",
     "sample_tokens",
+    "vote_on_texts",
 ]

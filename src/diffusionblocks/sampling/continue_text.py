@@ -1,5 +1,8 @@
 """Text token by token: every next token is denoised by a chain of network calls, from the highest level that is read.
 
+Where the blocks vote, every call of the chain says what its block thinks of the token, whatever z is (its context
+logits), and the token is drawn from what all of them say together. The chain then only makes z what it was in training.
+
 Where the chain decides, randomness enters: at every level the logits are divided by the temperature and cut to their
 most probable tokens (top-p), and the feedback makes of these probabilities what the next step is drawn towards. At the
 end of the chain it would be too late: the last distribution is all but a point mass (c_skip -> 1 as sigma -> 0).
@@ -14,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
 from .chain import check_levels, check_num_tokens, check_temperature, draw_tokens, generators_of
 from .solvers import euler
+from .votes import LogitVotes
 
 FEEDBACKS: tuple[str, ...] = get_args(TokenFeedback)
 
@@ -37,6 +41,9 @@ _AHEAD = 32
 
 #: Runs the block that owns a level: (inputs, z, level) -> logits (n, positions, vocab_size).
 Network = Callable[[Mapping[str, Any], Tensor, float], Tensor]
+
+#: Posterior logits of context logits (..., positions, vocab_size), z (..., positions, dim) and its level.
+Posterior = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ def continue_texts(
     top_p: float = 1.0,
     feedback: str = "sampled",
     top_k: int = 8,
+    combine: str = "chain",
+    posterior: Posterior | None = None,
     stop_tokens: Sequence[int] = (),
     num_tokens: int | None = None,
     device: torch.device | str = "cpu",
@@ -87,7 +96,7 @@ def continue_texts(
 
     Args:
         network: runs the block that owns a level on inputs `input_ids` (new clean tokens, right-padded), `counts` (how
-            many of them are tokens, (n,)) and `past`.
+            many of them are tokens, (n,)) and `past`. Where the blocks vote, it gives context logits.
         make_past: (rows, capacity, device) -> an empty `past`.
         owner: level -> block, whose `past` it is. (With one stream every step has a past of its own: there the clean
             tokens' states depend on the level.)
@@ -101,6 +110,10 @@ def continue_texts(
         top_p: keep the fewest most probable tokens that have this share of the probability, in (0, 1].
         feedback: one of `FEEDBACKS`, see `NextTokenTargetConfig`.
         top_k: of the feedback `top-k`, >= 1.
+        combine: `chain`: a token is what the last step draws. Else one of `LogitVotes.answer`: it is drawn from what
+            the steps say together; temperature and top-p then act on that alone.
+        posterior: where the blocks vote, makes the posterior of a step, from which its feedback is drawn; None: the
+            network is shown no z, so there is nothing to feed.
         stop_tokens: a row ends with the first of these that it generates.
         num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
         device: where the network is.
@@ -119,6 +132,10 @@ def continue_texts(
     chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, of_prompts, device)
     check = FiniteCheck(owner=owner)
     choose = _Chooser(target, temperature, top_p, feedback, top_k, check, num_tokens)
+    rule: _Rule = _LastOfChain(choose)
+    if combine != "chain":
+        fed = _Chooser(target, 1.0, 1.0, feedback, top_k, check, num_tokens)
+        rule = _Vote(combine, choose, fed, posterior)
     new = torch.zeros(len(rows), longest, dtype=torch.int64)
     for row, place in zip(rows, new, strict=True):
         place[: len(row)] = row
@@ -126,8 +143,8 @@ def continue_texts(
 
     def tokens() -> Iterator[Tensor]:
         news, many = clean, counts
-        for draws in _draws(generators, max_new_tokens, target, len(levels) - 1, device):
-            token = chain.next(news, many, draws, choose)
+        for draws in _draws(generators, max_new_tokens, target, len(levels) - 1 + rule.more_draws, device):
+            token = chain.next(news, many, draws, rule)
             yield token
             news, many = token[:, None], torch.ones_like(counts)
 
@@ -256,10 +273,70 @@ class _Chooser:
 
     def __call__(self, logits: Tensor, level: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, vocab_size) at a level and a uniform each (n,) -> tokens (n,) and D (n, dim)."""
-        logits = _ruled_out(self.check.logits(logits, level), self.num_tokens)
-        probabilities = filtered(logits, self.temperature, self.top_p)
+        probabilities = self._probabilities(self.check.logits(logits, level))
         token = draw_tokens(probabilities, uniform)
         return token, feedback_rows(probabilities, token, self.table, self.feedback, self.top_k)
+
+    def token(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """The token alone, of logits that were looked at before."""
+        return draw_tokens(self._probabilities(logits), uniform)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return filtered(_ruled_out(logits, self.num_tokens), self.temperature, self.top_p)
+
+
+class _Rule(Protocol):
+    """How the steps of a chain become a token.
+
+    Attributes:
+        more_draws: uniforms that it takes beside one for each step.
+    """
+
+    more_draws: int
+
+    def hear(self, logits: Tensor, z: Tensor, level: float, uniform: Tensor, *, last: bool) -> Tensor | None:
+        """Take the logits (n, vocab_size) of a step for z (n, dim); returns D (n, dim), None where nobody needs it."""
+
+    def token(self, uniform: Tensor) -> Tensor:
+        """The token (n,) of the steps since the last one; `uniform` (n,) is the last draw of all."""
+
+
+class _LastOfChain:
+    """The token is what the last step draws."""
+
+    more_draws = 0
+
+    def __init__(self, choose: _Chooser) -> None:
+        self._choose = choose
+        self._token: Tensor | None = None
+
+    def hear(self, logits: Tensor, z: Tensor, level: float, uniform: Tensor, *, last: bool) -> Tensor:
+        self._token, denoised = self._choose(logits, level, uniform)
+        return denoised
+
+    def token(self, uniform: Tensor) -> Tensor:
+        assert self._token is not None
+        return self._token
+
+
+class _Vote:
+    """The token is drawn from what all steps say, of the text alone."""
+
+    more_draws = 1
+
+    def __init__(self, combine: str, choose: _Chooser, feed: _Chooser, posterior: Posterior | None) -> None:
+        self._combine, self._choose, self._feed, self._posterior = combine, choose, feed, posterior
+        self._votes = LogitVotes((combine,))
+
+    def hear(self, logits: Tensor, z: Tensor, level: float, uniform: Tensor, *, last: bool) -> Tensor | None:
+        self._votes.add(self._choose.check.logits(logits, level))
+        if last or self._posterior is None:
+            return None
+        return self._feed(self._posterior(logits[:, None], z[:, None], level)[:, 0], level, uniform)[1]
+
+    def token(self, uniform: Tensor) -> Tensor:
+        votes, self._votes = self._votes, LogitVotes((self._combine,))
+        return self._choose.token(votes.answer(self._combine), uniform)
 
 
 def _ruled_out(logits: Tensor, num_tokens: int | None) -> Tensor:
@@ -317,12 +394,11 @@ class _Chain:
         self.keys = [owner(level) if self.two_streams else step for step, level in enumerate(levels[:-1])]
         self.pasts: dict[int, Any] = {}
 
-    def next(self, clean: Tensor, counts: Tensor, draws: tuple[Tensor, Tensor], choose: _Chooser) -> Tensor:
+    def next(self, clean: Tensor, counts: Tensor, draws: tuple[Tensor, Tensor], rule: _Rule) -> Tensor:
         """The token (n,) after clean tokens (n, new), of which the first `counts` of each row are no padding."""
         prior, uniforms = draws
         z = self.noise.alpha_sigma(self.levels[0])[1] * prior
         current: set[int] = set()
-        token = counts
         for step, (level, following) in enumerate(zip(self.levels[:-1], self.levels[1:], strict=True)):
             key = self.keys[step]
             if key not in self.pasts:
@@ -335,9 +411,10 @@ class _Chain:
                 logits = self.network(inputs, z[:, None], level)[:, 0]
             else:
                 logits = self._one_stream(inputs, z, level)
-            token, denoised = choose(logits, level, uniforms[:, step])
-            z = euler(lambda *_, result=denoised: result, z, [level, following], self.noise)
-        return token
+            denoised = rule.hear(logits, z, level, uniforms[:, step], last=step == len(self.keys) - 1)
+            if denoised is not None:
+                z = euler(lambda *_, result=denoised: result, z, [level, following], self.noise)
+        return rule.token(uniforms[:, -1])
 
     def _one_stream(self, inputs: dict[str, Any], z: Tensor, level: float) -> Tensor:
         """Of the new positions the last wants its token; those before it have theirs, noised as in training."""

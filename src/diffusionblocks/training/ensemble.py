@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
+from ..common.fields import LogitCombination
 from ..common.modules import tensors_of
 from ..core.ensembles import load_ensemble, save_ensemble
+from ..sampling import LogitVotes
 from .units import Baseline, EndToEnd, Unit
 
 
@@ -58,13 +58,10 @@ class Ensemble(Baseline):
         Args:
             pixel_values: images; or, of language models, tokens (batch, length).
         """
-        logits = self.member(0)(pixel_values).float()
-        total, mixture = logits, logits.log_softmax(-1)
-        for index in range(1, len(self.members)):  # one after another: logits of texts are large
-            logits = self.member(index)(pixel_values).float()
-            total, mixture = total + logits, torch.logaddexp(mixture, logits.log_softmax(-1))
-        many = len(self.members)
-        return {"mean": total / many, "probabilities": mixture - math.log(many)}
+        votes = LogitVotes()
+        for index in range(len(self.members)):  # one after another: logits of texts are large
+            votes.add(self.member(index)(pixel_values))
+        return {rule: votes.answer(rule) for rule in get_args(LogitCombination)}
 
     def save(
         self,

@@ -23,6 +23,7 @@ from ...common.fields import (
     NonNegative,
     Samples,
     Seed,
+    TokenCombination,
     TokenFeedback,
     check_count,
 )
@@ -53,6 +54,9 @@ class LanguageConfig(EvaluateSection):
             GPU a token of hundreds of them takes about as long as a token of one.
         prompt_length: Tokens of a prompt; 0 writes from nothing.
         new_tokens: Tokens of a continuation.
+        combine: How what the blocks say of a token is combined where texts are written, and which of the measured rows
+            stands for the run: `mean` or `probabilities` of their context logits, or `chain`, the paper's. null: `mean`
+            where blocks have context logits, else `chain`.
         steps: Denoising steps per token; null: one for each block.
         grid: Level grid, one that suits the noise process: of EDM `equal-quantile` or `karras`.
         feedback: What a prediction feeds to the next step: `soft`, `hard`, `sampled` or `top-k`; null takes that of the
@@ -74,6 +78,7 @@ class LanguageConfig(EvaluateSection):
     generation_batch_size: Samples | None = None
     prompt_length: Int = Field(default=50, ge=0, le=MOST_LENGTH)
     new_tokens: Length = 50
+    combine: TokenCombination | None = None
     steps: Levels | None = None
     grid: LevelGrid = "equal-quantile"
     feedback: TokenFeedback | None = Field(default=None, validation_alias=FEEDBACK_NAMES)
@@ -92,7 +97,8 @@ class LanguageResult:
         known: cross-entropies.
         written: measures of its continuations.
         tokens_per_second: of writing them, in batches of `evaluate.generation_batch_size`.
-        combine: how the members of an ensemble were brought together; it writes no texts.
+        combine: how what blocks, or the members of an ensemble, say was brought together; None: there is one network,
+            or no context logits. An ensemble writes no texts, blocks in the row that stands for the run.
     """
 
     cross_entropies: LanguageRow
@@ -129,6 +135,11 @@ class NextTokenText(Task[LanguageConfig]):
     sample_options = (
         TEMPERATURE,
         SampleOption("prompt", "continued text: go on from this; repeatable", {"action": "append", "metavar": "TEXT"}),
+        SampleOption(
+            "combine",
+            "continued text: how what the blocks say is combined (default: the recipe's)",
+            {"choices": get_args(TokenCombination)},
+        ),
         SampleOption("new_tokens", "continued text: how many tokens (default: the recipe's)", {"type": int}),
         SampleOption("top_p", "continued text: draw from this share only (default: the recipe's)", {"type": float}),
         SampleOption(
@@ -151,7 +162,7 @@ class NextTokenText(Task[LanguageConfig]):
         levels, steps = 1, 1
         if experiment.of_blocks(model):
             blocks = experiment.blocks_of(model).partition.num_blocks
-            levels, steps = options.levels, options.steps or blocks
+            levels, steps = options.levels + blocks, options.steps or blocks
         sequences = min(len(test), options.limit or len(test))
         return sequences * levels + options.samples * options.new_tokens * steps
 
@@ -159,6 +170,7 @@ class NextTokenText(Task[LanguageConfig]):
         """Refuse texts that outgrow the model, too few prompts, and teachers that are not there."""
         from ...evaluation.mauve import require_mauve
         from ...evaluation.teachers import check_teacher
+        from ...sampling import check_combination
 
         options = self.options(experiment)
         self.check_room(experiment, model, options.prompt_length, options.new_tokens)
@@ -170,6 +182,9 @@ class NextTokenText(Task[LanguageConfig]):
         if options.teacher is not None:
             check_teacher(options.teacher, "evaluate.teacher", tokenizer=not options.teacher_tokens)
         from_nothing = experiment.of_blocks(model) and getattr(model.target, "shift", 1) == 0
+        if options.combine not in (None, "chain") and experiment.of_blocks(model):
+            contexts = experiment.blocks_of(model).block(0).adds_likelihood
+            check_combination(options.combine, contexts=contexts, name="evaluate.combine")
         if options.prompt_length == 0 and not from_nothing:
             raise ValueError(
                 "evaluate.prompt_length = 0: only blocks of two streams write from nothing; this model needs at least 1"
@@ -203,7 +218,7 @@ class NextTokenText(Task[LanguageConfig]):
     def measure(self, experiment: Experiment, model: nn.Module) -> list[LanguageResult]:
         """Cross-entropies on the test text, and measures of continuations of its first sequences."""
         from ...common.modules import computes_on, evaluating
-        from ...evaluation.cross_entropy import language_row, plain_language_row
+        from ...evaluation.cross_entropy import language_row, plain_language_row, voted_rows
 
         options, data, device = self.options(experiment), experiment.data("test"), computes_on(model)
         batches: Any = functools.partial(
@@ -212,11 +227,13 @@ class NextTokenText(Task[LanguageConfig]):
             batch_size=options.batch_size,
             device=device,
         )
+        together: dict[str, LanguageRow] = {}
         with experiment.precision(model):
             if experiment.of_blocks(model):
-                cross_entropies = language_row(
-                    experiment.blocks_of(model), batches, levels=options.levels, seed=options.seed
-                )
+                blocks = experiment.blocks_of(model)
+                cross_entropies = language_row(blocks, batches, levels=options.levels, seed=options.seed)
+                if blocks.block(0).adds_likelihood:
+                    together = voted_rows(blocks, batches, seed=options.seed)
             elif len(_networks(model)) > 1:
                 with evaluating(model):
                     return [
@@ -227,14 +244,23 @@ class NextTokenText(Task[LanguageConfig]):
                 with evaluating(model):
                     cross_entropies = plain_language_row(_repeatable(model, options.seed, device), batches)
             texts = write(experiment, options, model, prompts_of(options, data))
-            return [
-                LanguageResult(cross_entropies, _measures(experiment, options, texts, data), texts.tokens_per_second)
-            ]
+            measures = _measures(experiment, options, texts, data)
+            if not together:
+                return [LanguageResult(cross_entropies, measures, texts.tokens_per_second)]
+            # What is measured at each level, and of other contexts, is of the blocks, however they are combined.
+            rows = {"chain": LanguageResult(cross_entropies, combine="chain")}
+            for rule, row in together.items():
+                score: dict[str, Any] = {"cross_entropy": row.cross_entropy, "standard_error": row.standard_error}
+                rows[rule] = LanguageResult(dataclasses.replace(cross_entropies, **score), combine=rule)
+            first = options.combine or "mean"
+            stands = dataclasses.replace(rows.pop(first), texts=measures, tokens_per_second=texts.tokens_per_second)
+            return [stands, *rows.values()]
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Cross-entropy, the context gap, and measures of the texts."""
         columns = {
             "cross-entropy": f"{row['cross_entropy']:.4f} +- {row['standard_error']:.4f}",
+            "combined by": row.get("combine") or "-",
             "context gap": "-" if row["context_gap"] is None else f"{row['context_gap']:.3f}",
             "distinct-2": "-" if row.get("distinct_2") is None else f"{row['distinct_2']:.3f}",
         }
@@ -268,7 +294,7 @@ class NextTokenText(Task[LanguageConfig]):
         self, experiment: Experiment, model: nn.Module, folder: Path, values: Mapping[str, Any], *, progress: bool
     ) -> list[Path]:
         """Continue prompts, or the starts of the test text."""
-        names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "feedback")
+        names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "feedback", "combine")
         options = {name: values[name] for name in names}
         path = write_continuations(experiment, model, folder, prompts=values["prompt"], progress=progress, **options)
         return [path]
@@ -408,6 +434,7 @@ def write(
         }
         if converted:
             more: dict[str, Any] = {"steps": options.steps, "grid": options.grid, "feedback": options.feedback}
+            more["combine"] = options.combine
             whole.append(experiment.blocks_of(model).continue_texts(some, options.new_tokens, **common, **more))
         else:
             whole.append(continue_plainly(original, some, max_new_tokens=options.new_tokens, **common))
