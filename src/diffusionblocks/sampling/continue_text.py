@@ -134,8 +134,8 @@ def continue_texts(
     choose = _Chooser(target, temperature, top_p, feedback, top_k, check, num_tokens)
     rule: _Rule = _LastOfChain(choose)
     if combine != "chain":
-        fed = _Chooser(target, 1.0, 1.0, feedback, top_k, check, num_tokens)
-        rule = _Vote(combine, choose, fed, posterior)
+        feed = _Chooser(target, 1.0, 1.0, feedback, top_k, check, num_tokens)
+        rule = _Vote(combine, choose, feed, posterior)
     new = torch.zeros(len(rows), longest, dtype=torch.int64)
     for row, place in zip(rows, new, strict=True):
         place[: len(row)] = row
