@@ -318,10 +318,14 @@ def test_a_restarted_run_has_not_ended(tmp_path: Path) -> None:
     small = sets(train__steps=2, evaluate__limit=10)
     assert main(["train", VIT, "--out", str(tmp_path), "--quiet", *TINY_VIT, *small]) == 0
     assert (tmp_path / "result.json").is_file()
+    (tmp_path / "samples").mkdir()
+    for name in ("grid.png", "samples.txt", "notes.md"):
+        (tmp_path / "samples" / name).touch()
     assert main(
         ["train", VIT, "--out", str(tmp_path), "--quiet", "--restart", *TINY_VIT, *small, "--set", "train.lr=1e30"]
     )
     assert not (tmp_path / "result.json").exists(), "it diverged: what the run before it measured is not its own"
+    assert [file.name for file in (tmp_path / "samples").iterdir()] == ["notes.md"], "nor are its samples"
 
 
 def test_recipe_differences() -> None:

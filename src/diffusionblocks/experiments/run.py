@@ -55,6 +55,8 @@ from .tasks.task import Row, RunResult
 
 #: Marks a folder whose checkpoints are being deleted.
 _RESTARTING = ".restarting"
+#: What `sample` writes by default: pictures and texts of the run's model.
+SAMPLED_PICTURES, SAMPLED_TEXTS = "samples/*.png", "samples/*.txt"
 
 #: What a run measured, and how long it took; it is there when the run has ended.
 RESULT = "result.json"
@@ -417,7 +419,7 @@ def _phases(folder: Path) -> tuple[Path, ...]:
 
 
 def forget(folder: Path) -> None:
-    """Delete what a run would resume from, if there is any.
+    """Delete what a run would resume from, if there is any, and samples of its model.
 
     Killed on its way, the next run finishes it: no phase resumes without the others.
     """
@@ -431,6 +433,8 @@ def forget(folder: Path) -> None:
     (folder / "fit" / LEVELS).unlink(missing_ok=True)
     if (folder / PARTS).is_dir():
         delete_folder(folder / PARTS)
+    for sample in (*folder.glob(SAMPLED_PICTURES), *folder.glob(SAMPLED_TEXTS)):  # of the older model
+        sample.unlink()
     for name in (RECIPE, RESULT):
         (folder / name).unlink(missing_ok=True)
     marker.unlink()

@@ -25,7 +25,7 @@ from .experiment import Experiment
 from .identity import in_current_terms
 from .parts import is_in_parts
 from .recipe import Recipe, parse_recipe
-from .run import PARTS, RESULT, TABLE
+from .run import PARTS, RESULT, SAMPLED_PICTURES, SAMPLED_TEXTS, TABLE
 from .run_files import read_label_levels, read_log, read_result, read_row, read_table, read_values
 from .shipped_recipes import RECIPE
 from .tasks import TASKS
@@ -33,8 +33,8 @@ from .tasks import TASKS
 #: Where a run and its phases have logs.
 _PHASES = {"fit": "fit", "trunk": "trunk", "run": "."}
 #: Pictures and texts that a run shows; single images of `sample` are in its grid.
-_PICTURES = ("fit/*.png", "samples/*.png", "*.png")
-_TEXTS = ("samples/*.txt",)
+_PICTURES = ("fit/*.png", SAMPLED_PICTURES, "*.png")
+_TEXTS = (SAMPLED_TEXTS,)
 _MOST_FILES = 12
 
 
