@@ -17,7 +17,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `train`."""
     takes_recipe(parser, run)
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/<name>); an unfinished run resumes")
-    parser.add_argument("--restart", action="store_true", help="start anew, removing the checkpoints and samples in the folder")
+    parser.add_argument(
+        "--restart", action="store_true", help="start anew; deletes checkpoints and samples of the folder"
+    )
     parser.add_argument(
         "--before-blocks", action="store_true", help="train only the noise fit and the trunk, which blocks start from"
     )
