@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers_models import TINY, batch_for
 from torch import Tensor, nn
 
 import diffusionblocks as db
@@ -29,6 +30,11 @@ Mixtures of experts train without the auxiliary loss of their experts' load, as 
 (`output_router_logits` false).
 
 A masked language model is told which of its tokens is the mask: `noise=db.Masking(vocab_size=..., mask_token_id=...)`.
+
+Classes of text to image and text to video read what their own `forward` is given, as entries of the batch by its names
+(`encoder_hidden_states`, `pooled_projections`, `guidance`, masks), and `pixel_values`, the latents. Positions follow
+from sizes as in the class's pipeline. A block is the class itself on its own layers, so one block is the class bit for
+bit. They are trained by flow matching (PixArt by `ddpm`) from Python: recipes have no data of texts for them.
 
 This page is made by `tests/model_classes.py`, and `tests/unit/test_supported_classes.py` holds it to what happens.
 """
@@ -129,18 +135,12 @@ CLASSES: dict[str, list[Tried]] = {
     ],
     "Diffusion transformers (image)": [
         Tried("DiTTransformer2DModel", DIT | {"attention_head_dim": 16, "num_embeds_ada_norm": 4}),
-        *(
-            Tried(name)
-            for name in (
-                "PixArtTransformer2DModel",
-                "SD3Transformer2DModel",
-                "FluxTransformer2DModel",
-                "SanaTransformer2DModel",
-                "AuraFlowTransformer2DModel",
-                "UNet2DModel",
-                "UNet2DConditionModel",
-            )
-        ),
+        *(Tried(name, {"sample_size": 8}) for name in ("UNet2DModel", "UNet2DConditionModel")),
+    ],
+    "Text to image and text to video (image)": [
+        *(Tried(tiny.name, tiny.config) for tiny in TINY.values()),
+        *(Tried(name) for name in ("ChromaTransformer2DModel", "CogVideoXTransformer3DModel")),
+        Tried("HunyuanDiT2DModel", {"in_channels": 4, "patch_size": 2, "num_layers": 4}),
     ],
 }
 
@@ -173,6 +173,8 @@ def build(tried: Tried) -> nn.Module:
 
 def batch_of(model: db.DiffusionBlocks) -> dict[str, Tensor]:
     """A batch that its blocks train on."""
+    if model.model_class in TINY:
+        return batch_for(model, model.model_class)
     batch = model.family.empty_batch(model.config, 2)
     generator = torch.Generator().manual_seed(1)
     for name, values in batch.items():

@@ -220,8 +220,7 @@ def _layer_paths(unit: Unit) -> list[str]:
     if isinstance(unit.module, Block):
         return [f"network.{path}" for path in unit.module.layer_paths]
     assert isinstance(unit.module, EndToEnd)
-    path = family_for(unit.module.model).layers_path(unit.module.model)
-    return [f"model.{path}.{name}" for name in unit.module.model.get_submodule(path)._modules]
+    return [f"model.{path}" for path in family_for(unit.module.model).layer_paths(unit.module.model)]
 
 
 def _parts(unit: Unit) -> list[list[str]]:

@@ -105,6 +105,7 @@ class Block(nn.Module):
         network: the block's part of the original model, under the original parameter names.
         adaptive: adaptive norms of each of its layers (empty where conversion adds none, see `SharedModules`).
         input_names: the batch entries that are the input x.
+        optional_inputs: further ones, which a batch may lack.
         final_norm_path: path of the head's norm that is adapted to the noise level, if any.
         shared: the shared modules that conversion adds (one object for all blocks under the `joint` policy).
         interval: the (lowest, highest) level that the block trains on.
@@ -112,8 +113,6 @@ class Block(nn.Module):
         self_conditioning: whether its inputs may have `hint`, what was said of the label so far (see
             `LabelTargetConfig.self_conditioning`).
         adds_likelihood: whether the network's own logits are context logits, to which `posterior` adds what z says.
-        activation_checkpointing: whether the layers keep only their inputs for the backward pass, and compute the rest
-            again there; default False.
     """
 
     def __init__(
@@ -129,6 +128,7 @@ class Block(nn.Module):
         shared: SharedModules,
         interval: tuple[float, float],
         input_names: tuple[str, ...],
+        optional_inputs: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         leave_to_host(type(self))
@@ -148,10 +148,21 @@ class Block(nn.Module):
         self.shared = shared
         self.interval = interval
         self.input_names = input_names
-        self.activation_checkpointing = False
+        self.optional_inputs = optional_inputs
         self._again: Callable[..., Any] = computed_again
+        self._activation_checkpointing = False
         self._loss_chunk: int | None = None
         self._label_loss: LabelLoss | None = None
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether the layers keep only their inputs for the backward pass, and compute the rest again there."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: bool) -> None:
+        self._activation_checkpointing = value
+        self.family.compute_again(self.network, self._again if value else None)
 
     @property
     def label_loss(self) -> LabelLoss | None:
@@ -190,7 +201,8 @@ class Block(nn.Module):
     def entries(self) -> tuple[str, ...]:
         """The batch entries that `loss` reads, the optional ones included."""
         more = () if self.label_loss is None else self.label_loss.entries
-        return tuple(dict.fromkeys((*self.input_names, *self.target.names, *self.target.optional, *more)))
+        names = (*self.input_names, *self.optional_inputs, *self.target.names, *self.target.optional, *more)
+        return tuple(dict.fromkeys(names))
 
     @property
     def target(self) -> Target:
@@ -217,6 +229,7 @@ class Block(nn.Module):
             part.compile(**options)
         if self.activation_checkpointing:
             self._again = torch.compile(computed_again, **options)
+            self.activation_checkpointing = True  # where the class calls its layers, by the compiled function
 
     def forward(
         self,
@@ -259,7 +272,7 @@ class Block(nn.Module):
         if context:
             self._require_context()
         if layers is None:  # else `loss` has checked them, and its graph must not know which block it is of
-            names = (*self.input_names, *self.target.names, *self.family.generation_names)
+            names = (*self.input_names, *self.optional_inputs, *self.target.names, *self.family.generation_names)
             names += (HINT,) if self.self_conditioning else ()
             check_entries(inputs, names, f"block {self.index}")
         # A text model's clean stream is a context: what its last layer gives is read by the loss of that stream alone.
@@ -407,6 +420,11 @@ class Block(nn.Module):
             z, levels = z[rows], levels[rows]
         return self.losses(batch, inputs, z, levels, self.callable_layers())
 
+    def inputs_of(self, batch: Batch) -> Batch:
+        """The entries of a batch that are the input x."""
+        names = (*self.input_names, *(name for name in self.optional_inputs if name in batch))
+        return {name: batch[name] for name in names}
+
     @eager
     def _resolve(self, batch: Batch) -> Batch:
         check_entries(batch, self.entries, f"block {self.index}")
@@ -423,7 +441,7 @@ class Block(nn.Module):
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
         z = self.noise.noised(y, level, generator)
-        inputs = self.target.training_inputs({name: batch[name] for name in self.input_names}, generator)
+        inputs = self.target.training_inputs(self.inputs_of(batch), generator)
         if self.self_conditioning:  # who is shown something: `losses` puts it there
             shown = torch.rand(len(y), 1, generator=generator, device=y.device) < 0.5
             inputs = {**inputs, HINT: shown.float()}
@@ -545,7 +563,7 @@ class Block(nn.Module):
         y = self.target.encode(batch)
         levels = level if isinstance(level, Tensor) else one_level(level, y)
         z = self.noise.noised(y, levels, generator) if noise is None else self.noise.corrupt(y, levels, noise)
-        x = {name: batch[name] for name in self.input_names} | dict(inputs or {})
+        x = {**self.inputs_of(batch), **(inputs or {})}
         if not self.adds_likelihood:
             return LevelLosses(self.target, batch, levels, z, self(x, z, levels))
         context = self(x, z, levels, context=True)

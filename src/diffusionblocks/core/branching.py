@@ -7,13 +7,13 @@ interval of levels; nothing is shared from then on (under `replicated` or `froze
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 from ..common.fields import MOST_LAYERS
 from ..common.finite import DIVERGED, require_finite
 from ..config import BlocksConfig
 from ..families import instantiate, with_depth
+from ..families.module_tree import layer_of
 from .conversion import assemble, resolve
 from .model import DiffusionBlocks
 
@@ -99,10 +99,8 @@ def without_defaults(model: DiffusionBlocks) -> BlocksConfig:
 
 def trunk_name(branches: DiffusionBlocks, block: int, name: str) -> str:
     """The name in the trunk's block of what is called `name` in a block of the branched model."""
-    layers = branches.partition.layer_range(block)
-    path = branches.block(block).layer_paths[0].rpartition(".")[0]
-    match = re.match(rf"network\.{re.escape(path)}\.(\d+)\.", name)
-    if match is None or int(match[1]) not in layers:
+    paths = branches.block(block).layer_paths
+    place = layer_of(name.removeprefix("network."), paths) if name.startswith("network.") else None
+    if place is None:
         return name
-    start, end = match.span(1)
-    return f"{name[:start]}{int(match[1]) - layers.start}{name[end:]}"
+    return f"network.{paths[0].rpartition('.')[0]}.{place[0]}.{place[1]}"

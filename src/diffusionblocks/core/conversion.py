@@ -13,7 +13,7 @@ from ..common.finite import DIVERGED, require_finite
 from ..common.seeds import seed_global
 from ..config import BlocksConfig
 from ..families import Family, check_convertible, class_name_of, family_for
-from ..families.module_tree import Namespace, extract
+from ..families.module_tree import attach, extract, part_at
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
 from ..noise import NOISE_PROCESSES, NoiseProcess
 from .block import Block, SharedModules
@@ -64,12 +64,10 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     config = resolve(config, family, model.config)
     assert config.noise is not None
     family.check_config(model, config)
-    layers_path = family.layers_path(model)
-    layer_list = model.get_submodule(layers_path)
-    assert isinstance(layer_list, nn.ModuleList)
+    layer_paths = family.layer_paths(model)
     partition = Partition.build(
         config.noise,
-        num_layers=len(layer_list),
+        num_layers=len(layer_paths),
         num_blocks=config.num_blocks,
         strategy=config.partition,
         layers=config.layers,
@@ -82,7 +80,7 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     with torch.random.fork_rng(devices=[]), place:
         # What conversion adds depends on config.seed alone, not on what ran before.
         seed_global(config.seed)
-        blocks = _build_blocks(model, family, config, partition, layers_path, model_config, take)
+        blocks = _build_blocks(model, family, config, partition, layer_paths, model_config, take)
     labelled = "labels" in (*blocks[0].input_names, *blocks[0].target.names)
     converted = (DiffusionBlocks if labelled else UnlabelledBlocks)(
         blocks,
@@ -147,7 +145,7 @@ def _build_blocks(
     family: Family,
     config: BlocksConfig,
     partition: Partition,
-    layers_path: str,
+    layer_paths: list[str],
     model_config: Any,
     take: bool,
 ) -> list[Block]:
@@ -166,8 +164,11 @@ def _build_blocks(
         norm = foreign.get_submodule(final_norm_path)
         return adaptive_norms(norm, [norm])
 
-    def shared_modules() -> tuple[Namespace, SharedModules]:
-        foreign = extract(model, shared_paths, memo={id(model.config): model_config})
+    def memo() -> dict[int, Any]:
+        return {id(model.config): model_config}
+
+    def shared_modules() -> tuple[nn.Module, SharedModules]:
+        foreign = extract(model, shared_paths, memo=memo())
         extra = SharedModules(
             NoiseEmbedding(condition_dim) if is_told_level else None,
             final_norms(foreign),
@@ -188,15 +189,15 @@ def _build_blocks(
         if index and config.shared != "joint":
             foreign, extra = shared_modules()
             extra.load_state_dict(first)
-        layer_paths = [f"{layers_path}.{i}" for i in partition.layer_range(index)]
-        network = extract(model, layer_paths, memo={id(model.config): model_config}, take=take)
+        own_paths = [layer_paths[i] for i in partition.layer_range(index)]
+        network = extract(model, own_paths, memo=memo(), take=take, root=family.root(model, memo()))
         _stop_checkpointing_inside(network)
         for path in shared_paths:
-            network.attach(path, foreign.get_submodule(path))
+            attach(network, path, part_at(foreign, path))
         family.adjust(network)
         adaptive = nn.ModuleList()
         if is_told_level:
-            for path in layer_paths:
+            for path in own_paths:
                 layer = network.get_submodule(path)
                 adaptive.append(adaptive_norms(layer, family.layer_norms(layer)))
         block = Block(
@@ -204,12 +205,13 @@ def _build_blocks(
             family=family,
             config=config,
             network=network,
-            layer_paths=layer_paths,
+            layer_paths=own_paths,
             adaptive=adaptive,
             final_norm_path=final_norm_path,
             shared=extra,
             interval=partition.training_interval(index),
             input_names=family.input_names(model.config),
+            optional_inputs=family.optional_inputs(model.config),
         )
         block.activation_checkpointing = checkpointing
         blocks.append(block)

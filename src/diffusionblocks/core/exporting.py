@@ -74,7 +74,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
         block = model.block(index)
         for name, tensor in block.network.state_dict().items():
             of_layer = any(name.startswith(f"{path}.") for path in block.layer_paths)
-            of_head = name.startswith(head)
+            of_head = f"{name}.".startswith(head)
             if of_layer or (of_head and index == last) or (not of_head and index == 0):
                 weights[name] = tensor.detach().cpu().clone()
     original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
@@ -330,7 +330,7 @@ def _built(model: DiffusionBlocks, block: int, ordinary: OrdinaryModel) -> nn.Mo
     name = ordinary.model_class
     indices = list(model.partition.layer_range(block))
     if indices[0]:
-        model.family.check_movable(model.model_class)
+        model.family.check_exportable(model.model_class)
     more = len(ordinary.layers) - len(indices)
     config = with_layers(model.model_class, model.config, [*indices[:1] * more, *indices])
     if name != model.model_class or ordinary.values:
@@ -338,7 +338,7 @@ def _built(model: DiffusionBlocks, block: int, ordinary: OrdinaryModel) -> nn.Mo
         fields = config_fields(name) - {"model_type", "architectures"}
         config = rebuild_config(name, {n: v for n, v in values.items() if n in fields} | ordinary.values)
     exported = instantiate(name, config)
-    weights = _unused(model, exported) | ordinary.weights(family_named(name).layers_path(exported))
+    weights = _unused(model, exported) | ordinary.weights(family_named(name).layer_paths(exported))
     exported.load_state_dict({n: t.detach().cpu().clone() for n, t in weights.items()}, strict=True, assign=True)
     _take_generation_config(model, exported)
     return exported.train(model.training)

@@ -28,6 +28,7 @@ from ..sampling import (
     check_combination,
     continue_texts,
     guided,
+    guided_by_inputs,
     predict_labels,
     prior_of_seeds,
     run_chain,
@@ -44,6 +45,7 @@ from ..targets import (
     NextTokenTarget,
     Target,
     TokenTarget,
+    check_entries,
     check_labels,
     mean_loss,
 )
@@ -277,25 +279,39 @@ class ImageGeneration(Inference[ImageTarget]):
         guidance: float = 1.0,
         callback: Callback | None = None,
         progress: bool = False,
+        inputs: Mapping[str, Tensor] | None = None,
+        negative_inputs: Mapping[str, Tensor] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
         model, target = self.model, self.target
         if labels is not None and not isinstance(labels, Tensor):
             labels = torch.tensor(labels)
         if labels is not None and labels.dim() == 0:
             raise ValueError(f"labels must be a list, one an image, got {labels.tolist()}; for one image, labels=[3]")
+        rows = labels if inputs is None or not inputs else next(iter(inputs.values()))
         if seeds is None:
-            seeds = range(len(labels) if labels is not None else 1)
-        z = prior_of_seeds(self.noise, target.shape, seeds, model.device)
+            seeds = range(len(rows) if rows is not None else 1)
+        shape = target.chain_shape(None if sizes is None else tuple(sizes))
+        z = prior_of_seeds(self.noise, shape, seeds, model.device)
         network_labels = self._labels(labels, len(seeds))
-        target.check_guidance(guidance)
-        if guidance != 1 and labels is None:
-            raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
-        denoiser = guided(
-            lambda z, labels, level: model.denoise({} if labels is None else {"labels": labels}, z, level),
-            network_labels,
-            target.null_class,
-            guidance,
-        )
+        if target.conditions:
+            denoiser = guided_by_inputs(
+                lambda z, told, level: model.denoise(told, z, level),
+                self._conditions(inputs or {}, len(seeds), "inputs"),
+                None if negative_inputs is None else self._conditions(negative_inputs, len(seeds), "negative_inputs"),
+                guidance,
+            )
+        else:
+            self._refuse_inputs(inputs, negative_inputs)
+            target.check_guidance(guidance)
+            if guidance != 1 and labels is None:
+                raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
+            denoiser = guided(
+                lambda z, labels, level: model.denoise({} if labels is None else {"labels": labels}, z, level),
+                network_labels,
+                target.null_class,
+                guidance,
+            )
         levels = self.noise.sampling_levels(steps, grid)
         return sample_images(
             denoiser,
@@ -307,6 +323,20 @@ class ImageGeneration(Inference[ImageTarget]):
             progress=progress,
             owner=model.partition.block_of,
         )
+
+    def _conditions(self, inputs: Mapping[str, Tensor], count: int, name: str) -> dict[str, Tensor]:
+        """What the model reads beside z, checked, on its device."""
+        block = self.model.block(0)
+        if missing := [entry for entry in block.input_names if entry not in inputs]:
+            raise ValueError(f"{name} lacks {', '.join(missing)}, which this {self.model.model_class} reads")
+        check_entries(inputs, (*block.input_names, *block.optional_inputs), f"this {self.model.model_class} ({name})")
+        self.target.check_conditions(inputs, count)
+        return {entry: value.to(self.model.device) for entry, value in inputs.items()}
+
+    def _refuse_inputs(self, *inputs: Mapping[str, Tensor] | None) -> None:
+        for name, given in zip(("inputs", "negative_inputs"), inputs, strict=True):
+            if given is not None:
+                raise ValueError(f"this {self.model.model_class} reads no {name}; leave them out")
 
     def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
         """The labels that the network reads, on its device; None for an unconditional model."""

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..config import BlocksConfig
 from ..families import instantiate, outline, with_depth, with_fewest_layers
+from ..families.module_tree import layer_of
 from .block import Block
 from .conversion import assemble
 from .model import DiffusionBlocks
@@ -143,22 +145,37 @@ def _tensors(block: Block) -> Iterator[tuple[str, Tensor]]:
 def _fill_from_reference(model: DiffusionBlocks, block: Block, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Fill tensors that do not depend on the original's weights from a real model of few layers in one block."""
     waiting = {name: tensor for name, tensor in tensors if tensor.is_meta}
-    if not waiting:
+    empty_tables = list(_empty_tables(block))
+    if not waiting and not empty_tables:
         return
     original = instantiate(model.model_class, with_fewest_layers(model.model_class, model.config))
     reference = assemble(original, model.blocks_config.as_one_block(), take=True).block(0)
     values = dict(_tensors(reference))
     for name, tensor in waiting.items():
         # A copy: one layer's norms stand for all layers'.
-        _fill(tensor, values[_name_in_reference(model, block, name)].clone())
+        _fill(tensor, values[_name_in_reference(block, reference, name)].clone())
+    for name, attribute in empty_tables:
+        part, whole = (tree.get_submodule(name) for tree in (block, reference))
+        setattr(part, attribute, copy.deepcopy(getattr(whole, attribute)))
 
 
-def _name_in_reference(model: DiffusionBlocks, block: Block, name: str) -> str:
+def _empty_tables(block: Block) -> Iterator[tuple[str, str]]:
+    """Shared modules, and their attributes, that are tensors on the meta device and neither parameters nor buffers.
+
+    Some classes keep tables of rotary frequencies so, where no state dict names them.
+    """
+    for name, module in block.named_modules():
+        for attribute, value in vars(module).items():
+            tensors = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in tensors):
+                yield name, attribute
+
+
+def _name_in_reference(block: Block, reference: Block, name: str) -> str:
     """What a tensor of a block is called in a block of one layer, the model's first."""
-    layers = block.layer_paths[0].rpartition(".")[0]
-    match = re.match(rf"network\.{re.escape(layers)}\.(\d+)\.", name)
-    if match is not None and int(match[1]) in model.partition.layer_range(block.index):
-        return f"network.{layers}.0.{name[match.end() :]}"
+    place = layer_of(name.removeprefix("network."), block.layer_paths) if name.startswith("network.") else None
+    if place is not None:
+        return f"network.{reference.layer_paths[0]}.{place[1]}"
     return _LAYER_NORMS.sub("adaptive.0.", name, count=1)
 
 

@@ -471,6 +471,9 @@ class DiffusionBlocks(nn.Module):
         guidance: float = 1.0,
         callback: Callback | None = None,
         progress: bool = False,
+        inputs: Mapping[str, Tensor] | None = None,
+        negative_inputs: Mapping[str, Tensor] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
         """Generate images, in evaluation mode: at every level only the block that owns it runs.
 
@@ -486,13 +489,18 @@ class DiffusionBlocks(nn.Module):
             guidance: classifier-free guidance on D, >= 0; 1 is none, and costs half.
             callback: called once a step with (step, level, z, D).
             progress: show a progress bar.
+            inputs: what the model reads beside the noised image, such as the states of a text, by the names of its
+                class's `forward`, one row an image.
+            negative_inputs: the same of the rows that guidance leads away from, such as an empty text's.
+            sizes: (height, width), or (frames, height, width), of a model that takes images of any size.
 
         Returns:
-            Images (n, channels, height, width), float32, scaled as the training data was.
+            Images (n, channels, height, width), float32, scaled as the training data was; videos with their frames.
 
         Raises:
             ValueError: the model is no diffusion model, a label is out of range, numbers of labels and seeds differ,
-                guidance without a null class, steps < 1, or an unknown solver or grid.
+                guidance without a null class or `negative_inputs`, steps < 1, an unknown solver or grid, inputs that
+                are not the model's, or sizes that it does not take.
         """
         with evaluating(self):
             return self.inference.sample(
@@ -504,6 +512,9 @@ class DiffusionBlocks(nn.Module):
                 guidance=guidance,
                 callback=callback,
                 progress=progress,
+                inputs=inputs,
+                negative_inputs=negative_inputs,
+                sizes=sizes,
             )
 
     @older_keywords(bridge="feedback", given="template")

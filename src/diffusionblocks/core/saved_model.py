@@ -196,10 +196,11 @@ def read_saved(path: str | Path) -> SavedModel:
 def _check_depth(model_class: str, model_config: Any, partition: Partition) -> None:
     """Refuse another number of layers than the partition's before a model of so many is outlined."""
     family = family_named(model_class)
-    field = family.depth_field
-    depth = getattr(family.sizes(model_config), field, None)
-    if isinstance(depth, int) and depth != partition.num_layers:
-        raise ValueError(f"model_config.{field} = {depth}, but the partition has {partition.num_layers} layers")
+    depth = family.depth(model_config)
+    if depth != partition.num_layers:
+        raise ValueError(
+            f"model_config.{family.depth_field} = {depth}, but the partition has {partition.num_layers} layers"
+        )
 
 
 def _check_blocks(folder: Path, blocks: Any, count: int) -> None:

@@ -24,9 +24,9 @@ from ..families import (
     instantiate,
     outline,
     pretrained,
-    with_depth,
     with_layers,
 )
+from ..families.module_tree import layer_of
 
 _log = logging.getLogger(__name__)
 
@@ -80,12 +80,12 @@ class Fresh(WeightSource):
     A block's layers are those of an instance with as many layers, seeded by (seed, block); its shared parameters those
     of an instance of one layer, seeded by the seed alone, so they are equal in all blocks. This needs an initialisation
     that does not depend on a layer's place in the model, and on its depth by a factor at most
-    (`Family.initial_scale`, GPT-2). So it is for all supported classes but two: ViT, DeiT, DINOv2 and language models
+    (`Family.initial_scale`, GPT-2). So it is for all supported classes but some: ViT, DeiT, DINOv2 and language models
     draw with `initializer_range`, our DiT with fixed gains, diffusers' DiT with torch's defaults, and DINOv2's layer
     scale and drop path are the same in all layers. One is our `RecurrentDepth`, which has one block: its shared
-    parameters are those of an instance of full depth. The other is ModernBERT (`Family.layers_alike`): a block's
-    layers, too, are those of an instance of full depth. Where a class makes layers that differ in their attributes,
-    these are right all the same, because the modules are those of the model at its full depth.
+    parameters are those of an instance of full depth. The others have layers that differ with their place
+    (`Family.layers_alike`: ModernBERT, SD3, Flux): a block's layers, too, are those of an instance of full depth. Where
+    a class makes layers that differ in their attributes, these are right all the same, because the modules are those of the model at its full depth.
 
     Args:
         model_class: name of a supported class.
@@ -99,10 +99,10 @@ class Fresh(WeightSource):
         self.seed = seed
 
     @functools.cached_property
-    def _layers_and_shared(self) -> tuple[str, tuple[str, ...]]:
-        """The prefix of the layers' names, and the paths of the shared parameters."""
-        original = outline(self.model_class, with_depth(self.model_class, self.model_config, 1))
-        return f"{self._family.layers_path(original)}.", self._family.shared_paths(original)
+    def _layers_and_shared(self) -> tuple[list[str], tuple[str, ...]]:
+        """The paths of the layers, and of the shared parameters."""
+        original = outline(self.model_class, self.model_config)
+        return self._family.layer_paths(original), self._family.shared_paths(original)
 
     def tensors(self, block: int, layers: range, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Draw layers and shared parameters afresh, each from a seed of its own."""
@@ -118,7 +118,7 @@ class Fresh(WeightSource):
             del values
         drawn = layers if self._family.layers_alike else self._whole
         assert drawn is not None
-        of_layers = {self._name_from(drawn.start, name): name for name in names if not self._is_shared(name)}
+        of_layers = {self._name_in(drawn, name): name for name in names if not self._is_shared(name)}
         if of_layers:
             values = self._draw(drawn, f"block {block}")
             for name, tensor in values.items():
@@ -140,11 +140,15 @@ class Fresh(WeightSource):
         _, shared = self._layers_and_shared
         return any(name == path or name.startswith(f"{path}.") for path in shared)
 
-    def _name_from(self, first: int, name: str) -> str:
-        """The name of a layer's tensor when the layer `first` is counted as 0."""
-        layers, _ = self._layers_and_shared
-        place, _, rest = name.removeprefix(layers).partition(".")
-        return f"{layers}{int(place) - first}.{rest}"
+    def _name_in(self, drawn: range, name: str) -> str:
+        """The name of a layer's tensor in a model that has these of the layers."""
+        paths, _ = self._layers_and_shared
+        if len(drawn) == len(paths):
+            return name
+        place = layer_of(name, paths)
+        assert place is not None, name
+        index, rest = place
+        return f"{paths[0].rpartition('.')[0]}.{index - drawn.start}.{rest}"
 
     def _draw(self, layers: range, purpose: str) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -183,7 +187,7 @@ class InFiles(WeightSource):
         super().__init__(model_class, layout.config, layout.dtype)
         family = family_named(model_class)
         head = tuple(f"{part}." for part in family.head_paths(outline(model_class, layout.config)))
-        absent = sorted(name for name in layout.missing if not name.startswith(head))
+        absent = sorted(name for name in layout.missing if not f"{name}.".startswith(head))
         if absent:
             raise CannotReadInParts(f"its files lack {', '.join(absent[:3])}")
         self.generation_config = layout.generation_config

@@ -12,6 +12,8 @@ from . import (  # noqa: F401 - they register their families
     mean_pooled,
     noprop,
     recurrent,
+    text_to_image,
+    text_to_video,
     vit,
 )
 from .family import BlockCall, Family, register_family

@@ -15,6 +15,7 @@ from ..config import BlocksConfig, NoiseConfig, TargetConfig
 from ..noise import EDM
 from ..targets import Target
 from .libraries import Library
+from .module_tree import Namespace
 from .ordinary import OrdinaryModel
 
 
@@ -69,6 +70,8 @@ class Family(abc.ABC):
     library: ClassVar[Library]
     #: path of the list of layers; several where versions of a library differ, of which a model has one
     layers: ClassVar[str | tuple[str, ...]]
+    #: paths of further lists of layers, which the stack goes on with, in order
+    more_layers: ClassVar[tuple[str, ...]] = ()
     #: paths of the shared modules before the layers, in data-flow order
     stem: ClassVar[tuple[str, ...]] = ()
     #: paths of the shared modules after the layers
@@ -155,6 +158,11 @@ class Family(abc.ABC):
             )
         return lists[0]
 
+    def layer_paths(self, model: nn.Module) -> list[str]:
+        """Paths of all layers of a whole model, in the order in which data pass through them."""
+        lists = (self.layers_path(model), *self._at(model, self.more_layers))
+        return [f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()]
+
     def stem_paths(self, model: nn.Module) -> tuple[str, ...]:
         """Paths of the shared modules before the layers, in data-flow order."""
         return self._at(model, self.stem)
@@ -240,6 +248,10 @@ class Family(abc.ABC):
         """The batch entries that are the input x."""
         return self.inputs
 
+    def optional_inputs(self, config: Any) -> tuple[str, ...]:
+        """Further batch entries of the input x, which a batch may lack."""
+        return ()
+
     def empty_batch(self, config: Any, size: int, length: int | None = None) -> dict[str, Tensor]:
         """A training batch of `size` examples whose values are whatever was in memory: for its shapes and dtypes.
 
@@ -290,9 +302,30 @@ class Family(abc.ABC):
                 "from pretrained weights"
             )
 
+    def check_exportable(self, model_class: str) -> None:
+        """Raise ValueError if a later block is no model of the class by itself."""
+        self.check_movable(model_class)
+
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         """New shared modules that the family needs, such as the position of an extra token."""
         return nn.ModuleDict()
+
+    def root(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        """The module that is to hold a block's part of a model, under the model's own names.
+
+        Args:
+            model: the whole model; it is not changed.
+            memo: `copy.deepcopy`'s memo, which shares the config.
+        """
+        return Namespace()
+
+    def compute_again(self, network: nn.Module, recompute: Callable[..., Any] | None) -> None:  # noqa: B027
+        """Turn activation checkpointing on or off where the class calls its layers by itself.
+
+        Args:
+            network: the block's part of the model.
+            recompute: calls a layer as (layer, *args) and keeps its inputs alone; None calls it as ever.
+        """
 
     def adjust(self, network: nn.Module) -> None:  # noqa: B027
         """Adjust a block's own copy of its layers, where the original does something that conversion does itself."""

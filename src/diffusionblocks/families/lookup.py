@@ -75,9 +75,7 @@ def check_convertible(model: nn.Module) -> None:
     """Refuse a model of which conversion would drop something: see `inspection.check_plain`."""
     family: Any = family_for(model)
     reference = outline(class_name_of(model), model.config)
-    layers = family.layers_path(reference)
-    in_blocks = [f"{layers}.{name}" for name, _ in reference.get_submodule(layers).named_children()]
-    check_plain(model, reference, [*in_blocks, *family.shared_paths(reference)])
+    check_plain(model, reference, [*family.layer_paths(reference), *family.shared_paths(reference)])
 
 
 def family_named(model_class: str) -> Family:

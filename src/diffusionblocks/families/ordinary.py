@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,10 @@ class OrdinaryModel:
     values: dict[str, Any] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
 
-    def weights(self, layers_path: str) -> dict[str, Tensor]:
-        """All weights under the names of a model whose layers are at a path."""
-        of_layers = {f"{layers_path}.{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.items()}
+    def weights(self, layer_paths: Sequence[str]) -> dict[str, Tensor]:
+        """All weights under the names of a model whose layers are at these paths."""
+        pairs = zip(layer_paths, self.layers, strict=True)
+        of_layers = {f"{path}.{n}": t for path, layer in pairs for n, t in layer.items()}
         return self.shared | of_layers
 
     def rename(self, old: str, new: str) -> None:

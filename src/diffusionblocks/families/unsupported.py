@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 _OWN_ATTENTION = "its attention takes no function from outside (transformers' AttentionInterface), to see two streams"
 _STAGES = "its layers come in stages of different widths, and blocks denoise at one width"
-_READS_TEXT = "it is told a text, and the images of a block a label"
 _NO_STACK = "its layers are no stack: those at its end also read what those at its start gave"
 #: Classes that no family can convert as they are -> what is missing.
 MISSING: Mapping[str, str] = {
@@ -21,11 +20,9 @@ MISSING: Mapping[str, str] = {
     "ResNetForImageClassification": _STAGES,
     "HieraForImageClassification": _STAGES,
     "PvtV2ForImageClassification": _STAGES,
-    "PixArtTransformer2DModel": _READS_TEXT,
-    "SD3Transformer2DModel": _READS_TEXT,
-    "FluxTransformer2DModel": _READS_TEXT,
-    "SanaTransformer2DModel": _READS_TEXT,
-    "AuraFlowTransformer2DModel": _READS_TEXT,
+    "HunyuanDiT2DModel": _NO_STACK,
+    "ChromaTransformer2DModel": "one module gives all its layers their modulation, by their number in the whole model",
+    "CogVideoXTransformer3DModel": "it predicts v of a schedule of timesteps, for which there is no noise process",
     "UNet2DModel": _NO_STACK,
     "UNet2DConditionModel": _NO_STACK,
 }

@@ -223,7 +223,7 @@ def _layers(recipe: Recipe, module: nn.Module) -> list[nn.Module]:
     if isinstance(module, Block):
         return module.layers()
     model: Any = module.model
-    return [*model.get_submodule(family_named(recipe.model.type).layers_path(model))]
+    return [model.get_submodule(path) for path in family_named(recipe.model.type).layer_paths(model)]
 
 
 def _activations(forecast: Forecast) -> int:

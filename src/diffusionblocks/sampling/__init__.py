@@ -2,7 +2,7 @@
 
 from .chain import Callback, Denoiser
 from .continue_text import Continuations, Posterior, continue_plainly, continue_texts
-from .denoise_images import guided, prior_of_seeds, sample_images
+from .denoise_images import guided, guided_by_inputs, prior_of_seeds, sample_images
 from .denoise_labels import COMBINATIONS, LabelNetwork, Prediction, Votes, check_combination, predict_labels, run_chain
 from .solvers import (
     SOLVERS,
@@ -38,6 +38,7 @@ __all__ = [
     "dpmpp_2m",
     "euler",
     "guided",
+    "guided_by_inputs",
     "heun",
     "predict_labels",
     "prior_of_seeds",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,8 +60,7 @@ def guided(network: Network, labels: Tensor | None, null_class: int | None, guid
         ValueError: guidance negative or not finite, or other than 1 without labels or null class; labels of another
             shape; or, when called, a z of another batch size.
     """
-    if not (math.isfinite(guidance) and guidance >= 0):
-        raise ValueError(f"guidance must be a finite number >= 0, got {guidance}")
+    check_guidance(guidance)
     if labels is not None and labels.dim() != 1:
         raise ValueError(f"labels must have shape (n,), one a sample; got {tuple(labels.shape)}")
     if guidance != 1:
@@ -69,16 +68,67 @@ def guided(network: Network, labels: Tensor | None, null_class: int | None, guid
             if value is None:
                 raise ValueError(f"guidance = {guidance} needs {name}, got None: give {name}, or set guidance to 1")
 
+    def of_labels(z: Tensor, inputs: Mapping[str, Tensor], level: float) -> Tensor:
+        return network(z, inputs.get("labels"), level)
+
     def denoise(z: Tensor, level: float) -> Tensor:
         if labels is not None and len(labels) != len(z):
             raise ValueError(f"labels must be one a sample: z has {len(z)} samples, labels {len(labels)}")
-        if guidance == 1:
-            return network(z, labels, level)
-        assert labels is not None
-        assert null_class is not None
-        both = torch.cat([labels, torch.full_like(labels, null_class)])
-        of_label, of_null = network(torch.cat([z, z]), both, level).chunk(2)
-        return of_null + guidance * (of_label - of_null)
+        return chosen(z, level)
+
+    inputs = {} if labels is None else {"labels": labels}
+    null = None if labels is None or null_class is None else {"labels": torch.full_like(labels, null_class)}
+    chosen = guided_by_inputs(of_labels, inputs, null, guidance)
+    return denoise
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise ValueError unless guidance is a finite number >= 0."""
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise ValueError(f"guidance must be a finite number >= 0, got {guidance}")
+
+
+def guided_by_inputs(
+    network: Callable[[Tensor, Mapping[str, Tensor], float], Tensor],
+    inputs: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor] | None,
+    guidance: float,
+) -> Denoiser:
+    """Classifier-free guidance of any inputs: D = D_negative + guidance * (D_inputs - D_negative).
+
+    Args:
+        network: maps z (n, ...), inputs of n rows and a level to D (n, ...), each row on its own. Both kinds of rows go
+            through it in one call, of 2n rows; with guidance 1, one call of n rows.
+        inputs: what the model reads, by name.
+        negative: what it reads of the other rows, of the same names and shapes; None where guidance is 1.
+        guidance: a finite number >= 0.
+
+    Returns:
+        The denoiser of these n samples, for `sample_images`.
+
+    Raises:
+        ValueError: guidance out of range, or other than 1 without `negative`, or where that has other shapes.
+    """
+    check_guidance(guidance)
+    if guidance == 1:
+        return lambda z, level: network(z, inputs, level)
+    if negative is None:
+        raise ValueError(f"guidance = {guidance} needs negative_inputs, got None: give these, or set guidance to 1")
+    if inputs.keys() != negative.keys():
+        raise ValueError(
+            f"negative_inputs has {sorted(negative)}, inputs has {sorted(inputs)}; give the same entries in both"
+        )
+    for name, value in inputs.items():
+        if value.shape != negative[name].shape:
+            raise ValueError(
+                f"negative_inputs: {name} has shape {tuple(negative[name].shape)}, that of inputs "
+                f"{tuple(value.shape)}; pad both to one length, with a mask where the model reads one"
+            )
+    both = {name: torch.cat([value, negative[name]]) for name, value in inputs.items()}
+
+    def denoise(z: Tensor, level: float) -> Tensor:
+        of_inputs, of_negative = network(torch.cat([z, z]), both, level).chunk(2)
+        return of_negative + guidance * (of_inputs - of_negative)
 
     return denoise
 

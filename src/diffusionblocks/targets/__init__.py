@@ -1,6 +1,6 @@
 """What the blocks denoise: a label, an image, masked tokens, the next token."""
 
-from .image import ImageTarget, ImageTargetConfig
+from .image import Condition, ImageTarget, ImageTargetConfig
 from .label import HINT, NONE_IGNORED, LabelTarget, LabelTargetConfig, check_labels, label_losses
 from .label_loss import TEACHER_LOGITS, LabelLoss, check_label_loss
 from .masked_tokens import TokenTarget, TokenTargetConfig
@@ -26,6 +26,7 @@ __all__ = [
     "TEACHER_LOGITS",
     "BaseTargetConfig",
     "Batch",
+    "Condition",
     "EmbeddingTarget",
     "ImageTarget",
     "ImageTargetConfig",

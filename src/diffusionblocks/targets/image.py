@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -32,21 +33,69 @@ class ImageTargetConfig(BaseTargetConfig):
     label_dropout: Float = Field(default=0.1, ge=0.0, lt=1.0)
 
 
+class Condition(NamedTuple):
+    """An entry of a batch that a diffusion model reads beside the noised image, such as the states of a text.
+
+    Attributes:
+        shape: of one example; None where any size will do.
+        dtype: `float` (any floating dtype), or `mask` (bool or whole numbers, 0 where nothing is to be seen).
+        optional: whether a batch may lack it.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: Literal["float", "mask"] = "float"
+    optional: bool = False
+
+    def check(self, name: str, value: object, size: int) -> None:
+        """Raise ValueError unless `value` is a tensor of `size` such examples."""
+        if isinstance(value, Tensor):
+            fits = fits_shape(value.shape, (size, *self.shape))
+            if fits and value.is_floating_point() == (self.dtype == "float"):
+                return
+        got = f"{value.dtype} {shape_text(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        kind = "a float tensor" if self.dtype == "float" else "a tensor of bool or whole numbers"
+        raise ValueError(f"{name} must be {kind} of shape {shape_text((size, *self.shape))}, got {got}")
+
+
+def fits_shape(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """Whether a shape is the expected one, of which None is any size of at least 1."""
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(s >= 1 if e is None else s == e for s, e in pairs)
+
+
+def shape_text(shape: tuple[int | None, ...]) -> str:
+    """A shape for a message: (2, any, 4096)."""
+    sizes = ["any" if size is None else str(size) for size in shape]
+    return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
+
+
 class ImageTarget(Target):
-    """The image (or latent) itself as the target of a diffusion model; the label, if any, is the input.
+    """The image, video or latent itself as the target of a diffusion model; label or text, if any, are the input.
 
     Args:
-        shape: (channels, height, width).
+        shape: (channels, height, width), of a video (channels, frames, height, width); None where any size will do.
         num_classes: number of labels; 0 for an unconditional model. Label `num_classes` is the null class.
         label_dropout: share of the training samples whose label is replaced by the null class, in [0, 1].
+        conditions: what else the model reads, by the names of batch entries.
+        multiples: of which each size after the channels must be a multiple; default 1 each.
     """
 
     names = ("pixel_values",)
     optional = ("labels",)  # images often have some; an unconditional model passes over them
 
-    def __init__(self, shape: tuple[int, int, int], *, num_classes: int, label_dropout: float) -> None:
+    def __init__(
+        self,
+        shape: tuple[int | None, ...],
+        *,
+        num_classes: int,
+        label_dropout: float,
+        conditions: Mapping[str, Condition] | None = None,
+        multiples: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.shape = shape
+        self.conditions = dict(conditions or {})
+        self.multiples = multiples or (1,) * (len(shape) - 1)
         self.num_classes = num_classes
         self.label_dropout = label_dropout
 
@@ -79,10 +128,41 @@ class ImageTarget(Target):
         return (output.float() - batch["pixel_values"].float()).square().flatten(1).mean(dim=1)
 
     def check(self, batch: Batch, size: int) -> None:
-        """Refuse images of another number, shape or dtype than the model's."""
-        images = batch["pixel_values"]
-        if not isinstance(images, Tensor) or images.shape != (size, *self.shape) or not images.is_floating_point():
-            got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"pixel_values must be a float tensor of shape {(size, *self.shape)}, got {got}")
+        """Refuse images of another number, shape or dtype than the model's, and conditions that are not its own."""
+        Condition(self.shape).check("pixel_values", batch["pixel_values"], size)
+        self.check_size("pixel_values", batch["pixel_values"].shape[2:])
         if self.num_classes:
             check_labels(batch["labels"], size, self.num_classes, null_class=True)
+        self.check_conditions(batch, size)
+
+    def check_size(self, name: str, sizes: tuple[int, ...]) -> None:
+        """Raise ValueError unless each size after the channels is a multiple of the patch."""
+        if any(size % multiple for size, multiple in zip(sizes, self.multiples, strict=True)):
+            raise ValueError(
+                f"{name} has sizes {'x'.join(map(str, sizes))}, which must be multiples of "
+                f"{'x'.join(map(str, self.multiples))}: the model reads patches of these"
+            )
+
+    def check_conditions(self, batch: Batch, size: int) -> None:
+        """Raise ValueError for a condition of another number, shape or dtype."""
+        for name, condition in self.conditions.items():
+            if name in batch or not condition.optional:
+                condition.check(name, batch.get(name), size)
+
+    def chain_shape(self, sizes: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The shape of one sample: the model's own, or of these sizes where it takes any.
+
+        Raises:
+            ValueError: sizes are missing, or are not the model's.
+        """
+        channels, *own = self.shape
+        if sizes is None:
+            if None in self.shape:
+                names = ("frames, " if len(own) == 3 else "") + "height, width"
+                raise ValueError(f"this model takes images of any size: give sizes = ({names})")
+            return tuple(size for size in self.shape if size is not None)
+        if not fits_shape(sizes, tuple(own)):
+            raise ValueError(f"sizes = {tuple(sizes)}: the model's are {shape_text(tuple(own))}")
+        self.check_size("sizes", tuple(sizes))
+        assert channels is not None
+        return (channels, *sizes)

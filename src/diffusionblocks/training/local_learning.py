@@ -23,7 +23,7 @@ from ..core.block import computed_again
 from ..core.local_modules import read_modules, save_modules
 from ..families import ClassifierFamily, class_name_of, config_values, family_for, instantiate, rebuild_config
 from ..families.kinds import tokens_of
-from ..families.module_tree import Namespace, extract, parts_in
+from ..families.module_tree import attach, extract, part_at, parts_in
 from ..targets import LabelLoss, check_entries, label_losses
 from .train_config import TrainConfig
 from .units import Baseline, Unit, check_readers
@@ -98,7 +98,7 @@ class LocalModule(nn.Module):
     def __init__(
         self,
         family: ClassifierFamily,
-        network: Namespace,
+        network: nn.Module,
         stem: Sequence[str],
         before: Sequence[str],
         own: Sequence[str],
@@ -264,8 +264,7 @@ class LocalLearning(Baseline):
                 f"for a {type(model).__name__}"
             )
         self.options, self.model_class, self._config = options, class_name_of(model), model.config
-        layers = family.layers_path(model)
-        every = [f"{layers}.{name}" for name, _ in model.get_submodule(layers).named_children()]
+        every = family.layer_paths(model)
         if len(every) % modules:
             divisors = [n for n in range(1, len(every) + 1) if len(every) % n == 0]
             raise ValueError(
@@ -284,17 +283,17 @@ class LocalLearning(Baseline):
     ) -> LocalModule:
         """The module with some layers, and those before it; its place in the network is from 0 to 1."""
         options = self.options
-        whole = len(before) + len(own) == len(list(model.get_submodule(family.layers_path(model)).children()))
+        whole = len(before) + len(own) == len(family.layer_paths(model))
         contrastive = options.objective == "forward-forward" and bool(own)
         stem = family.stem_paths(model)
         network = extract(model, [*stem, *before, *own], memo={}, take=True)
         norm = family.final_norm_path(model)
         for path in () if contrastive else family.head_paths(model):
             if path == norm and options.objective == "mono-forward":
-                network.attach(path, nn.Identity())  # the read-out is linear
+                attach(network, path, nn.Identity())  # the read-out is linear
             else:
                 head = extract(model, [path], memo={}, take=whole)
-                network.attach(path, head.get_submodule(path))
+                attach(network, path, part_at(head, path))
         common = (family, network, stem, before, own)
         if contrastive:
             return ContrastiveModule(*common, mean=options.reads_mean, temperature=options.temperature)

@@ -249,7 +249,7 @@ class EndToEnd(OneModel):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile part by part, as blocks are: all layers share one graph, so it takes seconds at any depth."""
         family = self.family
-        for path in (family.layers_path(self.model), *family.shared_paths(self.model)):
+        for path in (*family.layer_paths(self.model), *family.shared_paths(self.model)):
             owner, _, name = path.rpartition(".")
             part = getattr(self.model.get_submodule(owner), name)
             if isinstance(part, nn.ModuleList):  # the layers, and what recurrent depth has before and behind them

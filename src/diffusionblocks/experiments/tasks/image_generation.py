@@ -276,9 +276,10 @@ def draw_samples(
     noise = cast(Any, model.noise)
     count = count if count is not None else len(labels) if labels is not None else options.grid_images
     check_count("count", count, MOST_SAMPLES)
-    if count * math.prod(target.shape) > host_memory():
+    shape = target.chain_shape(None)
+    if count * math.prod(shape) > host_memory():
         raise ValueError(
-            f"count = {count:,} images of {'x'.join(map(str, target.shape))} are {count * math.prod(target.shape):,} "
+            f"count = {count:,} images of {'x'.join(map(str, shape))} are {count * math.prod(shape):,} "
             "bytes, more than this machine's memory: draw fewer at a time, each time with another seed"
         )
     if labels is not None and not target.num_classes:
