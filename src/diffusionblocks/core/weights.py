@@ -85,7 +85,8 @@ class Fresh(WeightSource):
     scale and drop path are the same in all layers. One is our `RecurrentDepth`, which has one block: its shared
     parameters are those of an instance of full depth. The others have layers that differ with their place
     (`Family.layers_alike`: ModernBERT, SD3, Flux): a block's layers, too, are those of an instance of full depth. Where
-    a class makes layers that differ in their attributes, these are right all the same, because the modules are those of the model at its full depth.
+    a class makes layers that differ in their attributes, these are right all the same, because the modules are those of
+    the model at its full depth.
 
     Args:
         model_class: name of a supported class.
