@@ -296,7 +296,7 @@ class ImageGeneration(Inference[ImageTarget]):
         network_labels = self._labels(labels, len(seeds))
         if target.conditions:
             denoiser = guided_by_inputs(
-                lambda z, told, level: model.denoise(told, z, level),
+                lambda z, entries, level: model.denoise(entries, z, level),
                 self._conditions(inputs or {}, len(seeds), "inputs"),
                 None if negative_inputs is None else self._conditions(negative_inputs, len(seeds), "negative_inputs"),
                 guidance,

@@ -169,8 +169,8 @@ class ConditionedFamily(ImageFamily):
     def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
         network: Any = call.network
         dtype = next(call.module(self.last_linear).parameters()).dtype
-        told = {n: v.to(dtype) if v.is_floating_point() else v for n, v in call.inputs.items()}
-        options = self.options(network.config, call.z.to(dtype), self.time(call.condition), told)
+        entries = {n: v.to(dtype) if v.is_floating_point() else v for n, v in call.inputs.items()}
+        options = self.options(network.config, call.z.to(dtype), self.time(call.condition), entries)
         output = network(**options, return_dict=False)[0]
         raw = self.prediction(network.config, output, call.z)
         return raw, raw
@@ -179,16 +179,16 @@ class ConditionedFamily(ImageFamily):
         """What the class is told of the levels, (batch,): float32, as its scheduler gives it."""
         return condition * self.time_scale
 
-    def options(self, config: Any, z: Tensor, time: Tensor, told: dict[str, Tensor]) -> dict[str, Any]:
+    def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
         """The arguments of the class's `forward`.
 
         Args:
             config: of the class.
             z: the noised image (batch, channels, ...), in the model's precision.
             time: what `time` gives.
-            told: the conditions, those with digits in the model's precision.
+            entries: the conditions, those with digits in the model's precision.
         """
-        return {"hidden_states": z, "timestep": time, **told}
+        return {"hidden_states": z, "timestep": time, **entries}
 
     def prediction(self, config: Any, output: Tensor, z: Tensor) -> Tensor:
         """F of the shape of z, of what the class returns; channels that predict a variance are left out."""

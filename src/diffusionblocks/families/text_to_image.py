@@ -94,12 +94,12 @@ class FluxFamily(TwoKindsOfLayers):
         return int(config.out_channels or config.in_channels) // 4
 
     @override
-    def options(self, config: Any, z: Tensor, time: Tensor, told: dict[str, Tensor]) -> dict[str, Any]:
+    def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
         height, width = z.shape[-2:]
-        text = told["encoder_hidden_states"].shape[1]
+        text = entries["encoder_hidden_states"].shape[1]
         ids = places(height // 2, width // 2, axes=3, device=z.device, dtype=z.dtype)
         text_ids = torch.zeros(text, 3, device=z.device, dtype=z.dtype)
-        return {"hidden_states": packed(z), "timestep": time, "img_ids": ids, "txt_ids": text_ids, **told}
+        return {"hidden_states": packed(z), "timestep": time, "img_ids": ids, "txt_ids": text_ids, **entries}
 
     @override
     def prediction(self, config: Any, output: Tensor, z: Tensor) -> Tensor:
@@ -127,12 +127,12 @@ class Flux2Family(TwoKindsOfLayers):
         return (1, 1)
 
     @override
-    def options(self, config: Any, z: Tensor, time: Tensor, told: dict[str, Tensor]) -> dict[str, Any]:
-        text = told["encoder_hidden_states"].shape[1]
+    def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
+        text = entries["encoder_hidden_states"].shape[1]
         ids = places(*z.shape[-2:], axes=4, device=z.device, dtype=torch.int64)
         text_ids = places(text, axes=4, first=3, device=z.device, dtype=torch.int64)
         tokens = z.flatten(2).transpose(1, 2)
-        return {"hidden_states": tokens, "timestep": time, "img_ids": ids, "txt_ids": text_ids, **told}
+        return {"hidden_states": tokens, "timestep": time, "img_ids": ids, "txt_ids": text_ids, **entries}
 
     @override
     def prediction(self, config: Any, output: Tensor, z: Tensor) -> Tensor:
@@ -180,13 +180,13 @@ class PixArtFamily(ConditionedFamily):
 
     @staticmethod
     def _more(config: Any) -> bool:
-        told = config.use_additional_conditions
-        return bool(config.sample_size == 128 if told is None else told)
+        value = config.use_additional_conditions
+        return bool(config.sample_size == 128 if value is None else value)
 
     @override
-    def options(self, config: Any, z: Tensor, time: Tensor, told: dict[str, Tensor]) -> dict[str, Any]:
-        more = {name: told.pop(name, None) for name in ("resolution", "aspect_ratio")}
-        return super().options(config, z, time, told) | {"added_cond_kwargs": more}
+    def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
+        more = {name: entries.pop(name, None) for name in ("resolution", "aspect_ratio")}
+        return super().options(config, z, time, entries) | {"added_cond_kwargs": more}
 
 
 @register_family
@@ -208,8 +208,8 @@ class SanaFamily(ConditionedFamily):
         }
 
     @override
-    def options(self, config: Any, z: Tensor, time: Tensor, told: dict[str, Tensor]) -> dict[str, Any]:
-        return super().options(config, z, time * config.timestep_scale, told)
+    def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
+        return super().options(config, z, time * config.timestep_scale, entries)
 
 
 @register_family
@@ -289,10 +289,10 @@ class QwenImageFamily(ConditionedFamily):
             raise ValueError(f"{type(model).__name__} has patch_size = {model.config.patch_size}; it must be 2")  # type: ignore[union-attr]
 
     @override
-    def options(self, config: Any, z: Tensor, time: Tensor, told: dict[str, Tensor]) -> dict[str, Any]:
+    def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
         shape = (1, z.shape[-2] // 2, z.shape[-1] // 2)
         shapes = [[shape]] * len(z)
-        return {"hidden_states": packed(z), "timestep": time, "img_shapes": shapes, **told}
+        return {"hidden_states": packed(z), "timestep": time, "img_shapes": shapes, **entries}
 
     @override
     def prediction(self, config: Any, output: Tensor, z: Tensor) -> Tensor:

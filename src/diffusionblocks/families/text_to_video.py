@@ -68,7 +68,7 @@ class LTXVideoFamily(ConditionedFamily):
         }
 
     @override
-    def options(self, config: Any, z: Tensor, time: Tensor, told: dict[str, Tensor]) -> dict[str, Any]:
+    def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
         (n, channels, *sizes), (t, p, _) = z.shape, self.patch(config)
         frames, height, width = sizes[0] // t, sizes[1] // p, sizes[2] // p
         patches = z.reshape(n, channels, frames, t, height, p, width, p).permute(0, 2, 4, 6, 1, 3, 5, 7)
@@ -79,7 +79,7 @@ class LTXVideoFamily(ConditionedFamily):
             "height": height,
             "width": width,
             "rope_interpolation_scale": (8 / 25, 32, 32),
-            **told,
+            **entries,
         }
 
     @override

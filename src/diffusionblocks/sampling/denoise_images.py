@@ -74,11 +74,11 @@ def guided(network: Network, labels: Tensor | None, null_class: int | None, guid
     def denoise(z: Tensor, level: float) -> Tensor:
         if labels is not None and len(labels) != len(z):
             raise ValueError(f"labels must be one a sample: z has {len(z)} samples, labels {len(labels)}")
-        return chosen(z, level)
+        return denoiser(z, level)
 
     inputs = {} if labels is None else {"labels": labels}
     null = None if labels is None or null_class is None else {"labels": torch.full_like(labels, null_class)}
-    chosen = guided_by_inputs(of_labels, inputs, null, guidance)
+    denoiser = guided_by_inputs(of_labels, inputs, null, guidance)
     return denoise
 
 

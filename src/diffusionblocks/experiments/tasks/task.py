@@ -180,10 +180,10 @@ class Task(abc.ABC, Generic[Options]):
     def check_examples(self, experiment: Experiment, model: nn.Module, data: Dataset) -> None:
         """Refuse examples that the model does not take, before any GPU work."""
         config, family, pretrained = experiment.config_of(model), experiment.family, experiment.recipe.model.pretrained
-        if told := [name for name in family.input_names(config) if name not in _ENTRIES]:
+        if entries := [name for name in family.input_names(config) if name not in _ENTRIES]:
             raise ValueError(
-                f"model.type = {experiment.recipe.model.type} reads {', '.join(told)}, which data of a recipe do not "
-                "have; train it from Python: diffusionblocks.convert, and model.loss of batches that have them"
+                f"model.type = {experiment.recipe.model.type} reads {', '.join(entries)}, which data of a recipe do "
+                "not have; train it from Python: diffusionblocks.convert, and model.loss of batches that have them"
             )
         shape = family.example_shape(config)
         if not family.takes_shape(config, data.example_shape):
