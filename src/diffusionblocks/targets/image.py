@@ -57,10 +57,10 @@ class Condition(NamedTuple):
         raise ValueError(f"{name} must be {kind} of shape {shape_text((size, *self.shape))}, got {got}")
 
 
-def fits_shape(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    """Whether a shape is the expected one, of which None is any size of at least 1."""
-    pairs = zip(shape, expected, strict=False)
-    return len(shape) == len(expected) and all(s >= 1 if e is None else s == e for s, e in pairs)
+def fits_shape(shape: tuple[int, ...], pattern: tuple[int | None, ...]) -> bool:
+    """Whether a shape fits a pattern, of which None is any size of at least 1."""
+    pairs = zip(shape, pattern, strict=False)
+    return len(shape) == len(pattern) and all(s >= 1 if e is None else s == e for s, e in pairs)
 
 
 def shape_text(shape: tuple[int | None, ...]) -> str:
