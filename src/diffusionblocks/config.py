@@ -91,6 +91,10 @@ class BlocksConfig(BaseModel):
     Attributes:
         num_blocks: B, the number of blocks; must divide the model's layers unless `layers` is given.
         layers: Number of layers of each block, input side first; null: as many in each.
+        split: What each block has: `layers` (the paper: L/B consecutive layers), or `experts` (all layers, copied from
+            the model, for the block's own levels: B times the weights, and a call of any block runs the whole depth).
+        boundaries: The B - 1 levels between the blocks, ascending; null: by `partition`. Of flow matching in t before
+            the shift (`FlowMatching.unshifted` makes it of t after the shift).
         partition: How noise levels are split: `equi-probability` (paper, section 3.3), `log-uniform` (not for
             masking), `uniform`.
         overlap: Gamma: how far the levels that a block trains on reach into its neighbours'.
@@ -111,6 +115,8 @@ class BlocksConfig(BaseModel):
 
     num_blocks: Blocks = 3
     layers: tuple[Blocks, ...] | None = None
+    split: Literal["layers", "experts"] = "layers"
+    boundaries: tuple[Float, ...] | None = None
     partition: Literal["equi-probability", "log-uniform", "uniform"] = "equi-probability"
     overlap: Float = Field(default=0.05, ge=0.0, lt=1.0)
     noise: NoiseConfig | None = None
@@ -121,7 +127,16 @@ class BlocksConfig(BaseModel):
 
     def as_one_block(self) -> BlocksConfig:
         """The same with one block of all layers, on all levels: a trunk, or a diffusion model's baseline."""
-        return self.model_copy(update={"num_blocks": 1, "layers": None, "overlap": 0.0})
+        one = {"num_blocks": 1, "layers": None, "split": "layers", "boundaries": None, "overlap": 0.0}
+        return self.model_copy(update=one)
+
+    @model_validator(mode="after")
+    def _experts_have_all_layers(self) -> Self:
+        if self.split == "experts" and self.layers is not None:
+            raise ValueError(
+                f"layers = {list(self.layers)}: with split = experts each block has all layers; leave layers out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _learned_target_needs_joint(self) -> Self:

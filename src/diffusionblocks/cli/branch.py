@@ -23,6 +23,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="STRATEGY",
         help="equi-probability, log-uniform or uniform (default: the trunk's)",
     )
+    parser.add_argument(
+        "--split",
+        choices=("layers", "experts"),
+        help="layers: B times the trunk's layers (default); experts: the trunk's layers in each block",
+    )
 
 
 def _partitions() -> tuple[str, ...]:
@@ -40,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     from ..core.saving import check_out, save
     from ..reports.tables import block_table, format_table
 
-    values = {name: getattr(options, name) for name in ("overlap", "partition")}
+    values = {name: getattr(options, name) for name in ("overlap", "partition", "split")}
     check_out(options.out, [options.model], "branched")
     trunk = load(options.model)
     model = branch(trunk, options.blocks, **{name: value for name, value in values.items() if value is not None})

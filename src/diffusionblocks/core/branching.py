@@ -23,9 +23,9 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
 
     Args:
         trunk: a model of one block, on all levels.
-        num_blocks: B; the branched network has B times the trunk's layers.
+        num_blocks: B; the branched network has B times the trunk's layers, or as experts B times its weights.
         changes: fields of `BlocksConfig` that the blocks shall have and the trunk does not matter for: `partition`,
-            `overlap` (default 0.05).
+            `boundaries`, `overlap` (default 0.05), and `split`: `layers`, or `experts`, which keep the trunk's depth.
 
     Returns:
         The branched model, on the trunk's device, in its mode. Every block computes what the trunk does.
@@ -39,11 +39,12 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
             f"a trunk has one block on all levels; this model has {trunk.partition.num_blocks}: train a trunk with "
             "blocks.num_blocks set to 1 and the layers of one block, or let a recipe's trunk section do both"
         )
-    not_allowed = sorted(set(changes) - {"partition", "overlap"})
+    allowed = ("boundaries", "overlap", "partition", "split")
+    not_allowed = sorted(set(changes) - set(allowed))
     if not_allowed:
-        raise ValueError(f"branching cannot change {not_allowed}; it can change overlap and partition")
-    depth = trunk.partition.num_layers
-    if depth * num_blocks > MOST_LAYERS:
+        raise ValueError(f"branching cannot change {not_allowed}; it can change {', '.join(allowed)}")
+    depth, experts = trunk.partition.num_layers, changes.get("split", trunk.blocks_config.split) == "experts"
+    if not experts and depth * num_blocks > MOST_LAYERS:
         raise ValueError(
             f"num_blocks = {num_blocks} of the trunk's {depth} layers each are {depth * num_blocks:,} layers, more "
             f"than {MOST_LAYERS:,}; branch into at most {MOST_LAYERS // depth}"
@@ -52,7 +53,7 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
     config = BlocksConfig.model_validate(
         without_defaults(trunk).model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
     )
-    branches = assemble_like(trunk, config, depth * num_blocks)
+    branches = assemble_like(trunk, config, depth if experts else depth * num_blocks)
     weights = trunk.block(0).state_dict()
     require_finite(weights.items(), "the trunk", DIVERGED)
     for b in range(num_blocks):
@@ -74,7 +75,8 @@ def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> D
     Raises:
         ValueError: layers of that class keep their place.
     """
-    model.family.check_movable(model.model_class)
+    if depth != model.partition.num_layers:  # else each layer keeps its place
+        model.family.check_movable(model.model_class)
     original = instantiate(model.model_class, with_depth(model.model_class, model.config, depth))
     parameter = next(model.block(0).parameters())
     result = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
@@ -100,6 +102,8 @@ def without_defaults(model: DiffusionBlocks) -> BlocksConfig:
 def trunk_name(branches: DiffusionBlocks, block: int, name: str) -> str:
     """The name in the trunk's block of what is called `name` in a block of the branched model."""
     paths = branches.block(block).layer_paths
+    if len(paths) == branches.partition.num_layers:
+        return name
     place = layer_of(name.removeprefix("network."), paths) if name.startswith("network.") else None
     if place is None:
         return name

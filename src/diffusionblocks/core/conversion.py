@@ -72,6 +72,8 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         strategy=config.partition,
         layers=config.layers,
         overlap=config.overlap,
+        split=config.split,
+        boundaries=config.boundaries,
     )
     model_config = model.config if take else copy.deepcopy(model.config)
     family.adjust_config(model_config)
@@ -132,9 +134,12 @@ def _coverage(noise: NoiseProcess, config: BlocksConfig, unread: float) -> tuple
     Each block draws as many as the others. Where their intervals are equally likely, these are the process's own
     quantiles. Else the ends of the range belong to blocks of smaller shares, which draw there the more often.
     """
-    if config.partition == "equi-probability" or unread == 0:
+    if (config.partition == "equi-probability" and config.boundaries is None) or unread == 0:
         return unread, 1 - unread
-    boundaries = torch.tensor(noise.boundaries(config.num_blocks, config.partition), dtype=torch.float64)
+    levels = noise.boundaries(config.num_blocks, config.partition)
+    if config.boundaries is not None:
+        levels = [noise.level_min, *config.boundaries, noise.level_max]
+    boundaries = torch.tensor(levels, dtype=torch.float64)
     shares = noise.cdf(boundaries).diff()
     at_end = min(0.5, unread * config.num_blocks)  # of what the block at that end draws
     return at_end * shares[0].item(), 1 - at_end * shares[-1].item()
@@ -190,7 +195,9 @@ def _build_blocks(
             foreign, extra = shared_modules()
             extra.load_state_dict(first)
         own_paths = [layer_paths[i] for i in partition.layer_range(index)]
-        network = extract(model, own_paths, memo=memo(), take=take, root=family.root(model, memo()))
+        # Of experts the last takes what the others have copied.
+        takes = take and (partition.split == "layers" or index == partition.num_blocks - 1)
+        network = extract(model, own_paths, memo=memo(), take=takes, root=family.root(model, memo()))
         _stop_checkpointing_inside(network)
         for path in shared_paths:
             attach(network, path, part_at(foreign, path))

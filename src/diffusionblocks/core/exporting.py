@@ -66,6 +66,11 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
             f"blocks {unbuilt} are on the meta device: they were never built, so there is no whole model to export; "
             "save the others, merge the folders of all, and export the merged model"
         )
+    if model.partition.split == "experts" and len(model.blocks) > 1:
+        raise ValueError(
+            f"each of the {len(model.blocks)} blocks is a whole {model.model_class} (blocks.split: experts), so there "
+            "is none of all of them; export_block(b) gives each"
+        )
     original = instantiate(model.model_class, model.config)
     weights = _unused(model, original)
     head = tuple(f"{path}." for path in model.family.head_paths(original))

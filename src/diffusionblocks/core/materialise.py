@@ -102,7 +102,9 @@ def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> Non
         if tensor.is_meta and name.startswith("network.")
     }
     layers = model.partition.layer_range(index)
-    for name, value in source.tensors(index, layers, list(waiting)):
+    # Experts start as one model: fresh ones are all drawn as the first.
+    drawn_as = 0 if model.partition.split == "experts" else index
+    for name, value in source.tensors(drawn_as, layers, list(waiting)):
         _fill(waiting.pop(name), value)
     assert not waiting, f"the source has no {sorted(waiting)}"
     if empty_target:

@@ -67,7 +67,8 @@ def card_text(model: DiffusionBlocks, blocks: Sequence[int] | None = None, notes
     count = partition.num_blocks
     parts = [
         f"# {notes.name or model.model_class}",
-        f"A `{model.model_class}` of {partition.num_layers} layers as {count} {'block' if count == 1 else 'blocks'}. "
+        f"A `{model.model_class}` of {partition.num_layers} layers as {count} {'block' if count == 1 else 'blocks'}"
+        f"{', each of all layers' if partition.split == 'experts' else ''}. "
         "Each block is a denoiser of its own for one interval of noise levels, which trains alone "
         f"([DiffusionBlocks](https://arxiv.org/abs/{PAPER})).",
         _use(model, blocks),

@@ -29,13 +29,16 @@ class Partition:
 
     Attributes:
         boundaries: B + 1 levels, ascending.
-        layers: number of layers of each block, block 0 first; their sum is the depth of the network.
+        layers: number of layers of each block, block 0 first; their sum is the depth of the network. Of `experts` each
+            is the depth.
         training_intervals: for each block the (lowest, highest) level that it trains on (with overlap).
+        split: `layers`, consecutive ones for each block, or `experts`, the whole depth for each.
     """
 
     boundaries: tuple[float, ...]
     layers: tuple[int, ...]
     training_intervals: tuple[tuple[float, float], ...]
+    split: str = "layers"
 
     def __post_init__(self) -> None:
         if len(self.boundaries) != len(self.layers) + 1:
@@ -46,6 +49,10 @@ class Partition:
             raise ValueError(f"boundaries must ascend strictly, got {list(self.boundaries)}")
         if len(self.training_intervals) != len(self.layers):
             raise ValueError("every block needs one training interval")
+        if self.split not in ("layers", "experts"):
+            raise ValueError(f"unknown split {self.split!r}; allowed: layers, experts")
+        if self.split == "experts" and len(set(self.layers)) > 1:
+            raise ValueError(f"experts have the whole depth each, got layers = {list(self.layers)}")
 
     @classmethod
     def build(
@@ -57,6 +64,8 @@ class Partition:
         strategy: str = "equi-probability",
         layers: Sequence[int] | None = None,
         overlap: float = 0.0,
+        split: str = "layers",
+        boundaries: Sequence[float] | None = None,
     ) -> Partition:
         """Split `num_layers` layers and the levels of `noise` into `num_blocks` blocks.
 
@@ -67,12 +76,19 @@ class Partition:
             strategy: how levels are split, see the process's `boundaries`.
             layers: layers of each block, block 0 first; default an even split.
             overlap: gamma >= 0; training intervals are widened by it (paper, section 3.3).
+            split: `layers`, or `experts`: each block has all layers.
+            boundaries: the B - 1 levels between the blocks, ascending, instead of a strategy.
 
         Raises:
             ValueError: layers that do not divide or do not add up, or a value out of range.
         """
         check_count("num_layers", num_layers, MOST_LAYERS)
-        if not 1 <= num_blocks <= num_layers:
+        if split == "experts":
+            if layers is not None:
+                raise ValueError(f"layers = {list(layers)}: of split = experts each block has all layers; leave it out")
+            check_count("num_blocks", num_blocks, MOST_LAYERS)
+            layers = [num_layers] * num_blocks
+        elif not 1 <= num_blocks <= num_layers:
             raise ValueError(f"num_blocks must be from 1 to the number of layers, {num_layers}; got {num_blocks}")
         if not (math.isfinite(overlap) and 0.0 <= overlap < 1.0):
             raise ValueError(f"overlap must be in [0, 1), got {overlap}")
@@ -87,23 +103,27 @@ class Partition:
             layers = [num_layers // num_blocks] * num_blocks
         if len(layers) != num_blocks:
             raise ValueError(f"layers = {list(layers)} names {len(layers)} blocks, but num_blocks = {num_blocks}")
-        if any(int(n) != n or n < 1 for n in layers) or sum(layers) != num_layers:
+        if split == "layers" and (any(int(n) != n or n < 1 for n in layers) or sum(layers) != num_layers):
             raise ValueError(
                 f"layers = {list(layers)} must be positive whole numbers and add up to the model's "
                 f"{num_layers} layers, not {sum(layers)}"
             )
-        boundaries = noise.boundaries(num_blocks, strategy)
+        if boundaries is None:
+            boundaries = noise.boundaries(num_blocks, strategy)
+        else:
+            boundaries = _whole_range(noise, boundaries, num_blocks)
         ascending = list(itertools.pairwise(boundaries))
         if not all(low * (1 + _SAME_LEVEL) < high for low, high in ascending):
             raise ValueError(
                 f"the boundaries of the blocks' levels must ascend, each by more than a share of {_SAME_LEVEL:g}: got "
-                f"{boundaries}; give blocks.noise a wider distribution of levels, or set num_blocks lower"
+                f"{list(boundaries)}; give blocks.noise a wider distribution of levels, or set num_blocks lower"
             )
         owned = ascending[::-1]  # block 0 owns the highest interval
         return cls(
             boundaries=tuple(boundaries),
             layers=tuple(int(n) for n in layers),
             training_intervals=tuple(noise.widen(interval, overlap) for interval in owned),
+            split=split,
         )
 
     @property
@@ -113,8 +133,8 @@ class Partition:
 
     @property
     def num_layers(self) -> int:
-        """Depth of the whole network."""
-        return sum(self.layers)
+        """Depth of the whole network; of experts, that of each."""
+        return self.layers[0] if self.split == "experts" else sum(self.layers)
 
     def check_block(self, block: int) -> int:
         """Return `block` if it names one of the B blocks, else raise ValueError."""
@@ -158,6 +178,8 @@ class Partition:
 
     def layer_range(self, block: int) -> range:
         """Indices in the original network of the layers that the block owns."""
+        if self.split == "experts":
+            return range(self.layers[self.check_block(block)])
         start = sum(self.layers[: self.check_block(block)])
         return range(start, start + self.layers[block])
 
@@ -199,6 +221,7 @@ class Partition:
             "boundaries": list(self.boundaries),
             "layers": list(self.layers),
             "training_intervals": [list(interval) for interval in self.training_intervals],
+            **({} if self.split == "layers" else {"split": self.split}),
         }
 
     @classmethod
@@ -208,7 +231,18 @@ class Partition:
             boundaries=tuple(values["boundaries"]),
             layers=tuple(values["layers"]),
             training_intervals=tuple((low, high) for low, high in values["training_intervals"]),
+            split=values.get("split", "layers"),
         )
+
+
+def _whole_range(noise: NoiseProcess, inner: Sequence[float], num_blocks: int) -> list[float]:
+    """All B + 1 boundaries, of the B - 1 between the blocks."""
+    low, high = noise.level_min, noise.level_max
+    if len(inner) != num_blocks - 1:
+        raise ValueError(f"boundaries = {list(inner)}: {num_blocks} blocks have {num_blocks - 1} between them")
+    if not all(low < level < high for level in inner):
+        raise ValueError(f"boundaries = {list(inner)} must lie between the levels {low:g} and {high:g}")
+    return [low, *inner, high]
 
 
 def within(level: Tensor, low: float, high: float) -> Tensor:

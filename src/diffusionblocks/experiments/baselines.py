@@ -75,7 +75,9 @@ def variants(recipe: Recipe) -> list[Variant]:
     rows = [
         Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),
     ]
-    if many > 1 and recipe.model.pretrained is None:  # else one block is the whole model, or has its layers' weights
+    if (
+        many > 1 and recipe.model.pretrained is None and short < depth
+    ):  # else one block is the whole model, or has its layers' weights
         rows.append(Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1))
         rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
         if recipe.task.plain_training:

@@ -183,7 +183,7 @@ class Recipe(_Section):
         ):
             raise ValueError("trunk and train must both be given in steps, or both in epochs")
         family = supported_classes().get(self.model.type)
-        if trunk is not None and family is not None:
+        if trunk is not None and family is not None and self.blocks.split == "layers":
             family.check_movable(self.model.type)
         if trunk is not None and self.blocks.layers is not None and len(set(self.blocks.layers)) > 1:
             raise ValueError(f"a trunk branches into blocks of equal layers, not blocks.layers = {self.blocks.layers}")

@@ -30,10 +30,14 @@ def depth_of(recipe: Recipe) -> int:
 def layers_of_a_block(recipe: Recipe) -> int:
     """How many layers each block has, where all have as many: those of a trunk, or of the baseline of equal memory.
 
+    Of experts, all.
+
     Raises:
         ValueError: the recipe does not say how many layers its model has, or they do not divide.
     """
     depth, many = depth_of(recipe), recipe.blocks.num_blocks
+    if recipe.blocks.split == "experts":
+        return depth
     if depth % many:
         divisors = [n for n in range(1, depth + 1) if depth % n == 0]
         raise ValueError(

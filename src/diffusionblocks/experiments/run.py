@@ -396,7 +396,8 @@ def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
     assert isinstance(trunk.model, DiffusionBlocks)
     blocks = recipe.blocks
     with trunk.averaged() if trunk_options(recipe).weights == "averaged" else contextlib.nullcontext():
-        return branch(trunk.model, blocks.num_blocks, overlap=blocks.overlap, partition=blocks.partition)
+        names = ("boundaries", "overlap", "partition", "split")
+        return branch(trunk.model, blocks.num_blocks, **{name: getattr(blocks, name) for name in names})
 
 
 def _check_fitted(experiment: Experiment) -> None:

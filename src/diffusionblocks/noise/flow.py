@@ -105,6 +105,16 @@ class FlowMatching(GaussianProcess):
         """t' = s * t / (1 + (s - 1) * t), shape and dtype of `level`: where on the path a level lies."""
         return self.shift * level / self._total(level)
 
+    def unshifted(self, time: float) -> float:
+        """t of t' in [0, 1]: the level at a place of the path, such as a pipeline's `boundary_ratio`.
+
+        Raises:
+            ValueError: t' is not in [0, 1].
+        """
+        if not 0 <= time <= 1:
+            raise ValueError(f"t' must be in [0, 1], got {time}")
+        return time / (self.shift - (self.shift - 1) * time)
+
     def _total(self, level: Tensor) -> Tensor:
         """1 + (s - 1) * t, written so that t' is exactly 1 at t = 1, and alpha exactly 0, whatever the shift."""
         return (1.0 - level) + self.shift * level
