@@ -1,7 +1,7 @@
 """diffusers' schedulers call, at each of their steps, the block that was trained on that level.
 
 A scheduler's sigma is t', the time after the shift; boundaries and training intervals are in t, before it. Routing by
-as if it were t is the positive control: it calls other blocks than those that were trained there.
+t' as if it were t is the positive control: it calls other blocks than those that were trained there.
 """
 
 from __future__ import annotations
