@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -161,12 +163,13 @@ def test_a_model_that_repeats_the_training_images_is_at_distance_zero(
 
 def test_labels_take_turns_and_seeds_count_up(replay: tuple[db.DiffusionBlocks, Replay]) -> None:
     model, source = replay
-    batches = list(sample_batches(model, 10, Setting("heun", 3, "equal-quantile", 2.0), batch_size=4, seed=5))
+    setting = Setting("heun", 3, "equal-quantile", 2.0, guidance_interval=(0.1, 2.0), churn=3.0)
+    batches = list(sample_batches(model, 10, setting, batch_size=4, seed=5))
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert source.seeds == [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14]]
     assert NUM_LABELS == 4
     assert source.labels == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1]]
-    assert source.settings == 3 * [{"solver": "heun", "steps": 3, "grid": "equal-quantile", "guidance": 2.0}]
+    assert source.settings == 3 * [dataclasses.asdict(setting)]
 
 
 def test_an_unconditional_model_gets_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +211,25 @@ def test_calls_are_the_networks_calls(solver: str, expected: int, guidance: floa
     assert set(made) == {2 if guidance == 1 else 4}, "guidance runs each call on twice the images"
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting("euler", 9),
+        Setting("heun", 9, guidance=2.0),
+        Setting("unipc", 9, guidance=2.0, guidance_interval=(0.1, 5.0)),
+        Setting("heun", 9, guidance=0.0, guidance_interval=(0.1, 5.0), churn=9.0, churn_interval=(0.2, 10.0)),
+    ],
+)
+def test_evaluations_are_the_images_that_the_network_saw(setting: Setting) -> None:
+    model, made = exact_denoiser(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, arguments: made.append(len(arguments[1])))
+    (row,) = measure(model, setting, samples=2, batch_size=2, features=None, references={})
+    assert row.evaluations == sum(made) / 2
+    assert row.calls == len(made)
+    assert (setting.guidance_interval is None) == (row.evaluations in (row.calls, 2 * row.calls))
+
+
 def test_the_features_see_what_would_be_saved() -> None:
     features = Projection()
     measure(exact_denoiser(), Setting("euler", 2), samples=10, batch_size=4, features=features, pixels=Tensor.byte)
@@ -242,6 +264,28 @@ def test_settings_are_all_combinations_the_first_of_each_first() -> None:
     assert len(found) == 8
     assert found[:2] == [Setting("heun", 5, "karras", 1.0), Setting("heun", 5, "karras", 2.0)]
     assert found[-1] == Setting("euler", 9, "karras", 2.0)
+
+
+def test_settings_of_intervals_and_churn() -> None:
+    options = SamplesConfig.model_validate(
+        {"solver": ["heun"], "guidance": [1, 2], "guidance_interval": [[0.1, 2], None], "churn": [0, 9]}
+        | {"churn_interval": [0.05, 50], "churn_noise": 1.003}
+    )
+    heun = functools.partial(Setting, "heun", 50, "karras")
+    fresh = {"churn": 9.0, "churn_interval": (0.05, 50.0), "churn_noise": 1.003}
+    assert options.settings == [
+        heun(1.0),
+        heun(1.0, **fresh),
+        heun(2.0, (0.1, 2.0)),
+        heun(2.0, (0.1, 2.0), **fresh),
+        heun(2.0),
+        heun(2.0, **fresh),
+    ]
+    one = SamplesConfig.model_validate({"guidance_interval": [0.1, 2]})
+    assert one.guidance_interval == ((0.1, 2.0),)
+    for interval in ([2, 1], [-1, 2], [[1, 2, 3]], []):
+        with pytest.raises(ValueError, match="guidance_interval"):
+            SamplesConfig.model_validate({"guidance_interval": interval})
 
 
 @pytest.mark.slow

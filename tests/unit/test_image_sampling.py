@@ -9,7 +9,19 @@ from helpers import seeded
 from torch import Tensor
 
 from diffusionblocks import EDM
-from diffusionblocks.sampling import SOLVERS, calls, euler, guided, prior_of_seeds, sample_images
+from diffusionblocks.common.mersenne_twister import MersenneTwister
+from diffusionblocks.sampling import (
+    SOLVERS,
+    Churn,
+    SeedNoise,
+    calls,
+    check_guided_levels,
+    euler,
+    first_z,
+    guided,
+    prior_of_seeds,
+    sample_images,
+)
 
 NOISE = EDM()
 SHAPE = (3, 5, 4)
@@ -79,6 +91,40 @@ def test_no_seed_is_refused() -> None:
         prior_of_seeds(NOISE, SHAPE, [], "cpu")
 
 
+SIZES = [(3, 8, 8), (1, 5, 5), (4, 15, 15), (16,), (17,), (31,), (700,), (2, 3)]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_noise_drawn_side_by_side_is_that_of_torchs_cpu_generators(shape: tuple[int, ...]) -> None:
+    """Several draws, whose lengths are multiples neither of sixteen nor of the generator's 624 words."""
+    seeds = [0, 1, 12345, 2**32 - 1, 2**32 + 7, 2**63 - 1]
+    size = torch.Size(shape).numel()
+    source = SeedNoise(seeds, shape)
+    twister = MersenneTwister(seeds, "cpu") if size >= 16 else None
+    for _ in range(4):
+        plain = source.draw()
+        assert plain.shape == (6, *shape)
+        if twister is not None:
+            torch.testing.assert_close(twister.normals(size).view(6, *shape), plain, rtol=2e-5, atol=2e-6)
+
+
+def test_noise_drawn_side_by_side_is_the_same_in_every_batch() -> None:
+    many = MersenneTwister(range(9), "cpu")
+    first, second = many.normals(75), many.normals(75)
+    for seeds in ([4], [8, 4, 4, 0]):
+        few = MersenneTwister(seeds, "cpu")
+        assert torch.equal(few.normals(75), first[seeds])
+        assert torch.equal(few.normals(75), second[seeds])
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_seed_is_one_image_on_a_gpu_too() -> None:
+    on_gpu = prior_of_seeds(NOISE, SHAPE, [3, 5, 7], "cuda")
+    torch.testing.assert_close(on_gpu.cpu(), prior_of_seeds(NOISE, SHAPE, [3, 5, 7]), rtol=2e-5, atol=2e-4)
+    assert torch.equal(on_gpu[1:2], prior_of_seeds(NOISE, SHAPE, [5], "cuda"))
+
+
 # ---- guidance ---------------------------------------------------------------------------------------------
 
 
@@ -107,12 +153,28 @@ def test_without_guidance_one_call_of_the_batch_itself(labels: Tensor | None, nu
     assert torch.equal(denoised, Network()(z, labels, 0.7))
 
 
+def test_only_levels_of_the_interval_are_guided_and_the_others_cost_one_row_an_image() -> None:
+    network, z = Network(), images()
+    denoiser = guided(network, LABELS, NULL, 3.0, (0.5, 2.0))
+    for level in (3.0, 2.0, 1.0, 0.5, 0.1):  # a low end is outside, a high end inside, as with a block's levels
+        inside = 0.5 < level <= 2.0
+        assert denoiser.guides(level) == inside
+        plain = guided(Network(), LABELS, NULL, 3.0 if inside else 1.0)(z, level)
+        assert torch.equal(denoiser(z, level), plain)
+    assert [(n, level) for n, _, level in network.calls] == [(3, 3.0), (6, 2.0), (6, 1.0), (3, 0.5), (3, 0.1)]
+    assert network.calls[0][1] == LABELS.tolist()
+
+
 REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: guided(Network(), None, NULL, 2.0), ("guidance = 2.0", "labels", "set guidance to 1")),
     (lambda: guided(Network(), LABELS, None, 0.0), ("guidance = 0.0", "null_class", "set guidance to 1")),
     (lambda: guided(Network(), LABELS, NULL, -0.5), ("guidance", ">= 0", "-0.5")),
     (lambda: guided(Network(), LABELS, NULL, float("nan")), ("guidance", "finite", "nan")),
     (lambda: guided(Network(), LABELS, NULL, float("inf")), ("guidance", "finite", "inf")),
+    (lambda: guided(Network(), LABELS, NULL, 2.0, (2.0, 1.0)), ("guidance_interval", "low < high", "[2.0, 1.0]")),
+    (lambda: guided(Network(), LABELS, NULL, 2.0, (-1.0, 1.0)), ("guidance_interval", "0 <=", "[-1.0, 1.0]")),
+    (lambda: guided(Network(), LABELS, NULL, 2.0, (0.0, float("inf"))), ("guidance_interval", "finite")),
+    (lambda: check_guided_levels([80.0, 9.0, 0.0], (0.0, 8.0)), ("guidance_interval = [0.0, 8.0]", "80", "down to 9")),
     (lambda: guided(Network(), LABELS[:, None], NULL, 1.0), ("labels", "(n,)", "(3, 1)")),
     (lambda: guided(Network(), LABELS, NULL, 1.0)(images(4), 1.0), ("labels", "4 samples", "3")),
     (lambda: guided(Network(), LABELS, NULL, 2.0)(images(4), 1.0), ("labels", "4 samples", "3")),
@@ -168,6 +230,21 @@ def test_an_image_depends_on_its_seed_and_label_alone() -> None:
     assert torch.equal(many[1:2], make([5], [1]))
     assert torch.equal(many[2:], make([7, 5], [2, 2]))
     assert not torch.equal(many[1], many[3])  # the label matters
+
+
+def test_churned_images_depend_on_their_seeds_alone() -> None:
+    levels = NOISE.sampling_levels(6, "karras")
+
+    def make(seeds: list[int], amount: float = 20.0) -> Tensor:
+        source = SeedNoise(seeds, SHAPE)
+        z, churn = first_z(NOISE, source), Churn(amount, source.draw)
+        denoiser = guided(Network(), torch.zeros(len(seeds), dtype=torch.int64), NULL, 1.0)
+        return sample_images(denoiser, z, levels, NOISE, solver="heun", churn=churn)
+
+    many = make([3, 5, 7, 5])
+    assert torch.equal(many[1:2], make([5]))
+    assert torch.equal(many[2:], make([7, 5]))
+    assert not torch.allclose(many, make([3, 5, 7, 5], 0.0))
 
 
 def test_chains_make_no_gradients() -> None:

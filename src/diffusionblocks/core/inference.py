@@ -27,12 +27,8 @@ from ..sampling import (
     Prediction,
     check_combination,
     continue_texts,
-    guided,
-    guided_by_inputs,
     predict_labels,
-    prior_of_seeds,
     run_chain,
-    sample_images,
     sample_tokens,
     vote_on_texts,
 )
@@ -45,10 +41,9 @@ from ..targets import (
     NextTokenTarget,
     Target,
     TokenTarget,
-    check_entries,
-    check_labels,
     mean_loss,
 )
+from .image_sampler import ImageSampler
 
 if TYPE_CHECKING:
     from .model import DiffusionBlocks
@@ -268,94 +263,8 @@ class ImageGeneration(Inference[ImageTarget]):
     preconditioned = True
 
     @override
-    def sample(  # type: ignore[override]
-        self,
-        labels: Tensor | Sequence[int] | None,
-        *,
-        seeds: Sequence[int] | None = None,
-        steps: int = 50,
-        solver: str = "euler",
-        grid: str | None = None,
-        guidance: float = 1.0,
-        callback: Callback | None = None,
-        progress: bool = False,
-        inputs: Mapping[str, Tensor] | None = None,
-        negative_inputs: Mapping[str, Tensor] | None = None,
-        sizes: Sequence[int] | None = None,
-    ) -> Tensor:
-        model, target = self.model, self.target
-        if labels is not None and not isinstance(labels, Tensor):
-            labels = torch.tensor(labels)
-        if labels is not None and labels.dim() == 0:
-            raise ValueError(f"labels must be a list, one an image, got {labels.tolist()}; for one image, labels=[3]")
-        rows = labels if inputs is None or not inputs else next(iter(inputs.values()))
-        if seeds is None:
-            seeds = range(len(rows) if rows is not None else 1)
-        shape = target.chain_shape(None if sizes is None else tuple(sizes))
-        z = prior_of_seeds(self.noise, shape, seeds, model.device)
-        network_labels = self._labels(labels, len(seeds))
-        if target.conditions:
-            denoiser = guided_by_inputs(
-                lambda z, entries, level: model.denoise(entries, z, level),
-                self._conditions(inputs or {}, len(seeds), "inputs"),
-                None if negative_inputs is None else self._conditions(negative_inputs, len(seeds), "negative_inputs"),
-                guidance,
-            )
-        else:
-            self._refuse_inputs(inputs, negative_inputs)
-            target.check_guidance(guidance)
-            if guidance != 1 and labels is None:
-                raise ValueError(f"guidance = {guidance} needs labels; give labels, or set guidance to 1")
-            denoiser = guided(
-                lambda z, labels, level: model.denoise({} if labels is None else {"labels": labels}, z, level),
-                network_labels,
-                target.null_class,
-                guidance,
-            )
-        levels = self.noise.sampling_levels(steps, grid)
-        return sample_images(
-            denoiser,
-            z,
-            levels,
-            self.noise,
-            solver=solver,
-            callback=callback,
-            progress=progress,
-            owner=model.partition.block_of,
-        )
-
-    def _conditions(self, inputs: Mapping[str, Tensor], count: int, name: str) -> dict[str, Tensor]:
-        """What the model reads beside z, checked, on its device."""
-        block = self.model.block(0)
-        if missing := [entry for entry in block.input_names if entry not in inputs]:
-            raise ValueError(f"{name} lacks {', '.join(missing)}, which this {self.model.model_class} reads")
-        check_entries(inputs, (*block.input_names, *block.optional_inputs), f"this {self.model.model_class} ({name})")
-        self.target.check_conditions(inputs, count)
-        return {entry: value.to(self.model.device) for entry, value in inputs.items()}
-
-    def _refuse_inputs(self, *inputs: Mapping[str, Tensor] | None) -> None:
-        for name, given in zip(("inputs", "negative_inputs"), inputs, strict=True):
-            if given is not None:
-                raise ValueError(f"this {self.model.model_class} reads no {name}; leave them out")
-
-    def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
-        """The labels that the network reads, on its device; None for an unconditional model."""
-        target, model = self.target, self.model
-        if not target.num_classes:
-            if labels is not None:
-                raise ValueError(f"this {model.model_class} is unconditional and takes no labels; leave them out")
-            return None
-        if labels is None:
-            if target.null_class is None:
-                raise ValueError(
-                    f"labels are needed: in [0, {target.num_classes - 1}]; the model was trained without label dropout "
-                    "and knows no null class"
-                )
-            return torch.full((count,), target.null_class, device=model.device)
-        if labels.dim() == 1 and len(labels) != count:
-            raise ValueError(f"got {len(labels)} labels and {count} seeds; give one of each an image")
-        check_labels(labels, count, target.num_classes, null_class=target.null_class is not None)
-        return labels.to(model.device)
+    def sample(self, labels: Tensor | Sequence[int] | None, **options: Any) -> Tensor:
+        return ImageSampler(self.model).sample(labels, **options)
 
 
 class TextGeneration(Inference[_Target]):

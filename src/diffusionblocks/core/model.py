@@ -22,6 +22,7 @@ from ..noise import NoiseProcess, one_level
 from ..sampling import Callback, Continuations, Prediction
 from ..targets import Batch, Target, check_entries, mean_loss
 from .block import Block
+from .image_sampler import ImageSampler
 from .inference import INFERENCES, Inference
 from .one_at_a_time import OneAtATime
 from .partition import Partition, within
@@ -147,6 +148,11 @@ class DiffusionBlocks(nn.Module):
         to `device` when it runs, in place of the one before it. Inputs are then expected on `device`.
         """
         self._turns = OneAtATime((self.block(b) for b in range(self.partition.num_blocks)), torch.device(device))
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether its blocks run one at a time, see `run_one_at_a_time`."""
+        return self._turns is not None
 
     # ---- activation checkpointing, under both of transformers' names ---------------------------------------
 
@@ -469,6 +475,10 @@ class DiffusionBlocks(nn.Module):
         solver: str = "euler",
         grid: str | None = None,
         guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        churn: float = 0.0,
+        churn_interval: tuple[float, float] | None = None,
+        churn_noise: float = 1.0,
         callback: Callback | None = None,
         progress: bool = False,
         inputs: Mapping[str, Tensor] | None = None,
@@ -483,10 +493,16 @@ class DiffusionBlocks(nn.Module):
             seeds: one an image; image i depends on its label and seed alone. Default 0, 1, 2, ...: one a label, or one
                 image.
             steps: solver steps, >= 1.
-            solver: `euler` (the paper), `heun` (EDM), `dpmpp-2m`, or another that is registered.
+            solver: `euler` (the paper), `heun` (EDM), `dpmpp-2m`, `dpmpp-3m`, `unipc`, or another that is registered.
             grid: levels, of EDM `karras` (eq. 5) or `equal-quantile`, of flow matching `uniform` or `equal-quantile`; a
                 level of 0 ends each. Default the first.
             guidance: classifier-free guidance on D, >= 0; 1 is none, and costs half.
+            guidance_interval: (low, high): only levels low < level <= high are guided, the others cost half (arXiv
+                2404.07724); None guides all.
+            churn: fresh noise before every step, >= 0: with `heun` EDM's stochastic sampler, whose S_churn it is. Each
+                image's noise follows from its seed. 0 is none; only solvers of one step at a time take it.
+            churn_interval: (S_min, S_max), the sigma / alpha of steps with churn; None: all.
+            churn_noise: S_noise, > 0: standard deviation of the noise that is added, over what the levels say.
             callback: called once a step with (step, level, z, D).
             progress: show a progress bar.
             inputs: what the model reads beside the noised image, such as the states of a text, by the names of its
@@ -499,23 +515,41 @@ class DiffusionBlocks(nn.Module):
 
         Raises:
             ValueError: the model is no diffusion model, a label is out of range, numbers of labels and seeds differ,
-                guidance without a null class or `negative_inputs`, steps < 1, an unknown solver or grid, inputs that
-                are not the model's, or sizes that it does not take.
+                guidance without a null class or `negative_inputs`, a guidance interval without a level of the chain,
+                churn of a solver that takes none, steps < 1, an unknown solver or grid, inputs that are not the
+                model's, or sizes that it does not take.
         """
-        with evaluating(self):
-            return self.inference.sample(
-                labels,
-                seeds=seeds,
-                steps=steps,
-                solver=solver,
-                grid=grid,
-                guidance=guidance,
-                callback=callback,
-                progress=progress,
-                inputs=inputs,
-                negative_inputs=negative_inputs,
-                sizes=sizes,
-            )
+        return self.inference.sample(
+            labels,
+            seeds=seeds,
+            steps=steps,
+            solver=solver,
+            grid=grid,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            churn=churn,
+            churn_interval=churn_interval,
+            churn_noise=churn_noise,
+            callback=callback,
+            progress=progress,
+            inputs=inputs,
+            negative_inputs=negative_inputs,
+            sizes=sizes,
+        )
+
+    def sampler(self, **options: Any) -> ImageSampler:
+        """Prepare to generate many batches of images: CUDA graphs, a network in bfloat16, compiled layers.
+
+            sampler = model.sampler(cuda_graph=True, dtype=torch.bfloat16)
+            images = sampler.sample(labels, seeds=seeds, steps=50, guidance=2.0)  # as `model.sample`
+
+        Args:
+            options: `cuda_graph`, `dtype` and `compile`, see `diffusionblocks.core.image_sampler.ImageSampler`.
+
+        Raises:
+            ValueError: the model is no diffusion model, or see there.
+        """
+        return ImageSampler(self, **options)
 
     @older_keywords(bridge="feedback", given="template")
     def generate(
@@ -596,12 +630,16 @@ class DiffusionBlocks(nn.Module):
             self.inference.refuse("continue_texts", "autoregressive models")
         return self.generate(prompts, max_new_tokens, **options)  # type: ignore[no-any-return]
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, **options: Any) -> None:
         """torch.compile layer by layer: all layers share one graph, so it takes seconds at any depth and any number of
         blocks; stem and head as well. For sampling; training compiles a block whole, which is a tenth faster and takes
-        longer to prepare."""
+        longer to prepare.
+
+        Args:
+            options: of torch.compile.
+        """
         for b in range(self.partition.num_blocks):
-            self.block(b).compile_parts()
+            self.block(b).compile_parts(**options)
 
     def save_pretrained(self, path: str | Path, blocks: Sequence[int] | None = None) -> None:
         """Write the model to a folder: safetensors and JSON (see `diffusionblocks.core.saving`).

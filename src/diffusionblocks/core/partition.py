@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -201,7 +202,7 @@ class Partition:
         """
         if isinstance(level, Tensor):
             return self._blocks_of(level)
-        return int(self._blocks_of(torch.tensor([float(level)], dtype=torch.float64)))
+        return _owner(self, float(level))  # a chain asks for the same few levels over and over
 
     def _blocks_of(self, level: Tensor) -> Tensor:
         sigma = level.detach().double()
@@ -243,6 +244,11 @@ def _whole_range(noise: NoiseProcess, inner: Sequence[float], num_blocks: int) -
     if not all(low < level < high for level in inner):
         raise ValueError(f"boundaries = {list(inner)} must lie between the levels {low:g} and {high:g}")
     return [low, *inner, high]
+
+
+@functools.lru_cache(maxsize=4096)
+def _owner(partition: Partition, level: float) -> int:
+    return int(partition._blocks_of(torch.tensor([level], dtype=torch.float64, device="cpu")))
 
 
 def within(level: Tensor, low: float, high: float) -> Tensor:

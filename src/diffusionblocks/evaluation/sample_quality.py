@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.image_sampler import ImageSampler
 from ..core.model import DiffusionBlocks
-from ..sampling import Callback, calls
+from ..noise import GaussianProcess
+from ..sampling import Callback, calls, in_interval, network_calls
 from ..targets import ImageTarget
 from .features import Features
 from .frechet import FeatureStatistics, frechet_distance
@@ -28,11 +30,25 @@ class Setting:
     steps: int = 50
     grid: str = "karras"
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    churn: float = 0.0
+    churn_interval: tuple[float, float] | None = None
+    churn_noise: float = 1.0
 
     @property
     def calls(self) -> int:
         """Network calls per chain; with guidance each is for two images."""
         return calls(self.solver, self.steps, ends_at_zero=True)
+
+    def evaluations(self, noise: GaussianProcess) -> int:
+        """How often the network sees an image of its own: `calls`, those that are guided counted twice (NFE)."""
+        if self.guidance == 1:
+            return self.calls
+        if self.guidance_interval is None:
+            return 2 * self.calls
+        levels = noise.sampling_levels(self.steps, self.grid)
+        each = network_calls(self.solver, levels, noise, churn=self.churn, churn_interval=self.churn_interval)
+        return sum(1 + in_interval(call.level, self.guidance_interval) for call in each)
 
 
 @dataclass(frozen=True)
@@ -41,10 +57,12 @@ class SampleRow(Row):
 
     Attributes:
         solver, steps, calls, grid, guidance: the setting.
+        evaluations: how often the network saw an image of its own, guided calls counted twice.
         samples: number of images.
         features: what the Frechet distances are measured with; None where they are not.
         fd_train, fd_test: distance to all training and test images.
         images_per_second: sampling alone, after a first batch.
+        guidance_interval, churn, churn_interval, churn_noise: of the setting too.
     """
 
     solver: str
@@ -57,6 +75,11 @@ class SampleRow(Row):
     fd_train: float | None
     fd_test: float | None
     images_per_second: float
+    evaluations: int
+    guidance_interval: tuple[float, float] | None = None
+    churn: float = 0.0
+    churn_interval: tuple[float, float] | None = None
+    churn_noise: float = 1.0
 
 
 def statistics(features: Features, batches: Iterable[Tensor]) -> FeatureStatistics:
@@ -68,7 +91,7 @@ def statistics(features: Features, batches: Iterable[Tensor]) -> FeatureStatisti
 
 
 def sample_batches(
-    model: DiffusionBlocks,
+    model: DiffusionBlocks | ImageSampler,
     count: int,
     setting: Setting,
     *,
@@ -78,7 +101,7 @@ def sample_batches(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Iterator[Tensor]:
-    """Samples (n, C, H, W), `batch_size` at a time; image i has seed `seed` + i.
+    """Samples (n, C, H, W) of a model or its sampler, `batch_size` at a time; image i has seed `seed` + i.
 
     Labels take turns: `labels`, default all classes. The callback sees the first batch (see `DiffusionBlocks.sample`).
     """
@@ -97,7 +120,7 @@ def sample_batches(
 
 
 def measure_samples(
-    model: DiffusionBlocks,
+    model: DiffusionBlocks | ImageSampler,
     settings: Iterable[Setting],
     *,
     samples: int,
@@ -111,7 +134,7 @@ def measure_samples(
     """Sample with every setting, and measure the images' Frechet distances.
 
     Args:
-        model: a diffusion model's blocks.
+        model: a diffusion model's blocks, or their sampler.
         settings: what to measure.
         samples: images a setting.
         batch_size: images at a time.
@@ -126,7 +149,8 @@ def measure_samples(
     """
     if samples < 1:
         raise ValueError(f"samples must be >= 1, got {samples}")
-    rows = []
+    rows, noise = [], model.noise
+    assert isinstance(noise, GaussianProcess)
     for setting in settings:
         own = FeatureStatistics(features.dim) if features is not None else None
         seconds, timed = 0.0, 0
@@ -147,6 +171,7 @@ def measure_samples(
             SampleRow(
                 **dataclasses.asdict(setting),
                 calls=setting.calls,
+                evaluations=setting.evaluations(noise),
                 samples=samples,
                 features=features.name if features is not None else None,
                 fd_train=distances.get("train"),

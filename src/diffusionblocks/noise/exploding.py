@@ -67,6 +67,10 @@ class VarianceExploding(GaussianProcess):
         """0 and 1."""
         return 0.0, 1.0
 
+    def noisier(self, level: float, factor: float) -> float:
+        """`factor` times the level, at most `read_max`."""
+        return max(level, min(level * factor, self.read_max))
+
     def corrupt(self, target: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """z = y + sigma * eps (EDM eq. 2), in float32 or better; `level` (batch,) broadcasts over the rest."""
         target = target if target.dtype == torch.float64 else target.float()

@@ -76,6 +76,28 @@ class GaussianProcess(NoiseProcess):
             (slopes,) = torch.autograd.grad(pair, place, torch.eye(2, dtype=torch.float64), is_grads_batched=True)
         return slopes[0].item(), slopes[1].item()
 
+    def noisier(self, level: float, factor: float) -> float:
+        """The level at which sigma / alpha is `factor` times that of `level`; at most `read_max`, at least `level`.
+
+        Args:
+            level: > 0.
+            factor: >= 1.
+        """
+        low, high = level, max(level, self.read_max)
+        alpha, sigma = self.alpha_sigma(level)
+        # alpha may be 0 at the highest level: products, no quotients.
+        if factor <= 1:
+            return level
+        if not self._is_above(high, factor * sigma, alpha):
+            return high
+        while (middle := 0.5 * (low + high)) not in (low, high):  # until no float lies between
+            low, high = (low, middle) if self._is_above(middle, factor * sigma, alpha) else (middle, high)
+        return high
+
+    def _is_above(self, level: float, sigma: float, alpha: float) -> bool:
+        there = self.alpha_sigma(level)
+        return there[1] * alpha > sigma * there[0]
+
     def velocity(self, z: Tensor, denoised: Tensor, level: float) -> Tensor:
         """dz/dtime of the probability-flow ODE: alpha' * D + sigma' * (z - alpha * D) / sigma, in the dtype of z."""
         (alpha, sigma), (alpha_rate, sigma_rate) = self.alpha_sigma(level), self.rates(level)

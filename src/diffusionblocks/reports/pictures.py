@@ -18,7 +18,7 @@ from ..common.files import whole_file
 from ..core.partition import Partition
 from ..data.image_batches import to_uint8
 from ..noise import GaussianProcess
-from ..sampling import SOLVERS
+from ..sampling import network_calls
 from .figures import save_figure
 
 if TYPE_CHECKING:
@@ -245,7 +245,14 @@ def _symbol(noise: GaussianProcess) -> str:
 
 
 def draw_routing(
-    partition: Partition, noise: GaussianProcess, levels: Sequence[float], path: Path, *, solver: str = "euler"
+    partition: Partition,
+    noise: GaussianProcess,
+    levels: Sequence[float],
+    path: Path,
+    *,
+    solver: str = "euler",
+    churn: float = 0.0,
+    churn_interval: tuple[float, float] | None = None,
 ) -> None:
     """Write a PNG of a chain's network calls: step across, level up, coloured by the block that each call runs.
 
@@ -254,7 +261,9 @@ def draw_routing(
         noise: the noise process.
         levels: as the solver gets them, descending; every one but the last starts a step.
         path: the PNG; its folder is made.
-        solver: a name in `SOLVERS`; the correcting calls of `heun` are drawn as open marks.
+        solver: a name in `SOLVERS`; calls that correct a step, as those of `heun`, are drawn as open marks.
+        churn: its amount, see `Churn`; it raises levels.
+        churn_interval: see there.
 
     Raises:
         ValueError: fewer than two levels, a level that no block owns, or an unknown solver.
@@ -262,9 +271,7 @@ def draw_routing(
     if len(levels) < 2:
         raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
     steps = len(levels) - 1
-    calls = [(step, level, True) for step, level in enumerate(levels[:-1])]
-    if SOLVERS[SOLVERS.check(solver)].calls_per_step > 1:
-        calls += [(step, lower, False) for step, lower in enumerate(levels[1:]) if lower > 0]
+    calls = network_calls(solver, levels, noise, churn=churn, churn_interval=churn_interval)
     owners = [partition.block_of(level) for _, level, _ in calls]
 
     from matplotlib.figure import Figure

@@ -1,19 +1,34 @@
 """Samplers: stateless solvers, and what each task makes of them."""
 
-from .chain import Callback, Denoiser
+from .chain import Callback, Denoiser, in_interval
 from .continue_text import Continuations, Posterior, continue_plainly, continue_texts
-from .denoise_images import guided, guided_by_inputs, prior_of_seeds, sample_images
+from .denoise_images import (
+    GuidedDenoiser,
+    check_guidance,
+    check_guided_levels,
+    first_z,
+    guided,
+    guided_by_inputs,
+    prior_of_seeds,
+    sample_images,
+)
 from .denoise_labels import COMBINATIONS, LabelNetwork, Prediction, Votes, check_combination, predict_labels, run_chain
+from .seed_noise import SeedNoise
 from .solvers import (
     SOLVERS,
+    Churn,
     Solver,
     SolverFunction,
     calls,
     dpmpp_2m,
+    dpmpp_3m,
     euler,
     heun,
+    network_calls,
     register_solver,
+    unipc,
 )
+from .static_calls import StaticCalls
 from .unmask_tokens import sample_tokens
 from .vote_on_texts import vote_on_texts
 from .votes import LogitVotes
@@ -22,29 +37,40 @@ __all__ = [
     "COMBINATIONS",
     "SOLVERS",
     "Callback",
+    "Churn",
     "Continuations",
     "Denoiser",
+    "GuidedDenoiser",
     "LabelNetwork",
     "LogitVotes",
     "Posterior",
     "Prediction",
+    "SeedNoise",
     "Solver",
     "SolverFunction",
+    "StaticCalls",
     "Votes",
     "calls",
     "check_combination",
+    "check_guidance",
+    "check_guided_levels",
     "continue_plainly",
     "continue_texts",
     "dpmpp_2m",
+    "dpmpp_3m",
     "euler",
+    "first_z",
     "guided",
     "guided_by_inputs",
     "heun",
+    "in_interval",
+    "network_calls",
     "predict_labels",
     "prior_of_seeds",
     "register_solver",
     "run_chain",
     "sample_images",
     "sample_tokens",
+    "unipc",
     "vote_on_texts",
 ]

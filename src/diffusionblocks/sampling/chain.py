@@ -24,6 +24,19 @@ def check_levels(levels: Sequence[float]) -> None:
         raise ValueError(f"levels must be at least two, descending; got {list(levels)}")
 
 
+def check_interval(name: str, interval: Sequence[float] | None) -> None:
+    """Raise ValueError unless an interval is None, or two finite numbers 0 <= low < high."""
+    if interval is None:
+        return
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] < math.inf:
+        raise ValueError(f"{name} must be two finite numbers, 0 <= low < high; got {list(interval)}")
+
+
+def in_interval(value: float, interval: Sequence[float] | None) -> bool:
+    """Whether low < value <= high, as a block owns its levels; None holds every value."""
+    return interval is None or interval[0] < value <= interval[1]
+
+
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raise ValueError unless seeds are one or more whole numbers from 0 to 2^63 - 1."""
     if len(seeds) == 0:

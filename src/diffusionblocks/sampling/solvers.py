@@ -2,23 +2,26 @@
 
 Each maps z at levels[0] to z at levels[-1]. Coefficients are Python floats, computed in double; tensors stay in the
 dtype of z. A denoiser is called at the given levels and at no others, so a level on a boundary of a partition stays
-there. What alpha and sigma are at a level, the noise process says.
+there. (Only churn raises levels, see `Churn`.) What alpha and sigma are at a level, the noise process says.
+
+Multistep solvers go on with what D was in earlier steps when another block takes over: all blocks estimate the same
+E[y | z], so D has no seam but the blocks' errors. A restart would take a step of first order there.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..common.registry import Registry
 from ..noise import GaussianProcess
-from .chain import Callback, Denoiser, check_levels
+from .chain import Callback, Denoiser, check_interval, check_levels
 
 
 class SolverFunction(Protocol):
@@ -37,6 +40,58 @@ class SolverFunction(Protocol):
 
 
 @dataclass(frozen=True)
+class Churn:
+    """Fresh noise before every step: EDM's stochastic sampler (arXiv 2206.00364, algorithm 2), with `heun`.
+
+    A step of N first raises sigma / alpha by the factor 1 + min(amount / N, sqrt(2) - 1), at most to the highest level
+    that is read, and adds as much noise to z. EDM's own values for ImageNet at 64 pixels are 40, (0.05, 50) and 1.003.
+
+    Attributes:
+        amount: S_churn, >= 0; 0 adds nothing.
+        draw: gives standard normal noise of the shape of z, anew at each call.
+        interval: (S_min, S_max): steps that begin at a sigma / alpha outside it are left alone; None: all are raised.
+        noise: S_noise, > 0: the standard deviation of the noise that is added, over what the levels say.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    amount: float
+    draw: Callable[[], Tensor]
+    interval: tuple[float, float] | None = None
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.amount) and self.amount >= 0):
+            raise ValueError(f"churn must be a finite number >= 0, got {self.amount}")
+        if not (math.isfinite(self.noise) and self.noise > 0):
+            raise ValueError(f"churn_noise must be a finite number > 0, got {self.noise}")
+        check_interval("churn_interval", self.interval)
+
+    def raised(self, z: Tensor, place: Place, steps: int, process: GaussianProcess) -> tuple[Tensor, Place]:
+        """z with fresh noise, and the place whose noise it then has, before one of that many steps."""
+        ratio = place.sigma / place.alpha if place.alpha > 0 else math.inf
+        low, high = self.interval or (0.0, math.inf)
+        if not self.amount or not low <= ratio <= high:
+            return z, place
+        level = process.noisier(place.level, 1.0 + min(self.amount / steps, math.sqrt(2.0) - 1.0))
+        if level <= place.level:
+            return z, place
+        there = Place(level, *process.alpha_sigma(level))
+        scale = there.alpha / place.alpha
+        fresh = math.sqrt(max(there.sigma**2 - (scale * place.sigma) ** 2, 0.0))
+        return scale * z + (self.noise * fresh) * self.draw().to(z), there
+
+
+class Place(NamedTuple):
+    """A level, and alpha and sigma there."""
+
+    level: float
+    alpha: float
+    sigma: float
+
+
+@dataclass(frozen=True)
 class Solver:
     """A solver and what its callers need to know of it.
 
@@ -45,12 +100,14 @@ class Solver:
         order: how fast its error falls: as steps^-order.
         calls_per_step: network calls in a step.
         calls_to_zero: network calls in a last step to level 0.
+        churns: whether the function takes `churn`, a `Churn`, by keyword.
     """
 
     function: SolverFunction
     order: int
     calls_per_step: int = 1
     calls_to_zero: int = 1
+    churns: bool = False
 
     def __call__(
         self,
@@ -59,9 +116,23 @@ class Solver:
         levels: Sequence[float],
         process: GaussianProcess,
         callback: Callback | None = None,
+        churn: Churn | None = None,
     ) -> Tensor:
-        """Run the chain: see `euler`."""
-        return self.function(denoiser, z, levels, process, callback)
+        """Run the chain: see `euler`. ValueError for churn where the solver takes none."""
+        if churn is None or not churn.amount:
+            return self.function(denoiser, z, levels, process, callback)
+        self.check_churn(churn.amount)
+        return self.function(denoiser, z, levels, process, callback, churn=churn)  # type: ignore[call-arg]
+
+    def check_churn(self, amount: float, name: str = "churn") -> None:
+        """Raise ValueError for churn other than 0 where the solver takes none."""
+        if amount and not self.churns:
+            taking = [other for other, solver in SOLVERS.items() if solver.churns]
+            own = next((other for other, solver in SOLVERS.items() if solver is self), "this solver")
+            raise ValueError(
+                f"{name} = {amount:g} is for solvers of one step at a time, {', '.join(taking)}, and not for {own}, "
+                f"which relies on its earlier steps: set {name} to 0, or take one of these"
+            )
 
 
 #: Solvers by name.
@@ -69,7 +140,13 @@ SOLVERS: Registry[Solver] = Registry("solver")
 
 
 def register_solver(
-    name: str, function: SolverFunction, *, order: int = 1, calls_per_step: int = 1, calls_to_zero: int = 1
+    name: str,
+    function: SolverFunction,
+    *,
+    order: int = 1,
+    calls_per_step: int = 1,
+    calls_to_zero: int = 1,
+    churns: bool = False,
 ) -> SolverFunction:
     """Make a solver known by a name, in recipes, on the command line and in `DiffusionBlocks.sample`.
 
@@ -79,6 +156,7 @@ def register_solver(
         order: how fast its error falls: as steps^-order.
         calls_per_step: network calls in a step, >= 1.
         calls_to_zero: network calls in a last step to level 0, >= 1.
+        churns: whether the function takes `churn` by keyword, a `Churn`, which may raise z before each step.
 
     Returns:
         The function.
@@ -94,7 +172,7 @@ def register_solver(
             raise TypeError(f"solver {name!r}: {field} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"solver {name!r}: {field} must be >= 1, got {value}")
-    SOLVERS.register(name, Solver(function, order, calls_per_step, calls_to_zero))
+    SOLVERS.register(name, Solver(function, order, calls_per_step, calls_to_zero, churns))
     return function
 
 
@@ -104,6 +182,8 @@ def euler(
     levels: Sequence[float],
     process: GaussianProcess,
     callback: Callback | None = None,
+    *,
+    churn: Churn | None = None,
 ) -> Tensor:
     """Euler's method (paper, section 3.1; the sign of its printed eq. 3-5 is inverted, this one lowers the noise).
 
@@ -117,6 +197,7 @@ def euler(
         process: the noise process: alpha and sigma at each level.
         callback: called once a step with (step, level, z, D): the step's index from 0, the level it starts from, and
             z and D there, before the step.
+        churn: fresh noise before every step, after which the step starts from a higher level; None: no noise.
 
     Returns:
         z at levels[-1], in the shape and dtype of z; at a last level of 0 that is the last D.
@@ -126,6 +207,7 @@ def euler(
             D of another shape.
     """
     for step, here, lower in _steps(z, levels, process):
+        z, here = _churned(z, here, levels, process, churn)
         denoised = _denoise(denoiser, z, here.level)
         if callback is not None:
             callback(step, here.level, z, denoised)
@@ -139,15 +221,17 @@ def heun(
     levels: Sequence[float],
     process: GaussianProcess,
     callback: Callback | None = None,
+    *,
+    churn: Churn | None = None,
 ) -> Tensor:
-    """Heun's method, of second order (EDM algorithm 1, without its churn).
+    """Heun's method, of second order (EDM algorithm 1); with churn EDM's stochastic sampler (algorithm 2).
 
     An Euler step to the lower level, then the same step with the mean of the slopes at both ends. A step to 0, where
     there is no slope, stays Euler's.
 
     Args:
         denoiser: as for `euler`; called twice a step, at its upper and its lower level, but once in a step to 0.
-        z, levels, process, callback: as for `euler`. The correcting call is not reported to `callback`.
+        z, levels, process, callback, churn: as for `euler`. The correcting call is not reported to `callback`.
 
     Returns:
         z at levels[-1], in the shape and dtype of z.
@@ -156,6 +240,7 @@ def heun(
         ValueError: as for `euler`.
     """
     for step, here, lower in _steps(z, levels, process):
+        z, here = _churned(z, here, levels, process, churn)
         denoised = _denoise(denoiser, z, here.level)
         if callback is not None:
             callback(step, here.level, z, denoised)
@@ -191,24 +276,144 @@ def dpmpp_2m(
     Raises:
         ValueError: as for `euler`.
     """
-    before: tuple[_Place, Tensor] | None = None  # the last step's place and D
+    return _dpmpp(2, denoiser, z, levels, process, callback)
+
+
+def dpmpp_3m(
+    denoiser: Denoiser,
+    z: Tensor,
+    levels: Sequence[float],
+    process: GaussianProcess,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DPM-Solver++(3M), at one call a step (arXiv 2211.01095; as its authors, k-diffusion and diffusers write it).
+
+    As `dpmpp_2m`, with D extrapolated by a parabola in lambda through three steps. The bend counts half of what the
+    parabola says, as in all of that code: so the order is 2, with a smaller error than that of `dpmpp_2m`. (`unipc` is
+    of third order.) The first two steps, and those after a start at alpha = 0, have fewer earlier steps to go by.
+
+    Args:
+        denoiser, z, levels, process, callback: as for `euler`.
+
+    Returns:
+        z at levels[-1], in the shape and dtype of z.
+
+    Raises:
+        ValueError: as for `euler`.
+    """
+    return _dpmpp(3, denoiser, z, levels, process, callback)
+
+
+def unipc(
+    denoiser: Denoiser,
+    z: Tensor,
+    levels: Sequence[float],
+    process: GaussianProcess,
+    callback: Callback | None = None,
+) -> Tensor:
+    """UniPC of second order, corrected to the third, at one call a step (arXiv 2302.04867, B2(h); as diffusers).
+
+    Every step is predicted as in `dpmpp_2m`. The D that the next step asks for at its end then corrects it, before the
+    next step starts from there: the corrector costs no call. A step from alpha = 0 is not corrected.
+
+    Args:
+        denoiser, z, levels, process, callback: as for `euler`; `callback` sees the predicted z, at which D was asked.
+
+    Returns:
+        z at levels[-1], in the shape and dtype of z; the last step is predicted only.
+
+    Raises:
+        ValueError: as for `euler`.
+    """
+    history = _History(2)
+    start = z  # of the step before, corrected
     for step, here, lower in _steps(z, levels, process):
         denoised = _denoise(denoiser, z, here.level)
         if callback is not None:
             callback(step, here.level, z, denoised)
-        if before is None or lower.sigma == 0 or before[0].alpha == 0:
-            z = _first_order(z, denoised, here, lower)
-        else:
-            higher, denoised_before = before
-            weight = 0.5 * _log_snr_rise(here, lower) / _log_snr_rise(higher, here)  # 1 / 2r
-            z = _first_order(z, (1.0 + weight) * denoised - weight * denoised_before, here, lower)
-        before = here, denoised
+        if history.entries:
+            z = _first_order(start, _corrected(denoised, here, history.entries), history.entries[0][0], here)
+        history.add(here, denoised)
+        start, z = z, _first_order(z, _extrapolated(denoised, here, lower, history.before), here, lower)
     return z
 
 
-register_solver("euler", euler, order=1)
-register_solver("heun", heun, order=2, calls_per_step=2)
+class _History:
+    """The latest places of a chain and D there, newest first: those at which log(alpha / sigma) has a value."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.entries: list[tuple[Place, Tensor]] = []
+
+    @property
+    def before(self) -> list[tuple[Place, Tensor]]:
+        """All but the newest."""
+        return self.entries[1:]
+
+    def add(self, place: Place, denoised: Tensor) -> None:
+        """Note what a step began with."""
+        if place.alpha > 0:
+            self.entries = [(place, denoised), *self.entries][: self.length]
+
+
+def _dpmpp(
+    order: int,
+    denoiser: Denoiser,
+    z: Tensor,
+    levels: Sequence[float],
+    process: GaussianProcess,
+    callback: Callback | None,
+) -> Tensor:
+    history = _History(order)
+    for step, here, lower in _steps(z, levels, process):
+        denoised = _denoise(denoiser, z, here.level)
+        if callback is not None:
+            callback(step, here.level, z, denoised)
+        history.add(here, denoised)
+        z = _first_order(z, _extrapolated(denoised, here, lower, history.before), here, lower)
+    return z
+
+
+def _extrapolated(denoised: Tensor, here: Place, lower: Place, before: list[tuple[Place, Tensor]]) -> Tensor:
+    """The constant D whose step is that of the polynomial through this D and those before it, newest first."""
+    if not before or lower.sigma == 0:  # to sigma = 0 the step has no length in lambda
+        return denoised
+    (higher, first), *older = before
+    h = _log_snr_rise(here, lower)
+    if not older:
+        weight = 0.5 * h / _log_snr_rise(higher, here)  # 1 / 2r
+        return (1.0 + weight) * denoised - weight * first
+    ((highest, second),) = older
+    r0, r1 = _log_snr_rise(higher, here) / h, _log_snr_rise(highest, higher) / h
+    near, far = (denoised - first) / r0, (first - second) / r1
+    bend = (near - far) / (r0 + r1)
+    slope = near + r0 * bend
+    decay = math.expm1(-h)
+    return denoised - ((decay / h + 1.0) * slope - ((decay + h) / h**2 - 0.5) * bend) / decay
+
+
+def _corrected(denoised: Tensor, here: Place, before: list[tuple[Place, Tensor]]) -> Tensor:
+    """The constant D of the step that led here, from D at both of its ends and at the start of the step before it."""
+    (higher, first), *older = before
+    if not older:
+        return first + 0.5 * (denoised - first)
+    ((highest, second),) = older
+    h = _log_snr_rise(higher, here)
+    r = -_log_snr_rise(highest, higher) / h  # places in lambda, over the step: r < 0, its start at 0, its end at 1
+    decay = math.expm1(-h)
+    one = -decay / h - 1.0
+    two = 2.0 * (-one / h - 0.5)
+    one, two = one / decay, two / decay
+    # one = a + b, two = a * r + b: what makes the rule exact where D is a parabola.
+    old = (one - two) / (1.0 - r)
+    return first + (old / r) * (second - first) + (one - old) * (denoised - first)
+
+
+register_solver("euler", euler, order=1, churns=True)
+register_solver("heun", heun, order=2, calls_per_step=2, churns=True)
 register_solver("dpmpp-2m", dpmpp_2m, order=2)
+register_solver("dpmpp-3m", dpmpp_3m, order=2)
+register_solver("unipc", unipc, order=3)
 
 
 def calls(solver: str, steps: int, ends_at_zero: bool) -> int:
@@ -229,25 +434,71 @@ def calls(solver: str, steps: int, ends_at_zero: bool) -> int:
     return facts.calls_per_step * (steps - 1) + last
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A level, and alpha and sigma there."""
+class Call(NamedTuple):
+    """One network call of a chain.
 
+    Attributes:
+        step: index of the solver step.
+        level: at which the network is called.
+        starts: whether the step starts from there; else the call corrects it.
+    """
+
+    step: int
     level: float
-    alpha: float
-    sigma: float
+    starts: bool
 
 
-def _steps(z: Tensor, levels: Sequence[float], process: GaussianProcess) -> Iterator[tuple[int, _Place, _Place]]:
+def network_calls(
+    solver: str,
+    levels: Sequence[float],
+    process: GaussianProcess,
+    *,
+    churn: float = 0.0,
+    churn_interval: tuple[float, float] | None = None,
+) -> list[Call]:
+    """The network calls of a chain, in order: the solver itself is run, on one number.
+
+    Args:
+        solver: a name in `SOLVERS`.
+        levels: descending, see `euler`.
+        process: the noise process.
+        churn: its amount, see `Churn`.
+        churn_interval: see there.
+
+    Raises:
+        ValueError: unknown solver, or what the solver refuses.
+    """
+    solve = SOLVERS[SOLVERS.check(solver)]
+    listed: list[Call] = []
+
+    def denoise(z: Tensor, level: float) -> Tensor:
+        listed.append(Call(listed[-1].step if listed else 0, level, False))
+        return z
+
+    def note(step: int, level: float, z: Tensor, denoised: Tensor) -> None:
+        listed[-1] = Call(step, level, True)
+
+    z = torch.zeros(1, dtype=torch.float64, device="cpu")
+    solve(denoise, z, levels, process, note, Churn(churn, lambda: z, churn_interval))
+    return listed
+
+
+def _steps(z: Tensor, levels: Sequence[float], process: GaussianProcess) -> Iterator[tuple[int, Place, Place]]:
     """The steps of a chain, checked: (index, where it starts, where it ends)."""
     check_levels(levels)
     if not math.isfinite(levels[0]) or levels[-1] < 0:  # those between are between
         raise ValueError(f"levels must be finite, descending, > 0 (the last one >= 0); got {list(levels)}")
     if z.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"z must be float32 or float64, got {z.dtype}: convert it with z.float()")
-    places = [_Place(level, *process.alpha_sigma(level)) for level in levels]
+    places = [Place(level, *process.alpha_sigma(level)) for level in levels]
     for step, (here, lower) in enumerate(itertools.pairwise(places)):
         yield step, here, lower
+
+
+def _churned(
+    z: Tensor, here: Place, levels: Sequence[float], process: GaussianProcess, churn: Churn | None
+) -> tuple[Tensor, Place]:
+    return (z, here) if churn is None else churn.raised(z, here, len(levels) - 1, process)
 
 
 def _denoise(denoiser: Denoiser, z: Tensor, level: float) -> Tensor:
@@ -257,12 +508,12 @@ def _denoise(denoiser: Denoiser, z: Tensor, level: float) -> Tensor:
     return denoised.to(z.dtype)
 
 
-def _first_order(z: Tensor, denoised: Tensor, here: _Place, lower: _Place) -> Tensor:
+def _first_order(z: Tensor, denoised: Tensor, here: Place, lower: Place) -> Tensor:
     """The step that is exact for a constant D."""
     ratio = lower.sigma / here.sigma
     return ratio * z + (lower.alpha - here.alpha * ratio) * denoised
 
 
-def _log_snr_rise(here: _Place, lower: _Place) -> float:
+def _log_snr_rise(here: Place, lower: Place) -> float:
     """How far log(alpha / sigma) rises in a step."""
     return math.log(lower.alpha * here.sigma / (lower.sigma * here.alpha))

@@ -9,22 +9,24 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ...common.choices import NameOf, choice_of
-from ...common.fields import MOST_SAMPLES, Int, Levels, Many, NonNegative, Samples, Seed, check_count
+from ...common.fields import MOST_SAMPLES, Int, Levels, Many, NonNegative, Positive, Samples, Seed, check_count
 from .image_features import FEATURE_KINDS, FeatureName, features_of, saved_classifier
 from .task import EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ...core.image_sampler import ImageSampler
     from ...core.model import DiffusionBlocks
     from ...data.dataset import Dataset
     from ...data.image_config import ImagesSection
     from ...evaluation.features import Features
     from ...evaluation.frechet import FeatureStatistics
     from ...evaluation.sample_quality import SampleRow, Setting
+    from ...noise import GaussianProcess
     from ..experiment import Experiment
     from ..recipe import Recipe
 
@@ -43,19 +45,44 @@ def _solver(name: str) -> str:
 
 Solver = Annotated[str, NameOf(_solvers, _solver)]
 
+
+def _interval(values: tuple[float, float]) -> tuple[float, float]:
+    low, high = values
+    if not low < high:
+        raise ValueError(f"must be [low, high] with low < high, got {list(values)}")
+    return values
+
+
+#: Two numbers between which something is done.
+Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_interval)]
+
+
+def _listed(values: Any) -> Any:
+    """A list of intervals, where one is given."""
+    plain = values is None or (isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) for v in values))
+    return [values] if plain and values != [] else values
+
+
 _CHAINS, _COLUMNS = 3, 8  # what the picture of chains shows
 
 
 class SamplesConfig(EvaluateSection):
-    """Generated images are measured for every combination of solver, steps, grid and guidance.
+    """Generated images are measured for every combination of solver, steps, grid, guidance, its interval, and churn.
 
     Attributes:
         samples: Number of images; labels take turns, image i starts from the noise of seed `seed` + i.
-        solver: `euler` (the paper), `heun` (EDM), `dpmpp-2m` (DPM-Solver++(2M)) or one that is registered.
+        solver: `euler` (the paper), `heun` (EDM), `dpmpp-2m` and `dpmpp-3m` (DPM-Solver++), `unipc` (UniPC) or one that
+            is registered.
         steps: Solver steps.
         grid: Level grid: of EDM `karras` (EDM eq. 5) or `equal-quantile`, of flow matching `uniform` or
             `equal-quantile`.
         guidance: Classifier-free guidance on D; 1 is none.
+        guidance_interval: [low, high], or a list of such: only levels low < level <= high are guided, and a call at
+            another level costs half. null: all levels.
+        churn: S_churn of EDM's stochastic sampler, which is `heun` with churn: fresh noise before every step. 0 is
+            none; `euler` takes it too, multistep solvers do not.
+        churn_interval: [S_min, S_max]: sigma / alpha of the steps with churn. null: all.
+        churn_noise: S_noise, standard deviation of the noise that is added, over what the levels say.
         features: What the Frechet distance compares. `classifier`: features of a small CNN that is trained on the data
             set first, and kept; `inception`: FID (extra: fid); `efficientnet-lite0`: a small classifier of ImageNet
             from PyPI (extra: efficientnet), whose distance is no FID; null: only pictures are drawn.
@@ -65,6 +92,11 @@ class SamplesConfig(EvaluateSection):
         batch_size: Images at a time.
         grid_images: Number of images in the picture.
         seed: Seed of the first image; the next count up.
+        cuda_graph: Capture the network calls of chains as CUDA graphs. The same images; it pays for many or small
+            batches. Without effect on a CPU.
+        dtype: `bfloat16`: the network samples in bfloat16, its residual stream too; z and solver stay float32. null: as
+            trained, under the autocast of `train.precision`.
+        compile: torch.compile the layers for sampling.
     """
 
     kind: Literal["samples"] = "samples"
@@ -73,19 +105,31 @@ class SamplesConfig(EvaluateSection):
     steps: Many[Levels] = (50,)
     grid: Many[LevelGrid] = ("karras",)
     guidance: Many[NonNegative] = (1.0,)
+    guidance_interval: Annotated[Many[Interval | None], BeforeValidator(_listed)] = (None,)
+    churn: Many[NonNegative] = (0.0,)
+    churn_interval: Interval | None = None
+    churn_noise: Positive = 1.0
     features: FeatureName | None = "classifier"
     features_folder: Path | None = None
     reference_images: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
     batch_size: Samples = 500
     grid_images: Int = Field(default=100, ge=1, le=10_000)
     seed: Seed = 0
+    cuda_graph: bool = False
+    dtype: Literal["bfloat16"] | None = None
+    compile: bool = False
 
     @property
     def settings(self) -> list[Setting]:
-        """Every combination of the sampling settings."""
+        """Every combination of the sampling settings, once: without guidance its interval means nothing."""
         from ...evaluation.sample_quality import Setting
 
-        return [Setting(*values) for values in itertools.product(self.solver, self.steps, self.grid, self.guidance)]
+        several = (self.solver, self.steps, self.grid, self.guidance, self.guidance_interval, self.churn)
+        settings = []
+        for solver, steps, grid, guidance, interval, churn in itertools.product(*several):
+            fresh = (churn, self.churn_interval, self.churn_noise) if churn else ()
+            settings.append(Setting(solver, steps, grid, guidance, interval if guidance != 1 else None, *fresh))
+        return list(dict.fromkeys(settings))
 
 
 @register_task
@@ -102,17 +146,32 @@ class ImageGeneration(Task[SamplesConfig]):
         SampleOption("labels", "images: class labels, in turn (default: all classes)", {"type": int, "nargs": "+"}),
         SampleOption(
             "solver",
-            "images: euler (the paper's), heun, dpmpp-2m or a registered one (default: the recipe's first)",
+            "images: euler (the paper's), heun, dpmpp-2m, dpmpp-3m, unipc or a registered one (default: the recipe's "
+            "first)",
             {"type": choice_of(_solvers), "metavar": "NAME"},
         ),
         SampleOption("guidance", "images: classifier-free guidance (default: the recipe's first)", {"type": float}),
+        SampleOption(
+            "guidance_interval",
+            "images: guide only levels above LOW, up to HIGH (default: the recipe's first)",
+            {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")},
+        ),
+        SampleOption(
+            "churn",
+            "images: fresh noise before every step, S_churn of EDM; 0 is none (default: the recipe's first)",
+            {"type": float},
+        ),
     )
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Refuse features that the data have no pixels for."""
+        """Refuse features that the data have no pixels for, and churn of solvers that take none."""
+        from ...sampling.solvers import SOLVERS
+
         options: Any = recipe.evaluate
+        for solver, churn in itertools.product(options.solver, options.churn):
+            SOLVERS[solver].check_churn(churn, "evaluate.churn")
         if options.features is None or recipe.data.examples != "latents":
             return
         if FEATURE_KINDS[options.features].is_trained:
@@ -132,14 +191,20 @@ class ImageGeneration(Task[SamplesConfig]):
 
     def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
         """Those of all chains, twice where they are guided."""
-        options = self.options(experiment)
-        return sum(options.samples * setting.calls * (1 + (setting.guidance != 1)) for setting in options.settings)
+        options, noise = self.options(experiment), cast("GaussianProcess", model.noise)
+        return sum(options.samples * setting.evaluations(noise) for setting in options.settings)
 
     def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
         """Refuse guidance without a null class, features without their package, and a classifier of other data."""
-        options = self.options(experiment)
+        from ...sampling import check_guided_levels
+
+        options, noise = self.options(experiment), cast("GaussianProcess", model.noise)
         for guidance in options.guidance:
             model.target.check_guidance(guidance, "evaluate.guidance")  # type: ignore[union-attr, operator]
+        for setting in options.settings:
+            if setting.guidance_interval is not None:
+                levels = noise.sampling_levels(setting.steps, setting.grid)
+                check_guided_levels(levels, setting.guidance_interval, "evaluate.guidance_interval")
         if options.features is None:
             return
         kind, splits = FEATURE_KINDS[options.features], experiment.splits
@@ -170,7 +235,7 @@ class ImageGeneration(Task[SamplesConfig]):
                 references[split] = statistics(features, images)
         with experiment.precision(model):
             return measure_samples(
-                blocks,
+                sampler_of(options, blocks),
                 options.settings,
                 samples=options.samples,
                 batch_size=options.batch_size,
@@ -207,7 +272,13 @@ class ImageGeneration(Task[SamplesConfig]):
         self, experiment: Experiment, model: nn.Module, folder: Path, values: Mapping[str, Any], *, progress: bool
     ) -> list[Path]:
         """Draw images: a file each, a grid, a chain over its steps, and which block makes which step."""
-        changes = {name: values[name] for name in ("solver", "steps", "grid", "guidance") if values[name] is not None}
+        names = ("solver", "steps", "grid", "guidance", "guidance_interval", "churn")
+        changes = {name: values[name] for name in names if values[name] is not None}
+        if "guidance_interval" in changes:
+            changes["guidance_interval"] = tuple(changes["guidance_interval"])
+        if "churn" in changes:
+            own = self.options(experiment)
+            changes |= {"churn_interval": own.churn_interval, "churn_noise": own.churn_noise}
         return draw_samples(
             experiment,
             model,  # type: ignore[arg-type]
@@ -219,6 +290,14 @@ class ImageGeneration(Task[SamplesConfig]):
             files=True,
             progress=progress,
         )
+
+
+def sampler_of(options: SamplesConfig, model: DiffusionBlocks) -> ImageSampler:
+    """The model's sampler, as a recipe's `evaluate` section says."""
+    import torch
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return model.sampler(cuda_graph=options.cuda_graph, dtype=dtype, compile=options.compile)
 
 
 def images_of(experiment: Experiment) -> ImagesSection:
@@ -299,7 +378,7 @@ def draw_samples(
 
     images: list[Tensor] = []
     batches = sample_batches(
-        model,
+        sampler_of(options, model),
         count,
         setting,
         batch_size=options.batch_size,
@@ -320,7 +399,15 @@ def draw_samples(
     scale = max(1, 48 // pictures.shape[-1])
     save_grid(pictures, grid, columns, scale=scale)
     levels = noise.sampling_levels(setting.steps, setting.grid)
-    draw_routing(model.partition, noise, levels, routing, solver=setting.solver)
+    draw_routing(
+        model.partition,
+        noise,
+        levels,
+        routing,
+        solver=setting.solver,
+        churn=setting.churn,
+        churn_interval=setting.churn_interval,
+    )
     paths = [grid, routing]
     if section.examples == "images":  # a chain of latents would have to be decoded step by step
         pixel_section: Any = section
