@@ -196,9 +196,14 @@ def test_samples_are_those_of_the_pipelines_scheduler(shift: float, guidance: fl
     model = db.convert(original, db.BlocksConfig(num_blocks=1, noise=db.FlowMatching(shift=shift))).eval()
     told, negative = (batch_for(model, name, seed=seed) for seed in (1, 2))
     del told["pixel_values"], negative["pixel_values"]
-    ours = model.sample(
-        seeds=[5, 6], steps=steps, guidance=guidance, inputs=told, negative_inputs=negative, sizes=(8, 4)
+    chain: dict[str, Any] = {"seeds": [5, 6], "steps": steps, "guidance": guidance, "sizes": (8, 4)}
+    ours = model.sample(inputs=told, negative_inputs=negative, **chain)
+    sampler = model.sampler(cuda_graph=True)  # calls from memory that stays in place follow each text
+    assert torch.equal(
+        sampler.sample(inputs=negative, negative_inputs=told, **chain),
+        model.sample(inputs=negative, negative_inputs=told, **chain),
     )
+    assert torch.equal(sampler.sample(inputs=told, negative_inputs=negative, **chain), ours)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     # Its own `timesteps` end short of 0; pipelines give these sigmas.
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
