@@ -40,7 +40,7 @@ def experiment(**changes: Any) -> Experiment:
         "data": {"kind": "digits", "augment": {"flip": True, "crop_padding": 1}},
         "train": {"steps": 4, "batch_size": 6, "accumulation": 2, "ema_decay": 0.9, "log_every": 2},
         "parallel": {"timeout": 30},
-        "evaluate": {"limit": 16, "seeds": [1]},
+        "evaluate": {"limit": 16, "seeds": [1], "batch_size": 6},
     }
     data = few_digits()
     return Experiment(vit_recipe(CONFIG, sections, changes), {"train": data, "test": data})
@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_other_ranks(serial: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "blocks"
     of_others = {name: file for name, file in listing(folder).items() if "block-02" not in name}
     assert {name.split("/")[0] for name in of_others} == {"block-00", "block-01", "block-03"}
-    over_ranks(tmp_path, 2, statuses=(-signal.SIGKILL, 0), before=at(2, 3, killed), **changes)
+    over_ranks(tmp_path, 2, statuses=(-signal.SIGKILL, 1), before=at(2, 3, killed), **changes)
     parallel.train(experiment(**changes), tmp_path / "run", progress=False)
     steps = [json.loads(line)["step"] for line in (folder / "block-02" / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 4]

@@ -29,14 +29,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Measure a trained model."""
-    from ..core.saved_model import read_saved
-    from ..reports.results import write_results
-    from ..reports.tables import format_table
+    """Measure a trained model, by all ranks where torchrun started several."""
+    from ..experiments.parallel import all_ranks
 
     for name, value in (("--every-block", options.every_block), ("--figure", options.figure)):
         if value and not options.by_level:
             raise ValueError(f"{name} needs --by-level: give both")
+    with all_ranks(experiment) as of_rank:
+        if of_rank.work.joins():
+            _measure(of_rank, options)
+
+
+def _measure(experiment: Experiment, options: argparse.Namespace) -> None:
+    from ..core.saved_model import read_saved
+    from ..experiments.run import check_same_files
+    from ..reports.results import write_results
+    from ..reports.tables import format_table
+
     folder = options.model or run_folder(experiment, options) / "model"
     experiment = experiment.with_processing_of(folder)
     model, task = experiment.load(folder), experiment.task
@@ -46,21 +55,24 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         task.measure_by_level(experiment, experiment.blocks_of(model))  # says why not
     experiment.data("test")
     task.check(experiment, model)
+    check_same_files(experiment, model, folder, task.splits(experiment.recipe.evaluate))
     rows = [row.to_dict() for row in task.measure(experiment, model)]
-    print(format_table([without_levels(row) for row in rows]))
-    for row in rows:
-        if row.get("by_level"):
-            print(format_table(row["by_level"]))
     more: dict[str, Any] = {}
+    if experiment.work.leads:
+        print(format_table([without_levels(row) for row in rows]))
+        for row in rows:
+            if row.get("by_level"):
+                print(format_table(row["by_level"]))
     if options.by_level:
         blocks = experiment.blocks_of(model)
         more_levels = {"every_block": True} if options.every_block else {}  # tasks of other packages may not take it
         levels = task.measure_by_level(experiment, blocks, **more_levels)
-        more["model"] = read_saved(folder).index.get("sha256")  # by which `report` knows whose levels they are
-        more["by_level"] = [row.to_dict() for row in levels]
-        print(format_table(more["by_level"]))
-        if options.figure:
-            task.draw_by_level(blocks, levels, options.figure)
-            print(options.figure)
-    if options.json:
+        if experiment.work.leads:
+            more["model"] = read_saved(folder).index.get("sha256")  # by which `report` knows whose levels they are
+            more["by_level"] = [row.to_dict() for row in levels]
+            print(format_table(more["by_level"]))
+            if options.figure:
+                task.draw_by_level(blocks, levels, options.figure)
+                print(options.figure)
+    if options.json and experiment.work.leads:
         write_results(options.json, rows, **more)

@@ -48,7 +48,17 @@ def _task_options() -> dict[str, SampleOption]:
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Make samples of a trained model."""
+    """Make samples of a trained model, by all ranks where torchrun started several."""
+    from ..experiments.parallel import all_ranks
+
+    with all_ranks(experiment) as of_rank:
+        if of_rank.work.joins():
+            _sample(of_rank, options)
+
+
+def _sample(experiment: Experiment, options: argparse.Namespace) -> None:
+    from ..experiments.run import check_same_files
+
     recipe, task = experiment.recipe, experiment.task
     if not task.makes:
         raise ValueError(f"sample is for diffusion models; {recipe.model.type} {task.does}: use evaluate")
@@ -60,8 +70,10 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     place = options.model or run_folder(experiment, options) / "model"
     experiment = experiment.with_processing_of(place)
     model = experiment.load(place)
+    check_same_files(experiment, model, place)
     folder = options.out or run_folder(experiment, options) / "samples"
-    for path in task.sample(experiment, model, folder, vars(options), progress=not options.quiet):
+    paths = task.sample(experiment, model, folder, vars(options), progress=not options.quiet)
+    for path in paths if experiment.work.leads else ():
         if path.suffix == ".txt":
             print(path.read_text(encoding="utf-8"), end="")
         print(path)

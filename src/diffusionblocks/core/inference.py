@@ -30,6 +30,7 @@ from ..sampling import (
     predict_labels,
     run_chain,
     sample_tokens,
+    starting_noise,
     vote_on_texts,
 )
 from ..targets import (
@@ -127,6 +128,12 @@ class Inference(Generic[_Target]):
         """Classify."""
         self.refuse("predict", "classifiers")
 
+    def skip_draws(
+        self, count: int, generator: torch.Generator, *, steps: int | None = None, grid: str | None = None
+    ) -> None:
+        """Draw from a generator what `predict` draws for so many images and one seed, and no more."""
+        self.refuse("predict", "classifiers")
+
     def sample(self, labels: Tensor | Sequence[int] | None, **options: Any) -> Tensor:
         """Draw images."""
         self.refuse("sample", "diffusion models")
@@ -188,6 +195,13 @@ class Classification(Inference[LabelTarget]):
             generator=generator or model.generator_of(inputs),
             return_trajectory=return_trajectory,
         )
+
+    @override
+    def skip_draws(
+        self, count: int, generator: torch.Generator, *, steps: int | None = None, grid: str | None = None
+    ) -> None:
+        top = self.levels(steps, grid)[0]
+        starting_noise(self.target, self.noise, top, count, generator.device, generator)
 
     @property
     def _feedback(self) -> str:

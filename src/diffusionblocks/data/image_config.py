@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict
 
@@ -60,10 +60,8 @@ class ImagesSection(DataSection):
         """
 
     @abstractmethod
-    def real_images(
-        self, data: Any, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
-    ) -> Iterator[Tensor]:
-        """The first `count` real images as uint8 (n, C, H, W); of latents, their means' reconstructions by `pixels`."""
+    def real_images(self, data: Any, rows: range, pixels: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+        """Some real images as uint8 (n, C, H, W); of latents, their means' reconstructions by `pixels`."""
 
 
 class PixelsConfig(ImagesSection):
@@ -206,10 +204,9 @@ class PixelsConfig(ImagesSection):
 
     @override
     def real_images(
-        self, data: ImageData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
-    ) -> Iterator[Tensor]:
-        for images in data.images[:count].split(batch_size):
-            yield images.to(device)
+        self, data: ImageData, rows: range, pixels: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Tensor:
+        return data.images[rows.start : rows.stop].to(device)
 
     @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
@@ -370,10 +367,10 @@ class LatentsConfig(ImagesSection, FilesSection):
 
     @override
     def real_images(
-        self, data: LatentData, pixels: Callable[[Tensor], Tensor], *, count: int, batch_size: int, device: torch.device
-    ) -> Iterator[Tensor]:
-        for rows in torch.arange(min(count, len(data))).split(batch_size):
-            yield pixels(data.rows("mean", rows).to(device).float() * self.scale)
+        self, data: LatentData, rows: range, pixels: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Tensor:
+        means = data.rows("mean", torch.arange(rows.start, rows.stop))
+        return pixels(means.to(device).float() * self.scale)
 
     def _count(self, location: str) -> ExampleCount:
         return ExampleCount(examples_of_split(location, self.train_split), location)

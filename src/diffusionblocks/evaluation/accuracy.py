@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core.model import DiffusionBlocks
-from ..sampling import Prediction, Votes, check_combination
+from ..sampling import Votes, check_combination
 from ..training import Baseline
 from ..training.ensemble import Ensemble
 from .row import Row
-from .scores import Scores
+from .scores import Scores, score_sums
+from .work import ALONE, Work
 
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 Views = Sequence[Callable[[Tensor], Tensor]]
@@ -60,6 +60,7 @@ def accuracy_grid(
     grid: str | None = None,
     seed: int = 0,
     flip: bool = False,
+    work: Work = ALONE,
 ) -> list[AccuracyRow]:
     """Accuracy, NLL and calibration error for every combination of `combine`, `steps` and `seeds`.
 
@@ -73,16 +74,17 @@ def accuracy_grid(
         feedback, grid: see there.
         seed: of the starting noise.
         flip: average the log-probabilities of each image and of its mirror image, in every row.
+        work: who computes which batch.
 
     Returns:
-        Rows in the order of `combine`, then steps, then seeds, each once.
+        Rows in the order of `combine`, then steps, then seeds, each once; none on ranks but the first.
 
     Raises:
         ValueError: an argument that `predict` refuses, no examples, or logits that are not finite.
     """
     views = _BOTH if flip else _ONE
     if isinstance(model, Baseline):
-        return _baseline_rows(model, batches, views)
+        return _baseline_rows(model, batches, views, work)
     assert isinstance(model, DiffusionBlocks), type(model).__name__
     defaults = model.inference.defaults
     rules = _resolve(combine, defaults.combine)
@@ -92,35 +94,55 @@ def accuracy_grid(
     table = {setting: Scores() for setting in itertools.product(rules, counts, chains)}
     alone = {setting: [Scores() for _ in range(setting[1])] for setting in table if setting[0] == "mean"}
     for count in counts:
+        settings = [(rule, count, chain) for chain in sorted(chains) for rule in rules]
+        places = [scores for key in settings for scores in (table[key], *alone.get(key, ()))]
         generator = torch.Generator(device=model.device).manual_seed(seed)
-        predict = functools.partial(
-            model.predict, steps=count, seeds=1, feedback=feedback, grid=grid, generator=generator
-        )
-        for batch in batches():
-            votes: list[Votes] = []
-            for chain in range(1, max(chains) + 1):
-                new = [_votes(predict(view(batch["pixel_values"]))) for view in views]
-                votes = [a + b for a, b in zip(votes, new, strict=True)] if votes else new
-                for rule in rules if chain in chains else ():
-                    answers = [each.answer(rule)[1] for each in votes]
-                    table[rule, count, chain].add(_average(answers), batch["labels"])
-                    for step, scores in enumerate(alone.get((rule, count, chain), ())):
-                        scores.add(_average([each.context_means()[step] for each in votes]), batch["labels"])
+        options = {"feedback": feedback, "grid": grid, "generator": generator}
+        chains_of = _Chains(model, count, rules, chains, views, options)
+        for results in work.in_order(batches(), chains_of.sums, skip=chains_of.skip):
+            for scores, sums in zip(places, results["sums"], strict=True):
+                scores.add_sums(sums)
+    if not work.leads:
+        return []
     return [_row(setting, scores, alone.get(setting)) for setting, scores in table.items()]
 
 
-def _baseline_rows(model: Baseline, batches: Batches, views: Views) -> list[AccuracyRow]:
-    ways: dict[str | None, Scores] = {}
-    for batch in batches():
-        predictions = [model.predictions(view(batch["pixel_values"])) for view in views]
-        for way in predictions[0]:
-            logs = [prediction[way].logits for prediction in predictions]
-            ways.setdefault(way, Scores()).add(_average(logs), batch["labels"])
-    rows = [_row((way, None, None), scores) for way, scores in (ways or {None: Scores()}).items()]
-    if isinstance(model, Ensemble):
-        parts = [_baseline_rows(model.member(index), batches, views)[0] for index in range(len(model.members))]
-        return [replace(row, alone=tuple(part.accuracy for part in parts)) for row in rows]
-    return rows
+@dataclass(frozen=True)
+class _Chains:
+    """The chains of one number of steps, which all rules and numbers of seeds share."""
+
+    model: DiffusionBlocks
+    steps: int
+    rules: Sequence[str]
+    seeds: Sequence[int]
+    views: Views
+    options: Mapping[str, Any]
+
+    def sums(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`score_sums` of a batch, one row each: by number of seeds, then rule; of a mean, then each step's own."""
+        votes: list[Votes] = []
+        rows: list[Tensor] = []
+        for chain in range(1, max(self.seeds) + 1):
+            new = [self._votes(view(batch["pixel_values"])) for view in self.views]
+            votes = [a + b for a, b in zip(votes, new, strict=True)] if votes else new
+            for rule in self.rules if chain in self.seeds else ():
+                logs = [_average([each.answer(rule)[1] for each in votes])]
+                if rule == "mean":
+                    means = [each.context_means() for each in votes]
+                    logs += [_average([mean[step] for mean in means]) for step in range(self.steps)]
+                rows += [score_sums(each, batch["labels"]) for each in logs]
+        return {"sums": torch.stack(rows)}
+
+    def skip(self, batch: Mapping[str, Tensor]) -> None:
+        """Make the draws of a batch that another rank measures."""
+        grid, generator = self.options["grid"], self.options["generator"]
+        for _ in range(max(self.seeds) * len(self.views)):
+            self.model.inference.skip_draws(len(batch["labels"]), generator, steps=self.steps, grid=grid)
+
+    def _votes(self, images: Tensor) -> Votes:
+        prediction = self.model.predict(images, steps=self.steps, seeds=1, **self.options)
+        assert prediction.votes is not None
+        return prediction.votes
 
 
 def _resolve(values: Sequence[T | None], default: T) -> list[T]:
@@ -128,9 +150,23 @@ def _resolve(values: Sequence[T | None], default: T) -> list[T]:
     return list(dict.fromkeys(default if value is None else value for value in values))
 
 
-def _votes(prediction: Prediction) -> Votes:
-    assert prediction.votes is not None
-    return prediction.votes
+def _baseline_rows(model: Baseline, batches: Batches, views: Views, work: Work) -> list[AccuracyRow]:
+    def measure(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        predictions = [model.predictions(view(batch["pixel_values"])) for view in views]
+        logs = {way: [prediction[way].logits for prediction in predictions] for way in predictions[0]}
+        return {way or "": score_sums(_average(each), batch["labels"]) for way, each in logs.items()}
+
+    ways: dict[str | None, Scores] = {}
+    for results in work.in_order(batches(), measure):
+        for way, sums in results.items():
+            ways.setdefault(way or None, Scores()).add_sums(sums)
+    parts = []
+    if isinstance(model, Ensemble):
+        parts = [_baseline_rows(model.member(index), batches, views, work) for index in range(len(model.members))]
+    if not work.leads:
+        return []
+    rows = [_row((way, None, None), scores) for way, scores in (ways or {None: Scores()}).items()]
+    return [replace(row, alone=tuple(part[0].accuracy for part in parts)) for row in rows] if parts else rows
 
 
 def _average(logs: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ probable each estimate enters with the weight 1/B. `noise/masking.py` has the fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,13 @@ from ..common.seeds import keyed_generator
 from ..core.partition import Partition
 from ..noise import Masking
 from .row import Row
+from .work import ALONE, Work
 
 # (z, int64 (n, length) with masks; levels, float32 (n,)) -> logits (n, length, vocab_size) without the mask.
 Logits = Callable[[Tensor, Tensor], Tensor]
+
+#: Levels (n,), and tokens with masks (n, length).
+Draw = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,51 +82,84 @@ def bits_per_character(
             lengths, or fewer than two; times < 1; logits of another shape; or an estimate that is not finite, as of
             logits with NaN, or of a token that is ruled out.
     """
+    return bits_rows(logits, process, batches, partition, times=times, seed=seed)[0]
+
+
+def bits_rows(
+    logits: Logits | Mapping[int, Logits],
+    process: Masking,
+    batches: Iterable[Mapping[str, Tensor]],
+    partition: Partition | None = None,
+    *,
+    times: int = 1,
+    seed: int = 0,
+    work: Work = ALONE,
+) -> list[Bits]:
+    """As `bits_per_character`, by whoever computes which batch of `work`: one row, and none on ranks but the first."""
     if times < 1:
         raise ValueError(f"times must be >= 1, got {times}")
     intervals = _intervals(process, partition)
     networks = dict.fromkeys(range(len(intervals)), logits) if callable(logits) else dict(logits)
     if not networks or not set(networks) <= set(range(len(intervals))):
         raise ValueError(f"logits must name blocks from 0 to {len(intervals) - 1}, got {sorted(networks)}")
-    moments = Moments()
-    generators: dict[int, torch.Generator] = {}
     owner = None if callable(logits) or partition is None else partition.block_of
     checks = {block: FiniteCheck(f"block {block}", owner) for block in networks}
-    length: int | None = None
-    with torch.no_grad():
+    generators: dict[int, torch.Generator] = {}
+
+    def draws(tokens: Tensor, block: int) -> Iterator[Draw]:
+        if block not in generators:
+            generators[block] = keyed_generator(seed, block, 0, "bits", tokens.device)
+        return (draw_level(process, tokens, intervals[block], generators[block]) for _ in range(times))
+
+    def measure(tokens: Tensor) -> dict[str, Tensor]:
+        parts = [torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)] * len(intervals)
+        for block in sorted(networks):
+            interval, network = intervals[block], _finite_logits(networks[block], checks[block])
+            estimates = [nll_at(network, process, tokens, interval, draw) for draw in draws(tokens, block)]
+            what = f"nats of levels {interval[0]:g} to {interval[1]:g}"
+            parts[block] = checks[block].values(torch.stack(estimates), what).mean(dim=0)
+        return {"nats": torch.stack([*parts, sum(parts, torch.zeros_like(parts[0]))], dim=1)}
+
+    def skip(tokens: Tensor) -> None:
+        for block in sorted(networks):
+            for _ in draws(tokens, block):
+                pass
+
+    moments, lengths = Moments(), set[int]()
+
+    def of_one_length() -> Iterator[Tensor]:
         for batch in batches:
             tokens = batch["input_ids"]
-            length = length or tokens.shape[1]
-            if tokens.shape[1] != length:
-                raise ValueError(f"all sequences must have one length; got {tokens.shape[1]} after {length}")
-            parts = []
-            for block, interval in enumerate(intervals):
-                if block not in networks:
-                    parts.append(torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device))
-                    continue
-                if block not in generators:
-                    generators[block] = keyed_generator(seed, block, 0, "bits", tokens.device)
-                network = _finite_logits(networks[block], checks[block])
-                estimates = [interval_nll(network, process, tokens, interval, generators[block]) for _ in range(times)]
-                what = f"nats of levels {interval[0]:g} to {interval[1]:g}"
-                parts.append(checks[block].values(torch.stack(estimates), what).mean(dim=0))
-            moments.add(torch.stack([*parts, sum(parts, torch.zeros_like(parts[0]))], dim=1))
-    if length is None or moments.count < 2:
+            lengths.add(tokens.shape[1])
+            if len(lengths) > 1:
+                before = next(iter(lengths - {tokens.shape[1]}))
+                raise ValueError(f"all sequences must have one length; got {tokens.shape[1]} after {before}")
+            yield tokens
+
+    with torch.no_grad():
+        for results in work.in_order(of_one_length(), measure, skip=skip, checks=[*checks.values()]):
+            moments.add(results["nats"])
+    if not work.leads:
+        return []
+    if moments.count < 2:
         raise ValueError(f"a standard error needs at least two sequences, got {moments.count}: give more text")
     for check in checks.values():
         check.read()
+    (length,) = lengths
     scale = 1 / (length * math.log(2))
     mean, error = (moments.mean * scale).tolist(), (moments.standard_error * scale).tolist()
     reconstruction = process.reconstruction(length) * scale
-    return Bits(
-        bits=mean[-1] + reconstruction,
-        standard_error=error[-1],
-        block_bits=tuple(mean[:-1]),
-        block_errors=tuple(error[:-1]),
-        reconstruction=reconstruction,
-        sequences=moments.count,
-        length=length,
-    )
+    return [
+        Bits(
+            bits=mean[-1] + reconstruction,
+            standard_error=error[-1],
+            block_bits=tuple(mean[:-1]),
+            block_errors=tuple(error[:-1]),
+            reconstruction=reconstruction,
+            sequences=moments.count,
+            length=length,
+        )
+    ]
 
 
 def _finite_logits(logits: Logits, check: FiniteCheck) -> Logits:
@@ -153,11 +190,22 @@ def interval_nll(
     Raises:
         ValueError: logits of another shape, or an interval out of range.
     """
+    return nll_at(logits, process, tokens, interval, draw_level(process, tokens, interval, generator))
+
+
+def draw_level(
+    process: Masking, tokens: Tensor, interval: tuple[float, float], generator: torch.Generator | None = None
+) -> Draw:
+    """A level in the interval for each sequence (n,), and the tokens (n, length) with masks: all that is drawn."""
     level = process.sample(len(tokens), interval, generator=generator, device=tokens.device)
-    z = process.noised(tokens, level, generator)
-    return (
-        process.share(interval) * process.weight_by_quantile(level) * masked_nll(logits(z, level), tokens, z, process)
-    )
+    return level, process.noised(tokens, level, generator)
+
+
+def nll_at(logits: Logits, process: Masking, tokens: Tensor, interval: tuple[float, float], draw: Draw) -> Tensor:
+    """The estimate of `interval_nll`, of a draw of `draw_level`."""
+    level, z = draw
+    weight = process.share(interval) * process.weight_by_quantile(level)
+    return weight * masked_nll(logits(z, level), tokens, z, process)
 
 
 def masked_nll(logits: Tensor, tokens: Tensor, z: Tensor, process: Masking) -> Tensor:

@@ -26,6 +26,7 @@ from ..core.model import DiffusionBlocks
 from ..noise import GaussianProcess, NoiseProcess, one_level
 from ..targets import NextTokenTarget, cross_entropies
 from .row import Row
+from .work import ALONE, Work
 
 #: Makes the batches {"input_ids": int64 (n, length)} anew.
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
@@ -88,6 +89,13 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     Raises:
         ValueError: another target, levels < 2, sequences as `_tokens` refuses them, or logits that are not finite.
     """
+    return language_rows(model, batches, levels=levels, seed=seed)[0]
+
+
+def language_rows(
+    model: DiffusionBlocks, batches: Batches, *, levels: int = 16, seed: int = 0, work: Work = ALONE
+) -> list[LanguageRow]:
+    """As `language_row`, by whoever computes which batch of `work`: one row, and none on ranks but the first."""
     target, noise = model.target, model.noise
     if not isinstance(target, NextTokenTarget) or not isinstance(noise, GaussianProcess):
         raise ValueError(f"cross-entropy by level is for autoregressive models, not for a {model.model_class}")
@@ -97,50 +105,86 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
     grid = torch.linspace(top, bottom, levels, dtype=torch.float64)
     grid = grid.exp() if noise.logarithmic else grid
     grid[0], grid[-1] = noise.read_max, noise.read_min  # free of rounding
-    matched: list[list[Tensor]] = [[] for _ in grid]
-    scrambled: list[list[Tensor]] = [[] for _ in grid]
     check = FiniteCheck(owner=model.partition.block_of)
     table = check.values(target.table, "rows of the target")
-    decodable = torch.zeros(levels, dtype=torch.float64)
-    count, first = 0, 1 - target.shift  # a token without context is left out
-    sample: list[Tensor] = []
-    # The second sequence stands before the first one; so batches of one have another context, too.
-    before = torch.cat(list(itertools.islice(_tokens(batches), 2)))[1:2]
+    first = 1 - target.shift  # a token without context is left out
+    facts = _TextFacts(target.shift)
+
+    def measure(piece: tuple[int, Tensor, Tensor]) -> dict[str, Tensor]:
+        index, tokens, before = piece
+        batch = {"input_ids": tokens}
+        eps = _noise(target.encode(batch), seed, index)
+        labels = tokens[:, target.shift :]
+        other = torch.cat([before, tokens[:-1]])
+        losses: dict[str, list[Tensor]] = {"matched": [], "scrambled": [], "decodable": []}
+        for level in grid.tolist():
+            block = model.block(model.partition.block_of(level))
+            for name, context in (("matched", tokens), ("scrambled", other)):
+                result = block.losses_at(batch, level, noise=eps, inputs={"input_ids": context})
+                logits = check.logits(result.output, level)
+                losses[name].append(_token_loss(logits[:, first:], labels[:, first:]))
+            losses["decodable"].append(_is_decodable(result.z, labels, table).sum().double())
+        return {name: torch.stack(values) for name, values in losses.items()}
+
     with torch.no_grad(), evaluating(model):
-        for index, tokens in enumerate(_tokens(batches)):
-            batch = {"input_ids": tokens}
-            eps = _noise(target.encode(batch), seed, index)
-            labels = tokens[:, target.shift :]
-            other = torch.cat([before, tokens[:-1]])
-            before = tokens[-1:]
-            for place, level in enumerate(grid.tolist()):
-                block = model.block(model.partition.block_of(level))
-                for context, losses in ((tokens, matched), (other, scrambled)):
-                    result = block.losses_at(batch, level, noise=eps, inputs={"input_ids": context})
-                    logits = check.logits(result.output, level)
-                    losses[place].append(_token_loss(logits[:, first:], labels[:, first:]))
-                decodable[place] += float(_is_decodable(result.z, labels, table).sum())
-            if count < _SAMPLE:
-                sample.append(labels.flatten())
-            count += labels.numel()
+        parts = list(work.in_order(facts.pieces(batches), measure, checks=[check]))
+    if not work.leads:
+        return []
     check.read()
-    rows = [torch.cat(losses) for losses in matched]
-    others = [torch.cat(losses) for losses in scrambled]
+    rows, others = (
+        [torch.cat([p[name][i] for p in parts]) for i in range(levels)] for name in ("matched", "scrambled")
+    )
+    shares = torch.stack([part["decodable"] for part in parts]).sum(dim=0) / facts.count
     by_level = tuple(
         Level(level, model.partition.block_of(level), float(a.mean()), float(b.mean()), share)
-        for level, a, b, share in zip(grid.tolist(), rows, others, (decodable / count).tolist(), strict=True)
+        for level, a, b, share in zip(grid.tolist(), rows, others, shares.tolist(), strict=True)
     )
-    return LanguageRow(
-        float(rows[0].mean()),
-        float(rows[0].std() / math.sqrt(len(rows[0]))),
-        len(rows[0]) * (tokens.shape[1] - 1),
-        context_gap=float((others[0] - rows[0]).mean()),
-        decodable_share=decodable_share(noise, target, torch.cat(sample)[:_SAMPLE], seed=seed),
-        by_level=by_level,
-    )
+    return [
+        LanguageRow(
+            float(rows[0].mean()),
+            float(rows[0].std() / math.sqrt(len(rows[0]))),
+            len(rows[0]) * (facts.length - 1),
+            context_gap=float((others[0] - rows[0]).mean()),
+            decodable_share=decodable_share(noise, target, torch.cat(facts.sample)[:_SAMPLE], seed=seed),
+            by_level=by_level,
+        )
+    ]
 
 
-def voted_rows(model: DiffusionBlocks, batches: Batches, *, seed: int = 0) -> dict[str, LanguageRow]:
+class _TextFacts:
+    """What is known of a text once all its batches have gone by.
+
+    Args:
+        shift: of the target; labels are the tokens after so many of the first ones.
+
+    Attributes:
+        count: labels.
+        length: tokens of a sequence.
+        sample: the first labels, `_SAMPLE` or a few more.
+    """
+
+    def __init__(self, shift: int) -> None:
+        self.count = self.length = 0
+        self.sample: list[Tensor] = []
+        self._shift = shift
+
+    def pieces(self, batches: Batches) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number, tokens, the sequence before them) of each batch."""
+        # The second sequence stands before the first one; so batches of one have another context, too.
+        before = torch.cat(list(itertools.islice(_tokens(batches), 2)))[1:2]
+        for index, tokens in enumerate(_tokens(batches)):
+            labels = tokens[:, self._shift :]
+            if self.count < _SAMPLE:
+                self.sample.append(labels.flatten())
+            self.count += labels.numel()
+            self.length = tokens.shape[1]
+            yield index, tokens, before
+            before = tokens[-1:]
+
+
+def voted_rows(
+    model: DiffusionBlocks, batches: Batches, *, seed: int = 0, work: Work = ALONE
+) -> dict[str, LanguageRow]:
     """Measure what an autoregressive model's blocks say together: the cross-entropy of their averaged context logits.
 
     Each block is asked once for a text, at its noisiest level: one pass of all layers. What it is shown of a token
@@ -150,9 +194,10 @@ def voted_rows(model: DiffusionBlocks, batches: Batches, *, seed: int = 0) -> di
         model: with a `NextTokenTarget`, and context logits (`target.likelihood: added`).
         batches: as of `language_row`.
         seed: of the noise, keyed by (seed, batch).
+        work: who computes which batch.
 
     Returns:
-        A row for each rule of `LogitVotes`, `mean` and `probabilities`.
+        A row for each rule of `LogitVotes`, `mean` and `probabilities`; none on ranks but the first.
 
     Raises:
         ValueError: a model without context logits, sequences as `_tokens` refuses them, or logits that are not finite.
@@ -161,15 +206,22 @@ def voted_rows(model: DiffusionBlocks, batches: Batches, *, seed: int = 0) -> di
     if not isinstance(blocks, Continuing):
         raise ValueError(f"votes on next tokens are for autoregressive models, not for a {model.model_class}")
     check, shift = FiniteCheck(owner=model.partition.block_of), blocks.target.shift
-    losses: dict[str, list[Tensor]] = {rule: [] for rule in get_args(LogitCombination)}
+    lengths: list[int] = []
+
+    def measure(piece: tuple[int, Tensor]) -> dict[str, Tensor]:
+        index, tokens = piece
+        generator = keyed_generator(seed, 0, index, "votes", tokens.device)
+        votes = blocks.vote({"input_ids": tokens}, generator, check)
+        return {
+            rule: _token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:]) for rule in get_args(LogitCombination)
+        }
+
     with torch.no_grad(), evaluating(model):
-        for index, tokens in enumerate(_tokens(batches)):
-            generator = keyed_generator(seed, 0, index, "votes", tokens.device)
-            votes = blocks.vote({"input_ids": tokens}, generator, check)
-            for rule, some in losses.items():
-                some.append(_token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:]))
+        parts = list(work.in_order(enumerate(_noting(lengths, _tokens(batches))), measure, checks=[check]))
+    if not work.leads:
+        return {}
     check.read()
-    return {rule: _row(torch.cat(some), tokens.shape[1]) for rule, some in losses.items()}
+    return {rule: _row(torch.cat([part[rule] for part in parts]), lengths[0]) for rule in parts[0]}
 
 
 def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> LanguageRow:
@@ -178,19 +230,49 @@ def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> L
     Raises:
         ValueError: sequences as `_tokens` refuses them, or a cross-entropy that is not finite.
     """
-    losses = []
+    return plain_language_rows(model, batches)[0]
+
+
+def plain_language_rows(
+    model: Callable[[Tensor], Tensor],
+    batches: Batches,
+    *,
+    skip: Callable[[Tensor], object] | None = None,
+    work: Work = ALONE,
+) -> list[LanguageRow]:
+    """As `plain_language_row`, by whoever computes which batch of `work`: one row, and none on ranks but the first.
+
+    Args:
+        model, batches: see there.
+        skip: makes the draws that the model would make of tokens, where it makes any.
+        work: who computes which batch.
+    """
     check = FiniteCheck(_name_of(model))
+    lengths: list[int] = []
+
+    def measure(tokens: Tensor) -> dict[str, Tensor]:
+        return {"losses": check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:]), "cross-entropies")}
+
     with torch.no_grad():
-        for tokens in _tokens(batches):
-            losses.append(check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:]), "cross-entropies"))
+        pieces = _noting(lengths, _tokens(batches))
+        parts = [results["losses"] for results in work.in_order(pieces, measure, skip=skip, checks=[check])]
+    if not work.leads:
+        return []
     check.read()
-    return _row(torch.cat(losses), tokens.shape[1])
+    return [_row(torch.cat(parts), lengths[0])]
 
 
 def _row(losses: Tensor, length: int) -> LanguageRow:
     """The row of losses (n,) of sequences of a length."""
     error = float(losses.std() / math.sqrt(len(losses)))
     return LanguageRow(float(losses.mean()), error, len(losses) * (length - 1))
+
+
+def _noting(lengths: list[int], batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same batches of tokens (n, length), whose lengths are noted as they go by."""
+    for tokens in batches:
+        lengths.append(tokens.shape[1])
+        yield tokens
 
 
 def decodable_share(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor, *, seed: int = 0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from ..core.block import Block
 from ..core.model import DiffusionBlocks
 from ..targets import LabelTarget, label_losses
 from .row import Row
+from .work import ALONE, Work
 
 #: About how many levels are measured by default: as many of each block.
 LEVELS = 12
@@ -52,6 +54,7 @@ def accuracy_by_level(
     *,
     every_block: bool = False,
     seed: int = 0,
+    work: Work = ALONE,
 ) -> list[LevelRow]:
     """Accuracy and cross-entropies of the owning block at each level, given the true label's noised target.
 
@@ -61,9 +64,10 @@ def accuracy_by_level(
         levels: what to measure; default about twelve, as many of each block (`Partition.levels`).
         every_block: ask every block at every level, with the same z.
         seed: of the noise.
+        work: who computes which batch.
 
     Returns:
-        Rows in the order of levels, then blocks.
+        Rows in the order of levels, then blocks; none on ranks but the first.
 
     Raises:
         ValueError: the model is no classifier, there are no examples, or logits are not finite.
@@ -78,21 +82,39 @@ def accuracy_by_level(
         for level in levels:
             owner = partition.block_of(level)
             blocks = [model.block(b) for b in (range(partition.num_blocks) if every_block else [owner])]
-            sums: list[Tensor] = []
             generator = torch.Generator(device=model.device).manual_seed(seed)
-            count = 0
-            for batch in batches():
-                noise = model.block(owner).draw_noise(batch, generator)
-                sums.append(torch.stack([_sums(block, batch, level, noise) for block in blocks]))
-                count += len(batch["labels"])
-            if not count:
-                raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
-            means = (torch.stack(sums).sum(dim=0) / count).tolist()
-            for block, (hits, nearest, loss, *context) in zip(blocks, means, strict=True):
+            means = _means_at(level, model.block(owner), blocks, batches(), generator, work)
+            for block, (hits, nearest, loss, *context) in zip(blocks, means, strict=work.leads):
                 context_hits, context_loss = context or (None, None)
                 own_level = block.index == owner
                 rows.append(LevelRow(level, block.index, own_level, hits, nearest, loss, context_hits, context_loss))
     return rows
+
+
+def _means_at(
+    level: float,
+    owner: Block,
+    blocks: Sequence[Block],
+    batches: Iterable[Mapping[str, Tensor]],
+    generator: torch.Generator,
+    work: Work,
+) -> list[list[float]]:
+    """The means of `_sums` over all examples, of each block; none on ranks but the first."""
+
+    def measure(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        noise = owner.draw_noise(batch, generator)
+        sums = torch.stack([_sums(block, batch, level, noise) for block in blocks])
+        return {"sums": sums, "count": torch.tensor(len(batch["labels"]))}
+
+    skip = functools.partial(owner.draw_noise, generator=generator)
+    parts = list(work.in_order(batches, measure, skip=skip))
+    if not work.leads:
+        return []
+    count = sum(int(part["count"]) for part in parts)
+    if not count:
+        raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
+    means: list[list[float]] = (torch.stack([part["sums"] for part in parts]).sum(dim=0) / count).tolist()
+    return means
 
 
 def _sums(block: Block, batch: Mapping[str, Tensor], level: float, noise: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from ..targets import ImageTarget
 from .features import Features
 from .frechet import FeatureStatistics, frechet_distance
 from .row import Row
+from .work import ALONE, Work
+
+T = TypeVar("T")
+
+#: The uint8 images (n, C, H, W) of a batch, by what names it.
+Images = Callable[[T], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class SampleRow(Row):
         samples: number of images.
         features: what the Frechet distances are measured with; None where they are not.
         fd_train, fd_test: distance to all training and test images.
-        images_per_second: sampling alone, after a first batch.
+        images_per_second: sampling alone, after a first batch; of several ranks together.
         guidance_interval, churn, churn_interval, churn_noise: of the setting too.
     """
 
@@ -82,41 +88,61 @@ class SampleRow(Row):
     churn_noise: float = 1.0
 
 
+def pieces_of(count: int, size: int) -> list[range]:
+    """The numbers 0 to `count` - 1, so many at a time."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def statistics(features: Features, batches: Iterable[Tensor]) -> FeatureStatistics:
     """Mean and covariance of the features of uint8 images (n, C, H, W), a batch at a time."""
+    return shared_statistics(features, batches, lambda images: images, ALONE)
+
+
+def shared_statistics(features: Features, batches: Iterable[T], images: Images[T], work: Work) -> FeatureStatistics:
+    """As `statistics`, by several ranks.
+
+    Args:
+        features: what to measure with.
+        batches: what names each batch.
+        images: gives the uint8 images (n, C, H, W) of one.
+        work: who computes which batch; on ranks but the first the statistics are of nothing.
+    """
     result = FeatureStatistics(features.dim)
-    for images in batches:
-        result.update(features(images))
+    for results in work.in_order(batches, lambda batch: {"features": features(images(batch))}):
+        result.update(results["features"])
     return result
 
 
-def sample_batches(
+def sample_batch(
     model: DiffusionBlocks | ImageSampler,
-    count: int,
+    images: range,
     setting: Setting,
     *,
-    batch_size: int,
     seed: int = 0,
     labels: Sequence[int] | None = None,
     callback: Callback | None = None,
-    progress: bool = False,
-) -> Iterator[Tensor]:
-    """Samples (n, C, H, W) of a model or its sampler, `batch_size` at a time; image i has seed `seed` + i.
+) -> Tensor:
+    """Some of the samples (n, C, H, W) of a model or its sampler; image i has seed `seed` + i.
 
-    Labels take turns: `labels`, default all classes. The callback sees the first batch (see `DiffusionBlocks.sample`).
+    Labels take turns: `labels`, default all classes. For the callback see `DiffusionBlocks.sample`.
     """
     target = model.target
     assert isinstance(target, ImageTarget)
     turns = range(target.num_classes) if labels is None else labels
-    for start in tqdm(range(0, count, batch_size), disable=not progress, unit="batch"):
-        images = range(start, min(start + batch_size, count))
-        watched: dict[str, Any] = {"callback": callback} if callback is not None and start == 0 else {}
-        yield model.sample(
-            torch.tensor([turns[i % len(turns)] for i in images]) if turns else None,
-            seeds=[seed + i for i in images],
-            **dataclasses.asdict(setting),
-            **watched,
-        )
+    watched: dict[str, Any] = {} if callback is None else {"callback": callback}
+    return model.sample(
+        torch.tensor([turns[i % len(turns)] for i in images]) if turns else None,
+        seeds=[seed + i for i in images],
+        **dataclasses.asdict(setting),
+        **watched,
+    )
+
+
+def sample_batches(
+    model: DiffusionBlocks | ImageSampler, count: int, setting: Setting, *, batch_size: int, seed: int = 0
+) -> Iterator[Tensor]:
+    """Samples (n, C, H, W), `batch_size` at a time: see `sample_batch`."""
+    return (sample_batch(model, images, setting, seed=seed) for images in pieces_of(count, batch_size))
 
 
 def measure_samples(
@@ -130,6 +156,7 @@ def measure_samples(
     references: Mapping[str, FeatureStatistics],
     seed: int = 0,
     progress: bool = False,
+    work: Work = ALONE,
 ) -> list[SampleRow]:
     """Sample with every setting, and measure the images' Frechet distances.
 
@@ -141,29 +168,41 @@ def measure_samples(
         pixels: turns samples into uint8 images, which the features see: as they would be saved.
         features: what to measure with; None measures speed alone.
         references: feature statistics of the real images `train` and `test`.
-        seed: see `sample_batches`.
+        seed: see `sample_batch`.
         progress: show a progress bar.
+        work: who computes which batch.
+
+    Returns:
+        A row a setting; none on ranks but the first.
 
     Raises:
         ValueError: samples < 1, samples or features that are not finite, or what `DiffusionBlocks.sample` refuses.
     """
     if samples < 1:
         raise ValueError(f"samples must be >= 1, got {samples}")
+    pieces = pieces_of(samples, batch_size)
     rows, noise = [], model.noise
     assert isinstance(noise, GaussianProcess)
     for setting in settings:
-        own = FeatureStatistics(features.dim) if features is not None else None
-        seconds, timed = 0.0, 0
-        source = sample_batches(model, samples, setting, batch_size=batch_size, seed=seed, progress=progress)
-        begin = _now(model.device)
-        for number, batch in enumerate(source):
-            # The first batch warms up, and counts only where it is the only one.
-            end = _now(model.device)
-            if number or samples <= batch_size:
-                seconds, timed = seconds + end - begin, timed + len(batch)
-            if own is not None and features is not None:
-                own.update(features(pixels(batch)))
+
+        def measure(images: range, setting: Setting = setting) -> dict[str, Tensor]:
             begin = _now(model.device)
+            batch = sample_batch(model, images, setting, seed=seed)
+            seconds = torch.tensor(_now(model.device) - begin, dtype=torch.float64)
+            more = {} if features is None else {"features": features(pixels(batch))}
+            return {"seconds": seconds, **more}
+
+        own = FeatureStatistics(features.dim) if features is not None else None
+        seconds = []
+        bar = tqdm(pieces, disable=not (progress and work.leads), unit="batch")
+        for results in work.in_order(bar, measure):
+            seconds.append(float(results["seconds"]))
+            if own is not None:
+                own.update(results["features"])
+        if not work.leads:
+            continue
+        # The first batch of each rank warms up, and counts only where no rank has another one.
+        warm = work.size if len(pieces) > work.size else 0
         distances = {}
         if own is not None:
             distances = {name: frechet_distance(own, real) for name, real in references.items()}
@@ -176,7 +215,7 @@ def measure_samples(
                 features=features.name if features is not None else None,
                 fd_train=distances.get("train"),
                 fd_test=distances.get("test"),
-                images_per_second=timed / seconds,
+                images_per_second=sum(map(len, pieces[warm:])) / work.seconds(seconds[warm:]),
             )
         )
     return rows

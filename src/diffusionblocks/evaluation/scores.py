@@ -31,22 +31,15 @@ class Scores:
     """
 
     def __init__(self) -> None:
-        self._count = 0
         self._sums: Tensor | None = None
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Add a batch: log-probabilities (batch, num_classes), labels (batch,), int64."""
-        logs = log_probabilities.double()
-        top, answers = logs.max(dim=-1)
-        hits, confidence = (answers == labels).double(), top.exp()
-        # A probability on the border of two bins belongs to the lower one.
-        places = (confidence * BINS).ceil().clamp(1, BINS)
-        in_bin = places[:, None] == torch.arange(1, BINS + 1, device=places.device)
-        gaps = (in_bin * (hits - confidence)[:, None]).sum(dim=0)
-        nll = -logs.gather(1, labels[:, None]).sum()
-        sums = torch.cat([torch.stack([hits.sum(), nll]), gaps])
+        self.add_sums(score_sums(log_probabilities, labels))
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Add a batch by its `score_sums`."""
         self._sums = sums if self._sums is None else self._sums + sums
-        self._count += len(labels)
 
     def means(self) -> ScoreMeans:
         """The means over all that was added.
@@ -54,8 +47,31 @@ class Scores:
         Raises:
             ValueError: nothing was.
         """
-        if self._sums is None or not self._count:
+        count = 0.0 if self._sums is None else float(self._sums[0])
+        if self._sums is None or not count:
             raise ValueError("there are no examples to measure an accuracy on: the batches are empty")
-        accuracy, nll, *gaps = (self._sums / self._count).tolist()
-        standard_error = (accuracy * (1 - accuracy) / self._count) ** 0.5
+        accuracy, nll, *gaps = (self._sums[1:] / count).tolist()
+        standard_error = (accuracy * (1 - accuracy) / count) ** 0.5
         return ScoreMeans(accuracy, standard_error, nll, sum(map(abs, gaps)))
+
+
+def score_sums(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """What a batch adds to its `Scores`: count, hits, NLL, and the gaps of each bin.
+
+    Args:
+        log_probabilities: (batch, num_classes).
+        labels: (batch,), int64.
+
+    Returns:
+        float64, shape (3 + BINS,), on the device of the batch, without a wait for it.
+    """
+    logs = log_probabilities.double()
+    top, answers = logs.max(dim=-1)
+    hits, confidence = (answers == labels).double(), top.exp()
+    # A probability on the border of two bins belongs to the lower one.
+    places = (confidence * BINS).ceil().clamp(1, BINS)
+    in_bin = places[:, None] == torch.arange(1, BINS + 1, device=places.device)
+    gaps = (in_bin * (hits - confidence)[:, None]).sum(dim=0)
+    nll = -logs.gather(1, labels[:, None]).sum()
+    count = torch.full_like(nll, len(labels))
+    return torch.cat([torch.stack([count, hits.sum(), nll]), gaps])

@@ -24,6 +24,7 @@ from ..core.saved_model import INDEX, MODEL_FILES, outline_saved, read_saved
 from ..core.saving import save
 from ..data import TextCodec
 from ..data.dataset import BatchMaker, Dataset
+from ..evaluation.work import ALONE, Work
 from ..families import Family, check_attention, family_named, rebuild_config
 from ..training import Baseline, RunDescription, Trainer
 from ..training.ranks import Group
@@ -46,6 +47,9 @@ class Experiment:
         recipe: what is trained.
         splits: data that are read already, by split: `train`, `test`.
         origin: the recipe that the run was started with, where this is one of its phases; a run resumes only as that.
+
+    Attributes:
+        work: who computes which batch of an evaluation, and which samples.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Experiment:
     ) -> None:
         self.recipe = complete(recipe)
         self.origin = origin or self.recipe
+        self.work = ALONE
         self._data = _Data(splits or {})
 
     def derive(self, recipe: Recipe, *, same_run: bool = False) -> Experiment:
@@ -62,8 +67,16 @@ class Experiment:
             recipe: with changes.
             same_run: whether it is a phase of this run, which resumes as what this one was started with.
         """
-        other = Experiment(recipe, origin=self.origin if same_run else None)
-        other._data = self._data
+        return self._with_same_data(Experiment(recipe, origin=self.origin if same_run else None))
+
+    def _with_same_data(self, other: Experiment) -> Experiment:
+        other._data, other.work = self._data, self.work
+        return other
+
+    def shared(self, work: Work) -> Experiment:
+        """The experiment, whose evaluation and samples are the work of several ranks."""
+        other = self.derive(self.recipe, same_run=True)
+        other.work = work
         return other
 
     def on(self, device: str) -> Experiment:
@@ -72,9 +85,8 @@ class Experiment:
 
     def part(self, index: int) -> Experiment:
         """The experiment of one block, or member of an ensemble, alone: a run of its own, on the same data."""
-        other = Experiment(with_train(self.recipe, blocks=(index,)), origin=with_train(self.origin, blocks=(index,)))
-        other._data = self._data
-        return other
+        changed = (with_train(recipe, blocks=(index,)) for recipe in (self.recipe, self.origin))
+        return self._with_same_data(Experiment(next(changed), origin=next(changed)))
 
     @functools.cached_property
     def device(self) -> torch.device:

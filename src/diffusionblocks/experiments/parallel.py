@@ -19,6 +19,7 @@ import torch
 
 from ..common.files import folder_lock, lock_text
 from ..common.messages import Say, announcer
+from ..evaluation.work import ALONE, SharedWork
 from ..training import Diverged
 from ..training.ranks import Group, Place, Ranks
 from ..training.run_log import ProgressLines
@@ -41,7 +42,7 @@ from .parts import (
     units_in,
 )
 from .recipe_changes import stages
-from .run import Cost, conclude, prepare, save_blocks
+from .run import Cost, conclude, evaluate_saved, prepare, save_blocks
 from .tasks.task import RunResult
 
 #: Seconds in which what another machine wrote to a shared disk is seen on this one.
@@ -87,6 +88,44 @@ def train(
     return run.train(experiment, folder, loggers=loggers(folder), **options)
 
 
+@contextlib.contextmanager
+def all_ranks(experiment: Experiment) -> Iterator[Experiment]:
+    """Let the ranks that torchrun started measure a trained model, or sample from it, together.
+
+    Args:
+        experiment: of the model.
+
+    Yields:
+        The experiment as this rank has it, on its device, with its share of the work; in one process as it is.
+
+    Raises:
+        RankLost: another rank died.
+        StoppedWithOthers: another rank failed.
+        ValueError: a task that is the work of one process.
+    """
+    place = Place.from_environment()
+    if place is None or place.world == 1:
+        yield experiment
+        return
+    ranks = Ranks(place, experiment.recipe.parallel.timeout)
+    with ranks.failing_together():
+        task = experiment.task
+        if not task.shares_work and ranks.leads:
+            raise ValueError(f"evaluate.kind: {task.kind} is the work of one process: start it without torchrun")
+        experiment, work = _of_rank(experiment, ranks)
+        with work.ending():
+            yield experiment
+
+
+def _of_rank(experiment: Experiment, ranks: Ranks) -> tuple[Experiment, SharedWork]:
+    """The experiment on the device of a rank, with its share of evaluation."""
+    experiment = experiment.on(ranks.place.device(experiment.recipe.device))
+    if experiment.device.type == "cuda":
+        torch.cuda.set_device(experiment.device)  # streams and collectives are of this one
+    work = SharedWork(ranks, experiment.device)
+    return experiment.shared(work), work
+
+
 def _train_over_ranks(
     ranks: Ranks,
     experiment: Experiment,
@@ -103,9 +142,8 @@ def _train_over_ranks(
     with contextlib.ExitStack() as stack:
         if not ranks.leads:  # what is wrong with the run is told once, by the first
             _check_shared(folder, ranks.wait_for("begin", 0))
-        experiment = experiment.on(place.device(experiment.recipe.device))
-        if experiment.device.type == "cuda":
-            torch.cuda.set_device(experiment.device)  # streams and collectives are of this one
+        experiment, work = _of_rank(experiment, ranks)
+        stack.enter_context(work.ending())
         apart = has_parts(experiment)
         rows = mesh_rows(place.world, units_in(experiment)) if apart else 1
         if ranks.leads:
@@ -132,6 +170,7 @@ def _train_over_ranks(
             if leads_row:
                 ranks.tell(f"part {index}", reasons.get(index, ""))
         if not ranks.leads:
+            _measure_with_first(experiment, folder)
             return None
         reasons = {}
         for number, index in enumerate(order):
@@ -139,7 +178,18 @@ def _train_over_ranks(
                 reasons[index] = reason
             else:
                 _wait_until(functools.partial(is_finished, parts[index]))
-        return finish(experiment, folder, before, reasons=reasons, measure=measure, say=say)
+        return finish(_for_measuring(experiment), folder, before, reasons=reasons, measure=measure, say=say)
+
+
+def _for_measuring(experiment: Experiment) -> Experiment:
+    """The experiment as the first rank measures it: with the others, or alone."""
+    return experiment if experiment.task.shares_work else experiment.shared(ALONE)
+
+
+def _measure_with_first(experiment: Experiment, folder: Path) -> None:
+    """Do a share of the evaluation, once the first rank has joined the model and begins."""
+    if experiment.work.joins():
+        evaluate_saved(experiment, folder)
 
 
 def _train_whole(
@@ -158,6 +208,7 @@ def _train_whole(
     if not ranks.leads:
         ranks.wait_for("parts", 0)
         train_unit(experiment, folder, folder, group=group)
+        _measure_with_first(experiment, folder)
         return None
     ranks.tell("parts")  # a trunk is there by now
     trainer = train_unit(experiment, folder, folder, loggers(folder), group=group)
@@ -165,7 +216,7 @@ def _train_whole(
     say(f"save: {folder / 'model'}")
     save_blocks(experiment, folder, trainer)
     del trainer
-    return conclude(experiment, folder, seconds, iterations, measure=measure, say=say)
+    return conclude(_for_measuring(experiment), folder, seconds, iterations, measure=measure, say=say)
 
 
 @contextlib.contextmanager

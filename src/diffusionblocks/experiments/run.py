@@ -32,6 +32,7 @@ from ..core.branching import branch
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
 from ..core.saved_model import MODEL_FILES
+from ..evaluation.work import digest_of
 from ..reports.results import write_results
 from ..training import Trainer
 from ..training.checkpoint import checkpoints, read_values
@@ -41,6 +42,7 @@ from .experiment import Experiment
 from .identity import (
     check_goes_on_from_first_version,
     check_same_run,
+    data_identity,
     describe_blocks,
     describe_run,
     in_current_terms,
@@ -335,9 +337,28 @@ def evaluate_saved(experiment: Experiment, folder: Path, *, measure: bool = True
     """
     model = experiment.load(folder / "model")
     experiment = experiment.with_processing_of(folder / "model")
+    if measure:
+        check_same_files(experiment, model, folder / "model", experiment.evaluation_splits)
     start = perf_counter()
     rows = list(experiment.task.measure(experiment, model)) if measure else []
     return model, rows, perf_counter() - start
+
+
+def check_same_files(experiment: Experiment, model: nn.Module, path: Path, splits: Sequence[str] = ()) -> None:
+    """Refuse ranks that would measure another model, or on other data, than the first one.
+
+    Args:
+        experiment: whose evaluation is the work of these ranks.
+        model: loaded from `path`.
+        path: names it in the message.
+        splits: of the data that are used.
+
+    Raises:
+        ValueError: this rank has others.
+    """
+    if experiment.work.size > 1:
+        data = [data_identity(experiment.data(split)) for split in splits]
+        experiment.work.check_same(f"{digest_of(model)} {data}", f"weights in {path}, or other data,")
 
 
 def conclude(

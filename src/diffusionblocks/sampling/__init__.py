@@ -12,7 +12,16 @@ from .denoise_images import (
     prior_of_seeds,
     sample_images,
 )
-from .denoise_labels import COMBINATIONS, LabelNetwork, Prediction, Votes, check_combination, predict_labels, run_chain
+from .denoise_labels import (
+    COMBINATIONS,
+    LabelNetwork,
+    Prediction,
+    Votes,
+    check_combination,
+    predict_labels,
+    run_chain,
+    starting_noise,
+)
 from .seed_noise import SeedNoise
 from .solvers import (
     SOLVERS,
@@ -71,6 +80,7 @@ __all__ = [
     "run_chain",
     "sample_images",
     "sample_tokens",
+    "starting_noise",
     "unipc",
     "vote_on_texts",
 ]

@@ -239,7 +239,7 @@ def run_chain(
         return target.denoised(logits, feedback)
 
     def start(size: int, generator: torch.Generator | None) -> Tensor:
-        return noise.prior((size, target.embedding.shape[-1]), generator=generator, device=device, level=levels[0])
+        return starting_noise(target, noise, levels[0], size, device, generator)
 
     if generator is None or isinstance(generator, torch.Generator):
         z = start(batch_size, generator)
@@ -249,3 +249,15 @@ def run_chain(
     logs = torch.stack(contexts) if contexts else None
     owners = tuple(check.owner(level) for level in levels[:-1])
     return Votes(1, owners, torch.stack(posteriors), logs, None if logs is None else logs.exp())
+
+
+def starting_noise(
+    target: LabelTarget,
+    noise: GaussianProcess,
+    level: float,
+    size: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """z (size, dim) at the level where a chain starts: all that a chain draws."""
+    return noise.prior((size, target.embedding.shape[-1]), generator=generator, device=device, level=level)

@@ -7,6 +7,7 @@ key-value store that they have ended, and no more. A process group is made only 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import threading
 import time
@@ -21,8 +22,14 @@ from torch import Tensor
 #: Elements of gradients that travel together: bounds the memory of their copy.
 TOGETHER = 2**25
 
-#: Seconds between two signs of life, at most, and between two looks for what a rank waits for.
-_BEAT, _LOOK = 5.0, 0.1
+#: Seconds between two signs of life, at most; and between two looks for what a rank waits for, at first and later.
+_BEAT, _FIRST_LOOK, _LOOK = 5.0, 0.001, 0.1
+
+#: Seconds for which the first rank waits for the others at the end.
+_FAREWELL = 2.0
+
+#: Bytes that the key-value store takes in one value.
+_VALUE = 2**22
 
 
 class RankLost(RuntimeError):
@@ -103,7 +110,7 @@ class Ranks:
             store, *_ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
         # torchrun may keep the store when it starts all again, and what was told then is not so now.
         self._rendezvous = _below(f"start-{place.restarts}", store)
-        self._store = _below("told", self._rendezvous)
+        self._store = self._messages = _below("told", self._rendezvous)
         self._is_over = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -112,10 +119,16 @@ class Ranks:
         """Whether this rank checks, announces, joins and evaluates for all."""
         return self.place.rank == 0
 
+    def below(self, name: str) -> Ranks:
+        """The same ranks, who tell under a name of their own: several runs of one process do not mix."""
+        other = copy.copy(self)
+        other._messages = _below(name, self._messages)
+        return other
+
     def tell(self, name: str, value: str = "") -> None:
         """Let other ranks read a value."""
         with _translated("the first rank is gone"):
-            self._store.set(name, value)
+            self._messages.set(name, value)
 
     def wait_for(self, name: str, rank: int) -> str:
         """Read what a rank tells, once it does.
@@ -124,10 +137,12 @@ class Ranks:
             RankLost: it died.
             StoppedWithOthers: some rank failed.
         """
-        last, since = None, time.monotonic()
+        last, since, pause = None, time.monotonic(), _FIRST_LOOK
         with _translated("the first rank is gone"):
-            while not self._store.check([name]):
-                if self._store.check(["failure"]):
+            while not self._messages.check([name]):
+                if self._store.check(["failure"]) and not self._messages.check(
+                    [name]
+                ):  # it may be told before the failure
                     raise StoppedWithOthers("another rank failed")
                 beats = self._store.add(f"beats/{rank}", 0)
                 if beats != last:
@@ -137,8 +152,33 @@ class Ranks:
                         f"rank {rank} gave no sign of life for {self.timeout:g} s, its process or machine died: run "
                         "the same command again to go on from the checkpoints"
                     )
-                time.sleep(_LOOK)
-            return str(self._store.get(name).decode())
+                time.sleep(pause)
+                pause = min(_LOOK, 1.5 * pause)
+            return str(self._messages.get(name).decode())
+
+    def hand(self, name: str, content: bytes) -> None:
+        """Give the first rank bytes, which it will `take`.
+
+        Raises:
+            RankLost: it died.
+            StoppedWithOthers: some rank failed.
+        """
+        with _translated("the first rank is gone"):
+            if self._store.check(["failure"]):
+                raise StoppedWithOthers("another rank failed")
+            starts = range(0, len(content), _VALUE)
+            for number, start in enumerate(starts):
+                self._messages.set(f"{name}/{number}", content[start : start + _VALUE])
+            self._messages.set(name, str(len(starts)))
+
+    def take(self, name: str, rank: int) -> bytes:
+        """Wait for the bytes that a rank hands over; see `wait_for`."""
+        pieces = [f"{name}/{number}" for number in range(int(self.wait_for(name, rank)))]
+        with _translated("the first rank is gone"):
+            content = b"".join(self._messages.get(piece) for piece in pieces)
+            for key in (*pieces, name):  # the store is memory of one machine
+                self._messages.delete_key(key)
+            return content
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -151,6 +191,7 @@ class Ranks:
             raise
         finally:
             self._is_over.set()
+            self._leave()
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
@@ -181,6 +222,15 @@ class Ranks:
 
         mesh = init_device_mesh(device.type, (blocks, self.place.world // blocks), mesh_dim_names=("block", "data"))
         return Group(mesh["data"].get_group(), device)
+
+    def _leave(self) -> None:
+        """Leave the others; the first rank last, if they are not long: its process may hold what they still read."""
+        end = time.monotonic() + _FAREWELL
+        with contextlib.suppress(RuntimeError):
+            count = self._store.add("left", 1)
+            while self.leads and count < self.place.world and time.monotonic() < end:
+                time.sleep(_LOOK / 10)
+                count = self._store.add("left", 0)
 
     def _beat(self) -> None:
         """Give signs of life, until the process ends or nobody takes them any more."""

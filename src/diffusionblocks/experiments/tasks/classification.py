@@ -85,6 +85,7 @@ class Classification(Task[AccuracyConfig]):
     plain_training = True
     by_level = True
     new_head = True
+    shares_work = True
 
     def check_examples(self, experiment: Experiment, model: nn.Module, data: Dataset) -> None:
         """Warn also of labels that are as many, and called otherwise."""
@@ -140,6 +141,7 @@ class Classification(Task[AccuracyConfig]):
                 grid=options.grid,
                 seed=options.seed,
                 flip=options.flip,
+                work=experiment.work,
             )
 
     def predict(self, experiment: Experiment, model: nn.Module, files: Sequence[Path]) -> Iterator[dict[str, float]]:
@@ -170,7 +172,7 @@ class Classification(Task[AccuracyConfig]):
 
         batches, seed = self._batches(experiment, model), self.options(experiment).seed
         with experiment.precision(model):
-            return accuracy_by_level(model, batches, every_block=every_block, seed=seed)
+            return accuracy_by_level(model, batches, every_block=every_block, seed=seed, work=experiment.work)
 
     def draw_by_level(self, model: DiffusionBlocks, rows: Sequence[LevelRow], path: Path) -> None:
         """The blocks' cross-entropies over the noise level."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -142,6 +143,7 @@ class ImageGeneration(Task[SamplesConfig]):
     does = "generates images"
     score = "fd_test"
     makes = "images"
+    shares_work = True
     sample_options = (
         SampleOption("labels", "images: class labels, in turn (default: all classes)", {"type": int, "nargs": "+"}),
         SampleOption(
@@ -216,23 +218,21 @@ class ImageGeneration(Task[SamplesConfig]):
 
     def measure(self, experiment: Experiment, model: nn.Module) -> list[SampleRow]:
         """Frechet distances and speed for every setting."""
-        from ...evaluation.sample_quality import measure_samples, statistics
+        from ...evaluation.sample_quality import measure_samples, pieces_of, shared_statistics
 
-        options, section = self.options(experiment), images_of(experiment)
+        options, section, work = self.options(experiment), images_of(experiment), experiment.work
         features: Features | None = None
         references: dict[str, FeatureStatistics] = {}
         pixels: Callable[[Tensor], Tensor] = lambda samples: samples  # noqa: E731 - nothing looks at them
         blocks: Any = model
         if options.features is not None:
             real = {split: experiment.data(split) for split in ("train", "test")}
-            features = features_of(experiment)
+            features = work.first(lambda: features_of(experiment))
             pixels = section.to_pixels(blocks.device)
             for split, data in real.items():
-                count = min(len(data), options.reference_images or len(data))
-                images = section.real_images(
-                    data, pixels, count=count, batch_size=options.batch_size, device=blocks.device
-                )
-                references[split] = statistics(features, images)
+                pieces = pieces_of(min(len(data), options.reference_images or len(data)), options.batch_size)
+                images = functools.partial(section.real_images, data, pixels=pixels, device=blocks.device)
+                references[split] = shared_statistics(features, pieces, images, work)
         with experiment.precision(model):
             return measure_samples(
                 sampler_of(options, blocks),
@@ -243,6 +243,7 @@ class ImageGeneration(Task[SamplesConfig]):
                 features=features,
                 references=references,
                 seed=options.seed,
+                work=work,
             )
 
     # ---- tables and figures --------------------------------------------------------------------------------------
@@ -334,17 +335,18 @@ def draw_samples(
         progress: show a progress bar.
 
     Returns:
-        The pictures written.
+        The pictures written; of several ranks the first writes them.
 
     Raises:
         ValueError: no diffusion model, a count < 1 or of more images than memory holds, a label out of range, a folder
             that cannot be written into, or see `DiffusionBlocks.sample`.
     """
     import torch
+    from tqdm import tqdm
 
     from ...common.files import check_writable
     from ...common.machine import host_memory
-    from ...evaluation.sample_quality import sample_batches
+    from ...evaluation.sample_quality import pieces_of, sample_batch
     from ...reports.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
     from ...targets import ImageTarget, check_labels
 
@@ -376,23 +378,19 @@ def draw_samples(
     keep = sorted({round(i * (setting.steps - 1) / (_COLUMNS - 1)) for i in range(_COLUMNS)})
     chain = Chain(images=_CHAINS, keep=keep)
 
-    images: list[Tensor] = []
-    batches = sample_batches(
-        sampler_of(options, model),
-        count,
-        setting,
-        batch_size=options.batch_size,
-        seed=first,
-        labels=labels,
-        callback=chain,
-        progress=progress,
-    )
+    work, sampler = experiment.work, sampler_of(options, model)
+
+    def sample(images: range) -> dict[str, Tensor]:
+        watched = chain if images.start == 0 else None
+        batch = sample_batch(sampler, images, setting, seed=first, labels=labels, callback=watched)
+        return {"final": batch[:_CHAINS].cpu(), "pictures": pixels(batch).cpu()}
+
     with experiment.precision(model):
-        for batch in batches:
-            if not images:
-                final = batch[:_CHAINS].cpu()
-            images.append(pixels(batch).cpu())
-    pictures = torch.cat(images)
+        bar = tqdm(pieces_of(count, options.batch_size), disable=not (progress and work.leads), unit="batch")
+        batches = list(work.in_order(bar, sample))
+    if not work.leads:
+        return []
+    final, pictures = batches[0]["final"], torch.cat([batch["pictures"] for batch in batches])
 
     columns = len(turns) if 2 <= len(turns) <= 20 else math.ceil(math.sqrt(count))
     grid, routing, steps = folder / "grid.png", folder / "routing.png", folder / "chain.png"

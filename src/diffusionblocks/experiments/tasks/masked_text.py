@@ -63,6 +63,7 @@ class MaskedText(Task[BitsConfig]):
     examples = "texts"
     classes = "different tokens"
     of_text = True
+    shares_work = True
     least_examples = 2
     sample_options = (
         TEMPERATURE,
@@ -88,7 +89,7 @@ class MaskedText(Task[BitsConfig]):
     def measure(self, experiment: Experiment, model: nn.Module) -> list[Bits]:
         """Bits per character of the test text."""
         from ...common.modules import evaluating
-        from ...evaluation.bits import bits_per_character
+        from ...evaluation.bits import bits_rows
 
         options, blocks = self.options(experiment), experiment.blocks_of(model)
         text = experiment.data("test").first(options.limit)
@@ -96,9 +97,15 @@ class MaskedText(Task[BitsConfig]):
         networks = {b: functools.partial(blocks.block(b), {}) for b in range(blocks.partition.num_blocks)}
         noise: Any = blocks.noise
         with experiment.precision(model), evaluating(model):
-            return [
-                bits_per_character(networks, noise, batches, blocks.partition, times=options.times, seed=options.seed)
-            ]
+            return bits_rows(
+                networks,
+                noise,
+                batches,
+                blocks.partition,
+                times=options.times,
+                seed=options.seed,
+                work=experiment.work,
+            )
 
     def summary(self, rows: Sequence[Bits]) -> dict[str, Any]:
         """The bits under a name of their own, and all that was measured with them."""
@@ -158,7 +165,7 @@ def write_texts(
         progress: show a progress bar.
 
     Returns:
-        The file.
+        The file; of several ranks the first writes it.
 
     Raises:
         ValueError: count < 1, or an infill with other characters, without a gap or longer than the model's texts.
@@ -174,19 +181,25 @@ def write_texts(
     pattern = _pattern(infill, target, length)
     first = options.seed if seed is None else seed
     lines: list[str] = []
+
+    def generate(seeds: range) -> dict[str, Tensor]:
+        tokens = model.generate(
+            seeds,
+            steps=options.steps if steps is None else steps,
+            grid=grid or options.grid,
+            temperature=options.temperature if temperature is None else temperature,
+            template=pattern,
+            num_tokens=len(SYMBOLS),
+            progress=progress and experiment.work.leads,
+        )
+        return {"tokens": tokens}
+
     with experiment.precision(model):
-        for seeds in _groups(range(first, first + count), options.batch_size):
-            tokens = model.generate(
-                seeds,
-                steps=options.steps if steps is None else steps,
-                grid=grid or options.grid,
-                temperature=options.temperature if temperature is None else temperature,
-                template=pattern,
-                num_tokens=len(SYMBOLS),
-                progress=progress,
-            )
-            lines += [decode(row[: len(infill) if infill else length]) for row in tokens]
+        for results in experiment.work.in_order(_groups(range(first, first + count), options.batch_size), generate):
+            lines += [decode(row[: len(infill) if infill else length]) for row in results["tokens"]]
     path = folder / "samples.txt"
+    if not experiment.work.leads:
+        return path
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")

@@ -129,6 +129,7 @@ class NextTokenText(Task[LanguageConfig]):
     examples = "texts"
     classes = "different tokens"
     of_text = True
+    shares_work = True
     fits_levels = True
     plain_training = True
     least_examples = 2
@@ -218,7 +219,7 @@ class NextTokenText(Task[LanguageConfig]):
     def measure(self, experiment: Experiment, model: nn.Module) -> list[LanguageResult]:
         """Cross-entropies on the test text, and measures of continuations of its first sequences."""
         from ...common.modules import computes_on, evaluating
-        from ...evaluation.cross_entropy import language_row, plain_language_row, voted_rows
+        from ...evaluation.cross_entropy import language_rows, plain_language_rows, voted_rows
 
         options, data, device = self.options(experiment), experiment.data("test"), computes_on(model)
         batches: Any = functools.partial(
@@ -227,29 +228,35 @@ class NextTokenText(Task[LanguageConfig]):
             batch_size=options.batch_size,
             device=device,
         )
-        together: dict[str, LanguageRow] = {}
+        voted: dict[str, LanguageRow] = {}
+        work = experiment.work
         with experiment.precision(model):
             if experiment.of_blocks(model):
                 blocks = experiment.blocks_of(model)
-                cross_entropies = language_row(blocks, batches, levels=options.levels, seed=options.seed)
+                base_rows = language_rows(blocks, batches, levels=options.levels, seed=options.seed, work=work)
                 if blocks.block(0).adds_likelihood:
-                    together = voted_rows(blocks, batches, seed=options.seed)
+                    voted = voted_rows(blocks, batches, seed=options.seed, work=work)
             elif len(_networks(model)) > 1:
                 with evaluating(model):
                     return [
-                        LanguageResult(plain_language_row(functools.partial(_answer, model, way), batches), combine=way)
+                        LanguageResult(row, combine=way)
                         for way in ("mean", "probabilities")
+                        for row in plain_language_rows(functools.partial(_answer, model, way), batches, work=work)
                     ]
             else:
+                answer, skip = _repeatable(model, options.seed, device)
                 with evaluating(model):
-                    cross_entropies = plain_language_row(_repeatable(model, options.seed, device), batches)
+                    base_rows = plain_language_rows(answer, batches, skip=skip, work=work)
             texts = write(experiment, options, model, prompts_of(options, data))
+            if not work.leads:
+                return []
+            (cross_entropies,) = base_rows
             measures = _measures(experiment, options, texts, data)
-            if not together:
+            if not voted:
                 return [LanguageResult(cross_entropies, measures, texts.tokens_per_second)]
             # What is measured at each level, and of other contexts, is of the blocks, however they are combined.
             rows = {"chain": LanguageResult(cross_entropies, combine="chain")}
-            for rule, row in together.items():
+            for rule, row in voted.items():
                 score: dict[str, Any] = {"cross_entropy": row.cross_entropy, "standard_error": row.standard_error}
                 rows[rule] = LanguageResult(dataclasses.replace(cross_entropies, **score), combine=rule)
             first = options.combine or "mean"
@@ -337,15 +344,22 @@ def _answer(model: nn.Module, way: str, tokens: Tensor) -> Tensor:
     return model.answers(tokens)[way]  # type: ignore[operator, no-any-return]
 
 
-def _repeatable(model: nn.Module, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The model as a function of tokens; the states that a recurrence starts from come from the seed."""
+def _repeatable(
+    model: nn.Module, seed: int, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], object] | None]:
+    """The model as a function of tokens, and what makes its draws alone.
+
+    The states that a recurrence starts from come from the seed; other models draw nothing.
+    """
     import torch
 
     from ...models import RecurrentDepth
 
-    if isinstance(model.model, RecurrentDepth):
-        return functools.partial(model.model, generator=torch.Generator(device).manual_seed(seed))
-    return model
+    if not isinstance(model.model, RecurrentDepth):
+        return model, None
+    original, generator = model.model, torch.Generator(device).manual_seed(seed)
+    answer = functools.partial(original, generator=generator)
+    return answer, lambda tokens: original.initial_state(original.embed(tokens), generator)
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------
@@ -402,8 +416,10 @@ def write(
     """Continue prompts as an `evaluate` section says; continuation i has seed `seed` + i.
 
     A text ends with the end of a document (`END` of the tokenizer; characters have none), and of a pretrained model of
-    tokens also with any of its own eos ids.
+    tokens also with any of its own eos ids. On ranks but the first there are none.
     """
+    import torch
+
     from ...families.generation_config import end_tokens
     from ...sampling import Continuations, continue_plainly
 
@@ -420,9 +436,9 @@ def write(
     if stops and experiment.recipe.model.pretrained is not None:  # its chat may end a turn otherwise than a document
         stops += end_tokens(model if converted else original)
     first = options.seed if seed is None else seed
-    whole: list[Continuations] = []
-    together = options.generation_batch_size or options.batch_size
-    for start in range(0, len(prompts), together):
+    together, work = options.generation_batch_size or options.batch_size, experiment.work
+
+    def write_some(start: int) -> dict[str, Tensor]:
         some = prompts[start : start + together]
         common: dict[str, Any] = {
             "seeds": range(first + start, first + start + len(some)),
@@ -430,19 +446,29 @@ def write(
             "top_p": options.top_p,
             "stop_tokens": stops,
             "num_tokens": codec.vocab_size,  # the model may have more: its vocabulary padded to a round number
-            "progress": progress,
+            "progress": progress and work.leads,
         }
         if converted:
             more: dict[str, Any] = {"steps": options.steps, "grid": options.grid, "feedback": options.feedback}
             more["combine"] = options.combine
-            whole.append(experiment.blocks_of(model).continue_texts(some, options.new_tokens, **common, **more))
+            texts = experiment.blocks_of(model).continue_texts(some, options.new_tokens, **common, **more)
         else:
-            whole.append(continue_plainly(original, some, max_new_tokens=options.new_tokens, **common))
-    return Continuations(
-        [row for part in whole for row in part.tokens],
-        [length for part in whole for length in part.prompt_lengths],
-        sum(part.seconds for part in whole),
-    )
+            texts = continue_plainly(original, some, max_new_tokens=options.new_tokens, **common)
+        return {
+            "tokens": torch.cat(texts.tokens),
+            "lengths": torch.tensor([[len(row) for row in texts.tokens], texts.prompt_lengths]),
+            "seconds": torch.tensor(texts.seconds, dtype=torch.float64),
+        }
+
+    rows: list[Tensor] = []
+    prompt_lengths: list[int] = []
+    seconds: list[float] = []
+    for results in work.in_order(range(0, len(prompts), together), write_some):
+        lengths, of_prompts = results["lengths"].tolist()
+        rows += results["tokens"].split(lengths)
+        prompt_lengths += of_prompts
+        seconds.append(float(results["seconds"]))
+    return Continuations(rows, prompt_lengths, work.seconds(seconds))
 
 
 def _measures(experiment: Experiment, options: LanguageConfig, texts: Continuations, data: TextChunks) -> GeneratedText:
@@ -502,7 +528,7 @@ def write_continuations(
         changes: other values for the fields of `LanguageConfig` (temperature, top_p, feedback, steps, ...).
 
     Returns:
-        The file.
+        The file; of several ranks the first writes it.
 
     Raises:
         ValueError: no autoregressive model, count < 1, or a value out of range.
@@ -530,6 +556,8 @@ def write_continuations(
     task.check_room(experiment, model, max(map(len, starts)), options.new_tokens)
     texts = write(experiment, options, model, starts, seed=seed, progress=progress)
     path = folder / "samples.txt"
+    if not experiment.work.leads:
+        return path
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text("\n\n".join(_lines(texts, codec)) + "\n", encoding="utf-8")

@@ -133,6 +133,9 @@ class Task(abc.ABC, Generic[Options]):
     least_examples: ClassVar[int] = 1
     #: the entry of `summary` whose spread over seeds is told; "" for none
     score: ClassVar[str] = ""
+    #: whether `measure`, `measure_by_level` and `sample` are the work of several ranks (`experiment.work`): all call
+    #: them, and the first one has the results; else it is alone
+    shares_work: ClassVar[bool] = False
     #: options of `diffusionblocks sample`, beside those that all tasks have
     sample_options: ClassVar[tuple[SampleOption, ...]] = ()
 
