@@ -96,6 +96,16 @@ ELSEWHERE = {
     "steps before the gradients of all {group.size} ranks": (
         "training/test_parallel.py::test_what_a_group_cannot_train_is_refused"
     ),
+    **dict.fromkeys(
+        (
+            "data.valid_split, and these data have none",
+            "for which train.distill asks no teacher",
+            "stops each block by itself",
+            "stops each unit by itself",
+        ),
+        "training/test_early_stopping.py::test_refusals",
+    ),
+    "set data.train_limit lower": "training/test_early_stopping.py::test_a_limit_of_the_training_text",
     "moves parameters of all blocks": ("training/test_parts.py::test_what_cannot_train_apart_is_refused_with_the_fix"),
     **dict.fromkeys(
         ("set {where}.hidden_size to", "set {where}.num_key_value_heads", "set {where}.patch_size"),

@@ -157,6 +157,7 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
         sizes: dict[str, Any] = {"data.length": 16, "evaluate.steps": 2, "evaluate.limit": 8, **counts}
         if recipe.data.kind == "tokens":
             sizes |= {"data.vocab_size": 280, "model.config.vocab_size": 280, "data.cache": tmp_path / "cache"}
+            sizes |= {"data.train_limit": "null", "data.train_characters": "null"}
         if recipe.model.type == "RecurrentDepth":
             shape = {"num_prelude_layers": 1, "num_coda_layers": 1, "mlp_size": 16, "mean_recurrence": 2}
         else:
@@ -177,7 +178,10 @@ def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
 def settings(recipe: Recipe) -> int:
     """How many rows the evaluation of a tiny recipe has."""
     options = recipe.evaluate
-    if options.kind in ("bits", "language"):
+    if options.kind == "language":  # where blocks have context logits, they vote by two rules
+        target = recipe.blocks.target
+        return 3 if recipe.method == "diffusionblocks" and (target is None or target.adds_likelihood) else 1
+    if options.kind == "bits":
         return 1
     if options.kind == "samples":
         return len(options.solver) * len(options.steps) * len(options.grid) * len(options.guidance)

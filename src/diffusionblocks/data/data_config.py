@@ -56,7 +56,7 @@ class DataSection(BaseModel, ABC):
         """Read the examples of a split.
 
         Args:
-            split: "train" or "test".
+            split: "train", "test", or "valid" where the data have such a split.
 
         Raises:
             FileNotFoundError, ValueError: they are missing, damaged, or of another form than the section says.
@@ -168,12 +168,14 @@ class FilesSection(DataSection):
             used instead of a `source` in the file.
         train_split: Name of the split to train on.
         test_split: Name of the split to measure on.
+        valid_split: Name of the split that early stopping measures on (`train.early_stopping`).
     """
 
     source: str | None = None
     folder: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    valid_split: str = "valid"
 
     @property
     def name(self) -> str:
@@ -182,7 +184,7 @@ class FilesSection(DataSection):
 
     def split_name(self, split: str) -> str:
         """What the files call a split."""
-        return {"train": self.train_split, "test": self.test_split}[split]
+        return {"train": self.train_split, "test": self.test_split, "valid": self.valid_split}[split]
 
     def location(self) -> str:
         """The folder or hub name to read.

@@ -37,6 +37,7 @@ class TextSection(DataSection):
 
     Attributes:
         length: Characters or tokens of an example; examples overlap in training.
+        train_limit: Characters or tokens to train on, the first of the train split; null takes all of it.
     """
 
     examples: ClassVar[str] = "characters"
@@ -44,6 +45,7 @@ class TextSection(DataSection):
     of_text: ClassVar[bool] = True
 
     length: Length
+    train_limit: Int | None = Field(default=None, ge=2, le=10**15)
 
     @abstractmethod
     def text(self, split: str) -> TextData:
@@ -51,7 +53,15 @@ class TextSection(DataSection):
 
     @override
     def load(self, split: str) -> TextChunks:
-        return TextChunks(self.text(split), self.length)
+        text = self.text(split)
+        if split == "train" and self.train_limit is not None:
+            if len(text) < self.train_limit:
+                raise ValueError(
+                    f"data.train_limit = {self.train_limit:,}: the train split has {len(text):,} {self.examples}; set "
+                    "data.train_limit lower, or null it"
+                )
+            text = dataclasses.replace(text, ids=text.ids[: self.train_limit])
+        return TextChunks(text, self.length)
 
     @override
     def batches(self, data: TextChunks, device: torch.device) -> BatchMaker:

@@ -49,6 +49,11 @@ class AccuracyRow(Row):
     alone: tuple[float, ...] | None = None
 
 
+def is_vote(row: Mapping[str, object]) -> bool:
+    """Whether the JSON values of a row are a classifier's, whose accuracy depends on how its blocks are combined."""
+    return row.get("combine") is not None and "accuracy" in row
+
+
 def accuracy_grid(
     model: nn.Module,
     batches: Batches,

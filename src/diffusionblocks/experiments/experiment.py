@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..data.dataset import BatchMaker, Dataset
 from ..evaluation.work import ALONE, Work
 from ..families import Family, check_attention, family_named, rebuild_config
 from ..training import Baseline, RunDescription, Trainer
+from ..training.early_stopping import HeldOut
 from ..training.ranks import Group
 from ..training.run_log import Logger
 from .baseline_kinds import BASELINE_KINDS, BaselineKind, outline_of
@@ -146,17 +148,49 @@ class Experiment:
     def data(self, split: str) -> Any:
         """The `train` or `test` data, read when they are first asked for."""
         if split not in self._data.splits:
-            self._data.splits[split] = self.recipe.data.load(split)
+            self._data.splits[split] = self._load(split)
         return self._data.splits[split]
+
+    def _load(self, split: str) -> Dataset:
+        if split != "valid":
+            return self.recipe.data.load(split)
+        try:
+            return self.recipe.data.load(split)
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise ValueError(
+                "train.early_stopping measures on a split that is neither trained nor tested on, data.valid_split, and "
+                f"these data have none: {error}; set train.early_stopping to null, or give data with such a split"
+            ) from None
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:
         """The splits that evaluation reads: none where a run trains some blocks, or only draws pictures."""
         return () if self.recipe.train.blocks is not None else self.task.splits(self.recipe.evaluate)
 
+    @property
+    def training_splits(self) -> tuple[str, ...]:
+        """The splits that training reads."""
+        return ("train",) if self.origin.train.early_stopping is None else ("train", "valid")
+
     def batches(self) -> BatchMaker:
         """What makes training batches on the device."""
         return self.recipe.data.batches(self.data("train"), self.device)
+
+    def held_out(self) -> HeldOut | None:
+        """What makes the batches that early stopping measures on, without augmentation; None where it does not."""
+        options, size = self.recipe.train.early_stopping, self.recipe.train.batch_size
+        if options is None:
+            return None
+        data = self.data("valid")
+        # Whole batches, which are compiled once; of fewer examples than one batch what there is.
+        most = len(data) if options.examples is None else min(options.examples, len(data))
+        count = max(1, most // size)
+
+        def batches() -> Iterator[Mapping[str, torch.Tensor]]:
+            every = self.recipe.data.evaluation_batches(data, batch_size=size, device=self.device)
+            return itertools.islice(every, count)
+
+        return batches
 
     @functools.cached_property
     def codec(self) -> TextCodec:
@@ -170,7 +204,12 @@ class Experiment:
 
     def describe(self) -> dict[str, Any]:
         """What the run trains, as JSON values: see `identity.describe_run`."""
-        return describe_run(self.origin, self._data.identity(self.data("train")))
+        for split in self.training_splits:
+            self.data(split)
+        identity = self._data.identity("train")
+        if "valid" in self.training_splits:
+            identity = identity | {"held_out": self._data.identity("valid")["content"]}
+        return describe_run(self.origin, identity)
 
     # ---- models --------------------------------------------------------------------------------------------------
 
@@ -259,6 +298,8 @@ class Experiment:
         if model is None:
             model, fill = self.build_empty()
         self.task.check_examples(self, model, data)
+        if (held_out := self.held_out()) is not None:
+            self.task.check_examples(self, model, self.data("valid"))
         check_attention(self.config_of(model), "model.config.", device)
         self.task.settle(self, model)
         self.task.check(self, model)
@@ -281,6 +322,7 @@ class Experiment:
             snapshot=snapshot,
             description=description,
             group=group,
+            held_out=held_out,
         )
 
     # ---- saved models --------------------------------------------------------------------------------------------
@@ -387,10 +429,10 @@ class _Data:
 
     def __init__(self, splits: Mapping[str, Dataset]) -> None:
         self.splits: dict[str, Dataset] = dict(splits)
-        self._identity: dict[str, Any] | None = None
+        self._identities: dict[str, dict[str, Any]] = {}
 
-    def identity(self, data: Dataset) -> dict[str, Any]:
-        """What tells the training data apart: digested once."""
-        if self._identity is None:
-            self._identity = data_identity(data)
-        return self._identity
+    def identity(self, split: str) -> dict[str, Any]:
+        """What tells the data of a split, which is read, apart: digested once."""
+        if split not in self._identities:
+            self._identities[split] = data_identity(self.splits[split])
+        return self._identities[split]

@@ -30,7 +30,8 @@ from .recipe import Recipe, with_target
 #: or say where something lies whose content is compared.
 MAY_DIFFER: Mapping[str, frozenset[str]] = {
     "train": RESUME_MAY_DIFFER,
-    "data": frozenset({"source", "folder", "cache", "placement", "split_files", "test_split", "tokenizer", "vae"}),
+    "data": frozenset({"source", "folder", "cache", "placement", "split_files", "test_split", "tokenizer", "vae"})
+    | {"valid_split"},
 }
 _NOT_COMPARED = frozenset({"name", "device", "evaluate", "parallel", "rows"})
 
@@ -38,7 +39,11 @@ _NOT_COMPARED = frozenset({"name", "device", "evaluate", "parallel", "rows"})
 _MERGE_MAY_DIFFER = frozenset({"blocks", "schedule", "steps_per_switch", "optimizer_in_backward"})
 
 #: What a description has beside the recipe, by section.
-_IDENTITY = {"data": ("examples", "shape", "classes", "content"), "model": ("files",), "train": ("teachers",)}
+_IDENTITY = {
+    "data": ("examples", "shape", "classes", "content", "held_out"),
+    "model": ("files",),
+    "train": ("teachers",),
+}
 
 #: What is digested: the whole of so many bytes, else as many evenly spread pieces as make up a quarter of that.
 _WHOLE, _PIECE = 2**28, 2**20

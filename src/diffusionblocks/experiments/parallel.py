@@ -212,7 +212,7 @@ def _train_whole(
         return None
     ranks.tell("parts")  # a trunk is there by now
     trainer = train_unit(experiment, folder, folder, loggers(folder), group=group)
-    seconds, iterations = before.seconds + trainer.seconds, before.iterations + trainer.iteration
+    seconds, iterations = before.seconds + trainer.seconds, before.iterations + trainer.steps_taken
     say(f"save: {folder / 'model'}")
     save_blocks(experiment, folder, trainer)
     del trainer

@@ -113,7 +113,7 @@ class Part:
             of_folder = loggers(self.folder)
             trainer = train_unit(self.experiment, self.run, self.folder, of_folder, progress=progress, group=group)
             save_blocks(self.experiment, self.folder, trainer)
-            times = {"train_seconds": trainer.seconds, "iterations": trainer.iteration}
+            times = {"train_seconds": trainer.seconds, "iterations": trainer.steps_taken}
             write_results(self.folder / RESULT, [], None, **times)
 
 

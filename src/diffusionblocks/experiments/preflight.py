@@ -75,7 +75,8 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
     def need(keep: int, snapshots: int) -> int:
         new = keep + 1 if saves else 1  # one is written before an older one is removed
         new = max(1, min(new, iterations or new) - present)
-        return int(weights * (1 + snapshots + new * (1 + _state(recipe))))
+        best = 1 if train.early_stopping is not None else 0
+        return int(weights * (1 + snapshots + new * (1 + best + _state(recipe))))
 
     fixes = ["make room", "name another folder with --out"]
     keep = train.keep_checkpoints
@@ -114,4 +115,5 @@ def _blocks_of(experiment: Experiment) -> tuple[int, int]:
 
 def _state(recipe: Recipe) -> float:
     """What is kept for each weight beside it and its gradient: the optimizer's averages, and the weights' own."""
-    return (1 if recipe.train.keeps_average else 0) + (0.5 if recipe.train.optimizer == "adamw-8bit" else 2)
+    averages = 0.5 if recipe.train.optimizer == "adamw-8bit" else 2
+    return averages + (1 if recipe.train.keeps_average else 0)

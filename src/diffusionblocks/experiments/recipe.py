@@ -269,6 +269,13 @@ class Recipe(_Section):
             )
         if self.method == "local":
             check_readers(self.train)
+        if self.train.early_stopping is not None and self._moves_in_common:
+            raise ValueError(
+                "train.early_stopping stops each block by itself, and with "
+                + ("method: local modules read" if self.method == "local" else "blocks.shared: joint blocks move")
+                + " what others move: set train.early_stopping to null"
+                + ("" if self.method == "local" else ", or blocks.shared to replicated")
+            )
         if self.model.type not in OWN_TRAINING.get(self.method, (self.model.type,)):
             classes = " or ".join(OWN_TRAINING[self.method])
             raise ValueError(
@@ -276,6 +283,12 @@ class Recipe(_Section):
                 "method: diffusionblocks or end-to-end"
             )
         return self
+
+    @property
+    def _moves_in_common(self) -> bool:
+        """Whether what is trained apart moves, or reads, what other parts move."""
+        joint = self.method == "diffusionblocks" and self.blocks.shared == "joint" and self.blocks.num_blocks > 1
+        return joint or self.method == "local"
 
     @property
     def _has_context_logits(self) -> bool:

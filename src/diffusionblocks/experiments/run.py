@@ -112,7 +112,7 @@ def train(
         del trunk  # and its memory, before the blocks train
         say(f"train: {' '.join(phases['train'])}, {len(trainer.schedule):,} iterations in all")
         trainer.train()
-        seconds, iterations = before.seconds + trainer.seconds, before.iterations + trainer.iteration
+        seconds, iterations = before.seconds + trainer.seconds, before.iterations + trainer.steps_taken
         say(f"save: {folder / 'model'}")
         save_blocks(experiment, folder, trainer)
         if experiment.recipe.train.blocks is not None:  # the others are trained elsewhere: nothing whole to measure yet
@@ -159,7 +159,8 @@ def prepare(
         check_resumes(folder, describe_run(experiment.recipe, None))
     check_machine(experiment, folder, units_at_once=1 if in_parts else None)
     if not experiment.splits:  # also those that are read after training: what is wrong with them is known now
-        for split in sorted({"train", *(experiment.evaluation_splits if measure else ())}, reverse=True):
+        splits = {*experiment.training_splits, *(experiment.evaluation_splits if measure else ())}
+        for split in sorted(splits, key=("train", "valid", "test").index):
             experiment.data(split)
     check_with_data(experiment, folder)  # before anything is deleted
     if resume:

@@ -14,7 +14,7 @@ from ..common.finite import not_finite_entry
 from ..common.formats import read_json, validate
 from ..core.partition import Partition
 from ..core.saved_model import SavedModel
-from ..evaluation.accuracy import AccuracyRow
+from ..evaluation.accuracy import AccuracyRow, is_vote
 from ..evaluation.cross_entropy import Level
 from ..evaluation.diagnostics import LevelRow
 from ..training.run_log import LOG
@@ -67,7 +67,7 @@ class _Result(_Header):
     @classmethod
     def _known_kinds(cls, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows:
-            if row.get("combine") is not None:  # a vote of blocks
+            if is_vote(row):
                 _as(AccuracyRow, row, "vote")
             for level in _as(list[Level], row.get("by_level") or [], "by_level"):
                 if not 0 <= level.block < MOST_LAYERS:

@@ -136,10 +136,17 @@ def _recipe_values(path: Path) -> dict[str, Any]:
     return plain
 
 
+def _iterations(records: Sequence[charts.Record]) -> int:
+    """How many steps a log tells of; of those that were planned, early stopping leaves some out."""
+    if any("since_best" in record for record in records):
+        return sum({record["unit"]: int(record["step"]) for record in records}.values())
+    return int(records[-1]["iteration"])
+
+
 def _check_one_run(folder: Path, result: Mapping[str, Any] | None, logs: Mapping[str, Sequence[charts.Record]]) -> None:
     """Refuse a result whose iterations are not those of the logs, where all phases have one."""
     iterations = None if result is None else result.get("iterations")
-    ends = sum(records[-1]["iteration"] for records in logs.values())
+    ends = sum(map(_iterations, logs.values()))
     whole = all(phase in logs for phase, place in _PHASES.items() if (folder / place).is_dir())
     if iterations is not None and (ends > iterations or (whole and ends < iterations)):
         raise ValueError(

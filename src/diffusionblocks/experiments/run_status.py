@@ -158,18 +158,20 @@ def _phases(experiment: Experiment, folder: Path, process: str | None) -> Iterat
 def _units(experiment: Experiment, folder: Path, process: str | None, *, finished: bool) -> Iterator[UnitStatus]:
     """The blocks, members, or the whole model."""
     recipe, steps = experiment.recipe, _steps(experiment.recipe)
+    patience = None if recipe.train.early_stopping is None else recipe.train.early_stopping.patience
     if is_in_parts(folder):
         parts = parts_of(experiment, folder)
         missing = missing_parts(parts)
         for part in parts:
             records, holder = read_log(part.folder), lock_holder(part.folder)
-            yield _status(part.name, records, part.folder, steps, holder, finished=part not in missing)
+            complete = part not in missing
+            yield _status(part.name, records, part.folder, steps, holder, finished=complete, patience=patience)
         return
     units, _ = units_of(experiment.outline, recipe.train.blocks)
     records = read_log(folder)
     for unit in units:
         own = [record for record in records if record["unit"] == unit.name]
-        status = _status(unit.name, own, folder, steps, process, finished=finished)
+        status = _status(unit.name, own, folder, steps, process, finished=finished, patience=patience)
         if records and status.seconds_left is not None and steps is not None:  # all units train in turns
             left = (steps * len(units) - records[-1]["iteration"]) / records[-1]["iterations_per_second"]
             status = dataclasses.replace(status, seconds_left=left)
@@ -177,11 +179,19 @@ def _units(experiment: Experiment, folder: Path, process: str | None, *, finishe
 
 
 def _status(
-    unit: str, records: Sequence[Record], folder: Path, steps: int | None, process: str | None, *, finished: bool
+    unit: str,
+    records: Sequence[Record],
+    folder: Path,
+    steps: int | None,
+    process: str | None,
+    *,
+    finished: bool,
+    patience: int | None = None,
 ) -> UnitStatus:
-    """What the log of a unit says."""
+    """What the log of a unit says; with a patience it may have ended before its last step."""
     last: Record = records[-1] if records else {"step": 0}
-    complete = finished or (bool(records) and last["step"] == steps)
+    ended_early = patience is not None and last.get("since_best", 0) >= patience
+    complete = finished or ended_early or (bool(records) and last["step"] == steps)
     state: State = "finished" if complete else "running" if process else "stopped" if records else "waiting"
     speed, left = last.get("iterations_per_second"), None
     if state == "running" and records and speed and steps is not None:

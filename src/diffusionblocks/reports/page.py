@@ -16,6 +16,7 @@ from PIL import Image
 from ..common.files import whole_file
 from ..common.formats import leaves
 from ..core.partition import Partition
+from ..evaluation.accuracy import is_vote
 from ..evaluation.diagnostics import LevelRow
 from ..noise import NoiseProcess
 from . import charts
@@ -252,7 +253,7 @@ def _results(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> list[d
 
 def _votes(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
     """What the blocks of each run say by each rule, of which a table shows one."""
-    return [{"run": run.name, **row} for run in runs for row in _rows(run) if row.get("combine") is not None]
+    return [{"run": run.name, **row} for run in runs for row in _rows(run) if is_vote(row)]
 
 
 def _table_values(table: TableReport) -> dict[str, Any]:

@@ -59,6 +59,26 @@ class DistillConfig(BaseModel):
     temperature: Temperature = 1.0
 
 
+class EarlyStoppingConfig(BaseModel):
+    """Save the weights of each unit's lowest held-out loss, and end its training where that no longer falls.
+
+    The loss is the one that the unit is trained on, of examples of the validation split (`data.valid_split`), with the
+    same noise each time, and of the moving average where one is kept. A unit is a block, a member of an ensemble, or
+    the whole model. Trunk and fit of a run train to their end.
+
+    Attributes:
+        every: Steps of a unit between two measurements; the last step has one, too.
+        patience: Measurements without a lower loss after which a unit's training ends; null trains to the last step.
+        examples: Number of held-out examples, the first of the split, in whole batches; null takes all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every: Steps = 200
+    patience: Steps | None = None
+    examples: Samples | None = 1024
+
+
 class TrainConfig(BaseModel):
     """How each unit (a block, or the end-to-end model) is trained. Steps are steps *of that unit*.
 
@@ -73,6 +93,7 @@ class TrainConfig(BaseModel):
         lr_schedule: `constant`, or `cosine` to zero over the unit's own steps; both after the warm-up.
         warmup_steps: Steps of the unit over which the learning rate rises linearly from zero.
         warmup_epochs: The same in epochs; used where `warmup_steps` is 0.
+        early_stopping: Save the weights of the lowest held-out loss; null saves the last ones.
         label_smoothing: Of a classifier: probability with which a label counts as drawn anew, uniformly. Blocks' z is
             noised from such draws, so it does not disagree with what z says. Null and 0: none.
         distill: Distil a classifier from trained ones; null learns from the labels alone.
@@ -133,6 +154,7 @@ class TrainConfig(BaseModel):
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: Int = Field(default=0, ge=0, le=MOST_STEPS)
     warmup_epochs: Float = Field(default=0.0, ge=0, le=MOST_STEPS)
+    early_stopping: EarlyStoppingConfig | None = None
     label_smoothing: Float | None = Field(default=None, ge=0, lt=1)  # null, so that older checkpoints go on
     distill: DistillConfig | None = None
     gradient_clip: Positive | None = 1.0
@@ -179,6 +201,15 @@ class TrainConfig(BaseModel):
         if self.ema_decay is not None and self.ema_half_life is not None:
             raise ValueError(
                 f"give either ema_decay or ema_half_life, got {self.ema_decay} and {self.ema_half_life}; null one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_loss_needs_no_teacher(self) -> Self:
+        if self.early_stopping is not None and self.teaching is not None:
+            raise ValueError(
+                "early_stopping measures the loss of held-out examples, for which train.distill asks no teacher: set "
+                "train.early_stopping or train.distill to null"
             )
         return self
 

@@ -37,6 +37,7 @@ from .checkpoint import (
 from .compilation import Compiler
 from .data_order import DataOrder
 from .distillation import TaughtBatches, load_teachers
+from .early_stopping import EarlyStopping, HeldOut
 from .interruption import Interrupted, SignalWatch
 from .ranks import Group
 from .residency import Lengths, make_residency
@@ -72,9 +73,11 @@ class Trainer:
         snapshot: called every `config.snapshot_every` iterations with the averaged model and the iteration.
         description: says what is trained, in every checkpoint, and checks those that the run would go on from.
         group: ranks that train one unit together, each with a trainer of its own; the first of them writes the files.
+        held_out: makes the batches that `config.early_stopping` measures on.
 
     Raises:
-        ValueError: fewer examples than a step needs, nothing to train, or what a group cannot train.
+        ValueError: fewer examples than a step needs, nothing to train, what a group cannot train, or early stopping
+            without data or of units that are not independent.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Trainer:
         snapshot: Callable[[nn.Module, int], None] | None = None,
         description: RunDescription | None = None,
         group: Group | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.model = model
         self.group = group
@@ -123,6 +127,11 @@ class Trainer:
         self.sets = self.residency.sets
         self.stepper = Stepper(self.residency, batches, config, self.device, group)
         self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.steps_per_switch, config.seed)
+        self.stopping: EarlyStopping | None = None
+        if config.early_stopping is not None:
+            if held_out is None:
+                raise ValueError("train.early_stopping needs held-out data: give Trainer held_out, or set it to null")
+            self.stopping = EarlyStopping(config, self.units, self.residency, held_out, self.device, group)
         self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
         if progress and not _on_terminal():
             self.loggers.append(ProgressLines(steps, len(self.units)))
@@ -201,10 +210,16 @@ class Trainer:
         before = self.seconds
         following = next_others(self.schedule, self.iteration)
         while self.iteration < end:
-            unit = int(self.schedule[self.iteration])
-            self.step(unit, next(following))
-            counts[unit] += 1
+            unit, after = int(self.schedule[self.iteration]), next(following)
             self.iteration += 1
+            if self.stopping is None or not self.stopping.has_stopped(unit):
+                self.step(unit, after)
+                counts[unit] += 1
+                if self.stopping is not None and self.stopping.is_due(unit):
+                    self.stepper.join()
+                    self.stopping.measure(unit)
+                    if self.stopping.all_have_stopped:
+                        self.iteration = max(self.iteration, end)
             now = time.perf_counter()
             self.seconds = before + now - start
             last = self.iteration == end
@@ -279,6 +294,8 @@ class Trainer:
         kind, _, rest = name.partition(".")
         if kind == "weights":
             return rest
+        if kind == "best":
+            return f"the best held-out result's {rest}"
         place, _, state = rest.partition(".")
         parameter = self.sets[owner].parameters[int(place)]
         names = (n for unit in self.units for n, p in unit.module.named_parameters() if p is parameter)
@@ -306,12 +323,27 @@ class Trainer:
                 "loss": losses[index] / counts[index],
                 "gradient_norm": norms[index] / counts[index] if self.config.gradient_clip is not None else None,
                 "lr": self.residency.learning_rate(index),
+                **self._held_out(index),
                 "iterations_per_second": speed,
                 "peak_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             }
             for logger in self._receivers():
                 logger.log(record)
         return sum(losses) / max(sum(counts), 1)
+
+    def _held_out(self, unit: int) -> dict[str, Any]:
+        """What the log says of a unit's held-out loss."""
+        if self.stopping is None or not self.stopping.progress[unit].measurements:
+            return {}
+        progress = self.stopping.progress[unit]
+        names = ("best_step", "since_best")
+        values = {name: getattr(progress, name) for name in names}
+        return {"held_out_loss": progress.last_loss, "best_held_out_loss": progress.best_loss, **values}
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps of all units so far; those that early stopping left out are none."""
+        return sum(self.sets[unit.name].steps for unit in self.units)
 
     def _receivers(self) -> list[Logger]:
         return [*([] if self._log_file is None else [self._log_file]), *(self.loggers if self._writes else ())]
@@ -347,7 +379,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The model with its moving averages as weights (as it is, where none are kept)."""
+        """The model as it is saved: with the weights of the lowest held-out loss, where `early_stopping` looks for
+        them, else with its moving averages (as it is, where none are kept)."""
+        if self.stopping is not None:
+            with self.stopping.best_weights():
+                yield self.model
+            return
         self.residency.flush()
         for parameters in self.sets.values():
             parameters.swap_ema()
@@ -377,13 +414,16 @@ class Trainer:
     def _state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """For every owner its weights and what training keeps for them, one owner after the other."""
         common = {id(t) for t in self.residency.common_tensors()}
-        for unit in self.units:
+        for index, unit in enumerate(self.units):
             weights = unit.module.state_dict(keep_vars=True)
             # Once each: a tied parameter has several names.
             once = {id(t): name for name, t in reversed(weights.items())}
             elsewhere = common | unit.reads
             own = {f"weights.{once[id(t)]}": t for t in weights.values() if id(t) not in elsewhere}
-            yield unit.name, own | {f"set.{name}": t for name, t in self.sets[unit.name].state().items()}
+            own |= {f"set.{name}": t for name, t in self.sets[unit.name].state().items()}
+            if self.stopping is not None:
+                own |= {f"best.{name}": t for name, t in self.stopping.progress[index].state().items()}
+            yield unit.name, own
         if common:
             states = [unit.module.state_dict(keep_vars=True) for unit in self.units]
             own = {f"weights.{name}": t for state in states for name, t in state.items() if id(t) in common}
@@ -409,6 +449,7 @@ class Trainer:
         if sorted(values["units"]) != sorted(self.sets):
             raise ValueError(f"{path} holds {values['units']}, this model has {list(self.sets)}")
         self.residency.flush()
+        progress = {} if self.stopping is None else dict(zip(self.sets, self.stopping.progress, strict=True))
         for name, tensors in self._state():
             old = read_owner(path, name, tensors)
             with torch.no_grad():
@@ -417,6 +458,8 @@ class Trainer:
                         tensor.copy_(old[key])
             if name in self.sets:
                 self.sets[name].load_state({k.removeprefix("set."): t for k, t in old.items()})
+            if name in progress:
+                progress[name].load({k.removeprefix("best."): t for k, t in old.items()})
         self.residency.refresh()
         self.iteration = int(values["iteration"])
         self.seconds = float(values["seconds"])

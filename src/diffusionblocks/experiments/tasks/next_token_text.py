@@ -106,6 +106,10 @@ class LanguageResult:
     tokens_per_second: float | None = None
     combine: str | None = None
 
+    def without_levels(self) -> LanguageResult:
+        """The row beside another one of the same model, which has what is measured at each level."""
+        return dataclasses.replace(self, cross_entropies=dataclasses.replace(self.cross_entropies, by_level=()))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         values = self.cross_entropies.to_dict()
@@ -261,7 +265,7 @@ class NextTokenText(Task[LanguageConfig]):
                 rows[rule] = LanguageResult(dataclasses.replace(cross_entropies, **score), combine=rule)
             first = options.combine or "mean"
             stands = dataclasses.replace(rows.pop(first), texts=measures, tokens_per_second=texts.tokens_per_second)
-            return [stands, *rows.values()]
+            return [stands, *(row.without_levels() for row in rows.values())]
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Cross-entropy, the context gap, and measures of the texts."""
