@@ -67,6 +67,9 @@ ELSEWHERE = {
     "leave model.config.{part} out": (
         "parity/test_image_classifiers_parity.py::test_a_pretrained_model_has_its_own_part_of_the_config"
     ),
+    "set data.source to a folder with a copy of that file": (
+        "unit/test_latents.py::test_statistics_are_measured_where_a_config_says_none"
+    ),
     "are different tokenizers": "journey/test_cli_tokens.py::test_another_tokenizer_is_refused",
     "--set data.tokenizer=FILE": (
         "journey/test_cli_pretrained.py::test_a_folder_without_a_tokenizer_says_how_to_make_one"
@@ -508,13 +511,6 @@ CASES = [
         (r"--set data.vae=\S+",),
         "{vae}",
         with_colours,
-    ),
-    Case(
-        "name the latents' autoencoder in data.vae",
-        LATENTS,
-        {"data.vae": "null"},
-        ("set evaluate.features to null",),
-        begin=with_recipe,
     ),
     Case(
         "set evaluate.features_folder",

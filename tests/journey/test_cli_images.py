@@ -126,8 +126,8 @@ def test_sample_writes_files_a_grid_a_chain_and_routing(
     for path in (tmp_path / "images").iterdir():
         image = Image.open(path)
         assert (image.size, image.mode, image.format) == ((8, 8), "L", "PNG")
-    # Two labels: two columns and three rows of 48 pixels, with white lines of 2 between.
-    assert Image.open(tmp_path / "grid.png").size == (2 * 48 + 2, 3 * 48 + 4)
+    # Two labels: two columns and three rows of 96 pixels, with white lines of 2 between.
+    assert Image.open(tmp_path / "grid.png").size == (2 * 96 + 2, 3 * 96 + 4)
     for name in ("chain.png", "routing.png"):
         image = Image.open(tmp_path / name)
         assert min(image.size) > 200
@@ -139,8 +139,8 @@ def test_the_grid_shows_the_files(run: Path, tmp_path: Path) -> None:
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     for index, path in enumerate(sorted((tmp_path / "images").iterdir())):
         row, column = divmod(index, 2)
-        cell = grid[row * 50 : row * 50 + 48, column * 50 : column * 50 + 48]
-        assert np.array_equal(cell, np.asarray(Image.open(path)).repeat(6, 0).repeat(6, 1))
+        cell = grid[row * 98 : row * 98 + 96, column * 98 : column * 98 + 96]
+        assert np.array_equal(cell, np.asarray(Image.open(path)).repeat(12, 0).repeat(12, 1))
 
 
 def test_the_same_seed_gives_the_same_files(run: Path, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_compare_gives_every_row_the_same_layer_updates(
         assert row["fd_test"] > 0
         assert row["images_per_second"] > 0
         grid = tmp_path / row["key"] / "samples" / "grid.png"
-        assert Image.open(grid).size == (10 * 50 - 2, 48)
+        assert Image.open(grid).size == (10 * 98 - 2, 96)
     assert rows[3]["parameters_trained"] == rows[4]["parameters_trained"] < rows[0]["parameters_trained"]
     assert rows[3]["peak_memory_bytes"] < rows[0]["peak_memory_bytes"]
     printed = capsys.readouterr().out

@@ -132,7 +132,6 @@ def test_training_refuses(
             sets(evaluate__features="classifier"),
             "evaluate.features: classifier needs images; for latents use inception or efficientnet-lite0",
         ),
-        (sets(data__vae="null"), "name the latents' autoencoder in data.vae, or set evaluate.features to null"),
         ([], "data.source is not set"),
         (sets(data__source="nowhere"), "nowhere: no such folder of latents"),
         (sets(model__type="ViTForImageClassification", evaluate="{}"), "data.kind: latents is for diffusion models"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -18,12 +20,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffusionblocks.cli.commands import main
 from diffusionblocks.data import LatentBatches, LatentData, autoencoder, latent_folder
 from diffusionblocks.data import encode as tool
 from diffusionblocks.data.image_config import LatentsConfig
 from diffusionblocks.data.latent_data import LatentScale
-from diffusionblocks.data.latent_shards import scale_of_split, write_shards
+from diffusionblocks.data.latent_shards import decoded_by, write_shards
 from diffusionblocks.experiments.recipe import load_recipe
+from diffusionblocks.models.tiny_autoencoder import TinyAutoencoder
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")
@@ -469,7 +473,7 @@ def pets(tmp_path: Path) -> Path:
 
 
 def arguments(pets: Path, vae: Path, out: Path, *more: str) -> list[str]:
-    given = ["--source", str(pets), "--vae", str(vae), "--out", str(out), "--size", "16", "--batch-size", "3"]
+    given = ["encode", "--source", str(pets), "--vae", str(vae), "--out", str(out), "--size", "16", "--batch-size", "3"]
     return [*given, "--shard-rows", "4", "--device", "cpu", *more]
 
 
@@ -477,8 +481,10 @@ def test_tool_end_to_end(pets: Path, vae: Path, tmp_path: Path, capsys: pytest.C
     from diffusers import AutoencoderKL
 
     out = tmp_path / "latents"
-    assert tool.main(arguments(pets, vae, out)) == 0
-    assert "7 latents (4, 8, 8) of 3 classes" in capsys.readouterr().out
+    assert main(arguments(pets, vae, out)) == 0
+    output = capsys.readouterr().out
+    assert "7 latents (4, 8, 8) of 3 classes" in output
+    assert re.search(r"PSNR \d+\.\d\d dB, mean of the first 7 images", output)
     data = latent_folder(out)
     assert (len(data), data.image_shape, data.class_names) == (7, (4, 8, 8), NAMES)
     assert data.labels.tolist() == [0, 1, 2, 0, 1, 1, 2]
@@ -495,35 +501,34 @@ def test_tool_end_to_end(pets: Path, vae: Path, tmp_path: Path, capsys: pytest.C
             got = data.rows(part, torch.tensor([row])).float()  # type: ignore[arg-type]
             torch.testing.assert_close(got, want * 0.18215, atol=2e-5, rtol=1e-3)
 
-    assert tool.main(arguments(pets, vae, out)) == 2
+    assert main(arguments(pets, vae, out)) == 2
     assert "error: " in (message := capsys.readouterr().err)
     assert "split 'train' exists" in message
-    assert tool.main(arguments(pets, vae, out, "--overwrite")) == 0
+    assert main(arguments(pets, vae, out, "--overwrite")) == 0
 
 
 def test_decode_undoes_the_scale(vae: Path) -> None:
-    model: Any = autoencoder.load_vae(str(vae), CPU)
-    assert not model.training
+    model = autoencoder.load_vae(str(vae), CPU)
+    assert not model.module.training
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, _ = autoencoder.encode(images, model, 0.5)
-    decoded = autoencoder.decode(mean * 0.25, model, 0.5 * 0.25)
+    mean, _ = model.encode(images, LatentScale(0.5))
+    decoded = model.decode(mean * 0.25, LatentScale(0.5).times(0.25))
     assert decoded.shape == images.shape
     assert not decoded.requires_grad
     with torch.no_grad():
-        want = model.decode(model.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+        want = model.module.decode(model.module.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     torch.testing.assert_close(decoded, want, atol=1e-5, rtol=0)
     # An autoencoder may also have a shift; it cancels, and it is there.
-    model.register_to_config(shift_factor=0.3)
-    shifted, _ = autoencoder.encode(images, model, 0.5)
+    shifted, _ = model.encode(images, LatentScale(0.5, 0.3))
     torch.testing.assert_close(shifted, mean - 0.15, atol=1e-5, rtol=0)
-    torch.testing.assert_close(autoencoder.decode(shifted, model, 0.5), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.decode(shifted, LatentScale(0.5, 0.3)), want, atol=1e-4, rtol=0)
 
 
 def statistics(vae: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation, a channel, of the latents of some images."""
-    model: Any = autoencoder.load_vae(str(vae), CPU)
-    raw, _ = autoencoder.encode(
-        torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1, model, 1.0
+    model = autoencoder.load_vae(str(vae), CPU)
+    raw, _ = model.encode(
+        torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1, LatentScale(1.0)
     )
     mean, std = raw.mean((0, 2, 3)).tolist(), raw.std((0, 2, 3)).tolist()
     return tuple(mean), tuple(std)
@@ -542,18 +547,22 @@ def test_decode_inverts_encode_through_the_files(vae: Path, pets: Path, tmp_path
     model.register_to_config(**changes)
     model.save_pretrained(tmp_path / "vae")
     data = tool.encode_images(str(pets), str(tmp_path / "vae"), tmp_path / "out", size=16, device="cpu")
-    noted = scale_of_split(tmp_path / "out", "train")
+    by = decoded_by(tmp_path / "out", "train")
+    assert by is not None
+    assert (by.vae, by.scale_of_latents) == (str(tmp_path / "vae"), False)
+    noted = by.scale
     assert noted == LatentScale(**{"scaling_factor": 0.18215} | changes)
 
-    loaded: Any = autoencoder.load_vae(str(tmp_path / "vae"), CPU)
+    loaded = autoencoder.load_vae(str(tmp_path / "vae"), CPU)
+    assert loaded.scale == noted
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    latents, _ = autoencoder.encode(images, loaded, 1.0)
+    latents, _ = loaded.encode(images, dataclasses.replace(noted, scaling_factor=1.0))
     if kind == "mean and std":
         torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
         torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
     # What comes out of the files and back is what the autoencoder itself makes of its own latents.
     rows = data.rows("mean", torch.arange(7)).float() * 0.5
-    decoded = autoencoder.decode(rows, loaded, data.scaling_factor * 0.5)
+    decoded = loaded.decode(rows, noted.times(0.5))
     pixels = torch.stack([tool._pixels(row, 16) for row in tool.open_table(str(pets), "train")])
     with torch.no_grad():
         raw = model.encode(pixels.float() / 127.5 - 1).latent_dist.mean
@@ -580,11 +589,11 @@ def test_decode_inverts_encode_through_the_files(vae: Path, pets: Path, tmp_path
 def test_an_autoencoder_with_odd_statistics(
     vae: Path, pets: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    model: Any = autoencoder.load_vae(str(vae), CPU)
-    model.register_to_config(**changes)
+    model = autoencoder.load_vae(str(vae), CPU)
+    model.module.register_to_config(**changes)
     with pytest.raises(ValueError, match=message):
-        autoencoder.encode(torch.zeros(1, 3, 16, 16), model, 1.0)
-    model.save_pretrained(tmp_path / "vae")
+        _ = model.scale
+    model.module.save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match=rf"vae = .*{message}"):
         tool.encode_images(str(pets), str(tmp_path / "vae"), tmp_path / "out", size=16, device="cpu")
     assert not (tmp_path / "out").exists()
@@ -604,6 +613,207 @@ def test_samples_are_decoded_as_the_latents_were_scaled(folder: Path, vae: Path,
             4,
             4,
         )
+
+
+# --- autoencoders whose config says no scale, of other classes, and folders of pictures ---------------------------
+
+
+def tiny_files(folder: Path, *, pool: bool = True) -> Path:
+    """TAESD's two files, with random weights of a small net of the published shape."""
+    torch.manual_seed(0)
+    weights = TinyAutoencoder(4, pool=pool).state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    for half in ("encoder", "decoder"):
+        part = {name[len(half) + 1 :]: tensor.half() for name, tensor in weights.items() if name.startswith(half)}
+        save_file(part, folder / f"taef2_{half}.safetensors")
+    return folder
+
+
+def test_tiny_autoencoder_is_that_of_diffusers() -> None:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    theirs = AutoencoderTiny(latent_channels=4)
+    ours = TinyAutoencoder(4, pool=False)
+    names = [f"encoder.{name.removeprefix('encoder.layers.')}" for name in theirs.state_dict() if "encoder" in name]
+    assert names == [name for name in ours.state_dict() if name.startswith("encoder")]
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    images = torch.rand(2, 3, 32, 24) * 2 - 1
+    with torch.no_grad():
+        latents = theirs.encode(images).latents
+        assert torch.equal(ours.encode(images), latents)
+        assert torch.equal(ours.decode(latents), theirs.decode(latents).sample)
+
+
+def test_the_published_autoencoder_of_flux_2() -> None:
+    root = os.environ.get("DIFFUSIONBLOCKS_DATA")
+    if root is None or not (Path(root) / "taef2").is_dir():
+        pytest.skip(
+            "needs taef2/ with taesd's taef2_encoder.safetensors and taef2_decoder.safetensors in the data folder"
+        )
+    model = autoencoder.load_vae(str(Path(root) / "taef2"), CPU)
+    assert model.latent_shape == (32, 8)
+    assert model.scale is None
+    # A smooth picture, which it was trained to give back; half a pixel of error would be 48 dB.
+    ramp = torch.linspace(-0.8, 0.8, 64)
+    picture = torch.stack([ramp[None].expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])[None]
+    decoded = model.decode(model.encode(picture, LatentScale(1.0))[0], LatentScale(1.0))
+    assert float((decoded - picture).square().mean().sqrt()) < 0.06
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_statistics_are_measured_where_a_config_says_none(pets: Path, tmp_path: Path, pool: bool) -> None:
+    files = tiny_files(tmp_path / "tiny", pool=pool)
+    out = tmp_path / "out"
+    data = tool.encode_images(str(pets), str(files), out, size=16, device="cpu", shard_rows=3)
+    by = decoded_by(out, "train")
+    assert by is not None
+    assert by.scale_of_latents
+    # By hand: the network alone, in double precision over all rows.
+    model = TinyAutoencoder.from_files(*TinyAutoencoder.files_in(files))  # type: ignore[misc]
+    pixels = torch.stack([tool._pixels(row, 16) for row in tool.open_table(str(pets), "train")])
+    with torch.no_grad():
+        raw = model.encode(pixels.float() / 127.5 - 1).double()
+    torch.testing.assert_close(torch.tensor(by.scale.latents_mean), raw.mean((0, 2, 3)).float(), atol=1e-3, rtol=1e-3)
+    deviation = raw.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(torch.tensor(by.scale.latents_std), deviation.float(), atol=1e-4, rtol=2e-3)
+    rows = data.rows("mean", torch.arange(7)).double()
+    torch.testing.assert_close(rows.mean((0, 2, 3)), torch.zeros(4).double(), atol=2e-3, rtol=0)
+    torch.testing.assert_close(rows.std((0, 2, 3), correction=0), torch.ones(4).double(), atol=2e-3, rtol=0)
+    assert not data.rows("std", torch.arange(7)).any(), "it has no noise"
+    # Samples come back through the recorded autoencoder, on the measured scale.
+    config = LatentsConfig(kind="latents", source=str(out), scale=0.5)
+    with torch.no_grad():
+        expected = model.decode(raw.float()).clamp(-1, 1)
+    shown = config.to_pixels(CPU)(rows.float() * 0.5).float() / 127.5 - 1
+    torch.testing.assert_close(shown, expected, atol=0.02, rtol=0)
+    with pytest.raises(ValueError, match=r"its config says no scale .* train.json .*: set data.source"):
+        LatentsConfig(kind="latents", source=str(tmp_path / "not here"), vae=str(files)).to_pixels(CPU)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "train.json").write_bytes((out / "train.json").read_bytes())
+    elsewhere = LatentsConfig(kind="latents", source=str(tmp_path / "copy"), vae=str(files)).to_pixels(CPU)
+    assert torch.equal(elsewhere(rows.float() * 0.5), config.to_pixels(CPU)(rows.float() * 0.5))
+    # Another split gets the scale of the first, whatever its own statistics are.
+    (pets / "test-0.parquet").write_bytes((pets / "train-0.parquet").read_bytes())
+    test = tool.encode_images(str(pets), str(files), out, split="test", size=16, device="cpu")
+    assert torch.equal(test.rows("mean", torch.arange(4)), latent_folder(out).rows("mean", torch.arange(4)))
+    assert decoded_by(out, "test") == by
+    with pytest.raises(ValueError, match=r"statistics = config: that of .* says nothing of its latents; use measured"):
+        tool.encode_images(str(pets), str(files), tmp_path / "b", size=16, device="cpu", statistics="config")
+
+
+def test_measured_deviation_counts_the_posteriors_own(tmp_path: Path) -> None:
+    mean = torch.tensor([-1.0, 1.0, -1.0, 1.0]).view(4, 1, 1, 1).expand(4, 1, 2, 2).half()
+    write_shards(
+        tmp_path / "a",
+        "train",
+        [(mean, torch.full_like(mean, 2.0), torch.zeros(4, dtype=torch.int64))],
+        **(OPTIONS | {"scale": None}),
+    )
+    by = decoded_by(tmp_path / "a", "train")
+    assert by is not None
+    assert by.scale.latents_std == pytest.approx((5**0.5,))  # variance 1 of the means, 4 of each posterior
+    nothing = (torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="channel 0 of the latents is 0 everywhere; check the autoencoder"):
+        write_shards(tmp_path / "b", "train", [nothing], **(OPTIONS | {"scale": None}))
+    assert not list((tmp_path / "b").iterdir())
+
+
+def _classes() -> dict[str, Callable[[], Any]]:
+    """Small autoencoders of the classes whose outputs differ: two latents without noise, and video."""
+    import diffusers
+
+    return {
+        "AutoencoderTiny": lambda: diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ),
+        "AutoencoderDC": lambda: diffusers.AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+            scaling_factor=0.4,
+        ),
+        "AutoencoderKLFlux2": lambda: diffusers.AutoencoderKLFlux2(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+        ),
+        "AutoencoderKLQwenImage": lambda: diffusers.AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=(0.1, 0.2, 0.3, 0.4),
+            latents_std=(1.0, 2.0, 3.0, 4.0),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLQwenImage"])
+def test_autoencoders_of_other_classes(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = _classes()[name]()
+    made.save_pretrained(tmp_path / "pipeline" / "vae")  # as in a pipeline's folder
+    model = autoencoder.load_vae(str(tmp_path / "pipeline"), CPU)
+    assert type(model.module).__name__ == name
+    assert model.latent_shape == (4, 2)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scale = model.scale
+    says = {"AutoencoderDC": 0.4, "AutoencoderKLQwenImage": 1.0}
+    assert (None if scale is None else scale.scaling_factor) == says.get(name)
+    mean, std = model.encode(images, scale or LatentScale(1.0))
+    assert mean.shape == std.shape == (2, 4, 8, 8)
+    frames = images[:, :, None] if name == "AutoencoderKLQwenImage" else images
+    with torch.no_grad():
+        output = made.eval().encode(frames)
+        raw = output[0].mean if hasattr(output, "latent_dist") else output[0]
+        want = made.decode(raw).sample.reshape(2, 3, 16, 16).clamp(-1, 1)
+    raw = raw.reshape(2, 4, 8, 8)
+    if name == "AutoencoderKLQwenImage":
+        raw = (raw - torch.tensor([0.1, 0.2, 0.3, 0.4]).view(4, 1, 1)) / torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1)
+    torch.testing.assert_close(mean, raw * says.get(name, 1.0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.decode(mean, scale or LatentScale(1.0)), want, atol=1e-4, rtol=0)
+
+
+def test_pictures_in_folders_are_encoded_as_they_are(vae: Path, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for split, name, seed in [("train", "dog", 0), ("train", "cat", 1), ("train", "cat", 2), ("val", "dog", 3)]:
+        folder = root / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{seed}.png").write_bytes(png(image(20, 16, seed)))
+    (root / "val" / "cat").mkdir()
+    (root / "val" / "cat" / "9.png").write_bytes(png(image(16, 16, 9)))
+    options: dict[str, Any] = {"size": 16, "device": "cpu"}
+    data = tool.encode_images(str(root), str(vae), tmp_path / "out", **options)
+    assert data.class_names == ("cat", "dog")
+    assert data.labels.tolist() == [0, 1, 0], "classes take turns"
+    model = autoencoder.load_vae(str(vae), CPU)
+    pixels = torch.from_numpy(np.array(tool.center_crop(image(20, 16, 0), 16))).permute(2, 0, 1)[None]
+    expected, _ = model.encode(pixels.float() / 127.5 - 1, LatentScale(0.18215))
+    torch.testing.assert_close(data.rows("mean", torch.tensor([1])).float(), expected, atol=2e-5, rtol=1e-3)
+    val = tool.encode_images(str(root), str(vae), tmp_path / "out", split="val", limit=1, **options)
+    assert len(val) == 1
+    with pytest.raises(ValueError, match=r"photos has no pictures in test/CLASS/, nor parquet files"):
+        tool.encode_images(str(root), str(vae), tmp_path / "b", split="test", **options)
+    with pytest.raises(
+        ValueError, match=r"label_column = 'x': .* has pictures in folders, not in columns; leave it out"
+    ):
+        tool.encode_images(str(root), str(vae), tmp_path / "b", label_column="x", **options)
+    with pytest.raises(ValueError, match=r"num_classes = 3: .* has 2 classes"):
+        tool.encode_images(str(root), str(vae), tmp_path / "b", num_classes=3, **options)
 
 
 def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
@@ -683,6 +893,9 @@ def test_tool_refuses_bad_rows(
         (["--size", "15"], "size = 15: must be a multiple of 2"),
         (["--size", "0"], "size = 0: must be at least 1"),
         (["--workers", "0"], "workers = 0: must be at least 1"),
+        (["--limit", "0"], "limit = 0: must be at least 1"),
+        (["--check", "-1"], "--check -1: must be at least 0"),
+        (["--statistics", "mine"], r"invalid choice: 'mine' \(choose from 'auto', 'config', 'measured'\)"),
         (["--num-classes", "5"], "num_classes = 5: column 'label' has 3 classes"),
         (["--image-column", "img"], r"image_column = 'img': must be one of \['image', 'label'\]"),
         (["--image-column", "label"], "image column 'label' has type int64: must be struct<bytes"),
@@ -695,7 +908,11 @@ def test_tool_refuses_bad_rows(
 def test_tool_refuses_bad_arguments(
     pets: Path, vae: Path, tmp_path: Path, changes: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main(arguments(pets, vae, tmp_path / "out", *changes)) == 2
+    try:
+        status = main(arguments(pets, vae, tmp_path / "out", *changes))
+    except SystemExit as stopped:  # of the parser
+        status = int(stopped.code or 0)
+    assert status == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(message, error), error
@@ -703,7 +920,7 @@ def test_tool_refuses_bad_arguments(
 
 
 def test_encoder_that_fails_midway(pets: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = tool.encode, []
+    real, calls = autoencoder.ImageAutoencoder.encode, []
 
     def failing(*args: Any) -> Any:
         calls.append("batch")
@@ -711,7 +928,7 @@ def test_encoder_that_fails_midway(pets: Path, vae: Path, tmp_path: Path, monkey
             raise RuntimeError("out of memory")
         return real(*args)
 
-    monkeypatch.setattr(tool, "encode", failing)
+    monkeypatch.setattr(autoencoder.ImageAutoencoder, "encode", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         tool.encode_images(str(pets), str(vae), tmp_path / "out", size=16, batch_size=3, shard_rows=2, device="cpu")
     assert len(calls) == 3
@@ -723,7 +940,9 @@ def test_autoencoder_files(vae: Path, tmp_path: Path) -> None:
 
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
     UNet2DModel(block_out_channels=(8,), **blocks).save_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match="unet': not an AutoencoderKL of diffusers"):
+    with pytest.raises(
+        ValueError, match=r"unet': not an autoencoder of diffusers: its config names the class UNet2DModel"
+    ):
         autoencoder.load_vae(str(tmp_path / "unet"), CPU)
     # Weights that are missing would otherwise be random ones.
     weights = load_file(vae / "diffusion_pytorch_model.safetensors")

@@ -10,7 +10,6 @@ import pytest
 
 from diffusionblocks.cli import main
 from diffusionblocks.common.messages import LONGEST, one_line
-from diffusionblocks.data.encode import main as encode
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -63,7 +62,7 @@ def test_arguments_are_refused_in_one_line(arguments: list[str], capsys: pytest.
 
 def test_the_encoder_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        encode(["--size", "wide"])
+        main(["encode", "--size", "wide"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: argument --size: invalid int value: 'wide'; see ")
 

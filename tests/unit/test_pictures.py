@@ -1,5 +1,6 @@
 """Pixels, grids and figures: exact where pixels are promised, readable and not empty where they are drawn."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,13 @@ from diffusionblocks.sampling import prior_of_seeds, sample_images
 NOISE = EDM()
 PARTITION = Partition.build(NOISE, num_layers=12, num_blocks=3)
 MEAN, STD = (0.49, 0.48, 0.45), (0.2, 0.25, 0.3)
+
+
+shown = functools.partial(to_uint8, mean=MEAN, std=STD)
+
+
+def halved(channels: int) -> Callable[[Tensor], Tensor]:
+    return functools.partial(to_uint8, mean=(0.5,) * channels, std=(0.5,) * channels)
 
 
 def pixels(n: int = 4, channels: int = 3, height: int = 5, width: int = 7) -> Tensor:
@@ -123,7 +131,7 @@ def chain_of(steps: int = 2, images: int = 2, size: int = 4) -> Chain:
 
 
 def drawn(chain: Chain, **kwargs: Any) -> None:
-    draw_chain(chain, PARTITION, NOISE, NOWHERE, mean=MEAN, std=STD, **kwargs)
+    draw_chain(chain, PARTITION, NOISE, NOWHERE, pixels=shown, **kwargs)
 
 
 REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
@@ -222,7 +230,14 @@ def area(picture: Tensor, rgb: Any) -> int:
 def test_chain_figure_shows_every_image_pixel_by_pixel(tmp_path: Path) -> None:
     chain, final = sampled(images=2, keep=(0, 3, 5))
     path = tmp_path / "new" / "chain.png"
-    draw_chain(chain, PARTITION, NOISE, path, mean=(0.5,) * 3, std=(0.5,) * 3, final=final[:2])
+    draw_chain(
+        chain,
+        PARTITION,
+        NOISE,
+        path,
+        pixels=halved(3),
+        final=final[:2],
+    )
     picture = read(path)[:3]
     for i in range(2):
         for denoised in [*chain.denoised, final]:
@@ -236,7 +251,14 @@ def test_chain_figure_has_the_colours_of_the_blocks_that_worked(tmp_path: Path) 
     chain, _ = sampled(images=1, keep=(0, 1, 5))
     assert [PARTITION.block_of(level) for level in chain.levels] == [0, 0, 2]
     for name in ("z", "denoised"):
-        draw_chain(chain, PARTITION, NOISE, tmp_path / "c.png", mean=(0.5,) * 3, std=(0.5,) * 3, show=(name,))
+        draw_chain(
+            chain,
+            PARTITION,
+            NOISE,
+            tmp_path / "c.png",
+            pixels=halved(3),
+            show=(name,),
+        )
         areas = [area(read(tmp_path / "c.png")[:3], pictures._colour(block, 3)) for block in range(3)]
         assert areas[0] > 1.5 * areas[2] > 0  # two columns and one
         assert areas[1] == 0
@@ -249,7 +271,15 @@ def test_chain_figure_of_grey_images_and_of_one_of_the_rows(tmp_path: Path) -> N
     sizes = []
     for show in (("z", "denoised"), ("denoised",)):
         path = tmp_path / f"{len(show)}.png"
-        draw_chain(chain, PARTITION, NOISE, path, mean=(0.5,), std=(0.5,), show=show, names=["seed 5"])
+        draw_chain(
+            chain,
+            PARTITION,
+            NOISE,
+            path,
+            pixels=halved(1),
+            show=show,
+            names=["seed 5"],
+        )
         sizes.append(read(path).shape)
     assert sizes[0][2] == sizes[1][2]
     assert sizes[0][1] - sizes[1][1] == 4 * 19 + 4  # one row of cells and a gap less

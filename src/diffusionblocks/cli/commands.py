@@ -25,6 +25,9 @@ COMMANDS = {
     "evaluate": Command("measure a trained model: accuracy, samples, or bits per character", ".evaluate"),
     "predict": Command("the classes of pictures, by a trained classifier", ".predict"),
     "sample": Command("samples of a trained diffusion model: images or text", ".sample"),
+    "encode": Command(
+        "encode images by an autoencoder into a folder of latents, to train a diffusion model on", ".encode_images"
+    ),
     "init": Command("write a commented recipe for data of your own", ".init"),
     "inspect": Command("show the blocks of a recipe before any training", ".inspect"),
     "plan": Command("predict the memory of a recipe's training step, and what fits a budget", ".plan"),
@@ -65,6 +68,8 @@ examples:
       what each block holds: layers, noise levels, parameters, bytes; trains nothing
   diffusionblocks init cats photos/
       cats.yaml, for a folder of pictures for each class (or parquet files, or a text); edit it, or train it as it is
+  diffusionblocks encode --source imagenette --vae taef2 --size 224 --out latents --figure check.png
+      latents in shards, of parquet files, of folders of pictures by class, or of a data set on the hub
   diffusionblocks plan dit/imagenet-latents --budget 24GiB
       bytes of a training step by kind, predicted on any machine, and how many blocks or how large a batch fits
   diffusionblocks plan dit/imagenet-latents --gpus 4x24GiB
@@ -156,7 +161,7 @@ def _way_on(options: argparse.Namespace) -> str:
     """How to go on with a run that was stopped: what of it is saved."""
     folder = getattr(options, "folder", None)
     if folder is None:
-        return ""
+        return str(getattr(options, "way_on", ""))
     from ..training.checkpoint import checkpoints
 
     phases = {path.parent for path in folder.rglob("checkpoints")} if folder.is_dir() else set()
@@ -173,7 +178,9 @@ def _check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if isinstance(value, int) and abs(value) > most:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at most {most:,}")
-    a_folder = any(name in options for name in ("recipe", "folders", "overlap"))  # of the others it is a file
+    a_folder = any(
+        name in options for name in ("recipe", "folders", "overlap", "shard_rows")
+    )  # of the others it is a file
     if a_folder and getattr(options, "out", None) is not None:
         check_writable(options.out, "--out")
     for name in ("json", "figure", *(() if a_folder else ("out",))):

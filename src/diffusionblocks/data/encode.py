@@ -1,8 +1,9 @@
 """From labelled images to a folder of latents (see `latent_shards.py`), once, before training:
 
-    python -m diffusionblocks.data.encode --source FOLDER_OR_HUB_NAME --vae FOLDER_OR_HUB_NAME --out FOLDER
+    diffusionblocks encode --source FOLDER_OR_HUB_NAME --vae FOLDER_OR_HUB_NAME --out FOLDER
 
-Needs the `diffusers` library. Images are read one after the other, so the data set may be of any size."""
+(`python -m diffusionblocks.data.encode` is the same command.) Images are read one after the other, so the data set may
+be of any size."""
 
 from __future__ import annotations
 
@@ -10,52 +11,33 @@ import contextlib
 import os
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..common.messages import OneLineParser, report_errors
-from .autoencoder import encode, latent_scale, load_vae
-from .image_decoder import decode_image, oversized_refused
-from .image_table import ImageRow, open_table
-from .latent_data import LatentData
-from .latent_shards import check_split, latent_folder, write_shards
+from .autoencoder import load_vae
+from .image_decoder import center_crop, decode_image, oversized_refused
+from .image_folder import PictureFolder, class_folders
+from .image_table import ImageRow, ImageTable, open_table
+from .latent_data import LatentData, LatentScale
+from .latent_shards import check_split, decoded_by, latent_folder, measured_scale, write_shards
 
-if TYPE_CHECKING:
-    from PIL import Image
+__all__ = ["STATISTICS", "center_crop", "encode_images", "reconstructions"]
 
-__all__ = ["center_crop", "encode_images", "main"]
+#: Where the latents' mean and deviation may be from.
+STATISTICS = ("auto", "config", "measured")
 
 _ELONGATED = 100
 _AHEAD = 2  # batches whose images are decoded while the autoencoder works on an older one
 
 
 # --- the images ---------------------------------------------------------------------------------------------
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` and cuts out the middle, with the pixels that ADM and DiT get: halved by box
-    averaging while it is at least twice too large, then bicubic.
-
-    Args:
-        image: in a mode that can be averaged, such as "RGB".
-        size: height and width of the result, in pixels.
-    """
-    from PIL import Image
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = size / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def _pixels(row: ImageRow, size: int) -> Tensor:
@@ -71,7 +53,7 @@ def _pixels(row: ImageRow, size: int) -> Tensor:
 
 def _batches(rows: Iterator[ImageRow], size: int, batch_size: int, workers: int) -> Generator[tuple[Tensor, Tensor]]:
     """uint8 (n, 3, size, size) and int64 (n,), decoded by threads ahead of time: Pillow lets them run side by side."""
-    waiting: deque[tuple[list[Any], list[int]]] = deque()
+    waiting: deque[tuple[list[Future[Tensor]], list[int]]] = deque()
 
     def first() -> tuple[Tensor, Tensor]:
         futures, labels = waiting.popleft()
@@ -96,26 +78,31 @@ def encode_images(
     *,
     split: str = "train",
     size: int = 256,
+    statistics: str = "auto",
     batch_size: int = 32,
     device: str = "auto",
     shard_rows: int = 4096,
     image_column: str | None = None,
     label_column: str | None = None,
     num_classes: int | None = None,
+    limit: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> LatentData:
-    """Encode a split of an image classification data set of any size, and writes it as a folder of latents.
+    """Encode a split of an image classification data set of any size, and write it as a folder of latents.
 
     Args:
-        source: a local folder with `<split>*.parquet` files in the schema of the Hugging Face hub, or the name of a
-            data set on the hub. Images of any size and colour; they are cropped to the middle square.
-        vae: folder or hub name of a diffusers `AutoencoderKL` for colour images.
+        source: a local folder with `<split>*.parquet` files in the schema of the Hugging Face hub, or with pictures in
+            `<split>/<class>/`; or the name of a data set on the hub. Images of any size and colour; they are cropped to
+            the middle square.
+        vae: the autoencoder, see `load_vae`.
         out: folder of the latents, which may hold other splits.
         split: which split, of `source` and of `out`.
         size: height and width of the images, in pixels: a multiple of the autoencoder's reduction (8 for those of
             Stable Diffusion).
+        statistics: where the latents' mean and deviation are from: `config`, the autoencoder's; `measured`, on each
+            channel of the split that `out` gets first; `auto`, the config's where it says any.
         batch_size: images encoded at a time.
         device: a device of PyTorch; "auto" for the GPU if there is one.
         shard_rows: rows of a file.
@@ -123,6 +110,7 @@ def encode_images(
         label_column: column with the integer labels; by default "label" or "fine_label", whichever exists.
         num_classes: number of classes; needed when the label column is plain integers without class names, checked
             otherwise.
+        limit: how many images, the first of the split; None for all.
         workers: threads that decode and resize; by default one per processor, at most 16.
         overwrite: whether to replace the split in `out`.
         progress: whether to draw a progress bar.
@@ -137,41 +125,39 @@ def encode_images(
             decoded, latents that are not finite, or no rows. The message names value and fix. Nothing is left in
             `out`.
         OSError: the disk is full.
-        ImportError: diffusers is not installed.
+        ImportError: an autoencoder of diffusers, which is not installed.
     """
-    for name, value in (("size", size), ("batch_size", batch_size), ("shard_rows", shard_rows), ("workers", workers)):
+    counts = {"size": size, "batch_size": batch_size, "shard_rows": shard_rows, "limit": limit, "workers": workers}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value!r}: must be at least 1")
+    if statistics not in STATISTICS:
+        raise ValueError(f"statistics = {statistics!r}: must be one of {', '.join(STATISTICS)}")
     check_split(split)
-    table = open_table(
-        source,
-        split,
-        image_column=image_column,
-        label_column=label_column,
-        num_classes=num_classes,
-        reference_split="train",
-        streaming=True,
-    )
+    table = _open(source, split, image_column, label_column, num_classes)
     table.check_labels()
     where = _device(device)
     model = load_vae(vae, where)
-    config: Any = model.config
-    if config.in_channels != 3:
-        raise ValueError(f"vae = {vae!r}: takes images of {config.in_channels} channels: must be 3 (RGB)")
-    reduction = 2 ** (len(config.block_out_channels) - 1)
+    _, reduction = model.latent_shape
     if size % reduction:
         raise ValueError(f"size = {size}: must be a multiple of {reduction}, the reduction of {vae!r}")
     try:
-        scale = latent_scale(model)
+        own = None if statistics == "measured" else model.scale
     except ValueError as error:
         raise ValueError(f"vae = {vae!r}: {error}") from None
+    if own is None and statistics == "config":
+        raise ValueError(f"statistics = config: that of {vae!r} says nothing of its latents; use measured")
+    of_others = None if own is not None else measured_scale(out, split, vae)
+    scale = own or of_others
     workers = workers or min(16, os.cpu_count() or 1)
 
     def latents() -> Generator[tuple[Tensor, Tensor, Tensor]]:
-        batches = _batches(iter(table), size, batch_size, workers)
-        with tqdm(total=table.rows, unit="image", disable=not progress) as bar, contextlib.closing(batches):
+        batches = _batches(islice(table, limit), size, batch_size, workers)
+        total = limit if table.rows is None else min(table.rows, limit or table.rows)
+        with tqdm(total=total, unit="image", disable=not progress) as bar, contextlib.closing(batches):
             for images, labels in batches:
-                mean, std = encode(images.to(where).float() / 127.5 - 1, model, scale.scaling_factor)
+                # Without a scale yet, the autoencoder's own latents.
+                mean, std = model.encode(_signed(images, where), scale or LatentScale(1.0))
                 yield mean, std, labels
                 bar.update(len(labels))
 
@@ -184,9 +170,75 @@ def encode_images(
             class_names=table.class_names,
             vae=vae,
             scale=scale,
+            scale_of_latents=of_others is not None,
             overwrite=overwrite,
         )
     return latent_folder(out, split)
+
+
+def reconstructions(
+    source: str,
+    out: str | Path,
+    *,
+    split: str = "train",
+    size: int = 256,
+    count: int = 16,
+    device: str = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first images of a split, and what the autoencoder makes of their latents in the files.
+
+    Args:
+        source, split, size, device, image_column, label_column, num_classes: as they were given to `encode_images`.
+        out: the folder of latents that it wrote.
+        count: how many images; fewer where there are fewer.
+
+    Returns:
+        uint8 (n, 3, size, size) each: the images, and the latents' means decoded.
+    """
+    noted, data = decoded_by(out, split), latent_folder(out, split, reference_split=None)
+    assert noted is not None, "`latent_folder` has read the index"
+    model = load_vae(noted.vae, _device(device))
+    rows = list(islice(_open(source, split, image_column, label_column, num_classes), min(count, len(data))))
+    images = torch.stack([_pixels(row, size) for row in rows])
+    means = data.rows("mean", torch.arange(len(rows))).to(model.device)
+    return images, _unsigned(model.decode(means, noted.scale)).cpu()
+
+
+def _open(
+    source: str, split: str, image_column: str | None, label_column: str | None, num_classes: int | None
+) -> ImageTable | PictureFolder:
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.parquet")) and class_folders(folder):
+        pictures = PictureFolder(folder, split)
+        columns = {"image_column": image_column, "label_column": label_column}
+        for name, value in columns.items():
+            if value is not None:
+                raise ValueError(f"{name} = {value!r}: {source} has pictures in folders, not in columns; leave it out")
+        if num_classes not in (None, len(pictures.class_names)):
+            raise ValueError(f"num_classes = {num_classes}: {source} has {len(pictures.class_names)} classes")
+        return pictures
+    return open_table(
+        source,
+        split,
+        image_column=image_column,
+        label_column=label_column,
+        num_classes=num_classes,
+        reference_split="train",
+        streaming=True,
+    )
+
+
+def _signed(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return images.to(device).float() / 127.5 - 1
+
+
+def _unsigned(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8."""
+    return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
 def _device(name: str) -> torch.device:
@@ -200,38 +252,5 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit status (`messages.STATUSES`).
-    """
-    parser = OneLineParser(
-        prog="python -m diffusionblocks.data.encode",
-        description="Encodes labelled images with an autoencoder of diffusers, and writes the latents for training.",
-    )
-    add = parser.add_argument
-    add("--source", required=True, help="folder with <split>*.parquet files in the hub's schema, or a hub name")
-    add("--vae", required=True, help="AutoencoderKL: a folder, or a hub name such as stabilityai/sd-vae-ft-ema")
-    add("--out", required=True, help="folder of the latents")
-    add("--split", default="train", help="split of the source, and of the latents (default: %(default)s)")
-    add("--size", type=int, default=256, help="height and width in pixels (default: %(default)s)")
-    add("--batch-size", type=int, default=32, help="images encoded at a time (default: %(default)s)")
-    add("--device", default="auto", help="device of PyTorch (default: the GPU if there is one)")
-    add("--shard-rows", type=int, default=4096, help="rows of a file (default: %(default)s)")
-    add("--image-column", help="column with the images (default: img or image)")
-    add("--label-column", help="column with the integer labels (default: label or fine_label)")
-    add("--num-classes", type=int, help="number of classes, where the label column has no class names")
-    add("--workers", type=int, help="threads that decode and resize (default: one per processor, at most 16)")
-    add("--overwrite", action="store_true", help="replace the split in the folder of the latents")
-    options = vars(parser.parse_args(argv))
-
-    def run() -> None:
-        data = encode_images(**options, progress=True)
-        print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options['out']}")
-
-    return report_errors(run, lambda: "nothing of the split was written; run the same command again")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # the command's former name
+    os.execv(sys.executable, [sys.executable, "-m", "diffusionblocks", "encode", *sys.argv[1:]])

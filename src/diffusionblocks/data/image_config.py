@@ -20,7 +20,7 @@ from ..common.fields import Float, IsNumber, Labels, Pixels, Positive
 from ..common.messages import warn_once
 from ..common.processing_files import IMAGE_PROCESSOR
 from .augment import AugmentConfig
-from .autoencoder import decode, latent_scale, load_vae
+from .autoencoder import load_vae
 from .data_config import Batches, DataSection, FilesSection, register_data
 from .dataset import BatchMaker, ExampleCount
 from .encode import center_crop
@@ -31,7 +31,7 @@ from .image_processor import ImageProcessor, processor_in
 from .image_table import rows_of_split
 from .latent_batches import LatentBatches
 from .latent_data import LatentData
-from .latent_shards import examples_of_split, latent_folder, scale_of_split
+from .latent_shards import decoded_by, examples_of_split, latent_folder
 
 
 class Normalisation(TypedDict):
@@ -306,14 +306,14 @@ class ImageFilesConfig(PixelsConfig, FilesSection):
 
 @register_data
 class LatentsConfig(ImagesSection, FilesSection):
-    """Latents of an autoencoder, in shards that `python -m diffusionblocks.data.encode` wrote.
+    """Latents of an autoencoder, in shards that `diffusionblocks encode` wrote.
 
     Attributes:
         source: Folder of the shards.
         folder: Name below the folder in DIFFUSIONBLOCKS_DATA, see kind `images`.
         scale: Factor that brings the latents to a standard deviation of about sigma_data.
         sample_posterior: Draw each latent from the encoder's posterior, instead of taking its mean.
-        vae: Folder or hub name of the autoencoder that decodes samples; null keeps samples as latents.
+        vae: Folder or hub name of the autoencoder that decodes samples; null takes the one that the shards note.
     """
 
     examples: ClassVar[str] = "latents"
@@ -347,23 +347,30 @@ class LatentsConfig(ImagesSection, FilesSection):
 
     @override
     def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        if self.vae is None:
-            raise ValueError(
-                "samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME"
-            )
-        vae: Any = load_vae(self.vae, device)
-        scale = latent_scale(vae)
         try:
             source = self.location()
         except ValueError:  # without the latents the autoencoder is trusted
-            noted = None
+            source, noted = "", None
         else:
-            noted = scale_of_split(source, self.train_split)
-        if noted is not None:
-            scale.check_same(noted, f"vae = {self.vae!r}", f"{source}, split {self.train_split!r},")
-        factor = scale.scaling_factor * self.scale
-        half = (0.5, 0.5, 0.5)
-        return lambda samples: to_uint8(decode(samples, vae, factor), half, half)
+            noted = decoded_by(source, self.train_split)
+        name = self.vae or (None if noted is None else noted.vae)
+        if name is None:
+            raise ValueError(
+                "samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME"
+            )
+        vae = load_vae(name, device)
+        scale = vae.scale
+        if noted is not None and scale is not None and not noted.scale_of_latents:
+            scale.check_same(noted.scale, f"vae = {name!r}", f"{source}, split {self.train_split!r},")
+        elif noted is not None:
+            scale = noted.scale
+        if scale is None:
+            raise ValueError(
+                f"vae = {name!r}: its config says no scale of its latents, that was measured and lies in "
+                f"{self.train_split}.json of their folder: set data.source to a folder with a copy of that file"
+            )
+        total, half = scale.times(self.scale), (0.5, 0.5, 0.5)
+        return lambda samples: to_uint8(vae.decode(samples, total), half, half)
 
     @override
     def real_images(

@@ -1,15 +1,17 @@
-"""Folders of pictures, a folder for each class, packed into the parquet files that data of kind `images` are."""
+"""Folders of pictures, a folder for each class: read as they are, or packed into the files of data of kind `images`."""
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ..common.files import whole_folder
-from .encode import center_crop
-from .image_decoder import decode_image, oversized_refused
+from .image_decoder import center_crop, decode_image, oversized_refused
+from .image_table import ImageRow
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
 
@@ -30,6 +32,46 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
     """
     root = folder / "train" if (folder / "train").is_dir() else folder
     return _pictures(root)
+
+
+class PictureFolder:
+    """The pictures of a split as labelled rows, read as they are asked for: what an `ImageTable` is of parquet files.
+
+    Classes take turns, so the first rows are of all of them.
+
+    Args:
+        folder: with a folder for the split, which has one for each class; or with one for each class itself, where it
+            has no folder `train`, for the split `train`.
+        split: which split.
+
+    Attributes:
+        class_names: names of the classes' folders, in order; a label is a place in it.
+        rows: how many pictures.
+
+    Raises:
+        ValueError: no pictures for the split.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        root = folder / split
+        if split == "train" and not root.is_dir():
+            root = folder
+        pictures = _pictures(root) if root.is_dir() else {}
+        if not pictures:
+            raise ValueError(f"{folder} has no pictures in {split}/CLASS/, nor parquet files of the split {split!r}")
+        self.class_names = tuple(pictures)
+        self.rows = sum(map(len, pictures.values()))
+        self._pictures = pictures
+
+    def check_labels(self) -> None:
+        """Nothing to do: a picture's folder is its label."""
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        """Rows, each with its file's bytes."""
+        for turn in itertools.zip_longest(*self._pictures.values()):
+            for label, path in enumerate(turn):
+                if path is not None:
+                    yield ImageRow(str(path), path.read_bytes(), label)
 
 
 def pictures_in(folder: Path) -> list[Path]:

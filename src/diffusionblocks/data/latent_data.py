@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class LatentScale:
         mean = torch.tensor(self.latents_mean or [self.shift_factor or 0.0], dtype=torch.float32, device=like.device)
         std = torch.tensor(self.latents_std or [1.0], dtype=torch.float32, device=like.device)
         return mean.view(-1, 1, 1), (self.scaling_factor / std).view(-1, 1, 1)
+
+    def times(self, factor: float) -> LatentScale:
+        """That of the latents multiplied by a factor > 0."""
+        return dataclasses.replace(self, scaling_factor=self.scaling_factor * factor)
 
     def check_same(self, other: LatentScale, here: str, there: str) -> None:
         """Refuse latents of another scale.

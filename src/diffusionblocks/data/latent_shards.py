@@ -3,6 +3,9 @@
 A folder holds, for each split, `<split>-00000.safetensors`, ... and the index `<split>.json`. A shard has the tensors
 `mean` and `std`, float16 (n, C, H, W), both on the scale that the index notes (`LatentScale`), and `labels`, int64
 (n,). `encode.py` makes such folders.
+
+Of an autoencoder whose config says no scale, the mean and deviation of each channel are measured over the split that is
+written first; the folder's other splits are brought to the same.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,11 +31,21 @@ from .dataset import check_labels
 from .image_table import ClassNames
 from .latent_data import LatentData, LatentScale
 
-__all__ = ["check_split", "examples_of_split", "latent_folder", "scale_of_split", "write_shards"]
+__all__ = [
+    "DecodedBy",
+    "check_split",
+    "decoded_by",
+    "examples_of_split",
+    "latent_folder",
+    "measured_scale",
+    "write_shards",
+]
 
 _SOURCE = "source"  # key of a shard's metadata
 
-_MAKE = "make it with `python -m diffusionblocks.data.encode`"
+_MAKE = "make it with `diffusionblocks encode`"
+
+_AT_ONCE = 64  # rows in higher precision, while a shard is measured or rescaled
 
 _Positive = Annotated[int, Field(ge=1)]
 
@@ -53,6 +67,7 @@ class _Index(BaseModel):
     shift_factor: _Finite | None = None  # None in folders of older versions, which subtracted it without noting it
     latents_mean: tuple[_Finite, ...] | None = None
     latents_std: tuple[_Finite, ...] | None = None
+    scale_of_latents: Literal[True] | None = None  # mean and std are of latents, not of the autoencoder's config
 
     def source(self) -> str:
         """What the latents are of, noted in every shard, too."""
@@ -117,14 +132,46 @@ def latent_folder(path: str | Path, split: str = "train", *, reference_split: st
     return LatentData(tuple(means), tuple(stds), torch.cat(labels), names, index.vae, index.scaling_factor, where)
 
 
-def scale_of_split(path: str | Path, split: str) -> LatentScale | None:
-    """How a split's latents were scaled; None where there is no such split.
+@dataclass(frozen=True)
+class DecodedBy:
+    """What decodes a split's latents.
+
+    Attributes:
+        vae: folder or hub name of the autoencoder.
+        scale: how its latents were scaled.
+        scale_of_latents: whether the scale was measured on latents, for the autoencoder's config says none.
+    """
+
+    vae: str
+    scale: LatentScale
+    scale_of_latents: bool
+
+
+def decoded_by(path: str | Path, split: str) -> DecodedBy | None:
+    """What a split's index notes of its autoencoder; None where there is no such split.
 
     Raises:
         ValueError: its index is damaged.
     """
     folder = Path(path).expanduser()
-    return _read_index(folder, split).scale() if _index_file(folder, split).is_file() else None
+    if not _index_file(folder, split).is_file():
+        return None
+    index = _read_index(folder, split)
+    return DecodedBy(index.vae, index.scale(), bool(index.scale_of_latents))
+
+
+def measured_scale(path: str | Path, split: str, vae: str) -> LatentScale | None:
+    """The scale that was measured for a folder's splits of an autoencoder, other than this one; None for none.
+
+    Raises:
+        ValueError: an index is damaged.
+    """
+    folder = Path(path).expanduser()
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        noted = None if file.stem == split else decoded_by(folder, file.stem)
+        if noted is not None and noted.scale_of_latents and noted.vae == vae:
+            return noted.scale
+    return None
 
 
 def _label_order(index: _Index, reference: _Index, here: Path, there: Path) -> np.ndarray | None:
@@ -223,7 +270,8 @@ def write_shards(
     shard_rows: int,
     class_names: Sequence[str],
     vae: str,
-    scale: LatentScale,
+    scale: LatentScale | None,
+    scale_of_latents: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Write a split of a folder of latents. What is written appears under its names only when all of it is there;
@@ -233,11 +281,13 @@ def write_shards(
         folder: where; made if need be. Other splits in it stay.
         split: name of the split.
         rows: batches of any size of (mean, std, labels): floating (n, C, H, W) twice, std >= 0, both brought to `scale`
-            already, and int64 (n,); on any device. Held in memory: one shard.
+            already (without one the autoencoder's own), and int64 (n,); on any device. Held in memory: one shard.
         shard_rows: rows of a shard; the last one may have fewer.
         class_names: one name per class, in the order of the labels.
         vae: folder or hub name of the autoencoder, to be noted.
-        scale: how the autoencoder's latents were scaled, to be noted.
+        scale: how the autoencoder's latents were scaled, to be noted. None: measure each channel's mean and deviation,
+            and bring the rows to mean 0 and deviation 1 by them.
+        scale_of_latents: whether a given scale was measured, on another split.
         overwrite: whether to replace an existing split (at the end: should it fail, the old one stays).
 
     Returns:
@@ -265,20 +315,31 @@ def write_shards(
         "num_classes": len(class_names),
         "class_names": tuple(class_names),
         "vae": vae,
-        **dataclasses.asdict(scale),
+        "scale_of_latents": True if scale_of_latents or scale is None else None,
+        **dataclasses.asdict(scale or LatentScale(1.0)),
     }
     index = _Index.model_validate(values)
     # Inside the folder, not beside it: the same disk, even where the folder is a mount.
     with temporary_folder(folder, split) as temporary:
         counts = []
         shape: tuple[int, ...] = ()
-        with contextlib.closing(_shards(rows, shard_rows, len(class_names))) as shards:
+        statistics = _ChannelStatistics()
+        # What is still to be rescaled is rounded to half precision then, once.
+        dtype = torch.float32 if scale is None else torch.float16
+        with contextlib.closing(_shards(rows, shard_rows, len(class_names), dtype)) as shards:
             for number, tensors in enumerate(shards):
                 write_tensors(_shard(temporary, split, number), tensors, {_SOURCE: index.source()})
                 counts.append(len(tensors["labels"]))
                 shape = tuple(tensors["mean"].shape[1:])
+                if scale is None:
+                    statistics.add(tensors["mean"], tensors["std"])
         if not counts:
             raise ValueError(f"split {split!r}: there are no rows to write")
+        if scale is None:
+            scale = statistics.scale()
+            index = index.model_copy(update=dataclasses.asdict(scale))
+            for number in range(len(counts)):
+                _rescale(_shard(temporary, split, number), scale, {_SOURCE: index.source()})
         scale.check_channels(shape[0])
         index = index.model_copy(update={"rows": counts, "shape": shape})
         for old in _files(folder, split):
@@ -289,8 +350,50 @@ def write_shards(
     return sum(counts)
 
 
+class _ChannelStatistics:
+    """Mean and variance of each channel of latents as they are drawn from their posteriors, summed shard by shard."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum: Tensor = torch.zeros(())
+        self._squares: Tensor = torch.zeros(())
+
+    def add(self, mean: Tensor, std: Tensor) -> None:
+        """float32 (n, C, H, W) each."""
+        for rows, deviations in zip(mean.split(_AT_ONCE), std.split(_AT_ONCE), strict=True):
+            values, variances = rows.double(), deviations.double().square()
+            self._sum = self._sum + values.sum((0, 2, 3))
+            self._squares = self._squares + (values.square() + variances).sum((0, 2, 3))
+            self._count += values[:, 0].numel()
+
+    def scale(self) -> LatentScale:
+        """What brings them to mean 0 and deviation 1.
+
+        Raises:
+            ValueError: a channel never changes.
+        """
+        mean = self._sum / self._count
+        variance = self._squares / self._count - mean.square()
+        if not bool((variance > 0).all()):
+            channel = int((variance <= 0).nonzero()[0])
+            raise ValueError(
+                f"channel {channel} of the latents is {mean[channel]:.4g} everywhere; check the autoencoder"
+            )
+        return LatentScale(1.0, 0.0, tuple(mean.tolist()), tuple(variance.sqrt().tolist()))
+
+
+def _rescale(file: Path, scale: LatentScale, metadata: dict[str, str]) -> None:
+    """Bring a shard of an autoencoder's own latents, in float32, to a scale, in float16."""
+    with safe_open(file, framework="pt") as opened:
+        mean, std, labels = (opened.get_tensor(name) for name in ("mean", "std", "labels"))
+        shift, factor = scale.shift_and_factor(mean)
+        means = torch.cat([((rows - shift) * factor).half() for rows in mean.split(_AT_ONCE)])
+        stds = torch.cat([(rows * factor).half() for rows in std.split(_AT_ONCE)])
+    write_tensors(file, {"mean": means, "std": stds, "labels": labels.clone()}, metadata)
+
+
 def _shards(
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]], shard_rows: int, classes: int
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]], shard_rows: int, classes: int, dtype: torch.dtype
 ) -> Generator[dict[str, Tensor]]:
     """Check the batches and cut them anew; a yielded shard is valid until the next."""
     buffers: dict[str, Tensor] = {}
@@ -304,9 +407,10 @@ def _shards(
             )
         if labels.dtype != torch.int64 or labels.shape != mean.shape[:1]:
             raise ValueError(f"{where}: labels {labels.dtype} {tuple(labels.shape)}: must be int64 ({len(mean)},)")
-        parts = {"mean": mean.cpu().to(torch.float16), "std": std.cpu().to(torch.float16), "labels": labels.cpu()}
+        parts = {"mean": mean.cpu().to(dtype), "std": std.cpu().to(dtype), "labels": labels.cpu()}
         if not (parts["mean"].isfinite().all() and parts["std"].isfinite().all() and (parts["std"] >= 0).all()):
-            raise ValueError(f"{where}: mean and std must be finite in float16, and std >= 0; check the autoencoder")
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{where}: mean and std must be finite in {name}, and std >= 0; check the autoencoder")
         check_labels(parts["labels"], classes, "labels", rows + count)
         if not buffers:
             buffers = {name: part.new_empty((shard_rows, *part.shape[1:])) for name, part in parts.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..common.files import whole_file
 from ..core.partition import Partition
-from ..data.image_batches import to_uint8
 from ..noise import GaussianProcess
 from ..sampling import network_calls
 from .figures import save_figure
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = "osD^vP"  # blocks differ in shape too
 _DPI = 100
+_READABLE = 96  # pixels of the PNG
 
 
 # ---- files ------------------------------------------------------------------------------------------------
@@ -69,6 +69,28 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 1, gap: int
         ValueError: another shape or dtype, or a number out of its range.
     """
     save_png(_tile(images, columns, scale, gap), path)
+
+
+def save_pairs(images: Tensor, decoded: Tensor, path: Path, columns: int = 8) -> None:
+    """Write images and their reconstructions as one PNG: each row of images has that of its reconstructions below it.
+
+    Args:
+        images, decoded: uint8 (n, C, H, W), of one shape, n >= 1.
+        path: the PNG; its folder is made.
+        columns: images in a row, >= 1.
+    """
+    columns = min(columns, len(images))
+    missing = -len(images) % columns
+    if missing:  # a last row that is not full, or the pairs would not be below each other
+        white = torch.full_like(images[:1], 255).expand(missing, -1, -1, -1)
+        images, decoded = torch.cat([images, white]), torch.cat([decoded, white])
+    rows = [row for pair in zip(images.split(columns), decoded.split(columns), strict=True) for row in pair]
+    save_grid(torch.cat(rows), path, columns, scale=readable_scale(images))
+
+
+def readable_scale(images: Tensor) -> int:
+    """By what whole number pictures (..., H, W) are to be enlarged, so that things in them can be made out."""
+    return max(1, math.ceil(_READABLE / images.shape[-1]))
 
 
 def _tile(images: Tensor, columns: int, scale: int, gap: int) -> Tensor:
@@ -142,8 +164,7 @@ def draw_chain(
     noise: GaussianProcess,
     path: Path,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    pixels: Callable[[Tensor], Tensor],
     show: Sequence[str] = ("z", "denoised"),
     names: Sequence[str] | None = None,
     final: Tensor | None = None,
@@ -157,13 +178,13 @@ def draw_chain(
         partition: which block owns which level; its blocks give the colours.
         noise: the noise process.
         path: the PNG; its folder is made.
-        mean, std: of the data's normalisation, see `to_uint8`.
+        pixels: makes uint8 images (n, 1 or 3, H, W) of what the model sees, (n, C, h, w): `ImagesSection.to_pixels`.
         show: `z`, `denoised` (D) or both, a row each.
         names: one a chain, such as "seed 3", left of its rows; default "chain 0", "chain 1", ...
         final: what the chain ended with, (images, C, H, W); drawn as a last column.
 
     Raises:
-        ValueError: an empty chain; show, names or final not as above; see also `to_uint8`.
+        ValueError: an empty chain; show, names or final not as above.
     """
     if not chain.steps:
         raise ValueError("chain holds no step: pass it as the callback of sample_images first")
@@ -181,15 +202,16 @@ def draw_chain(
     columns: dict[str, list[Tensor]] = {"z": [], "denoised": []}
     for level, z, denoised in zip(chain.levels, chain.z, chain.denoised, strict=True):
         alpha, sigma = noise.alpha_sigma(level)
-        columns["z"].append(to_uint8(z / math.hypot(alpha, sigma / noise.sigma_data), mean, std))
-        columns["denoised"].append(to_uint8(denoised, mean, std))
+        columns["z"].append(pixels(z / math.hypot(alpha, sigma / noise.sigma_data)))
+        columns["denoised"].append(pixels(denoised))
     if final is not None:
-        last = to_uint8(final.detach().cpu(), mean, std)
+        last = pixels(final.detach())
         columns["z"].append(last)
         columns["denoised"].append(torch.full_like(last, 255) if "z" in show else last)
 
-    scale, gap, apart = max(1, math.ceil(76 / shape[3])), 4, 14  # wide enough for a title, in pixels of the PNG
-    cell_height, cell_width = shape[2] * scale, shape[3] * scale
+    size = columns["z"][0].shape
+    scale, gap, apart = max(1, math.ceil(76 / size[3])), 4, 14  # wide enough for a title, in pixels of the PNG
+    cell_height, cell_width = size[2] * scale, size[3] * scale
     count = len(columns["z"])
     groups = [
         _tile(torch.stack([column[i] for kind in show for column in columns[kind]]), count, scale, gap)
@@ -208,8 +230,7 @@ def draw_chain(
     paper.axis("off")
     axes = figure.add_axes((left / whole[0], bottom / whole[1], width / whole[0], height / whole[1]))
     axes.axis("off")
-    pixels = picture.permute(1, 2, 0).expand(-1, -1, 3).numpy()
-    axes.imshow(pixels, interpolation="none", aspect="auto")
+    axes.imshow(picture.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="none", aspect="auto")
 
     title = functools.partial(paper.text, ha="center", va="center", fontsize=8)
     blocks = [partition.block_of(level) for level in chain.levels]

@@ -181,11 +181,6 @@ class ImageGeneration(Task[SamplesConfig]):
                 f"evaluate.features: {options.features} needs images; for latents use inception or "
                 "efficientnet-lite0, with data.vae, or null"
             )
-        if getattr(recipe.data, "vae", None) is None:
-            raise ValueError(
-                f"evaluate.features: {options.features} sees decoded samples: name the latents' autoencoder "
-                "in data.vae, or set evaluate.features to null"
-            )
 
     def splits(self, options: SamplesConfig) -> tuple[str, ...]:
         """Both, to compare with; none where only pictures are drawn."""
@@ -211,6 +206,8 @@ class ImageGeneration(Task[SamplesConfig]):
             return
         kind, splits = FEATURE_KINDS[options.features], experiment.splits
         kind.check_installed(options.features)
+        if experiment.recipe.data.examples == "latents":  # else what no autoencoder decodes is told after training
+            images_of(experiment).to_pixels(experiment.device)
         if kind.is_trained and (data := splits.get("train", splits.get("test"))) is not None:
             saved_classifier(experiment, data)
 
@@ -347,7 +344,7 @@ def draw_samples(
     from ...common.files import check_writable
     from ...common.machine import host_memory
     from ...evaluation.sample_quality import pieces_of, sample_batch
-    from ...reports.pictures import Chain, draw_chain, draw_routing, save_grid, save_png
+    from ...reports.pictures import Chain, draw_chain, draw_routing, readable_scale, save_grid, save_png
     from ...targets import ImageTarget, check_labels
 
     target = model.target
@@ -394,8 +391,7 @@ def draw_samples(
 
     columns = len(turns) if 2 <= len(turns) <= 20 else math.ceil(math.sqrt(count))
     grid, routing, steps = folder / "grid.png", folder / "routing.png", folder / "chain.png"
-    scale = max(1, 48 // pictures.shape[-1])
-    save_grid(pictures, grid, columns, scale=scale)
+    save_grid(pictures, grid, columns, scale=readable_scale(pictures))
     levels = noise.sampling_levels(setting.steps, setting.grid)
     draw_routing(
         model.partition,
@@ -406,20 +402,10 @@ def draw_samples(
         churn=setting.churn,
         churn_interval=setting.churn_interval,
     )
-    paths = [grid, routing]
-    if section.examples == "images":  # a chain of latents would have to be decoded step by step
-        pixel_section: Any = section
-        names = [f"seed {first + i}" for i in range(len(final))]
-        draw_chain(
-            chain,
-            model.partition,
-            noise,
-            steps,
-            **pixel_section.normalisation,
-            names=names,
-            final=final,
-        )
-        paths.append(steps)
+    names = [f"seed {first + i}" for i in range(len(final))]
+    on_device: Callable[[Tensor], Tensor] = lambda values: pixels(values.to(model.device)).cpu()  # noqa: E731
+    draw_chain(chain, model.partition, noise, steps, pixels=on_device, names=names, final=final)
+    paths = [grid, routing, steps]
     if files:
         for i, image in enumerate(pictures):
             label = f"-{turns[i % len(turns)]:04d}" if turns else ""

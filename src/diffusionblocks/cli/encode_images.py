@@ -1,0 +1,77 @@
+"""diffusionblocks encode."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..common.choices import choice_of
+
+#: What the reconstructions of an encoded split are of.
+_OF_SOURCE = ("source", "out", "split", "size", "device", "image_column", "label_column", "num_classes")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `encode`."""
+    parser.set_defaults(run=run, way_on="nothing of the split was written; run the same command again")
+    add = parser.add_argument
+    add(
+        "--source",
+        required=True,
+        help="folder with <split>*.parquet files in the hub's schema, or pictures in <split>/<class>/, or a hub name",
+    )
+    add(
+        "--vae",
+        required=True,
+        help="an autoencoder of diffusers, as a folder or a hub name such as stabilityai/sd-vae-ft-ema, or a folder "
+        "with TAESD's *encoder.safetensors and *decoder.safetensors",
+    )
+    add("--out", type=Path, required=True, help="folder of the latents")
+    add("--split", default="train", help="split of the source, and of the latents (default: %(default)s)")
+    add("--size", type=int, default=256, help="height and width in pixels (default: %(default)s)")
+    add(
+        "--statistics",
+        type=choice_of(_statistics),
+        default="auto",
+        metavar="WHERE",
+        help="mean and deviation of the latents: config (the autoencoder's), measured (of each channel, on the split "
+        "that is encoded first), or auto (the config's where it says any; the default)",
+    )
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--batch-size", type=int, default=32, help="images encoded at a time (default: %(default)s)")
+    add("--device", default="auto", help="device of PyTorch (default: the GPU if there is one)")
+    add("--shard-rows", type=int, default=4096, help="rows of a file (default: %(default)s)")
+    add("--image-column", help="column with the images (default: img or image)")
+    add("--label-column", help="column with the integer labels (default: label or fine_label)")
+    add("--num-classes", type=int, help="number of classes, where the label column has no class names")
+    add("--workers", type=int, help="threads that decode and resize (default: one per processor, at most 16)")
+    add("--overwrite", action="store_true", help="replace the split in the folder of the latents")
+    add("--check", type=int, default=16, metavar="N", help="images that are decoded again (default: %(default)s)")
+    add("--figure", type=Path, help="draw these images, and below each what was decoded, to this PNG")
+
+
+def _statistics() -> tuple[str, ...]:
+    from ..data.encode import STATISTICS
+
+    return STATISTICS
+
+
+def run(options: argparse.Namespace) -> None:
+    """Encode images, and say how well the autoencoder gives them back."""
+    from ..data.encode import encode_images, reconstructions
+    from ..evaluation.reconstruction import psnr
+    from ..reports.pictures import save_pairs
+
+    if options.check < 0 or (options.figure and not options.check):
+        least = "at least 1 for --figure" if options.figure else "at least 0"
+        raise ValueError(f"--check {options.check}: must be {least}")
+    values = {name: value for name, value in vars(options).items() if name not in ("run", "way_on", "check", "figure")}
+    data = encode_images(**values, progress=True)
+    print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options.out}")
+    if options.check:
+        of_source = {name: values[name] for name in _OF_SOURCE}
+        images, decoded = reconstructions(**of_source, count=options.check)
+        print(f"decoded from the files: PSNR {psnr(images, decoded):.2f} dB, mean of the first {len(images)} images")
+        if options.figure:
+            save_pairs(images, decoded, options.figure)
+            print(f"images, and below each what was decoded, drawn to {options.figure}")
