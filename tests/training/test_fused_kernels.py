@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import seeded, tiny
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional as F
@@ -19,8 +19,14 @@ import diffusionblocks as db
 from diffusionblocks.layers.fused_mlp import Tiles, _FusedMLP, fused_mlp, supported
 from diffusionblocks.layers.short_attention import _factors, attention_backward, attention_forward, short_attention
 from diffusionblocks.training import EndToEnd, TrainConfig
-from diffusionblocks.training.compilation import Compiler
-from diffusionblocks.training.graph_rewrites import fuse_mlps, merge_projections, rewriting, shorten_attention
+from diffusionblocks.training.compilation import Compiler, sampling_options
+from diffusionblocks.training.graph_rewrites import (
+    fuse_mlps,
+    join_gelus,
+    merge_projections,
+    rewriting,
+    shorten_attention,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
@@ -257,3 +263,59 @@ def test_a_block_and_a_whole_model_are_rewritten_alike() -> None:
         assert (seen[fused_mlp], seen[short_attention], seen[torch.split]) == (1, 1, 1)
         torch.testing.assert_close(losses[True][0], losses[False][0], rtol=0.01, atol=0)
         assert error(losses[True][1], losses[False][1].double()) < 0.05
+
+
+# ---- for sampling -------------------------------------------------------------------------------------------
+
+
+def gelus_joined(model: nn.Module, x: Tensor) -> tuple[int, Tensor]:
+    """How many products got their GELU, and what the compiled model gives, without gradients."""
+    counts: list[int] = []
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Any:
+        counts.append(join_gelus(graph, "cpu"))
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        output = torch.compile(model, backend=backend)(x)
+    return sum(counts), output
+
+
+def test_a_product_and_its_gelu_become_one_for_inference() -> None:
+    torch.manual_seed(0)
+
+    def mlp(approximate: str) -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 64), nn.GELU(approximate=approximate), nn.Linear(64, 16)).bfloat16()
+
+    x = torch.randn(2, 5, 16)
+    model = mlp("tanh")
+    count, output = gelus_joined(model, x.bfloat16())
+    assert count == 1
+    plain = copy.deepcopy(model).float()(x.bfloat16().float())
+    assert error(output, plain) < 0.01
+    assert error(output, plain) <= error(model(x.bfloat16()), plain) * 1.05, "it rounds once less"
+    assert gelus_joined(mlp("none"), x.bfloat16())[0] == 0, "another function"
+    assert gelus_joined(mlp("tanh").float(), x)[0] == 0, "no bfloat16"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gelus_joined(mlp("tanh").float(), x)[0] == 0, "weights that autocast casts"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_product_with_its_gelu_on_a_gpu() -> None:
+    x, _, w1, b1, *_ = operands(512, 384, 1536, torch.bfloat16, "cuda")
+    expected = F.gelu(F.linear(x.double(), w1.double(), b1.double()), approximate="tanh")
+    assert error(torch.ops.diffusionblocks.linear_gelu(x, w1, b1), expected) < 0.004
+
+
+def test_a_compiled_sampler_draws_the_same_images() -> None:
+    model = db.convert(tiny("dit"), db.BlocksConfig(num_blocks=3)).eval()
+    torch._dynamo.reset()
+    options = sampling_options(torch.device("cpu"), on_gpu=True)
+    backend = rewriting(lookup_backend("eager"), ("gelu",), "cpu")
+    sampler = model.sampler(cuda_graph=True, dtype=torch.bfloat16, compile={**options, "backend": backend})
+    plain = model.sampler(dtype=torch.bfloat16).sample([1, 2], steps=4, guidance=2.0, guidance_interval=(0.1, 20.0))
+    images = sampler.sample([1, 2], steps=4, guidance=2.0, guidance_interval=(0.1, 20.0))
+    assert error(images, plain) < 0.05
+    assert not torch.equal(images, plain), "the GELUs were joined to their products"
+    assert all(part._compiled_call_impl is None for part in model.modules()), "the model itself stays as it is"

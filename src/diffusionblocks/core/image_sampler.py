@@ -48,7 +48,7 @@ class ImageSampler:
             Without effect on other devices.
         dtype: dtype that the network computes in, such as torch.bfloat16: a copy of its weights, which autocast then
             leaves alone. z, levels, preconditioning and the solver stay float32. None: the model's own weights.
-        compile: torch.compile the layers, for static shapes.
+        compile: torch.compile the layers, for static shapes; or further options of torch.compile for that.
 
     Raises:
         ValueError: no diffusion model, a dtype that is not floating, or graphs or a copy of a model whose blocks take
@@ -61,7 +61,7 @@ class ImageSampler:
         *,
         cuda_graph: bool = False,
         dtype: torch.dtype | None = None,
-        compile: bool = False,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         if model.family.target != "image":
             model.inference.refuse("sampler", "diffusion models")
@@ -76,8 +76,12 @@ class ImageSampler:
         self.cuda_graph = cuda_graph
         self.dtype = dtype
         self.network = model if dtype is None else copy.deepcopy(model).to(dtype).requires_grad_(False)
-        if compile:
-            self.network.compile_layers(dynamic=False)
+        if compile is not False:
+            options = {} if compile is True else dict(compile)
+            dynamo: Any = torch._dynamo.config
+            # Each batch size is a graph of its own; past the limit torch would quietly run the others eagerly.
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * (1 + len(self.network.blocks)))
+            self.network.compile_layers(**{"dynamic": False, **options})
         self._calls: dict[Hashable, StaticCalls] = {}
         self._addresses: tuple[int, ...] = ()
 

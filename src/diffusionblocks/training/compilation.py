@@ -74,6 +74,19 @@ def _inductor(options: dict[str, Any] | None) -> Callable[..., Any]:
     return lambda graph, inputs: torch._inductor.compile(graph, inputs, options)
 
 
+def sampling_options(device: torch.device, *, on_gpu: bool | None = None) -> dict[str, Any]:
+    """torch.compile's options for a network that samples: static shapes, and kernels that need no backward pass.
+
+    Args:
+        device: where the network runs.
+        on_gpu: rewrite graphs as for a GPU, wherever they run; None: where they run on one.
+    """
+    backend: Any = "inductor"
+    if device.type == "cuda" if on_gpu is None else on_gpu:
+        backend = rewriting(_inductor(None), ("gelu",), device.type)
+    return {"backend": backend, "dynamic": False}
+
+
 def within_budget(
     budget: float, backend: Callable[..., Any] | None, options: dict[str, Any] | None
 ) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from ..layers.fused_mlp import fused_mlp, supported
+from ..layers.linear_gelu import linear_gelu
 from ..layers.short_attention import is_short, short_attention
 
 #: Products of inputs wider than this are large enough by themselves.
@@ -31,10 +32,11 @@ def rewriting(
 
     Args:
         compile_graph: the other backend.
-        names: what to rewrite, as in `TrainConfig.fused_kernels`.
+        names: what to rewrite, as in `TrainConfig.fused_kernels`; `gelu` too, where nothing is differentiated.
         device_type: rewrite only what runs there.
     """
     rewrites = {"mlp": fuse_mlps, "projections": merge_projections, "attention": shorten_attention}
+    rewrites["gelu"] = join_gelus
 
     def rewrite_and_compile(graph: fx.GraphModule, inputs: Any) -> Any:
         for part in graph.modules():  # what activation checkpointing computes again is a graph in the graph
@@ -70,6 +72,34 @@ def fuse_mlps(graph: fx.GraphModule, device_type: str = "cuda") -> int:
             fused = graph.graph.call_function(fused_mlp, (x, w1, b1, w2, b2))
         _replace(second, fused)
         for node in (second, gelu, first):
+            graph.graph.erase_node(node)
+        count += 1
+    if count:
+        graph.recompile()
+    return count
+
+
+def join_gelus(graph: fx.GraphModule, device_type: str = "cuda") -> int:
+    """Replace linear, GELU in its tanh form, both in bfloat16, by `linear_gelu`: for inference. Returns how many."""
+    count = 0
+    for gelu in list(graph.graph.nodes):
+        if gelu.target not in _GELU or gelu.kwargs.get("approximate", "none") != "tanh":
+            continue
+        linear = gelu.args[0]
+        if not isinstance(linear, fx.Node) or linear.target not in _LINEAR or len(linear.users) != 1:
+            continue
+        x, weight, bias = _operands(linear)
+        # Under autocast the weights are of float32, and cast where they are used.
+        if (
+            bias is None
+            or not _lower(linear, device_type)
+            or {_dtype(n) for n in (x, weight, bias)} != {torch.bfloat16}
+        ):
+            continue
+        with graph.graph.inserting_before(gelu):
+            joint = graph.graph.call_function(linear_gelu, (x, weight, bias))
+        _replace(gelu, joint)
+        for node in (gelu, linear):
             graph.graph.erase_node(node)
         count += 1
     if count:

@@ -294,8 +294,11 @@ def sampler_of(options: SamplesConfig, model: DiffusionBlocks) -> ImageSampler:
     """The model's sampler, as a recipe's `evaluate` section says."""
     import torch
 
+    from ...training.compilation import sampling_options
+
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return model.sampler(cuda_graph=options.cuda_graph, dtype=dtype, compile=options.compile)
+    compile = sampling_options(model.device) if options.compile else False
+    return model.sampler(cuda_graph=options.cuda_graph, dtype=dtype, compile=compile)
 
 
 def images_of(experiment: Experiment) -> ImagesSection:
