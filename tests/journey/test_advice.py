@@ -96,6 +96,16 @@ ELSEWHERE = {
         ("that trains all blocks in one process", "holds a run whose blocks train apart"),
         "training/test_parts.py::test_a_run_goes_on_only_as_what_it_was",
     ),
+    **dict.fromkeys(
+        (
+            "captures steps whose weights lie still",
+            "scales its state by stretches of a whole weight",
+            "under parallel.within_block = shard no rank has them whole",
+            "is a single number, which FSDP cannot cut",
+            "parallel.within_block = shard needs a newer torch",
+        ),
+        "training/test_shards.py::test_what_cannot_be_shared_out_is_refused",
+    ),
     "steps before the gradients of all {group.size} ranks": (
         "training/test_parallel.py::test_what_a_group_cannot_train_is_refused"
     ),

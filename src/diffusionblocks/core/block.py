@@ -213,6 +213,19 @@ class Block(nn.Module):
         """The block's layers, in order."""
         return [self.network.get_submodule(path) for path in self.layer_paths]
 
+    def layer_groups(self) -> list[list[nn.Module]]:
+        """Each layer with its adaptive norms, if it has any: what computes together, for FSDP to gather.
+
+        A layer is left out if stem or head are a part of it.
+        """
+        adaptive = [[norms] for norms in self.adaptive] or [[] for _ in self.layer_paths]
+        shared = (*self.family.stem, *self.family.head)
+        return [
+            [*norms, self.network.get_submodule(path)]
+            for norms, path in zip(adaptive, self.layer_paths, strict=True)
+            if not any(part.startswith(f"{path}.") for part in shared)
+        ]
+
     def parts(self) -> list[nn.Module]:
         """The original model's modules in the block: its layers, and its copies of stem and head."""
         return parts_in(self.network)

@@ -139,15 +139,18 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True, g
         _check_round(start, end, folder)
         trainer.train(until=end)
         start_time = perf_counter()
-        losses = mean_losses(
-            model.block(0),
-            trainer.stepper.batches,
-            grid,
-            examples=options.examples,
-            batch_size=options.batch_size or recipe.train.batch_size,
-            precision=recipe.train.precision,
-            seed=recipe.train.seed,
-        )
+        losses = [0.0] * len(grid)
+        with trainer.residency.whole(0) as block:
+            if isinstance(block, Block):
+                losses = mean_losses(
+                    block,
+                    trainer.stepper.batches,
+                    grid,
+                    examples=options.examples,
+                    batch_size=options.batch_size or recipe.train.batch_size,
+                    precision=recipe.train.precision,
+                    seed=recipe.train.seed,
+                )
         if group is not None:  # levels must be the same to the last bit
             losses = group.of_first(losses)
         noise = dataclasses.replace(

@@ -23,6 +23,7 @@ from ..evaluation.work import ALONE, SharedWork
 from ..training import Diverged
 from ..training.ranks import Group, Place, Ranks
 from ..training.run_log import ProgressLines
+from ..training.shards import check_shards
 from . import run
 from .experiment import Experiment
 from .parts import (
@@ -146,12 +147,15 @@ def _train_over_ranks(
         stack.enter_context(work.ending())
         apart = has_parts(experiment)
         rows = mesh_rows(place.world, units_in(experiment)) if apart else 1
+        shard = experiment.recipe.parallel.within_block == "shard"
+        before_parts = {key for key, *_ in stages(experiment.recipe)} & {"fit", "trunk"}
         if ranks.leads:
+            if shard and (rows < place.world or before_parts):
+                check_shards(experiment.recipe.train)
             stack.enter_context(folder_lock(folder))
             (check_parts if apart else prepare)(experiment, folder, resume=resume, measure=measure)
             ranks.tell("begin", lock_text(folder))
-        before_parts = {key for key, *_ in stages(experiment.recipe)} & {"fit", "trunk"}
-        everyone = ranks.groups(experiment.device, 1) if before_parts or not apart else None
+        everyone = ranks.groups(experiment.device, 1, shard=shard) if before_parts or not apart else None
         say(f"ranks: {place.world}, {rows} of whose groups train side by side" if apart else f"ranks: {place.world}")
         experiment, before = begin(experiment, folder, say=say, progress=progress and ranks.leads, group=everyone)
         receivers = functools.partial(_receivers, experiment, loggers, progress)
@@ -161,7 +165,7 @@ def _train_over_ranks(
         if ranks.leads:
             ranks.tell("parts", json.dumps([part.index for part in missing_parts([*parts.values()])]))
         order = json.loads(ranks.wait_for("parts", 0))
-        group = ranks.groups(experiment.device, rows)
+        group = ranks.groups(experiment.device, rows, shard=shard)
         size = place.world // rows
         row, leads_row = place.rank // size, place.rank % size == 0
         for index in order[row::rows]:

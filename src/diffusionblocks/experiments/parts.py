@@ -136,7 +136,9 @@ def train_unit(
         progress: show a progress bar.
         group: ranks that train it together.
     """
-    trunk = read_trunk(experiment, run) if has_trunk(experiment) else None
+    # Where a unit is shared out, no device need have room for a whole trunk with its optimizer state.
+    of_trunk = experiment.on("cpu") if group is not None and group.shards else experiment
+    trunk = read_trunk(of_trunk, run) if has_trunk(experiment) else None
     trainer = blocks_trainer(experiment, folder, trunk, loggers=loggers, progress=progress, group=group)
     del trunk  # and its memory
     trainer.train()

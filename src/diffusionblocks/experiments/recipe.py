@@ -81,12 +81,15 @@ class ParallelConfig(_Section):
     """How several processes share a run, under torchrun; one process reads nothing of it.
 
     Attributes:
-        within_block: What ranks of one block share, where there are more ranks than blocks: `replicate` holds the block
-            on each, gives each some rows of every batch, and sums the gradients.
+        within_block: What ranks of one block share, where there are more ranks than blocks; also in the fit, the trunk
+            and the end-to-end model, which all ranks train together. Each computes some rows of every batch, and
+            gradients are summed. `replicate` holds the whole block on each. `shard` gives each some rows of its
+            weights, gradients, optimizer state and average (FSDP2, layer by layer), and gathers a layer when it
+            computes.
         timeout: Seconds without a sign of life after which a rank counts as dead, and the others stop.
     """
 
-    within_block: Literal["replicate"] = "replicate"
+    within_block: Literal["replicate", "shard"] = "replicate"
     timeout: Float = Field(default=600.0, ge=1, le=10**6)
 
 

@@ -4,9 +4,10 @@ Peaks are the planner's, plus what each way to share keeps. Bytes between GPUs a
 
     blocks, a GPU each      nothing
     blocks, d GPUs each     all-reduce of a block's gradients:  2 (d - 1) / d G_block
+                            (`parallel.within_block: shard`: as FSDP2, of a block and d)
     DDP                     all-reduce of all gradients:        2 (N - 1) / N G
-    FSDP2                   all-gather of the weights, forward and backward, and reduce-scatter of the gradients:
-                            (N - 1) / N (2 P + G)
+    FSDP2                   all-gather of the layers' weights, forward and backward, and of the others' once, and
+                            reduce-scatter of the gradients, for each micro-batch: (N - 1) / N (2 L + O + G)
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
 
 from ..common.modules import bytes_of
-from ..core.block import Block
 from ..experiments.baselines import variants
 from ..experiments.experiment import Experiment
 from ..experiments.parts import has_parts
 from ..experiments.recipe import Recipe
 from ..experiments.recipe_changes import depth_of
 from ..families import family_named
+from ..training import Unit
 from ..training.ranks import TOGETHER
+from ..training.shards import gathered_dtype
 from .ledger import Forecast
 from .planner import parse_budget, plan_with, with_changes
 from .predictor import Predictor
@@ -145,7 +147,10 @@ def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> Parall
     largest = None
     if batch:
         alone = Predictor(with_changes(recipe, changes), predictor.num_examples)
-        fit = plan_with(alone, gpus.memory, vary="batch").batch
+        # Where a block is shared out, what a GPU need not hold of it is free for examples.
+        there = predictor.forecast(with_changes(recipe, changes | {"train.batch_size": row.batch_per_gpu})).ledger.peak
+        free = max(0, there - row.peak)
+        fit = plan_with(alone, gpus.memory + free, vary="batch").batch
         largest = None if fit is None else int(fit.changes["train.batch_size"]) * row.mesh[1]
     del changes["train.resident"]  # which a run in parts does not need
     return ParallelPlan(gpus, (row, *_end_to_end(predictor, gpus, row)), changes, largest)
@@ -174,10 +179,13 @@ def _of_blocks(predictor: Predictor, gpus: Gpus, changes: dict[str, Any], many: 
     mesh = min(many, gpus.count), max(1, gpus.count // many)
     share = math.ceil(recipe.train.batch_size / mesh[1])
     changed = with_changes(recipe, changes | {"train.batch_size": share})
-    gradients = max(bytes_of(unit.own) for unit in predictor.units(changed))
-    copies = min(gradients, TOGETHER * 4) if mesh[1] > 1 else 0  # of the gradients that travel together
-    peak = predictor.forecast(changed).ledger.peak + copies
-    traffic_bytes = _ring(2 * gradients, mesh[1])
+    if mesh[1] > 1 and recipe.parallel.within_block == "shard":
+        peak, traffic_bytes = _shared_out(predictor, changed, mesh[1])
+    else:
+        gradients = max(bytes_of(unit.own) for unit in predictor.units(changed))
+        copies = min(gradients, TOGETHER * 4) if mesh[1] > 1 else 0  # of the gradients that travel together
+        peak = predictor.forecast(changed).ledger.peak + copies
+        traffic_bytes = _ring(2 * gradients, mesh[1])
     over = traffic_bytes if gpus.spans_machines(mesh[1]) else 0
     row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, traffic_bytes, over, peak <= gpus.memory)
     return row, dict(changes)
@@ -188,17 +196,9 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
     share = max(1, math.ceil(predictor.recipe.train.batch_size / max(blocks.blocks, gpus.count)))
     whole = with_changes(_whole(predictor.recipe), {"train.batch_size": share, "train.resident": "all"})
     forecast, (unit,) = predictor.forecast(whole), predictor.units(whole)
-    weights, gradients = bytes_of(unit.module.parameters()), bytes_of(unit.own)
-    computed = weights // 2 if whole.train.precision == "bfloat16" and whole.model.dtype == "float32" else weights
-    persistent = sum(forecast.persistent.values())
-    ddp = persistent + gradients + _activations(forecast)  # the buckets are there from the beginning
-    apart = sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema")) + gradients
-    layers = _layers(whole, unit.module)
-    layer = max(bytes_of(each.parameters()) for each in layers)
-    others = weights - sum(bytes_of(each.parameters()) for each in layers)  # stem and head are gathered as one
-    gathered = (2 * layer + others) * computed // weights + layer
-    whole_only = persistent - sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema"))
-    fsdp = whole_only + math.ceil(apart / gpus.count) + gathered + _activations(forecast)
+    gradients = bytes_of(unit.own)
+    # DDP's buckets are there from the beginning.
+    ddp = sum(forecast.persistent.values()) + gradients + _activations(forecast)
 
     def row(method: str, peak: int, traffic_bytes: int) -> Row:
         over = traffic_bytes if gpus.machines > 1 else 0
@@ -208,22 +208,46 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
 
     return (
         row("ddp", ddp, _ring(2 * gradients, gpus.count)),
-        row("fsdp2", fsdp, _ring(2 * computed + gradients, gpus.count)),
+        row("fsdp2", *_shared_out(predictor, whole, gpus.count)),
     )
+
+
+def _shared_out(predictor: Predictor, recipe: Recipe, ranks: int) -> tuple[int, int]:
+    """Peak of a GPU, and bytes that it sends in a step, where FSDP2 shares each unit out over so many.
+
+    Beside its rows a GPU has stem and head whole, and two layers: the one that computes, and the next. In the backward
+    pass a layer's gradients are there, and the copy of them that is summed; at its end those of stem and head.
+    """
+    forecast = predictor.forecast(recipe)
+    rows = sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema"))
+    gathered, traffic_bytes, gradients = map(
+        max, zip(*(_gathered(unit, predictor, recipe) for unit in predictor.units(recipe)), strict=True)
+    )
+    whole_only = sum(forecast.persistent.values()) - rows
+    peak = whole_only + math.ceil((rows + gradients) / ranks) + gathered + _activations(forecast)
+    return peak, _ring(traffic_bytes * recipe.train.accumulation, ranks)
+
+
+def _gathered(unit: Unit, predictor: Predictor, recipe: Recipe) -> tuple[int, int, int]:
+    """Of a unit that is shared out: bytes that are there whole at a time, that travel in a step, and of gradients."""
+    lower = gathered_dtype(recipe.train, torch.device("cuda" if predictor.on_gpu else "cpu"))
+    module: Any = unit.module
+    gathered, of_layers = [], []
+    for parts in module.layer_groups():
+        parameters = [p for part in parts for p in part.parameters()]
+        of_layers.append(bytes_of(parameters))
+        gathered.append(sum(p.numel() * (lower or p.dtype).itemsize for p in parameters))
+    others = bytes_of(module.parameters()) - sum(of_layers)
+    layer = max(of_layers, default=0)
+    gradients = bytes_of(unit.own)
+    there = 2 * others + max(3 * max(gathered, default=0) + layer, others)
+    return there, 2 * sum(gathered) + others + gradients, gradients
 
 
 def _whole(recipe: Recipe) -> Recipe:
     """The end-to-end recipe of all layers."""
     alone = recipe.model_copy(update={"train": recipe.train.model_copy(update={"blocks": None})})
     return variants(alone)[0].recipe
-
-
-def _layers(recipe: Recipe, module: nn.Module) -> list[nn.Module]:
-    """The layers of the end-to-end model."""
-    if isinstance(module, Block):
-        return module.layers()
-    model: Any = module.model
-    return [model.get_submodule(path) for path in family_named(recipe.model.type).layer_paths(model)]
 
 
 def _activations(forecast: Forecast) -> int:

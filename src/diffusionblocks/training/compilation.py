@@ -24,6 +24,7 @@ class Compiler:
         backend: of torch.compile; None is inductor, with the options that suit the device.
         dynamic: of torch.compile.
         on_gpu: rewrite graphs as for a GPU, wherever they run; None: where they run on one.
+        by_parts: compile blocks by their parts, whatever the configuration says.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class Compiler:
         backend: Callable[..., Any] | None = None,
         dynamic: bool | None = None,
         on_gpu: bool | None = None,
+        by_parts: bool = False,
     ) -> None:
-        self._by_parts = config.compile == "layers" or config.optimizer_in_backward
+        self._by_parts = by_parts or config.compile == "layers" or config.optimizer_in_backward
         options = _inductor_options(config, device) if backend is None else None
         if config.activation_memory_budget < 1:
             backend, options = within_budget(config.activation_memory_budget, backend, options), None

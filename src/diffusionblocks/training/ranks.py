@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Elements of gradients that travel together: bounds the memory of their copy.
 TOGETHER = 2**25
@@ -195,7 +195,7 @@ class Ranks:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
-    def groups(self, device: torch.device, blocks: int) -> Group | None:
+    def groups(self, device: torch.device, blocks: int, *, shard: bool = False) -> Group | None:
         """The group of this rank in a mesh of (block, data): ranks of one row train one block together.
 
         Every rank calls it, or none.
@@ -203,6 +203,7 @@ class Ranks:
         Args:
             device: of this rank.
             blocks: rows of the mesh; they divide the number of ranks.
+            shard: whether the ranks of a row share the block itself out, too.
 
         Returns:
             None where a row is one rank.
@@ -221,7 +222,7 @@ class Ranks:
         from torch.distributed.device_mesh import init_device_mesh  # takes a second
 
         mesh = init_device_mesh(device.type, (blocks, self.place.world // blocks), mesh_dim_names=("block", "data"))
-        return Group(mesh["data"].get_group(), device)
+        return (ShardGroup if shard else Group)(mesh["data"], device)
 
     def _leave(self) -> None:
         """Leave the others; the first rank last, if they are not long: its process may hold what they still read."""
@@ -242,14 +243,22 @@ class Ranks:
 class Group:
     """Ranks that train one unit together: each computes some rows of every batch, and gradients are summed.
 
+    Each has the whole unit.
+
     Attributes:
+        mesh: torch's mesh of them, of one dimension.
+        device: of this rank.
         size: how many ranks.
         rank: number of this one in the group.
+        shards: whether the unit itself is shared out.
     """
 
-    def __init__(self, process_group: Any, device: torch.device) -> None:
-        self._group = process_group
-        self._device = device
+    shards = False
+
+    def __init__(self, mesh: Any, device: torch.device) -> None:
+        self.mesh = mesh
+        self._group = process_group = mesh.get_group()
+        self.device = device
         self.size = torch.distributed.get_world_size(process_group)
         self.rank = torch.distributed.get_rank(process_group)
         self._first = torch.distributed.get_global_rank(process_group, 0)
@@ -272,19 +281,85 @@ class Group:
             parts = flat.split([tensor.numel() for tensor in piece])
             torch._foreach_copy_(piece, [part.view(tensor.shape) for part, tensor in zip(parts, piece, strict=True)])
 
+    def add_up_step(self, gradients: Sequence[Tensor], loss: Tensor) -> None:
+        """Replace gradients and loss, of which each rank has its share, by their sums over the group."""
+        self.add_up([*gradients, loss])
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of all gradients of the unit."""
+        return nn.utils.get_total_norm(gradients)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within it, steps are computed."""
+        yield
+
     def largest(self, values: Sequence[int]) -> list[int]:
         """Of each value the largest in the group. Waits for the device."""
-        together = torch.tensor(values, dtype=torch.int64, device=self._device)
+        together = torch.tensor(values, dtype=torch.int64, device=self.device)
         with _translated(_PARTNER_IS_GONE):
             torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, group=self._group)
             return together.tolist()  # type: ignore[no-any-return]
 
     def of_first(self, values: Sequence[float]) -> list[float]:
         """The values of the rank that leads. Waits for the device."""
-        together = torch.tensor(values, dtype=torch.float64, device=self._device)
+        together = torch.tensor(values, dtype=torch.float64, device=self.device)
         with _translated(_PARTNER_IS_GONE):
             torch.distributed.broadcast(together, self._first, group=self._group)
             return together.tolist()  # type: ignore[no-any-return]
+
+
+class ShardGroup(Group):
+    """As `Group`, of ranks each of which has some rows of every weight: see `shards.py`."""
+
+    shards = True
+
+    def add_up_step(self, gradients: Sequence[Tensor], loss: Tensor) -> None:
+        """Replace the loss by its sum over the group: gradients were summed in the backward pass."""
+        self.add_up([loss])
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of all gradients of the unit, of which each rank has its rows."""
+        square = nn.utils.get_total_norm(gradients).float().square()
+        self.add_up([square])
+        return square.sqrt()
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Let errors of collectives that FSDP starts say what is the matter."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():
+                raise RankLost(_reason(_PARTNER_IS_GONE, error)) from error
+            raise
+
+    def gathered(self, rows: Tensor, like: Any) -> Tensor:
+        """All rows of a tensor, on the device.
+
+        Args:
+            rows: of this rank.
+            like: a tensor of torch's DTensor that is cut alike.
+        """
+        from torch.distributed.tensor import DTensor
+
+        cut: Any = DTensor.from_local(rows, self.mesh, like.placements, shape=like.shape, stride=like.stride())
+        with _translated(_PARTNER_IS_GONE):
+            return cut.full_tensor()  # type: ignore[no-any-return]
+
+    def scattered(self, whole: Tensor, like: Any) -> Tensor:
+        """This rank's rows of a tensor that the rank that leads has, on the device.
+
+        Args:
+            whole: of the rank that leads; of the others only shape and dtype count.
+            like: a tensor of torch's DTensor that is cut alike.
+        """
+        from torch.distributed.tensor import distribute_tensor
+
+        values = whole.to(self.device) if self.leads else torch.empty_like(whole, device=self.device)
+        with _translated(_PARTNER_IS_GONE):
+            cut: Any = distribute_tensor(values, self.mesh, like.placements)
+        return cut.to_local()  # type: ignore[no-any-return]
 
 
 def _below(name: str, store: Any) -> Any:
@@ -321,4 +396,8 @@ def _translated(what: str) -> Iterator[None]:
     except (RankLost, StoppedWithOthers):
         raise
     except RuntimeError as error:
-        raise RankLost(f"{what} ({' '.join(str(error).split())[:200]}): run the same command again") from error
+        raise RankLost(_reason(what, error)) from error
+
+
+def _reason(what: str, error: RuntimeError) -> str:
+    return f"{what} ({' '.join(str(error).split())[:200]}): run the same command again"

@@ -8,13 +8,15 @@ the tensors of any unit of the same shape can be bound; so units of one shape sh
   `Slot` is how units of one shape use it. The other units wait in host buffers (`host_buffers.py`). At a switch both
   directions of the bus work at once: while one chunk of the next unit comes in, a chunk of the last one goes out. The
   next forward pass waits for the weights alone; optimizer state and averages follow while it computes.
+
+Ranks that train one unit together may share it out as well: see `shards.py`.
 """
 
 from __future__ import annotations
 
 import abc
-import tempfile
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,9 @@ class ActiveUnit:
     updaters: list[Updater]
     sets: list[ParameterSet]
     parameters: list[nn.Parameter]
+
+    def collect_gradients(self) -> None:
+        """After the backward pass, let each of the parameters have its gradient: nothing to do where it has."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,12 @@ class Residency(abc.ABC):
 
     def refresh(self) -> None:  # noqa: B027
         """Read the units' own tensors again before the next step, as they were changed from outside."""
+
+    @contextlib.contextmanager
+    def whole(self, unit: int) -> Iterator[nn.Module | None]:
+        """The module of a unit with all of its weights on the device, to be measured; None where another rank has it."""
+        self.flush()
+        yield self.units[unit].module
 
     def settle(self) -> None:  # noqa: B027
         """Wait until no copy is under way (nothing else may use the device while a graph is captured)."""
@@ -387,29 +398,3 @@ class ActiveResident(Residency):
             if stream is not None:
                 stream.synchronize()
         self._buffers.settle()
-
-
-def make_residency(
-    units: list[Unit],
-    shared: list[nn.Parameter],
-    lengths: Lengths,
-    config: TrainConfig,
-    device: torch.device,
-    folder: Path | None,
-    fill: Callable[[int], None] | None,
-) -> Residency:
-    """Make the residency that a configuration asks for; one unit alone is always on the device.
-
-    Args:
-        units: what is trained.
-        shared: parameters that all units move.
-        lengths: steps of each unit.
-        config: `resident` and `offload`.
-        device: where to train.
-        folder: of the run; mapped files go below it (None: to the system's temporary folder).
-        fill: gives the block of an index its weights, where it is still on the meta device.
-    """
-    if config.resident == "all" or len(units) == 1:
-        return AllResident(units, shared, lengths, config, device, fill)
-    place = folder / "resident" if folder is not None else Path(tempfile.mkdtemp(prefix="diffusionblocks-"))
-    return ActiveResident(units, shared, lengths, config, device, fill, folder=place)

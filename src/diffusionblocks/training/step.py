@@ -163,7 +163,8 @@ class Stepper:
         for updater, owner in zip(active.updaters, active.sets, strict=True):
             updater.prepare(owner)
         if not self.use_graphs:
-            self._compute(lane, unit, active)
+            with contextlib.nullcontext() if self.group is None else self.group.computing():
+                self._compute(lane, unit, active)
         elif unit in self._graphs:
             self.residency.wait_for_state()
             self._graphs[unit].replay()
@@ -207,16 +208,18 @@ class Stepper:
             with attention_kernels(self.device):
                 loss.backward()
             total += loss.detach()
+        active.collect_gradients()
+        gradients = [p.grad for p in active.parameters if p.grad is not None]
         if self.group is not None:
-            self.group.add_up([*(p.grad for p in active.parameters if p.grad is not None), total])
+            self.group.add_up_step(gradients, total)
         if config.gradient_clip is not None:
-            gradients = [p.grad for p in active.parameters if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
+            norm = nn.utils.get_total_norm(gradients) if self.group is None else self.group.norm(gradients)
             nn.utils.clip_grads_with_norm_(active.parameters, config.gradient_clip, norm)
             self.norm_sum[index] += norm
             finite = torch.isfinite(total) & torch.isfinite(norm)
         else:
             finite = torch.isfinite(total)
+        del gradients
         self.residency.wait_for_state()
         for updater in active.updaters:
             updater.update()

@@ -39,8 +39,9 @@ from .data_order import DataOrder
 from .distillation import TaughtBatches, load_teachers
 from .early_stopping import EarlyStopping, HeldOut
 from .interruption import Interrupted, SignalWatch
+from .placement import make_residency
 from .ranks import Group
-from .residency import Lengths, make_residency
+from .residency import Lengths
 from .run_log import LOG, JsonLines, Logger, ProgressLines
 from .schedules import block_schedule, next_others
 from .step import Stepper
@@ -123,7 +124,7 @@ class Trainer:
             batches = TaughtBatches(batches, self.teachers, config.precision)
         steps = config.unit_steps(batches.num_examples)
         lengths = Lengths(steps, config.warmup(batches.num_examples))
-        self.residency = make_residency(self.units, shared, lengths, config, self.device, folder, fill)
+        self.residency = make_residency(self.units, shared, lengths, config, self.device, folder, fill, group)
         self.sets = self.residency.sets
         self.stepper = Stepper(self.residency, batches, config, self.device, group)
         self.schedule = block_schedule(config.schedule, [steps] * len(self.units), config.steps_per_switch, config.seed)
@@ -141,7 +142,10 @@ class Trainer:
         self._log_file: JsonLines | None = None
         if config.compile:
             batches.compile()
-            Compiler(config, self.device).compile([each.module for each in self.residency.shared_modules])
+            by_parts = group is not None and group.shards  # what FSDP does between layers is in no graph
+            Compiler(config, self.device, by_parts=by_parts).compile(
+                [each.module for each in self.residency.shared_modules]
+            )
 
     # ---- the loop ------------------------------------------------------------------------------------
 
@@ -282,12 +286,20 @@ class Trainer:
         Before they are saved or used. Waits for the device, and brings the units' own tensors up to date.
         """
         self.residency.flush()
+        names: list[tuple[str, str]] = []
+        bad = None
         for owner, tensors in self._state():
-            name = first_not_finite(tensors.items())
-            if name is not None:
-                raise self._diverged(
-                    f"{owner}: {self._full_name(owner, name)} is NaN or infinite after iteration {self.iteration}"
-                )
+            if bad is None and (name := first_not_finite(tensors.items())) is not None:
+                bad = len(names) + list(tensors).index(name)
+            names += [(owner, name) for name in tensors]
+        if self.group is not None:  # all stop at what one of them sees
+            (before_end,) = self.group.largest([0 if bad is None else len(names) - bad])
+            bad = len(names) - before_end if before_end else None
+        if bad is not None:
+            owner, name = names[bad]
+            raise self._diverged(
+                f"{owner}: {self._full_name(owner, name)} is NaN or infinite after iteration {self.iteration}"
+            )
 
     def _full_name(self, owner: str, name: str) -> str:
         """Say what a name in `_state` stands for."""

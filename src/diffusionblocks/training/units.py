@@ -232,6 +232,10 @@ class EndToEnd(OneModel):
             check_label_loss(value, f"a {type(self.model).__name__}", of_labels=self.family.target == "label")
         self._label_loss = value
 
+    def layer_groups(self) -> list[list[nn.Module]]:
+        """As of a block: each layer, for FSDP to gather."""
+        return [[self.model.get_submodule(path)] for path in self.family.layer_paths(self.model)]
+
     @property
     def trains_itself(self) -> bool:
         """Whether the class brings a training loss of its own (`RecurrentDepth`); none of a library does."""
@@ -288,7 +292,7 @@ class EndToEnd(OneModel):
                 shape = tuple(tokens.shape)
                 raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {shape}")
             return in_chunks(self._token_losses, self._states(tokens), tokens[:, 1:], self.loss_chunk).mean(dim=1)
-        logits = self(batch["pixel_values"])
+        logits = self.forward(batch["pixel_values"])  # a call would let FSDP scatter weights that `loss` still needs
         loss = label_losses(logits, batch["labels"]) if self.label_loss is None else self.label_loss(logits, batch)
         assert loss.shape == batch["labels"].shape
         return loss
