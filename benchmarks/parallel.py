@@ -220,7 +220,7 @@ def averaging(device: torch.device) -> Callable[[None, Any], Any]:
     """DDP's own all-reduce, on a stream beside the backward pass, so that a delay there holds up nothing else."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def hook(state: None, bucket: Any) -> Any:
+    def hook(state, bucket):  # type: ignore[no-untyped-def] # DDP reads annotations, and not as text
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -335,7 +335,7 @@ def measure(job: Job, ranks: Ranks) -> dict[str, Any]:
     with torch.compiler.set_stance("force_eager"), Traffic() as traffic:
         if not job.cuda_graph:
             stepping.step()
-    sent, between = sum(traffic.sent.values()), traffic.between(stepping.groups)
+    sent, between = sum(traffic.by_group.values()), traffic.between(stepping.groups)
     for _ in range(_WARM_UP * (job.blocks if job.method == "active" else 1)):
         stepping.step()
     clock.wait()

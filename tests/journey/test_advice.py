@@ -101,8 +101,6 @@ ELSEWHERE = {
             "captures steps whose weights lie still",
             "scales its state by stretches of a whole weight",
             "under parallel.within_block = shard no rank has them whole",
-            "is a single number, which FSDP cannot cut",
-            "parallel.within_block = shard needs a newer torch",
         ),
         "training/test_shards.py::test_what_cannot_be_shared_out_is_refused",
     ),

@@ -151,7 +151,7 @@ def count_traffic(rank: int) -> None:
         with Traffic() as traffic:
             train(trainer, **options)
         print(
-            f"traffic {json.dumps(sorted([list(ranks), sent] for ranks, sent in traffic.sent.items()))}",
+            f"traffic {json.dumps(sorted([list(ranks), sent] for ranks, sent in traffic.by_group.items()))}",
             file=sys.stderr,
         )
 
@@ -218,7 +218,7 @@ def test_plans_say_what_is_sent(tmp_path: Path) -> None:
             trainer = part.trainer(progress=False, group=groups(shard=True))
             with Traffic() as traffic:
                 trainer.step(0)
-            sent.append(traffic.sent[0, 1])
+            sent.append(traffic.by_group[0, 1])
         # A parameter of an odd number of rows travels with one more, and the loss and the norm do.
         assert blocks.traffic_bytes <= max(sent) < 1.1 * blocks.traffic_bytes
 

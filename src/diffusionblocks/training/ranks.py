@@ -334,7 +334,7 @@ class ShardGroup(Group):
                 raise RankLost(_reason(_PARTNER_IS_GONE, error)) from error
             raise
 
-    def gathered(self, rows: Tensor, like: Any) -> Tensor:
+    def gather_rows(self, rows: Tensor, like: Any) -> Tensor:
         """All rows of a tensor, on the device.
 
         Args:
@@ -347,7 +347,7 @@ class ShardGroup(Group):
         with _translated(_PARTNER_IS_GONE):
             return cut.full_tensor()  # type: ignore[no-any-return]
 
-    def scattered(self, whole: Tensor, like: Any) -> Tensor:
+    def scatter_rows(self, whole: Tensor, like: Any) -> Tensor:
         """This rank's rows of a tensor that the rank that leads has, on the device.
 
         Args:

@@ -170,7 +170,7 @@ class Residency(abc.ABC):
 
     @contextlib.contextmanager
     def whole(self, unit: int) -> Iterator[nn.Module | None]:
-        """The module of a unit with all of its weights on the device, to be measured; None where another rank has it."""
+        """A unit's module with all of its weights on the device, to be measured; None where another rank has it."""
         self.flush()
         yield self.units[unit].module
 

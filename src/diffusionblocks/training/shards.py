@@ -39,8 +39,8 @@ def check_shards(config: TrainConfig) -> None:
     replicate = "or parallel.within_block to replicate"
     if config.cuda_graph:
         raise ValueError(
-            "train.cuda_graph = true captures steps whose weights lie still, and parallel.within_block = shard gathers "
-            f"them anew for every layer: set train.cuda_graph (and train.concurrent) to false, {replicate}"
+            "train.cuda_graph = true captures steps whose weights lie still, and parallel.within_block = shard "
+            f"gathers them anew for every layer: set train.cuda_graph (and train.concurrent) to false, {replicate}"
         )
     if config.optimizer == "adamw-8bit":
         raise ValueError(
@@ -50,7 +50,8 @@ def check_shards(config: TrainConfig) -> None:
     if config.optimizer_in_backward:
         raise ValueError(
             "train.optimizer_in_backward steps before the gradients of the group are summed, and under "
-            f"parallel.within_block = shard no rank has them whole: set train.optimizer_in_backward to false, {replicate}"
+            "parallel.within_block = shard no rank has them whole: set train.optimizer_in_backward to false, "
+            f"{replicate}"
         )
     from torch.distributed.fsdp import FSDPModule  # takes a second
 
@@ -64,8 +65,8 @@ def check_shards(config: TrainConfig) -> None:
 def gathered_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """In what the weights of layers are gathered; None: in their own.
 
-    On a GPU autocast would cast them to bfloat16 anyway, but for norms, which it computes in float32. A CPU's norms take
-    no weights of another precision than their input's.
+    On a GPU autocast would cast them to bfloat16 anyway, but for norms, which it computes in float32. A CPU's norms
+    take no weights of another precision than their input's.
     """
     return torch.bfloat16 if config.precision == "bfloat16" and device.type == "cuda" else None
 
@@ -191,9 +192,9 @@ class ShardResident(Residency):
             if not rows.dim():  # a count, the same on all
                 whole.copy_(rows)
                 continue
-            gathered = self._group.gathered(rows, like)
+            values = self._group.gather_rows(rows, like)
             if self._group.leads:
-                whole.copy_(gathered)
+                whole.copy_(values)
 
     def refresh(self) -> None:
         """Scatter the whole from the host of the rank that leads. All ranks of the group call it."""
@@ -202,7 +203,7 @@ class ShardResident(Residency):
             if not rows.dim():
                 rows.copy_(whole)
                 continue
-            rows.copy_(self._group.scattered(whole, like))
+            rows.copy_(self._group.scatter_rows(whole, like))
         for mine, theirs in self._pairs:
             if not isinstance(mine, nn.Parameter):
                 theirs.copy_(mine)

@@ -2,7 +2,7 @@
 
     with Traffic() as traffic:
         trainer.train()
-    traffic.sent                        {(0, 1): 81920}: bytes that this rank sent within the group of ranks 0 and 1
+    traffic.by_group                    {(0, 1): 81920}: bytes that this rank sent within the group of ranks 0 and 1
     traffic.between([(0, 1), (2, 3)])   0: bytes sent in groups that hold ranks of both
 
 Steps that are compiled or captured must run eagerly to be counted. Gathers, sums and all else that goes through
@@ -32,13 +32,13 @@ class Traffic(TorchDispatchMode):
     """Counts bytes of collectives within the context, on this rank.
 
     Attributes:
-        sent: bytes that this rank sends, by the ranks of the group; of ring collectives.
+        by_group: bytes that this rank sends, by the ranks of the group; of ring collectives.
         calls: how many collectives, by the ranks of the group and the operation's name.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: Counter[tuple[int, ...]] = Counter()
+        self.by_group: Counter[tuple[int, ...]] = Counter()
         self.calls: Counter[tuple[tuple[int, ...], str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,7 +58,7 @@ class Traffic(TorchDispatchMode):
             groups: of ranks; each trains a block.
         """
         inside = [set(group) for group in groups]
-        return sum(sent for ranks, sent in self.sent.items() if not any(set(ranks) <= group for group in inside))
+        return sum(size for ranks, size in self.by_group.items() if not any(set(ranks) <= group for group in inside))
 
     def _note(self, name: str, values: list[Any], result: Any) -> None:
         if name in _WAITS:
@@ -67,7 +67,7 @@ class Traffic(TorchDispatchMode):
         size = max((sum(_bytes_in(value)) for value in (*values, result)), default=0)
         passes = next((count for part, count in _PASSES if part in name), 1)
         self.calls[ranks, name] += 1
-        self.sent[ranks] += passes * size * (len(ranks) - 1) // len(ranks)
+        self.by_group[ranks] += passes * size * (len(ranks) - 1) // len(ranks)
 
 
 def _bytes_in(value: Any) -> Iterable[int]:
@@ -81,9 +81,9 @@ def _bytes_in(value: Any) -> Iterable[int]:
 
 def _ranks_of(name: str, values: list[Any]) -> tuple[int, ...]:
     """The ranks of the process group among an operation's arguments: the group itself, or its name."""
-    from torch.distributed import ProcessGroup, get_process_group_ranks
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import ProcessGroup, distributed_c10d, get_process_group_ranks
 
+    of_name: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     for value in reversed(values):
         if isinstance(value, torch.ScriptObject):
             try:
@@ -92,7 +92,7 @@ def _ranks_of(name: str, values: list[Any]) -> tuple[int, ...]:
                 continue  # an operator of a sum, say
         if isinstance(value, str):
             try:
-                return tuple(get_process_group_ranks(_resolve_process_group(value)))
+                return tuple(get_process_group_ranks(of_name(value)))
             except (RuntimeError, ValueError, LookupError):
                 continue  # the name of an operator
     raise ValueError(f"{name} names no group, so its bytes cannot be counted by group")

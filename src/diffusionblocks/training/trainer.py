@@ -39,7 +39,7 @@ from .data_order import DataOrder
 from .distillation import TaughtBatches, load_teachers
 from .early_stopping import EarlyStopping, HeldOut
 from .interruption import Interrupted, SignalWatch
-from .placement import make_residency
+from .make_residency import make_residency
 from .ranks import Group
 from .residency import Lengths
 from .run_log import LOG, JsonLines, Logger, ProgressLines
