@@ -6,7 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
+    from .config import (
+        BlocksConfig,
+        ImageTargetConfig,
+        LabelTargetConfig,
+        LoraConfig,
+        NextTokenTargetConfig,
+        TokenTargetConfig,
+    )
     from .core.block import Block
     from .core.branching import branch
     from .core.conversion import convert
@@ -44,6 +51,7 @@ _ROOMS = {
     "GaussianProcess": "noise",
     "ImageTargetConfig": "config",
     "LabelTargetConfig": "config",
+    "LoraConfig": "config",
     "Masking": "noise",
     "NextTokenTargetConfig": "config",
     "NoiseProcess": "noise",
@@ -83,6 +91,7 @@ __all__ = [
     "GaussianProcess",
     "ImageTargetConfig",
     "LabelTargetConfig",
+    "LoraConfig",
     "Masking",
     "NextTokenTargetConfig",
     "NoiseProcess",

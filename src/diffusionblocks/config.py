@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from .common.by_kind import ByKind
-from .common.fields import Blocks, Float, Seed, Width
+from .common.fields import Blocks, Float, Positive, Seed, Width
 from .common.messages import perhaps
 from .noise import NOISE_PROCESSES, NoiseProcess
 from .targets import ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
@@ -27,6 +27,7 @@ __all__ = [
     "BlocksConfig",
     "ImageTargetConfig",
     "LabelTargetConfig",
+    "LoraConfig",
     "NextTokenTargetConfig",
     "NoiseConfig",
     "TargetConfig",
@@ -85,6 +86,29 @@ NoiseConfig = Annotated[
 ]
 
 
+class LoraConfig(BaseModel):
+    """Low-rank updates of linear layers, which then are all that trains (arXiv 2106.09685, as PEFT has them).
+
+    Attributes:
+        rank: Of each update.
+        alpha: An update is scaled by alpha / rank; null: by 1.
+        targets: Which linear layers of the blocks' layers have one, by names or their ends (`to_q`); null: all.
+        dropout: Share of the inputs' entries that an update does not see in training.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: Width = 16
+    alpha: Positive | None = None
+    targets: tuple[str, ...] | None = None
+    dropout: Float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @property
+    def scaled_by(self) -> float:
+        """alpha."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+
 class BlocksConfig(BaseModel):
     """How to convert a model into DiffusionBlocks.
 
@@ -104,6 +128,7 @@ class BlocksConfig(BaseModel):
             blocks are independent) or `frozen` (fixed).
         target: What the blocks denoise; null takes the family's default.
         conditioning_dim: Width of the noise embedding; null: hidden size / 6, at least 32, as a multiple of 8.
+        lora: Train low-rank updates alone, on fixed weights; null trains the weights.
         seed: Seed of all that conversion adds (frozen target embedding, noise embedder). Blocks converted on different
             machines agree on them.
 
@@ -123,6 +148,7 @@ class BlocksConfig(BaseModel):
     shared: Literal["joint", "replicated", "frozen"] = "replicated"
     target: TargetConfig | None = None
     conditioning_dim: Width | None = None
+    lora: LoraConfig | None = None
     seed: Seed = 0
 
     def as_one_block(self) -> BlocksConfig:
@@ -135,6 +161,14 @@ class BlocksConfig(BaseModel):
         if self.split == "experts" and self.layers is not None:
             raise ValueError(
                 f"layers = {list(self.layers)}: with split = experts each block has all layers; leave layers out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lora_shares_nothing_that_trains(self) -> Self:
+        if self.lora is not None and self.shared == "joint":
+            raise ValueError(
+                "lora with shared = joint: no shared parameter trains, and blocks train apart; leave shared out"
             )
         return self
 

@@ -15,6 +15,7 @@ from ..config import BlocksConfig
 from ..families import Family, check_convertible, class_name_of, family_for
 from ..families.module_tree import attach, extract, part_at
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
+from ..layers.low_rank import add_low_rank, fresh_updates
 from ..noise import NOISE_PROCESSES, NoiseProcess
 from .block import Block, SharedModules
 from .model import DiffusionBlocks, UnlabelledBlocks
@@ -83,6 +84,8 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         # What conversion adds depends on config.seed alone, not on what ran before.
         seed_global(config.seed)
         blocks = _build_blocks(model, family, config, partition, layer_paths, model_config, take)
+    if config.lora is not None:
+        _add_updates(blocks, family, config)
     labelled = "labels" in (*blocks[0].input_names, *blocks[0].target.names)
     converted = (DiffusionBlocks if labelled else UnlabelledBlocks)(
         blocks,
@@ -223,6 +226,37 @@ def _build_blocks(
         block.activation_checkpointing = checkpointing
         blocks.append(block)
     return blocks
+
+
+def _add_updates(blocks: list[Block], family: Family, config: BlocksConfig) -> None:
+    """Fix all weights, let blocks hold those that are equal in common, and give each block low-rank updates."""
+    options = config.lora
+    assert options is not None
+    if not family.knows_noise_level:
+        raise ValueError(
+            f"blocks.lora: {'/'.join(family.classes)} is told the noise level by what conversion adds, which would "
+            "stay untrained; leave lora out (it is for diffusion transformers)"
+        )
+    first: dict[str, nn.Parameter] = {}
+    for block in blocks:
+        block.requires_grad_(False)
+        for path, part in block.named_modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = first.setdefault(f"{path}.{name}", parameter)
+        add_low_rank(
+            block.network,
+            block.layer_paths,
+            rank=options.rank,
+            alpha=options.scaled_by,
+            dropout=options.dropout,
+            targets=options.targets,
+        )
+        if any(parameter.is_meta for parameter in block.parameters()):
+            continue  # `materialise` fills them
+        for tensor, value in fresh_updates(block.network, config.seed, block.index):
+            with torch.no_grad():
+                tensor.copy_(value)
 
 
 def _is_checkpointing(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..common.files import whole_folder
 from ..common.finite import DIVERGED, require_finite
-from ..common.formats import write_json
+from ..common.formats import write_json, write_tensors
 from ..common.modules import evaluating
 from ..common.processing_files import PROCESSING_FILES, write_files
 from ..common.seeds import keyed_generator
@@ -31,6 +32,7 @@ from ..families import (
     with_layers,
 )
 from ..layers.adaptive_norms import AdaptiveNorms
+from ..layers.low_rank import plain_state, updates
 from ..noise import GaussianProcess
 from ..targets import Batch
 from .block import Block
@@ -41,6 +43,9 @@ from .saving import on_meta
 
 #: names of the files of an exported block
 EXPORTED = re.compile("|".join([LIBRARY_FILES, r"block\.json", *map(re.escape, PROCESSING_FILES)]))
+
+#: names of the files of a block's low-rank updates
+_LORA_FILES = re.compile(r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.safetensors|block\.json")
 
 
 def export_initialisation(model: DiffusionBlocks) -> nn.Module:
@@ -77,7 +82,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
     last = len(model.blocks) - 1
     for index in range(len(model.blocks)):
         block = model.block(index)
-        for name, tensor in block.network.state_dict().items():
+        for name, tensor in plain_state(block.network).items():
             of_layer = any(name.startswith(f"{path}.") for path in block.layer_paths)
             of_head = f"{name}.".startswith(head)
             if of_layer or (of_head and index == last) or (not of_head and index == 0):
@@ -109,6 +114,7 @@ def export_block(
     *,
     z: Tensor | None = None,
     approximate_on: Batch | None = None,
+    merge_lora: bool = True,
 ) -> nn.Module:
     """One block as an ordinary model: a public class with the block's layers, for any tool that takes the class.
 
@@ -130,6 +136,7 @@ def export_block(
             from, drawn from the seed of the blocks.
         approximate_on: a batch with `pixel_values`. Where the class has no place for a part of a classifier's block,
             the part is left out, and a warning says how much the outputs differ on these images.
+        merge_lora: add the block's low-rank updates to the weights; False leaves them out, for `export_lora`.
 
     Returns:
         An instance of the class, on the CPU, in the model's mode. Its config has its number of layers.
@@ -148,7 +155,7 @@ def export_block(
             "has no place: train without it to export blocks as ordinary models"
         )
     state = _State.of(model, block, level, z)
-    ordinary = _folded(model, part, state)
+    ordinary = _folded(model, part, state, merge_lora)
     if ordinary.differences and approximate_on is None:
         raise ValueError(
             f"block {block} is more than a {ordinary.model_class} can hold: it has {' and '.join(ordinary.differences)}"
@@ -274,6 +281,57 @@ def write_export(exported: nn.Module, path: Path, facts: dict[str, Any], files: 
         write_json(folder / "block.json", facts)
 
 
+def export_lora(model: DiffusionBlocks, block: int, path: str | Path) -> None:
+    """Write a block's low-rank updates to a folder, as PEFT and diffusers read them; an older export is replaced.
+
+        adapter_config.json, adapter_model.safetensors      PEFT's: PeftModel.from_pretrained(model, path)
+        pytorch_lora_weights.safetensors                    diffusers': pipeline.load_lora_weights(path)
+        block.json                                          the block's layers and levels, see `export_facts`
+
+    Names are those of the whole model: the updates are for one of all layers, which then is the block at its levels
+    where it is an expert.
+
+    Args:
+        model: the blocks.
+        block: index.
+        path: the folder.
+
+    Raises:
+        ValueError: no such block, blocks without `lora`, updates that are not finite, or a place that must not be
+            replaced.
+    """
+    part, options = model.block(block), model.blocks_config.lora
+    if options is None:
+        raise ValueError("these blocks have no low-rank updates (blocks.lora); export_block gives one as a model")
+    targets = dict(updates(part.network))
+    tensors = {
+        f"{name}.lora_{side}.weight": getattr(update, side).detach().cpu().contiguous()
+        for name, update in targets.items()
+        for side in ("A", "B")
+    }
+    require_finite(tensors.items(), f"the updates of block {block}", DIVERGED)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": options.scaled_by,
+        "lora_dropout": options.dropout,
+        "r": options.rank,
+        "target_modules": sorted(targets),
+        "task_type": None,
+    }
+    facts = export_facts(model, block) | {"output": "low-rank updates of its layers"}
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    with whole_folder(Path(path), _LORA_FILES) as folder:
+        write_json(folder / "adapter_config.json", config)
+        of_peft = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+        write_tensors(folder / "adapter_model.safetensors", of_peft, {"format": "pt"})
+        of_diffusers = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        write_tensors(folder / "pytorch_lora_weights.safetensors", of_diffusers, {"format": "pt", **metadata})
+        write_json(folder / "block.json", facts)
+
+
 class _State(NamedTuple):
     """What a block is given of noise: one level (1,), and one z (1, ...)."""
 
@@ -304,9 +362,9 @@ class _State(NamedTuple):
 
 
 @torch.no_grad()
-def _folded(model: DiffusionBlocks, part: Block, state: _State) -> OrdinaryModel:
+def _folded(model: DiffusionBlocks, part: Block, state: _State, merge_lora: bool) -> OrdinaryModel:
     """The block's weights, with what conversion added folded into them for a state."""
-    layers = [dict(layer.state_dict()) for layer in part.layers()]
+    layers = [plain_state(layer, merge=merge_lora) for layer in part.layers()]
     paths = tuple(f"{path}." for path in part.layer_paths)
     shared = {name: tensor for name, tensor in part.network.state_dict().items() if not name.startswith(paths)}
     ordinary = OrdinaryModel(model.model_class, layers, shared)

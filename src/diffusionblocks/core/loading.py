@@ -72,7 +72,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool =
     source = read_saved(path)
     check_whole(source)
     model = outline_saved(source)
-    check_precisions({file: check_header(file, tensors) for file, tensors in files_of(model, source).items()})
+    headers = {file: check_header(file, tensors) for file, tensors in files_of(model, source).items()}
+    check_precisions(model, headers)
     if verify:
         for name in [block_file(b) for b in source.blocks] + ([SHARED] if model.shared_parameters() else []):
             check_digest(source, name)
@@ -82,12 +83,13 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool =
         file, block = source.folder / block_file(b), model.block(b)
         own = _copies(file, device)
         # Buffers that no file holds have the weights' precision.
-        block.to(dtype=next((t.dtype for t in own.values() if t.is_floating_point()), None))
+        weights = [*common.values(), *own.values()]
+        block.to(dtype=next((t.dtype for t in weights if t.is_floating_point()), None))
         try:
             block.load_state_dict(own | common, strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{file} does not match the model: {error}") from None
-        if joint and b == 0:
+        if joint and b == source.blocks[0]:
             # Now they are the parameters that all blocks hold: assigning them again must not make others.
             common = {name: parameter for name, parameter in block.named_parameters() if name in common}
         materialise_buffers(model, b)
@@ -131,7 +133,7 @@ def files_of(
     for b in source.blocks if blocks is None else blocks:
         tensors = model.block(b).state_dict(keep_vars=True)
         files[source.folder / block_file(b)] = {name: t for name, t in tensors.items() if id(t) not in common}
-        if common and b == 0:
+        if common and (b == 0 or model.blocks_config.lora is not None):
             files[source.folder / SHARED] = {name: t for name, t in tensors.items() if id(t) in common}
     return files
 
@@ -153,15 +155,15 @@ def check_header(path: Path, model_tensors: Mapping[str, Tensor]) -> frozenset[t
     )
 
 
-def check_precisions(dtypes: Mapping[Path, frozenset[torch.dtype]]) -> None:
-    """Refuse files of one model whose weights have different precisions.
+def check_precisions(model: DiffusionBlocks, dtypes: Mapping[Path, frozenset[torch.dtype]]) -> None:
+    """Refuse files of one model whose weights have different precisions; fixed weights may have another than updates.
 
     Raises:
         ValueError: it names two such files.
     """
     files: dict[frozenset[torch.dtype], Path] = {}
     for path, floating in dtypes.items():
-        if floating:
+        if floating and (model.blocks_config.lora is None or path.name != SHARED):
             files.setdefault(floating, path)
     if len(files) > 1:
         (one, here), (other, there), *_ = files.items()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..config import BlocksConfig
 from ..families import instantiate, outline, with_depth, with_fewest_layers
 from ..families.module_tree import layer_of
+from ..layers.low_rank import fresh_updates, is_update
 from .block import Block
 from .conversion import assemble
 from .model import DiffusionBlocks
@@ -99,7 +100,7 @@ def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> Non
     waiting = {
         name.removeprefix("network."): tensor
         for name, tensor in block.state_dict(keep_vars=True).items()
-        if tensor.is_meta and name.startswith("network.")
+        if tensor.is_meta and name.startswith("network.") and not is_update(name)
     }
     layers = model.partition.layer_range(index)
     # Experts start as one model: fresh ones are all drawn as the first.
@@ -121,6 +122,9 @@ def materialise_added(model: DiffusionBlocks, index: int) -> None:
         ValueError: no such block.
     """
     block = model.block(index)
+    for tensor, value in list(fresh_updates(block.network, model.blocks_config.seed, index)):
+        if tensor.is_meta:
+            _fill(tensor, value)
     originals = {name for name in block.state_dict() if name.startswith("network.")}
     _fill_from_reference(model, block, ((n, t) for n, t in _tensors(block) if n not in originals))
 

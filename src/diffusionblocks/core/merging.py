@@ -8,7 +8,7 @@ that must be equal by their bits. One tensor is read at a time.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from ..families import config_values
 from .loading import check_digest, check_header, check_precisions, files_of, opened
 from .model import DiffusionBlocks
 from .model_card import card_text, notes_in, write_card
-from .saved_model import INDEX, WITH_PROCESSING, SavedModel, block_file, outline_saved, read_saved, write_configs
+from .saved_model import (
+    INDEX,
+    SHARED,
+    WITH_PROCESSING,
+    SavedModel,
+    block_file,
+    outline_saved,
+    read_saved,
+    write_configs,
+)
 from .saving import check_out, replaced_names
 
 #: entries of a model's config that say where it came from, and change nothing
@@ -275,8 +284,9 @@ def _check_files(
     files: dict[Path, dict[str, torch.Tensor]] = {}
     for origin in origins:
         files |= files_of(model, by_folder[origin.folder], [origin.block])
+    _check_fixed(files, by_folder)
     dtypes = {path: check_header(path, tensors) for path, tensors in files.items()}
-    check_precisions(dtypes)
+    check_precisions(model, dtypes)
     _check_shared(model, origins)
     for path, tensors in files.items():
         check_digest(by_folder[path.parent], path.name)
@@ -286,10 +296,26 @@ def _check_files(
     return digests, next(dtype for floating in dtypes.values() for dtype in floating)
 
 
+def _check_fixed(files: dict[Path, dict[str, torch.Tensor]], by_folder: Mapping[Path, SavedModel]) -> None:
+    """Leave one file of the weights that low-rank updates are of; refuse others than it, by their digests."""
+    first, *others = [path for path in files if path.name == SHARED] or [Path()]
+
+    def listed(path: Path) -> FileDigest:
+        return (by_folder[path.parent].files or {}).get(SHARED) or digest(path)
+
+    for path in others:
+        if listed(first) != listed(path):
+            raise ValueError(
+                f"{first} and {path} differ: the low-rank updates beside them are of other weights; merge only blocks "
+                "that were trained on one model"
+            )
+        del files[path]
+
+
 def _check_shared(model: DiffusionBlocks, origins: Sequence[Origin]) -> None:
     """Refuse shared parameters that differ where the policy says that they do not."""
     policy = model.blocks_config.shared
-    if policy == "joint" or len(origins) == 1:
+    if policy == "joint" or len(origins) == 1 or model.blocks_config.lora is not None:  # then see `_check_fixed`
         return
     # Layers keep their places in the whole model, so only shared parameters have one name in all blocks; adaptive norms
     # are counted within a block.

@@ -668,10 +668,21 @@ class DiffusionBlocks(nn.Module):
         return _exporting().export_initialisation(self)  # type: ignore[no-any-return]
 
     def export_block(
-        self, block: int, level: float | None = None, *, z: Tensor | None = None, approximate_on: Batch | None = None
+        self,
+        block: int,
+        level: float | None = None,
+        *,
+        z: Tensor | None = None,
+        approximate_on: Batch | None = None,
+        merge_lora: bool = True,
     ) -> nn.Module:
         """One block as an ordinary model, at one noise level (see `diffusionblocks.core.exporting.export_block`)."""
-        return _exporting().export_block(self, block, level, z=z, approximate_on=approximate_on)  # type: ignore[no-any-return]
+        options = {"z": z, "approximate_on": approximate_on, "merge_lora": merge_lora}
+        return _exporting().export_block(self, block, level, **options)  # type: ignore[no-any-return]
+
+    def export_lora(self, block: int, path: str | Path) -> None:
+        """Write a block's low-rank updates for PEFT and diffusers: see `core.exporting.export_lora`."""
+        _exporting().export_lora(self, block, path)
 
     def export(self) -> nn.Module:
         """`export_initialisation` under its older name."""
@@ -680,8 +691,9 @@ class DiffusionBlocks(nn.Module):
     # ---- parameters by owner ---------------------------------------------------------------------------
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The parameters that all blocks hold in common: those of the shared parameters under `joint`, else none."""
-        if len(self.blocks) == 1 or self.blocks_config.shared != "joint":
+        """The parameters that all blocks hold in common: the shared parameters under `joint`; with `lora` the fixed
+        weights that are equal in all; else none."""
+        if len(self.blocks) == 1 or (self.blocks_config.shared != "joint" and self.blocks_config.lora is None):
             return []
         common = {id(p) for p in self.blocks[0].parameters()} & {id(p) for p in self.blocks[1].parameters()}
         return [p for p in self.blocks[0].parameters() if id(p) in common]

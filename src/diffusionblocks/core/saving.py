@@ -97,7 +97,7 @@ def save(
         for b in indices:
             tensors = model.block(b).state_dict(keep_vars=True)
             write(block_file(b), {k: t for k, t in tensors.items() if id(t) not in shared}, b)
-            if shared and b == 0:
+            if shared and b == indices[0]:
                 write(SHARED, {k: t for k, t in tensors.items() if id(t) in shared}, None)
         write_json(folder / INDEX, seal(index | {"files": {name: files[name].model_dump() for name in files}}))
         write_configs(folder, model, next(model.block(indices[0]).parameters()).dtype)

@@ -33,6 +33,11 @@ def soup(model: DiffusionBlocks, weights: Sequence[float] | None = None) -> Diff
     partition = model.partition
     if len(set(partition.layers)) > 1:
         raise ValueError(f"soup needs blocks of one shape, and these have layers = {list(partition.layers)}")
+    if model.blocks_config.lora is not None:
+        raise ValueError(
+            "soup mixes weights, and a mix of low-rank factors is no mix of their products: export each block "
+            "(export_block merges its update), and mix these"
+        )
     weights = [1.0] * partition.num_blocks if weights is None else list(weights)
     if (
         len(weights) != partition.num_blocks

@@ -85,10 +85,17 @@ class DenoiserFamily(Family):
     @override
     def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:
         last = model.get_submodule(self.last_linear)
-        if config.shared == "frozen" and not any(bool(p.any()) for p in last.parameters()):
+        if any(bool(p.any()) for p in last.parameters()):
+            return
+        if config.shared == "frozen":
             raise ValueError(
                 f"shared = frozen would freeze {self.last_linear}, which is zero in a fresh {type(model).__name__}: "
                 "it could never learn; use shared: replicated, or start from trained weights"
+            )
+        if config.lora is not None:
+            raise ValueError(
+                f"lora would freeze {self.last_linear}, which is zero in a fresh {type(model).__name__}: it could "
+                "never learn; leave lora out, or start from trained weights"
             )
 
 

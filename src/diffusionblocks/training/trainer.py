@@ -426,17 +426,20 @@ class Trainer:
     def _state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """For every owner its weights and what training keeps for them, one owner after the other."""
         common = {id(t) for t in self.residency.common_tensors()}
+        lora = isinstance(self.model, DiffusionBlocks) and self.model.blocks_config.lora is not None
         for index, unit in enumerate(self.units):
             weights = unit.module.state_dict(keep_vars=True)
             # Once each: a tied parameter has several names.
             once = {id(t): name for name, t in reversed(weights.items())}
-            elsewhere = common | unit.reads
+            # What low-rank updates are of is the same from the start of the run.
+            fixed = {id(t) for t in weights.values() if lora and not t.requires_grad}
+            elsewhere = common | unit.reads | fixed
             own = {f"weights.{once[id(t)]}": t for t in weights.values() if id(t) not in elsewhere}
             own |= {f"set.{name}": t for name, t in self.sets[unit.name].state().items()}
             if self.stopping is not None:
                 own |= {f"best.{name}": t for name, t in self.stopping.progress[index].state().items()}
             yield unit.name, own
-        if common:
+        if common and not lora:
             states = [unit.module.state_dict(keep_vars=True) for unit in self.units]
             own = {f"weights.{name}": t for state in states for name, t in state.items() if id(t) in common}
             shared = self.sets["shared"].state() if "shared" in self.sets else {}
