@@ -37,7 +37,7 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=torch.float32, device=device))
 
-    def drawn(self, generator: torch.Generator) -> Tensor:
+    def initial_factor(self, generator: torch.Generator) -> Tensor:
         """A fresh A: uniform between -1 / sqrt(in) and 1 / sqrt(in)."""
         bound = 1 / math.sqrt(self.A.shape[1])
         return torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
@@ -47,7 +47,7 @@ class LowRank(nn.Module):
         x = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
         return (output + F.linear(F.linear(x, self.A), self.B) * self.scale).to(output.dtype)
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merge(self, weight: Tensor) -> Tensor:
         """W + (alpha / rank) * B A, summed in float64, of the dtype of W."""
         update = self.B.detach().double() @ self.A.detach().double() * self.scale
         return (weight.detach().double() + update).to(weight.dtype)
@@ -86,8 +86,8 @@ def add_low_rank(
     if targets is not None:
         for target in targets:
             if not any(_ends(name, target) for name in names):
-                known = sorted({_in_layer(name, layer_paths) for name in names})
-                raise ValueError(f"lora.targets: {target!r} is no linear layer; they are {', '.join(known)}")
+                choices = sorted({_in_layer(name, layer_paths) for name in names})
+                raise ValueError(f"lora.targets: {target!r} is no linear layer; they are {', '.join(choices)}")
         names = [name for name in names if any(_ends(name, target) for target in targets)]
     for name in names:
         linear: Any = network.get_submodule(name)
@@ -119,7 +119,7 @@ def updates(module: nn.Module) -> Iterator[tuple[str, LowRank]]:
 def fresh_updates(network: nn.Module, seed: int, block: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The tensors of a network's updates, each with its initial value; they depend on seed, block and name alone."""
     for name, update in updates(network):
-        yield update.A, update.drawn(keyed_generator(seed, block, 0, f"lora {name}"))
+        yield update.A, update.initial_factor(keyed_generator(seed, block, 0, f"lora {name}"))
         yield update.B, torch.zeros(update.B.shape)
 
 
@@ -129,5 +129,5 @@ def plain_state(module: nn.Module, *, merge: bool = True) -> dict[str, Tensor]:
     if merge:
         for name, update in updates(module):
             key = f"{name}.weight" if name else "weight"
-            state[key] = update.merged(state[key])
+            state[key] = update.merge(state[key])
     return state
