@@ -222,3 +222,16 @@ def test_ranks_that_see_other_files_are_refused(vit_run: list[str], tmp_path: Pa
     said = over_ranks(tmp_path / "ranks", vit_run, ranks=2, statuses=(1, 2), before=before)
     assert "rank 1 has other weights in" in said[1]
     assert "name a folder on a disk that they share" in said[1]
+
+
+def test_what_one_process_does_is_refused_of_several(tmp_path: Path) -> None:
+    for number, (command, name) in enumerate(
+        [
+            (["ablate", VIT, "--over", "train.lr=1e-3"], "ablate"),
+            (["train", VIT, "--dry-run"], "train --dry-run"),
+            (["train", VIT, "--engine", "ray"], "train --engine ray"),
+        ]
+    ):
+        said = over_ranks(tmp_path / str(number), command, ranks=2, statuses=(2, 2))
+        assert said[0].startswith(f"error: {name} is the work of one process: start it without torchrun (train, ")
+        assert said[1] == ""

@@ -68,7 +68,7 @@ def over_ranks(
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted((folder / "model").rglob("*.safetensors"))
-    return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    return {f"{file.relative_to(folder)}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -152,6 +152,7 @@ def test_ranks_leave_what_one_process_leaves(changes: dict[str, Any], serial: An
 
 GROUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "rows of two": (4, {"blocks": {"num_blocks": 2}}),
+    "members of two": (4, {"method": "ensemble", "blocks": {"num_blocks": 2}}),
     "uneven shares": (4, {"method": "end-to-end"}),
     "fit and trunk": (2, STAGES),
 }
@@ -308,3 +309,39 @@ def test_torchrun_starts_again_what_died(tmp_path: Path) -> None:
     report = read_run(folder, "run")
     assert report.finished
     assert [record["iteration"] for record in report.logs["run"]] == list(range(1, 81))
+
+
+def test_a_comparison_over_ranks_is_that_of_one_process(tmp_path: Path) -> None:
+    changes = {"blocks": {"num_blocks": 2}, "train": {"steps": 2}}
+
+    def command(rank: int) -> int:
+        return report_errors(lambda: print(parallel.compare(experiment(**changes), tmp_path / "ranks")))
+
+    said = run_like_torchrun(command, tmp_path, ranks=2)
+    table = parallel.compare(experiment(**changes), tmp_path / "alone", progress=False)
+    assert table is not None
+    ours, alone = (json.loads((tmp_path / name / "table.json").read_text()) for name in ("ranks", "alone"))
+    assert ours["finished"]
+    assert [row["key"] for row in ours["rows"]] == [row["key"] for row in alone["rows"]]
+    for mine, its in zip(ours["rows"], alone["rows"], strict=True):
+        assert mine["iterations"] == its["iterations"]
+        assert mine["nll"] == pytest.approx(its["nll"], rel=1e-4), mine["key"]
+    same = {row["key"] for row, other in zip(ours["rows"], alone["rows"], strict=True) if row["nll"] == other["nll"]}
+    assert {"diffusionblocks", "ensemble-2x2"} <= same
+    assert "row: diffusionblocks" in said[0]
+    assert "row: " not in said[1]
+
+
+def test_what_ranks_cannot_compare_is_refused_before_a_row_is_trained(tmp_path: Path) -> None:
+    def over(folder: Path, **options: Any) -> str:
+        def command(rank: int) -> int:
+            changes = options.pop("changes", {})
+            return report_errors(lambda: print(parallel.compare(experiment(**changes), folder / "out", **options)))
+
+        folder.mkdir()
+        return run_like_torchrun(command, folder, ranks=2, statuses=(2, 1))[0]
+
+    assert "compares by the clock of one process" in over(tmp_path / "clock", equal="seconds")
+    joint = {"blocks": {"shared": "joint"}}
+    assert "set blocks.shared to replicated or frozen" in over(tmp_path / "joint", changes=joint)
+    assert not (tmp_path / "joint" / "out").exists()

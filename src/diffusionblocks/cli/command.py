@@ -19,10 +19,12 @@ class Command:
     Attributes:
         help: one line.
         module: what adds its options (`add_options`), below this package; imported when the command is given.
+        shared: whether the ranks that torchrun started share its work; else it is that of one process.
     """
 
     help: str
     module: str
+    shared: bool = False
 
 
 def takes_recipe(parser: argparse.ArgumentParser, run: Callable[..., None]) -> None:

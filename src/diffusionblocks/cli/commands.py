@@ -21,17 +21,17 @@ from .command import Command
 
 COMMANDS = {
     "recipes": Command("list the recipes that ship, or print one", ".recipes"),
-    "train": Command("train a recipe, save the model and evaluate it", ".train"),
-    "evaluate": Command("measure a trained model: accuracy, samples, or bits per character", ".evaluate"),
+    "train": Command("train a recipe, save the model and evaluate it", ".train", shared=True),
+    "evaluate": Command("measure a trained model: accuracy, samples, or bits per character", ".evaluate", shared=True),
     "predict": Command("the classes of pictures, by a trained classifier", ".predict"),
-    "sample": Command("samples of a trained diffusion model: images or text", ".sample"),
+    "sample": Command("samples of a trained diffusion model: images or text", ".sample", shared=True),
     "encode": Command(
         "encode images by an autoencoder into a folder of latents, to train a diffusion model on", ".encode_images"
     ),
     "init": Command("write a commented recipe for data of your own", ".init"),
     "inspect": Command("show the blocks of a recipe before any training", ".inspect"),
     "plan": Command("predict the memory of a recipe's training step, and what fits a budget", ".plan"),
-    "compare": Command("train a recipe and its baselines; table and figure", ".compare"),
+    "compare": Command("train a recipe and its baselines; table and figure", ".compare", shared=True),
     "ablate": Command(
         "train a recipe with other values in some of its fields, over several seeds; one table", ".ablate"
     ),
@@ -122,11 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status (`messages.STATUSES`).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser(next((name for name in arguments if name in COMMANDS), "")).parse_args(arguments)
-    return report_errors(lambda: _run(options), lambda: _way_on(options))
+    name = next((name for name in arguments if name in COMMANDS), "")
+    options = parser(name).parse_args(arguments)
+    return report_errors(lambda: _run(name, options), lambda: _way_on(options))
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(name: str, options: argparse.Namespace) -> None:
+    _check_one_process(name, options)
     _quieten_libraries()
     from pydantic import ValidationError
 
@@ -142,6 +144,31 @@ def _run(options: argparse.Namespace) -> None:
             options.run(options)
     except ValidationError as error:
         raise ValueError(f"not allowed: {explain(error, Recipe)}") from error
+
+
+def _check_one_process(name: str, options: argparse.Namespace) -> None:
+    """Refuse several processes of torchrun for what one process does: they would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+        return
+    alone = [f"--{option.replace('_', '-')}" for option in ("dry_run", "before_blocks") if getattr(options, option, 0)]
+    alone += [f"--engine {options.engine}"] if getattr(options, "engine", None) else []
+    if COMMANDS[name].shared and not alone:
+        return
+    raise OfOneProcess(
+        f"{' '.join([name, *alone])} is the work of one process: start it without torchrun "
+        f"({', '.join(each for each in COMMANDS if COMMANDS[each].shared)} are shared by ranks)"
+    )
+
+
+class OfOneProcess(ValueError):
+    """Several processes of torchrun, for what one process does; the first of them tells."""
+
+    exit_status = 2
+
+    @property
+    def quiet(self) -> bool:
+        """Whether another process tells."""
+        return os.environ.get("RANK") != "0"
 
 
 def _quieten_libraries() -> None:

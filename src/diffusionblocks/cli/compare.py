@@ -35,7 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train the recipe and its end-to-end baselines; print their table."""
-    from ..experiments.comparison import checked_rows, compare
+    from ..experiments.comparison import checked_rows
+    from ..experiments.parallel import compare
     from .dry_run import dry_comparison
 
     options.folder = folder = options.out or Path("runs") / f"{experiment.recipe.name}-compare"
@@ -44,7 +45,10 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         dry_comparison(experiment, [(row.key, experiment.derive(row.recipe)) for row in rows])
         return
     resume, progress = not options.restart, not options.quiet
-    print(compare(experiment, folder, rows=options.rows, equal=options.equal, resume=resume, progress=progress))
+    table = compare(experiment, folder, rows=options.rows, equal=options.equal, resume=resume, progress=progress)
+    if table is None:  # the first of several ranks tells
+        return
+    print(table)
     print(f"table: {folder / 'table.json'}")
     figures = [path for name in ("samples/grid.png", "levels.png") for path in sorted(folder.glob(f"*/{name}"))]
     for figure in [folder / "figure.png", *figures]:

@@ -9,7 +9,8 @@ Libraries fill what a folder lacks with random weights, and read over what they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,11 +60,23 @@ def save_end_to_end(model: nn.Module, path: Path, processing: Mapping[str, bytes
         if "lora_" in name or ".base_layer." in name:
             raise ValueError(f"{name} is of a low-rank adapter: merge it first (of PEFT: model.merge_and_unload())")
     with whole_folder(path, MODEL_FILES) as folder:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        with _written_on_any_rank(model):
+            model.save_pretrained(folder)  # type: ignore[operator]
         outputs = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in _CONFIGS)]
         files = {file.name: digest(file).model_dump() for file in outputs if file.is_file()}
         write_json(folder / END_TO_END_FILES, {"files": files})
         write_files(folder, processing or {})
+
+
+@contextlib.contextmanager
+def _written_on_any_rank(model: nn.Module) -> Iterator[None]:
+    """Let transformers save where it is told to: in a process group only the first rank would write anything."""
+    if hasattr(model, "should_save_on_this_rank"):
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.__dict__.pop("should_save_on_this_rank", None)
 
 
 def load_end_to_end(model_class: str, path: Path, *, verify: bool = True) -> nn.Module:

@@ -12,7 +12,7 @@ named: their modules run those before them forward as well, which no count of up
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,17 @@ from .experiment import Experiment
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe
 from .recipe_changes import depth_of
-from .run import TABLE, forget, train
+from .run import TABLE, forget
+from .run import train as train_run
 from .tasks.task import RunResult, Task
+
+#: Trains and evaluates the experiment of a row, in a folder, with progress bars or without.
+TrainRow = Callable[[Experiment, Path, bool], RunResult | None]
+
+
+def train_in_process(experiment: Experiment, folder: Path, progress: bool) -> RunResult:
+    """Train and evaluate a row in this process."""
+    return train_run(experiment, folder, progress=progress)
 
 
 def compare(
@@ -43,6 +52,7 @@ def compare(
     equal: Literal["updates", "seconds"] = "updates",
     resume: bool = True,
     progress: bool = True,
+    train: TrainRow = train_in_process,
 ) -> str:
     """Train and evaluate every row; leave `folder`/table.json and figures; return the printed table.
 
@@ -55,22 +65,43 @@ def compare(
             those of blocks, and the baselines for as long as the last of these took.
         resume: False trains the selected rows anew.
         progress: show progress bars.
+        train: trains and evaluates a row.
 
     Raises:
         ValueError: an unknown row, or a recipe that cannot be compared.
     """
     selection = checked_rows(experiment, folder, rows, equal)
+    if not resume:
+        for variant in selection:
+            forget(folder / variant.key)
+    return run_rows(experiment, folder, selection, equal=equal, resume=resume, progress=progress, train=train)
+
+
+def run_rows(
+    experiment: Experiment,
+    folder: Path,
+    selection: Sequence[Variant],
+    *,
+    equal: Literal["updates", "seconds"] = "updates",
+    resume: bool = True,
+    progress: bool = True,
+    train: TrainRow = train_in_process,
+) -> str:
+    """Train and evaluate rows that `checked_rows` gave; see `compare`.
+
+    Args:
+        experiment, folder, equal, resume, progress: see there.
+        selection: the rows.
+        train: trains and evaluates one.
+    """
     table: list[dict[str, Any]] = []
     results: dict[str, RunResult] = {}
 
     def add(variant: Variant) -> None:
-        row, results[variant.key] = run_row(experiment, variant, folder / variant.key, progress)
+        row, results[variant.key] = run_row(experiment, variant, folder / variant.key, progress, train)
         table.append(row)
         write_results(folder / TABLE, table, None, finished=False)
 
-    if not resume:
-        for variant in selection:
-            forget(folder / variant.key)
     for variant in selection:
         add(variant)
     if equal == "seconds":
@@ -132,19 +163,28 @@ def remarks(recipe: Recipe) -> list[str]:
     ]
 
 
-def run_row(experiment: Experiment, variant: Variant, folder: Path, progress: bool) -> tuple[dict[str, Any], RunResult]:
+def run_row(
+    experiment: Experiment, variant: Variant, folder: Path, progress: bool, train: TrainRow = train_in_process
+) -> tuple[dict[str, Any], RunResult]:
     """Train and evaluate a row of a table; one whose training has ended is only evaluated.
+
+    Args:
+        experiment: that is compared.
+        variant: the row.
+        folder: of its run.
+        progress: show progress bars.
+        train: trains and evaluates it.
 
     Returns:
         (the row as JSON values, what the run left).
     """
     if progress:
         announce(f"row: {variant.key}")
-    if variant.recipe.train.compile:
-        torch.compiler.reset()  # graphs of many rows count together; past a limit torch runs the others eagerly
+    forget_graphs(variant)
     probe = experiment.derive(executed(variant.recipe, fast=False))
     memory = step_memory(probe.trainer(progress=False))
-    result = train(experiment.derive(variant.recipe), folder, progress=progress)
+    result = train(experiment.derive(variant.recipe), folder, progress)
+    assert result is not None, "whoever makes the table has the results"
     largest = max(memory, key=lambda unit: unit.peak)
     row = {
         "name": variant.name,
@@ -160,9 +200,15 @@ def run_row(experiment: Experiment, variant: Variant, folder: Path, progress: bo
         "parameters_trained": _parameters_at_a_time(result.model),
         "peak_memory_bytes": largest.peak,
         "memory": largest.to_dict(),
-        "seconds": result.seconds,
+        "seconds": result.seconds if result.device_seconds is None else result.device_seconds,
     }
     return row, result
+
+
+def forget_graphs(variant: Variant) -> None:
+    """Let compiled graphs go before a row: those of many rows count together, and past a limit torch runs eagerly."""
+    if variant.recipe.train.compile:
+        torch.compiler.reset()
 
 
 def _passes(result: RunResult) -> dict[str, float]:

@@ -8,12 +8,13 @@ noise fit and trunk, and a run of one unit, are trained by all ranks together.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,7 +25,7 @@ from ..training import Diverged
 from ..training.ranks import Group, Place, Ranks
 from ..training.run_log import ProgressLines
 from ..training.shards import check_shards
-from . import run
+from . import comparison, run
 from .experiment import Experiment
 from .parts import (
     MakeLoggers,
@@ -42,8 +43,9 @@ from .parts import (
     train_unit,
     units_in,
 )
+from .recipe import Recipe
 from .recipe_changes import stages
-from .run import Cost, conclude, evaluate_saved, prepare, save_blocks
+from .run import Cost, conclude, evaluate_saved, forget, prepare, save_blocks
 from .tasks.task import RunResult
 
 #: Seconds in which what another machine wrote to a shared disk is seen on this one.
@@ -87,6 +89,73 @@ def train(
     if resume and is_in_parts(folder):
         return train_in_parts(experiment, folder, loggers=loggers, **options)
     return run.train(experiment, folder, loggers=loggers(folder), **options)
+
+
+def compare(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    equal: Literal["updates", "seconds"] = "updates",
+    resume: bool = True,
+    progress: bool = True,
+) -> str | None:
+    """Train and evaluate every row of a comparison: see `comparison.compare`. Ranks of torchrun share the work.
+
+    All rows are trained by the same ranks. Their seconds are those of all devices, added up.
+
+    Args:
+        experiment, folder, rows, equal, resume, progress: see there.
+
+    Returns:
+        The printed table; None on ranks but the first.
+
+    Raises:
+        RankLost: another rank died.
+        StoppedWithOthers: another rank failed.
+        ValueError: what `comparison.compare` refuses, or rows that several ranks cannot train.
+    """
+    place = Place.from_environment()
+    if place is None or place.world == 1:
+        options: dict[str, Any] = {"rows": rows, "equal": equal, "resume": resume, "progress": progress}
+        return comparison.compare(experiment, folder, train=_train_row, **options)
+    ranks = Ranks(place, experiment.recipe.parallel.timeout)
+    train_row = functools.partial(_train_row, ranks=ranks)
+    with ranks.failing_together(), _told_once(ranks):
+        if not ranks.leads:
+            ranks.wait_for("rows", 0)
+        selection = comparison.checked_rows(experiment, folder, rows, equal)
+        if ranks.leads:
+            _check_rows(experiment, [variant.recipe for variant in selection], place.world, equal)
+            for variant in selection if not resume and place.restarts == 0 else ():
+                forget(folder / variant.key)
+            ranks.tell("rows")
+            return comparison.run_rows(experiment, folder, selection, progress=progress, train=train_row)
+        for variant in selection:
+            comparison.forget_graphs(variant)
+            train_row(experiment.derive(variant.recipe), folder / variant.key, progress)
+        return None
+
+
+def _train_row(row: Experiment, folder: Path, progress: bool, ranks: Ranks | None = None) -> RunResult | None:
+    """Train and evaluate a row of a comparison, which goes on where its folder is."""
+    if ranks is None:
+        return train(row, folder, progress=progress)
+    options = {"resume": True, "progress": progress, "measure": True}
+    return _train_over_ranks(ranks.below(folder.name), row, folder, loggers=no_loggers, **options)
+
+
+def _check_rows(experiment: Experiment, recipes: Sequence[Recipe], world: int, equal: str) -> None:
+    """Refuse rows that so many ranks cannot train, before one is trained."""
+    if equal == "seconds":
+        raise ValueError(
+            f"--equal seconds compares by the clock of one process, and this run is of {world} ranks: compare equal "
+            "updates, or start it without torchrun"
+        )
+    for recipe in recipes:
+        row = experiment.derive(recipe)
+        if has_parts(row):
+            mesh_rows(world, units_in(row))
 
 
 @contextlib.contextmanager
@@ -182,7 +251,9 @@ def _train_over_ranks(
                 reasons[index] = reason
             else:
                 _wait_until(functools.partial(is_finished, parts[index]))
-        return finish(_for_measuring(experiment), folder, before, reasons=reasons, measure=measure, say=say)
+        result = finish(_for_measuring(experiment), folder, before, reasons=reasons, measure=measure, say=say)
+        of_parts = size * (result.seconds - before.seconds)
+        return dataclasses.replace(result, device_seconds=place.world * before.seconds + of_parts)
 
 
 def _for_measuring(experiment: Experiment) -> Experiment:
@@ -220,7 +291,8 @@ def _train_whole(
     say(f"save: {folder / 'model'}")
     save_blocks(experiment, folder, trainer)
     del trainer
-    return conclude(_for_measuring(experiment), folder, seconds, iterations, measure=measure, say=say)
+    result = conclude(_for_measuring(experiment), folder, seconds, iterations, measure=measure, say=say)
+    return dataclasses.replace(result, device_seconds=ranks.place.world * seconds)
 
 
 @contextlib.contextmanager

@@ -72,12 +72,16 @@ class RunResult:
     """What a run left: the model, its measures, and what training took (a fit of its levels and a trunk included).
 
     Of a run in parts that trains some of the blocks, the model is an outline on the meta device.
+
+    Attributes:
+        device_seconds: of training, those of all devices added up, where several trained one unit; None: `seconds`.
     """
 
     model: nn.Module
     rows: list[Row]
     seconds: float
     iterations: int
+    device_seconds: float | None = None
 
 
 @dataclass(frozen=True)
