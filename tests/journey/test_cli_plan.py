@@ -61,7 +61,7 @@ def test_a_folder_of_images_is_counted(
     assert main(["plan", *recipe, *sets(data__source=folder), "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert f"data: 16 examples in {folder}" in printed
-    assert "a graph's private pool takes some more" in printed
+    assert "gaps in a captured step's private pool take" in printed
     written = json.loads(path.read_text())
     assert written["rows"][0]["data"] == 16 * (3 * 32 * 32 + 8)
     assert written["remarks"] == printed.splitlines()[-2:]
@@ -80,6 +80,8 @@ def test_a_folder_of_images_is_counted(
         (["--budget", "12"], "budget = '12' is 12 bytes: must be at least 1MiB; did you mean 12GiB?"),
         (["--budget", "lots"], "budget = 'lots': must be bytes above zero"),
         (["--vary", "batch"], "--vary batch needs a budget"),
+        (["--margin", "0.1"], "--margin 0.1 needs a budget to leave free of"),
+        (["--budget", "12GiB", "--margin", "2"], "margin = 2: must be a share of the predicted peak"),
         (["--examples", "-1"], "num_examples must be >= 0, got -1"),
         (["--set", "blocks.num_blocks=5"], "5"),
     ],

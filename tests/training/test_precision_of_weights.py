@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny
-from test_trainer import everything, model_of, trainer
+from helpers import tiny, without_generated_code
+from test_trainer import differing, everything, model_of, trainer
 from torch import nn
 
 import diffusionblocks as db
+from diffusionblocks.common.modules import bytes_of
 from diffusionblocks.core.weights import InFiles, InMemory, pretrained_source
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
@@ -151,3 +152,50 @@ def test_averages_of_float32_weights_are_as_they_were() -> None:
     model = EndToEnd(tiny())
     units, shared = units_of(model)
     assert count_persistent(units, shared, config).ema == sum(p.numel() * 4 for p in units[0].own)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_rounding_by_chance_follows_the_step_alone(optimizer: str, tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint, and one of another schedule and residency, are bit-equal to it."""
+
+    def run(folder: str = "", **more: Any) -> Any:
+        options = {"compile": False, "precision": "float32", "weights": "bfloat16", "optimizer": optimizer} | more
+        model = model_of("replicated").to(torch.bfloat16)
+        with without_generated_code():
+            return trainer("replicated", tmp_path / folder if folder else None, model=model, **options)
+
+    with without_generated_code():
+        whole = run()
+        whole.train()
+        first = run("split")
+        first.train(until=len(whole.schedule) // 2 - 1)
+        second = run("split")
+        second.train()
+        assert differing(everything(whole), everything(second)) == []
+        other = run(resident="active", schedule="sequential")
+        other.train()
+        assert differing(everything(whole), everything(other)) == []
+        nearest = run(weights=None)
+        nearest.train()
+    if optimizer == "adamw":
+        assert differing(everything(whole), everything(nearest)) != []
+    units, shared = units_of(whole.model)
+    counted = count_persistent(units, shared, whole.config).optimizer
+    moments = [one for owner in whole.sets.values() for one in owner.moments]
+    steps = 4 * len(moments) if optimizer == "adamw" else 0  # torchao counts on the host
+    assert counted == steps + bytes_of(v for one in moments for name, v in one.items() if name != "step")
+
+
+def test_weights_in_bfloat16_are_asked_for_in_one_place(caplog: pytest.LogCaptureFixture) -> None:
+    values = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+    values |= {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+    plain = recipe(type="ViTForImageClassification", config=values)
+    rounded = plain.model_copy(update={"train": plain.train.model_copy(update={"weights": "bfloat16"})})
+    experiment = Experiment(rounded)
+    assert dtypes(experiment.build()) == dtypes(experiment.outline) == {torch.bfloat16}
+    with caplog.at_level(logging.WARNING, "diffusionblocks"):
+        trainer("", model=model_of("replicated").to(torch.bfloat16), weights="bfloat16")
+    assert not caplog.records
+    message = r"train.weights = bfloat16: .* of block 0 is float32; .* or set train.weights to null"
+    with pytest.raises(ValueError, match=message):
+        trainer("", model=model_of("replicated"), weights="bfloat16")

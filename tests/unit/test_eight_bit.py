@@ -112,3 +112,12 @@ def test_another_torchao_keeps_its_own_step(monkeypatch: pytest.MonkeyPatch) -> 
     ours._adamw_8bit.cache_clear()
     monkeypatch.delattr(adam, "single_param_adam")
     assert ours._adamw_8bit() is adam.AdamW8bit
+
+
+def test_another_torchao_cannot_round_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(adam, "single_param_adam")
+    config = TrainConfig(steps=1, batch_size=1, optimizer="adamw-8bit", weights="bfloat16")
+    weights = [nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))]
+    with pytest.raises(ImportError, match=r"or --set train.optimizer=adamw"):
+        ours.Updater(weights, 1, 0, config, [])
+    ours.Updater(weights, 1, 0, config.model_copy(update={"optimizer": "adamw"}), [])  # the advice

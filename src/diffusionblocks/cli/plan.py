@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .command import takes_recipe
 
 if TYPE_CHECKING:
+    from ..common.messages import Say
     from ..experiments.experiment import Experiment
 
 
@@ -25,12 +28,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=int, metavar="N", help="count N examples of the data (default: those of local images)"
     )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        metavar="SHARE",
+        help="share of each predicted peak that stays free, for the prediction's error (default: 0.05)",
+    )
     parser.add_argument("--json", type=Path, help="also write the plan to this file")
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Predict the memory of a recipe's training step, and what fits a budget."""
-    from ..planning import Predictor, parse_budget, plan_with
+    from ..planning import MARGIN, Predictor, parse_budget, plan_with
     from ..planning.plan_text import describe, ledger_table, remarks
     from ..reports.results import write_results
 
@@ -38,9 +47,12 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.gpus is not None:
         _run_gpus(experiment, options)
         return
-    predictor, plan = Predictor(recipe, options.examples), None
+    margin = MARGIN if options.margin is None else options.margin
+    predictor, plan = Predictor(recipe, options.examples, say=_say_when_slow()), None
     if options.budget is not None:
-        plan = plan_with(predictor, parse_budget(options.budget), vary=options.vary)
+        plan = plan_with(predictor, parse_budget(options.budget), vary=options.vary, margin=margin)
+    elif options.margin is not None:
+        raise ValueError(f"--margin {options.margin:g} needs a budget to leave free of: give --budget, as 12GiB")
     elif options.vary:
         raise ValueError(f"--vary {options.vary} needs a budget to fit: give --budget, as 12GiB")
     ledger = plan.ledger if plan else predictor.forecast().ledger
@@ -56,14 +68,27 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
 
 def _run_gpus(experiment: Experiment, options: argparse.Namespace) -> None:
     """Tell what several GPUs make of the recipe."""
-    from ..planning import Predictor, parse_gpus, plan_gpus
+    from ..planning import MARGIN, Predictor, parse_gpus, plan_gpus
     from ..planning.plan_text import describe_gpus
     from ..reports.results import write_results
 
     if options.budget is not None:
         raise ValueError(f"--gpus {options.gpus} has the memory of each GPU: leave --budget out")
-    gpus = parse_gpus(options.gpus)
-    plan = plan_gpus(Predictor(experiment.recipe, options.examples), gpus, batch=options.vary != "blocks")
+    gpus = parse_gpus(options.gpus, MARGIN if options.margin is None else options.margin)
+    predictor = Predictor(experiment.recipe, options.examples, say=_say_when_slow())
+    plan = plan_gpus(predictor, gpus, batch=options.vary != "blocks")
     print(describe_gpus(plan))
     if options.json:
         write_results(options.json, [], plan=plan.to_dict())
+
+
+def _say_when_slow(seconds: float = 5.0) -> Say:
+    """What tells on stderr of work that began after so many seconds: shorter plans need no word."""
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        seconds_so_far = time.monotonic() - start
+        if seconds_so_far > seconds:
+            print(f"plan: {line} ({seconds_so_far:.0f} s so far)", file=sys.stderr)
+
+    return say

@@ -216,7 +216,10 @@ class Experiment:
     @property
     def original(self) -> Original:
         """The ordinary model."""
-        return Original(self.recipe.model, self.recipe.train.seed, self.task.new_head)
+        options, weights = self.recipe.model, self.recipe.train.weights
+        if weights is not None:
+            options = options.model_copy(update={"dtype": weights})
+        return Original(options, self.recipe.train.seed, self.task.new_head)
 
     def build(self, blocks: Sequence[int] | None = None) -> nn.Module:
         """The model on the CPU: its blocks, built one after another, or a baseline.

@@ -41,7 +41,8 @@ class ModelConfig(_Section):
             are used where `data` leaves them out, and saved beside the trained model.
         new_head: Draw the classifier afresh also where the pretrained model has as many labels as the data, but others.
         dtype: Precision of the weights that are trained, whatever pretrained files have. In `bfloat16` most steps at
-            usual learning rates are rounded away. (train.precision says how a step computes.)
+            usual learning rates are rounded away; `train.weights: bfloat16` trains them without that loss, whatever
+            is said here. (train.precision says how a step computes.)
     """
 
     type: str

@@ -2,10 +2,11 @@
 
 from .ledger import Forecast, Ledger
 from .many_gpus import Gpus, ParallelPlan, parse_gpus, plan_gpus
-from .planner import Fit, Plan, parse_budget, plan, plan_with
+from .planner import MARGIN, Fit, Plan, parse_budget, plan, plan_with
 from .predictor import WORKSPACE_BYTES, Predictor, forecast, predict
 
 __all__ = [
+    "MARGIN",
     "WORKSPACE_BYTES",
     "Fit",
     "Forecast",

@@ -50,16 +50,22 @@ def count_persistent(units: Sequence[Unit], shared: Sequence[nn.Parameter], trai
     return PersistentBytes(
         parameters=bytes_of(t for t in tensors.values() if isinstance(t, nn.Parameter)),
         buffers=bytes_of(t for t in tensors.values() if not isinstance(t, nn.Parameter)),
-        optimizer=sum(optimizer_bytes(p, train.optimizer) for p in updates),
+        optimizer=sum(optimizer_bytes(p, train.optimizer, by_chance=train.weights is not None) for p in updates),
         ema=sum(p.numel() * average_dtype(p).itemsize for p in updates) if train.keeps_average else 0,
     )
 
 
-def optimizer_bytes(parameter: Tensor, optimizer: str) -> int:
-    """Bytes of AdamW's state on the device for one parameter: two moments, and for `adamw` a float32 count of steps."""
+def optimizer_bytes(parameter: Tensor, optimizer: str, *, by_chance: bool = False) -> int:
+    """Bytes of AdamW's state on the device for one parameter: two moments, and for `adamw` a float32 count of steps.
+
+    Args:
+        parameter: on any device.
+        optimizer: `adamw` or `adamw-8bit`.
+        by_chance: whether the weights are rounded so (`train.weights`).
+    """
     elements = parameter.numel()
     if optimizer == "adamw":
         return 2 * elements * parameter.element_size() + 4
     if elements < _QUANTIZED_FROM or elements % _QUANTIZED_BLOCK:
-        return 2 * elements * parameter.element_size()
+        return 2 * elements * (4 if by_chance else parameter.element_size())
     return 2 * (elements + 4 * (elements // _QUANTIZED_BLOCK) + _TABLE_BYTES)

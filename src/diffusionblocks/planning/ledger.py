@@ -3,16 +3,23 @@
     ledger = predict(load_recipe("recipes/dit/imagenet-latents.yaml"))
     ledger.peak                 # to be compared with torch.cuda.max_memory_allocated()
 
-Not counted: what the driver itself takes, fragmentation of the allocator's pools, and other processes.
+Not counted: what the driver itself takes, fragmentation of the allocator's ordinary pool, and other processes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from .tracing import StepMoments
+from .timeline import Moment, StepMoments
+
+#: What the private pool of a captured step takes beyond the tensors of the step: gaps that no other tensor can use. A
+#: pool consists of segments of 2 MiB and more, and a gap serves only tensors that fit into it; so this share of the
+#: step's gradients and activations, and these bytes for what few large tensors leave.
+POOL_SHARE = 0.05
+POOL_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Ledger:
         workspace: of cuBLAS.
         gradients: gradients of parameters that are there at the peak.
         activations: all else that is there at the peak: the batch, what the backward pass needs, temporaries.
+        graph_pool: gaps in the private pool of a captured step (`POOL_SHARE`, `POOL_BYTES`); its tensors are counted
+            above.
     """
 
     unit: str
@@ -40,6 +49,7 @@ class Ledger:
     workspace: int
     gradients: int
     activations: int
+    graph_pool: int = 0
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -56,21 +66,68 @@ class Ledger:
         return dataclasses.asdict(self) | {"peak": self.peak}
 
 
+class StepLaw(Protocol):
+    """The worst moments of a step of one shape of unit, for any size of the batch."""
+
+    def at(self, batch: int) -> StepMoments:
+        """With so many examples."""
+
+
+@dataclass(frozen=True)
+class DepthLaw:
+    """A `StepLaw` of a block of many equal layers: what its step holds is affine in their number.
+
+    Attributes:
+        low: of a block of fewer layers.
+        high: of one of a layer more.
+        more: layers that the block has beyond those of `low`.
+    """
+
+    low: StepLaw
+    high: StepLaw
+    more: int
+
+    def at(self, batch: int) -> StepMoments:
+        """With so many examples."""
+        low, high = self.low.at(batch), self.high.at(batch)
+        return StepMoments(self._beyond(low.early, high.early), self._beyond(low.late, high.late))
+
+    def _beyond(self, low: Moment, high: Moment) -> Moment:
+        return Moment(
+            low.activations + self.more * (high.activations - low.activations),
+            low.gradients + self.more * (high.gradients - low.gradients),
+        )
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What stays on the device between steps, and the worst moments of a step of each shape of unit.
 
     Attributes:
         persistent: bytes that stay between steps, by kind.
-        moments: by the unit's name.
+        laws: of a step, by the unit's name.
+        batch: examples of a step.
+        captured: whether the step is a CUDA graph.
     """
 
     persistent: dict[str, int]
-    moments: dict[str, StepMoments]
+    laws: dict[str, StepLaw]
+    batch: int
+    captured: bool = False
+
+    def of(self, batch: int) -> Forecast:
+        """The forecast with another size of the batch."""
+        return dataclasses.replace(self, batch=batch)
+
+    @property
+    def moments(self) -> dict[str, StepMoments]:
+        """The worst moments by the unit's name."""
+        return {name: law.at(self.batch) for name, law in self.laws.items()}
 
     @property
     def ledger(self) -> Ledger:
         """The ledger of the unit that needs most."""
         name, moments = max(self.moments.items(), key=lambda item: item[1].peak.total)
         peak = moments.peak
-        return Ledger(name, **self.persistent, gradients=peak.gradients, activations=peak.activations)
+        pool = math.ceil(POOL_SHARE * peak.total) + POOL_BYTES if self.captured else 0
+        return Ledger(name, **self.persistent, gradients=peak.gradients, activations=peak.activations, graph_pool=pool)

@@ -32,7 +32,7 @@ from ..training import Unit
 from ..training.ranks import TOGETHER
 from ..training.shards import gathered_dtype
 from .ledger import Forecast
-from .planner import parse_budget, plan_with, with_changes
+from .planner import MARGIN, check_margin, parse_budget, plan_with, with_changes
 from .predictor import Predictor
 
 _MOST = 100_000
@@ -46,11 +46,17 @@ class Gpus:
         machines: how many.
         each: GPUs of a machine.
         memory: bytes of a GPU.
+        margin: share of a predicted peak that must be free beside it.
     """
 
     machines: int
     each: int
     memory: int
+    margin: float = MARGIN
+
+    def hold(self, peak: int) -> bool:
+        """Whether a GPU has room for a predicted peak, and a margin of it."""
+        return peak * (1 + self.margin) <= self.memory
 
     @property
     def count(self) -> int:
@@ -110,12 +116,13 @@ class ParallelPlan:
         return dataclasses.asdict(self)
 
 
-def parse_gpus(text: str) -> Gpus:
+def parse_gpus(text: str, margin: float = MARGIN) -> Gpus:
     """GPUs as `4x24GiB`, or of several machines as `2x8x80GiB`: machines, GPUs of each, memory of a GPU.
 
     Raises:
-        ValueError: it is neither, or a memory that `parse_budget` refuses.
+        ValueError: it is neither, a memory that `parse_budget` refuses, or a margin outside [0, 1).
     """
+    check_margin(margin)
     match = re.fullmatch(r"\s*(?:(\d{1,6})\s*x\s*)?(\d{1,6})\s*x\s*([^x]+)", text)
     counts = [int(match[1] or 1), int(match[2])] if match else [0]
     if match is None or min(counts) < 1 or math.prod(counts) > _MOST:
@@ -123,7 +130,7 @@ def parse_gpus(text: str) -> Gpus:
             f"gpus = {text!r}: must be GPUs and the memory of each, as 4x24GiB, or machines before them, as 2x8x80GiB; "
             f"at most {_MOST:,} in all"
         )
-    return Gpus(counts[0], counts[1], parse_budget(match[3]))
+    return Gpus(counts[0], counts[1], parse_budget(match[3]), margin)
 
 
 def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> ParallelPlan:
@@ -150,7 +157,7 @@ def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> Parall
         # Where a block is shared out, what a GPU need not hold of it is free for examples.
         there = predictor.forecast(with_changes(recipe, changes | {"train.batch_size": row.batch_per_gpu})).ledger.peak
         free = max(0, there - row.peak)
-        fit = plan_with(alone, gpus.memory + free, vary="batch").batch
+        fit = plan_with(alone, gpus.memory + free, vary="batch", margin=gpus.margin).batch
         largest = None if fit is None else int(fit.changes["train.batch_size"]) * row.mesh[1]
     del changes["train.resident"]  # which a run in parts does not need
     return ParallelPlan(gpus, (row, *_end_to_end(predictor, gpus, row)), changes, largest)
@@ -187,7 +194,7 @@ def _of_blocks(predictor: Predictor, gpus: Gpus, changes: dict[str, Any], many: 
         peak = predictor.forecast(changed).ledger.peak + copies
         traffic_bytes = _ring(2 * gradients, mesh[1])
     over = traffic_bytes if gpus.spans_machines(mesh[1]) else 0
-    row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, traffic_bytes, over, peak <= gpus.memory)
+    row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, traffic_bytes, over, gpus.hold(peak))
     return row, dict(changes)
 
 
@@ -202,9 +209,7 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
 
     def row(method: str, peak: int, traffic_bytes: int) -> Row:
         over = traffic_bytes if gpus.machines > 1 else 0
-        return Row(
-            method, 1, (1, gpus.count), share * gpus.count, share, peak, traffic_bytes, over, peak <= gpus.memory
-        )
+        return Row(method, 1, (1, gpus.count), share * gpus.count, share, peak, traffic_bytes, over, gpus.hold(peak))
 
     return (
         row("ddp", ddp, _ring(2 * gradients, gpus.count)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..data.text_config import TextSection
 from ..experiments.recipe import Recipe
 from ..reports.tables import format_bytes, format_table
-from .ledger import Ledger
+from .ledger import POOL_BYTES, POOL_SHARE, Ledger
 from .many_gpus import ParallelPlan
 from .planner import Fit, Plan, options_of
 from .predictor import Predictor
@@ -16,7 +16,8 @@ def ledger_table(recipe: Recipe, ledger: Ledger) -> str:
     train = recipe.train
     what = f"{recipe.name}: {recipe.model.type}, {recipe.method}, batch {train.batch_size}, {train.precision}"
     how = ", compiled" if train.compile else ""
-    rows = [{"kind": kind, "bytes": format_bytes(value)} for kind, value in ledger.kinds.items()]
+    kinds = {kind: value for kind, value in ledger.kinds.items() if value or kind != "graph_pool"}
+    rows = [{"kind": kind, "bytes": format_bytes(value)} for kind, value in kinds.items()]
     rows.append({"kind": "peak of a step", "bytes": format_bytes(ledger.peak)})
     return f"{what}{how}; predicted for {ledger.unit}\n{format_table(rows)}"
 
@@ -33,7 +34,8 @@ def remarks(predictor: Predictor, plan: Plan | None = None) -> list[str]:
         lines.append(f"data: {about_data}")
     if predictor.on_gpu and predictor.recipe.train.cuda_graph and not (plan and plan.always):
         lines.append(
-            "train.cuda_graph: the plan is of a step that is not captured; a graph's private pool takes some more"
+            f"train.cuda_graph: graph_pool is what gaps in a captured step's private pool take, {POOL_SHARE:.0%} of "
+            f"its gradients and activations and {format_bytes(POOL_BYTES)}"
         )
     if predictor.recipe.train.concurrent:
         lines.append(
@@ -76,9 +78,9 @@ def _one_example(predictor: Predictor) -> str:
 def describe(plan: Plan, vary: str | None) -> str:
     """What fits and what does not, a line each."""
     budget = format_bytes(plan.budget)
-    fits = plan.ledger.peak <= plan.budget
+    free = f", of which {plan.margin:.0%} of each peak stay free" if plan.margin else ""
     stands = "the recipe as it stands" + (", its data on the host," if plan.always else "")
-    lines = [f"budget {budget}: {stands} {'fits' if fits else 'does not fit'}"]
+    lines = [f"budget {budget}{free}: {stands} {'fits' if plan.fits else 'does not fit'}"]
     if vary != "batch":
         lines.append(_line("fewest blocks", plan.blocks, f"no number of blocks fits {budget} at this batch size"))
     if vary != "blocks":
@@ -113,7 +115,8 @@ def describe_gpus(plan: ParallelPlan) -> str:
     first, end_to_end = plan.rows[:2]
     each = f", each on {first.mesh[1]} GPUs" if first.mesh[1] > 1 else ""
     lines = [
-        f"{machines}{gpus.each} GPUs of {format_bytes(gpus.memory)}",
+        f"{machines}{gpus.each} GPUs of {format_bytes(gpus.memory)}"
+        + (f", of which {gpus.margin:.0%} of each peak stay free" if gpus.margin else ""),
         format_table(rows),
         f"{first.blocks} blocks{each}: {'fits' if first.fits else 'no number of blocks fits at this batch size'}",
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +17,6 @@ from ..families import family_named
 from ..training.train_config import LEAN_BUDGET
 from .ledger import Forecast, Ledger
 from .predictor import Predictor
-from .timeline import Moment
-from .tracing import StepMoments
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": base**power
@@ -28,6 +25,9 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 _SMALLEST = 2**20  # No training step fits less; a smaller budget lacks its unit.
+
+#: Share of a predicted peak that a plan leaves free beside it: the error that a prediction may have.
+MARGIN = 0.05
 
 #: Settings that save memory, in the order in which they are tried where no number of blocks fits: checkpointing costs
 #: about a third more time, 8-bit state its precision, the optimizer in the backward pass clipping and accumulation.
@@ -86,6 +86,7 @@ class Plan:
 
     Attributes:
         budget: bytes.
+        margin: share of a predicted peak that must be free beside it.
         ledger: of the recipe as it stands, with `always`.
         blocks: the fewest blocks that fit at the recipe's batch size, one on the device at a time; None: no number
             does, or it was not asked for.
@@ -104,12 +105,24 @@ class Plan:
     batch: Fit | None
     optimisations: Fit | None
     always: dict[str, Any] = dataclasses.field(default_factory=dict)
+    margin: float = MARGIN
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe as it stands does."""
+        return fits(self.ledger, self.budget, self.margin)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         fits = {name: getattr(self, name) for name in ("blocks", "batch", "optimisations")}
         answers = {name: None if fit is None else fit.to_dict() for name, fit in fits.items()}
-        return {"budget": self.budget, "always": self.always, "ledger": self.ledger.to_dict(), **answers}
+        return {
+            "budget": self.budget,
+            "margin": self.margin,
+            "always": self.always,
+            "ledger": self.ledger.to_dict(),
+            **answers,
+        }
 
 
 def parse_budget(text: str) -> int:
@@ -129,34 +142,54 @@ def parse_budget(text: str) -> int:
     return size
 
 
-def plan(recipe: Recipe, budget_bytes: int, *, vary: str | None = None, num_examples: int | None = None) -> Plan:
+def fits(ledger: Ledger, budget: int, margin: float) -> bool:
+    """Whether a predicted peak, and a margin of it, are within a budget."""
+    return ledger.peak * (1 + margin) <= budget
+
+
+def check_margin(margin: float) -> None:
+    """Refuse a margin below 0 or from 1 on (ValueError)."""
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin = {margin:g}: must be a share of the predicted peak, 0 <= margin < 1, as 0.05")
+
+
+def plan(
+    recipe: Recipe,
+    budget_bytes: int,
+    *,
+    vary: str | None = None,
+    num_examples: int | None = None,
+    margin: float = MARGIN,
+) -> Plan:
     """Find what fits into a budget of device memory; see `plan_with`, and `Predictor` for `num_examples`."""
-    return plan_with(Predictor(recipe, num_examples), budget_bytes, vary=vary)
+    return plan_with(Predictor(recipe, num_examples), budget_bytes, vary=vary, margin=margin)
 
 
-def plan_with(predictor: Predictor, budget_bytes: int, *, vary: str | None = None) -> Plan:
+def plan_with(predictor: Predictor, budget_bytes: int, *, vary: str | None = None, margin: float = MARGIN) -> Plan:
     """Find what fits into a budget of device memory, with the predictions that were made before.
 
     Args:
         predictor: of the recipe to start from.
         budget_bytes: bytes on the device, which the predicted peak must not exceed.
         vary: only the number of `blocks`, or only the `batch` size; None tries both.
+        margin: share of the predicted peak that must be free beside it.
 
     Raises:
-        ValueError: a budget below one byte, an unknown `vary`, or what `Predictor` refuses.
+        ValueError: a budget below one byte, an unknown `vary`, a margin outside [0, 1), or what `Predictor` refuses.
     """
     if budget_bytes < 1:
         raise ValueError(f"budget_bytes must be >= 1, got {budget_bytes}")
+    check_margin(margin)
     if vary not in (None, "blocks", "batch"):
         raise ValueError(f"vary = {vary!r}: must be blocks or batch, or left out for both")
     always = _on_the_host(predictor, budget_bytes)
-    search = _Search(predictor, budget_bytes, always)
+    search = _Search(predictor, budget_bytes, margin, always)
     blocks = search.fewest_blocks() if vary != "batch" else None
     batch = search.largest_batch() if vary != "blocks" else None
     optimisations = None
     if blocks is None and (vary != "batch" or batch is None):
         optimisations = search.first_optimisations(smaller_batch=batch is None)
-    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, optimisations, always)
+    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, optimisations, always, margin)
 
 
 def _on_the_host(predictor: Predictor, budget: int) -> dict[str, Any]:
@@ -170,9 +203,10 @@ def _on_the_host(predictor: Predictor, budget: int) -> dict[str, Any]:
 class _Search:
     """Tries changes of a recipe against a budget."""
 
-    def __init__(self, predictor: Predictor, budget: int, always: dict[str, Any]) -> None:
+    def __init__(self, predictor: Predictor, budget: int, margin: float, always: dict[str, Any]) -> None:
         self.recipe = predictor.recipe
-        self.budget = budget
+        self._budget = budget
+        self._margin = margin
         self._predictor = predictor
         self._always = always
         self._forecasts: dict[str, Forecast] = {}
@@ -189,17 +223,21 @@ class _Search:
     def _smallest_batch(self) -> int:
         return 2 if family_named(self.recipe.model.type).batch_norm else 1
 
+    def _fits(self, ledger: Ledger) -> bool:
+        return fits(ledger, self._budget, self._margin)
+
     def fit(self, changes: dict[str, Any]) -> Fit | None:
         """The changes if they fit."""
         ledger = self.at(changes).ledger
-        return Fit({**changes, **self._always}, ledger) if ledger.peak <= self.budget else None
+        return Fit({**changes, **self._always}, ledger) if self._fits(ledger) else None
 
     def fewest_blocks(self, optimisations: Mapping[str, Any] | None = None) -> Fit | None:
         """The fewest blocks that fit, with one of them on the device at a time."""
         splits = [{**changes, **(optimisations or {})} for changes in self._splits()]
-        if self.fit(splits[-1]) is None:  # then neither do fewer
+        # If the most blocks do not fit, neither do fewer. The recipe's own step is traced already, at several depths.
+        if optimisations and self.fit(splits[-1]) is None:
             return None
-        return next(fit for changes in splits if (fit := self.fit(changes)))
+        return next((fit for changes in splits if (fit := self.fit(changes))), None)
 
     def _splits(self) -> Iterator[dict[str, Any]]:
         """The divisors of the layers, ascending; one block is always on the device. Some families have one block."""
@@ -217,19 +255,12 @@ class _Search:
 
     def largest_batch(self) -> Fit | None:
         """The largest batch that fits, with the blocks as they are."""
-
-        def at(size: int) -> Forecast:
-            return self.at({"train.batch_size": size})
-
         least = self._smallest_batch
-        if at(least).ledger.peak > self.budget:
+        forecast = self.at({"train.batch_size": least})
+        if not self._fits(forecast.ledger):
             return None
-        # Both candidate moments of a step are affine in the batch size once it is not tiny.
-        low, high = 8, 16
-        size = max(least, _largest(lambda n: _affine(at(low), at(high), low, high, n).ledger.peak <= self.budget))
-        while size > least and at(size).ledger.peak > self.budget:
-            size = max(least, size - max(1, size // 64))
-        return self.fit({"train.batch_size": size})
+        size = _largest(lambda batch: self._fits(forecast.of(batch).ledger))
+        return self.fit({"train.batch_size": max(least, size)})
 
     def first_optimisations(self, *, smaller_batch: bool) -> Fit | None:
         """The first memory optimisations that fit, with the fewest blocks; then all of them with smaller batches."""
@@ -282,22 +313,6 @@ def _largest(fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _affine(low: Forecast, high: Forecast, at_low: int, at_high: int, size: int) -> Forecast:
-    """The forecast of another batch size from those of two."""
-
-    def between(a: int, b: int) -> int:
-        return math.ceil(a + (b - a) * (size - at_low) / (at_high - at_low))
-
-    def moment(a: Moment, b: Moment) -> Moment:
-        return Moment(between(a.activations, b.activations), between(a.gradients, b.gradients))
-
-    moments = {
-        name: StepMoments(moment(a.early, b.early), moment(a.late, b.late))
-        for (name, a), b in zip(low.moments.items(), high.moments.values(), strict=True)
-    }
-    return dataclasses.replace(low, moments=moments)
 
 
 def _yaml(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..common.messages import Say
 from ..core.block import Block
 from ..data.dataset import ExampleCount
 from ..experiments.experiment import Experiment
@@ -24,21 +25,23 @@ from ..families import Family, family_named
 from ..training import Unit, units_of
 from ..training.shared_module import shape_of
 from .counting import count_persistent
-from .ledger import Forecast, Ledger
-from .timeline import Moment
-from .tracing import StepMoments, trace_step
+from .ledger import DepthLaw, Forecast, Ledger, StepLaw
+from .timeline import StepLog
+from .tracing import trace_step
 
 #: What cuBLAS keeps on a Hopper GPU: torch gives each host thread that calls it 32 MiB from the caching allocator, and
 #: the forward and the backward pass run in one thread each. (Other GPUs: 8 MiB.)
 WORKSPACE_BYTES = 2 * 32 * 2**20
 
-# A compiled block takes seconds a layer to trace. Deeper ones are traced at these two depths; what a step holds is
-# affine in the number of equal layers, at both of its candidate moments.
-_TRACED_WHOLE = 6
-_DEPTHS = (3, 4)
+# A block takes up to a second a layer to trace. Deeper ones are traced at these two depths; what a step holds is affine
+# in the number of equal layers, at both of its candidate moments, but for the first layer.
+_DEPTHS = (2, 3)
 
 #: Fields of `train` that a planner changes, or a run of blocks is given, and that a step on fake tensors does not read.
-_UNTRACED = {"resident", "offload", "optimizer", "cuda_graph", "concurrent", "blocks", "schedule", "steps_per_switch"}
+_UNTRACED = {
+    *("resident", "offload", "optimizer", "cuda_graph", "concurrent", "blocks", "schedule", "steps_per_switch"),
+    "batch_size",  # a `StepLog` holds for any
+}
 #: Sections of a recipe that do not change its model.
 _OUTSIDE_THE_MODEL = {"name", "train", "evaluate", "device"}
 
@@ -68,12 +71,13 @@ class Predictor:
         num_examples: how many examples of the data are kept on the device (with `data.placement: host`: none; `auto`
             counts as `device`). None counts those of the train split where that is cheap
             (`DataSection.count_examples`), else none.
+        say: is told of each step that is about to be traced, which takes up to some seconds.
 
     Raises:
         ValueError: num_examples < 0, or a recipe that distils.
     """
 
-    def __init__(self, recipe: Recipe, num_examples: int | None = None) -> None:
+    def __init__(self, recipe: Recipe, num_examples: int | None = None, *, say: Say = lambda line: None) -> None:
         if recipe.train.teaching is not None:
             raise ValueError(
                 "train.distill: the memory of teachers is not predicted; plan without it (set train.distill to null), "
@@ -84,7 +88,8 @@ class Predictor:
         self.recipe = recipe
         self.num_examples = num_examples
         self._outlines: dict[str, _Outline] = {}
-        self._traces: dict[tuple[str, str, str, int | None], StepMoments] = {}
+        self._say = say
+        self._traces: dict[tuple[str, str, str, int | None], StepLog] = {}
 
     @functools.cached_property
     def examples(self) -> ExampleCount:
@@ -117,7 +122,7 @@ class Predictor:
         return count * self.example_bytes() if count else 0
 
     def forecast(self, recipe: Recipe | None = None) -> Forecast:
-        """Predict both candidate moments of every shape of unit.
+        """Predict what stays between steps, and the step of every shape of unit.
 
         Args:
             recipe: this one with changes; None: as it is.
@@ -131,8 +136,8 @@ class Predictor:
         persistent = dataclasses.asdict(count_persistent(units, shared, recipe.train))
         persistent |= {"data": self.data_bytes(recipe), "workspace": WORKSPACE_BYTES if self.on_gpu else 0}
         distinct = {shape_of(unit): unit for unit in reversed(units)}
-        moments = {unit.name: self._moments(recipe, outline, unit) for unit in distinct.values()}
-        return Forecast(persistent, moments)
+        laws = {unit.name: self._law(recipe, outline, unit) for unit in distinct.values()}
+        return Forecast(persistent, laws, recipe.train.batch_size, self.on_gpu and recipe.train.cuda_graph)
 
     def units(self, recipe: Recipe | None = None) -> list[Unit]:
         """What the recipe, or a changed one, trains, on the meta device."""
@@ -146,24 +151,28 @@ class Predictor:
             self._outlines[key] = _Outline(key, family_named(recipe.model.type), module, Experiment.config_of(module))
         return self._outlines[key]
 
-    def _moments(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepMoments:
+    def _law(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepLaw:
         layers = len(unit.module.layers()) if isinstance(unit.module, Block) else 0
-        if recipe.train.compile is not True or layers <= _TRACED_WHOLE:
+        one_depth = recipe.model.pretrained is not None or outline.family.depth_dependent_weights
+        if layers < min(_DEPTHS) or one_depth:
             return self._trace(recipe, outline, unit)
+        if layers in _DEPTHS:
+            return self._trace_at_depth(recipe, layers)
         low, high = (self._trace_at_depth(recipe, depth) for depth in _DEPTHS)
-        return StepMoments(_extrapolate(low.early, high.early, layers), _extrapolate(low.late, high.late, layers))
+        return DepthLaw(low, high, layers - min(_DEPTHS))
 
-    def _trace_at_depth(self, recipe: Recipe, layers: int) -> StepMoments:
+    def _trace_at_depth(self, recipe: Recipe, layers: int) -> StepLog:
         """Trace a step of a block like the recipe's, of another number of layers."""
         one_block = {"blocks": recipe.blocks.as_one_block()}
         outline = self._outline(with_depth(recipe, layers).model_copy(update=one_block))
         (unit,), _ = units_of(outline.module)
         return self._trace(recipe, outline, unit)
 
-    def _trace(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepMoments:
+    def _trace(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepLog:
         length = _text_length(recipe)
         key = outline.key, unit.name, recipe.train.model_dump_json(exclude=_UNTRACED), length
         if key not in self._traces:
+            self._say(f"following a step of {unit.name} on tensors without memory")
             make_batch = functools.partial(outline.family.empty_batch, outline.config, length=length)
             self._traces[key] = trace_step(unit, recipe.train, make_batch, on_gpu=self.on_gpu)
         return self._traces[key]
@@ -182,11 +191,3 @@ def predict(recipe: Recipe, *, num_examples: int | None = None) -> Ledger:
 def forecast(recipe: Recipe, *, num_examples: int | None = None) -> Forecast:
     """Predict as `predict`, with both candidate moments of every shape of unit."""
     return Predictor(recipe, num_examples).forecast()
-
-
-def _extrapolate(low: Moment, high: Moment, layers: int) -> Moment:
-    steps = (layers - _DEPTHS[0]) // (_DEPTHS[1] - _DEPTHS[0])
-    return Moment(
-        low.activations + steps * (high.activations - low.activations),
-        low.gradients + steps * (high.gradients - low.gradients),
-    )

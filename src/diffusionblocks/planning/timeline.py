@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 #: What stands for the GPU's flash attention on fake CPU tensors: it saves and returns the same.
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+#: Examples of the batch that a step is followed with. Fake tensors have no memory, so there can be so many that every
+#: tensor with a batch in it has at least as many bytes, and every other one fewer: a `StepLog` scales the first.
+TRACED_BATCH = 2**33
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,85 @@ class Moment:
         return self.activations + self.gradients
 
 
-class Timeline(TorchDispatchMode):
-    """Follows the storages of fake tensors that are made while it is active.
+@dataclass(frozen=True)
+class StepMoments:
+    """The two candidates for a step's peak, beside what is there before the step.
 
     Attributes:
         early: the moment of most bytes until half of the gradients are made: the forward pass and the first layers of
             the backward pass, where (almost) all saved activations live.
         late: the one after that, where most gradients live.
+    """
+
+    early: Moment
+    late: Moment
+
+    @property
+    def peak(self) -> Moment:
+        """The one of more bytes."""
+        return max(self.early, self.late, key=lambda moment: moment.total)
+
+
+class _What(Enum):
+    """What happens to bytes."""
+
+    THERE = auto()  # before the step begins
+    NEW = auto()
+    GRADIENT = auto()  # they count as a gradient from now on
+    ACTIVATION_GONE = auto()
+    GRADIENT_GONE = auto()
+    WORK = auto()  # a kernel works with them, at this moment alone
+    FORWARD = auto()  # a forward pass begins
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """A step's storages as they come and go, for a batch of any size.
+
+    Attributes:
+        events: what happens, and to how many bytes: of a storage with `TRACED_BATCH` examples, or without any.
+        gradient_bytes: of all gradients of the step.
+    """
+
+    events: tuple[tuple[_What, int], ...]
+    gradient_bytes: int
+
+    def at(self, batch: int) -> StepMoments:
+        """The worst moments with so many examples."""
+        early = late = Moment()
+        activations = gradients = so_far = 0
+        for what, traced in self.events:
+            size = traced if traced < TRACED_BATCH else -(-traced * batch // TRACED_BATCH)
+            work = 0
+            match what:
+                case _What.ACTIVATION_GONE:
+                    activations -= size
+                    continue
+                case _What.GRADIENT_GONE:
+                    gradients -= size
+                    continue
+                case _What.THERE:
+                    activations += size
+                    continue
+                case _What.FORWARD:  # what comes is early until half of its gradients are made
+                    so_far = 0
+                    continue
+                case _What.NEW:
+                    activations += size
+                case _What.GRADIENT:
+                    activations, gradients, so_far = activations - size, gradients + size, so_far + size
+                case _What.WORK:
+                    work = size
+            now = Moment(activations + work, gradients)
+            if 2 * so_far <= self.gradient_bytes:
+                early = now if now.total > early.total else early
+            else:
+                late = now if now.total > late.total else late
+        return StepMoments(early, late)
+
+
+class Timeline(TorchDispatchMode):
+    """Follows the storages of fake tensors that are made while it is active.
 
     Args:
         gradient_bytes: of all gradients of the step.
@@ -53,13 +131,16 @@ class Timeline(TorchDispatchMode):
 
     def __init__(self, gradient_bytes: int, *, on_gpu: bool) -> None:
         super().__init__()
-        self.early = self.late = Moment()
-        self._half = gradient_bytes / 2
+        self._all_gradients = gradient_bytes
         self._on_gpu = on_gpu
-        self._bytes = {"activations": 0, "gradients": 0}
-        self._gradient_bytes = 0  # of this forward pass, as they are made
-        self._live: dict[int, tuple[Any, str, int]] = {}
+        self._events: list[tuple[_What, int]] = []
+        self._live: dict[int, tuple[Any, bool, int]] = {}  # reference, whether it is a gradient, bytes
         self._persistent: set[int] = set()
+
+    @property
+    def log(self) -> StepLog:
+        """What was seen since the last `restart`."""
+        return StepLog(tuple(self._events), self._all_gradients)
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -84,44 +165,33 @@ class Timeline(TorchDispatchMode):
         key = storage._cdata
         if key not in self._live and key not in self._persistent:
             size = storage.nbytes()
-            self._live[key] = (weakref.ref(storage, lambda _: self._died(key)), "activations", size)
-            self._bytes["activations"] += size
-            self._note()
+            self._live[key] = (weakref.ref(storage, lambda _: self._died(key)), False, size)
+            self._events.append((_What.NEW, size))
 
     def _died(self, key: int) -> None:
-        _, kind, size = self._live.pop(key)
-        self._bytes[kind] -= size
+        _, is_gradient, size = self._live.pop(key)
+        self._events.append((_What.GRADIENT_GONE if is_gradient else _What.ACTIVATION_GONE, size))
 
     def is_gradient(self, tensor: Tensor) -> None:
         """From now on this tensor counts as a gradient."""
         key = tensor.untyped_storage()._cdata
-        if key in self._live and self._live[key][1] == "activations":
+        if key in self._live and not self._live[key][1]:
             reference, _, size = self._live[key]
-            self._live[key] = (reference, "gradients", size)
-            self._bytes["activations"] -= size
-            self._bytes["gradients"] += size
-            self._gradient_bytes += size
-            self._note()
+            self._live[key] = (reference, True, size)
+            self._events.append((_What.GRADIENT, size))
 
     def forward_begins(self) -> None:
         """A forward pass begins: what comes is early until half of its gradients are made."""
-        self._gradient_bytes = 0
+        self._events.append((_What.FORWARD, 0))
 
     def work(self, size: int) -> None:
         """Note that a kernel of the GPU works with so many bytes of its own, at this moment."""
         if self._on_gpu:
-            self._note(size)
-
-    def _note(self, extra: int = 0) -> None:
-        now = Moment(self._bytes["activations"] + extra, self._bytes["gradients"])
-        if self._gradient_bytes <= self._half:
-            self.early = max(self.early, now, key=lambda moment: moment.total)
-        else:
-            self.late = max(self.late, now, key=lambda moment: moment.total)
+            self._events.append((_What.WORK, size))
 
     def restart(self) -> None:
-        """Forget the moments seen so far, not what is alive."""
-        self.early = self.late = Moment()
+        """Forget what happened so far, not what is alive."""
+        self._events = [(_What.THERE, size) for _, _, size in self._live.values()]
 
 
 def attention_workspace(query: Tensor) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +16,19 @@ from ..training import TrainConfig, Unit, trainable
 from ..training.compilation import Compiler
 from ..training.optim import AVERAGED_AT_ONCE
 from ..training.shared_module import SharedModule
-from .fused import simulating_backend
-from .timeline import Moment, Timeline
+from .timeline import TRACED_BATCH, StepLog, Timeline
 
 _MANY = 2**20
 
 MakeBatch = Callable[[int], Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class StepMoments:
-    """The two candidates for a step's peak, beside what is there before the step (see `Timeline`)."""
-
-    early: Moment
-    late: Moment
-
-    @property
-    def peak(self) -> Moment:
-        """The one of more bytes."""
-        return max(self.early, self.late, key=lambda moment: moment.total)
-
-
-def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu: bool) -> StepMoments:
+def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu: bool) -> StepLog:
     """Run a step of a unit on fake tensors: forward, backward and update, as `training/step.py` does.
 
     Args:
         unit: its module may be on the meta device; it is not changed.
-        train: batch size, precision, compilation, and what else decides on memory.
+        train: precision, compilation, and what else decides on memory, but for the size of the batch.
         make_batch: number of examples -> a batch of them, whose values do not matter (`Family.empty_batch`).
         on_gpu: choose the GPU's kernels where they keep other things than the CPU's.
     """
@@ -54,6 +39,8 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
     parameters = unit.parameters
     timeline = Timeline(bytes_of(parameters), on_gpu=on_gpu)
     if train.compile:
+        from .fused import simulating_backend  # brings torch's compiler, which takes seconds to import
+
         backend = simulating_backend(timeline, {p.shape for p in parameters})
         Compiler(train, torch.device("cpu"), backend=backend, dynamic=False, on_gpu=on_gpu).compile([module])
     with FakeTensorMode():
@@ -69,7 +56,7 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
                 gc.collect()  # a traced graph is full of cycles, and holds what the first step made
                 timeline.restart()
             _step(module, train, make_batch, timeline)
-    return StepMoments(timeline.early, timeline.late)
+    return timeline.log
 
 
 def _without_memory(tensors: list[Tensor]) -> list[Tensor]:
@@ -84,7 +71,7 @@ def _without_memory(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _step(module: nn.Module, train: TrainConfig, make_batch: MakeBatch, timeline: Timeline) -> None:
-    size = train.batch_size
+    size = TRACED_BATCH
     for _ in range(min(train.accumulation, 2)):  # the second finds the gradients of the first; others are like it
         timeline.forward_begins()
         batch = make_batch(size)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .adamw_kernel import OneKernelAdamW
 from .schedules import lr_factor
+from .stochastic_rounding import Draws, RoundedAdamW, round_stochastically
 from .train_config import TrainConfig
 
 #: Elements that the moving average handles at once: bounds the memory of its temporaries.
@@ -137,11 +138,13 @@ class Updater:
         device = parameters[0].device if parameters else torch.device("cpu")
         self.lr = torch.tensor(0.0, dtype=torch.float32, device=device)
         self.decay = torch.tensor(0.0, dtype=torch.float32, device=device)
+        #: Of the rounding of bfloat16 weights; each step brings its own (`prepare`).
+        self._draws = Draws(device) if config.weights == "bfloat16" else None
         self._optimizers: list[Optimizer] = []
         if config.optimizer_in_backward:
-            self._optimizers = [make_optimizer([p], self.lr, config) for p in parameters]
+            self._optimizers = [make_optimizer([p], self.lr, config, self._draws) for p in parameters]
         elif parameters:
-            self._optimizers = [make_optimizer(parameters, self.lr, config)]
+            self._optimizers = [make_optimizer(parameters, self.lr, config, self._draws)]
         if config.optimizer_in_backward:
             # A hook that held this would keep the parameters for good: torch's hooks are no garbage.
             me = weakref.ref(self)
@@ -189,8 +192,15 @@ class Updater:
         """The rate of the owner's coming step."""
         return self.config.lr * lr_factor(owner.steps, self.total_steps, self.warmup, self.config.lr_schedule)
 
-    def prepare(self, owner: ParameterSet) -> None:
-        """Write the rate and decay of the owner's step to the device (no sync), and count the step."""
+    def prepare(self, owner: ParameterSet, generator: torch.Generator | None = None) -> None:
+        """Write the rate and decay of the owner's step to the device (no sync), and count the step.
+
+        Args:
+            owner: of the state that the step moves.
+            generator: keyed to the step; bfloat16 weights are rounded by its draws. None: by those of the last step's.
+        """
+        if self._draws is not None and generator is not None:
+            self._draws.generator = generator
         self.lr.fill_(self.learning_rate(owner))
         for optimizer in self._optimizers:
             if isinstance(optimizer, OneKernelAdamW):
@@ -243,16 +253,34 @@ def check_optimizer(config: TrainConfig) -> None:
             ) from error
 
 
-def make_optimizer(parameters: list[nn.Parameter], lr: Tensor, config: TrainConfig) -> Optimizer:
+def make_optimizer(
+    parameters: list[nn.Parameter], lr: Tensor, config: TrainConfig, draws: Draws | None = None
+) -> Optimizer:
     """AdamW as the config says, over parameters of one device, with the learning rate in a tensor there.
+
+    Args:
+        parameters: what it moves.
+        lr: float32 scalar.
+        config: AdamW's settings.
+        draws: bfloat16 weights are rounded by chance, by these; None: to nearest.
 
     Raises:
         ImportError: 8-bit AdamW without torchao.
     """
     if config.optimizer == "adamw-8bit":
         check_optimizer(config)
-        optimizer: Optimizer = _adamw_8bit()(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+        kind = _adamw_8bit()
+        optimizer: Optimizer = kind(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+        if draws is not None:
+            if not hasattr(optimizer, "draws"):
+                raise ImportError(
+                    "train.weights: bfloat16 rounds each step of 8-bit AdamW by chance, which this version of torchao "
+                    "cannot be told: install the one of diffusionblocks[memory], or --set train.optimizer=adamw"
+                )
+            optimizer.draws = draws
         return optimizer
+    if draws is not None:
+        return RoundedAdamW(parameters, draws, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
     one = "adamw" in config.fused_kernels and not config.optimizer_in_backward and OneKernelAdamW.takes(parameters)
     return (OneKernelAdamW if one else torch.optim.AdamW)(
         parameters,
@@ -280,6 +308,15 @@ def _adamw_8bit() -> Any:
     compiled: Any = torch.compile(update, fullgraph=True, dynamic=False)
 
     class AdamW8bitCompiledOnce(AdamW8bit):  # type: ignore[misc]
+        draws: Draws | None = None  # of the rounding of bfloat16 weights; None: to nearest
+
+        def _new_buffer(self, p: Tensor, signed: bool) -> Any:
+            fresh = super()._new_buffer(p, signed)
+            # What is too small for 8 bits torchao keeps in the weight's dtype, to nearest: a second moment in bfloat16
+            # would not move.
+            plain = self.draws is not None and not hasattr(fresh, "__tensor_flatten__")
+            return torch.zeros_like(p, dtype=torch.float32) if plain else fresh
+
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -292,7 +329,11 @@ def _adamw_8bit() -> Any:
                     state["step"] += 1
                     moments = (state["step"], state["exp_avg"], state["exp_avg_sq"], None)  # no amsgrad
                     settings = (group["lr"], *group["betas"], group["weight_decay"], group["eps"])
-                    compiled(p.detach(), p.grad, *moments, *settings, True, False)  # AdamW, rounding to nearest
+                    by_chance = self.draws is not None and p.dtype == torch.bfloat16
+                    weights = p.detach().float() if by_chance else p.detach()
+                    compiled(weights, p.grad, *moments, *settings, True, False)  # AdamW, rounding to nearest
+                    if self.draws is not None and by_chance:
+                        round_stochastically(p, weights, self.draws.generator)
             return None
 
     return AdamW8bitCompiledOnce

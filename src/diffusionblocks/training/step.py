@@ -161,7 +161,7 @@ class Stepper:
         lane.indices.copy_(indices)
         lane.step.fill_(step)
         for updater, owner in zip(active.updaters, active.sets, strict=True):
-            updater.prepare(owner)
+            updater.prepare(owner, lane.generator)
         if not self.use_graphs:
             with contextlib.nullcontext() if self.group is None else self.group.computing():
                 self._compute(lane, unit, active)

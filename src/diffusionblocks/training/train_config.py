@@ -99,6 +99,9 @@ class TrainConfig(BaseModel):
         distill: Distil a classifier from trained ones; null learns from the labels alone.
         gradient_clip: Largest global norm of a step's gradient; null does not clip.
         precision: `float32`, or `bfloat16` autocast with float32 weights.
+        weights: `bfloat16` keeps weights, gradients and AdamW's state in bfloat16, with no float32 copy, and rounds
+            each step by chance, right on average: 6 bytes a weight instead of 12, beside gradients. Null: as
+            model.dtype says, rounded to nearest.
         ema_decay: Decay of the moving average of the weights, which rises as (1 + step) / (10 + step). The saved model
             then holds the average. An average moves only with the unit that stepped.
         ema_half_life: Half-life of EDM's average, in images that the unit has seen (EDM, appendix F.2: 500,000). Give
@@ -159,6 +162,7 @@ class TrainConfig(BaseModel):
     distill: DistillConfig | None = None
     gradient_clip: Positive | None = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["bfloat16"] | None = None
     ema_decay: Float | None = Field(default=None, gt=0, lt=1)
     ema_half_life: Positive | None = None
     ema_ramp_up: Positive = 0.05

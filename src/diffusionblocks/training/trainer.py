@@ -117,7 +117,7 @@ class Trainer:
         if group is not None:
             _check_group(self.units, config, group)
         set_label_loss(self.units, config)
-        _warn_of_rounding(self.units)
+        _check_weights(self.units, config)
         self.device = device or next(self.units[0].module.parameters()).device
         if config.teaching is not None:
             self.teachers = load_teachers(config.teaching, self.units[0].module, model.config, self.device)
@@ -518,16 +518,26 @@ def _on_terminal() -> bool:
     return sys.stderr.isatty() and int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
-def _warn_of_rounding(units: Sequence[Unit]) -> None:
-    """One line where weights are trained in a dtype whose rounding is larger than most steps."""
+def _check_weights(units: Sequence[Unit], config: TrainConfig) -> None:
+    """Refuse float32 weights under `train.weights: bfloat16`; else warn once of weights whose rounding loses steps.
+
+    Raises:
+        ValueError: a trained weight is not bfloat16.
+    """
     for unit in units:
         for name, parameter in unit.module.named_parameters():
-            if parameter.requires_grad and torch.finfo(parameter.dtype).bits < 32:
-                dtype = str(parameter.dtype).removeprefix("torch.")
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            if config.weights is not None:
+                if parameter.requires_grad and dtype != config.weights:
+                    raise ValueError(
+                        f"train.weights = {config.weights}: {name} of {unit.name} is {dtype}; give the trainer "
+                        "model.to(torch.bfloat16), or set train.weights to null"
+                    )
+            elif parameter.requires_grad and torch.finfo(parameter.dtype).bits < 32:
                 _log.warning(
-                    "%s: %s is %s: steps smaller than its rounding, most at usual learning rates, are lost; train in "
-                    "float32 with model.float(), in a recipe model.dtype: float32 (train.precision: bfloat16 computes "
-                    "in bfloat16 all the same)",
+                    "%s: %s is %s: steps smaller than its rounding, most at usual learning rates, are lost; round them "
+                    "by chance with train.weights: bfloat16, or train in float32 with model.float(), in a recipe "
+                    "model.dtype: float32 (train.precision: bfloat16 computes in bfloat16 all the same)",
                     unit.name,
                     name,
                     dtype,
