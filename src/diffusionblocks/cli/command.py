@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..common.messages import Say
     from ..experiments.experiment import Experiment
 
 
@@ -69,3 +72,20 @@ def takes_quiet(parser: argparse.ArgumentParser) -> None:
 def without_levels(row: dict[str, Any]) -> dict[str, Any]:
     """A row as it is printed: what is `by_level` is a table of its own."""
     return {name: value for name, value in row.items() if name != "by_level"}
+
+
+def say_when_slow(what: str, seconds: float = 5.0) -> Say:
+    """What tells on stderr of work that begins after so many seconds: what is quicker needs no word.
+
+    Args:
+        what: is being done; begins each line.
+        seconds: from now on.
+    """
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        now = time.monotonic() - start
+        if now > seconds:
+            print(f"{what}: {line} ({now:.0f} s so far)", file=sys.stderr)
+
+    return say

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import takes_recipe
+from .command import say_when_slow, takes_recipe
 
 if TYPE_CHECKING:
-    from ..common.messages import Say
     from ..experiments.experiment import Experiment
 
 
@@ -48,7 +45,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         _run_gpus(experiment, options)
         return
     margin = MARGIN if options.margin is None else options.margin
-    predictor, plan = Predictor(recipe, options.examples, say=_say_when_slow()), None
+    predictor, plan = Predictor(recipe, options.examples, say=say_when_slow("plan")), None
     if options.budget is not None:
         plan = plan_with(predictor, parse_budget(options.budget), vary=options.vary, margin=margin)
     elif options.margin is not None:
@@ -75,20 +72,8 @@ def _run_gpus(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.budget is not None:
         raise ValueError(f"--gpus {options.gpus} has the memory of each GPU: leave --budget out")
     gpus = parse_gpus(options.gpus, MARGIN if options.margin is None else options.margin)
-    predictor = Predictor(experiment.recipe, options.examples, say=_say_when_slow())
+    predictor = Predictor(experiment.recipe, options.examples, say=say_when_slow("plan"))
     plan = plan_gpus(predictor, gpus, batch=options.vary != "blocks")
     print(describe_gpus(plan))
     if options.json:
         write_results(options.json, [], plan=plan.to_dict())
-
-
-def _say_when_slow(seconds: float = 5.0) -> Say:
-    """What tells on stderr of work that began after so many seconds: shorter plans need no word."""
-    start = time.monotonic()
-
-    def say(line: str) -> None:
-        seconds_so_far = time.monotonic() - start
-        if seconds_so_far > seconds:
-            print(f"plan: {line} ({seconds_so_far:.0f} s so far)", file=sys.stderr)
-
-    return say

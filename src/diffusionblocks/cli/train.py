@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import run_folder, takes_dry_run, takes_quiet, takes_recipe, without_levels
+from .command import run_folder, say_when_slow, takes_dry_run, takes_quiet, takes_recipe, without_levels
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -35,6 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=("ray",), help="train each block as a task of Ray (extra: ray); <out> is on a shared disk"
     )
     parser.add_argument("--address", help="of a Ray cluster, or auto (default: Ray is started on this machine)")
+    parser.add_argument(
+        "--unchecked", action="store_true", help="start even where the memory that is free would not do, by prediction"
+    )
     takes_dry_run(parser)
     takes_quiet(parser)
 
@@ -45,6 +49,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     from ..experiments.parts import is_in_parts
     from ..experiments.ray_engine import train_on_ray
     from ..experiments.run import train_before_blocks
+    from ..planning import check_fits
     from ..reports.tables import format_table
     from ..training.run_log import LOGGERS, Logger
     from .dry_run import dry_run
@@ -64,6 +69,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.before_blocks:
         train_before_blocks(experiment, folder, resume=not options.restart, progress=not options.quiet)
         return
+    if not options.unchecked and options.engine is None and "WORLD_SIZE" not in os.environ:
+        check_fits(experiment, say=say_when_slow("memory"))
     values = recipe.model_dump(mode="json")
 
     def loggers(of: Path) -> tuple[Logger, ...]:

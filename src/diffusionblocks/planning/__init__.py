@@ -1,6 +1,7 @@
 """Planning: the bytes of a recipe's training step before it runs, and what fits into a budget."""
 
 from .ledger import Forecast, Ledger
+from .machine_fit import check_fits
 from .many_gpus import Gpus, ParallelPlan, parse_gpus, plan_gpus
 from .planner import MARGIN, Fit, Plan, parse_budget, plan, plan_with
 from .predictor import WORKSPACE_BYTES, Predictor, forecast, predict
@@ -15,6 +16,7 @@ __all__ = [
     "ParallelPlan",
     "Plan",
     "Predictor",
+    "check_fits",
     "forecast",
     "parse_budget",
     "parse_gpus",

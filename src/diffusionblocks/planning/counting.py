@@ -55,6 +55,26 @@ def count_persistent(units: Sequence[Unit], shared: Sequence[nn.Parameter], trai
     )
 
 
+def count_waiting(units: Sequence[Unit], train: TrainConfig) -> int:
+    """Count the host memory of blocks that are not on the device: all of them, or the buffers of files.
+
+    Args:
+        units: what is trained; their modules may be on the meta device.
+        train: residency, optimizer and average.
+    """
+    if train.resident != "active" or len(units) == 1:
+        return 0
+    moved_alone = {id(p) for unit in units for p in unit.own}
+    common = in_several([unit.module for unit in units]) - moved_alone
+    sizes = []
+    for unit in units:
+        tensors = {id(t): t for t in tensors_of(unit.module) if id(t) not in common}
+        state = sum(optimizer_bytes(p, train.optimizer, by_chance=train.weights is not None) for p in unit.own)
+        averages = sum(p.numel() * average_dtype(p).itemsize for p in unit.own) if train.keeps_average else 0
+        sizes.append(bytes_of(tensors.values()) + state + averages)
+    return 2 * max(sizes) if train.offload == "disk" else sum(sizes)
+
+
 def optimizer_bytes(parameter: Tensor, optimizer: str, *, by_chance: bool = False) -> int:
     """Bytes of AdamW's state on the device for one parameter: two moments, and for `adamw` a float32 count of steps.
 

@@ -7,7 +7,7 @@ from ..experiments.recipe import Recipe
 from ..reports.tables import format_bytes, format_table
 from .ledger import POOL_BYTES, POOL_SHARE, Ledger
 from .many_gpus import ParallelPlan
-from .planner import Fit, Plan, options_of
+from .planner import Fit, Plan, options_of, with_changes
 from .predictor import Predictor
 
 
@@ -32,6 +32,12 @@ def remarks(predictor: Predictor, plan: Plan | None = None) -> list[str]:
     lines = []
     if about_data := _about_data(predictor, plan):
         lines.append(f"data: {about_data}")
+    host = predictor.host_bytes(with_changes(predictor.recipe, plan.always) if plan else None)
+    if host.total:
+        lines.append(
+            f"host memory: {format_bytes(host.waiting)} of waiting blocks (train.offload: "
+            f"{predictor.recipe.train.offload}), {format_bytes(host.data)} of data; Python, torch and driver take more"
+        )
     if predictor.on_gpu and predictor.recipe.train.cuda_graph and not (plan and plan.always):
         lines.append(
             f"train.cuda_graph: graph_pool is what gaps in a captured step's private pool take, {POOL_SHARE:.0%} of "

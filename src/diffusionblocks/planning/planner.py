@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -192,6 +193,22 @@ def plan_with(predictor: Predictor, budget_bytes: int, *, vary: str | None = Non
     return Plan(budget_bytes, search.at({}).ledger, blocks, batch, optimisations, always, margin)
 
 
+def cheapest_changes(predictor: Predictor, budget_bytes: int, *, margin: float = MARGIN, most: int = 3) -> list[Fit]:
+    """Changes of a recipe that make it fit, each for itself, in the order of what they cost.
+
+    Moving blocks in and out costs a few per cent of the time, as do smaller micro-batches of the same step and what
+    torch.compile can compute again; then come checkpointing, more blocks, and `OPTIMISATIONS` together.
+
+    Args:
+        predictor: of the recipe, which does not fit.
+        budget_bytes: bytes on the device.
+        margin: share of the predicted peak that must be free beside it.
+        most: how many to find.
+    """
+    search = _Search(predictor, budget_bytes, margin, _on_the_host(predictor, budget_bytes))
+    return list(itertools.islice((fit for fit in search.single_changes() if fit), most))
+
+
 def _on_the_host(predictor: Predictor, budget: int) -> dict[str, Any]:
     """The changes that leave the data on the host where `data.placement: auto` would (`Plan.always`)."""
     recipe = predictor.recipe
@@ -261,6 +278,29 @@ class _Search:
             return None
         size = _largest(lambda batch: self._fits(forecast.of(batch).ledger))
         return self.fit({"train.batch_size": max(least, size)})
+
+    def single_changes(self) -> Iterator[Fit | None]:
+        """What each change makes of the recipe, the cheapest first; None where it does not fit with it."""
+        recipe, train = self.recipe, self.recipe.train
+        base: dict[str, Any] = {}
+        if recipe.method == "diffusionblocks" and train.resident == "all" and recipe.blocks.num_blocks > 1:
+            base = {"train.resident": "active"} | ({"train.concurrent": False} if train.concurrent else {})
+            yield self.fit(base)
+        steps = [step for step in optimisations_of(recipe) if step not in OPTIMISATIONS]
+        yield from (self.fit({**base, **step}) for step in steps)
+        size = train.batch_size
+        while size % 2 == 0 and size > self._smallest_batch and not train.optimizer_in_backward:
+            size //= 2
+            parts = {"train.batch_size": size, "train.accumulation": train.accumulation * train.batch_size // size}
+            if (fit := self.fit({**base, **parts})) or size == self._smallest_batch:
+                yield fit
+                break
+        if not train.activation_checkpointing and OPTIMISATIONS[0] in optimisations_of(recipe):
+            without = {} if train.activation_memory_budget == 1 else {"train.activation_memory_budget": 1.0}
+            yield self.fit({**base, **OPTIMISATIONS[0], **without})
+        if recipe.method == "diffusionblocks":
+            yield self.fewest_blocks()
+        yield self.first_optimisations(smaller_batch=True)
 
     def first_optimisations(self, *, smaller_batch: bool) -> Fit | None:
         """The first memory optimisations that fit, with the fewest blocks; then all of them with smaller batches."""

@@ -24,7 +24,7 @@ from ..experiments.recipe_changes import with_depth
 from ..families import Family, family_named
 from ..training import Unit, units_of
 from ..training.shared_module import shape_of
-from .counting import count_persistent
+from .counting import count_persistent, count_waiting
 from .ledger import DepthLaw, Forecast, Ledger, StepLaw
 from .timeline import StepLog
 from .tracing import trace_step
@@ -60,6 +60,24 @@ class _Outline:
     family: Family
     module: nn.Module
     config: Any
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """Bytes that a run on a GPU keeps in host memory; Python, torch and the driver take some more.
+
+    Attributes:
+        waiting: blocks that are not on the GPU (`train.resident: active`), with their optimizer state and averages.
+        data: examples that are not on the GPU, and not mapped from files.
+    """
+
+    waiting: int
+    data: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.waiting + self.data
 
 
 class Predictor:
@@ -118,8 +136,19 @@ class Predictor:
         """Bytes of the data on the device, of the recipe or of a changed one."""
         if not self.keeps_data(recipe or self.recipe):
             return 0
-        count = self.num_examples if self.num_examples is not None else self.examples.count or 0
-        return count * self.example_bytes() if count else 0
+        return self._count * self.example_bytes() if self._count else 0
+
+    @functools.cached_property
+    def _count(self) -> int:
+        return self.num_examples if self.num_examples is not None else self.examples.count or 0
+
+    def host_bytes(self, recipe: Recipe | None = None) -> HostBytes:
+        """Bytes that a run of the recipe, or of a changed one, keeps in host memory beside a GPU."""
+        recipe = recipe or self.recipe
+        if not self.on_gpu:
+            return HostBytes(0, 0)
+        count = 0 if self.keeps_data(recipe) or recipe.data.mapped else self._count
+        return HostBytes(count_waiting(self.units(recipe), recipe.train), count * self.example_bytes() if count else 0)
 
     def forecast(self, recipe: Recipe | None = None) -> Forecast:
         """Predict what stays between steps, and the step of every shape of unit.

@@ -47,6 +47,11 @@ def check_shards(config: TrainConfig) -> None:
             "train.optimizer = adamw-8bit scales its state by stretches of a whole weight, which parallel.within_block "
             f"= shard cuts through: set train.optimizer to adamw, {replicate}"
         )
+    if config.weights is not None:
+        raise ValueError(
+            f"train.weights = {config.weights} rounds a whole weight by draws of its step, and parallel.within_block = "
+            f"shard cuts through it: set train.weights to null, {replicate}"
+        )
     if config.optimizer_in_backward:
         raise ValueError(
             "train.optimizer_in_backward steps before the gradients of the group are summed, and under "
