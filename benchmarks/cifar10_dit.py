@@ -149,8 +149,7 @@ def curve(options: argparse.Namespace) -> None:
         sampler = measure_now(job, trainer, recipe, about | {"epochs": epochs})
     last = about | {"epochs": max(options.epochs), "layer_updates": layer_updates(trainer)}
     job.draw(recipe, sampler, f"{options.row}-{about['blocks']}x{depth // about['blocks']}")
-    if not blocks:
-        final_settings(job, trainer, recipe, last | {"train_seconds": trainer.seconds}, solvers=False)
+    final_settings(job, trainer, recipe, last | {"train_seconds": trainer.seconds})
 
 
 def trunk(options: argparse.Namespace) -> None:
@@ -200,7 +199,6 @@ def trunk(options: argparse.Namespace) -> None:
         recipe,
         about
         | {"epochs": max(options.epochs), "layer_updates": layer_updates(trainer), "train_seconds": trainer.seconds},
-        solvers=False,
     )
 
 
@@ -266,24 +264,26 @@ def branch_and_measure(
     sampler = job.measure(trainer, recipe, **about)
     if final:
         job.draw(recipe, sampler, f"branched-{blocks.num_blocks}x{depth_of(base) // blocks.num_blocks}")
-        final_settings(job, trainer, recipe, about, solvers=True)
+        final_settings(job, trainer, recipe, about)
 
 
-def final_settings(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, Any], solvers: bool) -> None:
-    """The last weights under other solvers, grids and guidance; and with five times the samples."""
+def final_settings(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, Any]) -> None:
+    """The last weights under other solvers, grids and guidance, so that each row has its own best; and more samples."""
     if not job.final:
         return
     first = job.options.settings[0]
     change = functools.partial(dataclasses.replace, first)
+    stochastic = {"churn_interval": (0.01, 1.0), "churn_noise": 1.007}  # EDM's on CIFAR-10, as is churn 30
     settings = [
         *(change(solver="euler", steps=n) for n in (10, 15, 20, 30)),
         change(grid="equal-quantile"),
         *(change(solver="heun", steps=n) for n in (5, 8, 10, 13, 18, 25)),
-        *(change(solver="dpmpp-2m", steps=n) for n in (5, 8, 10, 12, 15, 20, 25)),
+        *(change(solver=name, steps=n) for name in ("dpmpp-2m", "dpmpp-3m", "unipc") for n in (5, 8, 10, 12, 15, 20)),
+        *(change(solver="heun", steps=n, churn=c, **stochastic) for n in (18, 25) for c in (10.0, 30.0)),
         *(change(guidance=g) for g in (1.0, 1.25, 1.5, 3.0)),
+        *(change(guidance=g, guidance_interval=i) for g in (2.0, 3.0) for i in ((0.1, 2.0), (0.2, 5.0))),
     ]
-    if solvers:
-        job.measure(trainer, recipe, settings, **about, study="sampling")
+    job.measure(trainer, recipe, settings, **about, study="sampling")
     job.measure(trainer, recipe, [first], 5 * job.options.samples, **about, study="five times the samples")
 
 

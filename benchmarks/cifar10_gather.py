@@ -15,11 +15,12 @@ from diffusionblocks.reports.tables import format_table
 
 Row = dict[str, Any]
 
+#: What tells one trained model from another, and one way to sample.
+MODEL = ("name", "layers", "blocks", "branched", "epochs", "layer_updates", "share_of_trunk", "average")
+SETTING = ("solver", "steps", "grid", "guidance", "guidance_interval", "churn", "churn_interval")
+
 #: Equal in two rows that measure the same thing twice.
-SAME = (
-    *("name", "layers", "blocks", "branched", "epochs", "layer_updates", "share_of_trunk", "average"),
-    *("solver", "steps", "grid", "guidance", "samples"),
-)
+SAME = (*MODEL, *SETTING, "samples")
 
 #: Labels of the curves, with colour (that of one kind of training), marker and line.
 STYLES = {
@@ -47,10 +48,30 @@ def gather(options: argparse.Namespace) -> None:
     main_setting = [row for row in rows if row.get("study", "branching") == "branching"]
     main_setting.sort(key=_place)
     sampling = [row for row in rows if row not in main_setting]
-    write_results(options.out, main_setting, joint_header(parts), sampling=sampling, **more)
+    best = best_settings(rows)
+    write_results(options.out, main_setting, joint_header(parts), sampling=sampling, best=best, **more)
     shown = ("name", "layers", "blocks", "branched", "average", "changes", "epochs", "run", "fd_train", "fd_test")
     print(format_table([{name: row.get(name) for name in shown} for row in main_setting]))
+    setting = ("solver", "steps", "guidance_interval", "churn", "evaluations", "settings")
+    print(format_table([{name: row.get(name) for name in (*shown[:5], *setting, *shown[-2:])} for row in best]))
     draw_curves(main_setting, options.figure)
+
+
+def best_settings(rows: list[Row]) -> list[Row]:
+    """Of each model that was sampled in several ways, the row nearest to the training images, and out of how many.
+
+    Rows are compared with those of as many samples: a distance falls with their number.
+    """
+    of_model: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        key = [*(row.get(name) for name in MODEL), row.get("changes"), row["samples"]]
+        of_model[json.dumps(key, sort_keys=True)].append(row)
+    best = []
+    for group in of_model.values():
+        settings = len({json.dumps([row.get(name) or None for name in SETTING]) for row in group})
+        if settings > 1:
+            best.append(min(group, key=lambda row: row["fd_train"]) | {"settings": settings})
+    return best
 
 
 def number_runs(rows: list[Row]) -> None:
@@ -59,7 +80,7 @@ def number_runs(rows: list[Row]) -> None:
     for row in rows:
         # What is the default in one run may be a change in another: the average is compared by its own field.
         changes = {name: value for name, value in row.get("changes", {}).items() if name != "average"}
-        same[json.dumps([*(row.get(name) for name in SAME), changes], sort_keys=True)].append(row)
+        same[json.dumps([*(row.get(name) or None for name in SAME), changes], sort_keys=True)].append(row)
     for found in same.values():
         for run, row in enumerate(found if len(found) > 1 else [], start=1):
             row["run"] = run

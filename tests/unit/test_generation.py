@@ -253,6 +253,10 @@ def test_a_row_says_how_it_was_made() -> None:
     ].items()
     assert {"solver": "euler", "samples": 20, "features": "projection"}.items() <= rows[0].items()
     assert all(math.isfinite(row["images_per_second"]) for row in rows)
+    assert not {"churn", "guidance_interval"} & {*rows[0], *rows[1]}, "what is not used has no column"
+    setting = Setting("heun", 3, guidance=2.0, guidance_interval=(0.1, 9.0), churn=2.0)
+    (used,) = (row.to_dict() for row in measure(exact_denoiser(), setting, samples=20, batch_size=10))
+    assert {"churn": 2.0, "guidance_interval": (0.1, 9.0), "evaluations": 7}.items() <= used.items()
 
 
 # ---- the recipe's part ------------------------------------------------------------------------------------------

@@ -237,4 +237,6 @@ def test_images_of_a_gpu_do_not_depend_on_their_batch() -> None:
     model = made().to("cuda")
     many = images(model, [1, 2, 3], [5, 6, 7], solver="heun", churn=20.0)
     for row, (label, seed) in enumerate(((1, 5), (2, 6), (3, 7))):
-        torch.testing.assert_close(images(model, [label], [seed], solver="heun", churn=20.0)[0], many[row])
+        alone = images(model, [label], [seed], solver="heun", churn=20.0)[0]
+        torch.testing.assert_close(alone, many[row], rtol=1e-2, atol=1e-2)  # products of another size round otherwise
+    assert (many[0] - many[1]).abs().mean() > 0.1

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import override
 
 from ..core.image_sampler import ImageSampler
 from ..core.model import DiffusionBlocks
@@ -68,7 +69,8 @@ class SampleRow(Row):
         features: what the Frechet distances are measured with; None where they are not.
         fd_train, fd_test: distance to all training and test images.
         images_per_second: sampling alone, after a first batch; of several ranks together.
-        guidance_interval, churn, churn_interval, churn_noise: of the setting too.
+        guidance_interval, churn, churn_interval, churn_noise: of the setting too; what is as by default is no entry of
+            `to_dict`.
     """
 
     solver: str
@@ -86,6 +88,11 @@ class SampleRow(Row):
     churn: float = 0.0
     churn_interval: tuple[float, float] | None = None
     churn_noise: float = 1.0
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        own = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in super().to_dict().items() if value != own[name]}
 
 
 def pieces_of(count: int, size: int) -> list[range]:
