@@ -154,6 +154,11 @@ class DiffusionBlocks(nn.Module):
         """Whether its blocks run one at a time, see `run_one_at_a_time`."""
         return self._turns is not None
 
+    def bring(self, block: Block) -> None:
+        """Copy a block to where blocks take turns (`run_one_at_a_time`); without that it is where it runs."""
+        if self._turns is not None:
+            self._turns.bring(block)
+
     # ---- activation checkpointing, under both of transformers' names ---------------------------------------
 
     supports_gradient_checkpointing = True
@@ -684,6 +689,14 @@ class DiffusionBlocks(nn.Module):
         """Write a block's low-rank updates for PEFT and diffusers: see `core.exporting.export_lora`."""
         _exporting().export_lora(self, block, path)
 
+    def as_transformer(self, **options: Any) -> nn.Module:
+        """A transformer for diffusers' pipelines that runs the block that owns the time: see `core.pipelines`."""
+        return _pipelines().as_transformer(self, **options)  # type: ignore[no-any-return]
+
+    def export_pipeline(self, path: str | Path, *, source: str | Path | None = None) -> None:
+        """Write two blocks as a folder of WanPipeline: see `core.pipelines.export_pipeline`."""
+        _pipelines().export_pipeline(self, path, source=source)
+
     def export(self) -> nn.Module:
         """`export_initialisation` under its older name."""
         return _exporting().export(self)  # type: ignore[no-any-return]
@@ -814,7 +827,7 @@ class UnlabelledBlocks(DiffusionBlocks):
 
 
 def _saving() -> ModuleType:
-    """The module that saves models, and so builds on this one. Core's imports that run up: it, `_hub`, `_exporting`."""
+    """The module that saves models, and so builds on this one. Core's imports that run up: it, and those below."""
     from . import saving
 
     return saving
@@ -832,6 +845,13 @@ def _exporting() -> ModuleType:
     from . import exporting
 
     return exporting
+
+
+def _pipelines() -> ModuleType:
+    """The module of blocks in diffusers' pipelines: see `_saving`."""
+    from . import pipelines
+
+    return pipelines
 
 
 def _device(batch: Batch) -> torch.device:

@@ -29,10 +29,14 @@ class OneAtATime:
         self._originals: list[tuple[dict[str, Any], str, Tensor]] = []
         for block in blocks:
             block.shared.to(device)
-            block.register_forward_pre_hook(self._bring)
+            block.register_forward_pre_hook(self._before_call)
 
-    def _bring(self, block: nn.Module, args: Any) -> None:
+    def _before_call(self, block: nn.Module, args: Any) -> None:
         assert isinstance(block, Block)
+        self.bring(block)
+
+    def bring(self, block: Block) -> None:
+        """Copy a block to the device, in place of the one before it."""
         if self._present is block:
             return
         for entries, name, tensor in self._originals:  # the copies of the block before are freed

@@ -18,6 +18,8 @@ from ..noise import NoiseProcess
 # A level this close (relative) to a boundary *is* that boundary: float32 copies of a level and levels that
 # two formulas computed may differ in the last bits, and must not change block.
 _SAME_LEVEL = 1e-6
+#: a boundary times this is above all levels that count as the boundary, and go to the block below it
+ABOVE_BOUNDARY = 1 + 2 * _SAME_LEVEL
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,10 @@ class ConditionedFamily(ImageFamily):
         """What the class is told of the levels, (batch,): float32, as its scheduler gives it."""
         return condition * self.time_scale
 
+    def condition_of(self, config: Any, time: float) -> float:
+        """The inverse of `time`, of what the class is told by its pipeline."""
+        return time / self.time_scale
+
     def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
         """The arguments of the class's `forward`.
 

@@ -52,15 +52,19 @@ def extract(
     return root
 
 
-def shell_of(model: nn.Module, lists: Sequence[str], *, memo: dict[int, Any]) -> nn.Module:
+def shell_of(
+    model: nn.Module, lists: Sequence[str], *, memo: dict[int, Any], kind: type[nn.Module] | None = None
+) -> nn.Module:
     """An instance of a model's class with its attributes, but without its modules, parameters, buffers and hooks.
 
     Args:
         model: the foreign model; it is not changed.
         lists: names of its lists of layers, which the instance has, empty.
         memo: as of `extract`.
+        kind: the class of the instance, a subclass of the model's; None takes that.
     """
-    shell: nn.Module = type(model).__new__(type(model))
+    kind = type(model) if kind is None else kind
+    shell: nn.Module = kind.__new__(kind)
     nn.Module.__init__(shell)
     rest = {name: value for name, value in vars(model).items() if name not in vars(shell)}
     vars(shell).update({name: copy.deepcopy(value, memo) for name, value in rest.items()})

@@ -211,6 +211,10 @@ class SanaFamily(ConditionedFamily):
     def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
         return super().options(config, z, time * config.timestep_scale, entries)
 
+    @override
+    def condition_of(self, config: Any, time: float) -> float:
+        return super().condition_of(config, time / config.timestep_scale)
+
 
 @register_family
 class Lumina2Family(ConditionedFamily):
@@ -239,6 +243,10 @@ class Lumina2Family(ConditionedFamily):
     @override
     def time(self, condition: Tensor) -> Tensor:
         return 1 - condition
+
+    @override
+    def condition_of(self, config: Any, time: float) -> float:
+        return 1 - time
 
     @override
     def prediction(self, config: Any, output: Tensor, z: Tensor) -> Tensor:

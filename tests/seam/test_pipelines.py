@@ -1,0 +1,183 @@
+"""Blocks in diffusers' own pipelines give the latents of our sampler, each step by the block that owns it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers_models import TINY, batch_for, tiny_diffuser
+from helpers import same_states, tiny
+from torch import Tensor
+
+import diffusionblocks as db
+from diffusionblocks.common.formats import read_json
+from diffusionblocks.sampling import sample_images
+
+WAN, SD3, FLUX = "WanTransformer3DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
+
+
+def experts(name: str, shift: float = 3.0, **options: Any) -> db.DiffusionBlocks:
+    """Experts that differ from each other."""
+    noise = db.FlowMatching(shift=shift)
+    config = db.BlocksConfig(**({"num_blocks": 2, "split": "experts", "noise": noise} | options))
+    model = db.convert(tiny_diffuser(name), config).eval()
+    with torch.no_grad():
+        for b, block in enumerate(model.blocks):
+            for p in block.parameters():
+                p.mul_(1 + 0.02 * b)
+    return model
+
+
+def told(model: db.DiffusionBlocks, seed: int = 1) -> dict[str, Tensor]:
+    return {n: v for n, v in batch_for(model, model.model_class, seed=seed).items() if n != "pixel_values"}
+
+
+def starting_noise(model: db.DiffusionBlocks) -> Tensor:
+    tiny_class = TINY[model.model_class]
+    return torch.randn(2, tiny_class.channels, *tiny_class.sizes, generator=torch.Generator().manual_seed(5))
+
+
+def ours(model: db.DiffusionBlocks, scheduler: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
+    """Our sampler at the levels of a pipeline's scheduler, and which blocks it calls."""
+    levels = [model.noise.unshifted(min(sigma, 1.0)) for sigma in scheduler.sigmas.tolist()]
+    calls: list[int] = []
+    hooks = [b.register_forward_pre_hook(lambda block, _: calls.append(block.index)) for b in model.blocks]
+    z = sample_images(lambda z, level: model.denoise(inputs, z, level), starting_noise(model), levels, model.noise)
+    for hook in hooks:
+        hook.remove()
+    return z, calls
+
+
+@pytest.mark.parametrize("split", ["layers", "experts"])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_wan_pipeline_loads_a_pair_and_gives_our_latents(split: str, shift: float, tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    model = experts(WAN, shift, split=split)
+    model.export_pipeline(tmp_path / "pipeline")
+    pipeline: Any = WanPipeline.from_pretrained(tmp_path / "pipeline", text_encoder=None, tokenizer=None, vae=None)
+    calls: list[int] = []
+    for b, transformer in enumerate((pipeline.transformer, pipeline.transformer_2)):
+        assert same_states(transformer.state_dict(), model.export_block(b).state_dict())
+        transformer.register_forward_pre_hook(lambda *_, b=b: calls.append(b))
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = told(model)
+    latents = pipeline(
+        prompt_embeds=inputs["encoder_hidden_states"],
+        latents=starting_noise(model),
+        num_inference_steps=9,
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        num_frames=9,
+        output_type="latent",
+    ).frames
+    expected, ours_called = ours(model, pipeline.scheduler, inputs)
+    assert calls == ours_called
+    assert {*calls} == {0, 1}
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_level_at_the_boundary_goes_to_the_expert_below_in_both(tmp_path: Path) -> None:
+    """Of t' * 1000 the pipeline tells the expert from `boundary_ratio` on; the boundary itself is not above it."""
+    model = experts(WAN, 3.0, boundaries=(0.5,))
+    for _ in range(2):  # the second replaces the first
+        model.export_pipeline(tmp_path / "pipeline")
+    ratio = read_json(tmp_path / "pipeline" / "model_index.json")["boundary_ratio"]
+    boundary = 3 * 0.5 / (1 + 2 * 0.5)
+    assert boundary < ratio < boundary * (1 + 1e-5)
+    assert model.partition.block_of(0.5) == 1
+    assert torch.tensor(boundary * 1000, dtype=torch.float32) < ratio * 1000
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_sd3_pipeline_routes_by_time(blocks: int) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    model = experts(SD3, num_blocks=blocks, split="layers")
+    none = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"))
+    none |= dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"))
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline: Any = StableDiffusion3Pipeline(transformer=model.as_transformer(), scheduler=scheduler, **none)
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = told(model)
+    calls: list[int] = []
+    for b, network in enumerate(pipeline.transformer.experts):
+        network.register_forward_pre_hook(lambda *_, b=b: calls.append(b))
+    latents = pipeline(
+        prompt_embeds=inputs["encoder_hidden_states"],
+        pooled_prompt_embeds=inputs["pooled_projections"],
+        latents=starting_noise(model),
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        output_type="latent",
+    ).images
+    routed = list(calls)
+    expected, ours_called = ours(model, scheduler, inputs)
+    assert routed == ours_called
+    assert {*routed} == {*range(blocks)}
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_flux_pipeline_routes_by_time_with_one_block_at_a_time() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    model = experts(FLUX, shift=1.0)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    none = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    transformer = model.as_transformer(low_memory=True, device="cpu")
+    pipeline: Any = FluxPipeline(transformer=transformer, scheduler=scheduler, **none)
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = told(model)
+    inputs["guidance"] = torch.full((2,), 3.5)
+    z = starting_noise(model)
+    latents = pipeline(
+        prompt_embeds=inputs["encoder_hidden_states"],
+        pooled_prompt_embeds=inputs["pooled_projections"],
+        latents=FluxPipeline._pack_latents(z, 2, 4, 8, 8),
+        num_inference_steps=6,
+        guidance_scale=3.5,
+        height=64,
+        width=64,
+        output_type="latent",
+    ).images
+    expected, calls = ours(model, scheduler, inputs)
+    assert {*calls} == {0, 1}
+    torch.testing.assert_close(FluxPipeline._unpack_latents(latents, 64, 64, 8), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "PixArtTransformer2DModel"])
+def test_every_class_is_routed_by_what_its_pipeline_tells_it(name: str) -> None:
+    noise = db.FlowMatching(shift=2.0)
+    model = db.convert(tiny_diffuser(name), db.BlocksConfig(num_blocks=2, noise=noise)).eval()
+    transformer: Any = model.as_transformer()
+    assert isinstance(transformer, type(tiny_diffuser(name)))
+    family: Any = model.family
+    for b in range(2):
+        low, high = model.partition.interval(b)
+        level = torch.tensor([(low + high) / 2] * 2)
+        options = family.options(model.config, starting_noise(model), family.time(noise.shifted(level)), told(model))
+        with torch.no_grad():
+            theirs = model.block(b).network(**options, return_dict=False)[0]
+            assert torch.equal(transformer(**options, return_dict=False)[0], theirs)
+    options["timestep"] = options["timestep"] * torch.tensor([1.0, 0.5])
+    with pytest.raises(ValueError, match="one time for all its rows"):
+        transformer(**options)
+
+
+def test_what_no_stock_pipeline_takes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"this WanTransformer3DModel has 3 blocks: give a pipeline model.as_trans"):
+        experts(WAN, num_blocks=3).export_pipeline(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match="stock pipelines take one transformer"):
+        experts(SD3).export_pipeline(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=r"sample by model.sample"):
+        db.convert(tiny("dit"), db.BlocksConfig(num_blocks=1)).as_transformer()
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="is of a FluxPipeline, not of a WanPipeline"):
+        experts(WAN).export_pipeline(tmp_path / "pipeline", source=tmp_path / "source")
+    assert not (tmp_path / "pipeline").exists()
