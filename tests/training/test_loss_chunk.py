@@ -32,7 +32,8 @@ from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.planning import plan, predict
 from diffusionblocks.planning.planner import OPTIMISATIONS, optimisations_of
-from diffusionblocks.targets import in_chunks
+from diffusionblocks.targets import in_chunks, positions_at_once
+from diffusionblocks.targets.target import LOGITS_AT_ONCE
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 
 CPU = torch.device("cpu")
@@ -123,6 +124,43 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(kind: str, chunk: in
     other, changed = loss_and_gradients(unit, batch)
     assert not torch.allclose(other, plain, rtol=1e-4)
     assert any(not torch.allclose(changed[name], g, rtol=1e-3, atol=1e-5 * largest) for name, g in gradients.items())
+
+
+def test_auto_makes_equal_chunks_of_a_bounded_number_of_logits() -> None:
+    for batch, length, vocab in ((8, 1023, 32_000), (256, 256, 8192), (1, 7, 2**24), (3, 5, 2**26), (64, 255, 50_257)):
+        chunk = positions_at_once("auto", (batch, length), vocab)
+        assert chunk is not None
+        assert batch * chunk * vocab <= max(LOGITS_AT_ONCE, batch * vocab), "of one position at least"
+        many = -(-length // chunk)
+        assert many * chunk - length < many, "no chunk has more than one position too many"
+        assert many == 1 or batch * -(-length // (many - 1)) * vocab > LOGITS_AT_ONCE, "as few as can be"
+    assert positions_at_once("auto", (64, 256), 27) is None
+    assert [positions_at_once(chunk, (64, 256), 27) for chunk in (None, 5, 256)] == [None, 5, 256]
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_auto_is_all_at_once_where_logits_are_few(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit; and where they are many, the same but for rounding."""
+    unit, batch = unit_of(kind), token_batch()
+    plain, gradients = loss_and_gradients(unit, batch)
+    unit.loss_chunk = "auto"
+    again, equal = loss_and_gradients(unit, batch)
+    assert torch.equal(again, plain)
+    assert all(torch.equal(equal[name], gradient) for name, gradient in gradients.items())
+    monkeypatch.setattr("diffusionblocks.targets.target.LOGITS_AT_ONCE", len(plain) * VOCAB * 4)
+    chunked, recomputed = loss_and_gradients(unit, batch)
+    torch.testing.assert_close(chunked, plain, rtol=2e-6, atol=2e-6)
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=2e-6 * largest)
+
+
+def test_auto_is_the_default_and_says_nothing_to_images() -> None:
+    assert TrainConfig().loss_chunk == "auto"
+    block = convert("vit").block(0)
+    block.loss_chunk = "auto"
+    with pytest.raises(ValueError, match="loss_chunk must be auto, >= 1"):
+        convert("llama").block(0).loss_chunk = "some"  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("kind", ["masked", "llama-clean", "recurrent"])
@@ -321,7 +359,7 @@ def test_the_plan_sees_what_is_saved(precision: str, compile: str) -> None:
 
 
 def test_a_plan_proposes_it_first() -> None:
-    recipe = language("blocks.num_blocks=2", "train.resident=active")
+    recipe = language("blocks.num_blocks=2", "train.resident=active", "train.loss_chunk=null")
     made = plan(recipe, predict(recipe).peak - 1, vary="blocks")
     assert made.optimisations is not None
     # So much less that even one block fits.
@@ -330,6 +368,7 @@ def test_a_plan_proposes_it_first() -> None:
     pasted = made.optimisations.options.replace("--set ", "").split()
     assert predict(language(*pasted)) == made.optimisations.ledger
     assert optimisations_of(language("train.loss_chunk=2")) == OPTIMISATIONS
+    assert optimisations_of(language("train.loss_chunk=auto")) == OPTIMISATIONS
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
@@ -347,9 +386,13 @@ def test_other_values_are_refused() -> None:
     with pytest.raises(ValueError, match=r"loss_chunk = 8 is for text models: a ViTForImageClassification has no"):
         EndToEnd(tiny("vit")).loss_chunk = 8
     for unit in (unit_of("masked"), unit_of("llama-whole")):
-        with pytest.raises(ValueError, match=r"loss_chunk must be >= 1 \(positions\), or null for all at once; got 0"):
+        with pytest.raises(
+            ValueError, match=r"loss_chunk must be auto, >= 1 \(positions\), or null for all at once; got 0"
+        ):
             unit.loss_chunk = 0
-    with pytest.raises(ValueError, match=r"train.loss_chunk: Input should be greater than or equal to 1 \(got 0\)"):
+    with pytest.raises(
+        ValueError, match=r"train.loss_chunk: Input should be greater than or equal to 1, or 'auto' \(g"
+    ):
         language("train.loss_chunk=0")
 
 

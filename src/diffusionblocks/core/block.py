@@ -25,6 +25,7 @@ from ..targets import (
     EmbeddingTarget,
     LabelLoss,
     LabelTarget,
+    LossChunk,
     Target,
     TextTarget,
     check_entries,
@@ -32,6 +33,7 @@ from ..targets import (
     check_loss_chunk,
     cross_entropies,
     in_chunks,
+    positions_at_once,
 )
 
 
@@ -151,7 +153,7 @@ class Block(nn.Module):
         self.optional_inputs = optional_inputs
         self._again: Callable[..., Any] = computed_again
         self._activation_checkpointing = False
-        self._loss_chunk: int | None = None
+        self._loss_chunk: LossChunk = None
         self._label_loss: LabelLoss | None = None
 
     @property
@@ -180,16 +182,17 @@ class Block(nn.Module):
         self._label_loss = value
 
     @property
-    def loss_chunk(self) -> int | None:
-        """Positions of each sequence whose logits `loss` has in memory at a time; None: all at once.
+    def loss_chunk(self) -> LossChunk:
+        """Positions of each sequence whose logits `loss` has in memory at a time; None: all at once; `auto`: as many as
+        `positions_at_once` says.
 
         Raises:
-            ValueError: set below 1, or for a block that denoises no text.
+            ValueError: set below 1, or to a number for a block that denoises no text.
         """
         return self._loss_chunk
 
     @loss_chunk.setter
-    def loss_chunk(self, value: int | None) -> None:
+    def loss_chunk(self, value: LossChunk) -> None:
         check_loss_chunk(
             value,
             f"a block that denoises a {type(self.target).__name__}",
@@ -494,12 +497,16 @@ class Block(nn.Module):
         run: Callable[..., Any] = self.forward if self.is_sharded() else self
         if self.self_conditioning:
             inputs = self._with_hint(run, inputs, z, level, layers)
+        chunk = None
+        if self.loss_chunk is not None and isinstance(self.target, TextTarget):
+            chunk = positions_at_once(self.loss_chunk, z.shape[:2], self.target.vocab_size)
         if self.label_loss is not None:
             loss = self._label_losses(self.label_loss, run, batch, inputs, z, level, layers)
-        elif self.loss_chunk is None:
+        elif chunk is None:
             loss = self.target.loss(run(inputs, z, level, layers=layers), batch, z)
         else:
-            loss = self._loss_in_chunks(run(inputs, z, level, states_only=True, layers=layers), batch, z, level)
+            output = run(inputs, z, level, states_only=True, layers=layers)
+            loss = self._loss_in_chunks(chunk, output, batch, z, level)
         if self.weight != "none":
             loss = loss * self.noise.training_weight(level).float()
         assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
@@ -605,9 +612,9 @@ class Block(nn.Module):
 
         return isinstance(self, FSDPModule)
 
-    def _loss_in_chunks(self, output: tuple[Tensor, ...], batch: Batch, z: Tensor, level: Tensor) -> Tensor:
+    def _loss_in_chunks(self, chunk: int, output: tuple[Tensor, ...], batch: Batch, z: Tensor, level: Tensor) -> Tensor:
         """As the target's loss of what `forward` gives, without all logits in memory together."""
-        target, chunk = self.target, self.loss_chunk
+        target = self.target
         assert isinstance(target, TextTarget)
         states, condition, *clean = output
         noisy_tokens, *clean_tokens = target.target_tokens(batch)

@@ -9,6 +9,7 @@ from .target import (
     BaseTargetConfig,
     Batch,
     EmbeddingTarget,
+    LossChunk,
     Target,
     TextTarget,
     check_entries,
@@ -17,6 +18,7 @@ from .target import (
     cross_entropies,
     in_chunks,
     mean_loss,
+    positions_at_once,
 )
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "LabelLoss",
     "LabelTarget",
     "LabelTargetConfig",
+    "LossChunk",
     "NextTokenTarget",
     "NextTokenTargetConfig",
     "Target",
@@ -48,4 +51,5 @@ __all__ = [
     "in_chunks",
     "label_losses",
     "mean_loss",
+    "positions_at_once",
 ]

@@ -78,6 +78,7 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         self, vocab_size: int, dim: int, *, learned: bool, seed: int, shift: int = 0, clean_weight: float = 0.0
     ) -> None:
         super().__init__(vocab_size, dim, learned=learned, seed=seed)
+        self.vocab_size = vocab_size
         self.shift = shift
         self.clean_weight = clean_weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
@@ -151,6 +152,9 @@ class Target(nn.Module, abc.ABC):
 class TextTarget(Target):
     """A target whose loss is made of the cross-entropies of positions, of one stream of them or of several."""
 
+    #: logits of a position
+    vocab_size: int
+
     @abc.abstractmethod
     def target_tokens(self, batch: Batch) -> tuple[Tensor, ...]:
         """The tokens (batch, length) that the logits of each stream are of, of its first `length` positions."""
@@ -239,6 +243,35 @@ def cross_entropies(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
+#: `loss_chunk` that keeps the logits of a batch within `LOGITS_AT_ONCE`.
+AUTO = "auto"
+
+#: Logits that `auto` lets exist at once: 64 MiB in float32, and as much again for each step of the cross-entropy.
+LOGITS_AT_ONCE = 2**24
+
+#: Positions of each sequence whose logits exist at a time; `auto`; None: all.
+LossChunk = int | Literal["auto"] | None
+
+
+def positions_at_once(chunk: LossChunk, shape: Sequence[int], vocab_size: int) -> int | None:
+    """Positions of each sequence whose logits are made together.
+
+    Args:
+        chunk: as it was asked for.
+        shape: of the tokens, (batch, length).
+        vocab_size: logits of a position.
+
+    Returns:
+        `chunk`, where it is a number. Under `auto` the length in the fewest equal chunks of at most `LOGITS_AT_ONCE`
+        logits (of one position at least), and None where one chunk is enough.
+    """
+    if not isinstance(chunk, str):
+        return chunk
+    batch, length = shape
+    most = max(1, LOGITS_AT_ONCE // max(1, batch * vocab_size))
+    return None if length <= most else math.ceil(length / math.ceil(length / most))
+
+
 def in_chunks(
     token_losses: Callable[..., Tensor],
     states: Tensor,
@@ -291,11 +324,13 @@ def check_entries(
         raise error(f"{reader} takes no {', '.join(unknown)}: {reads}{hint}. Leave them out of the batch")
 
 
-def check_loss_chunk(chunk: int | None, model: str, *, of_text: bool, name: str = "loss_chunk") -> None:
-    """Raise ValueError unless `chunk` is None, or >= 1 and for a model of text; the message has both names."""
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"{name} must be >= 1 (positions), or null for all at once; got {chunk}")
-    if chunk is not None and not of_text:
+def check_loss_chunk(chunk: LossChunk, model: str, *, of_text: bool, name: str = "loss_chunk") -> None:
+    """Raise ValueError unless `chunk` is None, `auto`, or >= 1 and for a model of text; the message has both names."""
+    if chunk is None or chunk == AUTO:
+        return
+    if isinstance(chunk, str) or chunk < 1:
+        raise ValueError(f"{name} must be auto, >= 1 (positions), or null for all at once; got {chunk}")
+    if not of_text:
         raise ValueError(f"{name} = {chunk} is for text models: {model} has no logits at each position; leave it out")
 
 

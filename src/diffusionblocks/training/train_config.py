@@ -131,7 +131,8 @@ class TrainConfig(BaseModel):
             that are mapped into memory; then the host holds about two blocks.
         activation_checkpointing: Keep only each layer's input for the backward pass, and compute the rest again.
         loss_chunk: Positions of each sequence whose logits exist at a time, of a text model. The backward pass makes
-            them again, which costs the head's matrix product once more. null: all at once.
+            them again, which costs the head's matrix product once more. `auto`: as many as have 16.8 million logits in
+            the batch; where that is all of them, nothing is made again. null: all at once.
         optimizer: `adamw`, or `adamw-8bit` with its state in 8 bits (torchao; extra: memory).
         optimizer_in_backward: Step each parameter as soon as its gradient is there, so that not all gradients exist
             together. Rules out `gradient_clip` and `accumulation`.
@@ -182,7 +183,7 @@ class TrainConfig(BaseModel):
     resident: Literal["all", "active"] = "all"
     offload: Literal["host", "disk"] = "host"
     activation_checkpointing: bool = False
-    loss_chunk: Length | None = None
+    loss_chunk: Length | Literal["auto"] | None = "auto"
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     optimizer_in_backward: bool = False
     seed: Seed = 0

@@ -21,12 +21,14 @@ from ..families import Family, family_for
 from ..sampling import Prediction
 from ..targets import (
     LabelLoss,
+    LossChunk,
     check_entries,
     check_label_loss,
     check_loss_chunk,
     cross_entropies,
     in_chunks,
     label_losses,
+    positions_at_once,
 )
 from .train_config import TrainConfig
 
@@ -174,7 +176,7 @@ class EndToEnd(OneModel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._loss_chunk: int | None = None
+        self._loss_chunk: LossChunk = None
         self._label_loss: LabelLoss | None = None
 
     @functools.cached_property
@@ -210,12 +212,13 @@ class EndToEnd(OneModel):
         return "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
 
     @property
-    def loss_chunk(self) -> int | None:
-        """As of a block: positions of each sequence whose logits `loss` has in memory at a time; None: all at once."""
+    def loss_chunk(self) -> LossChunk:
+        """As of a block: positions of each sequence whose logits `loss` has in memory at a time, or `auto`; None: all
+        at once."""
         return self._loss_chunk
 
     @loss_chunk.setter
-    def loss_chunk(self, value: int | None) -> None:
+    def loss_chunk(self, value: LossChunk) -> None:
         if value is not None:
             of_text = self.family.target == "next-token"
             check_loss_chunk(value, f"a {type(self.model).__name__}", of_text=of_text)
@@ -285,17 +288,23 @@ class EndToEnd(OneModel):
         if rows is not None:
             batch = rows_of(batch, rows)
         if self.trains_itself:
-            return self.model.loss(batch, generator, self.loss_chunk)  # type: ignore[operator, no-any-return]
+            return self.model.loss(batch, generator, self._chunk(batch["input_ids"]))  # type: ignore[operator, no-any-return]
         if "input_ids" in batch:
             tokens = batch["input_ids"]
             if tokens.dim() != 2 or tokens.shape[1] < 2:
                 shape = tuple(tokens.shape)
                 raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {shape}")
-            return in_chunks(self._token_losses, self._states(tokens), tokens[:, 1:], self.loss_chunk).mean(dim=1)
+            chunk = self._chunk(tokens)
+            return in_chunks(self._token_losses, self._states(tokens), tokens[:, 1:], chunk).mean(dim=1)
         logits = self.forward(batch["pixel_values"])  # a call would let FSDP scatter weights that `loss` still needs
         loss = label_losses(logits, batch["labels"]) if self.label_loss is None else self.label_loss(logits, batch)
         assert loss.shape == batch["labels"].shape
         return loss
+
+    def _chunk(self, tokens: Tensor) -> int | None:
+        """Positions whose logits are made together, of a language model's tokens (batch, length)."""
+        batch, length = tokens.shape
+        return positions_at_once(self.loss_chunk, (batch, length - 1), int(self.model.config.vocab_size))  # type: ignore[union-attr, arg-type]
 
     def _states(self, tokens: Tensor) -> Tensor:
         """What the head of a language model is given: tokens (batch, length) -> (batch, length, dim)."""
@@ -314,7 +323,8 @@ class EndToEnd(OneModel):
         """
         if self.trains_itself:
             model: Any = self.model
-            return model.loss_after(model.backprop_depth + 1, batch["input_ids"], chunk=self.loss_chunk)  # type: ignore[no-any-return]
+            tokens = batch["input_ids"]
+            return model.loss_after(model.backprop_depth + 1, tokens, chunk=self._chunk(tokens))  # type: ignore[no-any-return]
         return self.loss(batch)
 
     def units(self, blocks: Sequence[int] | None = None) -> list[Unit]:
