@@ -22,6 +22,7 @@ from .text_batches import TextBatches, evaluation_chunks
 from .text_codec import CharacterCodec, TextCodec, TokenCodec
 from .text_data import TextChunks, TextData
 from .token_text import (
+    chat_prompt,
     corpus_tokenizer,
     corpus_tokenizer_path,
     encoded_split,
@@ -81,6 +82,19 @@ class TextSection(DataSection):
             FileNotFoundError, ValueError: what reading or training the tokenizer refuses.
         """
         return CharacterCodec()
+
+    def chat_tokens(self, question: str) -> torch.Tensor:
+        """The prompt of a chat that begins with a question, as the chat template beside the tokenizer writes it.
+
+        Returns:
+            Ids, int64 (n,), up to where the answer begins.
+
+        Raises:
+            ValueError: there is no chat template.
+        """
+        raise ValueError(
+            f"--chat: data.kind: {self.kind} has no tokenizer, and so no chat template: use --prompt alone"
+        )
 
     @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
@@ -244,6 +258,10 @@ class TokensConfig(TextFilesSection):
         if self.tokenizer is not None:
             return self
         return self.model_copy(update={"tokenizer": theirs, "start": self.start or start_token(theirs)})
+
+    @override
+    def chat_tokens(self, question: str) -> torch.Tensor:
+        return chat_prompt(self._tokenizer_file(), question)
 
     def _end_token(self, tokenizer: Path) -> str:
         """The token that ends a document."""

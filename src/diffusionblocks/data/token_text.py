@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -95,6 +96,40 @@ def load_tokenizer(path: Path, end: str = END) -> Tokenizer:
     tokenizer = read_tokenizer(path)
     end_of(tokenizer, end)
     return tokenizer
+
+
+def chat_prompt(path: Path, question: str) -> torch.Tensor:
+    """The prompt of a chat, by the chat template that lies beside a `tokenizer.json`, up to where the answer begins.
+
+    transformers renders it, in a sandbox.
+
+    Args:
+        path: the file of the tokenizer.
+        question: what the user says first.
+
+    Returns:
+        Ids, int64 (n,).
+
+    Raises:
+        ValueError: there is no template beside it, or one that cannot be rendered.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"--chat: no chat template lies beside {path} (chat_template.jinja, or in tokenizer_config.json): use "
+            "--prompt alone, or put the template there"
+        )
+    messages = [{"role": "user", "content": question}]
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:
+        raise ValueError(
+            f"the chat template beside {path} cannot be rendered: {' '.join(str(error).split())}"
+        ) from None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def encoded_corpus(

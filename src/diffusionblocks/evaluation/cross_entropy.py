@@ -7,9 +7,10 @@ would rank models backwards: most levels are low, where the target can be read o
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -24,11 +25,12 @@ from ..common.seeds import keyed_generator
 from ..core.inference import Continuing
 from ..core.model import DiffusionBlocks
 from ..noise import GaussianProcess, NoiseProcess, one_level
-from ..targets import NextTokenTarget, cross_entropies
+from ..targets import NextTokenTarget, cross_entropies, mean_of_counted, resolve_texts
 from .row import Row
 from .work import ALONE, Work
 
-#: Makes the batches {"input_ids": int64 (n, length)} anew.
+#: Makes the batches {"input_ids": int64 (n, length)} anew; `labels` and `attention_mask` beside them say which tokens
+#: count, as in training (`NextTokenTarget.resolve`).
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 _TOKENS = 1024  # whose similarity to every row is computed at once
@@ -87,7 +89,7 @@ def language_row(model: DiffusionBlocks, batches: Batches, *, levels: int = 16, 
         seed: of the noise, keyed by (seed, batch); a token has the same noise at all levels.
 
     Raises:
-        ValueError: another target, levels < 2, sequences as `_tokens` refuses them, or logits that are not finite.
+        ValueError: another target, levels < 2, sequences as `_texts` refuses them, or logits that are not finite.
     """
     return language_rows(model, batches, levels=levels, seed=seed)[0]
 
@@ -108,10 +110,10 @@ def language_rows(
     check = FiniteCheck(owner=model.partition.block_of)
     table = check.values(target.table, "rows of the target")
     first = 1 - target.shift  # a token without context is left out
-    facts = _TextFacts(target.shift)
+    facts = _TextFacts()
 
-    def measure(piece: tuple[int, Tensor, Tensor]) -> dict[str, Tensor]:
-        index, tokens, before = piece
+    def measure(piece: tuple[int, _Text, Tensor]) -> dict[str, Tensor]:
+        index, (tokens, counted), before = piece
         batch = {"input_ids": tokens}
         eps = _noise(target.encode(batch), seed, index)
         labels = tokens[:, target.shift :]
@@ -122,8 +124,9 @@ def language_rows(
             for name, context in (("matched", tokens), ("scrambled", other)):
                 result = block.losses_at(batch, level, noise=eps, inputs={"input_ids": context})
                 logits = check.logits(result.output, level)
-                losses[name].append(_token_loss(logits[:, first:], labels[:, first:]))
-            losses["decodable"].append(_is_decodable(result.z, labels, table).sum().double())
+                losses[name].append(_token_loss(logits[:, first:], labels[:, first:], counted))
+            near = _is_decodable(result.z, labels, table).view(labels.shape)[:, first:]
+            losses["decodable"].append(torch.where(counted, near, 0.0).sum().double())
         return {name: torch.stack(values) for name, values in losses.items()}
 
     with torch.no_grad(), evaluating(model):
@@ -132,53 +135,56 @@ def language_rows(
         return []
     check.read()
     rows, others = (
-        [torch.cat([p[name][i] for p in parts]) for i in range(levels)] for name in ("matched", "scrambled")
+        [_row(torch.cat([p[name][i] for p in parts]), facts.counts) for i in range(levels)]
+        for name in ("matched", "scrambled")
     )
-    shares = torch.stack([part["decodable"] for part in parts]).sum(dim=0) / facts.count
+    shares = torch.stack([part["decodable"] for part in parts]).sum(dim=0) / rows[0].tokens
     by_level = tuple(
-        Level(level, model.partition.block_of(level), float(a.mean()), float(b.mean()), share)
+        Level(level, model.partition.block_of(level), a.cross_entropy, b.cross_entropy, share)
         for level, a, b, share in zip(grid.tolist(), rows, others, shares.tolist(), strict=True)
     )
     return [
-        LanguageRow(
-            float(rows[0].mean()),
-            float(rows[0].std() / math.sqrt(len(rows[0]))),
-            len(rows[0]) * (facts.length - 1),
-            context_gap=float((others[0] - rows[0]).mean()),
+        dataclasses.replace(
+            rows[0],
+            context_gap=others[0].cross_entropy - rows[0].cross_entropy,
             decodable_share=decodable_share(noise, target, torch.cat(facts.sample)[:_SAMPLE], seed=seed),
             by_level=by_level,
         )
     ]
 
 
+#: Tokens (n, length), and which of those behind the first count, bool (n, length - 1).
+_Text = tuple[Tensor, Tensor]
+
+
 class _TextFacts:
     """What is known of a text once all its batches have gone by.
 
-    Args:
-        shift: of the target; labels are the tokens after so many of the first ones.
-
     Attributes:
-        count: labels.
-        length: tokens of a sequence.
-        sample: the first labels, `_SAMPLE` or a few more.
+        counts: of each batch the tokens that count in each sequence, (n,).
+        sample: the first tokens that count, `_SAMPLE` or a few more.
     """
 
-    def __init__(self, shift: int) -> None:
-        self.count = self.length = 0
+    def __init__(self) -> None:
+        self.counts: list[Tensor] = []
         self.sample: list[Tensor] = []
-        self._shift = shift
+        self._size = 0
 
-    def pieces(self, batches: Batches) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(number, tokens, the sequence before them) of each batch."""
+    def noted(self, texts: Iterable[_Text]) -> Iterator[_Text]:
+        """The same texts, of which this takes note as they go by."""
+        for tokens, counted in texts:
+            self.counts.append(counted.sum(dim=1))
+            if self._size < _SAMPLE:
+                self.sample.append(tokens[:, 1:][counted])
+                self._size += len(self.sample[-1])
+            yield tokens, counted
+
+    def pieces(self, batches: Batches) -> Iterator[tuple[int, _Text, Tensor]]:
+        """(number, text, the sequence before it) of each batch."""
         # The second sequence stands before the first one; so batches of one have another context, too.
-        before = torch.cat(list(itertools.islice(_tokens(batches), 2)))[1:2]
-        for index, tokens in enumerate(_tokens(batches)):
-            labels = tokens[:, self._shift :]
-            if self.count < _SAMPLE:
-                self.sample.append(labels.flatten())
-            self.count += labels.numel()
-            self.length = tokens.shape[1]
-            yield index, tokens, before
+        before = torch.cat([tokens for tokens, _ in itertools.islice(_texts(batches), 2)])[1:2]
+        for index, (tokens, counted) in enumerate(self.noted(_texts(batches))):
+            yield index, (tokens, counted), before
             before = tokens[-1:]
 
 
@@ -200,35 +206,36 @@ def voted_rows(
         A row for each rule of `LogitVotes`, `mean` and `probabilities`; none on ranks but the first.
 
     Raises:
-        ValueError: a model without context logits, sequences as `_tokens` refuses them, or logits that are not finite.
+        ValueError: a model without context logits, sequences as `_texts` refuses them, or logits that are not finite.
     """
     blocks = model.inference
     if not isinstance(blocks, Continuing):
         raise ValueError(f"votes on next tokens are for autoregressive models, not for a {model.model_class}")
     check, shift = FiniteCheck(owner=model.partition.block_of), blocks.target.shift
-    lengths: list[int] = []
+    facts = _TextFacts()
 
-    def measure(piece: tuple[int, Tensor]) -> dict[str, Tensor]:
-        index, tokens = piece
+    def measure(piece: tuple[int, _Text]) -> dict[str, Tensor]:
+        index, (tokens, counted) = piece
         generator = keyed_generator(seed, 0, index, "votes", tokens.device)
         votes = blocks.vote({"input_ids": tokens}, generator, check)
         return {
-            rule: _token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:]) for rule in get_args(LogitCombination)
+            rule: _token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:], counted)
+            for rule in get_args(LogitCombination)
         }
 
     with torch.no_grad(), evaluating(model):
-        parts = list(work.in_order(enumerate(_noting(lengths, _tokens(batches))), measure, checks=[check]))
+        parts = list(work.in_order(enumerate(facts.noted(_texts(batches))), measure, checks=[check]))
     if not work.leads:
         return {}
     check.read()
-    return {rule: _row(torch.cat([part[rule] for part in parts]), lengths[0]) for rule in parts[0]}
+    return {rule: _row(torch.cat([part[rule] for part in parts]), facts.counts) for rule in parts[0]}
 
 
 def plain_language_row(model: Callable[[Tensor], Tensor], batches: Batches) -> LanguageRow:
     """The same of an unconverted model, which maps tokens (n, length) to logits (n, length, vocab_size).
 
     Raises:
-        ValueError: sequences as `_tokens` refuses them, or a cross-entropy that is not finite.
+        ValueError: sequences as `_texts` refuses them, or a cross-entropy that is not finite.
     """
     return plain_language_rows(model, batches)[0]
 
@@ -248,31 +255,35 @@ def plain_language_rows(
         work: who computes which batch.
     """
     check = FiniteCheck(_name_of(model))
-    lengths: list[int] = []
+    facts = _TextFacts()
 
-    def measure(tokens: Tensor) -> dict[str, Tensor]:
-        return {"losses": check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:]), "cross-entropies")}
+    def measure(text: _Text) -> dict[str, Tensor]:
+        tokens, counted = text
+        return {"losses": check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:], counted), "cross-entropies")}
 
+    pass_over = None if skip is None else lambda text: skip(text[0])
     with torch.no_grad():
-        pieces = _noting(lengths, _tokens(batches))
-        parts = [results["losses"] for results in work.in_order(pieces, measure, skip=skip, checks=[check])]
+        pieces = facts.noted(_texts(batches))
+        parts = [results["losses"] for results in work.in_order(pieces, measure, skip=pass_over, checks=[check])]
     if not work.leads:
         return []
     check.read()
-    return [_row(torch.cat(parts), lengths[0])]
+    return [_row(torch.cat(parts), facts.counts)]
 
 
-def _row(losses: Tensor, length: int) -> LanguageRow:
-    """The row of losses (n,) of sequences of a length."""
-    error = float(losses.std() / math.sqrt(len(losses)))
-    return LanguageRow(float(losses.mean()), error, len(losses) * (length - 1))
+def _row(means: Tensor, counts: Sequence[Tensor]) -> LanguageRow:
+    """The row of sequences' mean losses (n,), which are of so many tokens each: the mean over all of these.
 
-
-def _noting(lengths: list[int], batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same batches of tokens (n, length), whose lengths are noted as they go by."""
-    for tokens in batches:
-        lengths.append(tokens.shape[1])
-        yield tokens
+    Its standard error over sequences is that of a ratio; of equal counts it is that of a mean.
+    """
+    many, weights = len(means), torch.cat(list(counts)).to(means)
+    total = weights.sum()
+    if bool((weights == weights[0]).all()):
+        mean, error = means.mean(), means.std() / math.sqrt(many)
+    else:
+        mean = (means * weights).sum() / total
+        error = (((means - mean) * weights).square().sum() * many / (many - 1)).sqrt() / total
+    return LanguageRow(float(mean), float(error), int(total))
 
 
 def decodable_share(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor, *, seed: int = 0) -> float:
@@ -303,18 +314,24 @@ def decodable_share(noise: NoiseProcess, target: NextTokenTarget, tokens: Tensor
     return float(torch.stack(shares).mean())
 
 
-def _tokens(batches: Batches) -> Iterator[Tensor]:
-    """The tokens of each batch; ValueError for fewer than two sequences, of several lengths, or of a single token."""
+def _texts(batches: Batches) -> Iterator[_Text]:
+    """Each batch, resolved.
+
+    Raises:
+        ValueError: fewer than two sequences, of several lengths, or of a single token; or what `resolve_texts` refuses.
+    """
     count, length = 0, None
     for batch in batches():
-        tokens = batch["input_ids"]
+        entries = {name: batch[name] for name in ("input_ids", "labels", "attention_mask") if name in batch}
+        resolved = resolve_texts(entries, 1)
+        tokens, counted = resolved["input_ids"], resolved.get("loss_mask")
         length = length or tokens.shape[1]
         if tokens.shape[1] != length:
             raise ValueError(f"all sequences must have one length; got {tokens.shape[1]} after {length}")
         if length < 2:
             raise ValueError("sequences have 1 token, and the first is not counted: make them longer")
         count += len(tokens)
-        yield tokens
+        yield tokens, torch.ones_like(tokens[:, 1:], dtype=torch.bool) if counted is None else counted[:, 1:]
     if count < 2:
         raise ValueError(f"a standard error needs at least two sequences, got {count}: give more text")
 
@@ -332,9 +349,9 @@ def _is_decodable(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     return (torch.cat(nearest) == labels).float()
 
 
-def _token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean loss per token of each sequence, float64 (n,)."""
-    return cross_entropies(logits, tokens).double().mean(dim=1)
+def _token_loss(logits: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
+    """Mean loss per counted token of each sequence, float64 (n,)."""
+    return mean_of_counted(cross_entropies(logits, tokens).double(), counted)
 
 
 def _noise(like: Tensor, seed: int, index: int) -> Tensor:

@@ -4,7 +4,7 @@ from .image import Condition, ImageTarget, ImageTargetConfig
 from .label import HINT, NONE_IGNORED, LabelTarget, LabelTargetConfig, check_labels, label_losses
 from .label_loss import TEACHER_LOGITS, LabelLoss, check_label_loss
 from .masked_tokens import TokenTarget, TokenTargetConfig
-from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig
+from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig, mean_of_counted, resolve_texts
 from .target import (
     BaseTargetConfig,
     Batch,
@@ -51,5 +51,7 @@ __all__ = [
     "in_chunks",
     "label_losses",
     "mean_loss",
+    "mean_of_counted",
     "positions_at_once",
+    "resolve_texts",
 ]

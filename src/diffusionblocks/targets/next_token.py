@@ -116,29 +116,7 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
                 `input_ids`; or no token counts in the whole batch. (On a GPU, which is not waited for, a value ends in
                 a device-side assertion with the same message.)
         """
-        tokens, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
-        if labels is None and mask is None:
-            return batch
-        there = loss_mask = torch.ones_like(tokens, dtype=torch.bool)
-        if mask is not None:
-            there = loss_mask = attention(mask, tokens)
-        if labels is not None:
-            check_like_tokens("labels", labels, tokens)
-            loss_mask = there & (labels != CONTEXT)
-            refuse_where(
-                loss_mask & (labels != tokens),
-                f"labels must be the tokens of input_ids themselves, or {CONTEXT} where a token is not counted: they "
-                "are not to be shifted, and no others can be learned",
-            )
-        if mask is not None:
-            order = there.logical_not().byte().argsort(dim=1, stable=True)
-            tokens, loss_mask = tokens.where(there, 0).gather(1, order), loss_mask.gather(1, order)
-        loss_mask = F.pad(loss_mask[:, self.shift :], (self.shift, 0))  # what no position predicts
-        refuse_where(
-            ~loss_mask.any(),
-            "no token of the batch counts: labels and attention_mask leave nothing to learn; leave such texts out",
-        )
-        return {"input_ids": tokens, "loss_mask": loss_mask}
+        return resolve_texts(batch, self.shift)
 
     def counted_lengths(self, batch: Batch) -> list[int] | None:
         """Of each text, the tokens up to the last that counts: no position that counts sees those behind it."""
@@ -154,7 +132,7 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         if "loss_mask" in batch:
             starts = (self.shift, 1)  # of the noisy and the clean stream, see `target_tokens`
             pairs = zip(token_losses, starts, strict=False)
-            noisy, *clean = (_mean_of(each, batch["loss_mask"][:, start:]) for each, start in pairs)
+            noisy, *clean = (mean_of_counted(each, batch["loss_mask"][:, start:]) for each, start in pairs)
         else:
             noisy, *clean = (each.mean(dim=1) for each in token_losses)
         return noisy + self.clean_weight * clean[0] if clean else noisy
@@ -169,6 +147,44 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         check_tokens(tokens, len(self.embedding), (size, tokens.shape[1]))
 
 
-def _mean_of(values: Tensor, loss_mask: Tensor) -> Tensor:
+def resolve_texts(batch: Batch, shift: int) -> Batch:
+    """What the next-token loss of a batch is made of, converted or not: see `NextTokenTarget.resolve`.
+
+    Args:
+        batch: `input_ids` (batch, length), and perhaps `labels` and `attention_mask` of the same shape.
+        shift: tokens at the start that no position predicts.
+
+    Returns:
+        `input_ids`, and where one of the others was there `loss_mask`, bool (batch, length).
+
+    Raises:
+        ValueError: what `NextTokenTarget.resolve` refuses.
+    """
+    tokens, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+    if labels is None and mask is None:
+        return batch
+    there = loss_mask = torch.ones_like(tokens, dtype=torch.bool)
+    if mask is not None:
+        there = loss_mask = attention(mask, tokens)
+    if labels is not None:
+        check_like_tokens("labels", labels, tokens)
+        loss_mask = there & (labels != CONTEXT)
+        refuse_where(
+            loss_mask & (labels != tokens),
+            f"labels must be the tokens of input_ids themselves, or {CONTEXT} where a token is not counted: they "
+            "are not to be shifted, and no others can be learned",
+        )
+    if mask is not None:
+        order = there.logical_not().byte().argsort(dim=1, stable=True)
+        tokens, loss_mask = tokens.where(there, 0).gather(1, order), loss_mask.gather(1, order)
+    loss_mask = F.pad(loss_mask[:, shift:], (shift, 0))  # what no position predicts
+    refuse_where(
+        ~loss_mask.any(),
+        "no token of the batch counts: labels and attention_mask leave nothing to learn; leave such texts out",
+    )
+    return {"input_ids": tokens, "loss_mask": loss_mask}
+
+
+def mean_of_counted(values: Tensor, loss_mask: Tensor) -> Tensor:
     """Of each row (batch, length) the mean of the values that count; 0 where none does."""
     return torch.where(loss_mask, values, 0.0).sum(dim=1) / loss_mask.sum(dim=1).clamp(min=1)

@@ -28,7 +28,9 @@ from ..targets import (
     cross_entropies,
     in_chunks,
     label_losses,
+    mean_of_counted,
     positions_at_once,
+    resolve_texts,
 )
 from .train_config import TrainConfig
 
@@ -275,7 +277,8 @@ class EndToEnd(OneModel):
         """Cross-entropy of each sample, float32, shape (batch,): of the label, or the mean over the next tokens.
 
         Args:
-            batch: images and labels, or tokens.
+            batch: images and labels, or tokens; of these `labels` and `attention_mask` say which count, as of blocks
+                (`NextTokenTarget.resolve`).
             generator: of what a class with a training of its own draws.
             rows: compute only these examples; None: all.
 
@@ -283,8 +286,11 @@ class EndToEnd(OneModel):
             ValueError: texts of fewer than two tokens, or an entry that nothing reads.
         """
         more = () if self.label_loss is None else self.label_loss.entries
-        names = ("input_ids",) if "input_ids" in batch else ("pixel_values", "labels", *more)
+        of_text = ("input_ids",) if self.trains_itself else ("input_ids", "labels", "attention_mask")
+        names = of_text if "input_ids" in batch else ("pixel_values", "labels", *more)
         check_entries(batch, names, type(self.model).__name__)
+        if "input_ids" in batch:
+            batch = resolve_texts(batch, 1)
         if rows is not None:
             batch = rows_of(batch, rows)
         if self.trains_itself:
@@ -295,7 +301,8 @@ class EndToEnd(OneModel):
                 shape = tuple(tokens.shape)
                 raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {shape}")
             chunk = self._chunk(tokens)
-            return in_chunks(self._token_losses, self._states(tokens), tokens[:, 1:], chunk).mean(dim=1)
+            losses = in_chunks(self._token_losses, self._states(tokens), tokens[:, 1:], chunk)
+            return mean_of_counted(losses, batch["loss_mask"][:, 1:]) if "loss_mask" in batch else losses.mean(dim=1)
         logits = self.forward(batch["pixel_values"])  # a call would let FSDP scatter weights that `loss` still needs
         loss = label_losses(logits, batch["labels"]) if self.label_loss is None else self.label_loss(logits, batch)
         assert loss.shape == batch["labels"].shape

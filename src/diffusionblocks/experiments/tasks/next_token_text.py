@@ -141,6 +141,11 @@ class NextTokenText(Task[LanguageConfig]):
         TEMPERATURE,
         SampleOption("prompt", "continued text: go on from this; repeatable", {"action": "append", "metavar": "TEXT"}),
         SampleOption(
+            "chat",
+            "continued text: --prompt is what a user says, written as the model's chat template has it",
+            {"action": "store_const", "const": True},
+        ),
+        SampleOption(
             "combine",
             "continued text: how what the blocks say is combined (default: the recipe's)",
             {"choices": get_args(TokenCombination)},
@@ -305,7 +310,7 @@ class NextTokenText(Task[LanguageConfig]):
         self, experiment: Experiment, model: nn.Module, folder: Path, values: Mapping[str, Any], *, progress: bool
     ) -> list[Path]:
         """Continue prompts, or the starts of the test text."""
-        names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "feedback", "combine")
+        names = ("count", "seed", "steps", "grid", "temperature", "new_tokens", "top_p", "feedback", "combine", "chat")
         options = {name: values[name] for name in names}
         path = write_continuations(experiment, model, folder, prompts=values["prompt"], progress=progress, **options)
         return [path]
@@ -514,6 +519,7 @@ def write_continuations(
     folder: Path,
     *,
     prompts: list[str] | None = None,
+    chat: bool | None = None,
     count: int | None = None,
     seed: int | None = None,
     progress: bool = False,
@@ -526,6 +532,7 @@ def write_continuations(
         model: a `DiffusionBlocks`, or an `EndToEnd`.
         folder: where the file goes.
         prompts: texts to go on from, in turn; None takes the starts of the test text's sequences.
+        chat: whether each prompt is what a user says, to be written by the tokenizer's chat template.
         count: how many continuations; None: one a prompt, or `evaluate.samples`.
         seed: of the first continuation; the next count up.
         progress: show a progress bar.
@@ -538,6 +545,7 @@ def write_continuations(
         ValueError: no autoregressive model, count < 1, or a value out of range.
     """
     from ...common.files import check_writable, whole_file
+    from ...data.text_config import TextSection
 
     task = experiment.task
     if not isinstance(task, NextTokenText):
@@ -550,12 +558,18 @@ def write_continuations(
         values["samples"] = count
     options = LanguageConfig.model_validate(experiment.recipe.evaluate.model_dump() | values)
     codec = experiment.codec
+    if chat and prompts is None:
+        raise ValueError(
+            "--chat says how to read --prompt: give what the user says, as in --chat --prompt 'Who are you?'"
+        )
     if prompts is None:
         data = experiment.data("test")
         task.check_examples(experiment, model, data)
         starts = prompts_of(options, data)
     else:
-        encoded = [codec.encode(prompt) for prompt in prompts]
+        text = experiment.recipe.data
+        encode = text.chat_tokens if chat and isinstance(text, TextSection) else codec.encode
+        encoded = [encode(prompt) for prompt in prompts]
         starts = [encoded[i % len(prompts)] for i in range(count or len(prompts))]
     task.check_room(experiment, model, max(map(len, starts)), options.new_tokens)
     texts = write(experiment, options, model, starts, seed=seed, progress=progress)
