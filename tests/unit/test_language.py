@@ -15,7 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from diffusionblocks.data.token_text import END, train_tokenizer
 from diffusionblocks.evaluation.mauve import HiddenFeatures, mauve_score
-from diffusionblocks.evaluation.perplexity import distinct_n, generated_text, generative_perplexity, repetition_rate
+from diffusionblocks.evaluation.perplexity import (
+    distinct_n,
+    generated_text,
+    generative_perplexity,
+    repetition_rate,
+    self_bleu,
+)
 from diffusionblocks.evaluation.teachers import load_teacher, teacher_tokens
 from diffusionblocks.experiments.recipe import EvaluateConfig
 from diffusionblocks.experiments.tasks import LanguageConfig
@@ -194,6 +200,38 @@ def test_perplexity_refusals() -> None:
 
 
 # ---- diversity -------------------------------------------------------------------------------------------
+
+
+def bleu(candidate: list[str], references: list[list[str]], n: int) -> float:
+    """BLEU-n of Papineni et al. 2002, word by word."""
+    logs = 0.0
+    for order in range(1, n + 1):
+        grams = lambda text, k=order: [tuple(text[i : i + k]) for i in range(len(text) - k + 1)]  # noqa: E731
+        own = grams(candidate)
+        clipped = sum(min(own.count(g), max(grams(r).count(g) for r in references)) for g in set(own))
+        logs += math.log(clipped / len(own)) / n if clipped else -math.inf
+    nearest = min((len(r) for r in references), key=lambda length: (abs(length - len(candidate)), length))
+    return math.exp(logs + min(0.0, 1 - nearest / len(candidate)))
+
+
+def test_self_bleu_by_hand() -> None:
+    texts = [
+        "the cat sat on the mat",
+        "the cat lay on the mat today",
+        "a dog sat on the cat",
+        "the the the the the cat",
+    ]
+    words = [text.split() for text in texts]
+    for n in (1, 2, 3, 4):
+        expected = statistics.fmean(bleu(w, words[:i] + words[i + 1 :], n) for i, w in enumerate(words))
+        assert self_bleu(words, n) == pytest.approx(expected)
+    assert self_bleu([words[0]] * 3) == pytest.approx(1)
+    assert self_bleu([["a", "b"], ["c", "d"]], 2) == 0
+    assert self_bleu([words[0], words[0], ["too", "short"]], 4) == pytest.approx(1)
+    shorter = [words[0], words[0][:4]]
+    assert self_bleu(shorter, 1) == pytest.approx((4 / 6 + math.exp(1 - 6 / 4)) / 2), "clipped; brevity"
+    with pytest.raises(ValueError, match="self-BLEU needs two sequences of 4 items, of 2 there are 1"):
+        self_bleu([words[0], ["a"]])
 
 
 def test_diversity_by_hand() -> None:

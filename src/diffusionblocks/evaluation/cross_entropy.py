@@ -113,7 +113,7 @@ def language_rows(
     facts = _TextFacts()
 
     def measure(piece: tuple[int, _Text, Tensor]) -> dict[str, Tensor]:
-        index, (tokens, counted), before = piece
+        index, (tokens, loss_mask), before = piece
         batch = {"input_ids": tokens}
         eps = _noise(target.encode(batch), seed, index)
         labels = tokens[:, target.shift :]
@@ -124,9 +124,9 @@ def language_rows(
             for name, context in (("matched", tokens), ("scrambled", other)):
                 result = block.losses_at(batch, level, noise=eps, inputs={"input_ids": context})
                 logits = check.logits(result.output, level)
-                losses[name].append(_token_loss(logits[:, first:], labels[:, first:], counted))
+                losses[name].append(_token_loss(logits[:, first:], labels[:, first:], loss_mask))
             near = _is_decodable(result.z, labels, table).view(labels.shape)[:, first:]
-            losses["decodable"].append(torch.where(counted, near, 0.0).sum().double())
+            losses["decodable"].append(torch.where(loss_mask, near, 0.0).sum().double())
         return {name: torch.stack(values) for name, values in losses.items()}
 
     with torch.no_grad(), evaluating(model):
@@ -172,19 +172,19 @@ class _TextFacts:
 
     def noted(self, texts: Iterable[_Text]) -> Iterator[_Text]:
         """The same texts, of which this takes note as they go by."""
-        for tokens, counted in texts:
-            self.counts.append(counted.sum(dim=1))
+        for tokens, loss_mask in texts:
+            self.counts.append(loss_mask.sum(dim=1))
             if self._size < _SAMPLE:
-                self.sample.append(tokens[:, 1:][counted])
+                self.sample.append(tokens[:, 1:][loss_mask])
                 self._size += len(self.sample[-1])
-            yield tokens, counted
+            yield tokens, loss_mask
 
     def pieces(self, batches: Batches) -> Iterator[tuple[int, _Text, Tensor]]:
         """(number, text, the sequence before it) of each batch."""
         # The second sequence stands before the first one; so batches of one have another context, too.
         before = torch.cat([tokens for tokens, _ in itertools.islice(_texts(batches), 2)])[1:2]
-        for index, (tokens, counted) in enumerate(self.noted(_texts(batches))):
-            yield index, (tokens, counted), before
+        for index, (tokens, loss_mask) in enumerate(self.noted(_texts(batches))):
+            yield index, (tokens, loss_mask), before
             before = tokens[-1:]
 
 
@@ -215,11 +215,11 @@ def voted_rows(
     facts = _TextFacts()
 
     def measure(piece: tuple[int, _Text]) -> dict[str, Tensor]:
-        index, (tokens, counted) = piece
+        index, (tokens, loss_mask) = piece
         generator = keyed_generator(seed, 0, index, "votes", tokens.device)
         votes = blocks.vote({"input_ids": tokens}, generator, check)
         return {
-            rule: _token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:], counted)
+            rule: _token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:], loss_mask)
             for rule in get_args(LogitCombination)
         }
 
@@ -258,8 +258,8 @@ def plain_language_rows(
     facts = _TextFacts()
 
     def measure(text: _Text) -> dict[str, Tensor]:
-        tokens, counted = text
-        return {"losses": check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:], counted), "cross-entropies")}
+        tokens, loss_mask = text
+        return {"losses": check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:], loss_mask), "cross-entropies")}
 
     pass_over = None if skip is None else lambda text: skip(text[0])
     with torch.no_grad():
@@ -323,15 +323,15 @@ def _texts(batches: Batches) -> Iterator[_Text]:
     count, length = 0, None
     for batch in batches():
         entries = {name: batch[name] for name in ("input_ids", "labels", "attention_mask") if name in batch}
-        resolved = resolve_texts(entries, 1)
-        tokens, counted = resolved["input_ids"], resolved.get("loss_mask")
+        text = resolve_texts(entries, 1)
+        tokens, loss_mask = text["input_ids"], text.get("loss_mask")
         length = length or tokens.shape[1]
         if tokens.shape[1] != length:
             raise ValueError(f"all sequences must have one length; got {tokens.shape[1]} after {length}")
         if length < 2:
             raise ValueError("sequences have 1 token, and the first is not counted: make them longer")
         count += len(tokens)
-        yield tokens, torch.ones_like(tokens[:, 1:], dtype=torch.bool) if counted is None else counted[:, 1:]
+        yield tokens, torch.ones_like(tokens[:, 1:], dtype=torch.bool) if loss_mask is None else loss_mask[:, 1:]
     if count < 2:
         raise ValueError(f"a standard error needs at least two sequences, got {count}: give more text")
 
@@ -349,9 +349,9 @@ def _is_decodable(z: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     return (torch.cat(nearest) == labels).float()
 
 
-def _token_loss(logits: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
+def _token_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
     """Mean loss per counted token of each sequence, float64 (n,)."""
-    return mean_of_counted(cross_entropies(logits, tokens).double(), counted)
+    return mean_of_counted(cross_entropies(logits, tokens).double(), loss_mask)
 
 
 def _noise(like: Tensor, seed: int, index: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import statistics
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class GeneratedText(Row):
         continuations: how many.
         distinct_2: see `distinct_n`; None where every continuation is shorter than 2.
         repetition_4: see `repetition_rate`; None where every continuation is shorter than 4.
+        self_bleu_4: see `self_bleu`; None where fewer than two continuations have 4 tokens.
         teacher: name of the perplexity's model.
         perplexity: under it; None without teacher.
         features: name of MAUVE's model.
@@ -69,6 +71,7 @@ class GeneratedText(Row):
     perplexity: Perplexity | None = None
     features: str | None = None
     mauve: tuple[Mauve, ...] = ()
+    self_bleu_4: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; an infinite perplexity (of a token that the teacher rules out) has none, and is null."""
@@ -106,6 +109,7 @@ def generated_text(
         perplexity,
         features,
         tuple(mauve),
+        self_bleu(continuations, 4) if sum(length >= 4 for length in lengths) >= 2 else None,
     )
 
 
@@ -240,6 +244,42 @@ def repetition_rate(sequences: Sequence[Sequence[Hashable] | Tensor], n: int = 4
     if not repeats:
         raise ValueError(f"no sequence has {n} items, of {len(sequences)} sequences: give longer ones")
     return statistics.fmean(repeats)
+
+
+def self_bleu(sequences: Sequence[Sequence[Hashable] | Tensor], n: int = 4) -> float:
+    """How much each sequence repeats the others: mean BLEU-n of each with all others as references (arXiv 1802.01886).
+
+    1 is a set whose sequences are all alike; lower is more diverse. Sequences of fewer than n items are left out, and a
+    sequence without a common n-gram counts 0 (no smoothing). It rises with the number of sequences: compare equal ones.
+
+    Args:
+        sequences: as for `distinct_n`.
+        n: the longest n-grams, >= 1, all lengths up to it weighing the same.
+
+    Raises:
+        ValueError: n < 1, or fewer than two sequences have n items.
+    """
+    texts = [sequence for sequence in sequences if _grams(sequence, n)]
+    if len(texts) < 2:
+        raise ValueError(f"self-BLEU needs two sequences of {n} items, of {len(sequences)} there are {len(texts)}")
+    logs = [0.0] * len(texts)
+    for order in range(1, n + 1):
+        counts = [Counter(_grams(text, order)) for text in texts]
+        most: dict[tuple[Hashable, ...], tuple[int, int, int]] = {}  # of each: highest count, whose it is, the second
+        for owner, grams in enumerate(counts):
+            for gram, count in grams.items():
+                first, whose, second = most.get(gram, (0, -1, 0))
+                most[gram] = (count, owner, first) if count > first else (first, whose, max(second, count))
+        for owner, grams in enumerate(counts):
+            common = 0
+            for gram, count in grams.items():
+                first, whose, second = most[gram]
+                common += min(count, second if whose == owner else first)
+            logs[owner] += math.log(common / grams.total()) / n if common else -math.inf
+    lengths = [len(text) for text in texts]
+    nearest = [min(lengths[:i] + lengths[i + 1 :], key=lambda r: (abs(r - c), r)) for i, c in enumerate(lengths)]
+    penalties = [min(0.0, 1 - r / c) for c, r in zip(lengths, nearest, strict=True)]
+    return statistics.fmean(math.exp(log + penalty) for log, penalty in zip(logs, penalties, strict=True))
 
 
 def _grams(sequence: Sequence[Hashable] | Tensor, n: int) -> list[tuple[Hashable, ...]]:
