@@ -74,6 +74,7 @@ def test_modules_of_core_import_one_another_one_way() -> None:
             "saved_model",
             "saving",
             "exporting",
+            "pipelines",
             "loading",
             "hub",
             "merging",

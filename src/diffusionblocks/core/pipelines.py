@@ -13,7 +13,7 @@ import inspect
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,10 +25,8 @@ from ..families.conditioned import ConditionedFamily
 from ..families.module_tree import shell_of
 from ..noise import FlowMatching
 from .exporting import export_block
+from .model import DiffusionBlocks
 from .partition import ABOVE_BOUNDARY
-
-if TYPE_CHECKING:
-    from .model import DiffusionBlocks
 
 #: class of a model -> the pipeline that runs one transformer above a time and another below it
 _PAIRS = {"WanTransformer3DModel": "WanPipeline"}
