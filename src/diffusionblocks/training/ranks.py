@@ -189,10 +189,13 @@ class Ranks:
             with contextlib.suppress(RuntimeError):
                 self._store.set("failure", str(self.place.rank))
             raise
+        else:
+            if _uses_nccl():
+                self._destroy_together()
         finally:
             self._is_over.set()
             self._leave()
-            if torch.distributed.is_initialized():
+            if torch.distributed.is_initialized() and not _uses_nccl():  # NCCL's is let go when the process ends
                 torch.distributed.destroy_process_group()
 
     def groups(self, device: torch.device, blocks: int, *, shard: bool = False) -> Group | None:
@@ -223,6 +226,18 @@ class Ranks:
 
         mesh = init_device_mesh(device.type, (blocks, self.place.world // blocks), mesh_dim_names=("block", "data"))
         return (ShardGroup if shard else Group)(mesh["data"], device)
+
+    def _destroy_together(self) -> None:
+        """Destroy NCCL's process group, once all ranks have come to their end.
+
+        One that destroyed it alone would wait for the others: where they evaluate, long, and where they failed, for
+        ever, before it could say what is the matter.
+        """
+        with contextlib.suppress(RankLost, StoppedWithOthers):
+            self.tell(f"end {self.place.rank}")
+            for rank in range(self.place.world):
+                self.wait_for(f"end {rank}", rank)
+            torch.distributed.destroy_process_group()
 
     def _leave(self) -> None:
         """Leave the others; the first rank last, if they are not long: its process may hold what they still read."""
@@ -360,6 +375,11 @@ class ShardGroup(Group):
         with _translated(_PARTNER_IS_GONE):
             cut: Any = distribute_tensor(values, self.mesh, like.placements)
         return cut.to_local()  # type: ignore[no-any-return]
+
+
+def _uses_nccl() -> bool:
+    """Whether there is a process group of NCCL."""
+    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
 
 
 def _below(name: str, store: Any) -> Any:
