@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -140,11 +141,13 @@ class Updater:
         self.decay = torch.tensor(0.0, dtype=torch.float32, device=device)
         #: Of the rounding of bfloat16 weights; each step brings its own (`prepare`).
         self._draws = Draws(device) if config.weights == "bfloat16" else None
-        self._optimizers: list[Optimizer] = []
-        if config.optimizer_in_backward:
-            self._optimizers = [make_optimizer([p], self.lr, config, self._draws) for p in parameters]
-        elif parameters:
-            self._optimizers = [make_optimizer(parameters, self.lr, config, self._draws)]
+        self._groups = self._grouped(parameters)  # of places; each has an optimizer
+        self._group_of = [i for i, places in enumerate(self._groups) for _ in places]
+        self._optimizers: list[Optimizer] = [
+            make_optimizer(parameters[places.start : places.stop], self.lr, config, self._draws)
+            for places in self._groups
+        ]
+        self._ready = [0] * len(self._groups)  # gradients of the coming step that are whole
         if config.optimizer_in_backward:
             # A hook that held this would keep the parameters for good: torch's hooks are no garbage.
             me = weakref.ref(self)
@@ -157,6 +160,15 @@ class Updater:
             for i, parameter in enumerate(parameters):
                 parameter.register_post_accumulate_grad_hook(functools.partial(step, place=i))
 
+    def _grouped(self, parameters: list[nn.Parameter]) -> list[range]:
+        """Places of the parameters that step at once."""
+        if not parameters:
+            return []
+        if not self.config.optimizer_in_backward:
+            return [range(len(parameters))]
+        in_one_kernel = self._draws is None and _one_kernel_8bit(parameters, self.config) is not None
+        return together(parameters) if in_one_kernel else [range(i, i + 1) for i in range(len(parameters))]
+
     def allocate(self, place: Callable[[int, str, Tensor], Tensor] = lambda i, name, fresh: fresh) -> None:
         """Make the optimizer's lazy state now: it is moved between devices, and measured.
 
@@ -164,7 +176,7 @@ class Updater:
             place: gives, for the i-th parameter, the state's name and fresh value, the tensor that shall hold it.
         """
         for i, parameter in enumerate(self.parameters):
-            optimizer = self._optimizers[i if self.config.optimizer_in_backward else 0]
+            optimizer = self._optimizers[self._group_of[i]]
             optimizer.state.pop(parameter, None)
             parameter.grad = torch.zeros_like(parameter)
             with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, for every shape anew
@@ -184,7 +196,7 @@ class Updater:
         ]
 
     def _state(self, place: int) -> dict[str, Any]:
-        optimizer = self._optimizers[place if self.config.optimizer_in_backward else 0]
+        optimizer = self._optimizers[self._group_of[place]]
         state: dict[str, Any] = optimizer.state[self.parameters[place]]
         return state
 
@@ -210,8 +222,11 @@ class Updater:
         owner.steps += 1
 
     def update(self) -> None:
-        """Step with the gradients at hand, then move the average; nothing to do if the backward pass did it."""
+        """Step with the gradients at hand, then move the average; or with those that the backward pass left."""
         if self.config.optimizer_in_backward:
+            for group, ready in enumerate(self._ready):
+                if ready:  # some parameter of the group has no gradient this time
+                    self._step_group(group)
             return
         for optimizer in self._optimizers:
             optimizer.step()
@@ -223,10 +238,21 @@ class Updater:
                 start, size = stop, 0
 
     def _step_one(self, place: int) -> None:
-        self._optimizers[place].step()
-        self.parameters[place].grad = None
+        group = self._group_of[place]
+        self._ready[group] += 1
+        if self._ready[group] == len(self._groups[group]):
+            self._step_group(group)
+
+    def _step_group(self, group: int) -> None:
+        self._ready[group] = 0
+        self._optimizers[group].step()
+        places = self._groups[group]
+        stepped = [place for place in places if self.parameters[place].grad is not None]
+        for place in places:
+            self.parameters[place].grad = None
         if self.ema:
-            self._average(slice(place, place + 1))
+            for place in stepped:
+                self._average(slice(place, place + 1))
 
     def _average(self, places: slice) -> None:
         with torch.no_grad():
@@ -269,7 +295,7 @@ def make_optimizer(
     """
     if config.optimizer == "adamw-8bit":
         check_optimizer(config)
-        kind = _adamw_8bit()
+        kind = (None if draws is not None else _one_kernel_8bit(parameters, config)) or _adamw_8bit()
         optimizer: Optimizer = kind(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
         if draws is not None:
             if not hasattr(optimizer, "draws"):
@@ -290,6 +316,31 @@ def make_optimizer(
         fused=True,
         capturable=lr.device.type == "cuda",
     )
+
+
+def together(parameters: Sequence[Tensor]) -> list[range]:
+    """Group neighbours that step at once in a backward pass; a group has no more elements than the largest of all.
+
+    So the gradients that wait for their group are few, and a layer steps in a few kernels.
+    """
+    most = max((p.numel() for p in parameters), default=0)
+    starts: list[int] = []
+    size = most
+    for place, parameter in enumerate(parameters):
+        size += parameter.numel()
+        if size > most:
+            starts.append(place)
+            size = parameter.numel()
+    return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(parameters)])]
+
+
+def _one_kernel_8bit(parameters: Sequence[Tensor], config: TrainConfig) -> Any:
+    """The optimizer whose step is one kernel over these parameters; None where it is not asked for, or cannot."""
+    if config.optimizer != "adamw-8bit" or "adamw-8bit" not in config.fused_kernels:
+        return None
+    from .eight_bit_kernel import OneKernelAdamW8bit  # needs torchao
+
+    return OneKernelAdamW8bit if OneKernelAdamW8bit.takes(parameters) else None
 
 
 @functools.cache

@@ -115,8 +115,10 @@ class TrainConfig(BaseModel):
         fused_kernels: What runs on a GPU by kernels of our own, where these are faster. `mlp`: a wide MLP with exact
             GELU on a narrow stream (128), which never writes its hidden units; `projections`: the products that give
             query, key and value of at most 256 features, as one; `attention`: over 33 to 96 tokens in heads of 32.
-            These three need `compile`, and bfloat16. `adamw`: its step of float32 parameters, as one kernel. They
-            change rounding; `attention` also which scores dropout takes.
+            These three need `compile`, and bfloat16. `adamw`: its step of float32 parameters, as one kernel;
+            `adamw-8bit`: the same with state in 8 bits, in the backward pass a kernel for a few neighbours, whose
+            gradients wait for each other (not timed on a GPU yet, so no default). They change rounding; `attention`
+            also which scores dropout takes.
         cuda_graph: Capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph. Without effect
             on a CPU.
         concurrent: Let steps of different blocks overlap on one GPU, each block on a CUDA stream of its own: steps of
@@ -169,7 +171,7 @@ class TrainConfig(BaseModel):
     ema_ramp_up: Positive = 0.05
     compile: bool | Literal["layers"] = False
     activation_memory_budget: Share = 1.0
-    fused_kernels: tuple[Literal["mlp", "projections", "attention", "adamw"], ...] = (
+    fused_kernels: tuple[Literal["mlp", "projections", "attention", "adamw", "adamw-8bit"], ...] = (
         "mlp",
         "projections",
         "attention",

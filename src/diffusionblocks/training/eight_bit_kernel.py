@@ -1,0 +1,190 @@
+"""8-bit AdamW whose step is one kernel over all parameters of a unit, where torchao's is one for each parameter.
+
+State, quantisation and arithmetic are torchao's (`torchao.optim.AdamW8bit`): moments in codes of one byte, a scale for
+every 256 elements, and the 256 values of Dettmers et al. (arXiv 2110.02861) that codes stand for; parameters too small
+for that have moments in float32. Only the count of steps is on the device, so no step reads it off the host.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchao.optim import AdamW8bit
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for a CPU comes without it
+    triton = tl = None
+
+#: Elements that share a scale.
+_BLOCK = 256
+#: Such blocks of a program.
+_ROWS = 4
+#: What the table says of a tensor: addresses of parameter, gradient, both moments and their scales, the number of
+#: elements, and again where the moments are in 8 bits, else 0.
+_COLUMNS = 8
+
+
+def _jit(kernel: Any) -> Any:
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@_jit
+def _codes_of(x, values_at):  # type: ignore[no-untyped-def]
+    """The code whose value is nearest to x in [-1, 1]: a binary search among 256 ascending values."""
+    code = tl.where(x >= tl.load(values_at + 128), 128, 0)
+    code += tl.where(x >= tl.load(values_at + code + 64), 64, 0)
+    code += tl.where(x >= tl.load(values_at + code + 32), 32, 0)
+    code += tl.where(x >= tl.load(values_at + code + 16), 16, 0)
+    code += tl.where(x >= tl.load(values_at + code + 8), 8, 0)
+    code += tl.where(x >= tl.load(values_at + code + 4), 4, 0)
+    code += tl.where(x >= tl.load(values_at + code + 2), 2, 0)
+    code += tl.where(x >= tl.load(values_at + code + 1), 1, 0)
+    above = tl.minimum(code + 1, 255)
+    low = tl.load(values_at + code)
+    high = tl.load(values_at + above)
+    return tl.where(x - low >= (high - low) * 0.5, above, code)
+
+
+@_jit
+def _adamw_8bit(  # type: ignore[no-untyped-def]
+    table_at, corrections_at, lr_at, signed_at, unsigned_at, tensors, rest1, rest2, decay, eps,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    work = tl.load(table_at + tensors * COLUMNS + tl.program_id(0))
+    index = work >> 32
+    start = work & 0xFFFFFFFF
+    row = table_at + index * COLUMNS
+    parameter_at = tl.load(row).to(tl.pointer_type(tl.float32))
+    gradient_at = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    size = tl.load(row + 6)
+    size_in_codes = tl.load(row + 7)  # all elements or none
+    lines = tl.arange(0, ROWS)
+    place = start + lines[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = place < size
+    lr = tl.load(lr_at)
+    correction1 = tl.load(corrections_at + index)
+    correction2 = tl.load(corrections_at + tensors + index)
+    parameter = tl.load(parameter_at + place, mask=inside, other=0.0)
+    gradient = tl.load(gradient_at + place, mask=inside, other=0.0)
+    first32_at = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    second32_at = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+    first8_at = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
+    second8_at = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
+    scale_place = start // BLOCK + lines
+    first_scale_at = tl.load(row + 4).to(tl.pointer_type(tl.float32))
+    second_scale_at = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+    in_codes = place < size_in_codes
+    plain = place < size - size_in_codes
+    with_scale = scale_place * BLOCK < size_in_codes
+    first_code = tl.load(first8_at + place, mask=in_codes, other=0).to(tl.int32)
+    second_code = tl.load(second8_at + place, mask=in_codes, other=0).to(tl.int32)
+    first_scale = tl.load(first_scale_at + scale_place, mask=with_scale, other=0.0)
+    second_scale = tl.load(second_scale_at + scale_place, mask=with_scale, other=0.0)
+    first = tl.load(first32_at + place, mask=plain, other=0.0)
+    second = tl.load(second32_at + place, mask=plain, other=0.0)
+    first = tl.where(in_codes, tl.load(signed_at + first_code) * first_scale[:, None], first)
+    second = tl.where(in_codes, tl.load(unsigned_at + second_code) * second_scale[:, None], second)
+
+    parameter -= lr * decay * parameter
+    first += rest1 * (gradient - first)
+    second += rest2 * (gradient * gradient - second)
+    denominator = tl.div_rn(tl.sqrt_rn(second), tl.sqrt_rn(correction2 + tl.zeros_like(second))) + eps
+    parameter -= tl.div_rn(lr * tl.div_rn(first, correction1 + tl.zeros_like(first)), denominator)
+    tl.store(parameter_at + place, parameter, mask=inside)
+
+    tl.store(first32_at + place, first, mask=plain)
+    tl.store(second32_at + place, second, mask=plain)
+    first_scale = tl.maximum(tl.max(tl.abs(first), axis=1), 1e-12)
+    second_scale = tl.maximum(tl.max(tl.abs(second), axis=1), 1e-12)
+    first_code = _codes_of(tl.div_rn(first, first_scale[:, None] + tl.zeros_like(first)), signed_at)
+    second_code = _codes_of(tl.div_rn(second, second_scale[:, None] + tl.zeros_like(second)), unsigned_at)
+    tl.store(first8_at + place, first_code.to(tl.uint8), mask=in_codes)
+    tl.store(second8_at + place, second_code.to(tl.uint8), mask=in_codes)
+    tl.store(first_scale_at + scale_place, first_scale, mask=with_scale)
+    tl.store(second_scale_at + scale_place, second_scale, mask=with_scale)
+
+
+class OneKernelAdamW8bit(AdamW8bit):  # type: ignore[misc]
+    """torchao's 8-bit AdamW for float32 parameters, contiguous and on one GPU, in one kernel.
+
+    Args:
+        parameters: what it moves.
+        options: of `torchao.optim.AdamW8bit`; `lr` is a float32 tensor on the device.
+    """
+
+    @staticmethod
+    def takes(parameters: Sequence[Tensor], *, on_gpu: bool = True) -> bool:
+        """Whether it can move these parameters here.
+
+        Args:
+            parameters: they.
+            on_gpu: ask for a GPU's; Triton's interpreter takes a CPU's as well.
+        """
+        return triton is not None and all(
+            p.is_cuda >= on_gpu and p.dtype == torch.float32 and p.is_contiguous() for p in parameters
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Move every parameter that has a gradient, with no host sync."""
+        (group,) = self.param_groups
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if closure is not None or not parameters or not all(self.state.get(p) for p in parameters):
+            result = super().step(closure)  # which makes the state
+            for p in parameters:  # torchao counts on the host
+                self.state[p]["step"] = self.state[p]["step"].to(p.device)
+            return result
+        update([(p, p.grad, self.state[p]) for p in parameters], group)
+        return None
+
+
+def update(rows: Sequence[tuple[Tensor, Any, dict[str, Any]]], group: dict[str, Any]) -> None:
+    """8-bit AdamW's step of (parameter, gradient, state) triples.
+
+    Args:
+        rows: the triples; a state has `step`, `exp_avg` and `exp_avg_sq`, as torchao's.
+        group: settings, as of an optimizer's group.
+    """
+    (beta1, beta2), lr, device = group["betas"], group["lr"], rows[0][0].device
+    steps = [state["step"] for *_, state in rows]
+    torch._foreach_add_(steps, 1.0)
+    counts = torch.stack(steps)
+    corrections = torch.cat([1 - beta1**counts, 1 - beta2**counts])
+    gradients = [gradient.contiguous() for _, gradient, _ in rows]  # they live until the kernel is launched
+    addresses = []
+    for (p, _, state), gradient in zip(rows, gradients, strict=True):
+        moments = [state["exp_avg"], state["exp_avg_sq"]]
+        in_codes = hasattr(moments[0], "codes")
+        data = [moment.codes if in_codes else moment for moment in moments]
+        scales = [moment.scale if in_codes else moment for moment in moments]
+        tensors = [p, gradient, *data, *scales]
+        addresses += [*(tensor.data_ptr() for tensor in tensors), p.numel(), p.numel() if in_codes else 0]
+    work = _work(tuple(p.numel() for p, *_ in rows))
+    table = torch.tensor([*addresses, *work])
+    if device.type == "cuda":
+        table = table.pin_memory()
+    _adamw_8bit[(len(work),)](
+        table.to(device, non_blocking=True), corrections, lr, *_values(device), len(rows), 1 - beta1, 1 - beta2,
+        group["weight_decay"], group["eps"], _COLUMNS, _ROWS, _BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _work(sizes: tuple[int, ...]) -> list[int]:
+    """For each program, which tensor (the upper 32 bits) and from which element."""
+    return [i << 32 | start for i, size in enumerate(sizes) for start in range(0, size, _ROWS * _BLOCK)]
+
+
+@functools.lru_cache(maxsize=16)
+def _values(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the codes of a first and of a second moment stand for."""
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    signed, unsigned = (torch.tensor(create_dynamic_map(signed=signed), device=device) for signed in (True, False))
+    return signed, unsigned
