@@ -1,6 +1,7 @@
 """Measures of generated text: perplexity under real teachers beside closed forms and a loop, diversity, MAUVE."""
 
 import json
+import lzma
 import math
 import statistics
 import sys
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffusionblocks.data.token_text import END, train_tokenizer
-from diffusionblocks.evaluation.mauve import HiddenFeatures, mauve_score
+from diffusionblocks.evaluation.mauve import HiddenFeatures, mauve_score, reference_texts
 from diffusionblocks.evaluation.perplexity import (
     distinct_n,
     generated_text,
@@ -200,6 +201,23 @@ def test_perplexity_refusals() -> None:
 
 
 # ---- diversity -------------------------------------------------------------------------------------------
+
+
+def test_references_are_the_first_documents_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [f"story {number} is told, word by word." for number in range(20)]
+    text = "\n<|endoftext|>\n".join([documents[0], " \n", *documents[1:]])
+    (tmp_path / "plain.txt").write_text(text)
+    with lzma.open(tmp_path / "packed.txt.xz", "wt", encoding="utf-8") as file:
+        file.write(text)
+    for at_once in (7, 2**20):  # a separator may lie across two reads
+        monkeypatch.setattr("diffusionblocks.evaluation.mauve._READ_AT_ONCE", at_once)
+        for name in ("plain.txt", "packed.txt.xz"):
+            for count in (1, 6, 20):
+                assert reference_texts(tmp_path / name, count, "\n<|endoftext|>\n") == documents[:count]
+    with pytest.raises(ValueError, match=r"has 20 documents between .*, and 21 references are needed"):
+        reference_texts(tmp_path / "plain.txt", 21, "\n<|endoftext|>\n")
+    with pytest.raises(FileNotFoundError, match="name a file of reference texts"):
+        reference_texts(tmp_path / "none.txt", 1, "\n")
 
 
 def bleu(candidate: list[str], references: list[list[str]], n: int) -> float:

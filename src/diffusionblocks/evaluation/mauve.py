@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from ..common.finite import FiniteCheck, require_finite
 from ..common.modules import evaluating
+from ..data.text_files import open_text
 from .teachers import Ids, as_ids, check_foreign_attention, check_ids, load_teacher_tokenizer
+
+_READ_AT_ONCE = 2**20  # characters of a file of references
 
 #: Texts, as strings or ids, to float features (n, d). See `HiddenFeatures`.
 TextFeatures = Callable[[Sequence[Any]], Tensor]
@@ -118,6 +121,36 @@ class HiddenFeatures:
         if self.pooling == "last":
             return states[torch.arange(len(texts), device=device), lengths - 1].cpu()  # type: ignore[no-any-return]
         return (torch.where(there[..., None], states, 0.0).sum(dim=1) / lengths[:, None]).cpu()
+
+
+def reference_texts(path: Path, count: int, separator: str) -> list[str]:
+    """The first documents of a text file, for MAUVE's references; those without letters are passed over.
+
+    Args:
+        path: UTF-8 text, plain or packed (.xz, .gz, .bz2). It is read as far as it is needed.
+        count: how many, >= 1.
+        separator: what stands between documents.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has fewer documents, is no UTF-8, or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: name a file of reference texts")
+    texts: list[str] = []
+    rest = ""
+    with open_text(path) as file:
+        while len(texts) < count and (piece := file.read(_READ_AT_ONCE)):
+            *whole, rest = (rest + piece).split(separator)
+            texts += [text.strip() for text in whole if text.strip()]
+    if rest.strip():
+        texts.append(rest.strip())
+    if len(texts) < count:
+        raise ValueError(
+            f"{path} has {len(texts)} documents between {separator!r}, and {count} references are needed: give a "
+            "larger file or its own separator"
+        )
+    return texts[:count]
 
 
 def mauve_score(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ...data import TextChunks
+    from ...data import TextChunks, TextCodec
     from ...data.dataset import Dataset
     from ...evaluation.cross_entropy import LanguageRow
     from ...evaluation.perplexity import GeneratedText
@@ -67,6 +67,9 @@ class LanguageConfig(EvaluateSection):
         teacher_tokens: Whether the teacher has the tokenizer of the data; else it is given the text.
         mauve: Folder or hub name of the model whose features MAUVE compares (the reference takes gpt2-large); null:
             none.
+        references: A text file whose first documents MAUVE compares with, as many as `samples` and cut to as many
+            tokens as a text has; null: the test text, from the same places as the prompts.
+        references_separator: What stands between documents of `references`.
     """
 
     kind: Literal["language"] = "language"
@@ -87,6 +90,8 @@ class LanguageConfig(EvaluateSection):
     teacher: str | None = None
     teacher_tokens: bool = True
     mauve: str | None = None
+    references: Path | None = None
+    references_separator: str = Field(default="\n<|endoftext|>\n", min_length=1)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ class NextTokenText(Task[LanguageConfig]):
 
     def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
         """Refuse texts that outgrow the model, too few prompts, and teachers that are not there."""
-        from ...evaluation.mauve import require_mauve
+        from ...evaluation.mauve import reference_texts, require_mauve
         from ...evaluation.teachers import check_teacher
         from ...sampling import check_combination
 
@@ -186,6 +191,8 @@ class NextTokenText(Task[LanguageConfig]):
         self.check_room(experiment, model, options.prompt_length, options.new_tokens)
         if "test" in experiment.splits:
             check_prompts(options, experiment.splits["test"])
+        if options.references is not None:
+            reference_texts(options.references, options.samples, options.references_separator)
         if options.mauve is not None:
             require_mauve()
             check_teacher(options.mauve, "evaluate.mauve", tokenizer=True, causal=False)
@@ -281,7 +288,8 @@ class NextTokenText(Task[LanguageConfig]):
             "distinct-2": "-" if row.get("distinct_2") is None else f"{row['distinct_2']:.3f}",
         }
         if row.get("perplexity") is not None:
-            columns["perplexity under teacher"] = f"{row['perplexity']['perplexity']:.2f}"
+            name = Path(row["teacher"]).name  # figures under one teacher say nothing about another
+            columns[f"perplexity under {name}"] = f"{row['perplexity']['perplexity']:.2f}"
         speed = row["tokens_per_second"]
         return columns | {"tokens/s": "-" if speed is None else f"{speed:.0f}"}
 
@@ -501,7 +509,7 @@ def _measures(experiment: Experiment, options: LanguageConfig, texts: Continuati
     mauve: Any = ()
     if options.mauve is not None:
         features = HiddenFeatures(options.mauve, batch_size=options.batch_size, device=device)
-        references = [codec.decode(row) for row in _sequences(options, data)]
+        references = _references(options, codec, data)
         mauve = mauve_score(features(references), features([codec.decode(row) for row in texts.tokens]))
     return generated_text(
         experiment.recipe.name,
@@ -511,6 +519,17 @@ def _measures(experiment: Experiment, options: LanguageConfig, texts: Continuati
         features=options.mauve,
         mauve=mauve,
     )
+
+
+def _references(options: LanguageConfig, codec: TextCodec, data: TextChunks) -> list[str]:
+    """What MAUVE compares with: real texts, of as many tokens as prompt and continuation."""
+    from ...evaluation.mauve import reference_texts
+
+    if options.references is None:
+        return [codec.decode(row) for row in _sequences(options, data)]
+    texts = reference_texts(options.references, options.samples, options.references_separator)
+    length = options.prompt_length + options.new_tokens
+    return [codec.decode(codec.encode(text)[:length]) for text in texts]
 
 
 def write_continuations(
