@@ -8,7 +8,8 @@ from helpers import POLICIES, convert, noise_batch, same_states, seeded, tiny, t
 from torch import nn
 
 import diffusionblocks as db
-from diffusionblocks.core.soup import greedy_soup, soup
+from diffusionblocks.cli import main
+from diffusionblocks.core.soup import average_with_trunk, greedy_soup, soup
 
 HELD_OUT = toy_batch(100, seed=77)
 
@@ -71,3 +72,38 @@ def test_refusals() -> None:
     for weights in ([1.0], [0.0] * 3, [1, -1, 1], [float("nan"), 1, 1]):
         with pytest.raises(ValueError, match="weights must be 3 finite numbers"):
             soup(model, weights)
+
+
+def test_blocks_are_averaged_with_their_trunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trunk, model = branched()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mixed = average_with_trunk(model, trunk, [1, 0.25, 0])
+    assert same_states(model.state_dict(), before), "what is averaged stays as it is"
+    assert mixed.partition == model.partition
+    images = noise_batch()["pixel_values"]
+    assert same_states(mixed.block(2).state_dict(), model.block(2).state_dict())
+    # The first block computes what the trunk does, at every level of its own.
+    level, z = model.partition.interval(0)[1], torch.randn_like(model.target.encode(noise_batch()))
+    with torch.no_grad():
+        outputs = [one.eval().denoise({"pixel_values": images}, z, level) for one in (mixed, trunk)]
+    torch.testing.assert_close(*outputs)
+    names = [
+        next(n for n in one.state_dict() if n.endswith("q_proj.weight")) for one in (model.block(1), trunk.block(0))
+    ]
+    own, other = model.block(1).state_dict()[names[0]], trunk.block(0).state_dict()[names[1]]
+    assert not torch.equal(own, other)
+    torch.testing.assert_close(mixed.block(1).state_dict()[names[0]], 0.75 * own + 0.25 * other)
+
+    model.save_pretrained(tmp_path / "model")
+    trunk.save_pretrained(tmp_path / "trunk")
+    folders = [str(tmp_path / "model"), "--trunk", str(tmp_path / "trunk"), "--out", str(tmp_path / "out")]
+    assert main(["average", *folders, "--shares", "1", "0.25", "0"]) == 0
+    assert same_states(db.load(tmp_path / "out").state_dict(), mixed.state_dict())
+    assert main(["average", *folders, "--shares", "1", "0.25"]) == 2
+    assert "shares must be 3 numbers from 0 to 1, one a block; got [1.0, 0.25]" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a trunk has one block on all levels, this model has 3"):
+        average_with_trunk(model, model, [0.5] * 3)
+    with pytest.raises(ValueError, match=r"block 0 has .*, the trunk .*: give the trunk that it was copied from"):
+        average_with_trunk(model, convert("vit", layers=1, num_blocks=1), [0.5] * 3)
+    with pytest.raises(ValueError, match="shared = joint"):
+        average_with_trunk(branched(None, "joint")[1], trunk, [0.5] * 3)

@@ -39,6 +39,7 @@ COMMANDS = {
     "report": Command("one HTML page about runs: losses, levels, results, samples, memory, time, recipes", ".report"),
     "jobs": Command("write a command for each block, for machines that share nothing; merge joins them", ".jobs"),
     "branch": Command("copy a trained trunk, a model of one block on all levels, into several blocks", ".branch"),
+    "average": Command("average the weights of branched blocks with those of their trunk", ".average"),
     "merge": Command("make one model of folders whose blocks, or members of an ensemble, were trained apart", ".merge"),
     "push": Command("upload a trained model to the Hugging Face hub, with its model card", ".push"),
     "export": Command("one block of a trained model as an ordinary model that its library loads", ".export"),
@@ -92,6 +93,8 @@ examples:
       texts of a trained text model, or the gaps of one filled in
   diffusionblocks branch runs/trunk/model --blocks 3 --out runs/branched
       copy a trained trunk (one block on all levels) into three blocks
+  diffusionblocks average runs/dit/model --trunk runs/dit/trunk/model --shares 0.5 0 0 --out runs/averaged
+      the block of the highest noise half way back to the trunk that it was copied from
   diffusionblocks merge runs/first runs/second --out runs/whole
       one model of blocks that were trained apart, each run with its own --set 'train.blocks=[0, 2]'
   diffusionblocks export runs/digits --block 1 --out exported

@@ -1,7 +1,8 @@
-"""Soups: blocks that were branched from one trunk, mixed into one block by the mean of their weights."""
+"""Soups: means of weights, of blocks that were branched from one trunk, or of each with the trunk."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -60,6 +61,54 @@ def soup(model: DiffusionBlocks, weights: Sequence[float] | None = None) -> Diff
     block = result.block(0)
     block.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in block.state_dict().items()})
     return result.train(model.training)
+
+
+@torch.no_grad()
+def average_with_trunk(model: DiffusionBlocks, trunk: DiffusionBlocks, shares: Sequence[float]) -> DiffusionBlocks:
+    """Average the weights of branched blocks with those of the trunk that they were copied from.
+
+    A block that trained on for a while lies near its trunk; a mean of the two may denoise better than either, above all
+    at high noise, where specialists learn little.
+
+    Args:
+        model: branched blocks.
+        trunk: a model of one block on all levels, of the same class and layers.
+        shares: of the trunk's weights in each block, 0 (the block as it is) to 1 (the trunk), block 0 first.
+
+    Returns:
+        A model of the same blocks, on the device of `model`, in its mode.
+
+    Raises:
+        ValueError: shares that are not one number from 0 to 1 a block, a trunk of several blocks or other shapes, or
+            weights that are not finite.
+    """
+    blocks = model.partition.num_blocks
+    if len(shares) != blocks or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"shares must be {blocks} numbers from 0 to 1, one a block; got {list(shares)}")
+    if model.blocks_config.shared == "joint":
+        raise ValueError(
+            "shared = joint: blocks have one copy of the shared parameters, so none has a share of its own"
+        )
+    if trunk.partition.num_blocks != 1:
+        raise ValueError(f"a trunk has one block on all levels, this model has {trunk.partition.num_blocks}")
+    weights = trunk.block(0).state_dict()
+    require_finite(weights.items(), "the trunk", DIVERGED)
+    result = copy.deepcopy(model)
+    for b, share in enumerate(shares):
+        state = model.block(b).state_dict()
+        require_finite(state.items(), f"block {b}", DIVERGED)
+        mixed = {}
+        for name, tensor in state.items():
+            other = weights.get(trunk_name(model, b, name))
+            if other is None or other.shape != tensor.shape:
+                raise ValueError(
+                    f"block {b} has {name} {tuple(tensor.shape)}, the trunk "
+                    f"{'has none' if other is None else tuple(other.shape)}: give the trunk that it was copied from"
+                )
+            mean = tensor.double() * (1 - share) + other.to(tensor.device).double() * share
+            mixed[name] = mean.to(tensor.dtype) if share and tensor.is_floating_point() else tensor
+        result.block(b).load_state_dict(mixed)
+    return result
 
 
 @torch.no_grad()
