@@ -20,7 +20,7 @@ from pydantic import (
 from .common.by_kind import ByKind
 from .common.fields import Blocks, Float, Positive, Seed, Width
 from .common.messages import perhaps
-from .noise import NOISE_PROCESSES, NoiseProcess
+from .noise import MEASURED_STRATEGIES, NOISE_PROCESSES, NoiseProcess
 from .targets import ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
 
 __all__ = [
@@ -117,10 +117,12 @@ class BlocksConfig(BaseModel):
         layers: Number of layers of each block, input side first; null: as many in each.
         split: What each block has: `layers` (the paper: L/B consecutive layers), or `experts` (all layers, copied from
             the model, for the block's own levels: B times the weights, and a call of any block runs the whole depth).
-        boundaries: The B - 1 levels between the blocks, ascending; null: by `partition`. Of flow matching in t before
+        boundaries: The B - 1 levels between the blocks, ascending; null: by `partition`, of a measured one once the
+            trunk has ended. Of flow matching in t before
             the shift (`FlowMatching.unshifted` makes it of t after the shift).
         partition: How noise levels are split: `equi-probability` (paper, section 3.3), `log-uniform` (not for
-            masking), `uniform`.
+            masking), `uniform`; or, as measured on the trunk (arXiv 2606.06477), into equal shares of its `loss`, of
+            the `acceleration` of its sampling trajectories or of the `energy` of its velocity field (see `monitor`).
         overlap: Gamma: how far the levels that a block trains on reach into its neighbours'.
         noise: The noise process; null takes the family's default.
         shared: Policy for the shared parameters (stem, positions, noise embedder, final norm, head): `joint` (one
@@ -142,7 +144,9 @@ class BlocksConfig(BaseModel):
     layers: tuple[Blocks, ...] | None = None
     split: Literal["layers", "experts"] = "layers"
     boundaries: tuple[Float, ...] | None = None
-    partition: Literal["equi-probability", "log-uniform", "uniform"] = "equi-probability"
+    partition: Literal["equi-probability", "log-uniform", "uniform", "loss", "acceleration", "energy"] = (
+        "equi-probability"
+    )
     overlap: Float = Field(default=0.05, ge=0.0, lt=1.0)
     noise: NoiseConfig | None = None
     shared: Literal["joint", "replicated", "frozen"] = "replicated"
@@ -155,6 +159,15 @@ class BlocksConfig(BaseModel):
         """The same with one block of all layers, on all levels: a trunk, or a diffusion model's baseline."""
         one = {"num_blocks": 1, "layers": None, "split": "layers", "boundaries": None, "overlap": 0.0}
         return self.model_copy(update=one)
+
+    @property
+    def measured_later(self) -> bool:
+        """Whether the boundaries are still to be measured, on a trunk."""
+        return self.partition in MEASURED_STRATEGIES and self.num_blocks > 1 and self.boundaries is None
+
+    def until_measured(self) -> BlocksConfig:
+        """The same on levels of equal probability, as long as its own boundaries are still to be measured."""
+        return self.model_copy(update={"partition": "equi-probability"}) if self.measured_later else self
 
     @model_validator(mode="after")
     def _experts_have_all_layers(self) -> Self:

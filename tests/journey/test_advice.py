@@ -342,6 +342,18 @@ CASES = [
     Case(
         "set blocks.noise.vocab_size to", MASKED, {"device": "cpu", "blocks.noise.vocab_size": 30}, (r"set \S+ to \d+",)
     ),
+    Case(
+        "is measured on a trunk, and there is none",
+        DIGITS,
+        OF_DIT | {"blocks.partition": "acceleration"},
+        (r"leave blocks\.partition out",),
+    ),
+    Case(
+        "is measured on the trajectories of images",
+        VIT,
+        OF_VIT | {"trunk": "{steps: 2}", "blocks.partition": "energy"},
+        (r"set blocks\.partition to loss",),
+    ),
     Case("does not say which of its", MASKED, OF_BERT, (r"set [\w.]+",), "27"),
     Case(
         "is one of the data's",

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import takes_recipe
+from .command import run_folder, takes_recipe
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `inspect`."""
     takes_recipe(parser, run)
-    parser.add_argument("--figure", type=Path, help="draw the noise partition to this PNG")
+    parser.add_argument(
+        "--figure", type=Path, help="draw the noise partition to this PNG, of a measured one with what was measured"
+    )
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Show the blocks of a recipe, or what a baseline trains in their place, before any training."""
     from ..core.materialise import empty
-    from ..experiments.recipe_changes import stages
+    from ..experiments.boundaries import draw_boundaries, read_boundaries
+    from ..experiments.recipe_changes import stages, with_boundaries
     from ..reports.figures import draw_partition
     from ..reports.tables import block_table, format_table, partition_sketch
     from ..training import units_of
+
+    record = read_boundaries(experiment, run_folder(experiment, options))
+    if record is not None:  # of a run whose trunk has ended
+        experiment = experiment.derive(with_boundaries(experiment.recipe, record.between), same_run=True)
 
     recipe, source = experiment.recipe, experiment.original.weights()
     if experiment.baseline is not None:
@@ -47,6 +54,11 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     print(partition_sketch(model.partition, model.noise))
     symbol, highest, lowest = model.noise.symbol, model.noise.read_max, model.noise.read_min
     print(f"sampling and evaluation go from {symbol} = {highest:.4g} to {lowest:.4g}")
-    if options.figure:
+    if experiment.recipe.blocks.measured_later:
+        print(f"levels are of equal probability here: those by {recipe.blocks.partition} are measured on the trunk")
+    if options.figure and record is not None:
+        draw_boundaries(record, model.noise, options.figure)
+        print(f"what was measured on the trunk, and the blocks that share it, drawn to {options.figure}")
+    elif options.figure:
         draw_partition(model.partition, model.noise, options.figure)
         print(f"partition drawn to {options.figure}")

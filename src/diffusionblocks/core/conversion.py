@@ -139,8 +139,9 @@ def _coverage(noise: NoiseProcess, config: BlocksConfig, unread: float) -> tuple
     """
     if (config.partition == "equi-probability" and config.boundaries is None) or unread == 0:
         return unread, 1 - unread
-    levels = noise.boundaries(config.num_blocks, config.partition)
-    if config.boundaries is not None:
+    if config.boundaries is None:
+        levels = noise.boundaries(config.num_blocks, config.partition)
+    else:
         levels = [noise.level_min, *config.boundaries, noise.level_max]
     boundaries = torch.tensor(levels, dtype=torch.float64)
     shares = noise.cdf(boundaries).diff()

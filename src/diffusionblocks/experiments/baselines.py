@@ -70,7 +70,9 @@ def variants(recipe: Recipe) -> list[Variant]:
     trunk, fit = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
     # What every block would have had, had they shared the updates of trunk and fit.
     without_fit = _longer(recipe, fit / many, field).model_copy(update={"fit": None})
-    scratch = _longer(recipe, trunk / many, field).model_copy(update={"trunk": None})
+    scratch = _longer(recipe, trunk / many, field).model_copy(
+        update={"trunk": None, "blocks": recipe.blocks.until_measured()}
+    )
     ordinary = _without_stages(recipe, field)
     rows = [
         Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),

@@ -134,9 +134,11 @@ class Experiment:
         """How the model is split.
 
         The end-to-end training of a model that denoises anyway, of images or text, is that of one block on all levels:
-        nothing is added to it or taken away.
+        nothing is added to it or taken away. Boundaries that are still to be measured are, until then, those of equal
+        probability.
         """
-        return self.recipe.blocks if self.of_method_blocks else self.recipe.blocks.as_one_block()
+        blocks = self.recipe.blocks
+        return blocks.until_measured() if self.of_method_blocks else blocks.as_one_block()
 
     # ---- data ----------------------------------------------------------------------------------------------------
 

@@ -199,7 +199,7 @@ def mean_losses(
     device = next(block.parameters()).device
     sums = torch.zeros(len(levels), dtype=torch.float64, device=device)
     count = 0
-    examples_of_all = _choose(batches.num_examples, examples, seed).to(device)
+    examples_of_all = chosen_examples(batches.num_examples, examples, seed).to(device)
     for number, indices in enumerate(examples_of_all.split(batch_size)):
         generator = keyed_generator(seed, 0, number, "fit noise", device)
         batch = batches(indices, generator)
@@ -211,7 +211,8 @@ def mean_losses(
     return [total / count for total in sums.tolist()]
 
 
-def _choose(num_examples: int, examples: int, seed: int) -> Tensor:
+def chosen_examples(num_examples: int, examples: int, seed: int) -> Tensor:
+    """Indices (n,) of examples to measure on, drawn without repeats; all where there are fewer."""
     generator = keyed_generator(seed, 0, 0, "fit examples")
     return torch.randperm(num_examples, generator=generator)[:examples]
 

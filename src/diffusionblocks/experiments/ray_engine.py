@@ -20,6 +20,7 @@ import torch
 from ..common.files import folder_lock, lock_holder, lock_text
 from ..common.messages import announcer, silent
 from ..training import Diverged, Interrupted
+from .boundaries import place_boundaries
 from .experiment import Experiment
 from .parts import MakeLoggers, begin, check_parts, finish, has_parts, missing_parts, no_loggers, parts_of, units_in
 from .recipe import parse_recipe
@@ -160,6 +161,7 @@ def _train_part(job: _Job, index: int, cpus: int, loggers: MakeLoggers) -> str:
     """Train one part. Returns why it diverged; "" where it did not."""
     torch.set_num_threads(min(torch.get_num_threads(), cpus))  # the process may have served a task of more
     experiment, _ = fit_noise(job.experiment(), job.folder, progress=False)  # which has ended, and is read back
+    experiment = place_boundaries(experiment, job.folder)  # so have they
     part = next(part for part in parts_of(experiment, job.folder) if part.index == index)
     end = time.monotonic() + _RELEASE
     while lock_holder(part.folder) is not None and time.monotonic() < end:  # it saves what it has done

@@ -120,6 +120,23 @@ class FitConfig(_Section):
     floor: Float = Field(default=0.05, gt=0, le=1)
 
 
+class MonitorConfig(_Section):
+    """How a measured partition (`blocks.partition`: loss, acceleration or energy) is measured on the trunk.
+
+    Attributes:
+        power: Boundaries share the integral of the monitor to this power equally: over time, or of `loss` over the
+            quantile. Less than 1 makes intervals more even. null: 0.5 of acceleration and energy, 1 of `loss`.
+        levels: Levels at which it is measured.
+        examples: Training examples, or trajectories, over which it is averaged.
+        batch_size: Examples at a time; null takes train.batch_size.
+    """
+
+    power: Positive | None = None
+    levels: Int = Field(default=64, ge=4, le=MOST_LEVELS)
+    examples: Samples = 256
+    batch_size: Samples | None = None
+
+
 #: Classes whose own training draws its depth on the host, anew each step: a captured step would repeat the first one.
 DEPTH_ON_HOST = ("RecurrentDepth",)
 
@@ -150,6 +167,7 @@ class Recipe(_Section):
         fit: Fit the noise levels to the task first (classifiers and autoregressive text); null takes blocks.noise as it
             is.
         trunk: Train a trunk first and branch it into the blocks; null trains the blocks from scratch.
+        monitor: How the boundaries of a measured partition are taken from the trunk.
         train: How each block is trained.
         parallel: How several processes share the run.
         evaluate: What is measured afterwards. Its kind follows from the model: `accuracy` of a classifier, measures of
@@ -168,6 +186,7 @@ class Recipe(_Section):
     data: DataConfig
     fit: FitConfig | None = None
     trunk: TrunkConfig | None = None
+    monitor: MonitorConfig = MonitorConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     evaluate: EvaluateConfig = AccuracyConfig()
@@ -216,6 +235,23 @@ class Recipe(_Section):
             raise ValueError("blocks.noise.quantiles are fitted levels already: leave them out, or fit")
         if self.blocks.layers is not None and len(set(self.blocks.layers)) > 1:
             raise ValueError(f"a fit trains one of equal blocks, not blocks.layers = {self.blocks.layers}")
+        return self
+
+    @model_validator(mode="after")
+    def _partition_that_can_be_measured(self) -> Self:
+        blocks = self.blocks
+        if self.method != "diffusionblocks" or not blocks.measured_later:
+            return self
+        if self.trunk is None:
+            raise ValueError(
+                f"blocks.partition = {blocks.partition} is measured on a trunk, and there is none: give the recipe a "
+                "section trunk, or leave blocks.partition out"
+            )
+        if self.model.type in supported_classes() and blocks.partition != "loss" and not self.task.has_trajectories:
+            raise ValueError(
+                f"blocks.partition = {blocks.partition} is measured on the trajectories of images, and "
+                f"{self.model.type} {self.task.does}: set blocks.partition to loss"
+            )
         return self
 
     @model_validator(mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..families import family_named
@@ -84,6 +85,12 @@ def with_depth(recipe: Recipe, layers: int) -> Recipe:
 def with_noise(recipe: Recipe, noise: EDM) -> Recipe:
     """The recipe on the levels of a process, which it does not fit again."""
     return recipe.model_copy(update={"blocks": recipe.blocks.model_copy(update={"noise": noise}), "fit": None})
+
+
+def with_boundaries(recipe: Recipe, boundaries: Sequence[float]) -> Recipe:
+    """The recipe on levels between the blocks that were measured."""
+    blocks = recipe.blocks.model_copy(update={"boundaries": tuple(boundaries)})
+    return recipe.model_copy(update={"blocks": blocks})
 
 
 def after_branch(recipe: Recipe) -> Recipe:

@@ -9,6 +9,7 @@ Whole, or stage by stage, each of which resumes what is unfinished in the folder
     prepare(experiment, folder)
     experiment, fit = fit_noise(experiment, folder)
     trunk = train_trunk(experiment, folder) if experiment.recipe.trunk else None
+    experiment = place_boundaries(experiment, folder)
     trainer = train_blocks(experiment, folder, trunk)
     save_blocks(experiment, folder, trainer)
     model, rows, seconds = evaluate_saved(experiment, folder)
@@ -38,6 +39,7 @@ from ..training import Trainer
 from ..training.checkpoint import checkpoints, read_values
 from ..training.ranks import Group
 from ..training.run_log import LOG, Logger
+from .boundaries import BOUNDARIES, place_boundaries
 from .experiment import Experiment
 from .identity import (
     check_goes_on_from_first_version,
@@ -235,7 +237,7 @@ def train_fit_and_trunk(
         group: ranks that do it together; the first of them writes the files.
 
     Returns:
-        The experiment on its fitted levels, the trunk's trainer, and what this took.
+        The experiment on its fitted levels and measured boundaries, the trunk's trainer, and what this took.
     """
     lengths = {key: length for key, _, length in stages(experiment.recipe)}
     if "fit" in lengths:
@@ -246,6 +248,9 @@ def train_fit_and_trunk(
         return experiment, None, cost
     say(f"trunk: {lengths['trunk']}")
     trunk = train_trunk(experiment, folder, progress=progress, group=group)
+    if experiment.recipe.blocks.measured_later:
+        say(f"boundaries: equal shares of {experiment.recipe.blocks.partition}, measured on the trunk")
+        experiment = place_boundaries(experiment, folder, group=group)
     return experiment, trunk, Cost(cost.seconds + trunk.seconds, cost.iterations + trunk.iteration)
 
 
@@ -291,6 +296,8 @@ def blocks_trainer(
         ValueError: a fit or a trunk of the recipe was not done.
     """
     _check_fitted(experiment)
+    if experiment.of_method_blocks and experiment.recipe.blocks.measured_later:
+        raise ValueError(f"{experiment.recipe.name} measures its boundaries first: give the one of place_boundaries")
     if trunk is None and has_trunk(experiment):
         raise ValueError(f"{experiment.recipe.name} branches its blocks from a trunk: give the one of train_trunk")
     if trunk is None:
@@ -454,6 +461,7 @@ def forget(folder: Path) -> None:
         if (phase / "checkpoints").is_dir():
             delete_folder(phase / "checkpoints")
     (folder / "fit" / LEVELS).unlink(missing_ok=True)
+    (folder / "trunk" / BOUNDARIES).unlink(missing_ok=True)
     if (folder / PARTS).is_dir():
         delete_folder(folder / PARTS)
     for sample in (*folder.glob(SAMPLED_PICTURES), *folder.glob(SAMPLED_TEXTS)):  # of the older model

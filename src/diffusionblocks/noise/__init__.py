@@ -1,5 +1,6 @@
 """What a noise level means: its distribution, its corruption of the target, what the network sees and is told of it."""
 
+from .complexity import Monitor, path_time, quantile_times
 from .ddpm import DDPM
 from .edm import EDM
 from .exploding import VarianceExploding
@@ -8,18 +9,27 @@ from .flow import FlowMatching
 from .gaussian import GaussianProcess, Preconditioning
 from .grids import GRIDS, grid_name
 from .masking import SCHEDULES, Masking
-from .process import NOISE_PROCESSES, PARTITION_STRATEGIES, NoiseProcess, one_level, register_noise_process
+from .process import (
+    MEASURED_STRATEGIES,
+    NOISE_PROCESSES,
+    PARTITION_STRATEGIES,
+    NoiseProcess,
+    one_level,
+    register_noise_process,
+)
 
 __all__ = [
     "DDPM",
     "EDM",
     "GRIDS",
+    "MEASURED_STRATEGIES",
     "NOISE_PROCESSES",
     "PARTITION_STRATEGIES",
     "SCHEDULES",
     "FlowMatching",
     "GaussianProcess",
     "Masking",
+    "Monitor",
     "NoiseProcess",
     "Preconditioning",
     "VarianceExploding",
@@ -27,5 +37,7 @@ __all__ = [
     "fitted_quantiles",
     "grid_name",
     "one_level",
+    "path_time",
+    "quantile_times",
     "register_noise_process",
 ]

@@ -50,7 +50,7 @@ def fitted_quantiles(
     if rise <= 0:
         floor = 1.0
     shares = [(1 - floor) * r / (rise or 1.0) + floor * w / width for r, w in zip(rises, widths, strict=True)]
-    inner = _inverse(places, shares, [step / steps for step in range(1, steps)])
+    inner = inverse(places, shares, [step / steps for step in range(1, steps)])
     return (float(levels[0]), *(math.exp(place) for place in inner), float(levels[-1]))
 
 
@@ -87,8 +87,14 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [mean for mean, size in pools for _ in range(size)]
 
 
-def _inverse(places: Sequence[float], shares: Sequence[float], quantiles: Sequence[float]) -> list[float]:
-    """Where the probability from the left reaches each of `quantiles`, ascending; within an interval it is even."""
+def inverse(places: Sequence[float], shares: Sequence[float], quantiles: Sequence[float]) -> list[float]:
+    """Where the share from the left reaches each of some quantiles.
+
+    Args:
+        places: n + 1, ascending: the ends of intervals.
+        shares: n, > 0: of each interval, within which it is even; they need not add up to 1.
+        quantiles: in (0, 1), ascending.
+    """
     total = math.fsum(shares)  # 1, up to rounding
     edges = [0.0, *(below / total for below in itertools.accumulate(shares))]
     levels, interval = [], 0

@@ -18,6 +18,9 @@ from .grids import GRIDS, grid_name
 
 PARTITION_STRATEGIES = ("equi-probability", "log-uniform", "uniform")
 
+#: Strategies whose boundaries are measured on a trained network: see `complexity.py`.
+MEASURED_STRATEGIES = ("loss", "acceleration", "energy")
+
 
 class NoiseProcess(abc.ABC):
     """What a noise level means: its training distribution, its corruption of the target, what the network is told.
@@ -205,6 +208,13 @@ class NoiseProcess(abc.ABC):
         check_count("the number of blocks", num_intervals, MOST_LEVELS)
         fraction = torch.linspace(0.0, 1.0, num_intervals + 1, dtype=torch.float64)
         low, high = self.level_min, self.level_max
+        if strategy in MEASURED_STRATEGIES and num_intervals > 1:
+            raise ValueError(
+                f"partition = {strategy} is measured on a trained network: give the boundaries that were measured, or "
+                f"one of {', '.join(PARTITION_STRATEGIES)}"
+            )
+        if strategy in MEASURED_STRATEGIES:
+            return [low, high]
         choices = PARTITION_STRATEGIES if low > 0 else ("equi-probability", "uniform")
         if strategy not in choices:
             why = "" if low > 0 else " (its levels start at 0, where a logarithm has no value)"

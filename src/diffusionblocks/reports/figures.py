@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..core.partition import Partition
 from ..evaluation.accuracy import AccuracyRow
 from ..evaluation.cross_entropy import LanguageRow
 from ..evaluation.diagnostics import LevelRow
-from ..noise import NoiseProcess
+from ..noise import Monitor, NoiseProcess
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -243,3 +244,48 @@ def partition_on_axes(axes: Axes, partition: Partition, noise: NoiseProcess) -> 
 
 def _span(layers: range) -> str:
     return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+
+
+def draw_monitor(
+    monitor: Monitor, boundaries: Sequence[float], noise: NoiseProcess, path: Path, *, name: str, power: float
+) -> None:
+    """Write a PNG of a monitor over its time, to the power that the blocks share: their areas are equal.
+
+    Args:
+        monitor: what was measured.
+        boundaries: B + 1 levels, ascending, of the blocks.
+        noise: the process that they are of.
+        path: the PNG.
+        name: what the monitor is of, as `acceleration`.
+        power: the exponent.
+    """
+    figure, (axes,) = _axes(1)
+    heights = [value**power for value in monitor.values]
+    axes.stairs(heights, monitor.times, color="black", linewidth=1)
+    places = [_time_at(monitor, level) for level in boundaries]
+    blocks = len(boundaries) - 1
+    for block in range(blocks):
+        low, high = places[blocks - 1 - block], places[blocks - block]
+        inner = [time for time in monitor.times if low < time < high]
+        edges = [low, *inner, high]
+        steps = [heights[_interval_at(monitor, (a + b) / 2)] for a, b in itertools.pairwise(edges)]
+        levels = f"{boundaries[blocks - 1 - block]:.3g} to {boundaries[blocks - block]:.3g}"
+        axes.stairs(steps, edges, fill=True, alpha=0.55, label=f"block {block}: {noise.symbol} {levels}")
+    of = f"{name}" if power == 1 else f"{name} to the power {power:g}"
+    over = "quantile of the training levels" if name == "loss" else "time of the straight path (0: data, 1: noise)"
+    axes.set(xlabel=over, ylabel=of, ylim=(0, None), title=f"Blocks of equal {name}")
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def _time_at(monitor: Monitor, level: float) -> float:
+    """A monitor's time at a level, linear between neighbours; at its ends beyond them."""
+    place = bisect.bisect_right(monitor.levels, level)
+    if place in (0, len(monitor.levels)):
+        return monitor.times[0 if place == 0 else -1]
+    (low, high), (start, end) = monitor.levels[place - 1 : place + 1], monitor.times[place - 1 : place + 1]
+    return start + (end - start) * (level - low) / (high - low)
+
+
+def _interval_at(monitor: Monitor, time: float) -> int:
+    return min(max(bisect.bisect_right(monitor.times, time) - 1, 0), len(monitor.values) - 1)

@@ -140,6 +140,7 @@ class ImageGeneration(Task[SamplesConfig]):
     target = "image"
     section = SamplesConfig
     takes = ("images", "latents")
+    has_trajectories = True
     does = "generates images"
     score = "fd_test"
     makes = "images"

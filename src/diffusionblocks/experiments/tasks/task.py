@@ -127,6 +127,8 @@ class Task(abc.ABC, Generic[Options]):
     of_text: ClassVar[bool] = False
     #: whether the loss is a cross-entropy over log sigma, to which noise levels can be fitted
     fits_levels: ClassVar[bool] = False
+    #: whether z follows a probability-flow ODE in the data's own space
+    has_trajectories: ClassVar[bool] = False
     #: whether the class has an end-to-end training of its own; else it denoises anyway, on all levels at once
     plain_training: ClassVar[bool] = False
     #: whether `evaluate --by-level` measures each block at levels of its own
