@@ -118,8 +118,8 @@ class BlocksConfig(BaseModel):
         split: What each block has: `layers` (the paper: L/B consecutive layers), or `experts` (all layers, copied from
             the model, for the block's own levels: B times the weights, and a call of any block runs the whole depth).
         boundaries: The B - 1 levels between the blocks, ascending; null: by `partition`, of a measured one once the
-            trunk has ended. Of flow matching in t before
-            the shift (`FlowMatching.unshifted` makes it of t after the shift).
+            trunk has ended. Of flow matching in t before the shift (`FlowMatching.unshifted` makes it of t after the
+            shift).
         partition: How noise levels are split: `equi-probability` (paper, section 3.3), `log-uniform` (not for
             masking), `uniform`; or, as measured on the trunk (arXiv 2606.06477), into equal shares of its `loss`, of
             the `acceleration` of its sampling trajectories or of the `energy` of its velocity field (see `monitor`).

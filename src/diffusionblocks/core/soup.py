@@ -67,8 +67,7 @@ def soup(model: DiffusionBlocks, weights: Sequence[float] | None = None) -> Diff
 def average_with_trunk(model: DiffusionBlocks, trunk: DiffusionBlocks, shares: Sequence[float]) -> DiffusionBlocks:
     """Average the weights of branched blocks with those of the trunk that they were copied from.
 
-    A block that trained on for a while lies near its trunk; a mean of the two may denoise better than either, above all
-    at high noise, where specialists learn little.
+    A block that trained on for a while may lie near enough to its trunk for a mean of the two, as in `soup`.
 
     Args:
         model: branched blocks.
@@ -89,6 +88,8 @@ def average_with_trunk(model: DiffusionBlocks, trunk: DiffusionBlocks, shares: S
         raise ValueError(
             "shared = joint: blocks have one copy of the shared parameters, so none has a share of its own"
         )
+    if model.blocks_config.lora is not None or trunk.blocks_config.lora is not None:
+        raise ValueError("the mean of low-rank updates is none of their weights: average models that train all weights")
     if trunk.partition.num_blocks != 1:
         raise ValueError(f"a trunk has one block on all levels, this model has {trunk.partition.num_blocks}")
     weights = trunk.block(0).state_dict()
