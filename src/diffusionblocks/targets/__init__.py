@@ -6,6 +6,7 @@ from .label_loss import TEACHER_LOGITS, LabelLoss, check_label_loss
 from .masked_tokens import TokenTarget, TokenTargetConfig
 from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig, mean_of_counted, resolve_texts
 from .target import (
+    AUTO,
     BaseTargetConfig,
     Batch,
     EmbeddingTarget,
@@ -22,6 +23,7 @@ from .target import (
 )
 
 __all__ = [
+    "AUTO",
     "CONTEXT",
     "HINT",
     "NONE_IGNORED",

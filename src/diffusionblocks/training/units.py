@@ -20,6 +20,7 @@ from ..core.model import DiffusionBlocks
 from ..families import Family, family_for
 from ..sampling import Prediction
 from ..targets import (
+    AUTO,
     LabelLoss,
     LossChunk,
     check_entries,
@@ -221,7 +222,7 @@ class EndToEnd(OneModel):
 
     @loss_chunk.setter
     def loss_chunk(self, value: LossChunk) -> None:
-        if value is not None:
+        if value not in (None, AUTO):  # which any model takes, one of no family too
             of_text = self.family.target == "next-token"
             check_loss_chunk(value, f"a {type(self.model).__name__}", of_text=of_text)
         self._loss_chunk = value
