@@ -53,6 +53,7 @@ class Way:
         autotune: let torch.compile time its own products, with what follows in them, against the library's.
         gelu: let products apply the GELU behind them.
         flash: flash attention before cuDNN's.
+        whole: compile each block whole, so that a layer's end and the next one's norm are one kernel.
         parts: batches that the images are drawn in.
     """
 
@@ -60,6 +61,7 @@ class Way:
     autotune: bool = False
     gelu: bool = False
     flash: bool = False
+    whole: bool = False
     parts: int = 1
 
 
@@ -74,6 +76,8 @@ WAYS: dict[str, Way] = {
     "graphs, bfloat16": Way(_LOWER),
     "graphs, bfloat16, gelu": Way(_LOWER, gelu=True),
     "graphs, bfloat16, gelu, flash": Way(_LOWER, gelu=True, flash=True),
+    "graphs, bfloat16, gelu, whole": Way(_LOWER, gelu=True, whole=True),
+    "graphs, bfloat16, gelu, whole, 4 parts": Way(_LOWER, gelu=True, whole=True, parts=4),
     "graphs, bfloat16, gelu, 4 parts": Way(_LOWER, gelu=True, parts=4),
     "graphs, bfloat16, gelu, 8 parts": Way(_LOWER, gelu=True, parts=8),
     "graphs, bfloat16, autotuned": Way(_LOWER, autotune=True),
@@ -130,7 +134,10 @@ def prepared(model: DiffusionBlocks, setting: Setting, way: Way, compiled: bool)
         options = sampling_options(model.device) if way.gelu else {"dynamic": False}
         if way.autotune:
             options = {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}
-    sampler = model.sampler(**(way.sampler or {}), compile=options)
+    sampler = model.sampler(**(way.sampler or {}), compile=False if way.whole else options)
+    if way.whole and options:
+        for block in sampler.network.blocks:
+            block.compile(**options)
     values = dataclasses.asdict(setting)
 
     def draw(seeds: list[int]) -> Tensor:
