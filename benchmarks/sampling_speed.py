@@ -129,15 +129,13 @@ def labels_of(model: DiffusionBlocks, seeds: list[int]) -> Tensor:
 
 def prepared(model: DiffusionBlocks, setting: Setting, way: Way, compiled: bool) -> Draw:
     """The chain by the model's sampler."""
-    options: Any = False
+    options: dict[str, Any] = {}
     if compiled:
-        options = sampling_options(model.device) if way.gelu else {"dynamic": False}
+        how: Any = True if way.whole else "layers"
+        options = {"compile": how, "compile_options": sampling_options(model.device) if way.gelu else {}}
         if way.autotune:
-            options = {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}
-    sampler = model.sampler(**(way.sampler or {}), compile=False if way.whole else options)
-    if way.whole and options:
-        for block in sampler.network.blocks:
-            block.compile(**options)
+            options["compile_options"] = {"mode": "max-autotune-no-cudagraphs"}
+    sampler = model.sampler(**(way.sampler or {}), **options)
     values = dataclasses.asdict(setting)
 
     def draw(seeds: list[int]) -> Tensor:

@@ -308,12 +308,14 @@ def test_a_product_with_its_gelu_on_a_gpu() -> None:
     assert error(torch.ops.diffusionblocks.linear_gelu(x, w1, b1), expected) < 0.004
 
 
-def test_a_compiled_sampler_draws_the_same_images() -> None:
+@pytest.mark.parametrize("how", [True, "layers"])
+def test_a_compiled_sampler_draws_the_same_images(how: Any) -> None:
     model = db.convert(tiny("dit"), db.BlocksConfig(num_blocks=3)).eval()
     torch._dynamo.reset()
     options = sampling_options(torch.device("cpu"), on_gpu=True)
     backend = rewriting(lookup_backend("eager"), ("gelu",), "cpu")
-    sampler = model.sampler(cuda_graph=True, dtype=torch.bfloat16, compile={**options, "backend": backend})
+    options["backend"] = backend
+    sampler = model.sampler(cuda_graph=True, dtype=torch.bfloat16, compile=how, compile_options=options)
     plain = model.sampler(dtype=torch.bfloat16).sample([1, 2], steps=4, guidance=2.0, guidance_interval=(0.1, 20.0))
     images = sampler.sample([1, 2], steps=4, guidance=2.0, guidance_interval=(0.1, 20.0))
     assert error(images, plain) < 0.05

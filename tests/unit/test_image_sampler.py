@@ -168,6 +168,7 @@ def _taking_turns() -> db.DiffusionBlocks:
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: made().sampler(dtype=torch.int8), r"dtype must be a floating dtype.*got torch\.int8"),
+    (lambda: made().sampler(compile="blocks"), "compile must be True, False or \"layers\", got 'blocks'"),
     (lambda: _taking_turns().sampler(cuda_graph=True), "one at a time.*leave both out"),
     (lambda: _taking_turns().sampler(dtype=torch.bfloat16), "one at a time.*leave both out"),
     (lambda: db.convert(tiny("vit")).sampler(), "sampler is for diffusion models"),

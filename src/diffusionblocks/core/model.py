@@ -549,7 +549,8 @@ class DiffusionBlocks(nn.Module):
             images = sampler.sample(labels, seeds=seeds, steps=50, guidance=2.0)  # as `model.sample`
 
         Args:
-            options: `cuda_graph`, `dtype` and `compile`, see `diffusionblocks.core.image_sampler.ImageSampler`.
+            options: `cuda_graph`, `dtype`, `compile` and `compile_options`, see
+                `diffusionblocks.core.image_sampler.ImageSampler`.
 
         Raises:
             ValueError: the model is no diffusion model, or see there.

@@ -97,7 +97,8 @@ class SamplesConfig(EvaluateSection):
             batches. Without effect on a CPU.
         dtype: `bfloat16`: the network samples in bfloat16, its residual stream too; z and solver stay float32. null: as
             trained, under the autocast of `train.precision`.
-        compile: torch.compile the layers for sampling.
+        compile: Compile blocks for sampling with torch.compile, as `train.compile`: `true`, a block as a whole;
+            `layers`, layer by layer. It changes rounding.
     """
 
     kind: Literal["samples"] = "samples"
@@ -118,7 +119,7 @@ class SamplesConfig(EvaluateSection):
     seed: Seed = 0
     cuda_graph: bool = False
     dtype: Literal["bfloat16"] | None = None
-    compile: bool = False
+    compile: bool | Literal["layers"] = False
 
     @property
     def settings(self) -> list[Setting]:
@@ -298,8 +299,8 @@ def sampler_of(options: SamplesConfig, model: DiffusionBlocks) -> ImageSampler:
     from ...training.compilation import sampling_options
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    compile = sampling_options(model.device) if options.compile else False
-    return model.sampler(cuda_graph=options.cuda_graph, dtype=dtype, compile=compile)
+    prepared = {"cuda_graph": options.cuda_graph, "dtype": dtype, "compile": options.compile}
+    return model.sampler(**prepared, compile_options=sampling_options(model.device) if options.compile else None)
 
 
 def images_of(experiment: Experiment) -> ImagesSection:
