@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import platform
 import runpy
@@ -73,7 +74,8 @@ def outputs(kind: str, model: Any) -> dict[str, Tensor]:
         else:
             # Texts were continued by a method of another name once.
             generate = getattr(model, "continue_texts", model.generate)
-            made = generate([tokens[0, :5], tokens[1, :3]], 8, seeds=[3, 4], stop_tokens=[])
+            options = {"combine": "chain"} if "combine" in inspect.signature(model.generate).parameters else {}
+            made = generate([tokens[0, :5], tokens[1, :3]], 8, seeds=[3, 4], stop_tokens=[], **options)
             values["text"] = torch.cat([torch.as_tensor(row) for row in made.tokens])
     return values
 

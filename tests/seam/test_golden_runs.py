@@ -76,7 +76,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
             "train.log_every=2",
         ),
     ),
-    "llama-added": ("llama", ("train.steps=8", "train.log_every=2")),
+    "llama-added": ("llama", ("train.steps=8", "train.log_every=2", "evaluate.combine=chain")),
 }
 #: What is planned: a shipped recipe, and options.
 PLANS = {

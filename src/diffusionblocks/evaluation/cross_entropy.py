@@ -110,7 +110,7 @@ def language_rows(
     check = FiniteCheck(owner=model.partition.block_of)
     table = check.values(target.table, "rows of the target")
     first = 1 - target.shift  # a token without context is left out
-    facts = _TextFacts()
+    facts = _TextFacts(target.shift)
 
     def measure(piece: tuple[int, _Text, Tensor]) -> dict[str, Tensor]:
         index, (tokens, loss_mask), before = piece
@@ -124,9 +124,9 @@ def language_rows(
             for name, context in (("matched", tokens), ("scrambled", other)):
                 result = block.losses_at(batch, level, noise=eps, inputs={"input_ids": context})
                 logits = check.logits(result.output, level)
-                losses[name].append(_token_loss(logits[:, first:], labels[:, first:], loss_mask))
-            near = _is_decodable(result.z, labels, table).view(labels.shape)[:, first:]
-            losses["decodable"].append(torch.where(loss_mask, near, 0.0).sum().double())
+                losses[name].append(_token_loss(logits[:, first:], labels[:, first:], loss_mask[:, 1:]))
+            near = _is_decodable(result.z, labels, table).view(labels.shape)
+            losses["decodable"].append(torch.where(loss_mask[:, target.shift :], near, 0.0).sum().double())
         return {name: torch.stack(values) for name, values in losses.items()}
 
     with torch.no_grad(), evaluating(model):
@@ -138,7 +138,7 @@ def language_rows(
         [_row(torch.cat([p[name][i] for p in parts]), facts.counts) for i in range(levels)]
         for name in ("matched", "scrambled")
     )
-    shares = torch.stack([part["decodable"] for part in parts]).sum(dim=0) / rows[0].tokens
+    shares = torch.stack([part["decodable"] for part in parts]).sum(dim=0) / facts.labels
     by_level = tuple(
         Level(level, model.partition.block_of(level), a.cross_entropy, b.cross_entropy, share)
         for level, a, b, share in zip(grid.tolist(), rows, others, shares.tolist(), strict=True)
@@ -146,37 +146,46 @@ def language_rows(
     return [
         dataclasses.replace(
             rows[0],
-            context_gap=others[0].cross_entropy - rows[0].cross_entropy,
+            context_gap=_row(
+                torch.cat([p["scrambled"][0] - p["matched"][0] for p in parts]), facts.counts
+            ).cross_entropy,
             decodable_share=decodable_share(noise, target, torch.cat(facts.sample)[:_SAMPLE], seed=seed),
             by_level=by_level,
         )
     ]
 
 
-#: Tokens (n, length), and which of those behind the first count, bool (n, length - 1).
+#: Tokens (n, length), and which of them count, bool (n, length); of the first, which nothing stands before, there is no
+#: loss all the same.
 _Text = tuple[Tensor, Tensor]
 
 
 class _TextFacts:
     """What is known of a text once all its batches have gone by.
 
+    Args:
+        shift: of the target; labels are the tokens after so many of the first ones.
+
     Attributes:
+        labels: how many of them count.
         counts: of each batch the tokens that count in each sequence, (n,).
-        sample: the first tokens that count, `_SAMPLE` or a few more.
+        sample: the first labels that count, `_SAMPLE` or a few more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shift: int = 1) -> None:
+        self.labels = 0
         self.counts: list[Tensor] = []
         self.sample: list[Tensor] = []
-        self._size = 0
+        self._shift = shift
 
     def noted(self, texts: Iterable[_Text]) -> Iterator[_Text]:
         """The same texts, of which this takes note as they go by."""
         for tokens, loss_mask in texts:
-            self.counts.append(loss_mask.sum(dim=1))
-            if self._size < _SAMPLE:
-                self.sample.append(tokens[:, 1:][loss_mask])
-                self._size += len(self.sample[-1])
+            self.counts.append(loss_mask[:, 1:].sum(dim=1))
+            labels = tokens[:, self._shift :][loss_mask[:, self._shift :]]
+            if self.labels < _SAMPLE:
+                self.sample.append(labels)
+            self.labels += len(labels)
             yield tokens, loss_mask
 
     def pieces(self, batches: Batches) -> Iterator[tuple[int, _Text, Tensor]]:
@@ -219,7 +228,7 @@ def voted_rows(
         generator = keyed_generator(seed, 0, index, "votes", tokens.device)
         votes = blocks.vote({"input_ids": tokens}, generator, check)
         return {
-            rule: _token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:], loss_mask)
+            rule: _token_loss(votes.answer(rule)[:, 1 - shift :], tokens[:, 1:], loss_mask[:, 1:])
             for rule in get_args(LogitCombination)
         }
 
@@ -259,7 +268,8 @@ def plain_language_rows(
 
     def measure(text: _Text) -> dict[str, Tensor]:
         tokens, loss_mask = text
-        return {"losses": check.values(_token_loss(model(tokens)[:, :-1], tokens[:, 1:], loss_mask), "cross-entropies")}
+        losses = _token_loss(model(tokens)[:, :-1], tokens[:, 1:], loss_mask[:, 1:])
+        return {"losses": check.values(losses, "cross-entropies")}
 
     pass_over = None if skip is None else lambda text: skip(text[0])
     with torch.no_grad():
@@ -331,7 +341,7 @@ def _texts(batches: Batches) -> Iterator[_Text]:
         if length < 2:
             raise ValueError("sequences have 1 token, and the first is not counted: make them longer")
         count += len(tokens)
-        yield tokens, torch.ones_like(tokens[:, 1:], dtype=torch.bool) if loss_mask is None else loss_mask[:, 1:]
+        yield tokens, torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask
     if count < 2:
         raise ValueError(f"a standard error needs at least two sequences, got {count}: give more text")
 
