@@ -8,7 +8,7 @@ import mmap
 import os
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -33,15 +33,22 @@ class Layout:
 
     Attributes:
         bytes: length of the whole stretch.
+        changing: length of its beginning, with the tensors that training changes.
+
+    Args:
+        tensors: by name.
+        fixed: names of those that training only reads; they lie last.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], fixed: Collection[str] = ()) -> None:
         self.places: dict[str, tuple[int, int, torch.Size, torch.dtype]] = {}
-        self.bytes = 0
-        for name, tensor in tensors.items():
+        self.bytes = self.changing = 0
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[0] in fixed):  # stable
             size = tensor.numel() * tensor.element_size()
             self.places[name] = (self.bytes, size, tensor.shape, tensor.dtype)
             self.bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+            if name not in fixed:
+                self.changing = self.bytes
 
 
 class Arena:
@@ -57,6 +64,11 @@ class Arena:
         assert memory.shape == (layout.bytes,)
         self.layout = layout
         self.memory = memory
+
+    @property
+    def changing(self) -> Tensor:
+        """The memory of the tensors that training changes."""
+        return self.memory[: self.layout.changing]
 
     def __getitem__(self, name: str) -> Tensor:
         start, size, shape, dtype = self.layout.places[name]

@@ -33,6 +33,11 @@ class UnitMemory:
         for mine, theirs in ((self.weights, other.weights), (self.state, other.state)):
             mine.memory.copy_(theirs.memory)
 
+    def take_changes(self, other: UnitMemory) -> None:
+        """Take over what training changed of another of the same layout."""
+        for mine, theirs in ((self.weights, other.weights), (self.state, other.state)):
+            mine.changing.copy_(theirs.changing)
+
 
 Layouts = tuple[Layout, Layout]
 
@@ -55,7 +60,7 @@ class HostBuffers(abc.ABC):
 
     @abc.abstractmethod
     def outgoing(self, unit: int) -> UnitMemory:
-        """A buffer for what comes off the device."""
+        """A buffer for what comes off the device: what training changed; what it only read stays where it was."""
 
     @abc.abstractmethod
     def incoming(self, unit: int) -> UnitMemory:
@@ -167,7 +172,7 @@ class FileBuffers(HostBuffers):
             wait()
             for unit, buffers in pairs:
                 if unit == left:
-                    self._units[unit].copy_(self._in(unit, buffers))
+                    self._units[unit].take_changes(self._in(unit, buffers))
                 self._free.append(buffers)
 
         self._submit(finish)

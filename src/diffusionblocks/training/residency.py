@@ -6,7 +6,8 @@ the tensors of any unit of the same shape can be bound; so units of one shape sh
 - `all`: every unit's tensors are on the device, and bound in turn.
 - `active`: on the device there is memory for the weights, optimizer state and averages of one unit, the largest; a
   `Slot` is how units of one shape use it. The other units wait in host buffers (`host_buffers.py`). At a switch both
-  directions of the bus work at once: while one chunk of the next unit comes in, a chunk of the last one goes out. The
+  directions of the bus work at once: while one chunk of the next unit comes in, a chunk of the last one goes out, but
+  for frozen weights, which the host still has. The
   next forward pass waits for the weights alone; optimizer state and averages follow while it computes.
 
 Ranks that train one unit together may share it out as well: see `shards.py`.
@@ -261,7 +262,10 @@ class ActiveResident(Residency):
 
     def _layouts_of(self, unit: Unit) -> Layouts:
         """Lay out what a unit of this shape has: its weights, and the state that the optimizer makes for them."""
-        weights = Layout({str(i): t for i, t in enumerate(self._own_tensors(unit))})
+        own, moved = self._own_tensors(unit), {id(p) for p in unit.own}
+        # A frozen parameter is only read; a buffer may be written by a forward pass (statistics of batch norm).
+        fixed = {str(i) for i, t in enumerate(own) if isinstance(t, nn.Parameter) and id(t) not in moved}
+        weights = Layout({str(i): t for i, t in enumerate(own)}, fixed)
         trial = Arena(weights, torch.zeros(weights.bytes, dtype=torch.uint8, device=self.device))
         _, parameters = self._views(unit, trial)
         state: dict[str, Tensor] = {}
@@ -365,7 +369,7 @@ class ActiveResident(Residency):
         for start in range(0, len(memory), _CHUNK):
             piece = slice(start, start + _CHUNK)
             if outgoing is not None:
-                part = outgoing.memory[piece]
+                part = outgoing.changing[piece]
                 with torch.cuda.stream(self._out):
                     part.copy_(memory[start : start + len(part)], non_blocking=True)
             if incoming is not None:
