@@ -262,9 +262,9 @@ class ActiveResident(Residency):
 
     def _layouts_of(self, unit: Unit) -> Layouts:
         """Lay out what a unit of this shape has: its weights, and the state that the optimizer makes for them."""
-        own, moved = self._own_tensors(unit), {id(p) for p in unit.own}
+        own, movable = self._own_tensors(unit), {id(p) for p in unit.own}
         # A frozen parameter is only read; a buffer may be written by a forward pass (statistics of batch norm).
-        fixed = {str(i) for i, t in enumerate(own) if isinstance(t, nn.Parameter) and id(t) not in moved}
+        fixed = {str(i) for i, t in enumerate(own) if isinstance(t, nn.Parameter) and id(t) not in movable}
         weights = Layout({str(i): t for i, t in enumerate(own)}, fixed)
         trial = Arena(weights, torch.zeros(weights.bytes, dtype=torch.uint8, device=self.device))
         _, parameters = self._views(unit, trial)
