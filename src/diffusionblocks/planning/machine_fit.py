@@ -7,7 +7,7 @@ import logging
 import torch
 
 from ..common.machine import free_host_memory
-from ..common.messages import Say
+from ..common.messages import Say, one_line
 from ..experiments.experiment import Experiment
 from ..reports.tables import format_bytes
 from .planner import MARGIN, cheapest_changes
@@ -32,6 +32,13 @@ def check_fits(experiment: Experiment, *, say: Say = lambda line: None) -> None:
         return
     predictor = Predictor(experiment.recipe, say=say)
     check_host(predictor, free_host_memory())
+    try:
+        predictor.forecast()
+    except ValueError:
+        raise
+    except Exception as error:  # what cannot be followed without memory can be trained all the same
+        _log.warning("the memory of a step is not predicted: %s", one_line(error))
+        return
     free, _ = torch.cuda.mem_get_info(experiment.device)
     check_device(predictor, free)
 
