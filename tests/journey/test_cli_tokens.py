@@ -189,6 +189,20 @@ def test_sample_needs_the_folder_alone(home: Path, alone: Path, method: str) -> 
     assert not (alone / "none").exists()
 
 
+def test_sample_writes_a_chat_as_the_folders_template_says(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, recipe = alone / "blocks", recipe_in(alone)
+    arguments = ("--prompt", "the cat", "--new-tokens", "4")
+    assert sample(recipe, model, alone / "plain-text", *arguments)[0] == "the cat"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "Q: {{ messages[0]['content'] }} A:"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    prompt, answer = sample(recipe, model, alone / "chat", "--chat", *arguments)
+    assert prompt == "Q: the cat A:"
+    assert answer
+    command = ["sample", recipe, "--model", str(model), "--quiet", *sets(**TINY)]
+    assert main([*command, "--chat"]) == 2
+    assert "--chat says how to read --prompt: give what the user says" in capsys.readouterr().err
+
+
 def test_evaluate_reads_the_test_text_with_it(home: Path, alone: Path) -> None:
     (alone / "corpus").mkdir()
     shutil.copy(home / "corpus" / "test.txt", alone / "corpus")  # and no train split
