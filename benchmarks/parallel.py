@@ -121,6 +121,7 @@ class Stepping:
         weights: what this rank trains, its rows alone where they are shared out.
         groups: the ranks of each block.
         batch_size: of a step of a block, or of the whole model over all ranks.
+        stream: where the steps run, for as long as this is there: captured ones have one of their own.
     """
 
     step: Callable[[], None]
@@ -128,6 +129,7 @@ class Stepping:
     weights: list[Tensor]
     groups: list[tuple[int, ...]]
     batch_size: int
+    stream: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
 
 def of_blocks(job: Job, ranks: Ranks, device: torch.device) -> Stepping:
@@ -158,7 +160,9 @@ def in_turn(job: Job, ranks: Ranks, device: torch.device) -> Stepping:
 
     batch = batch_size_of(spec)
     active = trainer.residency.activate(0, None)
-    return Stepping(step, layers_of(spec) / job.blocks * batch, [*active.parameters], [(0,)], batch)
+    stepping = Stepping(step, layers_of(spec) / job.blocks * batch, [*active.parameters], [(0,)], batch)
+    stepping.stream.enter_context(trainer.side_stream())
+    return stepping
 
 
 def of_fsdp(job: Job, ranks: Ranks, device: torch.device) -> Stepping:
@@ -253,7 +257,9 @@ def _trainer(job: Job, spec: Spec, device: torch.device, group: Any, block: int 
 
 def _of_trainer(trainer: Trainer, layer_updates: float, groups: list[tuple[int, ...]], batch: int) -> Stepping:
     weights = [*trainer.residency.activate(0, None).parameters]
-    return Stepping(lambda: trainer.step(0), layer_updates, weights, groups, batch)
+    stepping = Stepping(lambda: trainer.step(0), layer_updates, weights, groups, batch)
+    stepping.stream.enter_context(trainer.side_stream())
+    return stepping
 
 
 # ---- the network -----------------------------------------------------------------------------------------------

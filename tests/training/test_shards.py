@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from torch import nn
 
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.planning import Gpus, Predictor, plan_gpus
-from diffusionblocks.training import TrainConfig, Trainer
+from diffusionblocks.training import Diverged, TrainConfig, Trainer
 from diffusionblocks.training.ranks import Group, Place, Ranks
 from diffusionblocks.training.shards import ShardResident, check_shards, share_out
 from diffusionblocks.training.traffic import Traffic
@@ -62,7 +60,7 @@ def in_group(folder: Path, check: Callable[[Groups, int], None]) -> None:
 
 
 def of_block(**train: Any) -> Experiment:
-    return experiment(blocks={"num_blocks": 2}, train={"gradient_clip": 0.05, **train}).part(1)
+    return experiment(blocks={"num_blocks": 2}, train={"gradient_clip": 0.05, "accumulation": 1, **train}).part(1)
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -129,6 +127,13 @@ def test_checkpoints_are_of_any_number_of_ranks(tmp_path: Path) -> None:
             "alone": go_on(tmp_path / "alone", shard, 4),  # after 2 steps of two ranks and one of one
             "replicate": go_on(tmp_path / "replicate", replicate, 4),
         }
+        bad = go_on(tmp_path / "bad", shard, 1)
+        assert isinstance(bad.residency, ShardResident)
+        if rank == 1:
+            bad.residency._rows.ema[0].fill_(float("nan"))
+        bad.step(0)
+        with pytest.raises(Diverged, match=r"block 1: the moving average of .* is NaN or infinite"):
+            bad.save_checkpoint()
         if rank > 0:
             return
         expected = state_of(whole)
@@ -143,41 +148,51 @@ def test_checkpoints_are_of_any_number_of_ranks(tmp_path: Path) -> None:
     in_group(tmp_path, check)
 
 
-def count_traffic(rank: int) -> None:
-    """Let a rank say what it sends while blocks train."""
-    train = Trainer.train
+def test_nothing_travels_between_blocks(tmp_path: Path) -> None:
+    def check(ranks: Ranks) -> None:
+        row = ranks.place.rank // 2
+        for shard in (True, False):
+            group = ranks.groups(torch.device("cpu"), 2, shard=shard)
+            trainer = experiment(blocks={"num_blocks": 2}).part(row).trainer(progress=False, group=group)
+            with Traffic() as traffic:
+                trainer.train(until=1)
+            assert list(traffic.by_group) == [(0, 1) if row == 0 else (2, 3)]
+            assert traffic.by_group.total() > 0
+            assert traffic.between([(0, 1), (2, 3)]) == 0
 
-    def counted(trainer: Trainer, **options: Any) -> None:
-        with Traffic() as traffic:
-            train(trainer, **options)
-        print(
-            f"traffic {json.dumps(sorted([list(ranks), sent] for ranks, sent in traffic.by_group.items()))}",
-            file=sys.stderr,
-        )
-
-    Trainer.train = counted  # type: ignore[method-assign]
-
-
-def traffic_in(said: str) -> list[Any]:
-    (line,) = [line for line in said.splitlines() if line.startswith("traffic ")]
-    return json.loads(line.removeprefix("traffic "))  # type: ignore[no-any-return]
+    over_four(tmp_path, check)
 
 
-def test_nothing_travels_between_blocks(serial: Any, tmp_path: Path) -> None:  # noqa: F811
-    changes = {"blocks": {"num_blocks": 2}, "train": {"steps": 2}}
-    said = over_ranks(tmp_path, 4, before=count_traffic, **changes, **SHARD)
-    for rank, text in enumerate(said):
-        ((ranks, sent),) = traffic_in(text)
-        assert ranks == ([0, 1] if rank < 2 else [2, 3])
-        assert sent > 0
+def over_four(folder: Path, check: Callable[[Ranks], None]) -> None:
+    """Let four ranks check something."""
+
+    def command(rank: int) -> int:
+        place = Place.from_environment()
+        assert place is not None
+        ranks = Ranks(place, 30)
+        with ranks.failing_together():
+            check(ranks)
+            ranks.tell(f"end {rank}")
+            if ranks.leads:  # the store is there until all have ended
+                for other in range(4):
+                    ranks.wait_for(f"end {other}", other)
+        return 0
+
+    run_like_torchrun(command, folder, ranks=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["diffusionblocks", "ensemble"])
+def test_groups_that_share_out_their_blocks_agree_with_one_process(method: str, serial: Any, tmp_path: Path) -> None:  # noqa: F811
+    changes = {"blocks": {"num_blocks": 2}, "method": method}
+    over_ranks(tmp_path, 4, **changes, **SHARD)
     assert_close(tmp_path / "run", serial(**changes))
-    said = over_ranks(tmp_path / "apart", 2, before=count_traffic, **changes)
-    assert [traffic_in(text) for text in said] == [[], []]
 
 
 def test_fit_trunk_and_block_are_shared_out(serial: Any, tmp_path: Path) -> None:  # noqa: F811
     trunk = {"steps": 2, "average": "copied"}
     changes = {"blocks": {"num_blocks": 1}, "fit": STAGES["fit"], "trunk": trunk}
+    changes["train"] = {"steps": 2, "accumulation": 1}
     over_ranks(tmp_path, 2, **changes, **SHARD)
     assert_close(tmp_path / "run", serial(**changes))
     assert weights(tmp_path / "run").keys() == weights(serial(**changes)).keys()
