@@ -187,7 +187,9 @@ def of_ddp(job: Job, ranks: Ranks, device: torch.device) -> Stepping:
         Compiler(recipe.train, device).compile([unit.module])
     if ranks.place.world > 1:
         ranks.groups(device, 1)
-        module = nn.parallel.DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+        devices = [device] if device.type == "cuda" else None
+        options: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True}  # its leanest way
+        module = nn.parallel.DistributedDataParallel(module, devices, **options)
         module.register_comm_hook(None, averaging(device))
     optimizer = torch.optim.AdamW(unit.own, lr=recipe.train.lr, fused=True)
     generator = torch.Generator(device).manual_seed(ranks.place.rank)
