@@ -110,6 +110,7 @@ ELSEWHERE = {
         (
             "captures steps whose weights lie still",
             "scales its state by stretches of a whole weight",
+            "measures a whole unit between its steps",
             "rounds a whole weight by draws of its step",
             "under parallel.within_block = shard no rank has them whole",
         ),

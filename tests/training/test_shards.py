@@ -203,6 +203,7 @@ def test_what_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
         ({"cuda_graph": True}, r"train.cuda_graph = true .* set train.cuda_graph \(and train.concurrent\) to false"),
         ({"optimizer": "adamw-8bit"}, "set train.optimizer to adamw, or parallel.within_block to replicate"),
         ({"optimizer_in_backward": True, "gradient_clip": None}, "set train.optimizer_in_backward to false"),
+        ({"early_stopping": {"every": 1}}, "set train.early_stopping to null, or parallel.within_block to replicate"),
         ({"weights": "bfloat16"}, "set train.weights to null, or parallel.within_block to replicate"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -52,6 +52,11 @@ def check_shards(config: TrainConfig) -> None:
             f"train.weights = {config.weights} rounds a whole weight by draws of its step, and parallel.within_block = "
             f"shard cuts through it: set train.weights to null, {replicate}"
         )
+    if config.early_stopping is not None:
+        raise ValueError(
+            "train.early_stopping measures a whole unit between its steps, and under parallel.within_block = shard a "
+            f"rank has its rows: set train.early_stopping to null, {replicate}"
+        )
     if config.optimizer_in_backward:
         raise ValueError(
             "train.optimizer_in_backward steps before the gradients of the group are summed, and under "
