@@ -29,15 +29,13 @@ import yaml
 from cifar10_gather import gather
 
 from diffusionblocks.core.model import DiffusionBlocks
-from diffusionblocks.evaluation.frechet import FeatureStatistics
 from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.evaluation.sample_quality import Setting, measure_samples, sample_batches
-from diffusionblocks.evaluation.sample_quality import statistics as feature_statistics
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, TrunkConfig, load_recipe
 from diffusionblocks.experiments.recipe_changes import depth_of, with_depth, with_train
 from diffusionblocks.experiments.run import branch_trunk
-from diffusionblocks.experiments.tasks.image_features import features_of
+from diffusionblocks.experiments.tasks.image_features import image_measures
 from diffusionblocks.experiments.tasks.image_generation import SamplesConfig, draw_samples
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
@@ -58,12 +56,8 @@ class Job:
         self.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
         self.splits = {split: self.recipe.data.load(split) for split in ("train", "test")}
         self.device = Experiment(self.recipe).device
-        self.features = features_of(Experiment(self.recipe, self.splits))
         self.pixels = self.recipe.data.to_pixels(self.device)
-        self.references: dict[str, FeatureStatistics] = {
-            split: feature_statistics(self.features, (part.to(self.device) for part in data.images.split(1000)))
-            for split, data in self.splits.items()
-        }
+        self.measures = image_measures(Experiment(self.recipe, self.splits), self.pixels)
         self.epoch = self.recipe.train.steps_per_epoch(len(self.splits["train"]))
         self.rows: list[dict[str, Any]] = []
         self.shadow: dict[tuple[int, int], DiffusionBlocks] = {}
@@ -99,8 +93,7 @@ class Job:
                 samples=samples or self.options.samples,
                 batch_size=self.options.batch_size,
                 pixels=self.pixels,
-                features=self.features,
-                references=self.references,
+                measures=self.measures,
                 seed=self.options.seed,
             )
         for row in found:

@@ -51,6 +51,10 @@ def test_a_trunk_is_trained_branched_and_measured(run: Path) -> None:
     assert row["features"] == "classifier on digits"
     assert 0 < row["fd_test"] < float("inf")
     assert row["fd_train"] != row["fd_test"]
+    assert 0 < row["fd_real"] == row["real"]["fd_train"] < row["fd_train"]
+    assert row["neighbours"] == 40
+    assert row["real"]["coverage"] > row["coverage"]
+    assert 0 <= row["class_accuracy"] <= 1 <= row["inception_score_analogue"] <= 10
     assert read_json(run / "recipe.json")["trunk"]["steps"] == 6
     units = [json.loads(line)["unit"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert sorted(units) == ["block 0", "block 1", "block 2"]
@@ -100,7 +104,12 @@ def test_evaluate_gives_a_row_for_every_setting(
     (trained,) = read_json(run / "result.json")["rows"]
     assert rows[1]["fd_train"] == trained["fd_train"], "the same figure as after training"
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == 2 + 12
+    assert len(table.splitlines()) == 2 + 12 + 4
+    assert "FD (classifier on digits) train" in table
+    assert [line.split()[-1] == "*" for line in table.splitlines()[2:14]].index(True) == min(
+        range(12), key=lambda i: rows[i]["fd_train"]
+    )
+    assert table.splitlines()[14] == "real test images:"
     assert max(len(cell) for cell in table.split() if not cell.startswith("-")) < 20, "figures are rounded to be read"
 
 
@@ -218,6 +227,7 @@ def test_compare_gives_every_row_the_same_layer_updates(
         evaluate__features="classifier",
         evaluate__features_folder=features,
         evaluate__samples=20,
+        evaluate__steps="[3, 2]",
         evaluate__grid_images=10,
     )
     assert main(["compare", DIGITS, "--out", str(tmp_path), "--quiet", *TINY, *small]) == 0
@@ -240,5 +250,21 @@ def test_compare_gives_every_row_the_same_layer_updates(
     assert rows[3]["peak_memory_bytes"] < rows[0]["peak_memory_bytes"]
     printed = capsys.readouterr().out
     assert "diffusionblocks, branched" in printed
-    assert "FD test" in printed
+    assert "FD (classifier on digits) test" in printed
+    assert "real test images" in printed
+    # Distance against network calls: two settings of each row, one of them its best.
+    by_calls = printed.partition("distance against network calls")[2].partition("table: ")[0].splitlines()
+    lines = [line for line in by_calls if line.startswith(("end-to-end", "diffusionblocks"))]
+    assert [int(line.split()[3]) for line in lines] == 5 * [2, 3]
+    assert [line.split()[0] for line in lines if line.endswith("*")] == [row["key"] for row in rows]
+    for row in rows:
+        assert row["best"] in row["samples_measured"]
+        assert row["best"]["fd_train"] == min(measured["fd_train"] for measured in row["samples_measured"])
+        assert row["steps"] == 3, "the headline is the first setting"
+    assert Image.open(tmp_path / "calls.png").size > (300, 300)
     assert all(str(tmp_path / row["key"] / "samples" / "grid.png") in printed for row in rows)
+    page = tmp_path / "report.html"
+    assert main(["report", str(tmp_path), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "Distance against network calls" in text
+    assert text.count("<td>*</td>") == 5

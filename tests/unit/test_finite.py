@@ -57,7 +57,7 @@ def bits(model: db.DiffusionBlocks) -> Any:
 
 
 def measured(model: db.DiffusionBlocks) -> Any:
-    options: dict[str, Any] = {"pixels": lambda x: x, "features": None, "references": {}}
+    options: dict[str, Any] = {"pixels": lambda x: x, "measures": None}
     return measure_samples(model, [Setting(steps=4)], samples=4, batch_size=4, **options)
 
 
@@ -128,7 +128,7 @@ def test_numbers_that_come_from_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         decodable_share(llama.noise, llama.target, torch.empty(0, dtype=torch.int64))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
-        measure_samples(convert("dit"), [], samples=0, batch_size=1, pixels=lambda x: x, features=None, references={})
+        measure_samples(convert("dit"), [], samples=0, batch_size=1, pixels=lambda x: x, measures=None)
 
 
 def test_a_loss_of_the_clean_stream_needs_a_second_token() -> None:

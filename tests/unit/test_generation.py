@@ -20,6 +20,7 @@ from diffusionblocks.data import digits
 from diffusionblocks.evaluation.accuracy import AccuracyRow
 from diffusionblocks.evaluation.classifier import train_classifier
 from diffusionblocks.evaluation.frechet import FeatureStatistics, frechet_distance
+from diffusionblocks.evaluation.image_quality import ImageMeasures, Reference
 from diffusionblocks.evaluation.sample_quality import SampleRow, Setting, measure_samples, sample_batches, statistics
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
@@ -41,11 +42,15 @@ class Projection:
     def __init__(self) -> None:
         random = torch.randn(SIZE, DIM, generator=torch.Generator().manual_seed(0))
         self.directions = torch.linalg.qr(random).Q
+        self.digest = "projection"
         self.seen: list[torch.dtype] = []
 
     def __call__(self, images: Tensor) -> Tensor:
         self.seen.append(images.dtype)
         return images.flatten(1).float() @ self.directions
+
+    def logits(self, features: Tensor) -> None:
+        """There is no head."""
 
 
 def exact_denoiser(**overrides: Any) -> db.DiffusionBlocks:
@@ -68,9 +73,11 @@ def keep(samples: Tensor) -> Tensor:
 
 
 def measure(model: db.DiffusionBlocks, *settings: Setting, **changes: Any) -> list[SampleRow]:
-    options: dict[str, Any] = {"samples": 600, "batch_size": 200, "pixels": keep, "features": Projection()}
-    options |= {"references": {"train": gaussian(0.5), "test": gaussian(0.7)}}
-    return measure_samples(model, settings, **(options | changes))
+    options: dict[str, Any] = {"samples": 600, "batch_size": 200, "pixels": keep}
+    options |= {"features": Projection(), "references": {"train": gaussian(0.5), "test": gaussian(0.7)}} | changes
+    features, references = options.pop("features"), options.pop("references")
+    real = {split: Reference(found) for split, found in references.items()}
+    return measure_samples(model, settings, measures=features and ImageMeasures(features, real), **options)
 
 
 # ---- the Frechet distance of known samples --------------------------------------------------------------------
@@ -326,14 +333,15 @@ def test_real_images_are_measured_whole(limit: int | None, tmp_path: Path, monke
     ]
     recipe = load_recipe(RECIPE, changes)
     given: dict[str, Any] = {}
-    measures = "diffusionblocks.evaluation.sample_quality.measure_samples"
-    monkeypatch.setattr(measures, lambda model, settings, **rest: given.update(rest) or [])
+    function = "diffusionblocks.evaluation.sample_quality.measure_samples"
+    monkeypatch.setattr(function, lambda model, settings, **rest: given.update(rest) or [])
     model = db.convert(fresh_dit(sample_size=8, in_channels=1, num_classes=10), recipe.blocks)
     assert recipe.task.measure(Experiment(recipe), model) == []
-    assert given["features"].name == "classifier on digits"
-    assert set(given["references"]) == {"train", "test"}
+    measures = given["measures"]
+    assert measures.features.name == "classifier on digits"
+    assert set(measures.references) == {"train", "test"}
     for split, data in (("train", train), ("test", test)):
-        found, direct = given["references"][split], kept(data.images[:limit]).double().numpy()
+        found, direct = measures.references[split].statistics, kept(data.images[:limit]).double().numpy()
         assert found.count == (limit or len(data))
         np.testing.assert_allclose(found.mean.numpy(), direct.mean(0), rtol=1e-5)
         np.testing.assert_allclose(found.covariance.numpy(), np.cov(direct.T), rtol=1e-4, atol=1e-8)

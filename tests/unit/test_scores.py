@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from helpers import seeded
+from torch import Tensor
 
-from diffusionblocks.evaluation.scores import Scores
+from diffusionblocks.evaluation.scores import InceptionScoreAnalogue, Scores
 
 
 def of(probabilities: list[list[float]], labels: list[int], split: int | None = None) -> Scores:
@@ -54,3 +55,36 @@ def test_without_examples_there_is_nothing_to_measure() -> None:
     empty.add(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="no examples"):
         empty.means()
+
+
+# ---- the analogue of the Inception Score -------------------------------------------------------------------------
+
+
+def analogue(*batches: Tensor) -> float:
+    score = InceptionScoreAnalogue()
+    for probabilities in batches:
+        score.add(probabilities.log())
+    return score.value()
+
+
+def test_the_analogue_is_1_of_uniform_or_equal_and_the_number_of_classes_of_distinct_answers() -> None:
+    uniform = torch.full((6, 10), 0.1)
+    assert analogue(uniform) == pytest.approx(1, abs=1e-6)
+    assert analogue(torch.eye(10)[[3, 3, 3]]) == pytest.approx(1, abs=1e-12)
+    assert analogue(torch.eye(10)) == pytest.approx(10, rel=1e-12)
+    assert analogue(torch.eye(1000)[:400]) == pytest.approx(400, rel=1e-12)
+
+
+def test_the_analogue_of_half_certain_answers_and_of_batches() -> None:
+    # p = (0.9, 0.1) and (0.1, 0.9): the mean is uniform, KL = log 2 - H(0.1).
+    rows = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64)
+    kl = math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1)
+    assert analogue(rows) == pytest.approx(math.exp(kl), rel=1e-12)
+    assert analogue(rows[:1], rows[1:]) == pytest.approx(math.exp(kl), rel=1e-12)
+
+
+def test_the_analogue_of_nothing_or_of_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match="no images to score"):
+        InceptionScoreAnalogue().value()
+    with pytest.raises(ValueError, match="hold NaN"):
+        analogue(torch.full((2, 3), torch.nan))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..common.messages import Say
@@ -67,11 +67,6 @@ def takes_dry_run(parser: argparse.ArgumentParser) -> None:
 def takes_quiet(parser: argparse.ArgumentParser) -> None:
     """Let a command be quiet."""
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def without_levels(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as it is printed: what is `by_level` is a table of its own."""
-    return {name: value for name, value in row.items() if name != "by_level"}
 
 
 def say_when_slow(what: str, seconds: float = 5.0) -> Say:

@@ -51,6 +51,6 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     print(table)
     print(f"table: {folder / 'table.json'}")
     figures = [path for name in ("samples/grid.png", "levels.png") for path in sorted(folder.glob(f"*/{name}"))]
-    for figure in [folder / "figure.png", *figures]:
+    for figure in [folder / "figure.png", folder / "calls.png", *figures]:
         if figure.is_file():
             print(f"figure: {figure}")

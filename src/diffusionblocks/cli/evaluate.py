@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import run_folder, takes_model, takes_recipe, without_levels
+from .command import run_folder, takes_model, takes_recipe
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -59,7 +59,7 @@ def _measure(experiment: Experiment, options: argparse.Namespace) -> None:
     rows = [row.to_dict() for row in task.measure(experiment, model)]
     more: dict[str, Any] = {}
     if experiment.work.leads:
-        print(format_table([without_levels(row) for row in rows]))
+        print(task.text(rows))
         for row in rows:
             if row.get("by_level"):
                 print(format_table(row["by_level"]))

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import run_folder, say_when_slow, takes_dry_run, takes_quiet, takes_recipe, without_levels
+from .command import run_folder, say_when_slow, takes_dry_run, takes_quiet, takes_recipe
 
 if TYPE_CHECKING:
     from ..experiments.experiment import Experiment
@@ -50,7 +50,6 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     from ..experiments.ray_engine import train_on_ray
     from ..experiments.run import train_before_blocks
     from ..planning import check_fits
-    from ..reports.tables import format_table
     from ..training.run_log import LOGGERS, Logger
     from .dry_run import dry_run
 
@@ -81,7 +80,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if result is None:  # the first of several ranks tells
         return
     if result.rows:
-        print(format_table([without_levels(row.to_dict()) for row in result.rows]))
+        print(experiment.task.text([row.to_dict() for row in result.rows]))
     if recipe.train.blocks is not None:
         parts = f"{'members' if recipe.method == 'ensemble' else 'blocks'} {', '.join(map(str, recipe.train.blocks))}"
         print(f"only {parts}; join them with the others: diffusionblocks merge")

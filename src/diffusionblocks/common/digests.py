@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 
 class FileDigest(BaseModel):
@@ -72,6 +74,15 @@ def check_seal(values: dict[str, Any], where: Path) -> None:
 
 def _seal_of(values: dict[str, Any]) -> str:
     return json_digest({name: value for name, value in values.items() if name != "sha256"})
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, in hex: of their dtypes, shapes and bytes, wherever they lie."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()
 
 
 def json_digest(values: Any) -> str:

@@ -15,3 +15,9 @@ def without_autocast(like: Tensor) -> AbstractContextManager[object]:
         like.device.type
     )  # asked of the tensor: torch.amp.is_autocast_available breaks compiled graphs before torch 2.12
     return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+def as_float64(values: Tensor) -> Tensor:
+    """Return values in float64, without gradient, on their device, or on the CPU where the device has no float64."""
+    values = values.detach()
+    return (values.cpu() if values.device.type == "mps" else values).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.digests import tensors_digest
 from ..common.files import whole_folder
 from ..common.finite import require_finite
 from ..common.formats import read_json, read_tensors, write_json, write_tensors
@@ -140,6 +142,18 @@ class ClassifierFeatures:
             raise ValueError(f"images are on {images.device}, the classifier on {self.device}: move the images there")
         with torch.no_grad(), without_autocast(images):
             return self.network.features(self._normalise(images))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features (n, dim) -> logits (n, num_classes) of the data's labels, without gradient."""
+        with torch.no_grad(), without_autocast(features):
+            logits: Tensor = self.network.head(features)
+        return logits
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights, and of how images are normalised."""
+        normalisation = {"mean": torch.tensor(self._mean), "std": torch.tensor(self._std)}
+        return tensors_digest(self.network.state_dict() | normalisation)
 
     def save(self, folder: Path) -> None:
         """Write weights and settings to `folder`; an older classifier there is replaced once the new one is whole."""

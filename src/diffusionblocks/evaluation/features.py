@@ -6,6 +6,7 @@ a minute on the data at hand needs neither; its distances compare models on the 
 
 from __future__ import annotations
 
+import functools
 import pickle
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..common.digests import tensors_digest
 from ..common.precision import without_autocast
 
 
@@ -22,13 +24,22 @@ class Features(Protocol):
     Attributes:
         name: what the features are of, to name the figure they lead to; "Inception" makes it an FID.
         dim: length of a feature vector.
+        digest: tells these features from all others: of the network's weights.
     """
 
     name: str
     dim: int
 
+    @property
+    def digest(self) -> str:
+        """SHA-256."""
+        ...
+
     def __call__(self, images: Tensor) -> Tensor:
         """Images uint8 (n, C, H, W) -> features float32 (n, dim) on the same device, without gradient."""
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        """Features (n, dim) -> logits (n, num_classes) of the network's own classes; None where it has no head."""
 
 
 class InceptionFeatures:
@@ -89,6 +100,14 @@ class InceptionFeatures:
         with torch.no_grad(), without_autocast(images):
             features: Tensor = self.network(images.expand(-1, 3, -1, -1))[0]
         return features
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+        return tensors_digest(self.network.state_dict())
+
+    def logits(self, features: Tensor) -> None:
+        """None: torch-fidelity's head is not that of the Inception Score's definition."""
 
 
 def check_images(images: Tensor, shape: str, matches: bool) -> None:

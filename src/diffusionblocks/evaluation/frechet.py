@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..common.precision import as_float64
+
 _TENSORS = ("count", "mean", "scatter")
 
 
@@ -37,6 +39,7 @@ class FeatureStatistics:
         self.count = 0
         self._mean = torch.zeros(dim, dtype=torch.float64)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self._root: Tensor | None = None
 
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor, count: int) -> FeatureStatistics:
@@ -82,10 +85,10 @@ class FeatureStatistics:
             raise ValueError(f"features: {features.dtype} {tuple(features.shape)}: must be floats (n, {self.dim})")
         if len(features) == 0:
             return
+        rows = as_float64(features)
         if self.count == 0:
-            device = torch.device("cpu") if features.device.type == "mps" else features.device
-            self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
-        rows = features.detach().to(self._mean.device).double()
+            self._mean, self._scatter = self._mean.to(rows.device), self._scatter.to(rows.device)
+        rows = rows.to(self._mean.device)
         mean = rows.mean(0)
         rows = rows - mean
         self._join(len(rows), mean, rows.T @ rows)
@@ -108,7 +111,7 @@ class FeatureStatistics:
         self._mean = self._mean + difference * (count / total)
         self._scatter = self._scatter + scatter
         self._scatter.addr_(difference, difference, alpha=self.count * count / total)
-        self.count = total
+        self.count, self._root = total, None
 
     @property
     def mean(self) -> Tensor:
@@ -133,6 +136,19 @@ class FeatureStatistics:
             raise ValueError(f"a covariance needs at least 2 features, there are {self.count}: call update with more")
         self._check_finite()
         return (self._scatter + self._scatter.T) / (2 * (self.count - 1))
+
+    @property
+    def root(self) -> Tensor:
+        """R (dim, rank) with R R^T = covariance, without directions of no variance; on the CPU, computed once.
+
+        Raises:
+            ValueError: see `covariance`.
+        """
+        if self._root is None:
+            values, vectors = torch.linalg.eigh(self.covariance.cpu())
+            positive = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+            self._root = vectors[:, positive] * values[positive].sqrt()
+        return self._root
 
     def _check_finite(self) -> None:
         if not bool(torch.isfinite(self._mean).all() & torch.isfinite(self._scatter).all()):
@@ -198,7 +214,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     if a.dim != b.dim:
         raise ValueError(f"features of lengths {a.dim} and {b.dim}: both sets must come from the same network")
     difference = a.mean.cpu() - b.mean.cpu()
-    root_a, root_b = _root(a.covariance.cpu()), _root(b.covariance.cpu())
+    root_a, root_b = a.root, b.root
     if (fewest := min(a.count, b.count)) <= a.dim:
         warnings.warn(
             f"{fewest} features of length {a.dim}: the covariance is singular and the distance strongly biased "
@@ -212,12 +228,3 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
             f"the distance of {a.count} and {b.count} features is {distance.item()}: they are too large for float64"
         )
     return max(0.0, distance.item())
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """R (dim, rank) with R R^T = covariance, without the directions that have no variance."""
-    values: Tensor
-    vectors: Tensor
-    values, vectors = torch.linalg.eigh(covariance)
-    positive = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, positive] * values[positive].sqrt()

@@ -1,4 +1,4 @@
-"""Generated images, measured: Frechet distance to real ones under given features, and images a second."""
+"""Generated images, measured: their quality beside real ones by every sampling setting, and images a second."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,10 @@ from ..noise import GaussianProcess
 from ..sampling import Callback, calls, in_interval, network_calls
 from ..targets import ImageTarget
 from .features import Features
-from .frechet import FeatureStatistics, frechet_distance
+from .frechet import FeatureStatistics
+from .image_quality import ImageMeasures, Quality
 from .row import Row
 from .work import ALONE, Work
-
-T = TypeVar("T")
-
-#: The uint8 images (n, C, H, W) of a batch, by what names it.
-Images = Callable[[T], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,11 +62,14 @@ class SampleRow(Row):
         solver, steps, calls, grid, guidance: the setting.
         evaluations: how often the network saw an image of its own, guided calls counted twice.
         samples: number of images.
-        features: what the Frechet distances are measured with; None where they are not.
-        fd_train, fd_test: distance to all training and test images.
+        features: what the images are measured with; None where they are not.
+        fd_train, fd_test, fd_train_infinity, fd_test_infinity, precision, recall, density, coverage, neighbours,
+        inception_score_analogue, class_accuracy: see `Quality`.
+        fd_real: distance of all real test images to all real training images.
         images_per_second: sampling alone, after a first batch; of several ranks together.
         guidance_interval, churn, churn_interval, churn_noise: of the setting too; what is as by default is no entry of
             `to_dict`.
+        real: the real test images, measured as if they were generated.
     """
 
     solver: str
@@ -82,17 +81,41 @@ class SampleRow(Row):
     features: str | None
     fd_train: float | None
     fd_test: float | None
+    fd_real: float | None
+    fd_train_infinity: float | None
+    fd_test_infinity: float | None
+    precision: float | None
+    recall: float | None
+    density: float | None
+    coverage: float | None
+    neighbours: int | None
+    inception_score_analogue: float | None
+    class_accuracy: float | None
     images_per_second: float
     evaluations: int
     guidance_interval: tuple[float, float] | None = None
     churn: float = 0.0
     churn_interval: tuple[float, float] | None = None
     churn_noise: float = 1.0
+    real: Quality | None = None
 
     @override
     def to_dict(self) -> dict[str, Any]:
         own = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in super().to_dict().items() if value != own[name]}
+
+
+def best_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row of the setting whose images are nearest to the training images, of equal ones that of fewer calls.
+
+    Args:
+        rows: of `SampleRow.to_dict`, of one model. None of them need have a distance.
+
+    Returns:
+        One of them; None where no distance was measured. The minimum of several noisy distances is a little too low.
+    """
+    with_distance = [row for row in rows if row.get("fd_train") is not None]
+    return min(with_distance, key=lambda row: (row["fd_train"], row["calls"]), default=None)
 
 
 def pieces_of(count: int, size: int) -> list[range]:
@@ -102,22 +125,15 @@ def pieces_of(count: int, size: int) -> list[range]:
 
 def statistics(features: Features, batches: Iterable[Tensor]) -> FeatureStatistics:
     """Mean and covariance of the features of uint8 images (n, C, H, W), a batch at a time."""
-    return shared_statistics(features, batches, lambda images: images, ALONE)
-
-
-def shared_statistics(features: Features, batches: Iterable[T], images: Images[T], work: Work) -> FeatureStatistics:
-    """As `statistics`, by several ranks.
-
-    Args:
-        features: what to measure with.
-        batches: what names each batch.
-        images: gives the uint8 images (n, C, H, W) of one.
-        work: who computes which batch; on ranks but the first the statistics are of nothing.
-    """
     result = FeatureStatistics(features.dim)
-    for results in work.in_order(batches, lambda batch: {"features": features(images(batch))}):
-        result.update(results["features"])
+    for images in batches:
+        result.update(features(images))
     return result
+
+
+def labels_in_turn(images: range, turns: Sequence[int]) -> Tensor | None:
+    """Labels int64 (n,) of images by their numbers: those of `turns`, over and over; None where there are none."""
+    return torch.tensor([turns[i % len(turns)] for i in images]) if turns else None
 
 
 def sample_batch(
@@ -138,7 +154,7 @@ def sample_batch(
     turns = range(target.num_classes) if labels is None else labels
     watched: dict[str, Any] = {} if callback is None else {"callback": callback}
     return model.sample(
-        torch.tensor([turns[i % len(turns)] for i in images]) if turns else None,
+        labels_in_turn(images, turns),
         seeds=[seed + i for i in images],
         **dataclasses.asdict(setting),
         **watched,
@@ -159,13 +175,12 @@ def measure_samples(
     samples: int,
     batch_size: int,
     pixels: Callable[[Tensor], Tensor],
-    features: Features | None,
-    references: Mapping[str, FeatureStatistics],
+    measures: ImageMeasures | None,
     seed: int = 0,
     progress: bool = False,
     work: Work = ALONE,
 ) -> list[SampleRow]:
-    """Sample with every setting, and measure the images' Frechet distances.
+    """Sample with every setting, and measure the images.
 
     Args:
         model: a diffusion model's blocks, or their sampler.
@@ -173,8 +188,7 @@ def measure_samples(
         samples: images a setting.
         batch_size: images at a time.
         pixels: turns samples into uint8 images, which the features see: as they would be saved.
-        features: what to measure with; None measures speed alone.
-        references: feature statistics of the real images `train` and `test`.
+        measures: what to measure by; None measures speed alone.
         seed: see `sample_batch`.
         progress: show a progress bar.
         work: who computes which batch.
@@ -190,39 +204,40 @@ def measure_samples(
     pieces = pieces_of(samples, batch_size)
     rows, noise = [], model.noise
     assert isinstance(noise, GaussianProcess)
+    assert isinstance(model.target, ImageTarget)
+    turns = range(model.target.num_classes)
+    real = measures.real if measures is not None and work.leads else None
     for setting in settings:
 
         def measure(images: range, setting: Setting = setting) -> dict[str, Tensor]:
             begin = _now(model.device)
             batch = sample_batch(model, images, setting, seed=seed)
             seconds = torch.tensor(_now(model.device) - begin, dtype=torch.float64)
-            more = {} if features is None else {"features": features(pixels(batch))}
+            more = {} if measures is None else measures.results_of(pixels(batch))
             return {"seconds": seconds, **more}
 
-        own = FeatureStatistics(features.dim) if features is not None else None
+        measuring = None if measures is None else measures.start(samples)
         seconds = []
         bar = tqdm(pieces, disable=not (progress and work.leads), unit="batch")
         for results in work.in_order(bar, measure):
             seconds.append(float(results["seconds"]))
-            if own is not None:
-                own.update(results["features"])
+            if measuring is not None:
+                measuring.add(results, labels_in_turn(pieces[len(seconds) - 1], turns))
         if not work.leads:
             continue
         # The first batch of each rank warms up, and counts only where no rank has another one.
         warm = work.size if len(pieces) > work.size else 0
-        distances = {}
-        if own is not None:
-            distances = {name: frechet_distance(own, real) for name, real in references.items()}
+        quality = Quality(samples) if measuring is None else measuring.quality()
         rows.append(
             SampleRow(
                 **dataclasses.asdict(setting),
                 calls=setting.calls,
                 evaluations=setting.evaluations(noise),
-                samples=samples,
-                features=features.name if features is not None else None,
-                fd_train=distances.get("train"),
-                fd_test=distances.get("test"),
+                features=None if measures is None else measures.features.name,
+                fd_real=None if real is None else real.fd_train,
+                **quality.to_dict(),
                 images_per_second=sum(map(len, pieces[warm:])) / work.seconds(seconds[warm:]),
+                real=real,
             )
         )
     return rows

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..common.precision import as_float64
 
 #: Bins of the expected calibration error.
 BINS = 15
@@ -75,3 +78,38 @@ def score_sums(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     nll = -logs.gather(1, labels[:, None]).sum()
     count = torch.full_like(nll, len(labels))
     return torch.cat([torch.stack([count, hits.sum(), nll]), gaps])
+
+
+class InceptionScoreAnalogue:
+    """Collects class probabilities of images, and gives `exp(mean KL(p(y | x) || p(y)))` of them.
+
+    That is the formula of the Inception Score (Salimans et al. 2016) over all images at once. It is called so only of
+    Inception's own probabilities; of another network's it is an analogue, which compares images measured alike.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sums: Tensor | None = None
+
+    def add(self, log_probabilities: Tensor) -> None:
+        """Add a batch: log-probabilities (batch, num_classes)."""
+        logs = as_float64(log_probabilities)
+        probabilities = logs.exp()
+        # 0 log 0 is 0.
+        negative_entropies = torch.where(probabilities > 0, probabilities * logs, 0.0).sum()
+        sums = torch.cat([negative_entropies[None], probabilities.sum(0)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._count += len(logs)
+
+    def value(self) -> float:
+        """The score, from 1 (all images alike, or all unsure) to the number of classes.
+
+        Raises:
+            ValueError: there are no images, or probabilities that are not finite.
+        """
+        if self._sums is None or not self._count:
+            raise ValueError("there are no images to score: add some first")
+        negative_entropy, *of_classes = (self._sums / self._count).tolist()
+        if not math.isfinite(sum(of_classes)):
+            raise ValueError("class probabilities hold NaN: look for a damaged model or float16 overflow")
+        return math.exp(negative_entropy - sum(p * math.log(p) for p in of_classes if p > 0))

@@ -68,6 +68,10 @@ class Work:
         """Do something on the first rank, and then on the others, which find the files that it left."""
         return action()
 
+    def decides(self, action: Callable[[], object]) -> bool:
+        """Whether an action of the first rank gives something; the other ranks hear it, and do not act."""
+        return bool(action())
+
     def check_same(self, value: str, what: str) -> None:
         """Refuse a rank for which a value is another one than for the first rank; `what` says what it is of."""
 
@@ -150,6 +154,15 @@ class SharedWork(Work):
             return result
         self._ranks.wait_for(name, 0)
         return action()
+
+    @override
+    def decides(self, action: Callable[[], object]) -> bool:
+        name = next(self._names)
+        if not self.leads:
+            return bool(self._ranks.wait_for(name, 0))
+        answer = "yes" if action() else ""
+        self._ranks.tell(name, answer)
+        return bool(answer)
 
     @override
     def check_same(self, value: str, what: str) -> None:

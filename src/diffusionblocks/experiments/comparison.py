@@ -116,7 +116,7 @@ def run_rows(
         rows_of_card = [lines[place], *lines[:place], *lines[place + 1 :]]
         score = table[place].get(experiment.task.score)
         experiment.derive(variant.recipe).note_results(folder / variant.key / "model", rows_of_card, score)
-    return "\n".join([format_table(lines), *remarks(experiment.recipe)])
+    return "\n".join([format_table(lines), *experiment.task.details(table), *remarks(experiment.recipe)])
 
 
 def checked_rows(

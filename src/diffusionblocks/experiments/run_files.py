@@ -55,6 +55,19 @@ class _Header(_Strict):
     commit: str | None = None
 
 
+class _Sampled(_Strict):
+    """A row of generated images: what a page shows of it."""
+
+    calls: Count
+    samples: Count
+    features: str | None
+    fd_train: Number | None
+    fd_test: Number | None
+    fd_real: Number | None = None
+    fd_train_infinity: Number | None = None
+    images_per_second: Annotated[Number, Field(ge=0)]
+
+
 class _Result(_Header):
     """The file of a run's result."""
 
@@ -69,6 +82,8 @@ class _Result(_Header):
         for row in rows:
             if is_vote(row):
                 _as(AccuracyRow, row, "vote")
+            if row.get("fd_train") is not None:  # generated images
+                _as(_Sampled, row, "setting of a sampler")
             for level in _as(list[Level], row.get("by_level") or [], "by_level"):
                 if not 0 <= level.block < MOST_LAYERS:
                     raise ValueError(f"by_level has block {level.block}")

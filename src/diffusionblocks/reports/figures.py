@@ -1,10 +1,10 @@
-"""Figures: accuracy against steps, cross-entropy against noise level, the partition, and how levels were fitted."""
+"""Figures: accuracy by steps, distance by calls, cross-entropy by noise level, the partition, and fitted levels."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,29 @@ def _draw_baselines(axes: Any, values: Sequence[tuple[str, float]]) -> None:
     for index, (label, value) in enumerate(values):
         shade = f"{0.15 + 0.6 * index / len(values):.2f}"
         axes.axhline(value, linestyle=(0, (4, 1 + index)), color=shade, label=label)
+
+
+def draw_distance_by_calls(rows: Mapping[str, Sequence[Mapping[str, Any]]], name: str, path: Path) -> None:
+    """Write a PNG: distance by network calls, a point a setting, a line through the nearest so far, a star at the best.
+
+    Args:
+        rows: by the rows' names, what was measured of each setting: `calls` and `fd_train`.
+        name: of the distance.
+        path: the PNG.
+    """
+    figure, (axes,) = _axes(1)
+    for index, (row, settings) in enumerate(rows.items()):
+        points = sorted((setting["calls"], setting["fd_train"]) for setting in settings)
+        lowest = list(itertools.accumulate((distance for _, distance in points), min))
+        front = [(calls, low) for (calls, distance), low in zip(points, lowest, strict=True) if distance == low]
+        colour = f"C{index}"
+        axes.plot(*zip(*points, strict=True), ".", color=colour, alpha=0.5)
+        axes.plot(*zip(*front, strict=True), "-", color=colour, label=row)
+        axes.plot(*front[-1], "*", color=colour, markersize=12)
+    axes.set(xscale="log", yscale="log", xlabel="network calls per image", ylabel=f"{name}, train")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
 
 
 def draw_fit(levels: Sequence[float], curves: Sequence[Sequence[float]], noise: NoiseProcess, path: Path) -> None:

@@ -20,6 +20,7 @@ from ..evaluation.accuracy import is_vote
 from ..evaluation.diagnostics import LevelRow
 from ..noise import NoiseProcess
 from . import charts
+from .image_tables import distances_by_calls
 from .tables import format_bytes, format_duration
 
 _ABBREVIATIONS = ("nll", "ece", "fd", "fid", "bpc")
@@ -137,6 +138,7 @@ def write_page(
         tables=[_table_values(table) for table in tables],
         results=_results(with_result, tables),
         votes=_votes(with_result) if tables else [],
+        calls=_calls(with_result) if tables else [],
         memory=_memory(runs),
         times=[_times(run) for run in runs if run.logs],
         differences=recipe_differences(runs),
@@ -240,13 +242,14 @@ def _rows(run: RunReport) -> list[Mapping[str, Any]]:
 
 
 def _results(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> list[dict[str, Any]]:
-    """Rows of runs that no table has, one table for each kind of row; `by_level` is drawn, not listed."""
+    """Rows of runs that no table has, one table for each kind of row, of single values: what is `by_level` is drawn."""
     if tables:
         return []
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for run in runs:
         for row in _rows(run):
-            line = {_heading(name): _number(value) for name, value in row.items() if name != "by_level"}
+            values = {name: value for name, value in row.items() if not isinstance(value, (list, tuple, dict))}
+            line = {_heading(name): _number(value) for name, value in values.items()}
             kinds.setdefault(tuple(line), []).append({"run": run.name, **line})
     return [{"rows": rows} for rows in kinds.values()]
 
@@ -254,6 +257,12 @@ def _results(runs: Sequence[RunReport], tables: Sequence[TableReport]) -> list[d
 def _votes(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
     """What the blocks of each run say by each rule, of which a table shows one."""
     return [{"run": run.name, **row} for run in runs for row in _rows(run) if is_vote(row)]
+
+
+def _calls(runs: Sequence[RunReport]) -> list[dict[str, str]]:
+    """Distance against network calls, where images of a run were sampled with several settings."""
+    rows = {run.name: [row for row in _rows(run) if row.get("fd_train") is not None] for run in runs}
+    return distances_by_calls({name: settings for name, settings in rows.items() if settings})
 
 
 def _table_values(table: TableReport) -> dict[str, Any]:

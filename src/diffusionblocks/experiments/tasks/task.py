@@ -302,6 +302,20 @@ class Task(abc.ABC, Generic[Options]):
         result: dict[str, Any] = self.headline(rows).to_dict()
         return result
 
+    def text(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """A run's measures, as JSON values, as they are printed; what is `by_level` is a table of its own."""
+        from ...reports.tables import format_table
+
+        return format_table([{name: value for name, value in row.items() if name != "by_level"} for row in rows])
+
+    def details(self, table: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What is printed below a comparison's table, from the rows that `summary` gave it.
+
+        Args:
+            table: its rows; `key` names them.
+        """
+        return []
+
     @abc.abstractmethod
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The printed columns of a row of a comparison's table, from what `summary` put there."""
