@@ -5,6 +5,7 @@ Measures are of the features' network. Their names say so: only of Inception's i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -134,14 +135,16 @@ class ImageMeasures:
         train, test = self.references.get("train"), self.references.get("test")
         if train is None or test is None:
             return None
-        distance = frechet_distance(test.statistics, train.statistics)
         if test.rows is None:
+            distance = frechet_distance(test.statistics, train.statistics)
             return Quality(test.statistics.count, fd_train=distance, class_accuracy=self._real_class_accuracy)
         measuring = Measuring(ImageMeasures(self.features, {"train": train}), len(test.rows))
         measuring.add({"features": test.rows})
-        values = measuring.quality().to_dict()
-        values |= {"samples": test.statistics.count, "fd_train": distance, "class_accuracy": self._real_class_accuracy}
-        return Quality(**values)
+        quality = dataclasses.replace(measuring.quality(), class_accuracy=self._real_class_accuracy)
+        if quality.samples == test.statistics.count:
+            return quality
+        distance = frechet_distance(test.statistics, train.statistics)  # there are more images than rows
+        return dataclasses.replace(quality, samples=test.statistics.count, fd_train=distance)
 
 
 class Measuring:

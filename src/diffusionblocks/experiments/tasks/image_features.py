@@ -30,7 +30,7 @@ def has_imagenet_labels(data: LabelledImages) -> bool:
     """Whether the labels of data are ImageNet-1k's, in its order."""
     names = data.class_names
     return len(names) == 1000 and all(
-        names[place].lower().replace("_", " ").startswith(allowed) for place, allowed in _IMAGENET.items()
+        names[place].lower().replace("_", " ").startswith(spellings) for place, spellings in _IMAGENET.items()
     )
 
 

@@ -250,11 +250,11 @@ class ImageGeneration(Task[SamplesConfig]):
         """The first setting's row, and beside it all rows, and the one with the least distance to training images."""
         from ...evaluation.sample_quality import best_of
 
-        measured = [row.to_dict() for row in rows]
-        best = best_of(measured)
+        settings = [row.to_dict() for row in rows]
+        best = best_of(settings)
         return {
             **self.headline(rows).to_dict(),
-            "samples_measured": measured,
+            "samples_measured": settings,
             "best": None if best is None else {**best},
         }
 
