@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from helpers import listing, run_like_torchrun
 
 from diffusionblocks.cli import main
 from diffusionblocks.core.model import DiffusionBlocks
+from diffusionblocks.evaluation.real_features import KEPT_REFERENCES
 from diffusionblocks.training.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(
@@ -134,10 +136,13 @@ def test_ranks_measure_and_sample_what_one_process_does(what: str, tmp_path: Pat
     run = tmp_path / "run"
     assert main(["train", recipe, "--out", str(run), "--quiet", *changes, *sets(train__steps=1)]) == 0
     if what == "images":
-        changes = [*changes, *sets(evaluate__features="classifier", evaluate__features_folder=features)]
+        own = shutil.copytree(features, tmp_path / "features", ignore=shutil.ignore_patterns(KEPT_REFERENCES))
+        changes = [*changes, *sets(evaluate__features="classifier", evaluate__features_folder=own)]
     command = [recipe, "--model", str(run / "model"), *changes]
     for name, launch in LAUNCHES.items():
         json_file = tmp_path / f"{name}.json"
+        for file in (tmp_path / "features").glob(KEPT_REFERENCES):
+            file.unlink()  # so that each launch computes the features of the real images
         launch(tmp_path / f"{name} evaluate", ["evaluate", *command, *options, "--json", str(json_file)])
         if what in ("images", "masked text", "continued text"):
             more = ["--count", "14", "--quiet", "--out", str(tmp_path / name)]
