@@ -255,6 +255,7 @@ def train_classifier(
         weight_decay=0.05,
         precision="bfloat16" if gpu else "float32",
         cuda_graph=gpu,
+        loss_chunk=None,  # of texts
         seed=seed,
     )
     # A training of its own: to the one that may go on around it, the global generators are as they were.
