@@ -218,8 +218,8 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ),
     (
         "the control of text",
-        lambda: EndToEnd(tiny("llama")).loss({"input_ids": IDS, "attention_mask": ONES}),
-        "LlamaForCausalLM takes no attention_mask: it reads input_ids",
+        lambda: EndToEnd(tiny("llama")).loss({"input_ids": IDS, "token_type_ids": ONES}),
+        "LlamaForCausalLM takes no token_type_ids: it reads attention_mask, input_ids, labels",
     ),
 ]
 
