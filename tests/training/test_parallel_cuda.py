@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 
 DEVICE = "cuda"
 STAGES = {"fit": {"steps": 2, "rounds": 2, "grid": 3, "examples": 16}, "trunk": {"steps": 2}}
+SHARD = {"parallel": {"within_block": "shard", "timeout": 60}}
 IMAGES = {
     "model": {
         "type": "DiT",
@@ -137,7 +138,11 @@ def test_a_block_on_each_gpu_is_that_of_one(
     assert rows(tmp_path / "run") == rows(alone(**changes))
 
 
-@pytest.mark.parametrize("changes", [{"method": "end-to-end"}, STAGES], ids=["end-to-end", "fit and trunk"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "end-to-end"}, STAGES, {"method": "end-to-end", **SHARD}, {**STAGES, **SHARD}],
+    ids=["end-to-end", "fit and trunk", "end-to-end, sharded", "fit and trunk, sharded"],
+)
 def test_a_group_agrees_with_one_gpu(changes: dict[str, Any], alone: Callable[..., Path], tmp_path: Path) -> None:
     ends_well("train", recipe_file(tmp_path, **changes), "--out", tmp_path / "run", "--quiet", ranks=2, cwd=tmp_path)
     ours, theirs = weights(tmp_path / "run"), weights(alone(**changes))
