@@ -151,7 +151,8 @@ def test_image_files_at_hand_are_counted(parquet: Path, monkeypatch: pytest.Monk
     assert predict(images(f"data.source={parquet}", "data.placement=host")).data == 0
     assert predict(images(f"data.source={parquet}", "data.placement=host", device="cpu")).data == 7 * size
     assert remarks(images(f"data.source={parquet}", "data.placement=host"), None) == [
-        "data: not on the device (data.placement: host)"
+        "data: not on the device (data.placement: host)",
+        "host memory: 0.0 MiB of data; Python, torch and driver take more",
     ]
     monkeypatch.setenv("DIFFUSIONBLOCKS_DATA", str(parquet.parent))
     assert data_bytes(images()) == 7 * size
@@ -248,7 +249,9 @@ def test_data_of_more_than_a_quarter_of_the_budget_stay_on_the_host(parquet: Pat
     assert made.batch is not None
     assert made.batch.changes == {"train.batch_size": made.batch.changes["train.batch_size"]} | moved
     assert "--set data.placement=host --set train.cuda_graph=false" in made.batch.options
-    (line,) = remarks(recipe, most, made)
+    line, host = remarks(recipe, most, made)
+    assert host.startswith("host memory: ")
+    assert host.endswith(" of data; Python, torch and driver take more")
     assert "more than a quarter of the budget" in line
     assert "without a CUDA graph" in line
     assert "the recipe as it stands, its data on the host, fits" in describe(made, "batch")

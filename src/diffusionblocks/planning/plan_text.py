@@ -34,10 +34,10 @@ def remarks(predictor: Predictor, plan: Plan | None = None) -> list[str]:
         lines.append(f"data: {about_data}")
     host = predictor.host_bytes(with_changes(predictor.recipe, plan.always) if plan else None)
     if host.total:
-        lines.append(
-            f"host memory: {format_bytes(host.waiting)} of waiting blocks (train.offload: "
-            f"{predictor.recipe.train.offload}), {format_bytes(host.data)} of data; Python, torch and driver take more"
-        )
+        waiting = f"waiting blocks (train.offload: {predictor.recipe.train.offload})"
+        kinds = {waiting: host.waiting, "data": host.data}
+        sizes = ", ".join(f"{format_bytes(size)} of {kind}" for kind, size in kinds.items() if size)
+        lines.append(f"host memory: {sizes}; Python, torch and driver take more")
     if predictor.on_gpu and predictor.recipe.train.cuda_graph and not (plan and plan.always):
         lines.append(
             f"train.cuda_graph: graph_pool is what gaps in a captured step's private pool take, {POOL_SHARE:.0%} of "
