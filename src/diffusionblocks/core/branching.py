@@ -7,6 +7,7 @@ interval of levels; nothing is shared from then on (under `replicated` or `froze
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from ..common.fields import MOST_LAYERS
@@ -65,7 +66,8 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
 def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> DiffusionBlocks:
     """Build a model of the same class with other blocks, whose weights are to be loaded.
 
-    Each tensor has the device, the precision and the `requires_grad` of its counterpart in the model's first block.
+    Each tensor has the device, the precision and the `requires_grad` of its counterpart in the model's first block; but
+    what `shared: frozen` fixes there, and is no shared parameter here, trains.
 
     Args:
         model: what it is to be like.
@@ -79,15 +81,23 @@ def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> D
         model.family.check_movable(model.model_class)
     original = instantiate(model.model_class, with_depth(model.model_class, model.config, depth))
     parameter = next(model.block(0).parameters())
+    shared = model.family.shared_paths(original)
     result = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
     counterparts = model.block(0).state_dict(keep_vars=True)
     for b in range(config.num_blocks):
         for name, tensor in result.block(b).state_dict(keep_vars=True).items():
-            counterpart = counterparts[trunk_name(result, b, name)]
-            tensor.data = tensor.data.to(counterpart.dtype)
-            tensor.requires_grad_(counterpart.requires_grad)
+            own = trunk_name(result, b, name)
+            tensor.data = tensor.data.to(counterparts[own].dtype)
+            # What is fixed only because it is shared trains in a layer of its own, as it does after a conversion.
+            if config.shared != "frozen" or _is_below(name, shared) or not _is_below(own, shared):
+                tensor.requires_grad_(counterparts[own].requires_grad)
     result.generation_config = copy.deepcopy(model.generation_config)
     return result
+
+
+def _is_below(name: str, paths: Sequence[str]) -> bool:
+    """Whether a block's tensor is one of the network's parts at some paths."""
+    return any(f"{name}.".startswith(f"network.{path}.") for path in paths)
 
 
 def without_defaults(model: DiffusionBlocks) -> BlocksConfig:
