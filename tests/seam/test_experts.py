@@ -107,7 +107,8 @@ def test_layers_are_as_ever_and_older_indices_mean_layers() -> None:
     [
         ({"split": "experts", "layers": (1, 2)}, "with split = experts each block has all layers"),
         ({"split": "halves"}, "layers"),
-        ({"boundaries": (0.5, 0.6)}, "2 blocks have 1 between them"),
+        ({"boundaries": (0.5, 0.6)}, "2 blocks have 1 between them; give as many, or set num_blocks to 3"),
+        ({"num_blocks": 3, "layers": (1, 1, 2), "boundaries": (0.6, 0.5)}, r"\[0.6, 0.5\] must ascend"),
         ({"boundaries": (200.0,)}, "must lie between the levels 0.002 and 80"),
         ({"boundaries": (80.0,)}, "must lie between the levels"),
     ],

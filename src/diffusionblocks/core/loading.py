@@ -15,6 +15,7 @@ from torch import Tensor
 from ..common.digests import digest
 from ..common.finite import DIVERGED, require_finite
 from ..common.formats import read_tensors
+from ..layers.low_rank import is_update
 from .materialise import materialise_buffers
 from .model import DiffusionBlocks
 from .model_card import NAME_ON_HUB
@@ -82,8 +83,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", verify: bool =
     for b in source.blocks:
         file, block = source.folder / block_file(b), model.block(b)
         own = _copies(file, device)
-        # Buffers that no file holds have the weights' precision.
-        weights = [*common.values(), *own.values()]
+        # Buffers that no file holds have the weights' precision; low-rank updates beside these are float32.
+        weights = [tensor for name, tensor in (common | own).items() if not is_update(name)]
         block.to(dtype=next((t.dtype for t in weights if t.is_floating_point()), None))
         try:
             block.load_state_dict(own | common, strict=True, assign=True)

@@ -242,7 +242,15 @@ def _whole_range(noise: NoiseProcess, inner: Sequence[float], num_blocks: int) -
     """All B + 1 boundaries, of the B - 1 between the blocks."""
     low, high = noise.level_min, noise.level_max
     if len(inner) != num_blocks - 1:
-        raise ValueError(f"boundaries = {list(inner)}: {num_blocks} blocks have {num_blocks - 1} between them")
+        raise ValueError(
+            f"boundaries = {list(inner)}: {num_blocks} blocks have {num_blocks - 1} between them; give as many, or set "
+            f"num_blocks to {len(inner) + 1}"
+        )
+    if not all(a * (1 + _SAME_LEVEL) < b for a, b in itertools.pairwise(inner)):
+        raise ValueError(
+            f"boundaries = {list(inner)} must ascend, each by more than a share of {_SAME_LEVEL:g}: give them in that "
+            "order, each once"
+        )
     if not all(low < level < high for level in inner):
         raise ValueError(f"boundaries = {list(inner)} must lie between the levels {low:g} and {high:g}")
     return [low, *inner, high]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import torch
@@ -12,12 +10,12 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ..config import BlocksConfig
-from ..layers.exact_buffers import ExactBuffers
 from ..noise import DDPM
 from .family import BlockCall, register_family
 from .kinds import ImageFamily
 from .libraries import DIFFUSERS, OURS
 from .ordinary import OrdinaryModel
+from .positions import exact_patch_embedding
 
 
 @register_family
@@ -104,7 +102,7 @@ class DiffusersDiTFamily(ImageFamily):
     @override
     def adjust(self, network: nn.Module) -> None:
         """Replace the positions by exact ones, and switch off what drops labels layer by layer."""
-        network.add_module("pos_embed", _exact_positions(network.get_submodule("pos_embed")))
+        network.add_module("pos_embed", exact_patch_embedding(network.get_submodule("pos_embed")))
         for module in network.modules():
             if type(module).__name__ == "LabelEmbedding":
                 setattr(module, "dropout_prob", 0.0)  # noqa: B010 - the attribute is a foreign class's
@@ -137,33 +135,3 @@ class DiffusersDiTFamily(ImageFamily):
         path = f"{self.layers}.0."
         idle = {name: torch.zeros_like(tensor) for name, tensor in ordinary.layers[0].items()}  # its gates are zero
         ordinary.layers.insert(0, idle | {name.removeprefix(path): tensor for name, tensor in embedder.items()})
-
-
-def _exact_positions(patches: nn.Module) -> nn.Module:
-    """The library's patch embedding with the same parameters, whose positions are not rounded with them.
-
-    They are computed anew: those of a model that was cast are rounded already, and no file holds them.
-    """
-    from diffusers.models.embeddings import get_2d_sincos_pos_embed
-
-    exact: Any = _exact_class().__new__(_exact_class())
-    vars(exact).update(vars(copy.copy(patches)))
-    position = get_2d_sincos_pos_embed(
-        exact.proj.out_channels,
-        exact.height,  # of a square image
-        base_size=exact.base_size,
-        interpolation_scale=exact.interpolation_scale,
-        output_type="pt",
-    )
-    exact._buffers = {"pos_embed": position.float()[None].to(exact.pos_embed.device)}
-    return exact  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _exact_class() -> Any:
-    from diffusers.models.embeddings import PatchEmbed
-
-    class ExactPatchEmbed(ExactBuffers, PatchEmbed):  # type: ignore[misc]
-        """diffusers' `PatchEmbed`, whose positions keep float32's digits."""
-
-    return ExactPatchEmbed

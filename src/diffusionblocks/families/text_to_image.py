@@ -14,6 +14,7 @@ from ..targets import Condition
 from .conditioned import ConditionedFamily, TwoKindsOfLayers, packed, places, unpacked
 from .family import BlockCall, register_family
 from .ordinary import OrdinaryModel
+from .positions import exact_patch_embedding
 
 _MASK = Condition((None,), "mask", optional=True)
 
@@ -178,6 +179,11 @@ class PixArtFamily(ConditionedFamily):
         width = config.caption_channels or config.cross_attention_dim
         return {"encoder_hidden_states": Condition((None, width)), **(more or {}), "encoder_attention_mask": _MASK}
 
+    @override
+    def adjust(self, network: nn.Module) -> None:
+        """Replace the positions by exact ones."""
+        network.add_module("pos_embed", exact_patch_embedding(network.get_submodule("pos_embed")))
+
     @staticmethod
     def _more(config: Any) -> bool:
         value = config.use_additional_conditions
@@ -206,6 +212,12 @@ class SanaFamily(ConditionedFamily):
             "encoder_hidden_states": Condition((None, config.caption_channels)),
             "encoder_attention_mask": _MASK,
         }
+
+    @override
+    def adjust(self, network: nn.Module) -> None:
+        """Replace the positions by exact ones, where it has any."""
+        if network.config.interpolation_scale is not None:  # type: ignore[union-attr]
+            network.add_module("patch_embed", exact_patch_embedding(network.get_submodule("patch_embed")))
 
     @override
     def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:

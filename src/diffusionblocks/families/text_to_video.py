@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from ..targets import Condition
 from .conditioned import ConditionedFamily, TwoKindsOfLayers
 from .family import register_family
+from .positions import exact_video_rotation
 
 
 @register_family
@@ -34,6 +35,11 @@ class WanFamily(ConditionedFamily):
         image = config.image_dim
         of_image = {} if image is None else {"encoder_hidden_states_image": Condition((None, image), optional=True)}
         return {"encoder_hidden_states": Condition((None, config.text_dim)), **of_image}
+
+    @override
+    def adjust(self, network: nn.Module) -> None:
+        """Replace the positions by exact ones."""
+        network.add_module("rope", exact_video_rotation(network.get_submodule("rope")))
 
 
 @register_family

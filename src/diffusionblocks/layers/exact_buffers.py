@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +24,26 @@ class ExactBuffers(nn.Module):
             if buffer.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, exact[name].to(buffer.device))
         return self
+
+
+def with_exact_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
+    """A module of the same class, parts and parameters, whose own buffers keep float32's digits when it is cast.
+
+    Args:
+        module: the module; it is not changed.
+        buffers: its buffers, computed anew: those of a model that was cast are rounded already.
+    """
+    kind = _with_exact_buffers(type(module))
+    exact: Any = kind.__new__(kind)
+    vars(exact).update(vars(copy.copy(module)))
+    devices = {name: buffer.device for name, buffer in module.named_buffers(recurse=False)}
+    exact._buffers = {name: buffer.float().to(devices[name]) for name, buffer in buffers.items()}
+    return exact  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _with_exact_buffers(module_class: Any) -> Any:
+    return type(f"Exact{module_class.__name__}", (ExactBuffers, module_class), {"__module__": __name__})
 
 
 class ExactRotation(nn.Module):
