@@ -33,7 +33,8 @@ def with_exact_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> nn.M
         module: the module; it is not changed.
         buffers: its buffers, computed anew: those of a model that was cast are rounded already.
     """
-    kind = _with_exact_buffers(type(module))
+    module_class: Any = type(module)
+    kind = _with_exact_buffers(module_class)
     exact: Any = kind.__new__(kind)
     vars(exact).update(vars(copy.copy(module)))
     devices = {name: buffer.device for name, buffer in module.named_buffers(recurse=False)}
