@@ -175,6 +175,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: made().sampler(cuda_graph=True).sample([1], guidance=2.0, guidance_interval=(90.0, 99.0)), "holds none"),
     (lambda: made().sample([1], guidance=2.0, guidance_interval=(2.0, 1.0)), "guidance_interval must be two finite"),
     (lambda: made().sample([1], solver="unipc", churn=3.0), "churn = 3 is for solvers of one step"),
+    (
+        lambda: made().sample([1], steps=3, solver="heun", churn=3.0, churn_interval=(90.0, 99.0)),
+        "no step of the chain.*so no noise would be added",
+    ),
     (lambda: made().sample([1], solver="heun", churn=-3.0), r"churn must be a finite number >= 0, got -3\.0"),
 ]
 

@@ -21,6 +21,7 @@ from ..sampling import (
     GuidedDenoiser,
     SeedNoise,
     StaticCalls,
+    check_churned_levels,
     check_guidance,
     check_guided_levels,
     first_z,
@@ -139,6 +140,8 @@ class ImageSampler:
             check_guided_levels(levels, guidance_interval)
         fresh = Churn(churn, source.draw, churn_interval, churn_noise)
         SOLVERS[SOLVERS.check(solver)].check_churn(churn)
+        if churn:
+            check_churned_levels(levels, self.noise, churn_interval)
         with evaluating(self.network), self._precision():
             self._follow()
             z = first_z(self.noise, source)

@@ -521,8 +521,8 @@ class DiffusionBlocks(nn.Module):
         Raises:
             ValueError: the model is no diffusion model, a label is out of range, numbers of labels and seeds differ,
                 guidance without a null class or `negative_inputs`, a guidance interval without a level of the chain,
-                churn of a solver that takes none, steps < 1, an unknown solver or grid, inputs that are not the
-                model's, or sizes that it does not take.
+                churn of a solver that takes none or without a step in its interval, steps < 1, an unknown solver or
+                grid, inputs that are not the model's, or sizes that it does not take.
         """
         return self.inference.sample(
             labels,

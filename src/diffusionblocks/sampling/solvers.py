@@ -70,9 +70,7 @@ class Churn:
 
     def raised(self, z: Tensor, place: Place, steps: int, process: GaussianProcess) -> tuple[Tensor, Place]:
         """z with fresh noise, and the place whose noise it then has, before one of that many steps."""
-        ratio = place.sigma / place.alpha if place.alpha > 0 else math.inf
-        low, high = self.interval or (0.0, math.inf)
-        if not self.amount or not low <= ratio <= high:
+        if not self.amount or not _is_churned(place, self.interval):
             return z, place
         level = process.noisier(place.level, 1.0 + min(self.amount / steps, math.sqrt(2.0) - 1.0))
         if level <= place.level:
@@ -89,6 +87,33 @@ class Place(NamedTuple):
     level: float
     alpha: float
     sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha; infinite without a signal."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+
+def _is_churned(place: Place, interval: tuple[float, float] | None) -> bool:
+    low, high = interval or (0.0, math.inf)
+    return low <= place.ratio <= high
+
+
+def check_churned_levels(
+    levels: Sequence[float],
+    process: GaussianProcess,
+    interval: tuple[float, float] | None,
+    name: str = "churn_interval",
+) -> None:
+    """Raise ValueError unless some step of a chain begins at a sigma / alpha within the churn interval."""
+    check_interval(name, interval)
+    places = [Place(level, *process.alpha_sigma(level)) for level in levels[:-1]]
+    if not any(_is_churned(place, interval) for place in places):
+        raise ValueError(
+            f"{name} = {list(interval or ())} holds the sigma / alpha of no step of the chain, which go from "
+            f"{places[0].ratio:.4g} down to {places[-1].ratio:.4g}, so no noise would be added: widen it, or set churn "
+            "to 0"
+        )
 
 
 @dataclass(frozen=True)

@@ -199,14 +199,16 @@ class ImageGeneration(Task[SamplesConfig]):
 
     def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
         """Refuse guidance without a null class, features without their package, and a classifier of other data."""
-        from ...sampling import check_guided_levels
+        from ...sampling import check_churned_levels, check_guided_levels
 
         options, noise = self.options(experiment), cast("GaussianProcess", model.noise)
         for guidance in options.guidance:
             model.target.check_guidance(guidance, "evaluate.guidance")  # type: ignore[union-attr, operator]
         for setting in options.settings:
+            levels = noise.sampling_levels(setting.steps, setting.grid)
+            if setting.churn:
+                check_churned_levels(levels, noise, setting.churn_interval, "evaluate.churn_interval")
             if setting.guidance_interval is not None:
-                levels = noise.sampling_levels(setting.steps, setting.grid)
                 check_guided_levels(levels, setting.guidance_interval, "evaluate.guidance_interval")
         if options.features is None:
             return
