@@ -30,7 +30,7 @@ from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.models import RecurrentDepth
-from diffusionblocks.planning import plan, predict
+from diffusionblocks.planning import forecast, plan, predict
 from diffusionblocks.planning.planner import OPTIMISATIONS, optimisations_of
 from diffusionblocks.targets import in_chunks, positions_at_once
 from diffusionblocks.targets.target import LOGITS_AT_ONCE
@@ -356,6 +356,19 @@ def test_the_plan_sees_what_is_saved(precision: str, compile: str) -> None:
     assert plain.activations > 2 * logits
     assert chunked.activations < 0.5 * logits
     assert (plain.parameters, plain.optimizer) == (chunked.parameters, chunked.optimizer)
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+def test_the_plan_of_auto_is_that_of_the_positions_that_a_batch_has(method: str) -> None:
+    overrides = [f"method={method}", "model.config.vocab_size=32000", "train.precision=float32"]
+    length = 64 if method == "diffusionblocks" else 63
+    auto = forecast(language(*overrides, "train.loss_chunk=auto"))
+    for batch in (1, 8, 32):
+        chunk = positions_at_once("auto", (batch, length), 32_000)
+        recipe = language(*overrides, f"train.loss_chunk={chunk or 'null'}", f"train.batch_size={batch}")
+        assert auto.of(batch).ledger == predict(recipe)
+    logits = 4 * LOGITS_AT_ONCE
+    assert 1.5 * logits < auto.of(32).ledger.activations
 
 
 def test_a_plan_proposes_it_first() -> None:

@@ -20,6 +20,7 @@ from ..families.module_tree import parts_in
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
 from ..noise import GaussianProcess, NoiseProcess, one_level
 from ..targets import (
+    AUTO,
     HINT,
     Batch,
     EmbeddingTarget,
@@ -511,6 +512,19 @@ class Block(nn.Module):
             loss = loss * self.noise.training_weight(level).float()
         assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
+
+    def auto_chunk(self, tokens: Tensor) -> int | None:
+        """Positions of each text whose logits `loss_chunk = "auto"` makes together.
+
+        Args:
+            tokens: (batch, length), of a `TextTarget`; only their shape counts.
+
+        Returns:
+            None: all.
+        """
+        assert isinstance(self.target, TextTarget)
+        shape = self.target.target_tokens({"input_ids": tokens})[0].shape
+        return positions_at_once(AUTO, shape, self.target.vocab_size)
 
     def _with_hint(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,6 +98,23 @@ class DepthLaw:
             low.activations + self.more * (high.activations - low.activations),
             low.gradients + self.more * (high.gradients - low.gradients),
         )
+
+
+@dataclass(frozen=True)
+class ChunkLaw:
+    """A `StepLaw` of texts whose logits are made in chunks that depend on the batch (`train.loss_chunk: auto`).
+
+    Attributes:
+        chunk: number of examples -> positions of a chunk, None for all.
+        of_chunk: the law with such chunks.
+    """
+
+    chunk: Callable[[int], int | None]
+    of_chunk: Callable[[int | None], StepLaw]
+
+    def at(self, batch: int) -> StepMoments:
+        """With so many examples."""
+        return self.of_chunk(self.chunk(batch)).at(batch)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..common.messages import Say
@@ -22,10 +23,11 @@ from ..experiments.experiment import Experiment
 from ..experiments.recipe import Recipe
 from ..experiments.recipe_changes import with_depth
 from ..families import Family, family_named
-from ..training import Unit, units_of
+from ..targets import AUTO, LossChunk
+from ..training import EndToEnd, Unit, units_of
 from ..training.shared_module import shape_of
 from .counting import count_persistent, count_waiting
-from .ledger import DepthLaw, Forecast, Ledger, StepLaw
+from .ledger import ChunkLaw, DepthLaw, Forecast, Ledger, StepLaw
 from .timeline import StepLog
 from .tracing import trace_step
 
@@ -166,6 +168,8 @@ class Predictor:
         persistent |= {"data": self.data_bytes(recipe), "workspace": WORKSPACE_BYTES if self.on_gpu else 0}
         distinct = {shape_of(unit): unit for unit in reversed(units)}
         laws = {unit.name: self._law(recipe, outline, unit) for unit in distinct.values()}
+        for law in laws.values():
+            law.at(recipe.train.batch_size)  # what cannot be followed is said now
         return Forecast(persistent, laws, recipe.train.batch_size, self.on_gpu and recipe.train.cuda_graph)
 
     def units(self, recipe: Recipe | None = None) -> list[Unit]:
@@ -190,20 +194,31 @@ class Predictor:
         low, high = (self._trace_at_depth(recipe, depth) for depth in _DEPTHS)
         return DepthLaw(low, high, layers - min(_DEPTHS))
 
-    def _trace_at_depth(self, recipe: Recipe, layers: int) -> StepLog:
+    def _trace_at_depth(self, recipe: Recipe, layers: int) -> StepLaw:
         """Trace a step of a block like the recipe's, of another number of layers."""
         one_block = {"blocks": recipe.blocks.as_one_block()}
         outline = self._outline(with_depth(recipe, layers).model_copy(update=one_block))
         (unit,), _ = units_of(outline.module)
         return self._trace(recipe, outline, unit)
 
-    def _trace(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepLog:
-        length = _text_length(recipe)
-        key = outline.key, unit.name, recipe.train.model_dump_json(exclude=_UNTRACED), length
+    def _trace(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepLaw:
+        length, module = _text_length(recipe), unit.module
+        if recipe.train.loss_chunk != AUTO or length is None:
+            return self._trace_chunk(recipe.train.loss_chunk, recipe, outline, unit)
+        assert isinstance(module, (Block, EndToEnd)), "these learn texts"
+
+        def chunk(batch: int) -> int | None:
+            return module.auto_chunk(torch.empty(batch, length, dtype=torch.int64, device="meta"))
+
+        return ChunkLaw(chunk, functools.partial(self._trace_chunk, recipe=recipe, outline=outline, unit=unit))
+
+    def _trace_chunk(self, chunk: LossChunk, recipe: Recipe, outline: _Outline, unit: Unit) -> StepLog:
+        length, train = _text_length(recipe), recipe.train.model_copy(update={"loss_chunk": chunk})
+        key = outline.key, unit.name, train.model_dump_json(exclude=_UNTRACED), length
         if key not in self._traces:
             self._say(f"following a step of {unit.name} on tensors without memory")
             make_batch = functools.partial(outline.family.empty_batch, outline.config, length=length)
-            self._traces[key] = trace_step(unit, recipe.train, make_batch, on_gpu=self.on_gpu)
+            self._traces[key] = trace_step(unit, train, make_batch, on_gpu=self.on_gpu)
         return self._traces[key]
 
 
