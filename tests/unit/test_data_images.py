@@ -26,6 +26,7 @@ from diffusionblocks.data import (
     image_classification,
 )
 from diffusionblocks.data import image_data as images_module
+from diffusionblocks.data.latent_data import LatentData
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")
@@ -519,3 +520,18 @@ def test_real_cifar(name: str, classes: int) -> None:
     mean = data.images.double().mean((0, 2, 3)) / 255
     known = {"cifar10": (0.494, 0.485, 0.450), "cifar100": (0.509, 0.487, 0.442)}[name]
     torch.testing.assert_close(mean, torch.tensor(known, dtype=torch.float64), atol=0.01, rtol=0)
+
+
+def test_a_part_of_sorted_images_has_all_classes() -> None:
+    """Files often hold one class after the other: the first images would be of the first classes alone."""
+    labels = torch.arange(4).repeat_interleave(25)
+    images = ImageData(torch.zeros(100, 1, 2, 2, dtype=torch.uint8), labels, ("a", "b", "c", "d"))
+    halves = torch.arange(100, dtype=torch.float16).view(100, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    shards = tuple(halves.split(30))
+    latents = LatentData(shards, shards, labels, images.class_names, "vae", 1.0)
+    for data in (images, latents):
+        part = data.part(60)
+        assert part.labels.bincount().tolist() == [15, 15, 15, 15]
+        assert data.part(100) is data.part(200) is data
+    part = latents.part(60)
+    assert torch.equal(part.mean[0][:, 0, 0, 0].long() // 25, part.labels), "rows and labels stay together"

@@ -319,7 +319,7 @@ def test_the_headline_of_accuracies_is_of_the_default_rule(rules: tuple[str, ...
 
 @pytest.mark.parametrize("limit", [None, 250])
 def test_real_images_are_measured_whole(limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a recipe compares with: the images of each split, all or the first, through the features."""
+    """What a recipe compares with: the images of each split, all or evenly spread ones, through the features."""
     train, test = digits("train"), digits("test")
     options: dict[str, Any] = {"mean": [0.3], "std": [0.4], "device": "cpu", "flip": False, "crop_padding": 1}
     kept = train_classifier(train, test, dataset="digits", epochs=1, width=2, **options)
@@ -341,7 +341,10 @@ def test_real_images_are_measured_whole(limit: int | None, tmp_path: Path, monke
     assert measures.features.name == "classifier on digits"
     assert set(measures.references) == {"train", "test"}
     for split, data in (("train", train), ("test", test)):
-        found, direct = measures.references[split].statistics, kept(data.images[:limit]).double().numpy()
+        found, direct = (
+            measures.references[split].statistics,
+            kept(data.part(limit or len(data)).images).double().numpy(),
+        )
         assert found.count == (limit or len(data))
         np.testing.assert_allclose(found.mean.numpy(), direct.mean(0), rtol=1e-5)
         np.testing.assert_allclose(found.covariance.numpy(), np.cov(direct.T), rtol=1e-4, atol=1e-8)

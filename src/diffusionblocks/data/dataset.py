@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["BatchMaker", "Dataset", "ExampleCount", "LabelledImages", "check_labels"]
+__all__ = ["BatchMaker", "Dataset", "ExampleCount", "LabelledImages", "check_labels", "evenly_spread"]
 
 
 class Dataset(ABC):
@@ -43,6 +43,10 @@ class Dataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def part(self, count: int) -> Self:
+        """At most `count` examples that stand for all: of images evenly spread, of a text the first."""
 
 
 class LabelledImages(Dataset):
@@ -109,6 +113,11 @@ class BatchMaker(Protocol):
 
     def compile(self) -> None:
         """torch.compile what can be."""
+
+
+def evenly_spread(total: int, count: int) -> Tensor:
+    """Numbers of `count` of `total` examples, ascending, int64: files often hold one class after the other."""
+    return torch.arange(count) * total // count
 
 
 def check_labels(labels: Tensor, classes: int, where: str = "", first_row: int = 0) -> None:

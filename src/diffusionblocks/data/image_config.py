@@ -60,8 +60,8 @@ class ImagesSection(DataSection):
         """
 
     @abstractmethod
-    def real_images(self, data: Any, rows: range, pixels: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-        """Some real images as uint8 (n, C, H, W); of latents, their means' reconstructions by `pixels`."""
+    def real_images(self, data: Any, rows: Tensor, pixels: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+        """Real images by their numbers int64 (n,), as uint8 (n, C, H, W); of latents, what `pixels` makes of means."""
 
 
 class PixelsConfig(ImagesSection):
@@ -204,9 +204,9 @@ class PixelsConfig(ImagesSection):
 
     @override
     def real_images(
-        self, data: ImageData, rows: range, pixels: Callable[[Tensor], Tensor], device: torch.device
+        self, data: ImageData, rows: Tensor, pixels: Callable[[Tensor], Tensor], device: torch.device
     ) -> Tensor:
-        return data.images[rows.start : rows.stop].to(device)
+        return data.images[rows].to(device)
 
     @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
@@ -374,9 +374,9 @@ class LatentsConfig(ImagesSection, FilesSection):
 
     @override
     def real_images(
-        self, data: LatentData, rows: range, pixels: Callable[[Tensor], Tensor], device: torch.device
+        self, data: LatentData, rows: Tensor, pixels: Callable[[Tensor], Tensor], device: torch.device
     ) -> Tensor:
-        means = data.rows("mean", torch.arange(rows.start, rows.stop))
+        means = data.rows("mean", rows)
         return pixels(means.to(device).float() * self.scale)
 
     def _count(self, location: str) -> ExampleCount:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from typing_extensions import override
 
 from ..common.formats import write_tensors
 from ..common.processing_files import IMAGE_PROCESSOR
-from .dataset import LabelledImages
+from .dataset import LabelledImages, evenly_spread
 from .image_decoder import MODES, decode_image, oversized_refused
 from .image_processor import ImageProcessor
 from .image_table import ImageTable, open_table
@@ -71,6 +72,13 @@ class ImageData(LabelledImages):
     def first(self, count: int | None) -> ImageData:
         """The first `count` images; None: all."""
         return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
+
+    @override
+    def part(self, count: int) -> Self:
+        if count >= len(self):
+            return self
+        rows = evenly_spread(len(self), count)
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
 
 
 def digits(split: str) -> ImageData:

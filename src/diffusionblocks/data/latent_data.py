@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .dataset import LabelledImages
+from .dataset import LabelledImages, evenly_spread
 
 __all__ = ["LatentData", "LatentScale"]
 
@@ -132,6 +132,15 @@ class LatentData(LabelledImages):
     @override
     def tensors(self) -> list[Tensor]:
         return [self.labels, *self.mean, *self.std]
+
+    @override
+    def part(self, count: int) -> Self:
+        """In ordinary memory."""
+        if count >= len(self):
+            return self
+        rows = evenly_spread(len(self), count)
+        mean, std = self.rows("mean", rows), self.rows("std", rows)
+        return dataclasses.replace(self, mean=(mean,), std=(std,), labels=self.labels[rows], files=())
 
     def rows(self, part: Literal["mean", "std"], indices: Tensor, pin_memory: bool = False) -> Tensor:
         """Gather rows of all shards into fresh memory.

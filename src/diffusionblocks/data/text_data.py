@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -84,11 +85,15 @@ class TextChunks(Dataset):
     def tensors(self) -> list[Tensor]:
         return [self.text.ids]
 
-    def first(self, count: int | None) -> TextChunks:
+    def first(self, count: int | None) -> Self:
         """The first `count` chunks; None: all of the text."""
         if count is None:
             return self
         return dataclasses.replace(self, text=dataclasses.replace(self.text, ids=self.text.ids[: count * self.length]))
+
+    @override
+    def part(self, count: int) -> Self:
+        return self.first(count)
 
     def __len__(self) -> int:
         """Chunks that do not overlap."""

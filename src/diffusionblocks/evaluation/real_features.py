@@ -19,7 +19,7 @@ from .work import ALONE, Work
 #: Gives the uint8 images (n, C, H, W) of some numbers.
 Images = Callable[[range], Tensor]
 
-_FORMAT = 1  # raise it when the content of a file changes: older files are then not read
+_FORMAT = 2  # raise it when the content of a file changes: older files are then not read
 _SEED = 0
 
 #: The names of the files.

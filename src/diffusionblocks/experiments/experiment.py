@@ -187,9 +187,10 @@ class Experiment:
         # Whole batches, which are compiled once; of fewer examples than one batch what there is.
         most = len(data) if options.examples is None else min(options.examples, len(data))
         count = max(1, most // size)
+        part = data.part(count * size)
 
         def batches() -> Iterator[Mapping[str, torch.Tensor]]:
-            every = self.recipe.data.evaluation_batches(data, batch_size=size, device=self.device)
+            every = self.recipe.data.evaluation_batches(part, batch_size=size, device=self.device)
             return itertools.islice(every, count)
 
         return batches

@@ -69,7 +69,8 @@ class EarlyStoppingConfig(BaseModel):
     Attributes:
         every: Steps of a unit between two measurements; the last step has one, too.
         patience: Measurements without a lower loss after which a unit's training ends; null trains to the last step.
-        examples: Number of held-out examples, the first of the split, in whole batches; null takes all.
+        examples: Number of held-out examples, in whole batches: of images evenly spread over the split, of a text the
+            first; null takes all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -148,6 +148,7 @@ def image_measures(experiment: Experiment, pixels: Callable[[Tensor], Tensor]) -
         pixels: turns what the data hold into uint8 images.
     """
     from ...common.digests import tensors_digest
+    from ...data.dataset import evenly_spread
     from ...evaluation.image_quality import ImageMeasures
     from ...evaluation.real_features import kept_reference, order_of_rows
     from ..identity import data_identity
@@ -160,7 +161,8 @@ def image_measures(experiment: Experiment, pixels: Callable[[Tensor], Tensor]) -
     for split in ("train", "test"):
         data = experiment.data(split)
         count = min(len(data), options.reference_images or len(data))
-        images = functools.partial(section.real_images, data, pixels=pixels, device=device)
+        places = evenly_spread(len(data), count)
+        images = functools.partial(_real_images, section, data, places, pixels, device)
         # The first images say how latents are decoded.
         probe = tensors_digest({"pixels": images(range(min(count, 4)))})
         references[split] = kept_reference(
@@ -173,7 +175,7 @@ def image_measures(experiment: Experiment, pixels: Callable[[Tensor], Tensor]) -
             device=device,
             work=work,
         )
-        labels[split] = data.labels[:count][order_of_rows(count)]
+        labels[split] = data.labels[places][order_of_rows(count)]
     if FEATURE_KINDS[options.features].knows_labels(experiment.data("train")):
 
         def of_head(_: Tensor, own: Tensor) -> Tensor:
@@ -193,6 +195,14 @@ def image_measures(experiment: Experiment, pixels: Callable[[Tensor], Tensor]) -
         return classifier.logits(classifier(images))
 
     return ImageMeasures(features, references, class_logits, classifier.accuracy)
+
+
+def _real_images(
+    section: Any, data: Dataset, places: Tensor, pixels: Callable[[Tensor], Tensor], device: Any, numbers: range
+) -> Tensor:
+    """The images of some of the places."""
+    images: Tensor = section.real_images(data, places[numbers.start : numbers.stop], pixels=pixels, device=device)
+    return images
 
 
 def features_folder(recipe: Recipe) -> Path:

@@ -89,8 +89,8 @@ class SamplesConfig(EvaluateSection):
         class_accuracy: With other features than `classifier`, also train (or read) that classifier, and measure how
             often it gives images the label they were drawn with.
         features_folder: Where the classifier is kept, and the features of real images; null is runs/<name>-features.
-        reference_images: Number of real images of each split, the first, to compare with; null takes all (of latents
-            each has to be decoded).
+        reference_images: Number of real images to compare with, evenly spread over each split; null takes all (of
+            latents each has to be decoded).
         batch_size: Images at a time.
         grid_images: Number of images in the picture.
         seed: Seed of the first image; the next count up.
