@@ -92,6 +92,9 @@ def test_a_host_that_is_too_small_is_told_what_would_take_less() -> None:
         less = Predictor(with_changes(predictor.recipe, {name: value}), 100).host_bytes()
         assert less.total < host.total
     assert Predictor(small("train.resident=active", device="cpu")).host_bytes().total == 0
+    least = ["train.resident=active", "train.offload=disk", "train.optimizer=adamw-8bit"]
+    with pytest.raises(ValueError, match="take less with fewer layers, or more blocks"):
+        check_host(Predictor(small(*least), 0), 1)
 
 
 def test_a_cpu_is_not_predicted() -> None:

@@ -87,6 +87,8 @@ def check_host(predictor: Predictor, free: int) -> None:
         fixes.append("fewer examples")
     if host.waiting and train.optimizer == "adamw" and not train.cuda_graph:
         fixes.append("--set train.optimizer=adamw-8bit")
+    if not fixes:
+        fixes.append("fewer layers, or more blocks with fewer each (blocks.num_blocks)")
     raise ValueError(
         f"the host has {format_bytes(free)} of memory free, and the run keeps {format_bytes(host.waiting)} of waiting "
         f"blocks and {format_bytes(host.data)} of data there: take less with {', or '.join(fixes)}. --unchecked starts "
