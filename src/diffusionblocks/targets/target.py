@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Final, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -244,7 +244,7 @@ def cross_entropies(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 #: `loss_chunk` that keeps the logits of a batch within `LOGITS_AT_ONCE`.
-AUTO = "auto"
+AUTO: Final = "auto"
 
 #: Logits that `auto` lets exist at once: 64 MiB in float32, and as much again for each step of the cross-entropy.
 LOGITS_AT_ONCE = 2**24

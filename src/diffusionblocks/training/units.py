@@ -301,7 +301,7 @@ class EndToEnd(OneModel):
             if tokens.dim() != 2 or tokens.shape[1] < 2:
                 shape = tuple(tokens.shape)
                 raise ValueError(f"input_ids must be of shape (batch, length), length >= 2; got {shape}")
-            chunk = self._chunk(self.loss_chunk, tokens)
+            chunk = self._chunk(tokens)
             losses = in_chunks(self._token_losses, self._states(tokens), tokens[:, 1:], chunk)
             return mean_of_counted(losses, batch["loss_mask"][:, 1:]) if "loss_mask" in batch else losses.mean(dim=1)
         logits = self.forward(batch["pixel_values"])  # a call would let FSDP scatter weights that `loss` still needs
@@ -311,11 +311,12 @@ class EndToEnd(OneModel):
 
     def auto_chunk(self, tokens: Tensor) -> int | None:
         """Positions of each text whose logits `loss_chunk = "auto"` makes together: see `Block.auto_chunk`."""
-        return self._chunk(AUTO, tokens)
+        return self._chunk(tokens, AUTO)
 
-    def _chunk(self, chunk: LossChunk, tokens: Tensor) -> int | None:
+    def _chunk(self, tokens: Tensor, chunk: LossChunk = None) -> int | None:
         """Positions whose logits are made together, of a language model's tokens (batch, length)."""
         batch, length = tokens.shape
+        chunk = self.loss_chunk if chunk is None else chunk
         return positions_at_once(chunk, (batch, length - 1), int(self.model.config.vocab_size))  # type: ignore[union-attr, arg-type]
 
     def _states(self, tokens: Tensor) -> Tensor:
