@@ -243,7 +243,7 @@ def test_tensorboard_receives_the_log(tmp_path: Path) -> None:
         (["train", DIGITS, "--set", "train.epochs=1"], "give either train.steps or train.epochs"),
         (["train", DIGITS, "--set", "method=magic"], "'diffusionblocks', 'end-to-end'"),
         (["train", DIGITS, "--set", "data.kind=video"], "'digits', 'images'"),
-        (["train", DIGITS, "--set", "model.type=BertModel"], "supported: BeitForImageClassification"),
+        (["train", DIGITS, "--set", "model.type=BertModel"], "supported: AuraFlowTransformer2DModel"),
         (["train", DIGITS, "--set", "model.config.hiden_size=3"], "knows no ['hiden_size']"),
         (["train", DIGITS, "--set", "model.config.attn_implementation=some/kernel"], "'some/kernel'; allowed: eager"),
         (["train", DIGITS, "--set", "model.config.num_labels=7"], "num_labels = 7, the data has 10 classes"),

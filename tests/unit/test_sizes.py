@@ -168,7 +168,8 @@ def test_texts_may_be_longer_than_a_sliding_window_and_not_than_the_positions(me
         (VIT, ["evaluate.limit=7", "method=end-to-end"], 7),
         (DIT, ["evaluate.samples=10", "evaluate.steps=[4]", "evaluate.guidance=[1, 2]"], 10 * 4 * (1 + 2)),
         (DIT, ["evaluate.samples=10", "evaluate.steps=[4]", "evaluate.solver=[euler, heun]"], 10 * (4 + 7) * 2),
-        (LLAMA, ["evaluate.limit=5", "evaluate.samples=2", "evaluate.new_tokens=6"], 5 * 16 + 2 * 6 * 2),
+        # all levels, then a vote of two blocks
+        (LLAMA, ["evaluate.limit=5", "evaluate.samples=2", "evaluate.new_tokens=6"], 5 * (16 + 2) + 2 * 6 * 2),
         (LLAMA, ["evaluate.limit=5", "evaluate.samples=2", "evaluate.new_tokens=6", "method=end-to-end"], 5 + 2 * 6),
     ],
 )
