@@ -108,7 +108,7 @@ def at(block: int, step: int, event: Event) -> Callable[[int], None]:
 
     def before(rank: int) -> None:
         def eventful(trainer: Trainer, unit: int, following: int | None = None) -> None:
-            if (trainer.units[unit].index, trainer.iteration - 1) == (block, step):  # so many are done
+            if (trainer.units[unit].index, trainer.iteration) == (block, step):  # so many are done
                 event(trainer)
             original(trainer, unit, following)
 

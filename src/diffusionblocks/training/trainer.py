@@ -215,15 +215,15 @@ class Trainer:
         following = next_others(self.schedule, self.iteration)
         while self.iteration < end:
             unit, after = int(self.schedule[self.iteration]), next(following)
-            self.iteration += 1
             if self.stopping is None or not self.stopping.has_stopped(unit):
                 self.step(unit, after)
                 counts[unit] += 1
                 if self.stopping is not None and self.stopping.is_due(unit):
                     self.stepper.join()
                     self.stopping.measure(unit)
-                    if self.stopping.all_have_stopped:
-                        self.iteration = max(self.iteration, end)
+            self.iteration += 1
+            if self.stopping is not None and self.stopping.all_have_stopped:
+                self.iteration = max(self.iteration, end)
             now = time.perf_counter()
             self.seconds = before + now - start
             last = self.iteration == end
