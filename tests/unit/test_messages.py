@@ -74,3 +74,10 @@ def test_libraries_say_nothing_on_standard_error() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_refusal_of_encode_is_one_line():
+    """What libraries say while an option's choices import them does not stand before the error."""
+    command = [sys.executable, "-m", "diffusionblocks", "encode", "--source", "a", "--vae", "b", "--out", "c"]
+    result = subprocess.run([*command, "--check", "-1"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, "error: --check -1: must be at least 0\n")

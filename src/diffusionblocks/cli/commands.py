@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     name = next((name for name in arguments if name in COMMANDS), "")
+    _quieten_imports()
     options = parser(name).parse_args(arguments)
     return report_errors(lambda: _run(name, options), lambda: _way_on(options))
 
@@ -174,12 +175,17 @@ class OfOneProcess(ValueError):
         return os.environ.get("RANK") != "0"
 
 
-def _quieten_libraries() -> None:
-    """Errors of libraries are told as ours; their remarks and bars would stand between the lines that are."""
+def _quieten_imports() -> None:
+    """Silence what libraries say while they are imported; the choices of an option can import them as it is read."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # both are read when the library is imported
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _quieten_libraries() -> None:
+    """Errors of libraries are told as ours; their remarks and bars would stand between the lines that are."""
+    _quieten_imports()
     from transformers.utils import logging as of_transformers
 
     warnings.formatwarning = lambda message, *_, **__: f"{one_line(f'warning: {message}')}\n"  # without a line of code
