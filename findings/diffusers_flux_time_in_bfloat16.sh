@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore")
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 print("torch", torch.__version__, "diffusers", version("diffusers"))
+torch.set_num_threads(1)
 TIMES = [0.5 + i / 1000 for i in range(500)]
 torch.manual_seed(0)
 sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "joint_attention_dim": 24}

@@ -25,7 +25,7 @@ def refused(message: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--labels", "3", "11"], "labels must be in [0, 10] (10: the null class), got 3 to 11"),
-        (["--labels", "-1"], "got -1 to -1"),
+        (["--labels", "-1"], "got -1"),
         (["--count", "0"], "count must be >= 1, got 0"),
         (["--steps", "0"], "steps must be >= 1, got 0"),
         (["--guidance", "-1"], "guidance must be a finite number >= 0, got -1"),

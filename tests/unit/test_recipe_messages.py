@@ -11,7 +11,7 @@ import pytest
 
 from diffusionblocks.common.yaml_values import read_yaml
 from diffusionblocks.experiments import schema_errors
-from diffusionblocks.experiments.recipe import Recipe, parse_recipe
+from diffusionblocks.experiments.recipe import Recipe, load_recipe, parse_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHIPPED = ("vit/digits", "dit/digits", "dit/imagenet-latents", "text/masked_text8", "text/autoregressive_prose")
@@ -164,3 +164,13 @@ def test_many_wrong_fields_are_a_few_lines() -> None:
     with pytest.raises(ValueError, match=r"and 2 more") as error:
         parse_recipe(values, "r.yaml")
     assert len(str(error.value).splitlines()) == 7
+
+
+def test_a_colon_without_a_space_is_told() -> None:
+    with pytest.raises(ValueError, match=r"every:5: no such field; a colon of YAML has a space behind it: every: 5"):
+        load_recipe("vit/digits", ["train.early_stopping={every:5, patience: 1}"])
+
+
+def test_a_file_is_not_blamed_for_an_override() -> None:
+    with pytest.raises(ValueError, match=r"digits\.yaml, with what --set changes, is not a valid recipe"):
+        load_recipe("vit/digits", ["train.steps=0"])

@@ -312,7 +312,7 @@ def test_what_it_cannot_read() -> None:
         model(TOKENS, 0)
     with pytest.raises(ValueError, match=r"length >= 2; got \(4, 1\)"):
         model.loss({"input_ids": TOKENS[:, :1]})
-    with pytest.raises(ValueError, match=r"must be in \[0, 26\], got 27 to 27"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 26\], got 27$"):
         model.loss({"input_ids": torch.full((1, 4), 27)})
 
 

@@ -65,6 +65,11 @@ def shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+def span(low: int, high: int) -> str:
+    """What lies from one number to another, as text; one number where both are the same."""
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """What to say of an unknown name: those that are near it, or all there are."""
     ordered = sorted(names)

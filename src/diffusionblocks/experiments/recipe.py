@@ -368,7 +368,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise ValueError(f"{file} {content}: a recipe is sections with names, as model, data and train")
     for override in overrides or []:
         _override(values, override)
-    return parse_recipe(values, str(file))
+    return parse_recipe(values, f"{file}, with what --set changes," if overrides else str(file))
 
 
 def parse_recipe(values: dict[str, Any], where: str) -> Recipe:

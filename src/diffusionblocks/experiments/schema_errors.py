@@ -65,6 +65,9 @@ def _explained(item: Any, config: type[BaseModel] | None) -> tuple[str, str]:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         if (name := former.get(parts[-1])) is not None:  # alone it would have been taken
             return location, f"{name} is given twice: {parts[-1]} is its former name; leave {parts[-1]} out"
+        name, _, text = parts[-1].partition(":")
+        if text and name in inside:
+            return location, f"no such field; a colon of YAML has a space behind it: {name}: {text}"
         return location, f"no such field{near(parts[-1], inside)}"
     if kind == "union_tag_invalid":
         if not isinstance(value, dict):

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..common.finite import FiniteCheck
+from ..common.messages import span
 from ..noise import Masking
 from .chain import (
     Callback,
@@ -135,7 +136,7 @@ def _rows(template: Tensor, process: Masking, shape: tuple[int, int]) -> Tensor:
     if low < 0 or high >= max(process.vocab_size, process.mask_id + 1):
         most = max(process.vocab_size - 1, process.mask_id)
         raise ValueError(
-            f"the template's tokens must be from 0 to {most} ({process.mask_id}: the mask), got {low} to {high}"
+            f"the template's tokens must be from 0 to {most} ({process.mask_id}: the mask), got {span(low, high)}"
         )
     return rows
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..common.fields import FEEDBACK_NAMES, LabelFeedback
+from ..common.messages import span
 from .target import Batch, EmbeddingTarget, EmbeddingTargetConfig
 
 #: An `ignore_index` that no label has, so that torch passes over none.
@@ -125,4 +126,4 @@ def check_labels(labels: Tensor, size: int, num_classes: int, *, null_class: boo
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes + null_class:
             null = f" ({num_classes}: the null class)" if null_class else ""
-            raise ValueError(f"labels must be in [0, {num_classes - 1 + null_class}]{null}, got {low} to {high}")
+            raise ValueError(f"labels must be in [0, {num_classes - 1 + null_class}]{null}, got {span(low, high)}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..common.messages import span
 from ..common.precision import without_autocast
 
 Batch = Mapping[str, Tensor]
@@ -343,7 +344,7 @@ def check_tokens(tokens: Tensor, vocab_size: int, shape: tuple[int, ...], *, mas
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size + mask:
             name = f" ({vocab_size}: the mask)" if mask else ""
-            raise ValueError(f"input_ids must be in [0, {vocab_size - 1 + mask}]{name}, got {low} to {high}")
+            raise ValueError(f"input_ids must be in [0, {vocab_size - 1 + mask}]{name}, got {span(low, high)}")
 
 
 def attention(mask: Tensor, tokens: Tensor) -> Tensor:
