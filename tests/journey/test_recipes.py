@@ -236,9 +236,13 @@ def test_recipe_trains_at_tiny_size(
     assert main(["evaluate", str(path), "--model", str(out / "model"), "--json", str(out / "e.json"), *sets]) == 0
     table = capsys.readouterr().out
     by_level = recipe.evaluate.kind == "language" and method == "diffusionblocks"
-    assert len(table.splitlines()) == 2 + settings(recipe) + (4 if by_level else 0)
+    rows, *_ = table.partition("real test images:")
+    assert len(rows.splitlines()) == 2 + settings(recipe) + (4 if by_level else 0)
     (results, again) = (json.loads((out / name).read_text())["rows"] for name in ("result.json", "e.json"))
     timeless = [[{k: v for k, v in row.items() if k not in SPEEDS} for row in rows] for rows in (results, again)]
+    for row in (*timeless[0], *timeless[1]):
+        if (real := row.get("real")) is not None:  # of features that the first run kept: other batches, other rounding
+            real["inception_score_analogue"] = pytest.approx(real["inception_score_analogue"], rel=1e-6)
     assert timeless[0] == timeless[1], "a saved model measures as the trained one did"
     assert json.loads((out / "recipe.json").read_text())["method"] == method
     assert (out / "log.jsonl").is_file()

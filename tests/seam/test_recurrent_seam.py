@@ -442,10 +442,10 @@ def test_end_to_end_memory_grows_with_the_gradients_depth_alone() -> None:
 def test_a_plan_tries_one_block_alone() -> None:
     recipe = recipe_of(batch_size=4)
     peak = predict(recipe).peak
-    roomy = plan(recipe, peak, vary="blocks")
+    roomy = plan(recipe, peak, vary="blocks", margin=0)
     assert roomy.blocks is not None
     assert roomy.blocks.changes["blocks.num_blocks"] == 1
-    tight = plan(recipe, peak - 1)
+    tight = plan(recipe, peak - 1, margin=0)
     assert tight.blocks is None
     assert tight.batch is not None
     assert 1 <= tight.batch.changes["train.batch_size"] < 4

@@ -295,13 +295,6 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
         ("evaluate.features: classifier", "inception", "null"),
     ),
     (
-        "recipe: FID of latents that nothing decodes",
-        lambda: recipe(
-            data={"kind": "latents", "source": "there"}, evaluate={"kind": "samples", "features": "inception"}
-        ),
-        ("inception", "data.vae", "null"),
-    ),
-    (
         "recipe: latents to classify",
         lambda: recipe(data={"kind": "latents", "source": "there"}, model={"type": CLASSES[0]}, evaluate={}),
         (CLASSES[0], "latents is for diffusion models"),
