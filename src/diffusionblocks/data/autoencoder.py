@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.tiny_autoencoder import TinyAutoencoder
 from .latent_data import LatentScale
 
 __all__ = ["ImageAutoencoder", "load_vae"]
@@ -147,6 +146,8 @@ def load_vae(name: str, device: torch.device) -> ImageAutoencoder:
         ValueError: it is no autoencoder of images.
         ImportError: diffusers is not installed.
     """
+    from ..models.tiny_autoencoder import TinyAutoencoder  # the models import diffusers, which takes seconds
+
     folder = Path(name).expanduser()
     files = TinyAutoencoder.files_in(folder) if folder.is_dir() else None
     module: nn.Module = _of_diffusers(name) if files is None else TinyAutoencoder.from_files(*files)

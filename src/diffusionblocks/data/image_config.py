@@ -23,10 +23,9 @@ from .augment import AugmentConfig
 from .autoencoder import load_vae
 from .data_config import Batches, DataSection, FilesSection, register_data
 from .dataset import BatchMaker, ExampleCount
-from .encode import center_crop
 from .image_batches import ImageBatches, Normalise, evaluation_batches, to_uint8
 from .image_data import ImageData, digits, image_classification, resized
-from .image_decoder import decode_image, oversized_refused
+from .image_decoder import center_crop, decode_image, oversized_refused
 from .image_processor import ImageProcessor, processor_in
 from .image_table import rows_of_split
 from .latent_batches import LatentBatches
