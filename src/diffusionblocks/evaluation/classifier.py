@@ -137,9 +137,8 @@ class ClassifierFeatures:
         Raises:
             ValueError: another dtype, image size or device.
         """
-        check_images(images, f"(n, {', '.join(map(str, self.image_shape))})", images.shape[1:] == self.image_shape)
-        if images.device != self.device:
-            raise ValueError(f"images are on {images.device}, the classifier on {self.device}: move the images there")
+        shape = f"(n, {', '.join(map(str, self.image_shape))})"
+        check_images(images, shape, images.shape[1:] == self.image_shape, self.device, "classifier")
         with torch.no_grad(), without_autocast(images):
             return self.network.features(self._normalise(images))
 

@@ -195,9 +195,7 @@ class EfficientNetFeatures:
         Raises:
             ValueError: another dtype, number of channels or device.
         """
-        check_images(images, "(n, 1 or 3, H, W)", images.dim() == 4 and images.shape[1] in (1, 3))
-        if images.device != self.device:
-            raise ValueError(f"images are on {images.device}, the network on {self.device}: move the images there")
+        check_images(images, "(n, 1 or 3, H, W)", images.dim() == 4 and images.shape[1] in (1, 3), self.device)
         with torch.no_grad(), without_autocast(images):
             parts = [self.network.features(resized_pixels(chunk)) for chunk in images.split(_CHUNK)]
             return torch.cat(parts) if parts else images.new_empty(0, self.dim, dtype=torch.float32)

@@ -94,9 +94,7 @@ class InceptionFeatures:
         Raises:
             ValueError: another dtype, number of channels or device.
         """
-        check_images(images, "(n, 1 or 3, H, W)", images.dim() == 4 and images.shape[1] in (1, 3))
-        if images.device != self.device:
-            raise ValueError(f"images are on {images.device}, the network on {self.device}: move the images there")
+        check_images(images, "(n, 1 or 3, H, W)", images.dim() == 4 and images.shape[1] in (1, 3), self.device)
         with torch.no_grad(), without_autocast(images):
             features: Tensor = self.network(images.expand(-1, 3, -1, -1))[0]
         return features
@@ -110,10 +108,12 @@ class InceptionFeatures:
         """None: torch-fidelity's head is not that of the Inception Score's definition."""
 
 
-def check_images(images: Tensor, shape: str, matches: bool) -> None:
-    """ValueError unless images are uint8 and of the shape that the message names."""
+def check_images(images: Tensor, shape: str, matches: bool, device: torch.device, reader: str = "network") -> None:
+    """ValueError unless images are uint8, of the shape that the message names, and on the device of what reads them."""
     if images.dtype != torch.uint8 or not matches:
         raise ValueError(f"images: {images.dtype} {tuple(images.shape)}: must be uint8 {shape}")
+    if images.device != device:
+        raise ValueError(f"images are on {images.device}, the {reader} on {device}: move the images there")
 
 
 def _check_tensors_only(path: Path) -> None:
