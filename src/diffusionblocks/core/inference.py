@@ -16,7 +16,7 @@ from ..common.finite import FiniteCheck
 from ..common.graphs import leave_to_host, on_host
 from ..common.seeds import Generators
 from ..config import LabelTargetConfig, NextTokenTargetConfig
-from ..families.generation_config import end_tokens
+from ..families.generation_config import end_tokens, stop_criterion, stop_strings_of
 from ..noise import GaussianProcess, Masking
 from ..sampling import (
     Callback,
@@ -381,6 +381,8 @@ class Continuing(TextGeneration[NextTokenTarget]):
         top_p: float = 1.0,
         feedback: str | None = None,
         stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] | None = None,
+        tokenizer: Any = None,
         num_tokens: int | None = None,
         progress: bool = False,
     ) -> Continuations:
@@ -406,6 +408,7 @@ class Continuing(TextGeneration[NextTokenTarget]):
             combine=combine,
             posterior=self._posterior if votes else None,
             stop_tokens=end_tokens(model) if stop_tokens is None else stop_tokens,
+            stop_criterion=stop_criterion(stop_strings_of(model) if stop_strings is None else stop_strings, tokenizer),
             num_tokens=num_tokens,
             device=model.device,
             progress=progress,

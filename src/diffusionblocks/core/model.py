@@ -46,7 +46,7 @@ class DiffusionBlocks(nn.Module):
         model_class: name of the original class.
         config: the original model's config (transformers' name for it).
         generation_config: of a language model of transformers, its `GenerationConfig`; else None. Of it, only the ids
-            that end a text are followed (`generate`).
+            and strings that end a text are followed (`generate`).
     """
 
     #: Else `others` would tell transformers.Trainer that the model itself divides its loss by the labels of all
@@ -572,6 +572,8 @@ class DiffusionBlocks(nn.Module):
         top_p: float | None = None,
         feedback: str | None = None,
         stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] | None = None,
+        tokenizer: Any = None,
         num_tokens: int | None = None,
         callback: Callback | None = None,
         progress: bool = False,
@@ -600,6 +602,9 @@ class DiffusionBlocks(nn.Module):
             feedback: autoregressive: what a prediction feeds to the next step; default the model's.
             stop_tokens: autoregressive: a row ends with the first of these that it generates. By default all of the
                 model's `generation_config.eos_token_id`, else of its `config.eos_token_id`; an empty list ends no row.
+            stop_strings: autoregressive: a row also ends with the token that completes one of these. By default the
+                model's `generation_config.stop_strings`; an empty list ends no row.
+            tokenizer: autoregressive: of transformers, whose ids the texts are; stop strings need it.
             num_tokens: only ids below this are generated; default all of the vocabulary.
             callback: masked: called once a step with (step, level, z, logits).
             progress: show a progress bar.
@@ -623,6 +628,8 @@ class DiffusionBlocks(nn.Module):
                 top_p=top_p,
                 feedback=feedback,
                 stop_tokens=stop_tokens,
+                stop_strings=stop_strings,
+                tokenizer=tokenizer,
                 num_tokens=num_tokens,
                 callback=callback,
                 progress=progress,

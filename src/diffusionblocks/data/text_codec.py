@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -26,6 +26,9 @@ class TextCodec(Protocol):
     vocab_size: int
     end: int | None
 
+    def library_tokenizer(self) -> Any:
+        """A tokenizer of transformers with these ids; None where there is none."""
+
     def encode(self, text: str) -> Tensor:
         """Ids, int64, shape (n,); ValueError where the text cannot be encoded."""
 
@@ -39,6 +42,10 @@ class CharacterCodec:
     def __init__(self) -> None:
         self.vocab_size = len(SYMBOLS)
         self.end: int | None = None
+
+    def library_tokenizer(self) -> Any:
+        """None: characters have no tokenizer."""
+        return None
 
     def encode(self, text: str) -> Tensor:
         """Ids, int64, shape (n,); ValueError for a character that is not among the 27."""
@@ -69,6 +76,12 @@ class TokenCodec:
         self.vocab_size: int = vocab_size_of(tokenizer)
         self._encoder = exact_tokenizer(tokenizer, end, special_tokens=True)
         self._decoder = copy_of(tokenizer)
+
+    def library_tokenizer(self) -> Any:
+        """A tokenizer of transformers with these ids."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(tokenizer_object=copy_of(self._decoder))
 
     def encode(self, text: str) -> Tensor:
         """Ids, int64, shape (n,); ValueError where the tokenizer's model itself makes `end` of its letters."""

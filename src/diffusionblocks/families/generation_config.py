@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -46,6 +47,49 @@ def end_tokens(model: Any) -> tuple[int, ...]:
         if ids is not None:
             return as_ids(ids, name)
     return ()
+
+
+def stop_strings_of(model: Any) -> tuple[str, ...]:
+    """The strings whose last letter ends a text: `generation_config.stop_strings`.
+
+    Args:
+        model: a language model, converted or not.
+
+    Raises:
+        ValueError: it is no string, nor a list of strings that are not empty.
+    """
+    value = getattr(getattr(model, "generation_config", None), "stop_strings", None)
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(strings, (list, tuple)) or any(not isinstance(text, str) or not text for text in strings):
+        raise ValueError(
+            f"generation_config.stop_strings = {value!r}: must be a string, or a list of strings that are not empty"
+        )
+    return tuple(strings)
+
+
+def stop_criterion(strings: Sequence[str], tokenizer: Any) -> Any:
+    """What says of each row of ids whether one of some strings ends there: the library's own; None without strings.
+
+    Args:
+        strings: which end a text.
+        tokenizer: a tokenizer of transformers, whose ids the texts are; None: there is none.
+
+    Raises:
+        ValueError: strings without a tokenizer, or strings that no tokens of it make.
+    """
+    if not strings:
+        return None
+    if tokenizer is None:
+        raise ValueError(
+            f"stop_strings = {list(strings)} end a text by its letters, and ids have none without their tokenizer: "
+            "give generate(tokenizer=AutoTokenizer.from_pretrained(FOLDER)), or stop_strings=[] to pass over them"
+        )
+    from transformers import StopStringCriteria
+
+    try:
+        return StopStringCriteria(tokenizer, list(strings))
+    except ValueError as error:
+        raise ValueError(f"stop_strings = {list(strings)}: {' '.join(str(error).split())}") from None
 
 
 def as_ids(value: Any, where: str = "model.config") -> tuple[int, ...]:

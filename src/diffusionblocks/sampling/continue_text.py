@@ -27,11 +27,12 @@ from tqdm import tqdm
 from ..common.fields import MOST_LENGTH, TokenFeedback, check_count
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
-from ..families.generation_config import end_tokens
+from ..families.generation_config import end_tokens, stop_criterion, stop_strings_of
 from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
 from .chain import check_levels, check_num_tokens, check_temperature, draw_tokens, generators_of
 from .solvers import euler
+from .stops import TextEnds
 from .votes import LogitVotes
 
 FEEDBACKS: tuple[str, ...] = get_args(TokenFeedback)
@@ -51,7 +52,7 @@ class Continuations:
     """What was generated.
 
     Attributes:
-        tokens: of each row the prompt and what follows it, int64 (length,), on the CPU; a stop token is kept.
+        tokens: of each row the prompt and what follows it, int64 (length,), on the CPU; what ended it is kept.
         prompt_lengths: tokens of each prompt.
         seconds: taken.
         tokens_per_second: generated tokens (up to the stops) over seconds.
@@ -86,6 +87,7 @@ def continue_texts(
     combine: str = "chain",
     posterior: Posterior | None = None,
     stop_tokens: Sequence[int] = (),
+    stop_criterion: Any = None,
     num_tokens: int | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
@@ -115,6 +117,7 @@ def continue_texts(
         posterior: where the blocks vote, makes the posterior of a step, from which its feedback is drawn; None: the
             network is shown no z, so there is nothing to feed.
         stop_tokens: a row ends with the first of these that it generates.
+        stop_criterion: or where a string ends, see `TextEnds`; None: there are no strings.
         num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
         device: where the network is.
         progress: show a progress bar, one tick a token.
@@ -148,7 +151,8 @@ def continue_texts(
             yield token
             news, many = token[:, None], torch.ones_like(counts)
 
-    return _grown(tokens(), rows, max_new_tokens, stop_tokens, device, check, progress)
+    ends = TextEnds(rows, max_new_tokens, stop_tokens, stop_criterion, device)
+    return _grown(tokens(), rows, max_new_tokens, ends, check, progress)
 
 
 def continue_plainly(
@@ -160,6 +164,8 @@ def continue_plainly(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
+    stop_strings: Sequence[str] | None = None,
+    tokenizer: Any = None,
     num_tokens: int | None = None,
     progress: bool = False,
 ) -> Continuations:
@@ -171,7 +177,7 @@ def continue_plainly(
             the first seed: there a row depends, a little, on its batch.
         prompts, max_new_tokens, seeds, temperature, top_p, num_tokens, progress: see `continue_texts`; no prompt may be
             empty, and a row draws one uniform a token.
-        stop_tokens: as there; None takes the model's own, see `DiffusionBlocks.continue_texts`.
+        stop_tokens, stop_strings, tokenizer: see `DiffusionBlocks.generate`; None takes the model's own.
 
     Raises:
         ValueError: an empty prompt, an argument that `continue_texts` refuses, or logits without a softmax: NaN, inf,
@@ -184,6 +190,7 @@ def continue_plainly(
     _check_tokens(rows, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     check_num_tokens(num_tokens, int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     device = next(model.parameters()).device
+    criterion = stop_criterion(stop_strings_of(model) if stop_strings is None else stop_strings, tokenizer)
     states = torch.Generator(device).manual_seed(seeds[0])
     uniforms = torch.stack(
         [torch.rand(max_new_tokens, generator=generator, dtype=torch.float64) for generator in generators_of(seeds)]
@@ -220,37 +227,29 @@ def continue_plainly(
 
     with evaluating(model):
         stops = end_tokens(model) if stop_tokens is None else stop_tokens
-        return _grown(tokens(), rows, max_new_tokens, stops, device, check, progress)
+        ends = TextEnds(rows, max_new_tokens, stops, criterion, device)
+        return _grown(tokens(), rows, max_new_tokens, ends, check, progress)
 
 
 def _grown(
-    tokens: Iterator[Tensor],
-    rows: list[Tensor],
-    count: int,
-    stop_tokens: Sequence[int],
-    device: torch.device,
-    check: FiniteCheck,
-    progress: bool,
+    tokens: Iterator[Tensor], rows: list[Tensor], count: int, ends: TextEnds, check: FiniteCheck, progress: bool
 ) -> Continuations:
-    """Rows with `count` tokens (n,) each behind them, fewer where they stop; taken without gradients, and timed.
+    """Rows with `count` tokens (n,) each behind them, fewer where they end; taken without gradients, and timed.
 
     `check` was given the logits that they were drawn from.
     """
-    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    at_stop = torch.zeros(len(rows), dtype=torch.bool, device=device)
     news: list[Tensor] = []
     start = time.perf_counter()
     with torch.no_grad():
         for token in tqdm(tokens, total=count, disable=not progress, unit="token"):
             news.append(token)
-            if len(stops):
-                at_stop |= torch.isin(token, stops)
-                if bool(at_stop.all()):
-                    break
+            if ends.any and bool(ends.hear(token)):
+                break
     grown = torch.stack(news, dim=1).cpu()  # waits for the device
     check.read()
     seconds = time.perf_counter() - start
-    whole = [torch.cat([row, _until(after, stop_tokens)]) for row, after in zip(rows, grown, strict=True)]
+    lengths = ends.lengths.tolist()
+    whole = [torch.cat([row, after[:length]]) for row, after, length in zip(rows, grown, lengths, strict=True)]
     return Continuations(whole, [len(row) for row in rows], seconds)
 
 
@@ -449,14 +448,6 @@ def _draws(
         uniforms = uniforms.to(device)
         for i in range(min(_AHEAD, count - start)):
             yield prior[:, i], uniforms[:, i]
-
-
-def _until(tokens: Tensor, stops: Sequence[int]) -> Tensor:
-    """Tokens up to the first stop, that included."""
-    for place, token in enumerate(tokens.tolist()):
-        if token in stops:
-            return tokens[: place + 1]
-    return tokens
 
 
 def _check(

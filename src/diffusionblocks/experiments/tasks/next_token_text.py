@@ -185,8 +185,12 @@ class NextTokenText(Task[LanguageConfig]):
         """Refuse texts that outgrow the model, too few prompts, and teachers that are not there."""
         from ...evaluation.mauve import reference_texts, require_mauve
         from ...evaluation.teachers import check_teacher
+        from ...families.generation_config import stop_criterion, stop_strings_of
         from ...sampling import check_combination
 
+        for holder in [model] if experiment.of_blocks(model) else _networks(model):
+            if strings := stop_strings_of(holder):
+                stop_criterion(strings, experiment.codec.library_tokenizer())
         options = self.options(experiment)
         self.check_room(experiment, model, options.prompt_length, options.new_tokens)
         if "test" in experiment.splits:
@@ -433,11 +437,11 @@ def write(
     """Continue prompts as an `evaluate` section says; continuation i has seed `seed` + i.
 
     A text ends with the end of a document (`END` of the tokenizer; characters have none), and of a pretrained model of
-    tokens also with any of its own eos ids. On ranks but the first there are none.
+    tokens also with any of its own eos ids and stop strings. On ranks but the first there are none.
     """
     import torch
 
-    from ...families.generation_config import end_tokens
+    from ...families.generation_config import end_tokens, stop_strings_of
     from ...sampling import Continuations, continue_plainly
 
     codec, converted = experiment.codec, experiment.of_blocks(model)
@@ -452,6 +456,7 @@ def write(
     stops: tuple[int, ...] = () if codec.end is None else (codec.end,)
     if stops and experiment.recipe.model.pretrained is not None:  # its chat may end a turn otherwise than a document
         stops += end_tokens(model if converted else original)
+    tokenizer = codec.library_tokenizer() if stop_strings_of(model if converted else original) else None
     first = options.seed if seed is None else seed
     together, work = options.generation_batch_size or options.batch_size, experiment.work
 
@@ -462,6 +467,7 @@ def write(
             "temperature": options.temperature,
             "top_p": options.top_p,
             "stop_tokens": stops,
+            "tokenizer": tokenizer,
             "num_tokens": codec.vocab_size,  # the model may have more: its vocabulary padded to a round number
             "progress": progress and work.leads,
         }
