@@ -121,6 +121,29 @@ def test_the_tokenizer_reads_only_so_many_characters(corpus: Path, tmp_path: Pat
         train_tokenizer(files, 300, tmp_path / "none.json", limit=0)
 
 
+def test_a_limit_encodes_no_more_than_it_uses(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = ids_of(recipe_of(**options(corpus)).data.load("train"))
+    tokenizer = {"tokenizer": str(next((corpus.parent / "cache").glob("tokenizer-*.json")))}
+    (corpus / "train2.txt").write_bytes(b"\xff no UTF-8")  # which nobody is to read
+    capsys.readouterr()
+    other = {**tokenizer, "cache": str(corpus.parent / "other")}
+    for limit in (1, 50, 90):
+        part = recipe_of(**options(corpus, train_limit=limit + 1, **other)).data.load("train")
+        assert torch.equal(ids_of(part), whole[: limit + 1])
+        assert f"encode train.txt: {len((corpus / 'train.txt').read_text()):,} characters" in capsys.readouterr().err
+    sizes = sorted(file.stat().st_size for file in (corpus.parent / "other").glob("*.ids"))
+    assert sizes == [2 * (limit + 1) for limit in (1, 50, 90)]
+    with pytest.raises(ValueError, match=r"train2\.txt, line 1 is not UTF-8"):  # the positive control
+        recipe_of(**options(corpus, train_limit=len(whole) + 1, **other)).data.load("train")
+    with pytest.raises(ValueError, match=r"train2\.txt, line 1 is not UTF-8"):
+        recipe_of(**options(corpus, **other)).data.load("train")
+    (corpus / "train2.txt").unlink()
+    before = listing(corpus.parent / "cache")
+    part = recipe_of(**options(corpus, train_limit=50, **tokenizer)).data.load("train")
+    assert torch.equal(ids_of(part), whole[:50])
+    assert listing(corpus.parent / "cache") == before  # the whole was there
+
+
 JOB = """
 import sys
 from pathlib import Path

@@ -209,6 +209,7 @@ class TokensConfig(TextFilesSection):
             special_tokens=self.special_tokens,
             start=self.start,
             end=self._end_token(file),
+            limit=self.train_limit if split == "train" else None,
             progress=True,
         )
         settings = read_files(file.parent, TOKENIZER_SETTINGS)

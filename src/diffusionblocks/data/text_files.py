@@ -19,7 +19,7 @@ from ..common.files import whole_file
 from ..common.formats import read_json, write_json
 from .split_files import source_digest
 
-__all__ = ["cached_ids", "check_text", "fingerprint", "open_text"]
+__all__ = ["cached_ids", "check_text", "fingerprint", "is_cached", "open_text"]
 
 _OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
@@ -96,7 +96,7 @@ def cached_ids(
         The ids, shape (N,), possibly none.
     """
     index = {**index, "dtype": dtype.name}
-    sidecar = path.with_name(f"{path.name}.json")
+    sidecar = _sidecar(path)
     count = _cached_count(path, sidecar, index, dtype.itemsize)
     if count is None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,15 @@ def cached_ids(
     if count == 0:  # which cannot be mapped
         return torch.from_numpy(np.zeros(0, dtype=dtype))
     return torch.from_numpy(np.memmap(path, dtype=dtype, mode="c"))
+
+
+def is_cached(path: Path) -> bool:
+    """Whether ids were written to a file, and to its end."""
+    return path.is_file() and _sidecar(path).is_file()
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def _cached_count(path: Path, sidecar: Path, index: Mapping[str, object], size: int) -> int | None:

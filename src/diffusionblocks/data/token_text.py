@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from ..common.files import whole_file
 from ..common.formats import read_json
+from ..common.messages import announcer
 from ..common.processing_files import TOKENIZER_SETTINGS
+from ..common.progress import Progress, on_terminal
 from ..common.tokenizer_file import read_tokenizer
 from .document_pieces import document_ids, exact_tokenizer
 from .split_files import TEXT_ENDINGS, files_of_split
 from .text_data import TextData
-from .text_files import cached_ids, check_text, fingerprint, open_text
+from .text_files import cached_ids, check_text, fingerprint, is_cached, open_text
 
 __all__ = [
     "END",
@@ -55,7 +58,7 @@ def train_tokenizer(
         vocab_size: tokens, >= 257 (256 bytes and `END`). Where the text does not have as many, there are fewer.
         path: file to write, through a temporary name.
         limit: train on the first so many characters only, >= 1; None: on all.
-        progress: show the library's progress bars, on a terminal.
+        progress: show the library's progress bars; without a terminal a line.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -69,11 +72,13 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    bars = progress and on_terminal() and sys.stdout.isatty()  # elsewhere the bars leave empty lines
+    announcer(progress and not bars)(f"train a tokenizer of {vocab_size:,} tokens: {path}")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=progress and sys.stdout.isatty(),  # elsewhere the bars leave empty lines
+        show_progress=bars,
     )
     passages = itertools.chain.from_iterable(_passages(text) for text in _texts(files, limit))
     tokenizer.train_from_iterator(passages, trainer)
@@ -141,6 +146,7 @@ def encoded_corpus(
     special_tokens: bool = False,
     start: str | None = None,
     end: str = END,
+    limit: int | None = None,
     progress: bool = False,
 ) -> TextData:
     """A corpus as tokens, encoded once: a later call with the same files and tokenizer only maps the file.
@@ -159,7 +165,8 @@ def encoded_corpus(
             are letters, as those of `end` always are.
         start: the token before each document; None: none.
         end: the token after each document.
-        progress: show a progress bar over the files' characters, on a terminal.
+        limit: only the first so many ids, >= 1; what comes after them is not encoded. None: all.
+        progress: show a progress bar over the files' characters; without a terminal a line now and then.
 
     Returns:
         The ids, mapped.
@@ -176,10 +183,10 @@ def encoded_corpus(
     vocab_size = vocab_size_of(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     index = {
-        "source": _fingerprint(files, tokenizer, separator, special_tokens, start, end),
+        "source": _fingerprint(files, tokenizer, separator, special_tokens, start, end, limit),
         "vocab_size": vocab_size,
     }
-    documents = _ids(files, tokenizer, separator, special_tokens, start, end, progress)
+    documents = _first(_ids(files, tokenizer, separator, special_tokens, start, end, progress), limit)
     pieces = (np.asarray(ids) for ids in documents)
     return TextData(cached_ids(path, index, pieces, dtype), vocab_size)
 
@@ -225,18 +232,25 @@ def encoded_split(
     special_tokens: bool = False,
     start: str | None = None,
     end: str = END,
+    limit: int | None = None,
     progress: bool = False,
 ) -> TextData:
     """As `encoded_corpus`, kept in `folder` as `NAME-FINGERPRINT.ids`.
 
-    The name changes with the files, the tokenizer, the separator and the special tokens; so jobs that share a folder
-    never find another's.
+    The name changes with the files, the tokenizer, the separator, the special tokens and the limit; so jobs that share
+    a folder never find another's. Where the whole split is there, its first ids are taken of it.
     Jobs that encode it at once write the same.
     """
     _check_files(files)
-    path = folder / f"{name}-{_fingerprint(files, tokenizer, separator, special_tokens, start, end)}.ids"
+
+    def place(limit: int | None) -> Path:
+        return folder / f"{name}-{_fingerprint(files, tokenizer, separator, special_tokens, start, end, limit)}.ids"
+
     options: dict[str, Any] = {"separator": separator, "special_tokens": special_tokens, "start": start, "end": end}
-    return encoded_corpus(files, tokenizer, path, progress=progress, **options)
+    if limit is not None and is_cached(place(None)):
+        whole = encoded_corpus(files, tokenizer, place(None), progress=progress, **options)
+        return dataclasses.replace(whole, ids=whole.ids[:limit])
+    return encoded_corpus(files, tokenizer, place(limit), limit=limit, progress=progress, **options)
 
 
 def split_files(source: Path, split: str, patterns: Mapping[str, str] | None = None) -> list[Path]:
@@ -270,10 +284,12 @@ def _fingerprint(
     special_tokens: bool,
     start: str | None,
     end: str,
+    limit: int | None = None,
 ) -> str:
     content = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     tokens = [] if (start, end) == (None, END) else [start, end]  # what was encoded before they could be named is right
-    return fingerprint(files, [_FORMAT, content, separator, special_tokens, *tokens])
+    first = [] if limit is None else [{"limit": limit}]
+    return fingerprint(files, [_FORMAT, content, separator, special_tokens, *tokens, *first])
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:
@@ -294,8 +310,7 @@ def _ids(
     start = start_of(tokenizer, start_token)
     tokenizer = exact_tokenizer(tokenizer, end_token, special_tokens=special_tokens)
     for file, text in zip(files, _texts(files), strict=True):
-        hidden = None if progress else True  # None shows it on terminals only
-        with tqdm(total=len(text), desc=file.name, disable=hidden, unit="character", unit_scale=True) as bar:
+        with Progress(f"encode {file.name}", len(text), "characters", show=progress) as bar:
             for document in text.split(separator) if separator else [text]:
                 if not document:
                     continue
@@ -310,6 +325,16 @@ def _ids(
                 empty = False
     if empty:
         raise ValueError(f"no text in {[str(file) for file in files]}")
+
+
+def _first(pieces: Iterator[list[int]], limit: int | None) -> Iterator[list[int]]:
+    """The first so many ids of some pieces; those behind them are never made. None: all."""
+    left = math.inf if limit is None else limit
+    for ids in pieces:
+        yield ids if len(ids) <= left else ids[: int(left)]
+        left -= len(ids)
+        if left <= 0:
+            return
 
 
 def _passages(text: str) -> Iterator[str]:

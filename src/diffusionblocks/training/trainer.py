@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..common.finite import first_not_finite
+from ..common.progress import on_terminal
 from ..common.seeds import key
 from ..core.branching import trunk_name
 from ..core.model import DiffusionBlocks
@@ -134,7 +133,7 @@ class Trainer:
                 raise ValueError("train.early_stopping needs held-out data: give Trainer held_out, or set it to null")
             self.stopping = EarlyStopping(config, self.units, self.residency, held_out, self.device, group)
         self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
-        if progress and not _on_terminal():
+        if progress and not on_terminal():
             self.loggers.append(ProgressLines(steps, len(self.units)))
         self.iteration = 0
         self.seconds = 0.0
@@ -180,7 +179,7 @@ class Trainer:
         end = min(len(self.schedule), until if until is not None else len(self.schedule))
         self.model.train()
         bar = tqdm(
-            total=len(self.schedule), initial=self.iteration, disable=not (self.progress and _on_terminal()), unit="it"
+            total=len(self.schedule), initial=self.iteration, disable=not (self.progress and on_terminal()), unit="it"
         )
         try:
             with self._watch.active(), self.side_stream():
@@ -511,11 +510,6 @@ def _check_group(units: Sequence[Unit], config: TrainConfig, group: Group) -> No
             f"{units[0].name} cannot be trained by {group.size} ranks together, as it draws or keeps statistics over a "
             "whole batch: start it without torchrun, or with no more ranks than blocks"
         )
-
-
-def _on_terminal() -> bool:
-    """Whether a bar can be shown; bars of several processes would write over one another."""
-    return sys.stderr.isatty() and int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def _check_weights(units: Sequence[Unit], config: TrainConfig) -> None:
