@@ -23,7 +23,7 @@ from torchao.optim import AdamW8bit
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.training import TrainConfig
 from diffusionblocks.training.eight_bit_kernel import OneKernelAdamW8bit
-from diffusionblocks.training.optim import make_optimizer
+from diffusionblocks.training.optim import way_to_step
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
 WAYS = ("torchao", "compiled once", "one kernel")
@@ -44,7 +44,9 @@ def optimizer_of(way: str, weights: list[nn.Parameter], lr: torch.Tensor) -> tor
         return AdamW8bit(weights, lr=lr, **SETTINGS)  # type: ignore[no-any-return]
     if way == "one kernel":
         return OneKernelAdamW8bit(weights, lr=lr, **SETTINGS)
-    return make_optimizer(weights, lr, TrainConfig(steps=1, optimizer="adamw-8bit", **SETTINGS))
+    return way_to_step(weights, TrainConfig(steps=1, optimizer="adamw-8bit", fused_kernels=(), **SETTINGS)).make(
+        weights, lr=lr
+    )
 
 
 class Contestant:

@@ -100,7 +100,7 @@ def test_the_update_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compiles = counted_compiles(monkeypatch)
     config = TrainConfig(steps=1, batch_size=1, lr=1e-2, optimizer="adamw-8bit")
     for p in parameters():
-        ours.make_optimizer([p], torch.tensor(0.0), config)
+        ours.way_to_step([p], config).make([p], lr=torch.tensor(0.0))
     assert len(compiles) == 1
 
 
@@ -121,3 +121,11 @@ def test_another_torchao_cannot_round_by_chance(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ImportError, match=r"or --set train.optimizer=adamw"):
         ours.Updater(weights, 1, 0, config, [])
     ours.Updater(weights, 1, 0, config.model_copy(update={"optimizer": "adamw"}), [])  # the advice
+
+
+def test_another_torchao_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(adam, "single_param_adam")
+    config = TrainConfig(steps=1, batch_size=1, optimizer="adamw-8bit", cuda_graph=True)
+    with pytest.raises(ImportError, match=r"or --set train.cuda_graph=false"):
+        ours.Updater(parameters(), 1, 0, config, [])
+    ours.Updater(parameters(), 1, 0, config.model_copy(update={"cuda_graph": False}), [])  # the advice

@@ -11,7 +11,7 @@ from helpers import seeded
 from torch import Tensor, nn
 
 from diffusionblocks.training import TrainConfig
-from diffusionblocks.training.optim import ParameterSet, Updater, make_optimizer, together
+from diffusionblocks.training.optim import ParameterSet, Updater, together, way_to_step
 
 adam = pytest.importorskip("torchao.optim.adam")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +77,34 @@ def test_quantisation_is_torchaos_and_so_are_steps() -> None:
 
 
 @needs_triton
+def test_codes_are_torchaos_to_the_bit() -> None:
+    """At decays of 0 the moments are the gradient and its square, so what is written is the quantisation alone."""
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    from diffusionblocks.training.eight_bit_kernel import OneKernelAdamW8bit
+
+    values = torch.tensor(create_dynamic_map(signed=True))
+    halfway = (values[1:] + values[:-1]) / 2
+    random = torch.randn(64, 256, generator=seeded(3)) * 10.0 ** torch.arange(-8, 8).repeat_interleave(4)[:, None]
+    rows = [values, torch.cat([halfway, torch.ones(1)]), torch.zeros(256), torch.full((256,), 1e-30), *random]
+    grad = torch.stack([row.float() for row in rows]).to(DEVICE)
+    weight = nn.Parameter(torch.zeros_like(grad))
+    lr = torch.tensor(0.0, device=DEVICE)
+    optimizer = OneKernelAdamW8bit([weight], lr=lr, betas=(0.0, 0.0))
+    like = adam.AdamW8bit([weight])
+    optimizer.state[weight] = {"step": torch.zeros((), device=DEVICE)}
+    optimizer.state[weight] |= {name: like._new_buffer(weight, name == "exp_avg") for name in ("exp_avg", "exp_avg_sq")}
+    weight.grad = grad
+    optimizer.step()
+    for name, moment, signed in (("exp_avg", grad, True), ("exp_avg_sq", grad.square(), False)):
+        reference = like._new_buffer(weight, signed)
+        reference.copy_(moment)
+        assert torch.equal(optimizer.state[weight][name].codes, reference.codes)
+        assert torch.equal(optimizer.state[weight][name].scale, reference.scale)
+        assert len(reference.codes.unique()) > 200
+
+
+@needs_triton
 def test_in_the_backward_pass_groups_step_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """With groups of parameters, of which one has no gradient at times: equal to one step over all."""
     from diffusionblocks.training import eight_bit_kernel
@@ -122,4 +150,16 @@ def test_a_cpu_and_a_recipe_that_does_not_ask_keep_torchaos_step() -> None:
     weights = parameters()
     for kernels in ((), ("adamw-8bit",)) if DEVICE == "cpu" else ((),):
         config = TrainConfig(steps=1, optimizer="adamw-8bit", fused_kernels=kernels)
-        assert "OneKernel" not in type(make_optimizer(weights, torch.tensor(0.0, device=DEVICE), config)).__name__
+        optimizer = way_to_step(weights, config).make(weights, lr=torch.tensor(0.0, device=DEVICE))
+        assert "OneKernel" not in type(optimizer).__name__
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_gpu_steps_in_one_kernel_where_it_can() -> None:
+    from diffusionblocks.training.eight_bit_kernel import OneKernelAdamW8bit
+
+    config = TrainConfig(steps=1, optimizer="adamw-8bit")
+    lr = torch.tensor(0.0, device=DEVICE)
+    assert type(way_to_step(parameters(), config).make(parameters(), lr=lr)) is OneKernelAdamW8bit
+    lower = [nn.Parameter(p.bfloat16()) for p in parameters()]
+    assert type(way_to_step(lower, config).make(lower, lr=lr)) is not OneKernelAdamW8bit

@@ -66,8 +66,7 @@ def runner_of(spec: Spec) -> Iterator[Runner]:
 def _row(spec: Spec) -> dict[str, Any]:
     """Measure memory and speed of a method."""
     row = _launched(spec)
-    method = METHODS[spec.method]
-    if spec.captured and method.kind != "alternative" and method.train.get("optimizer") != "adamw-8bit":
+    if spec.captured and METHODS[spec.method].kind != "alternative":
         try:
             row["captured_ms"] = _captured_times(spec).to_dict()
         except Exception as error:  # what was measured before must not be lost to it

@@ -88,7 +88,7 @@ class Spec:
         tiny: shrink the model to toy size.
         compile: torch.compile, as the trainer does it.
         cuda_graph: capture the trainer's steps; a row then has its speed alone.
-        captured: of a row, time captured steps too, of another trainer; not of alternatives, nor of 8-bit AdamW.
+        captured: of a row, time captured steps too, of another trainer; not of alternatives.
         windows: timed windows, of which the median is reported.
         iterations: steps of each block in a window.
         steps_per_switch: steps over which a row spreads the cost of a switch of blocks.

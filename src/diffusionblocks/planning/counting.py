@@ -76,7 +76,7 @@ def count_waiting(units: Sequence[Unit], train: TrainConfig) -> int:
 
 
 def optimizer_bytes(parameter: Tensor, optimizer: str, *, by_chance: bool = False) -> int:
-    """Bytes of AdamW's state on the device for one parameter: two moments, and for `adamw` a float32 count of steps.
+    """Bytes of AdamW's state on the device for one parameter: two moments, and a float32 count of steps.
 
     Args:
         parameter: on any device.
@@ -87,5 +87,5 @@ def optimizer_bytes(parameter: Tensor, optimizer: str, *, by_chance: bool = Fals
     if optimizer == "adamw":
         return 2 * elements * parameter.element_size() + 4
     if elements < _QUANTIZED_FROM or elements % _QUANTIZED_BLOCK:
-        return 2 * elements * (4 if by_chance else parameter.element_size())
-    return 2 * (elements + 4 * (elements // _QUANTIZED_BLOCK) + _TABLE_BYTES)
+        return 2 * elements * (4 if by_chance else parameter.element_size()) + 4
+    return 2 * (elements + 4 * (elements // _QUANTIZED_BLOCK) + _TABLE_BYTES) + 4

@@ -85,7 +85,7 @@ def check_host(predictor: Predictor, free: int) -> None:
         fixes.append("--set train.offload=disk")
     if host.data:
         fixes.append("fewer examples")
-    if host.waiting and train.optimizer == "adamw" and not train.cuda_graph:
+    if host.waiting and train.optimizer == "adamw":
         fixes.append("--set train.optimizer=adamw-8bit")
     if not fixes:
         fixes.append("fewer layers, or more blocks with fewer each (blocks.num_blocks)")

@@ -34,7 +34,7 @@ MARGIN = 0.05
 #: about a third more time, 8-bit state its precision, the optimizer in the backward pass clipping and accumulation.
 OPTIMISATIONS: tuple[dict[str, Any], ...] = (
     {"train.activation_checkpointing": True},
-    {"train.optimizer": "adamw-8bit", "train.cuda_graph": False},
+    {"train.optimizer": "adamw-8bit"},
     {"train.optimizer_in_backward": True, "train.gradient_clip": None, "train.accumulation": 1},
 )
 

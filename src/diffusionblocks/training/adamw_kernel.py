@@ -6,7 +6,6 @@ busy. State, settings and arithmetic are torch's.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import triton
+from .address_table import HAS_TRITON, AddressTables, jit
+
+if HAS_TRITON:
     import triton.language as tl
-except ImportError:  # torch for a CPU comes without it
-    triton = tl = None
 
 #: Elements of a program.
 _BLOCK = 1024
@@ -28,11 +26,7 @@ _MOST = 2**24
 _COLUMNS = 6
 
 
-def _jit(kernel: Any) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@jit("tensors")
 def _adamw(  # type: ignore[no-untyped-def]
     table_at, lr_at, tensors, log_beta1, log_beta2, rest1, rest2, decay, eps,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -72,21 +66,17 @@ class OneKernelAdamW(torch.optim.AdamW):
 
     def __init__(self, parameters: Sequence[Tensor], **options: Any) -> None:
         super().__init__(parameters, **options)
-        self._tables: list[Tensor] = []
-        self._spare: Tensor | None = None
+        self._tables = AddressTables(_BLOCK)
         self.reserve()
 
     def reserve(self) -> None:
-        """Have page-locked memory ready for a step that is captured: none can be had meanwhile."""
-        if self._spare is None:
-            sizes = [p.numel() for group in self.param_groups for p in group["params"]]
-            length = len(sizes) * _COLUMNS + len(_work(tuple(sizes)))
-            self._spare = torch.empty(length, dtype=torch.int64, pin_memory=True)
+        """Be ready for a step that is captured in a CUDA graph."""
+        self._tables.reserve([p.numel() for group in self.param_groups for p in group["params"]], _COLUMNS)
 
     @staticmethod
     def takes(parameters: Sequence[Tensor]) -> bool:
         """Whether it can move these parameters here."""
-        if triton is None or sum(p.numel() for p in parameters) > _MOST:
+        if not HAS_TRITON or sum(p.numel() for p in parameters) > _MOST:
             return False
         return all(p.is_cuda and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
 
@@ -97,53 +87,38 @@ class OneKernelAdamW(torch.optim.AdamW):
         parameters = [p for p in group["params"] if p.grad is not None]
         if closure is not None or not parameters or not all(self.state.get(p) for p in parameters):
             return super().step(closure)  # which makes the state
-        rows = [(p, p.grad, self.state[p]) for p in parameters]
-        if torch.cuda.is_current_stream_capturing():
-            assert self._spare is not None, "`reserve` comes before a capture"
-            self._tables.append(self._spare)  # the graph reads it at every replay
-            self._spare = None
-            update(rows, group, self._tables[-1])
-        else:
-            update(rows, group)
+        update([(p, p.grad, self.state[p]) for p in parameters], group, self._tables)
         return None
 
 
 def update(
-    rows: Sequence[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, Any], memory: Tensor | None = None
+    rows: Sequence[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, Any], tables: AddressTables | None = None
 ) -> None:
     """AdamW's step of (parameter, gradient, state) triples.
 
     Args:
         rows: the triples.
         group: settings, as of an optimizer's group.
-        memory: int64, for the table that the kernel goes by, on the host; None takes some.
+        tables: whose memory a captured step takes; None: the step is not captured.
     """
     torch._foreach_add_([state["step"] for *_, state in rows], 1.0)
-    device = rows[0][0].device
     gradients = [gradient.contiguous() for _, gradient, _ in rows]  # they live until the kernel is launched
-    addresses = [
-        address
+    entries = [
+        entry
         for (p, _, state), gradient in zip(rows, gradients, strict=True)
-        for address in (
+        for entry in (
             *(p.data_ptr(), gradient.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr()),
             *(state["step"].data_ptr(), p.numel()),
         )
     ]
-    work = _work(tuple(p.numel() for p, *_ in rows))
-    values = torch.tensor([*addresses, *work])
-    if memory is not None:
-        values = memory[: len(values)].copy_(values)
-    elif device.type == "cuda":
-        values = values.pin_memory()
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    logs = (math.log2(beta) if beta else -math.inf for beta in (beta1, beta2))
-    _adamw[(len(work),)](
-        values.to(device, non_blocking=True), lr, len(rows), *logs, 1 - beta1, 1 - beta2,
+    sizes = [p.numel() for p, *_ in rows]
+    table, programs = (tables or AddressTables(_BLOCK)).on(rows[0][0].device, entries, sizes)
+    _adamw[(programs,)](
+        table, group["lr"], len(rows), *logs2(group["betas"]), *(1 - beta for beta in group["betas"]),
         group["weight_decay"], group["eps"], _COLUMNS, _BLOCK, num_warps=4,
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
-def _work(sizes: tuple[int, ...]) -> list[int]:
-    """For each program, which tensor (the upper 32 bits) and from which element."""
-    return [i << 32 | start for i, size in enumerate(sizes) for start in range(0, size, _BLOCK)]
+def logs2(betas: Sequence[float]) -> list[float]:
+    """Base-2 logarithms of decays, from which a kernel makes their powers."""
+    return [math.log2(beta) if beta else -math.inf for beta in betas]

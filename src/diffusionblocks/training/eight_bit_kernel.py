@@ -15,26 +15,22 @@ import torch
 from torch import Tensor
 from torchao.optim import AdamW8bit
 
-try:
-    import triton
+from .adamw_kernel import logs2
+from .address_table import HAS_TRITON, AddressTables, jit
+
+if HAS_TRITON:
     import triton.language as tl
-except ImportError:  # torch for a CPU comes without it
-    triton = tl = None
 
 #: Elements that share a scale.
 _BLOCK = 256
 #: Such blocks of a program.
 _ROWS = 4
-#: What the table says of a tensor: addresses of parameter, gradient, both moments and their scales, the number of
-#: elements, and again where the moments are in 8 bits, else 0.
-_COLUMNS = 8
+#: What the table says of a tensor: addresses of parameter, gradient, both moments, their scales and the count of steps,
+#: the number of elements, and again where the moments are in 8 bits, else 0.
+_COLUMNS = 9
 
 
-def _jit(kernel: Any) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@jit()
 def _codes_of(x, values_at):  # type: ignore[no-untyped-def]
     """The code whose value is nearest to x in [-1, 1]: a binary search among 256 ascending values."""
     code = tl.where(x >= tl.load(values_at + 128), 128, 0)
@@ -51,25 +47,25 @@ def _codes_of(x, values_at):  # type: ignore[no-untyped-def]
     return tl.where(x - low >= (high - low) * 0.5, above, code)
 
 
-@_jit
+@jit("tensors")
 def _adamw_8bit(  # type: ignore[no-untyped-def]
-    table_at, corrections_at, lr_at, signed_at, unsigned_at, tensors, rest1, rest2, decay, eps,
+    table_at, lr_at, signed_at, unsigned_at, tensors, log_beta1, log_beta2, rest1, rest2, decay, eps,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     work = tl.load(table_at + tensors * COLUMNS + tl.program_id(0))
-    index = work >> 32
     start = work & 0xFFFFFFFF
-    row = table_at + index * COLUMNS
+    row = table_at + (work >> 32) * COLUMNS
     parameter_at = tl.load(row).to(tl.pointer_type(tl.float32))
     gradient_at = tl.load(row + 1).to(tl.pointer_type(tl.float32))
-    size = tl.load(row + 6)
-    size_in_codes = tl.load(row + 7)  # all elements or none
+    step = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    size = tl.load(row + 7)
+    size_in_codes = tl.load(row + 8)  # all elements or none
     lines = tl.arange(0, ROWS)
     place = start + lines[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = place < size
     lr = tl.load(lr_at)
-    correction1 = tl.load(corrections_at + index)
-    correction2 = tl.load(corrections_at + tensors + index)
+    correction1 = 1.0 - tl.exp2(step * log_beta1).to(tl.float32)  # in float32, as torchao's
+    correction2 = 1.0 - tl.exp2(step * log_beta2).to(tl.float32)
     parameter = tl.load(parameter_at + place, mask=inside, other=0.0)
     gradient = tl.load(gradient_at + place, mask=inside, other=0.0)
     first32_at = tl.load(row + 2).to(tl.pointer_type(tl.float32))
@@ -118,6 +114,17 @@ class OneKernelAdamW8bit(AdamW8bit):  # type: ignore[misc]
         options: of `torchao.optim.AdamW8bit`; `lr` is a float32 tensor on the device.
     """
 
+    def __init__(self, parameters: Sequence[Tensor], **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self._tables = AddressTables(_ROWS * _BLOCK)
+        self.reserve()
+
+    def reserve(self) -> None:
+        """Be ready for a step that is captured in a CUDA graph."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if parameters[0].is_cuda:
+            self._tables.reserve([p.numel() for p in parameters], _COLUMNS)
+
     @staticmethod
     def takes(parameters: Sequence[Tensor], *, on_gpu: bool = True) -> bool:
         """Whether it can move these parameters here.
@@ -126,59 +133,54 @@ class OneKernelAdamW8bit(AdamW8bit):  # type: ignore[misc]
             parameters: they.
             on_gpu: ask for a GPU's; Triton's interpreter takes a CPU's as well.
         """
-        return triton is not None and all(
+        return HAS_TRITON and all(
             p.is_cuda >= on_gpu and p.dtype == torch.float32 and p.is_contiguous() for p in parameters
         )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Move every parameter that has a gradient, with no host sync."""
+        """Move every parameter that has a gradient; with no host sync, and in a CUDA graph that is captured too."""
         (group,) = self.param_groups
         parameters = [p for p in group["params"] if p.grad is not None]
         if closure is not None or not parameters or not all(self.state.get(p) for p in parameters):
             result = super().step(closure)  # which makes the state
-            for p in parameters:  # torchao counts on the host
-                self.state[p]["step"] = self.state[p]["step"].to(p.device)
+            count_on_device(self)
             return result
-        update([(p, p.grad, self.state[p]) for p in parameters], group)
+        update([(p, p.grad, self.state[p]) for p in parameters], group, self._tables)
         return None
 
 
-def update(rows: Sequence[tuple[Tensor, Any, dict[str, Any]]], group: dict[str, Any]) -> None:
+def update(rows: Sequence[tuple[Tensor, Any, dict[str, Any]]], group: dict[str, Any], tables: AddressTables) -> None:
     """8-bit AdamW's step of (parameter, gradient, state) triples.
 
     Args:
         rows: the triples; a state has `step`, `exp_avg` and `exp_avg_sq`, as torchao's.
         group: settings, as of an optimizer's group.
+        tables: whose memory a captured step takes.
     """
-    (beta1, beta2), lr, device = group["betas"], group["lr"], rows[0][0].device
-    steps = [state["step"] for *_, state in rows]
-    torch._foreach_add_(steps, 1.0)
-    counts = torch.stack(steps)
-    corrections = torch.cat([1 - beta1**counts, 1 - beta2**counts])
+    device = rows[0][0].device
+    torch._foreach_add_([state["step"] for *_, state in rows], 1.0)
     gradients = [gradient.contiguous() for _, gradient, _ in rows]  # they live until the kernel is launched
-    addresses = []
+    entries: list[int] = []
     for (p, _, state), gradient in zip(rows, gradients, strict=True):
         moments = [state["exp_avg"], state["exp_avg_sq"]]
         in_codes = hasattr(moments[0], "codes")
         data = [moment.codes if in_codes else moment for moment in moments]
         scales = [moment.scale if in_codes else moment for moment in moments]
-        tensors = [p, gradient, *data, *scales]
-        addresses += [*(tensor.data_ptr() for tensor in tensors), p.numel(), p.numel() if in_codes else 0]
-    work = _work(tuple(p.numel() for p, *_ in rows))
-    table = torch.tensor([*addresses, *work])
-    if device.type == "cuda":
-        table = table.pin_memory()
-    _adamw_8bit[(len(work),)](
-        table.to(device, non_blocking=True), corrections, lr, *_values(device), len(rows), 1 - beta1, 1 - beta2,
-        group["weight_decay"], group["eps"], _COLUMNS, _ROWS, _BLOCK, num_warps=4,
+        tensors = [p, gradient, *data, *scales, state["step"]]
+        entries += [*(tensor.data_ptr() for tensor in tensors), p.numel(), p.numel() if in_codes else 0]
+    table, programs = tables.on(device, entries, [p.numel() for p, *_ in rows])
+    _adamw_8bit[(programs,)](
+        table, group["lr"], *_values(device), len(rows), *logs2(group["betas"]),
+        *(1 - beta for beta in group["betas"]), group["weight_decay"], group["eps"],
+        _COLUMNS, _ROWS, _BLOCK, num_warps=4,
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
-def _work(sizes: tuple[int, ...]) -> list[int]:
-    """For each program, which tensor (the upper 32 bits) and from which element."""
-    return [i << 32 | start for i, size in enumerate(sizes) for start in range(0, size, _ROWS * _BLOCK)]
+def count_on_device(optimizer: torch.optim.Optimizer) -> None:
+    """Have steps counted where the parameters are: torchao counts on the host, where a captured step never comes."""
+    for parameter, state in optimizer.state.items():
+        state["step"] = state["step"].to(parameter.device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,6 +8,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,12 +142,12 @@ class Updater:
         self.decay = torch.tensor(0.0, dtype=torch.float32, device=device)
         #: Of the rounding of bfloat16 weights; each step brings its own (`prepare`).
         self._draws = Draws(device) if config.weights == "bfloat16" else None
-        self._groups = self._grouped(parameters)  # of places; each has an optimizer
+        self._way = way_to_step(parameters, config, self._draws)
+        everything = [range(len(parameters))] if parameters else []
+        #: Of places; each has an optimizer.
+        self._groups = self._way.groups(parameters) if config.optimizer_in_backward else everything
         self._group_of = [i for i, places in enumerate(self._groups) for _ in places]
-        self._optimizers: list[Optimizer] = [
-            make_optimizer(parameters[places.start : places.stop], self.lr, config, self._draws)
-            for places in self._groups
-        ]
+        self._optimizers = [self._way.make(parameters[g.start : g.stop], lr=self.lr) for g in self._groups]
         self._ready = [0] * len(self._groups)  # gradients of the coming step that are whole
         if config.optimizer_in_backward:
             # A hook that held this would keep the parameters for good: torch's hooks are no garbage.
@@ -159,15 +160,6 @@ class Updater:
 
             for i, parameter in enumerate(parameters):
                 parameter.register_post_accumulate_grad_hook(functools.partial(step, place=i))
-
-    def _grouped(self, parameters: list[nn.Parameter]) -> list[range]:
-        """Places of the parameters that step at once."""
-        if not parameters:
-            return []
-        if not self.config.optimizer_in_backward:
-            return [range(len(parameters))]
-        in_one_kernel = self._draws is None and _one_kernel_8bit(parameters, self.config) is not None
-        return together(parameters) if in_one_kernel else [range(i, i + 1) for i in range(len(parameters))]
 
     def allocate(self, place: Callable[[int, str, Tensor], Tensor] = lambda i, name, fresh: fresh) -> None:
         """Make the optimizer's lazy state now: it is moved between devices, and measured.
@@ -183,7 +175,8 @@ class Updater:
                 optimizer.step()  # gradient 0, at learning rate 0: nothing moves; the others have no gradient
             parameter.grad = None
             state = self._state(i)
-            state["step"].zero_()
+            # torchao counts on the host, where a step in a CUDA graph never comes.
+            state["step"] = torch.zeros_like(state["step"], device=parameter.device)
             for key, value in state.items():
                 parts = {name: place(i, name, part).copy_(part) for name, part in _parts(key, value).items()}
                 state[key] = _rebuilt(key, value, parts)
@@ -215,8 +208,7 @@ class Updater:
             self._draws.generator = generator
         self.lr.fill_(self.learning_rate(owner))
         for optimizer in self._optimizers:
-            if isinstance(optimizer, OneKernelAdamW):
-                optimizer.reserve()
+            self._way.reserve(optimizer)
         if self.ema:
             self.decay.fill_(self.config.average_decay(owner.inherited_steps + owner.steps))
         owner.steps += 1
@@ -279,43 +271,52 @@ def check_optimizer(config: TrainConfig) -> None:
             ) from error
 
 
-def make_optimizer(
-    parameters: list[nn.Parameter], lr: Tensor, config: TrainConfig, draws: Draws | None = None
-) -> Optimizer:
-    """AdamW as the config says, over parameters of one device, with the learning rate in a tensor there.
+@dataclass(frozen=True)
+class WayToStep:
+    """How AdamW steps parameters of one device.
+
+    Attributes:
+        make: parameters, and `lr`, a float32 scalar on their device -> the optimizer.
+        groups: parameters -> those that step at once in a backward pass, as ranges of their places.
+        reserve: is called with an optimizer before each step, for memory that a step in a CUDA graph cannot take.
+    """
+
+    make: Callable[..., Optimizer]
+    groups: Callable[[Sequence[Tensor]], list[range]]
+    reserve: Callable[[Any], None] = lambda optimizer: None
+
+
+def way_to_step(parameters: Sequence[Tensor], config: TrainConfig, draws: Draws | None = None) -> WayToStep:
+    """How AdamW steps these parameters: in one kernel where there is one for them, else as its library does.
 
     Args:
-        parameters: what it moves.
-        lr: float32 scalar.
+        parameters: what it moves, all on one device.
         config: AdamW's settings.
         draws: bfloat16 weights are rounded by chance, by these; None: to nearest.
 
     Raises:
-        ImportError: 8-bit AdamW without torchao.
+        ImportError: 8-bit AdamW without torchao, or with one that cannot do what the settings ask for.
     """
+    settings: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw-8bit":
         check_optimizer(config)
-        kind = (None if draws is not None else _one_kernel_8bit(parameters, config)) or _adamw_8bit()
-        optimizer: Optimizer = kind(parameters, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
-        if draws is not None:
-            if not hasattr(optimizer, "draws"):
-                raise ImportError(
-                    "train.weights: bfloat16 rounds each step of 8-bit AdamW by chance, which this version of torchao "
-                    "cannot be told: install the one of diffusionblocks[memory], or --set train.optimizer=adamw"
-                )
-            optimizer.draws = draws
-        return optimizer
+        from .eight_bit_kernel import OneKernelAdamW8bit  # needs torchao
+
+        if "adamw-8bit" in config.fused_kernels and draws is None and OneKernelAdamW8bit.takes(parameters):
+            one = functools.partial(OneKernelAdamW8bit, **settings)
+            return WayToStep(one, together, OneKernelAdamW8bit.reserve)
+        return WayToStep(functools.partial(_torchaos(config, draws), **settings), one_by_one)
     if draws is not None:
-        return RoundedAdamW(parameters, draws, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
-    one = "adamw" in config.fused_kernels and not config.optimizer_in_backward and OneKernelAdamW.takes(parameters)
-    return (OneKernelAdamW if one else torch.optim.AdamW)(
-        parameters,
-        lr=lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-        capturable=lr.device.type == "cuda",
-    )
+        return WayToStep(functools.partial(RoundedAdamW, draws=draws, **settings), one_by_one)
+    settings |= {"fused": True, "capturable": any(p.is_cuda for p in parameters)}
+    if "adamw" in config.fused_kernels and not config.optimizer_in_backward and OneKernelAdamW.takes(parameters):
+        return WayToStep(functools.partial(OneKernelAdamW, **settings), one_by_one, OneKernelAdamW.reserve)
+    return WayToStep(functools.partial(torch.optim.AdamW, **settings), one_by_one)
+
+
+def one_by_one(parameters: Sequence[Tensor]) -> list[range]:
+    """Groups of one parameter each."""
+    return [range(i, i + 1) for i in range(len(parameters))]
 
 
 def together(parameters: Sequence[Tensor]) -> list[range]:
@@ -334,13 +335,22 @@ def together(parameters: Sequence[Tensor]) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(parameters)])]
 
 
-def _one_kernel_8bit(parameters: Sequence[Tensor], config: TrainConfig) -> Any:
-    """The optimizer whose step is one kernel over these parameters; None where it is not asked for, or cannot."""
-    if config.optimizer != "adamw-8bit" or "adamw-8bit" not in config.fused_kernels:
-        return None
-    from .eight_bit_kernel import OneKernelAdamW8bit  # needs torchao
-
-    return OneKernelAdamW8bit if OneKernelAdamW8bit.takes(parameters) else None
+def _torchaos(config: TrainConfig, draws: Draws | None) -> Callable[..., Optimizer]:
+    """torchao's 8-bit AdamW that does what the settings ask for."""
+    kind = _adamw_8bit()
+    if hasattr(kind, "draws"):
+        return functools.partial(kind, draws=draws)
+    if draws is not None:
+        raise ImportError(
+            "train.weights: bfloat16 rounds each step of 8-bit AdamW by chance, which this version of torchao "
+            "cannot be told: install the one of diffusionblocks[memory], or --set train.optimizer=adamw"
+        )
+    if config.cuda_graph:
+        raise ImportError(
+            "train.cuda_graph: true captures each step, in which 8-bit AdamW of this version of torchao compiles: "
+            "install the one of diffusionblocks[memory], or --set train.cuda_graph=false"
+        )
+    return kind  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -360,6 +370,10 @@ def _adamw_8bit() -> Any:
 
     class AdamW8bitCompiledOnce(AdamW8bit):  # type: ignore[misc]
         draws: Draws | None = None  # of the rounding of bfloat16 weights; None: to nearest
+
+        def __init__(self, parameters: Any, *, draws: Draws | None = None, **options: Any) -> None:
+            super().__init__(parameters, **options)
+            self.draws = draws
 
         def _new_buffer(self, p: Tensor, signed: bool) -> Any:
             fresh = super()._new_buffer(p, signed)

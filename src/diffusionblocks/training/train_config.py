@@ -118,8 +118,7 @@ class TrainConfig(BaseModel):
             query, key and value of at most 256 features, as one; `attention`: over 33 to 96 tokens in heads of 32.
             These three need `compile`, and bfloat16. `adamw`: its step of float32 parameters, as one kernel;
             `adamw-8bit`: the same with state in 8 bits, in the backward pass a kernel for a few neighbours, whose
-            gradients wait for each other (not timed on a GPU yet, so no default). They change rounding; `attention`
-            also which scores dropout takes.
+            gradients wait for each other. They change rounding; `attention` also which scores dropout takes.
         cuda_graph: Capture each unit's whole step (data, forward, backward, optimizer) in a CUDA graph. Without effect
             on a CPU.
         concurrent: Let steps of different blocks overlap on one GPU, each block on a CUDA stream of its own: steps of
@@ -177,6 +176,7 @@ class TrainConfig(BaseModel):
         "projections",
         "attention",
         "adamw",
+        "adamw-8bit",
     )
     cuda_graph: bool = False
     concurrent: bool = False
@@ -248,8 +248,6 @@ class TrainConfig(BaseModel):
                 "concurrent = true needs all blocks on the device, and resident = active keeps one there: set "
                 "train.resident to all, or train.concurrent to false"
             )
-        if self.optimizer == "adamw-8bit" and self.cuda_graph:
-            raise ValueError("optimizer = adamw-8bit counts its steps on the host; set train.cuda_graph to false")
         if self.blocks is not None and list(self.blocks) != sorted(set(self.blocks)):
             raise ValueError(f"blocks must ascend without repeats, got {list(self.blocks)}")
         return self
