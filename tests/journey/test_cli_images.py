@@ -268,3 +268,31 @@ def test_compare_gives_every_row_the_same_layer_updates(
     text = page.read_text()
     assert "Distance against network calls" in text
     assert text.count("<td>*</td>") == 5
+
+
+# ---- boundaries ---------------------------------------------------------------------------------------------
+
+
+def test_boundaries_are_printed_written_and_drawn(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--count", "2", "--examples", "32", "--moved", "-60", "0", "--out", str(tmp_path)]
+    steps = sets(evaluate__steps="[30]")
+    assert main(["boundaries", DIGITS, "--model", str(run / "model"), *more, *TINY, *steps]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = read_json(tmp_path / "boundaries.json")
+    assert [(row["above"], row["below"], row["examples"]) for row in result["rows"]] == [(0, 1, 32), (1, 2, 32)]
+    assert all(0 < row["denoised"] < row["velocity"] for row in result["rows"])
+    assert [(row["share"], row["change"] > 0) for row in result["moved"]] == [(-0.6, True), (0, False)] * 2
+    assert len(lines) == 1 + 4 + 1 + 6 + 2
+    assert Image.open(tmp_path / "boundaries.png").format == "PNG"
+
+
+def test_boundaries_of_what_has_none_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(run / "model")]
+    assert main(["boundaries", DIGITS, *model, "--moved", "-100", *TINY]) == 2
+    assert "--moved -100: must be a percentage above -100" in capsys.readouterr().err
+    assert main(["boundaries", DIGITS, *model, "--count", "0", "--out", str(tmp_path), *TINY]) == 2
+    assert "count" in capsys.readouterr().err
+    assert main(["boundaries", DIGITS, "--model", str(run / "trunk" / "model"), *TINY]) == 2
+    assert "this model has one; give one of several blocks" in capsys.readouterr().err

@@ -25,6 +25,9 @@ COMMANDS = {
     "evaluate": Command("measure a trained model: accuracy, samples, or bits per character", ".evaluate", shared=True),
     "predict": Command("the classes of pictures, by a trained classifier", ".predict"),
     "sample": Command("samples of a trained diffusion model: images or text", ".sample", shared=True),
+    "boundaries": Command(
+        "how neighbouring blocks of a diffusion model differ at their boundary, and what moving it changes", ".boundary"
+    ),
     "encode": Command(
         "encode images by an autoencoder into a folder of latents, to train a diffusion model on", ".encode_images"
     ),
@@ -91,6 +94,8 @@ examples:
       images of a trained diffusion model: PNG files, a grid, a chain over its steps
   diffusionblocks sample runs/masked-topics --infill 'the _____ of'
       texts of a trained text model, or the gaps of one filled in
+  diffusionblocks boundaries runs/dit-digits --moved -10 -5 0 5 10
+      distance of neighbouring blocks' velocities at each boundary; samples with the boundary moved, as a figure
   diffusionblocks branch runs/trunk/model --blocks 3 --out runs/branched
       copy a trained trunk (one block on all levels) into three blocks
   diffusionblocks average runs/dit/model --trunk runs/dit/trunk/model --shares 0.5 0 0 --out runs/averaged

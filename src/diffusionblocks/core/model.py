@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,23 @@ class DiffusionBlocks(nn.Module):
         """Copy a block to where blocks take turns (`run_one_at_a_time`); without that it is where it runs."""
         if self._turns is not None:
             self._turns.bring(block)
+
+    def with_boundaries(self, boundaries: Sequence[float]) -> Self:
+        """The same blocks, each called at other levels: a model that shares all weights with this one.
+
+        Nothing is trained. Of a model that was trained with boundaries of its own this is for diagnostics, and for
+        users who move the boundary by hand: within its training interval a block was trained at these levels, too.
+
+        Args:
+            boundaries: the B - 1 levels between the blocks, ascending (of flow matching t before the shift).
+
+        Raises:
+            ValueError: another number of levels, or levels that do not ascend or lie outside the process's range.
+        """
+        view = copy.copy(self)
+        view.partition = self.partition.with_boundaries(self.noise, boundaries)
+        view.blocks_config = self.blocks_config.model_copy(update={"boundaries": view.partition.boundaries[1:-1]})
+        return view
 
     # ---- activation checkpointing, under both of transformers' names ---------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -138,6 +139,18 @@ class Partition:
     def num_layers(self) -> int:
         """Depth of the whole network; of experts, that of each."""
         return self.layers[0] if self.split == "experts" else sum(self.layers)
+
+    def with_boundaries(self, noise: NoiseProcess, inner: Sequence[float]) -> Partition:
+        """The same blocks, trained as they were, owning other levels.
+
+        Args:
+            noise: the process that the partition was built on.
+            inner: the B - 1 levels between the blocks, ascending.
+
+        Raises:
+            ValueError: another number of levels, or levels that do not ascend or lie outside the process's range.
+        """
+        return dataclasses.replace(self, boundaries=tuple(_whole_range(noise, inner, self.num_blocks)))
 
     def check_block(self, block: int) -> int:
         """Return `block` if it names one of the B blocks, else raise ValueError."""

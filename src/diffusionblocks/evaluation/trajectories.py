@@ -37,7 +37,7 @@ class Acceleration:
 
     def __call__(self, step: int, level: float, z: Tensor, denoised: Tensor) -> None:
         """Take a step's z and D."""
-        time, velocity = path_time(self._noise, level), _velocity(self._noise, level, z, denoised)
+        time, velocity = path_time(self._noise, level), path_velocity(self._noise, level, z, denoised)
         if step == 0:
             self._last = None
             self._chains += len(z)
@@ -100,7 +100,7 @@ def _squared_row(
     z = noise.corrupt(target, levels.to(target.dtype), draws).detach()
     with torch.enable_grad():
         z.requires_grad_()
-        product = (_velocity(noise, level, z, denoise(z, level)) * signs).sum()
+        product = (path_velocity(noise, level, z, denoise(z, level)) * signs).sum()
         (row,) = torch.autograd.grad(product, z)
     row = row.double() * _length(noise, level)  # by x, of which z is so many times as long
     return row.square().flatten(1).mean(1).sum()
@@ -112,5 +112,6 @@ def _length(noise: GaussianProcess, level: float) -> float:
     return sigma + alpha * noise.sigma_data
 
 
-def _velocity(noise: GaussianProcess, level: float, z: Tensor, denoised: Tensor) -> Tensor:
+def path_velocity(noise: GaussianProcess, level: float, z: Tensor, denoised: Tensor) -> Tensor:
+    """v = (x - D / sigma_data) / t of z at a level > 0 and its D, on the straight path of unit-variance data."""
     return (z / _length(noise, level) - denoised / noise.sigma_data) / path_time(noise, level)

@@ -68,7 +68,7 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 1, gap: int
     Raises:
         ValueError: another shape or dtype, or a number out of its range.
     """
-    save_png(_tile(images, columns, scale, gap), path)
+    save_png(tile(images, columns, scale, gap), path)
 
 
 def save_pairs(images: Tensor, decoded: Tensor, path: Path, columns: int = 8) -> None:
@@ -93,7 +93,7 @@ def readable_scale(images: Tensor) -> int:
     return max(1, math.ceil(_READABLE / images.shape[-1]))
 
 
-def _tile(images: Tensor, columns: int, scale: int, gap: int) -> Tensor:
+def tile(images: Tensor, columns: int, scale: int, gap: int) -> Tensor:
     """The picture of `save_grid`, uint8 (C, rows * (H * scale + gap) - gap, columns * (W * scale + gap) - gap)."""
     if images.dtype != torch.uint8 or images.dim() != 4 or len(images) < 1:
         raise ValueError(
@@ -214,7 +214,7 @@ def draw_chain(
     cell_height, cell_width = size[2] * scale, size[3] * scale
     count = len(columns["z"])
     groups = [
-        _tile(torch.stack([column[i] for kind in show for column in columns[kind]]), count, scale, gap)
+        tile(torch.stack([column[i] for kind in show for column in columns[kind]]), count, scale, gap)
         for i in range(shape[0])
     ]
     channels, group_height, width = groups[0].shape

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ...core.model import DiffusionBlocks
     from ...data.dataset import Dataset
     from ...data.image_config import ImagesSection
+    from ...evaluation.boundary_distances import BoundaryRow, MovedRow
     from ...evaluation.image_quality import ImageMeasures
     from ...evaluation.sample_quality import SampleRow, Setting
     from ...noise import GaussianProcess
@@ -245,6 +246,49 @@ class ImageGeneration(Task[SamplesConfig]):
                 seed=options.seed,
                 work=work,
             )
+
+    def compare_neighbours(
+        self,
+        experiment: Experiment,
+        model: nn.Module,
+        folder: Path,
+        *,
+        count: int,
+        examples: int,
+        shares: Sequence[float] | None,
+    ) -> tuple[Sequence[BoundaryRow], Sequence[MovedRow]]:
+        """Distances of velocities and of D, and samples of the recipe's first setting with each boundary moved."""
+        from ...evaluation.boundary_distances import SHARES, boundary_distances, check_boundaries, moved_boundaries
+        from ...evaluation.sample_quality import sample_batch
+        from ...reports.boundary_pictures import draw_boundary_moves
+        from ...sampling import network_calls
+
+        check_count("count", count, MOST_SAMPLES)
+        check_count("examples", examples, MOST_SAMPLES)
+        blocks = experiment.blocks_of(model)
+        noise, options = check_boundaries(blocks), self.options(experiment)
+        setting, pixels = options.settings[0], images_of(experiment).to_pixels(blocks.device)
+        levels = noise.sampling_levels(setting.steps, setting.grid)
+        calls = network_calls(setting.solver, levels, noise, churn=setting.churn, churn_interval=setting.churn_interval)
+        data = experiment.data("train")
+        size = min(experiment.recipe.train.batch_size, examples)
+        batches = experiment.recipe.data.evaluation_batches(
+            data.part(examples), batch_size=size, device=experiment.device
+        )
+
+        def draw(view: DiffusionBlocks) -> Tensor:
+            return sample_batch(sampler_of(options, view), range(count), setting, seed=options.seed)
+
+        with experiment.precision(blocks):
+            distances = boundary_distances(blocks, batches, seed=options.seed)
+            call_levels = [call.level for call in calls]
+            views = list(moved_boundaries(blocks, draw, call_levels, SHARES if shares is None else shares))
+        if not views:
+            raise ValueError("--moved: no boundary can be moved so far without reaching its neighbour; move it by less")
+        draw_boundary_moves(
+            distances, [(row, pixels(images).cpu()) for row, images in views], noise, folder / "boundaries.png"
+        )
+        return distances, [row for row, _ in views]
 
     # ---- tables and figures --------------------------------------------------------------------------------------
 

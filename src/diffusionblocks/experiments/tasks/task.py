@@ -295,6 +295,34 @@ class Task(abc.ABC, Generic[Options]):
         """
         raise ValueError(f"--figure: evaluate.kind: {self.kind} has no figure of its levels; leave it out")
 
+    def compare_neighbours(
+        self,
+        experiment: Experiment,
+        model: nn.Module,
+        folder: Path,
+        *,
+        count: int,
+        examples: int,
+        shares: Sequence[float] | None,
+    ) -> tuple[Sequence[Row], Sequence[Row]]:
+        """Compare neighbouring blocks at the boundary between them, for `diffusionblocks boundaries`.
+
+        Args:
+            experiment: of the run.
+            model: what it trained.
+            folder: where the figure goes.
+            count: samples for each place of a boundary.
+            examples: of the training data, at which neighbours are compared.
+            shares: by which each boundary is moved; None: the usual ones.
+
+        Returns:
+            A row a boundary, and a row a boundary and share.
+
+        Raises:
+            ValueError: the task has no such measure.
+        """
+        raise ValueError(f"boundaries is for diffusion models of images; {experiment.recipe.model.type} {self.does}")
+
     # ---- tables and figures --------------------------------------------------------------------------------------
 
     def summary(self, rows: Sequence[Any]) -> dict[str, Any]:
