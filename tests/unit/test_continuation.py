@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import diffusionblocks as db
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.noise import EDM
-from diffusionblocks.sampling import Continuations, continue_plainly, continue_texts
+from diffusionblocks.sampling import Continuations, continue_plainly, continue_text, continue_texts
 from diffusionblocks.sampling.continue_text import feedback_rows, filtered
 from diffusionblocks.targets import NextTokenTarget
 
@@ -269,6 +269,38 @@ def test_cached_equals_uncached(family: str, steps: int) -> None:
     levels = model.noise.levels(steps)
     assert made == [uncached(model, p, 8, s, levels) for p, s in zip(PROMPTS, (3, 4, 5), strict=True)]
     assert len({token for row in made for token in row[-8:]}) > 5, "the model writes the same whatever it reads"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_of_one_shape_give_the_same_texts(family: str, steps: int) -> None:
+    """What a GPU captures: attention over the places of the longest text, empty ones masked, from static memory."""
+    model = converted(family)
+    plain = model.generate(PROMPTS, 9, steps=steps, cuda_graph=False)
+    assert lists(model.generate(PROMPTS, 9, steps=steps, cuda_graph=True)) == lists(plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"temperature": 0.0}, {"num_tokens": VOCAB - 2}])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_graphs_give_the_texts_of_eager_tokens(family: str, autocast: bool, options: dict[str, Any]) -> None:
+    """Against steps of the same shapes, so that products are the same kernels; twice, as nothing may be left over."""
+    model = converted(family).cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        graph, again = (model.generate(PROMPTS, 24, steps=3, cuda_graph=True, **options) for _ in range(2))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(continue_text, "StaticSteps", lambda step: step)
+            eager = model.generate(PROMPTS, 24, steps=3, cuda_graph=True, **options)
+    assert lists(graph) == lists(again) == lists(eager)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_graphs_say_which_block_is_not_finite() -> None:
+    model = converted("llama").cuda()
+    next(model.block(1).parameters()).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="block 1: logits at level"):
+        model.generate(PROMPTS, 24, steps=3, cuda_graph=True)
 
 
 def test_two_streams_go_on_from_nothing() -> None:

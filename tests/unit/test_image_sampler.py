@@ -14,6 +14,7 @@ from torch import Tensor
 
 import diffusionblocks as db
 from diffusionblocks.sampling import SOLVERS, StaticCalls
+from diffusionblocks.sampling.static_calls import StaticSteps
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -143,6 +144,26 @@ def test_a_network_in_bfloat16_is_the_model_cast_with_its_chain_in_float32() -> 
     whole = images(model, [1, 2], [5, 6], guidance=2.0)
     assert 0 < (drawn - whole).abs().mean() < 0.1 * whole.abs().mean()
     assert next(model.parameters()).dtype == torch.float32, "the model itself stays as it is"
+
+
+def test_a_step_in_place_changes_its_own_state_once_a_call() -> None:
+    total = torch.zeros(2)
+
+    def step(value: Tensor) -> Tensor:
+        return total.add_(value).clone()
+
+    run = StaticSteps(step)
+    results = [run(torch.full((2,), float(i))) for i in range(1, 8)]
+    assert [float(result[0]) for result in results] == [1, 3, 6, 10, 15, 21, 28]
+
+
+@CUDA
+def test_a_captured_step_changes_its_own_state_once_a_call() -> None:
+    """The calls before a capture are steps like others, and a capture is none."""
+    total = torch.zeros(2, device="cuda")
+    run = StaticSteps(lambda value: total.add_(value) * 1)
+    results = [run(torch.full((2,), float(i), device="cuda")) for i in range(1, 8)]
+    assert [float(result[0]) for result in results] == [1, 3, 6, 10, 15, 21, 28]
 
 
 @contextmanager

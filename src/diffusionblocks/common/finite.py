@@ -58,7 +58,8 @@ class FiniteCheck:
             return
         if self._first is None:
             self._first = torch.full((), -1, dtype=torch.int64, device=good.device)
-        self._first = torch.where((self._first < 0) & ~good, len(self._places), self._first)
+        # In place: a step that notes it may be captured in a CUDA graph.
+        self._first.copy_(torch.where((self._first < 0) & ~good, len(self._places), self._first))
         self._places.append((name, level))
 
     def _error(self, name: str, level: float | None) -> ValueError:

@@ -384,11 +384,17 @@ class Continuing(TextGeneration[NextTokenTarget]):
         stop_strings: Sequence[str] | None = None,
         tokenizer: Any = None,
         num_tokens: int | None = None,
+        cuda_graph: bool = False,
         progress: bool = False,
     ) -> Continuations:
         model, config = self.model, self._config
         if prompts is None or max_new_tokens is None:
             raise ValueError(f"generate needs prompts and max_new_tokens: this {model.model_class} {self.does}")
+        if cuda_graph and model.takes_turns:
+            raise ValueError(
+                "cuda_graph: the model's blocks run one at a time, each copied to the device for its turn, and a graph "
+                "needs them all there; leave it out"
+            )
         combine = self.combination(combine)
         votes = combine != "chain"
         return continue_texts(
@@ -411,6 +417,7 @@ class Continuing(TextGeneration[NextTokenTarget]):
             stop_criterion=stop_criterion(stop_strings_of(model) if stop_strings is None else stop_strings, tokenizer),
             num_tokens=num_tokens,
             device=model.device,
+            cuda_graph=cuda_graph,
             progress=progress,
         )
 

@@ -593,6 +593,7 @@ class DiffusionBlocks(nn.Module):
         stop_strings: Sequence[str] | None = None,
         tokenizer: Any = None,
         num_tokens: int | None = None,
+        cuda_graph: bool | None = None,
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Any:
@@ -624,6 +625,8 @@ class DiffusionBlocks(nn.Module):
                 model's `generation_config.stop_strings`; an empty list ends no row.
             tokenizer: autoregressive: of transformers, whose ids the texts are; stop strings need it.
             num_tokens: only ids below this are generated; default all of the vocabulary.
+            cuda_graph: autoregressive: on a GPU, capture the chain of a token, all blocks of it, as one CUDA graph that
+                is replayed for every token: for many tokens. Without effect on other devices. Default False.
             callback: masked: called once a step with (step, level, z, logits).
             progress: show a progress bar.
 
@@ -631,7 +634,8 @@ class DiffusionBlocks(nn.Module):
             Masked: tokens, int64 (rows, length), on the model's device. Autoregressive: `Continuations`.
 
         Raises:
-            ValueError: the model generates no text, an argument is not for its kind, or one is out of range.
+            ValueError: the model generates no text, an argument is not for its kind, or one is out of range;
+                `cuda_graph` of blocks that take turns on the device, or that cannot be captured.
         """
         with evaluating(self):
             return self.inference.generate(
@@ -649,6 +653,7 @@ class DiffusionBlocks(nn.Module):
                 stop_strings=stop_strings,
                 tokenizer=tokenizer,
                 num_tokens=num_tokens,
+                cuda_graph=cuda_graph,
                 callback=callback,
                 progress=progress,
             )

@@ -354,5 +354,5 @@ def _before(clean: Tensor, streams: Streams) -> Tensor:
     if clean.shape[1]:
         rows = torch.arange(len(clean), device=clean.device)
         last = clean[rows, (streams.counts - 1).clamp(min=0)]
-        past.last = torch.where(streams.counts[:, None] > 0, last, past.last)
+        past.last.copy_(torch.where(streams.counts[:, None] > 0, last, past.last))
     return past.last[:, None]

@@ -39,7 +39,7 @@ _ROWS_ON_CPU = 64
 class Past:
     """Keys and values of the clean tokens that a block's layers have seen, while text is generated.
 
-    Rows may hold different numbers of tokens: each is filled from its start.
+    Rows may hold different numbers of tokens: each is filled from its start. All that changes does so in place.
 
     Args:
         batch: rows.
@@ -50,6 +50,8 @@ class Past:
         lengths: tokens that each row holds, int64, shape (batch,).
         most: an upper bound of `lengths`, known to the host.
         last: whatever a model keeps of each row's last token.
+        static: whether attention runs over all places, those still empty masked, so that every step has the same
+            shapes and a CUDA graph can repeat one.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device | str | None = None) -> None:
@@ -57,37 +59,51 @@ class Past:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.most = 0
         self.last: Tensor | None = None
+        self.static = False
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def places(self, new: int) -> int:
+        """How many places attention runs over where so many tokens are new."""
+        return self.capacity if self.static else self.most + new
+
+    def update(self, layer: int, noisy: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put new tokens behind those that a layer holds; all of them, and room for shorter rows.
 
         Args:
             layer: the layer's number.
-            key: (batch, heads, new, dim); `new` may be 0.
+            noisy: 0 or 1, how many positions, the first, are noisy: they are seen, and not kept.
+            key: (batch, heads, noisy + new, dim); `new` may be 0.
             value: likewise.
 
         Returns:
-            Keys and values (batch, heads, most + new, dim): row r holds tokens in its first lengths[r] + new places;
-            what is behind them has no meaning.
+            Keys and values (batch, heads, places + noisy, dim), see `places`: row r holds tokens in its first
+            lengths[r] + new places, what is behind them has no meaning; then the noisy ones.
         """
-        new = key.shape[2]
+        new = key.shape[2] - noisy
         if self.most + new > self.capacity:
             raise ValueError(f"{self.most} + {new} tokens do not fit: the past was made for {self.capacity}")
         if layer not in self._tensors:
-            shape = (key.shape[0], key.shape[1], self.capacity, key.shape[3])
+            shape = (key.shape[0], key.shape[1], self.capacity + 1, key.shape[3])  # the last is for a noisy position
             self._tensors[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         if new:
             places = (self.lengths[:, None] + torch.arange(new, device=key.device))[:, None, :, None]
             for tensor, fresh in zip(self._tensors[layer], (key, value), strict=True):
+                fresh = fresh[:, :, noisy:]
                 tensor.scatter_(2, places.expand_as(fresh), fresh)
-        keys, values = self._tensors[layer]
-        end = self.most + new
-        return keys[:, :, :end], values[:, :, :end]
+        end = self.places(new)
+        if not noisy:
+            return self._tensors[layer][0][:, :, :end], self._tensors[layer][1][:, :, :end]
+        if end < self.capacity:
+            pairs = zip(self._tensors[layer], (key, value), strict=True)
+            keys, values = (torch.cat([tensor[:, :, :end], fresh[:, :, :noisy]], dim=2) for tensor, fresh in pairs)
+            return keys, values
+        for tensor, fresh in zip(self._tensors[layer], (key, value), strict=True):
+            tensor[:, :, end:] = fresh[:, :, :noisy]
+        return self._tensors[layer]
 
     def advance(self, counts: Tensor, new: int) -> None:
         """After all layers: `counts` (batch,) of the `new` places given to each row were tokens, the others padding."""
-        self.lengths = self.lengths + counts
+        self.lengths += counts
         self.most += new
 
 
@@ -131,7 +147,7 @@ class Streams:
         behind = start + self.counts[:, None]
         self.positions = torch.cat([behind[:, :noisy], start + places[:clean]], dim=1)
         # Keys are the places of `past`, then the noisy position itself.
-        keys = torch.arange(past.most + clean, device=device)
+        keys = torch.arange(past.places(clean), device=device)
         visible = keys <= self.positions[:, :, None]
         # A noisy position stands where the next token will be: that place in `past` is still empty.
         visible[:, :noisy] = keys < behind[:, None]
@@ -141,7 +157,7 @@ class Streams:
 
     def within(self, window: int | None) -> Streams:
         """The same positions, of which each sees only so many tokens, its own included; None: all of its past."""
-        last = self.clean - 1 if self.past is None else self.past.most + self.clean
+        last = self.clean - 1 if self.past is None else self.past.places(self.clean)
         if window is None or window > last:
             return self
         streams = copy.copy(self)
@@ -270,8 +286,7 @@ def two_streams(
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     n, queries = streams.noisy, query.shape[2]
     if streams.past is not None:
-        keys, values = streams.past.update(layer, key[:, :, n:], value[:, :, n:])
-        keys, values = torch.cat([keys, key[:, :, :n]], dim=2), torch.cat([values, value[:, :, :n]], dim=2)
+        keys, values = streams.past.update(layer, n, key, value)
         visible = streams.over_past(queries)
         if bent:
             return _reference(query, keys, values, visible, scale, dropout, softcap, sinks)

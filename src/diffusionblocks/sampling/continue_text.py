@@ -32,6 +32,7 @@ from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
 from .chain import check_levels, check_num_tokens, check_temperature, draw_tokens, generators_of
 from .solvers import euler
+from .static_calls import StaticSteps
 from .stops import TextEnds
 from .votes import LogitVotes
 
@@ -90,6 +91,7 @@ def continue_texts(
     stop_criterion: Any = None,
     num_tokens: int | None = None,
     device: torch.device | str = "cpu",
+    cuda_graph: bool = False,
     progress: bool = False,
 ) -> Continuations:
     """Continue prompts, in one batch, without gradients.
@@ -120,10 +122,13 @@ def continue_texts(
         stop_criterion: or where a string ends, see `TextEnds`; None: there are no strings.
         num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
         device: where the network is.
+        cuda_graph: on a GPU, capture the whole chain of a token once and replay it for all that follow. Attention then
+            runs over the places of the longest text from the first token on, empty ones masked.
         progress: show a progress bar, one tick a token.
 
     Raises:
         ValueError: an argument is not as above, or logits are not finite.
+        RuntimeError: a network that cannot be captured.
     """
     rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
     _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, feedback, top_k)
@@ -144,12 +149,21 @@ def continue_texts(
         place[: len(row)] = row
     clean, counts = new.to(device), torch.tensor(lengths, device=device)
 
+    ones = torch.ones_like(counts)
+
+    def follow(token: Tensor, prior: Tensor, uniforms: Tensor) -> Tensor:
+        return chain.next(token[:, None], ones, prior, uniforms, rule)
+
     def tokens() -> Iterator[Tensor]:
-        news, many = clean, counts
-        for draws in _draws(generators, max_new_tokens, target, len(levels) - 1 + rule.more_draws, device):
-            token = chain.next(news, many, draws, rule)
+        following = StaticSteps(follow) if cuda_graph else follow
+        draws = _draws(generators, max_new_tokens, target, len(levels) - 1 + rule.more_draws, device)
+        token = chain.next(clean, counts, *next(draws), rule)
+        yield token
+        if cuda_graph:
+            chain.keep_shapes()
+        for prior, uniforms in draws:
+            token = following(token, prior, uniforms)
             yield token
-            news, many = token[:, None], torch.ones_like(counts)
 
     ends = TextEnds(rows, max_new_tokens, stop_tokens, stop_criterion, device)
     return _grown(tokens(), rows, max_new_tokens, ends, check, progress)
@@ -393,9 +407,16 @@ class _Chain:
         self.keys = [owner(level) if self.two_streams else step for step, level in enumerate(levels[:-1])]
         self.pasts: dict[int, Any] = {}
 
-    def next(self, clean: Tensor, counts: Tensor, draws: tuple[Tensor, Tensor], rule: _Rule) -> Tensor:
-        """The token (n,) after clean tokens (n, new), of which the first `counts` of each row are no padding."""
-        prior, uniforms = draws
+    def keep_shapes(self) -> None:
+        """Let the steps of all further tokens have the same shapes."""
+        for past in self.pasts.values():
+            past.static = True
+
+    def next(self, clean: Tensor, counts: Tensor, prior: Tensor, uniforms: Tensor, rule: _Rule) -> Tensor:
+        """The token (n,) after clean tokens (n, new), of which the first `counts` of each row are no padding.
+
+        `prior` (n, dim) is where its chain starts, `uniforms` (n, draws) are what is drawn along it.
+        """
         z = self.noise.alpha_sigma(self.levels[0])[1] * prior
         current: set[int] = set()
         for step, (level, following) in enumerate(zip(self.levels[:-1], self.levels[1:], strict=True)):

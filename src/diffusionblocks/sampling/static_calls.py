@@ -1,8 +1,9 @@
-"""Network calls from memory that stays in place, so that a GPU can replay them: CUDA graphs, one a kind of call."""
+"""Work from memory that stays in place, for a GPU to replay: CUDA graphs of network calls, and of whole steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,36 @@ from torch import Tensor
 
 #: Calls before a capture: they load kernels, and torch.compile compiles in the first.
 _WARM_UP = 3
+
+
+class _Capture:
+    """A stream beside the current one of a GPU, where functions are warmed up and captured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """Run what is inside on the stream, behind the current one's work and before what follows there."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.device(self._device), _autocast(), torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def graph(self, function: Callable[[], Tensor], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A function as a graph, which has not run, and the memory where each replay leaves its result."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), _autocast(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            output = function()
+        return graph, output
+
+
+def _autocast() -> torch.autocast:
+    """The autocast that is on, without its cache: weights cast until its end would be gone at a later replay."""
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
 
 
 class StaticCalls:
@@ -67,28 +98,14 @@ class StaticCalls:
         return self._calls[kind]().clone()
 
     def _prepared(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        device = self.z.device
-        if device.type != "cuda":
+        if self.z.device.type != "cuda":
             return function
-        current = torch.cuda.current_stream(device)
-        side = torch.cuda.Stream(device)
-        side.wait_stream(current)
-        # Weights that autocast keeps cast until its end would be gone when the graph is replayed after it.
-        autocast = torch.autocast(
-            "cuda",
-            torch.get_autocast_dtype("cuda"),
-            enabled=torch.is_autocast_enabled("cuda"),
-            cache_enabled=False,
-        )
-        with torch.cuda.device(device), autocast:
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP):
-                    function()
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Kinds take turns, and each result is copied at once: their graphs may use the same memory.
-            with torch.cuda.graph(graph, pool=self._pool, stream=side):
-                output = function()
+        capture = _Capture(self.z.device)
+        with capture.warm_up():
+            for _ in range(_WARM_UP):
+                function()
+        # Kinds take turns, and each result is copied at once: their graphs may use the same memory.
+        graph, output = capture.graph(function, self._pool)
         self._pool = graph.pool()
 
         def replay() -> Tensor:
@@ -96,3 +113,53 @@ class StaticCalls:
             return output
 
         return replay
+
+
+class StaticSteps:
+    """Runs a step of a loop, which changes state of its own: the first times as it is, then as one CUDA graph.
+
+    On a device without CUDA graphs it runs the step itself, from the same memory.
+
+    Args:
+        step: reads its arguments, and state that stays in place; writes that state, and returns a tensor. It may not
+            wait for the device.
+    """
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self._step = step
+        self._inputs: list[Tensor] = []
+        self._capture: _Capture | None = None
+        self._count = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: Tensor | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run the next step; nothing waits for the device.
+
+        Args:
+            inputs: of the same shapes each time.
+
+        Returns:
+            What the step returns, in memory of its own.
+
+        Raises:
+            RuntimeError: the step cannot be captured.
+        """
+        if not self._inputs:
+            with torch.inference_mode(False):
+                self._inputs = [torch.empty_like(value) for value in inputs]
+        for memory, value in zip(self._inputs, inputs, strict=True):
+            memory.copy_(value)
+        if inputs[0].device.type != "cuda":
+            return self._step(*self._inputs)
+        self._count += 1
+        self._capture = self._capture or _Capture(inputs[0].device)
+        if self._count <= _WARM_UP:  # these are steps like others: what they change is wanted
+            with self._capture.warm_up():
+                output = self._step(*self._inputs)
+            return output.clone()
+        if self._graph is None:
+            self._graph, self._output = self._capture.graph(lambda: self._step(*self._inputs))
+        assert self._output is not None
+        self._graph.replay()
+        return self._output.clone()

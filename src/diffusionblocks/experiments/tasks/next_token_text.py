@@ -52,6 +52,8 @@ class LanguageConfig(EvaluateSection):
         samples: Number of continuations, of as many prompts, the first of the test text.
         generation_batch_size: Continuations that are written together; null takes batch_size. It changes no text. On a
             GPU a token of hundreds of them takes about as long as a token of one.
+        cuda_graph: Capture the chain of a token, all blocks of it, as one CUDA graph that every further token replays.
+            It is for the blocks' rows, and pays from some tens of tokens on. Without effect on a CPU.
         prompt_length: Tokens of a prompt; 0 writes from nothing.
         new_tokens: Tokens of a continuation.
         combine: How what the blocks say of a token is combined where texts are written, and which of the measured rows
@@ -79,6 +81,7 @@ class LanguageConfig(EvaluateSection):
     levels: Int = Field(default=16, ge=2, le=MOST_LEVELS)
     samples: Samples = 16
     generation_batch_size: Samples | None = None
+    cuda_graph: bool = False
     prompt_length: Int = Field(default=50, ge=0, le=MOST_LENGTH)
     new_tokens: Length = 50
     combine: TokenCombination | None = None
@@ -473,7 +476,7 @@ def write(
         }
         if converted:
             more: dict[str, Any] = {"steps": options.steps, "grid": options.grid, "feedback": options.feedback}
-            more["combine"] = options.combine
+            more |= {"combine": options.combine, "cuda_graph": options.cuda_graph}
             texts = experiment.blocks_of(model).continue_texts(some, options.new_tokens, **common, **more)
         else:
             texts = continue_plainly(original, some, max_new_tokens=options.new_tokens, **common)
