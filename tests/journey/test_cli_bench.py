@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -124,21 +125,37 @@ def test_depth_within_a_budget() -> None:
         found[method] = search(Here(), tiny("dit-l-2", method, blocks, task="fits", budget=budget), 180)
     for row in found.values():
         sizes = {trial["depth"]: trial["peak_bytes"] for trial in row["trials"]}
-        step = row["blocks"]
-        assert sizes[row["layers"]] <= budget < sizes[row["layers"] + step]
+        beyond = tiny("dit-l-2", row["method"], row["blocks"], task="fits", depth=row["layers"] + row["blocks"])
+        assert sizes[row["layers"]] <= budget < answer(dataclasses.replace(beyond, budget=budget))["peak_bytes"]
     # Two blocks of the depth that trains whole.
     assert found["resident-active"]["layers"] == 2 * found["end-to-end"]["layers"]
 
 
+def test_depths_of_several_budgets(tmp_path: Path) -> None:
+    out, budgets = tmp_path / "depth.json", [3 * 2**20, 6 * 2**20]
+    small, large = depth([tiny("llama-7b")], ["resident-active"], budgets, 2, out, 180.0, Here())
+    assert [trial["depth"] for trial in large["trials"]] == [large["layers"]]  # the line through the others' peaks
+    for row, budget in ((small, budgets[0]), (large, budgets[1])):
+        sizes = {trial["depth"]: trial["peak_bytes"] for trial in row["trials"]}
+        assert sizes[row["layers"]] <= budget == row["budget_bytes"]
+        beyond = answer(tiny("llama-7b", "resident-active", 2, task="fits", budget=budget, depth=row["layers"] + 2))
+        assert beyond["peak_bytes"] > budget
+    assert large["parameters"] > 1.5 * small["parameters"]
+    alone = answer(tiny("llama-7b", "resident-active", 2, task="fits", budget=budgets[0], depth=4))
+    whole = answer(tiny("llama-7b", "resident-active", 2, depth=4))
+    assert alone["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.01)  # one block alone as all in turn
+
+
 def test_depth_keeps_the_searches_that_its_file_has(tmp_path: Path) -> None:
     out = tmp_path / "depth.json"
-    base = tiny("dit-l-2", task="fits", budget=2**20)
+    base = tiny("dit-l-2")
     methods = ("end-to-end", "resident-active", "end-to-end-all-optimisations", "resident-active-all-optimisations")
-    specs = [with_method(base, method, 2 if "active" in method else 1) for method in methods]
+    given: dict[str, Any] = {"task": "fits", "budget": 2**20}
+    specs = [with_method(base, method, 2 if "active" in method else 1, **given) for method in methods]
     answers = iter(["error", *["layers"] * 3])
     rows = [{"key": spec.key, "method": spec.method, next(answers): 4} for spec in specs]
     write_json(out, {"rows": rows})
-    found = depth(base, 2, out, 180.0, Here(), predict=False)
+    found = depth([base], methods, [2**20], 2, out, 180.0, Here(), predict=False)
     assert found[1:] == rows[1:] == read(out)["rows"][1:]
     assert found[0].keys() >= {"layers", "trials"}  # what had failed is searched again
 
@@ -152,6 +169,7 @@ def test_depth_keeps_the_searches_that_its_file_has(tmp_path: Path) -> None:
         (["memory", "--blocks", "99"], "blocks = 99: dit-l-2 has 24 layers"),
         (["memory", "--windows", "0"], "--windows must be at least 1, got 0"),
         (["memory", "--limit", "0"], "--limit must be above 0 seconds, got 0"),
+        (["depth", "--budget", "16GiB", "--methods", "end-to-end-badam"], "unknown method end-to-end-badam; allowed"),
         (["depth", "--budget", "16Gb"], "budget = '16Gb': must be bytes above zero, as 12GiB"),
         (["speed", "--switching-steps", "0"], "--switching-steps must be at least 1, got 0"),
         (["speed", "--dwells", "0"], "--switching-steps must be at least 1, got 0"),

@@ -23,7 +23,7 @@ from diffusionblocks.bench.depth import largest_depth
 from diffusionblocks.bench.measurements import runner_of
 from diffusionblocks.bench.methods import METHODS, Spec, rows_of
 from diffusionblocks.bench.peak_memory import at_peak, measure_memory
-from diffusionblocks.bench.plots import draw_memory
+from diffusionblocks.bench.plots import draw_depth, draw_memory
 from diffusionblocks.bench.rows import gather, in_current_terms, memory_table, rows_in, shard, summary
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain
 from diffusionblocks.bench.speed import ratios_of
@@ -544,6 +544,19 @@ def test_a_good_guess_takes_few_trials() -> None:
     assert len(trials) <= 4
 
 
+def test_peaks_that_are_known_save_trials() -> None:
+    def fits(depth: int) -> dict[str, Any]:
+        return {"depth": depth, "fits": depth <= 103, "peak_bytes": 7 + 10 * depth}
+
+    first, trials = largest_depth(fits, 4, 1037, guess=92, slope=10.0)
+    assert (first, [trial["depth"] for trial in trials]) == (100, [92, 100])
+    second, trials = largest_depth(fits, 4, 1037, peaks=[(8, 87), (20, 207)])
+    assert (second, [trial["depth"] for trial in trials]) == (100, [100])
+    assert largest_depth(fits, 4, 1037, guess=92, slope=10.0, deepest=41)[0] == 40
+    near, trials = largest_depth(fits, 1, 1046, peaks=[(8, 87), (20, 207)])  # the next is too near: it is tried
+    assert (near, [trial["depth"] for trial in trials]) == (103, [103, 104])
+
+
 def test_a_model_that_is_too_big_for_the_budget_does_not_fit() -> None:
     fitting, failing = (answer(spec(task="fits", budget=size)) for size in (2**30, 2**20))
     assert (fitting["fits"], failing["fits"]) == (True, False)
@@ -606,6 +619,20 @@ def test_the_figure_shows_rows_and_errors(tmp_path: Path) -> None:
     content = (tmp_path / "figure.png").read_bytes()
     assert content[:4] == b"\x89PNG"
     assert len(content) < 100_000
+
+
+def test_the_figure_of_depths_leaves_out_errors(tmp_path: Path) -> None:
+    row = {"model": "dit-l-2", "method": "end-to-end", "blocks": 1, "budget_bytes": 2**33, "layers": 7}
+    failed = {"model": "llama-7b", "method": "end-to-end", "blocks": 1, "budget_bytes": 2**33, "error": "x"}
+    draw_depth([row, row | {"budget_bytes": 2**34, "layers": 15}, failed], tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_texts_are_of_the_models_length() -> None:
+    recipe = recipe_of(Spec("llama-7b", batch_size=2))
+    data = splits_of(recipe)["train"]
+    assert (data.length, data.num_classes, len(data)) == (1024, 32_000, 5)  # type: ignore[attr-defined]
+    assert recipe.train.weights == "bfloat16"
 
 
 def test_the_data_fit_the_recipe() -> None:

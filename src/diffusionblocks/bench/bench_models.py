@@ -6,16 +6,18 @@ filled where they are wanted with small random numbers, none of them zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..common.modules import bytes_of
+from ..core.model import DiffusionBlocks
 from ..core.partition import even_layers
-from ..data import ImageData, LatentData
+from ..data import ImageData, LatentData, TextChunks, TextData
 from ..data.dataset import Dataset
+from ..data.text_config import TextSection
 from ..experiments.experiment import Experiment
 from ..experiments.recipe import Recipe, parse_recipe
 from ..families import family_named
@@ -38,6 +40,9 @@ class BenchModel:
         batch_size: samples of a step.
         tiny: changes of `config` for a toy of the same shape.
         tiny_layers: layers of the toy.
+        length: tokens of a sample; None: samples are images.
+        tiny_length: of the toy.
+        train: what its recipes say of training, beside the benchmarks' own settings.
     """
 
     type: str
@@ -46,6 +51,9 @@ class BenchModel:
     batch_size: int
     tiny: dict[str, Any]
     tiny_layers: int
+    length: int | None = None
+    tiny_length: int = 16
+    train: dict[str, Any] = field(default_factory=dict)
 
 
 _TINY_DIT = {"sample_size": 8, "hidden_size": 32, "num_attention_heads": 2, "num_classes": 4}
@@ -89,6 +97,31 @@ MODELS: dict[str, BenchModel] = {
         8,
     ),
     "dit-s-2": _dit(384, 6, 12, 256),
+    "llama-7b": BenchModel(
+        "LlamaForCausalLM",
+        {
+            "vocab_size": 32_000,
+            "hidden_size": 4096,
+            "intermediate_size": 11_008,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": False,
+        },
+        32,
+        8,
+        {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 16,
+        },
+        8,
+        length=1024,
+        train={"weights": "bfloat16"},
+    ),
 }
 
 _TINY_BATCH = 4
@@ -120,6 +153,23 @@ def recipe_of(spec: Spec) -> Recipe:
         raise ValueError(f"blocks = {spec.blocks}: {spec.model} has {layers} layers; choose from 1 to {layers}")
     parts = even_layers(layers, spec.blocks)
     config = model.config | (model.tiny if spec.tiny else {})
+    train: dict[str, Any] = {
+        "steps": _STEPS,
+        "batch_size": batch_size_of(spec),
+        "lr": 1e-4,
+        "lr_schedule": "constant",
+        "gradient_clip": None,
+        "precision": "bfloat16",
+        # Whole, a model of 24 layers takes minutes to compile, for every depth anew.
+        "compile": "layers" if spec.compile else False,
+        "cuda_graph": spec.cuda_graph,
+        "schedule": "round-robin",
+        "steps_per_switch": spec.steps_per_switch,
+        "offload": spec.offload,
+        "log_every": 50,
+        **model.train,
+        **method.train,
+    }
     values = {
         "name": f"bench-{spec.model}",
         "method": "diffusionblocks" if method.kind == "blocks" else "end-to-end",
@@ -127,32 +177,35 @@ def recipe_of(spec: Spec) -> Recipe:
             "type": model.type,
             "config": family.with_depth(config, parts[0] if method.kind == "short" else layers),
         },
-        "data": _data(family.target, config),
-        "train": {
-            "steps": _STEPS,
-            "batch_size": batch_size_of(spec),
-            "lr": 1e-4,
-            "lr_schedule": "constant",
-            "gradient_clip": None,
-            "precision": "bfloat16",
-            # Whole, a model of 24 layers takes minutes to compile, for every depth anew.
-            "compile": "layers" if spec.compile else False,
-            "cuda_graph": spec.cuda_graph,
-            "schedule": "round-robin",
-            "steps_per_switch": spec.steps_per_switch,
-            "offload": spec.offload,
-            "log_every": 50,
-            **method.train,
-        },
-        "evaluate": {"kind": "accuracy"} if family.target == "label" else {"kind": "samples", "features": None},
+        "data": _data(family.target, config, length_of(spec)),
+        "train": train,
+        "evaluate": _EVALUATE[family.target],
         "device": spec.device,
     }
+    if spec.task == "fits" and method.train.get("resident") == "active":
+        train["blocks"] = [0]  # the largest: the others wait on the host
     if method.kind == "blocks":
         values["blocks"] = {"num_blocks": spec.blocks, "layers": parts if len(set(parts)) > 1 else None}
     return parse_recipe(values, f"the benchmark of {spec.model}")
 
 
-def _data(target: str, config: dict[str, Any]) -> dict[str, Any]:
+#: What recipes say of evaluation, which no benchmark runs, by their family's target.
+_EVALUATE: dict[str, dict[str, Any]] = {
+    "label": {"kind": "accuracy"},
+    "image": {"kind": "samples", "features": None},
+    "next-token": {"prompt_length": 8, "new_tokens": 8},
+}
+
+
+def length_of(spec: Spec) -> int | None:
+    """Tokens of a sample; None: samples are images."""
+    model = MODELS[spec.model]
+    return model.tiny_length if model.length and spec.tiny else model.length
+
+
+def _data(target: str, config: dict[str, Any], length: int | None) -> dict[str, Any]:
+    if length is not None:
+        return {"kind": "topics", "length": length, "placement": "device"}
     if target == "image":
         return {"kind": "latents", "source": "synthetic", "placement": "device"}
     return {
@@ -181,6 +234,10 @@ def splits_of(recipe: Recipe) -> dict[str, Dataset]:
     config, count = recipe.model.config, examples_of(recipe)
     generator = torch.Generator().manual_seed(0)
     family = family_named(recipe.model.type)
+    if isinstance(recipe.data, TextSection):
+        size, words = (count + 1) * recipe.data.length, config["vocab_size"]
+        ids = torch.randint(words, (size,), generator=generator).to(torch.uint16)
+        return {"train": TextChunks(TextData(ids, words), recipe.data.length)}
     classes = config[family.class_count_field]
     labels = torch.arange(count) % classes
     names = tuple(map(str, range(classes)))
@@ -193,18 +250,26 @@ def splits_of(recipe: Recipe) -> dict[str, Dataset]:
 
 def build(recipe: Recipe, device: torch.device) -> nn.Module:
     """Build the recipe's model on a device, as `Experiment.build` does but for its weights (see above)."""
-    return fill(Experiment(recipe).outline, device).train()
+    model = Experiment(recipe).outline
+    if isinstance(model, DiffusionBlocks) and recipe.train.blocks is not None:
+        for index in recipe.train.blocks:
+            fill(model.blocks[index], device)
+    else:
+        fill(model, device)
+    return model.train()
 
 
 def fill(model: nn.Module, device: torch.device) -> nn.Module:
     """Give a model that lies on the meta device memory on `device`, and small random numbers."""
     model.to_empty(device=device)
     pattern = torch.randn(_PATTERN, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device)
+    patterns = {torch.float32: pattern}
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if not tensor.is_floating_point():
                 tensor.zero_()
                 continue
+            values = patterns.setdefault(tensor.dtype, pattern.to(tensor.dtype))
             for piece in tensor.view(-1).split(_PATTERN):
-                piece.copy_(pattern[: len(piece)])
+                piece.copy_(values[: len(piece)])
     return model

@@ -21,7 +21,7 @@ from ..training import Trainer
 from .alternatives import Plain, alternative_runner, compile_units
 from .bench_models import batch_size_of, build, bytes_of_data, layers_of, recipe_of, splits_of
 from .methods import METHODS, Spec
-from .peak_memory import measure_memory
+from .peak_memory import measure_memory, peak_of_steps
 from .runners import Runner, TrainerRunner
 from .timing import Clock, Times, alone, steady_times, switching_times, warm_up
 
@@ -219,11 +219,10 @@ def _fits(spec: Spec) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec.budget / total))
     with runner_of(spec) as runner, alone():
-        warm_up(runner)
-        memory = measure_memory(runner)
+        peak, reserved = peak_of_steps(runner)
         runner.check()
-        fits = spec.device == "cuda" or memory.peak <= spec.budget
-        return {**_about(spec), **memory.to_dict(), "fits": fits, "host_bytes": runner.host_bytes}
+        fits = spec.device == "cuda" or peak <= spec.budget
+        return {**_about(spec), "peak_bytes": peak, "reserved_bytes": reserved, "fits": fits}
 
 
 TASKS: dict[str, Callable[[Spec], dict[str, Any]]] = {

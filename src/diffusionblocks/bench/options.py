@@ -57,14 +57,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--shard", default="0/1", metavar="I/N", help="only rows I, I + N, ...: several GPUs share")
     _windows(speed)
 
-    depth = _measuring(kinds, "depth", _depth, "the deepest model that trains within a budget of memory")
-    depth.add_argument("--model", default="dit-l-2", help="the model whose layers are counted (default dit-l-2)")
-    depth.add_argument("--budget", required=True, help="of the allocator, for example 16GiB (CUDA's context is extra)")
+    depth = _measuring(kinds, "depth", _depth, "the deepest models that train within budgets of memory")
+    depth.add_argument(
+        "--models",
+        "--model",
+        nargs="+",
+        default=["dit-l-2"],
+        metavar="MODEL",
+        help="the models whose layers are counted (default dit-l-2)",
+    )
+    depth.add_argument(
+        "--budget",
+        nargs="+",
+        required=True,
+        metavar="BYTES",
+        help="of the allocator, for example 8GiB 16GiB (CUDA's context is extra)",
+    )
     depth.add_argument("--blocks", type=int, default=4, metavar="B", help="number of blocks (default 4)")
+    depth.add_argument(
+        "--methods",
+        nargs="+",
+        type=current_name,
+        default=["end-to-end-all-optimisations", "resident-active-all-optimisations"],
+        metavar="METHOD",
+        help="of `bench memory` (default: all memory optimisations, end to end and with the active block resident)",
+    )
+    depth.add_argument(
+        "--host-memory", metavar="BYTES", help="what waiting blocks may take (default: what is free on this host)"
+    )
+    depth.add_argument("--figure", type=Path, help="draw depth by budget to this PNG")
 
     _predict(
         depth,
-        "begin each search where the planner says that the end is (takes no GPU; without, one or two more trials)",
+        "begin each search where the planner says that the end is (takes no GPU; without, one or two more trials, and "
+        "host memory is not looked at)",
     )
 
     gather = kinds.add_parser("gather", help="join the files of shards", description="join the files of shards")
@@ -100,7 +126,7 @@ def _measuring(kinds: Any, name: str, run: Any, text: str) -> argparse.ArgumentP
 
 def _models(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--models", nargs="+", default=_MODELS, help="dit-l-2, vit-h, dit-s-2 (default: the first two)"
+        "--models", nargs="+", default=_MODELS, help="dit-l-2, vit-h, dit-s-2, llama-7b (default: the first two)"
     )
     command.add_argument("--blocks", type=int, nargs="+", default=[2, 3, 4, 6], metavar="B", help="numbers of blocks")
 
@@ -197,19 +223,34 @@ def _speed(options: argparse.Namespace) -> None:
 def _depth(options: argparse.Namespace) -> None:
     import dataclasses
 
+    from ..common.machine import free_host_memory
     from ..planning import parse_budget
-    from ..reports.tables import format_table
-    from .depth import depth
+    from .depth import depth, depth_table
+    from .plots import draw_depth
     from .server import server
 
-    budget = parse_budget(options.budget)
-    base = dataclasses.replace(_base(options, [options.model], [options.blocks]), budget=budget)
+    budgets = [parse_budget(text) for text in options.budget]
+    host = parse_budget(options.host_memory) if options.host_memory else free_host_memory()
+    check_names("method", options.methods, [name for name, m in METHODS.items() if m.kind in ("whole", "blocks")])
+    base = _base(options, options.models, [options.blocks])
+    bases = [dataclasses.replace(base, model=model) for model in options.models]
     # Fragments of memory would decide otherwise; the same for all.
     segments = "expandable_segments:True"
     with server(options.lock, {"PYTORCH_ALLOC_CONF": segments, "PYTORCH_CUDA_ALLOC_CONF": segments}) as measurer:
-        rows = depth(base, options.blocks, options.out, options.limit, measurer, predict=options.predict)
-    lines = [{"method": r["method"], "B": r["blocks"], "layers": r.get("layers", r.get("error"))} for r in rows]
-    print(format_table(lines))
+        rows = depth(
+            bases,
+            options.methods,
+            budgets,
+            options.blocks,
+            options.out,
+            options.limit,
+            measurer,
+            host=host,
+            predict=options.predict,
+        )
+    print(depth_table(rows))
+    if options.figure:
+        draw_depth(rows, options.figure)
 
 
 def _gather(options: argparse.Namespace) -> None:

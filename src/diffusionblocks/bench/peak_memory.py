@@ -59,6 +59,20 @@ def measure_memory(runner: Runner) -> Memory:
     return Memory(peak, reserved, kinds | {"activations": peak - sum(kinds.values())}, gradients.most)
 
 
+def peak_of_steps(runner: Runner) -> tuple[int, int | None]:
+    """The peak of the first two steps of every part, and the device's memory that the allocator took for them; None on
+    a CPU."""
+    if runner.device.type != "cuda":
+        for turn in range(runner.turns):
+            runner.step(turn)
+        return measure_memory(runner).peak, None
+    for _ in range(_STEPS):
+        for turn in range(runner.turns):
+            runner.step(turn)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
 def _on_cpu(runner: Runner, gradients: _Gradients, persistent: dict[str, int]) -> tuple[int, None, dict[str, int]]:
     """Gradients count with the most that there were: there is no telling how many at the peak."""
     peaks = [transient_peak(functools.partial(runner.step, turn), runner.device) for turn in range(runner.turns)]

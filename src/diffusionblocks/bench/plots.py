@@ -41,6 +41,39 @@ def draw_memory(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_depth(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a PNG: the deepest model by budget, a panel a model, a line a method.
+
+    Args:
+        rows: of `bench depth`.
+        path: the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if "layers" in row]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(4.2 * max(1, len(models)), 3.4), dpi=100, layout="constrained")
+    panels = figure.subplots(1, max(1, len(models)), squeeze=False)[0]
+    for axes, model in zip(panels, models, strict=False):
+        of_model = [row for row in rows if row["model"] == model]
+        for method in dict.fromkeys(row["method"] for row in of_model):
+            points = sorted(
+                (r["budget_bytes"] / 2**30, r["layers"], r["blocks"]) for r in of_model if r["method"] == method
+            )
+            blocks = f", B = {points[0][2]}" if points[0][2] > 1 else ""
+            axes.plot([x for x, *_ in points], [y for _, y, _ in points], "o-", label=f"{method}{blocks}", markersize=4)
+            for x, y, _ in points:
+                axes.annotate(str(y), (x, y), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=7)
+        axes.set_title(model, fontsize=9)
+        axes.set_xlabel("memory of the GPU's allocator, GiB", fontsize=8)
+        axes.set_ylabel("layers of the deepest model that trains", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
 def _draw_model(axes: Any, rows: list[dict[str, Any]], unit: int, name: str) -> None:
     labels = [_label(row) for row in rows]
     left = [0.0] * len(rows)
