@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffusionblocks as db
 from diffusionblocks.common.modules import places_of
@@ -29,6 +30,9 @@ from diffusionblocks.core.materialise import materialise_added, materialise_buff
 from diffusionblocks.families import family_named, outline, rebuild_config
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
+
+#: Without cuDNN's, whose backward pass fails at the shapes of this Flux on an H200 under torch 2.11.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 #: name -> class, config at real width, and sizes of an example after its channels
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
@@ -114,7 +118,8 @@ def measure(blocks: Any, batch: dict[str, Tensor], steps: int, device: str) -> d
     for _ in range(steps + 2):
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        block.loss(batch).mean().backward()
+        with sdpa_kernel(_ATTENTION):
+            block.loss(batch).mean().backward()
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()

@@ -493,6 +493,14 @@ def gpu_trainer(folder: Path | None, shared: str = "replicated", family: str = "
     return Trainer(model, batches, config, device=device, folder=folder, progress=False)
 
 
+def with_gradients(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a DiT without the bias of its keys, which attention does not depend on.
+
+    What a GPU gives as its gradient is rounding alone, of which Adam makes whole steps.
+    """
+    return torch.cat([tensor.chunk(3)[i] for i in (0, 2)]) if name.endswith("attn.qkv.bias") else tensor
+
+
 @on_gpu
 @pytest.mark.parametrize("shared", ["replicated", "joint"])
 @pytest.mark.parametrize(
@@ -518,10 +526,9 @@ def test_gpu_residency_does_not_matter(options: dict[str, Any], shared: str, tmp
         run.train()
         found = everything(run)
         assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            torch.testing.assert_close(
-                found[name].cpu(), tensor.cpu(), rtol=2e-3, atol=2e-4, msg=lambda m, n=name: n + m
-            )
+        for name in expected:
+            mine, other = (with_gradients(name, tensors[name].cpu()) for tensors in (found, expected))
+            torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: n + m)
 
 
 @on_gpu
@@ -546,7 +553,8 @@ def test_gpu_captured_8bit_steps_follow_eager_ones(
         def made() -> Trainer:
             device = torch.device("cuda")
             values: dict[str, Any] = {"steps": 12, "batch_size": 6, "lr": 1e-3, "ema_decay": 0.9, "cuda_graph": graph}
-            batches = ImageBatches(images(), mean=(0.5,) * 3, std=(0.5,) * 3, device=device)
+            plain = AugmentConfig()
+            batches = ImageBatches(images(), mean=(0.5,) * 3, std=(0.5,) * 3, augment=plain, device=device)
             model = db.convert(tiny("dit", hidden_size=64, mlp_ratio=4.0), db.BlocksConfig(num_blocks=BLOCKS))
             settings = TrainConfig.model_validate(values | {"optimizer": "adamw-8bit"} | options | where)
             return Trainer(model, batches, settings, device=device, folder=tmp_path / str(graph), progress=False)
@@ -566,7 +574,8 @@ def test_gpu_captured_8bit_steps_follow_eager_ones(
         elif name.endswith(".codes"):
             assert (captured[name] != tensor).float().mean() < 0.05, name
         else:
-            torch.testing.assert_close(captured[name], tensor, **near, msg=lambda m, n=name: n + m)
+            mine, other = (with_gradients(name, tensors[name]) for tensors in (captured, eager))
+            torch.testing.assert_close(mine, other, **near, msg=lambda m, n=name: n + m)
 
 
 @on_gpu

@@ -292,7 +292,9 @@ def test_gpu_graphs_give_the_texts_of_eager_tokens(family: str, autocast: bool, 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(continue_text, "StaticSteps", lambda step: step)
             eager = model.generate(PROMPTS, 24, steps=3, cuda_graph=True, **options)
+        there = model.generate([torch.tensor(row, device="cuda") for row in PROMPTS], 24, steps=3, **options)
     assert lists(graph) == lists(again) == lists(eager)
+    assert [len(row) for row in there.tokens] == [len(row) for row in eager.tokens]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

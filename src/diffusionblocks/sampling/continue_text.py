@@ -130,7 +130,7 @@ def continue_texts(
         ValueError: an argument is not as above, or logits are not finite.
         RuntimeError: a network that cannot be captured.
     """
-    rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
+    rows = [torch.as_tensor(prompt, dtype=torch.int64, device="cpu").flatten() for prompt in prompts]
     _check(rows, target, max_new_tokens, levels, seeds, temperature, top_p, feedback, top_k)
     check_num_tokens(num_tokens, len(target.embedding))
     device, lengths = torch.device(device), [len(row) for row in rows]
@@ -197,7 +197,7 @@ def continue_plainly(
         ValueError: an empty prompt, an argument that `continue_texts` refuses, or logits without a softmax: NaN, inf,
             or -inf alone. (A logit of -inf rules a token out.)
     """
-    rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
+    rows = [torch.as_tensor(prompt, dtype=torch.int64, device="cpu").flatten() for prompt in prompts]
     _check_options(rows, max_new_tokens, seeds, temperature, top_p)
     if not all(len(row) for row in rows):
         raise ValueError("an empty prompt: an ordinary language model needs at least one token to go on from")

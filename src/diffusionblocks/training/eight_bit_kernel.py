@@ -143,8 +143,11 @@ class OneKernelAdamW8bit(AdamW8bit):  # type: ignore[misc]
         (group,) = self.param_groups
         parameters = [p for p in group["params"] if p.grad is not None]
         if closure is not None or not parameters or not all(self.state.get(p) for p in parameters):
-            result = super().step(closure)  # which makes the state
-            count_on_device(self)
+            result = super().step(
+                closure
+            )  # which makes the state, and counts on the host: no captured step comes there
+            for p in parameters:
+                self.state[p]["step"] = self.state[p]["step"].to(p.device)
             return result
         update([(p, p.grad, self.state[p]) for p in parameters], group, self._tables)
         return None
@@ -175,12 +178,6 @@ def update(rows: Sequence[tuple[Tensor, Any, dict[str, Any]]], group: dict[str, 
         *(1 - beta for beta in group["betas"]), group["weight_decay"], group["eps"],
         _COLUMNS, _ROWS, _BLOCK, num_warps=4,
     )  # fmt: skip
-
-
-def count_on_device(optimizer: torch.optim.Optimizer) -> None:
-    """Have steps counted where the parameters are: torchao counts on the host, where a captured step never comes."""
-    for parameter, state in optimizer.state.items():
-        state["step"] = state["step"].to(parameter.device)
 
 
 @functools.lru_cache(maxsize=16)
