@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from diffusionblocks.experiments.baselines import seconds_a_step
+from diffusionblocks.experiments.ablation import ablate, settings
+from diffusionblocks.experiments.baselines import seconds_a_step, variants
 from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
@@ -48,6 +49,20 @@ def test_controls_train_as_long_as_the_blocks(tmp_path: Path) -> None:
     compare(Experiment(made), tmp_path, equal="seconds", progress=False)
     assert {key: row["iterations"] for key, row in rows_of(tmp_path).items()} == {
         key: row["iterations"] for key, row in rows.items()
+    }
+
+
+def test_rows_beside_experts_have_as_many_layer_updates(tmp_path: Path) -> None:
+    """An expert's step updates all layers, so the whole model has as many steps as all experts together."""
+    sizes = {"model.config.num_layers": 3, "model.config.hidden_size": 16, "model.config.num_attention_heads": 2}
+    options = {"trunk": None, "blocks.split": "experts", "train.steps": 2, "train.batch_size": 4}
+    made = recipe("dit/digits.yaml", sizes | options | {"evaluate.features": None, "evaluate.samples": 4})
+    rows = {row.key: row.blocks * row.recipe.train.steps * row.layer_updates for row in variants(made)}
+    assert rows == {"end-to-end-3": 18, "diffusionblocks": 18}
+    ablate(Experiment(made), tmp_path, settings(made, {"blocks.split": ["layers", "experts"]}), progress=False)
+    assert {key: row["layer_updates"] for key, row in rows_of(tmp_path).items()} == {
+        "split=layers": 6,
+        "split=experts": 18,
     }
 
 

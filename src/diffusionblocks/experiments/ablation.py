@@ -27,7 +27,7 @@ from .experiment import Experiment
 from .identity import check_same_run
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe, parse_recipe, put
-from .recipe_changes import depth_of, with_train
+from .recipe_changes import depth_of, layers_of_all_blocks, with_train
 from .run import TABLE, forget
 from .tasks.task import Task
 
@@ -295,7 +295,8 @@ class _Run:
             return
         recipe = self.experiment.recipe
         units, _ = units_of(self.experiment.outline)
-        variant = Variant(self.key, recipe, depth_of(recipe), len(units))
+        layers = layers_of_all_blocks(recipe) if self.experiment.of_method_blocks else depth_of(recipe)
+        variant = Variant(self.key, recipe, layers, len(units))
         row, _ = run_row(self.experiment, variant, self.folder, progress)
         row |= {"seed": recipe.train.seed, "values": dict(self.values)}
         write_json(self.folder / ROW, {"run": self.experiment.describe(), "row": row})

@@ -11,7 +11,15 @@ from ..common.formats import read_json
 from ..training.local_learning import LocalConfig
 from .experiment import Experiment
 from .recipe import DEPTH_ON_HOST, Recipe
-from .recipe_changes import depth_of, layers_of_a_block, modules_of, trunk_recipe, with_depth, with_train
+from .recipe_changes import (
+    depth_of,
+    layers_of_a_block,
+    layers_of_all_blocks,
+    modules_of,
+    trunk_recipe,
+    with_depth,
+    with_train,
+)
 from .shipped_recipes import RECIPE
 
 #: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
@@ -65,7 +73,7 @@ def variants(recipe: Recipe) -> list[Variant]:
     if recipe.train.blocks is not None:
         raise ValueError(f"compare trains all blocks, not train.blocks = {list(recipe.train.blocks)}; leave it out")
     depth, many = depth_of(recipe), recipe.blocks.num_blocks
-    short = layers_of_a_block(recipe)
+    short, together = layers_of_a_block(recipe), layers_of_all_blocks(recipe)
     field = _length_field(recipe)
     trunk, fit = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
     # What every block would have had, had they shared the updates of trunk and fit.
@@ -75,7 +83,7 @@ def variants(recipe: Recipe) -> list[Variant]:
     )
     ordinary = _without_stages(recipe, field)
     rows = [
-        Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, 1, field), depth, 1),
+        Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, together // depth, field), depth, 1),
     ]
     if (
         many > 1 and recipe.model.pretrained is None and short < depth
@@ -85,12 +93,12 @@ def variants(recipe: Recipe) -> list[Variant]:
         if recipe.task.plain_training:
             ensemble = ordinary.model_copy(update={"method": "ensemble"})
             rows.append(Variant(f"ensemble-{many}x{short}", ensemble, depth, many))
-    rows.append(Variant("diffusionblocks", scratch, depth, many))
+    rows.append(Variant("diffusionblocks", scratch, together, many))
     if recipe.trunk is not None:
         trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
-        rows.append(Variant("diffusionblocks-branched", recipe, depth, many))
+        rows.append(Variant("diffusionblocks-branched", recipe, together, many))
     if recipe.fit is not None:
-        rows.append(Variant(f"{rows[-1].key}-unfitted", without_fit, depth, many))
+        rows.append(Variant(f"{rows[-1].key}-unfitted", without_fit, together, many))
     return rows
 
 

@@ -48,6 +48,15 @@ def layers_of_a_block(recipe: Recipe) -> int:
     return depth // many
 
 
+def layers_of_all_blocks(recipe: Recipe) -> int:
+    """How many layers the blocks have together: those of the model, and of experts as often as there are experts.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has.
+    """
+    return depth_of(recipe) * (recipe.blocks.num_blocks if recipe.blocks.split == "experts" else 1)
+
+
 def modules_of(recipe: Recipe) -> int:
     """How many modules local learning trains.
 
