@@ -94,6 +94,11 @@ class LoraConfig(BaseModel):
         alpha: An update is scaled by alpha / rank; null: by 1.
         targets: Which linear layers of the blocks' layers have one, by names or their ends (`to_q`); null: all.
         dropout: Share of the inputs' entries that an update does not see in training.
+        use_dora: Train the norm of each output's weights beside its direction, as DoRA does (arXiv 2402.09353); a step
+            takes longer.
+        base: How the fixed weights of the blocks' linear layers are kept: `int8`, or `nf4` in 4 bits (QLoRA, arXiv
+            2305.14314; torchao, extra: memory). They are dequantised as each layer runs. null: as the model is
+            (`model.dtype`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -102,6 +107,8 @@ class LoraConfig(BaseModel):
     alpha: Positive | None = None
     targets: tuple[str, ...] | None = None
     dropout: Float = Field(default=0.0, ge=0.0, lt=1.0)
+    use_dora: bool = False
+    base: Literal["int8", "nf4"] | None = None
 
     @property
     def scaled_by(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import diffusionblocks as db
 from diffusionblocks.common.formats import read_json
+from diffusionblocks.common.modules import tensors_of
 from diffusionblocks.sampling import sample_images
 
 WAN, SD3, FLUX = "WanTransformer3DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
@@ -148,6 +150,98 @@ def test_flux_pipeline_routes_by_time_with_one_block_at_a_time() -> None:
     expected, calls = ours(model, scheduler, inputs)
     assert {*calls} == {0, 1}
     torch.testing.assert_close(FluxPipeline._unpack_latents(latents, 64, 64, 8), expected, atol=1e-4, rtol=1e-4)
+
+
+def at_level(model: db.DiffusionBlocks, level: float) -> dict[str, Any]:
+    """What the class's `forward` is told at a level."""
+    family: Any = model.family
+    time = family.time(model.noise.shifted(torch.tensor([level] * 2)))
+    options: dict[str, Any] = family.options(model.config, starting_noise(model), time, told(model))
+    return options | {"return_dict": False}
+
+
+def resident(model: db.DiffusionBlocks, b: int) -> list[bool]:
+    """Of each layer of a block, whether the device has it (its last tensor)."""
+    turns: Any = model._turns
+    originals = {id(entries[name]): t for (_, name), (entries, t) in turns._originals.items()}
+    tensors = [list(layer.parameters())[-1] for layer in model.block(b).layers()]
+    return [id(originals.get(id(tensor), tensor)) in turns._copies for tensor in tensors]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("lora", [None, db.LoraConfig(rank=2)])
+def test_the_next_expert_comes_layer_by_layer_in_the_last_call_before_its_own(calls: int, lora: Any) -> None:
+    model = experts(WAN, boundaries=(0.55,), lora=lora)
+    transformer: Any = model.as_transformer(low_memory=True, device="cpu")
+    turns: Any = model._turns
+    most = sum({id(t): t.numel() for t in tensors_of(model.block(0).network)}.values())
+    seen: list[tuple[list[bool], list[bool]]] = []
+    for b in range(2):
+        for layer in model.block(b).layers():
+            layer.register_forward_pre_hook(lambda *_: seen.append((resident(model, 0), resident(model, 1))))
+    there, layers = [True] * 4, len(list(model.block(0).layers()))
+    assert layers == 4
+    plain = experts(WAN, boundaries=(0.55,), lora=lora)
+    for level in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.9, 0.8):
+        for call in range(calls):
+            seen.clear()
+            with torch.no_grad():
+                image = transformer(**at_level(model, level))[0]
+                expected = plain.block(int(level < 0.55)).network(**at_level(plain, level))[0]
+            assert torch.equal(image, expected)
+            assert sum(copy.numel() for copy in turns._copies.values()) <= most
+            last = level == 0.6 and call == calls - 1
+            b = int(level < 0.55)
+            if last:  # while layer i runs, those before it are the next expert's already
+                assert seen == [([i > j - 1 for i in range(4)], [i < j for i in range(4)]) for j in range(4)]
+                assert resident(model, 1) == there
+            else:
+                assert [pair[b] for pair in seen] == [there] * 4
+                assert not any(pair[1 - b][-1] for pair in seen)
+
+
+def test_an_expert_that_comes_in_vain_is_copied_again() -> None:
+    """Uneven levels: the other expert was foreseen, and the same one is called once more."""
+    model, plain = experts(WAN, boundaries=(0.55,)), experts(WAN, boundaries=(0.55,))
+    transformer: Any = model.as_transformer(low_memory=True, device="cpu")
+    for level in (0.9, 0.7, 0.65, 0.6, 0.3):
+        with torch.no_grad():
+            image = transformer(**at_level(model, level))[0]
+            expected = plain.block(int(level < 0.55)).network(**at_level(plain, level))[0]
+        assert torch.equal(image, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_copy_at_the_seam_overlaps_the_last_call() -> None:
+    """Of blocks whose call takes about as long as their copy: the two calls at the seam, with and without foresight."""
+    from diffusers import WanTransformer3DModel
+
+    config = {"num_attention_heads": 16, "attention_head_dim": 128, "num_layers": 8, "ffn_dim": 8192, "text_dim": 64}
+    original = WanTransformer3DModel(**config).to(torch.bfloat16)
+    noise = db.FlowMatching(shift=1.0)
+    model = db.convert(original, db.BlocksConfig(num_blocks=2, split="experts", noise=noise, boundaries=(0.55,))).eval()
+    transformer: Any = model.as_transformer(low_memory=True)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 9, 60, 104, device="cuda", dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 64, 64, device="cuda", dtype=torch.bfloat16),
+    }
+
+    def seconds(levels: list[float]) -> tuple[float, torch.Tensor]:
+        for level in levels[:-2]:
+            transformer(timestep=torch.tensor([level * 1000.0], device="cuda"), **inputs)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for level in levels[-2:]:
+            y = transformer(timestep=torch.tensor([level * 1000.0], device="cuda"), **inputs).sample
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, y
+
+    with torch.no_grad():
+        seconds([0.9, 0.8, 0.6, 0.5])
+        foreseen, y = seconds([0.8, 0.7, 0.6, 0.5])
+        plain, again = seconds([0.61, 0.605, 0.6, 0.5])
+    assert torch.equal(y, again)
+    assert foreseen < 0.9 * plain
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name != "PixArtTransformer2DModel"])

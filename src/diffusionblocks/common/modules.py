@@ -29,6 +29,11 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
+def weights_dtype(module: nn.Module) -> torch.dtype:
+    """The precision of a module's weights: of the first parameter that is no code of a quantisation."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
 def check_recomputable(module: nn.Module, setting: str) -> None:
     """Refuse activation checkpointing of batch norms: the second forward pass would move their statistics again.
 

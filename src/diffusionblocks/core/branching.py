@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.fields import MOST_LAYERS
 from ..common.finite import DIVERGED, require_finite
+from ..common.modules import weights_dtype
 from ..config import BlocksConfig
 from ..families import instantiate, with_depth
 from ..families.module_tree import layer_of
@@ -80,9 +81,11 @@ def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> D
     if depth != model.partition.num_layers:  # else each layer keeps its place
         model.family.check_movable(model.model_class)
     original = instantiate(model.model_class, with_depth(model.model_class, model.config, depth))
-    parameter = next(model.block(0).parameters())
+    first = model.block(0)
     shared = model.family.shared_paths(original)
-    result = assemble(original, config, take=True).to(device=parameter.device, dtype=parameter.dtype)
+    result = assemble(original, config, take=True).to(
+        device=next(first.parameters()).device, dtype=weights_dtype(first)
+    )
     counterparts = model.block(0).state_dict(keep_vars=True)
     for b in range(config.num_blocks):
         for name, tensor in result.block(b).state_dict(keep_vars=True).items():

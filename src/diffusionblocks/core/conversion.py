@@ -15,7 +15,8 @@ from ..config import BlocksConfig
 from ..families import Family, check_convertible, class_name_of, family_for
 from ..families.module_tree import attach, extract, part_at
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
-from ..layers.low_rank import add_low_rank, fresh_updates
+from ..layers.low_rank import Dora, LowRank, add_low_rank, fresh_updates, starting_magnitudes
+from ..layers.quantized import check_quantizer, quantize_linear_layers
 from ..noise import NOISE_PROCESSES, NoiseProcess
 from .block import Block, SharedModules
 from .model import DiffusionBlocks, UnlabelledBlocks
@@ -39,6 +40,7 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
     Raises:
         ValueError: a class no family knows, layers that do not divide, a value out of range, or weights that are not
             finite.
+        ImportError: `lora.base` without torchao.
         TypeError: `model` is no module.
     """
     family = family_for(model)
@@ -46,6 +48,7 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
     config = resolve(config or BlocksConfig(), family, model.config)
     check_convertible(model)
+    check_quantizer(config.lora and config.lora.base)
     if not _on_meta(model):
         require_finite(model.state_dict().items(), type(model).__name__, DIVERGED)
         family.check_weights(model, config)
@@ -241,6 +244,8 @@ def _add_updates(blocks: list[Block], family: Family, config: BlocksConfig) -> N
     first: dict[str, nn.Parameter] = {}
     for block in blocks:
         block.requires_grad_(False)
+        if options.base is not None:
+            quantize_linear_layers(block.network, block.layer_paths, options.base)
         for path, part in block.named_modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
@@ -252,11 +257,14 @@ def _add_updates(blocks: list[Block], family: Family, config: BlocksConfig) -> N
             alpha=options.scaled_by,
             dropout=options.dropout,
             targets=options.targets,
+            kind=Dora if options.use_dora else LowRank,
         )
         if any(parameter.is_meta for parameter in block.parameters()):
             continue  # `materialise` fills them
-        for tensor, value in fresh_updates(block.network, config.seed, block.index):
-            with torch.no_grad():
+        with torch.no_grad():
+            for tensor, value in fresh_updates(block.network, config.seed, block.index):
+                tensor.copy_(value)
+            for tensor, value in starting_magnitudes(block.network):
                 tensor.copy_(value)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..common.files import whole_folder
 from ..common.finite import DIVERGED, require_finite
 from ..common.formats import write_json, write_tensors
-from ..common.modules import evaluating
+from ..common.modules import evaluating, weights_dtype
 from ..common.processing_files import PROCESSING_FILES, write_files
 from ..common.seeds import keyed_generator
 from ..families import (
@@ -33,6 +33,7 @@ from ..families import (
 )
 from ..layers.adaptive_norms import AdaptiveNorms
 from ..layers.low_rank import plain_state, updates
+from ..layers.quantized import quantized_layers
 from ..noise import GaussianProcess
 from ..targets import Batch
 from .block import Block
@@ -46,6 +47,10 @@ EXPORTED = re.compile("|".join([LIBRARY_FILES, r"block\.json", *map(re.escape, P
 
 #: names of the files of a block's low-rank updates
 _LORA_FILES = re.compile(r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.safetensors|block\.json")
+
+
+#: what PEFT calls the tensors of an update
+_OF_PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
 def export_initialisation(model: DiffusionBlocks) -> nn.Module:
@@ -99,7 +104,7 @@ def _unused(model: DiffusionBlocks, original: nn.Module) -> dict[str, torch.Tens
     do where the library loads a model.
     """
     unused = tuple(f"{path}." for path in model.family.unused)
-    dtype = next(model.block(0).network.parameters()).dtype
+    dtype = weights_dtype(model.block(0).network)
     return {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in original.state_dict().items()
@@ -136,7 +141,8 @@ def export_block(
             from, drawn from the seed of the blocks.
         approximate_on: a batch with `pixel_values`. Where the class has no place for a part of a classifier's block,
             the part is left out, and a warning says how much the outputs differ on these images.
-        merge_lora: add the block's low-rank updates to the weights; False leaves them out, for `export_lora`.
+        merge_lora: add the block's low-rank updates to the weights; False leaves them out, for `export_lora`. Either
+            way weights that are kept in few bits (`lora.base`) are dequantised, and a warning says so.
 
     Returns:
         An instance of the class, on the CPU, in the model's mode. Its config has its number of layers.
@@ -163,6 +169,13 @@ def export_block(
             "(--approximate); or train with target.noise_input: false"
         )
     exported = _built(model, block, ordinary)
+    if next(quantized_layers(part), None) is not None:
+        base, dtype = model.blocks_config.lora.base, weights_dtype(exported)  # type: ignore[union-attr]
+        warnings.warn(
+            f"block {block} is exported with its {base} weights dequantised to {str(dtype).removeprefix('torch.')}: it "
+            "takes the memory of these",
+            stacklevel=2,
+        )
     if ordinary.differences and approximate_on is not None:
         difference = export_difference(model, block, exported, approximate_on, level, z=z)
         parts = " and ".join(ordinary.differences)
@@ -305,9 +318,9 @@ def export_lora(model: DiffusionBlocks, block: int, path: str | Path) -> None:
         raise ValueError("these blocks have no low-rank updates (blocks.lora); export_block gives one as a model")
     targets = dict(updates(part.network))
     tensors = {
-        f"{name}.lora_{side}.weight": getattr(update, side).detach().cpu().contiguous()
+        f"{name}.{_OF_PEFT[side]}": tensor.detach().cpu().contiguous()
         for name, update in targets.items()
-        for side in ("A", "B")
+        for side, tensor in update.named_parameters()
     }
     require_finite(tensors.items(), f"the updates of block {block}", DIVERGED)
     config = {
@@ -320,6 +333,7 @@ def export_lora(model: DiffusionBlocks, block: int, path: str | Path) -> None:
         "r": options.rank,
         "target_modules": sorted(targets),
         "task_type": None,
+        "use_dora": options.use_dora,
     }
     facts = export_facts(model, block) | {"output": "low-rank updates of its layers"}
     metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}

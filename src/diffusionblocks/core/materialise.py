@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..config import BlocksConfig
 from ..families import instantiate, outline, with_depth, with_fewest_layers
 from ..families.module_tree import layer_of
-from ..layers.low_rank import fresh_updates, is_update
+from ..layers.low_rank import fresh_updates, is_update, starting_magnitudes
+from ..layers.quantized import check_quantizer, quantized_layers
 from .block import Block
 from .conversion import assemble
 from .model import DiffusionBlocks
@@ -67,6 +68,7 @@ def empty(source: WeightSource, config: BlocksConfig) -> DiffusionBlocks:
     Raises:
         ValueError: what `convert` refuses, weights that cannot be trained with this config included.
     """
+    check_quantizer(config.lora and config.lora.base)
     model = assemble(source.outline(), config, take=True)
     _check_weights(source, model)
     return model
@@ -102,12 +104,26 @@ def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> Non
         for name, tensor in block.state_dict(keep_vars=True).items()
         if tensor.is_meta and name.startswith("network.") and not is_update(name)
     }
+    quantized = {}
+    for name, linear in quantized_layers(block.network):
+        if linear.parts[0].is_meta:  # several tensors here, one of the source
+            quantized[f"{name}.weight"] = linear
+            for part in linear.names:
+                del waiting[f"{name}.{part}"]
     layers = model.partition.layer_range(index)
     # Experts start as one model: fresh ones are all drawn as the first.
     drawn_as = 0 if model.partition.split == "experts" else index
-    for name, value in source.tensors(drawn_as, layers, list(waiting)):
-        _fill(waiting.pop(name), value)
-    assert not waiting, f"the source has no {sorted(waiting)}"
+    for name, value in source.tensors(drawn_as, layers, [*waiting, *quantized]):
+        if name in quantized:
+            linear = quantized.pop(name)
+            for part, part_value in linear.quantized(value):
+                _fill(getattr(linear, part), part_value)
+        else:
+            _fill(waiting.pop(name), value)
+    assert not {**waiting, **quantized}, f"the source has no {sorted([*waiting, *quantized])}"
+    for tensor, value in list(starting_magnitudes(block.network)):
+        if tensor.is_meta:
+            _fill(tensor, value)
     if empty_target:
         model.family.fill_target(block.network, block.target, model.blocks_config)
 

@@ -155,10 +155,15 @@ class DiffusionBlocks(nn.Module):
         """Whether its blocks run one at a time, see `run_one_at_a_time`."""
         return self._turns is not None
 
-    def bring(self, block: Block) -> None:
-        """Copy a block to where blocks take turns (`run_one_at_a_time`); without that it is where it runs."""
+    def bring(self, block: Block, following: Block | None = None) -> None:
+        """Copy a block to where blocks take turns (`run_one_at_a_time`); without that it is where it runs.
+
+        Args:
+            block: the one that is called next.
+            following: the one that will be called after that, see `OneAtATime.bring`.
+        """
         if self._turns is not None:
-            self._turns.bring(block)
+            self._turns.bring(block, following)
 
     def with_boundaries(self, boundaries: Sequence[float]) -> Self:
         """The same blocks, each called at other levels: a model that shares all weights with this one.

@@ -45,7 +45,8 @@ def as_transformer(
 
     Args:
         model: blocks of a class of text to image or text to video, by flow matching.
-        low_memory: let blocks wait where they are, and copy the one that runs to `device`, in place of the last.
+        low_memory: let blocks wait where they are, and copy the one that runs to `device`, in place of the last. In the
+            last call before a boundary the next block is copied layer by layer into the memory of layers that have run.
         device: where blocks run with `low_memory`.
 
     Returns:
@@ -58,6 +59,7 @@ def as_transformer(
     network: Any = model.block(0).network
     if low_memory:
         model.run_one_at_a_time(device)
+    ahead = _NextLevel()
 
     def run(*args: Any, **options: Any) -> Any:
         call = inspect.signature(kind.forward).bind(network, *args, **options)
@@ -66,8 +68,9 @@ def as_transformer(
         if bool((time != first).any()):
             raise ValueError("a call must have one time for all its rows: a block owns an interval of times")
         condition = family.condition_of(model.config, float(first))
-        block = model.block(model.partition.block_of(noise.unshifted(min(max(condition, 0.0), 1.0))))
-        model.bring(block)
+        level = noise.unshifted(min(max(condition, 0.0), 1.0))
+        block, following = (model.block(model.partition.block_of(t)) for t in (level, ahead.after(level)))
+        model.bring(block, following)
         return block.network(*args, **options)
 
     kind: Any = type(network)
@@ -75,6 +78,28 @@ def as_transformer(
     transformer.experts = nn.ModuleList(model.block(b).network for b in range(model.partition.num_blocks))
     vars(transformer)["route"] = run
     return cast(nn.Module, transformer.eval())
+
+
+class _NextLevel:
+    """Foresees the level of a chain's next call, where levels are even before the shift, as schedulers' are by default.
+
+    A step is taken to make as many calls as the one before it (of guidance, two).
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[float] = []  # of the last step, and of this one
+        self._calls = [0, 0]
+
+    def after(self, level: float) -> float:
+        """The level of the call after one at a level, between 0 and 1; the level itself where nothing is known."""
+        if not self._levels or level != self._levels[-1]:
+            self._levels = [*self._levels[-1:], level]
+            self._calls = [self._calls[1], 0]
+        self._calls[1] += 1
+        if len(self._levels) == 1 or self._calls[1] < self._calls[0]:
+            return level
+        before, now = self._levels
+        return min(max(2 * now - before, 0.0), 1.0)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from ..common.digests import FileDigest, digest, seal
 from ..common.files import check_replaceable, whole_folder
 from ..common.finite import DIVERGED, require_finite
 from ..common.formats import write_json, write_tensors
+from ..common.modules import weights_dtype
 from ..common.processing_files import write_files
 from .block import Block
 from .model import DiffusionBlocks
@@ -100,7 +101,7 @@ def save(
             if shared and b == indices[0]:
                 write(SHARED, {k: t for k, t in tensors.items() if id(t) in shared}, None)
         write_json(folder / INDEX, seal(index | {"files": {name: files[name].model_dump() for name in files}}))
-        write_configs(folder, model, next(model.block(indices[0]).parameters()).dtype)
+        write_configs(folder, model, weights_dtype(model.block(indices[0])))
         write_card(folder, card_text(model, indices, notes), before=path)
 
 

@@ -1,7 +1,7 @@
 """Low-rank updates of linear layers (LoRA, arXiv 2106.09685): y = W x + (alpha / rank) * B A x, W fixed.
 
 An update hangs on its linear layer as a child, `lora`, that a forward hook adds: the layer stays the model's own, under
-its own names. Names and shapes of A and B are PEFT's, up to the prefix.
+its own names. Names and shapes of A and B are PEFT's, up to the prefix; so is the magnitude of DoRA.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.precision import without_autocast
 from ..common.seeds import keyed_generator
+from .quantized import QuantizedLinear, quantized_layers
 
 #: the name of an update in its linear layer
 LORA = "lora"
@@ -42,19 +44,68 @@ class LowRank(nn.Module):
         bound = 1 / math.sqrt(self.A.shape[1])
         return torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """The layer's output with the update added, of its dtype: (..., in), (..., out) -> (..., out)."""
+    def forward(self, x: Tensor, output: Tensor, linear: nn.Linear) -> Tensor:
+        """The output of the layer with the update, of its dtype.
+
+        Args:
+            x: the layer's input (..., in).
+            output: what the layer makes of it (..., out).
+            linear: the layer.
+        """
         x = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
-        return (output + F.linear(F.linear(x, self.A), self.B) * self.scale).to(output.dtype)
+        return (output + self._update_of(x)).to(output.dtype)
+
+    def _update_of(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A), self.B) * self.scale
 
     def merge(self, weight: Tensor) -> Tensor:
         """W + (alpha / rank) * B A, summed in float64, of the dtype of W."""
-        update = self.B.detach().double() @ self.A.detach().double() * self.scale
-        return (weight.detach().double() + update).to(weight.dtype)
+        return self._sum(weight.detach().double()).to(weight.dtype)
+
+    def _sum(self, weight: Tensor) -> Tensor:
+        """W + (alpha / rank) * B A, in the dtype of W; it has no gradient."""
+        return weight + self.B.detach().to(weight.dtype) @ self.A.detach().to(weight.dtype) * self.scale
+
+    def start_from(self, linear: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
+        """What starts from the layer's weight, each with its initial value: nothing."""
+        yield from ()
+
+
+class Dora(LowRank):
+    """The update of DoRA (arXiv 2402.09353): y = m * (W + (alpha / rank) * B A) x / |W + (alpha / rank) * B A|.
+
+    The magnitude m (out,), float32, starts as |W|, the norm of each row. As in PEFT, no gradient passes through norms.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__(linear, rank, alpha, dropout)
+        self.magnitude = nn.Parameter(torch.empty(linear.out_features, dtype=torch.float32, device=self.A.device))
+
+    def forward(self, x: Tensor, output: Tensor, linear: nn.Linear) -> Tensor:
+        """See `LowRank.forward`; where dropout hides inputs, W does not see them either."""
+        with torch.no_grad(), without_autocast(x):
+            norm = torch.linalg.vector_norm(self._sum(linear.weight.to(self.A.dtype)), dim=1)
+        ratio = self.magnitude / norm
+        bias = 0 if linear.bias is None else linear.bias
+        inputs = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
+        of_weight = output - bias
+        if self.training and self.dropout:
+            of_weight = F.linear(inputs.to(x.dtype), linear.weight.to(x.dtype))
+        return (output + (ratio - 1) * of_weight + ratio * self._update_of(inputs)).to(output.dtype)
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """m * (W + (alpha / rank) * B A) / |W + (alpha / rank) * B A|, in float64, of the dtype of W."""
+        whole = self._sum(weight.detach().double())
+        norm = torch.linalg.vector_norm(whole, dim=1, keepdim=True)
+        return (self.magnitude.detach().double()[:, None] * whole / norm).to(weight.dtype)
+
+    def start_from(self, linear: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
+        """The magnitude, with the norm of each row of W."""
+        yield self.magnitude, torch.linalg.vector_norm(linear.weight.detach().float(), dim=1)
 
 
 def _add(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return linear.lora(args[0], output)  # type: ignore[no-any-return, operator]
+    return linear.lora(args[0], output, linear)  # type: ignore[no-any-return, operator]
 
 
 def add_low_rank(
@@ -65,14 +116,16 @@ def add_low_rank(
     alpha: float,
     dropout: float,
     targets: Sequence[str] | None,
+    kind: type[LowRank] = LowRank,
 ) -> None:
-    """Hang an update on linear layers of a network; A has no values yet (`fresh_updates`).
+    """Hang an update on linear layers of a network; it has no values yet (`fresh_updates`, `starting_magnitudes`).
 
     Args:
         network: with the layers.
         layer_paths: of the layers, in which linear layers are looked for.
         rank, alpha, dropout: see `LowRank`.
         targets: names of linear layers, or ends of names (`to_q`, `attn.to_q`); None takes all.
+        kind: of the updates.
 
     Raises:
         ValueError: a target that no layer has.
@@ -81,7 +134,7 @@ def add_low_rank(
         name
         for path in layer_paths
         for name, part in network.get_submodule(path).named_modules(prefix=path)
-        if type(part) is nn.Linear
+        if type(part) in (nn.Linear, QuantizedLinear)
     ]
     if targets is not None:
         for target in targets:
@@ -91,7 +144,7 @@ def add_low_rank(
         names = [name for name in names if any(_ends(name, target) for target in targets)]
     for name in names:
         linear: Any = network.get_submodule(name)
-        linear.add_module(LORA, LowRank(linear, rank, alpha, dropout))
+        linear.add_module(LORA, kind(linear, rank, alpha, dropout))
         linear.register_forward_hook(_add)
 
 
@@ -123,9 +176,21 @@ def fresh_updates(network: nn.Module, seed: int, block: int) -> Iterator[tuple[T
         yield update.B, torch.zeros(update.B.shape)
 
 
+def starting_magnitudes(network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors of a network's updates that start from the weights, each with its initial value."""
+    for name, update in updates(network):
+        linear: Any = network.get_submodule(name)
+        yield from update.start_from(linear)
+
+
 def plain_state(module: nn.Module, *, merge: bool = True) -> dict[str, Tensor]:
-    """A module's state dict as its class has it: with its updates in the weights, or without them."""
+    """A module's state dict as its class has it: weights dequantised, and with its updates in them, or without."""
     state = {name: tensor for name, tensor in module.state_dict().items() if not is_update(name)}
+    for name, linear in quantized_layers(module):
+        prefix = f"{name}." if name else ""
+        for part in linear.names:
+            del state[prefix + part]
+        state[f"{prefix}weight"] = linear.weight
     if merge:
         for name, update in updates(module):
             key = f"{name}.weight" if name else "weight"
