@@ -48,7 +48,8 @@ def convert(model: nn.Module, config: BlocksConfig | None = None) -> DiffusionBl
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}; use BlocksConfig(num_blocks=...)")
     config = resolve(config or BlocksConfig(), family, model.config)
     check_convertible(model)
-    check_quantizer(config.lora and config.lora.base)
+    if config.lora is not None:
+        check_quantizer(config.lora.base)
     if not _on_meta(model):
         require_finite(model.state_dict().items(), type(model).__name__, DIVERGED)
         family.check_weights(model, config)

@@ -68,7 +68,8 @@ def empty(source: WeightSource, config: BlocksConfig) -> DiffusionBlocks:
     Raises:
         ValueError: what `convert` refuses, weights that cannot be trained with this config included.
     """
-    check_quantizer(config.lora and config.lora.base)
+    if config.lora is not None:
+        check_quantizer(config.lora.base)
     model = assemble(source.outline(), config, take=True)
     _check_weights(source, model)
     return model

@@ -84,7 +84,7 @@ class Dora(LowRank):
     def forward(self, x: Tensor, output: Tensor, linear: nn.Linear) -> Tensor:
         """See `LowRank.forward`; where dropout hides inputs, W does not see them either."""
         with torch.no_grad(), without_autocast(x):
-            norm = torch.linalg.vector_norm(self._sum(linear.weight.to(self.A.dtype)), dim=1)
+            norm: Tensor = torch.linalg.vector_norm(self._sum(linear.weight.to(self.A.dtype)), dim=1)
         ratio = self.magnitude / norm
         bias = 0 if linear.bias is None else linear.bias
         inputs = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
@@ -96,7 +96,7 @@ class Dora(LowRank):
     def merge(self, weight: Tensor) -> Tensor:
         """m * (W + (alpha / rank) * B A) / |W + (alpha / rank) * B A|, in float64, of the dtype of W."""
         whole = self._sum(weight.detach().double())
-        norm = torch.linalg.vector_norm(whole, dim=1, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(whole, dim=1, keepdim=True)
         return (self.magnitude.detach().double()[:, None] * whole / norm).to(weight.dtype)
 
     def start_from(self, linear: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
