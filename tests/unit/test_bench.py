@@ -17,12 +17,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionblocks.bench.alternatives import AlternativeRunner, BAdamRunner, alternative_runner
+from diffusionblocks.bench import bus, host_need
+from diffusionblocks.bench.alternatives import BAdamRunner, alternative_runner
 from diffusionblocks.bench.bench_models import MODELS, build, recipe_of, splits_of
 from diffusionblocks.bench.depth import largest_depth
+from diffusionblocks.bench.host_need import check_host, host_bytes_of
 from diffusionblocks.bench.measurements import runner_of
 from diffusionblocks.bench.methods import METHODS, Spec, rows_of
 from diffusionblocks.bench.peak_memory import at_peak, measure_memory
+from diffusionblocks.bench.plain_loop import AlternativeRunner, Plain
 from diffusionblocks.bench.plots import draw_depth, draw_memory
 from diffusionblocks.bench.rows import gather, in_current_terms, memory_table, rows_in, shard, summary
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain
@@ -35,10 +38,12 @@ from diffusionblocks.experiments.experiment import Experiment
 
 #: 8-bit AdamW compiles its step, which takes a C++ compiler and about a minute on a CPU.
 EIGHT_BIT = [name for name, method in METHODS.items() if method.train.get("optimizer") == "adamw-8bit"]
-ON_GPU = ["end-to-end-cpu-offload"]
+ON_GPU = [f"end-to-end-{name}" for name in ("cpu-offload", "group-offloading", "ramtorch", "megatrain")]
+#: It makes a process group, which its own test ends.
+GROUPED = "end-to-end-fsdp-offload"
 #: Options of torch.compile, which the rows of these tests do without (`test_compilation.py` runs them).
 COMPILED = [name for name, method in METHODS.items() if "activation_memory_budget" in method.train]
-ON_CPU = [name for name in METHODS if name not in (*EIGHT_BIT, *ON_GPU, *COMPILED)]
+ON_CPU = [name for name in METHODS if name not in (*EIGHT_BIT, *ON_GPU, *COMPILED, GROUPED)]
 MODEL_NAMES = ("dit-l-2", "vit-h")
 
 
@@ -114,11 +119,11 @@ def test_the_model_is_the_recipes_but_for_its_weights(model: str, method: str) -
         assert bool(parameter.any())
 
 
-@pytest.mark.parametrize("model", MODEL_NAMES)
+@pytest.mark.parametrize("model", [*MODEL_NAMES, "llama-7b"])
 def test_models_have_the_size_that_they_are_named_for(model: str) -> None:
     found = build(recipe_of(Spec(model, device="cpu")), torch.device("meta"))
     count = sum(p.numel() for p in found.parameters())
-    assert count == pytest.approx({"dit-l-2": 457e6, "vit-h": 632e6}[model], rel=0.01)
+    assert count == pytest.approx({"dit-l-2": 457e6, "vit-h": 632e6, "llama-7b": 6.74e9}[model], rel=0.01)
 
 
 def test_layers_that_do_not_divide_make_unequal_blocks() -> None:
@@ -154,6 +159,64 @@ def test_every_row_runs(model: str, method: str) -> None:
     assert row["epoch_samples_per_second"] == pytest.approx(row["samples_per_second"] / share)
     assert (row["host_bytes"] > 0) == method.startswith("resident-active")
     json.dumps(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dit-l-2", "llama-7b"])
+def test_fsdp_offload_trains_the_same_model(model: str) -> None:
+    """On a CPU nothing is offloaded: weights and state are counted as those of the same model, and losses are equal."""
+    try:
+        row = answer(spec(model, GROUPED))
+        assert "error" not in row
+        with runner_of(spec(model, GROUPED)) as grouped, runner_of(spec(model, "end-to-end")) as whole:
+            assert isinstance(grouped, AlternativeRunner)
+            assert grouped.module.activation_checkpointing
+            plain_loop = Plain(spec(model))
+            losses = [float(each.loss(0, 0).detach()) for each in (grouped.plain, plain_loop)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+            kinds = ("parameters", "buffers")
+            assert {k: row["bytes"][k] for k in kinds} == {k: whole.persistent_bytes()[k] for k in kinds}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ON_GPU)
+def test_what_streams_to_a_gpu_says_so(method: str) -> None:
+    assert "does not run on device cpu" in answer(spec("llama-7b", method))["error"]
+
+
+def test_host_memory_is_refused_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = 2 * 6_738_415_616  # of Llama 7B, in bfloat16
+    for method, copies in (("end-to-end-megatrain", 5), ("end-to-end-fsdp-offload", 4), ("end-to-end", 0)):
+        assert host_bytes_of(Spec("llama-7b", method)) == copies * weights
+    blocks = Spec("llama-7b", "resident-active-all-optimisations", 8)
+    assert 3 * weights < host_bytes_of(blocks) < 5 * weights  # weights and 8-bit state of all, and the model
+    monkeypatch.setattr(host_need, "free_host_memory", lambda: 4 * weights)
+    check_host(Spec("llama-7b", "end-to-end-fsdp-offload"))
+    with pytest.raises(ValueError, match=r"end-to-end-megatrain of llama-7b keeps about 62\.76 GiB in host memory, of"):
+        check_host(Spec("llama-7b", "end-to-end-megatrain"))
+    check_host(spec("llama-7b", "end-to-end-megatrain"))  # a CPU has one memory
+
+
+def test_bytes_over_the_bus_are_those_of_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = [("Memcpy HtoD (Pinned -> Device)", 7), ("Memcpy DtoH (Device -> Pinned)", 5), ("Memcpy DtoD", 100)]
+    events = [{"cat": "gpu_memcpy", "name": name, "args": {"bytes": size}} for name, size in copies]
+    assert bus.bytes_over_bus([*events, {"cat": "kernel", "name": "HtoD"}, {"name": "no category"}]) == 12
+
+    class Switching:
+        device, turns, switches = torch.device("cuda"), 3, True
+
+    def recorded(runner: Any, turns: list[int]) -> int:
+        """10 bytes a step, and 1,000 a switch."""
+        return 10 * len(turns) + 1000 * sum(a != b for a, b in zip([turns[-1], *turns], turns, strict=False))
+
+    monkeypatch.setattr(bus, "_recorded", recorded)
+    assert bus.bus_bytes_of_step(Switching(), 50) == 10 + 1000 / 50  # type: ignore[arg-type]
+    Switching.switches = False
+    monkeypatch.setattr(bus, "_recorded", lambda runner, turns: 10 * len(turns))
+    assert bus.bus_bytes_of_step(Switching(), 50) == 10  # type: ignore[arg-type]
+    Switching.device = torch.device("cpu")
+    assert bus.bus_bytes_of_step(Switching(), 50) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -16,129 +16,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.block import Block
-from ..experiments.experiment import Experiment
-from ..experiments.recipe import Recipe
 from ..families import family_for
-from ..training import BatchMaker, Diverged, EndToEnd, Unit, units_of
+from ..training import EndToEnd, Unit
 from ..training.compilation import Compiler
-from ..training.data_order import DataOrder
-from ..training.step import arithmetic
-from .bench_models import build, bytes_of_data, recipe_of, splits_of
 from .methods import Spec
-from .runners import Runner, bytes_of, tensors_in
-
-
-def compile_units(plain: Plain) -> None:
-    """Compile each unit as the trainer does."""
-    Compiler(plain.recipe.train, plain.device).compile([unit.module for unit in plain.units])
-
-
-class Plain:
-    """A model and its data, for a loop without a trainer.
-
-    Attributes:
-        recipe, device: what is trained, and where.
-        units: of the model; one, if it trains end to end.
-        batches: makes batches on the device.
-        data_bytes: of the examples.
-        order: which examples a step takes.
-    """
-
-    def __init__(self, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
-        self.recipe: Recipe = recipe_of(spec)
-        experiment = Experiment(self.recipe, splits_of(self.recipe))
-        self.device = experiment.device
-        model = build(self.recipe, self.device).to(dtype)
-        self.units, shared = units_of(model)
-        assert not shared, "no recipe of the benchmarks has joint shared parameters"
-        data = experiment.data("train")
-        self.data_bytes = bytes_of_data(data)
-        self.batches: BatchMaker = experiment.batches()
-        train = self.recipe.train
-        self.order = DataOrder(len(data), train.batch_size, 1, train.seed, self.device)
-        self.generator = torch.Generator(device=self.device).manual_seed(train.seed)
-
-    def loss(self, unit: int, step: int) -> Tensor:
-        """The mean loss of a unit on its step's batch."""
-        batch = self.batches(self.order(unit, step)[0], self.generator)
-        with arithmetic(self.device, self.recipe.train.precision):
-            losses: Tensor = self.units[unit].module.loss(batch, self.generator)  # type: ignore[operator]
-        return losses.mean()
-
-    def adamw(self) -> dict[str, Any]:
-        """The recipe's settings of AdamW."""
-        train = self.recipe.train
-        return {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
-
-
-class AlternativeRunner(Runner):
-    """A whole model, end to end, with an optimizer of another package.
-
-    Args:
-        plain: model and data.
-        optimizer: has `step` and `zero_grad`.
-        state: the tensors that it keeps, wherever they are.
-
-    Attributes:
-        plain, optimizer: as given.
-    """
-
-    def __init__(self, plain: Plain, optimizer: Any, state: Callable[[], Iterator[Tensor]]) -> None:
-        self.device = plain.device
-        self.data_bytes = plain.data_bytes
-        self.optimizer = optimizer
-        self.plain = plain
-        self._state = state
-        self._steps = 0
-        self._finite = torch.ones((), dtype=torch.bool, device=plain.device)
-
-    def step(self, turn: int, following: int | None = None) -> None:
-        """Go to the part, and step it."""
-        self._go_to(turn)
-        loss = self.plain.loss(0, self._steps)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._finite &= torch.isfinite(loss.detach())
-        self._steps += 1
-
-    def _go_to(self, turn: int) -> None:
-        assert turn == 0, "all parameters train together"
-
-    @property
-    def module(self) -> nn.Module:
-        """What is trained."""
-        return self.plain.units[0].module
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters of the whole model."""
-        return list(self.module.parameters())
-
-    def _state_bytes(self, *, here: bool) -> int:
-        return bytes_of(t for t in self._state() if (t.device.type == self.device.type) == here)
-
-    @property
-    def host_bytes(self) -> int:  # type: ignore[override]
-        """Bytes of the optimizer's state on the host."""
-        return self._state_bytes(here=False)
-
-    def persistent_bytes(self) -> dict[str, int]:
-        """Bytes of weights, buffers and the optimizer's state on the device."""
-        return {
-            "parameters": bytes_of(self.parameters()),
-            "optimizer": self._state_bytes(here=True),
-            "ema": 0,
-            "buffers": bytes_of(self.module.buffers()),
-        }
-
-    def check(self) -> None:
-        """Raise `Diverged` if a loss was not finite."""
-        if not self._finite:
-            raise Diverged("a loss was not finite, so the figures are of no use")
-
+from .offloading import MegaTrainRunner, fsdp_offload, group_offloading, ramtorch
+from .plain_loop import AlternativeRunner, Plain, compile_units, imported, missing
+from .runners import Runner, tensors_in
 
 # ---- CPU offload -------------------------------------------------------------------------------------------
 
@@ -147,7 +34,7 @@ def _cpu_offload(spec: Spec) -> Runner:
     """torchao: AdamW's state and step on the CPU; gradients go there as they come, weights come back."""
     if spec.device != "cuda":
         raise ValueError(f"end-to-end-cpu-offload offloads from a GPU, so it does not run on device {spec.device}")
-    optimizer_class = _imported("torchao.optim", "torchao").CPUOffloadOptimizer
+    optimizer_class = imported("torchao.optim", "torchao").CPUOffloadOptimizer
     plain = Plain(spec)
     if spec.compile:
         compile_units(plain)
@@ -179,7 +66,7 @@ class BAdamRunner(AlternativeRunner):
     steps_per_switch = 100  # its README's switch_block_every
 
     def __init__(self, spec: Spec) -> None:
-        optimizer_class = _imported("badam", "badam").BlockOptimizer
+        optimizer_class = imported("badam", "badam").BlockOptimizer
         plain = Plain(spec, torch.bfloat16)
         (unit,) = plain.units
         prefixes = _parts(unit)
@@ -263,7 +150,7 @@ def _apollo_module() -> Any:
     """`apollo_torch.apollo`, without the package's `__init__`, which imports bitsandbytes for other optimizers."""
     spec = importlib.util.find_spec("apollo_torch")
     if spec is None or spec.submodule_search_locations is None:
-        raise _missing("apollo_torch", "apollo-torch")
+        raise missing("apollo_torch", "apollo-torch")
     package = types.ModuleType("apollo_torch")
     package.__path__ = list(spec.submodule_search_locations)
     imported = sys.modules.get("apollo_torch")
@@ -282,6 +169,10 @@ _ALTERNATIVES: dict[str, Callable[[Spec], Runner]] = {
     "end-to-end-cpu-offload": _cpu_offload,
     "end-to-end-badam": BAdamRunner,
     "end-to-end-apollo-mini": _apollo_mini,
+    "end-to-end-fsdp-offload": fsdp_offload,
+    "end-to-end-group-offloading": group_offloading,
+    "end-to-end-ramtorch": ramtorch,
+    "end-to-end-megatrain": MegaTrainRunner,
 }
 
 
@@ -293,16 +184,3 @@ def alternative_runner(spec: Spec) -> Runner:
         ValueError: it needs a GPU.
     """
     return _ALTERNATIVES[spec.method](spec)
-
-
-def _imported(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise _missing(module, package) from error
-
-
-def _missing(module: str, package: str) -> ImportError:
-    return ImportError(
-        f"{module} is missing (package {package}): run pip install 'diffusionblocks[bench]', or leave this method out"
-    )

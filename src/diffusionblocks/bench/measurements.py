@@ -18,10 +18,13 @@ import torch
 from ..core.partition import even_layers
 from ..experiments.experiment import Experiment
 from ..training import Trainer
-from .alternatives import Plain, alternative_runner, compile_units
+from .alternatives import alternative_runner
 from .bench_models import batch_size_of, build, bytes_of_data, layers_of, recipe_of, splits_of
+from .bus import bus_bytes_of_step
+from .host_need import check_host
 from .methods import METHODS, Spec
 from .peak_memory import measure_memory, peak_of_steps
+from .plain_loop import Plain, compile_units
 from .runners import Runner, TrainerRunner
 from .timing import Clock, Times, alone, steady_times, switching_times, warm_up
 
@@ -46,8 +49,9 @@ def runner_of(spec: Spec) -> Iterator[Runner]:
 
     Raises:
         ImportError: an alternative's package is missing; the message says how to install it.
-        ValueError: what the specification asks for cannot be.
+        ValueError: what the specification asks for cannot be, or would fill the host's memory.
     """
+    check_host(spec)
     if METHODS[spec.method].kind == "alternative":
         yield alternative_runner(spec)
         return
@@ -95,8 +99,9 @@ def _launched(spec: Spec) -> dict[str, Any]:
         memory = {} if spec.cuda_graph else measure_memory(runner).to_dict()
         steady = steady_times(runner, spec.windows, spec.iterations)
         switch = _switch_ms(runner, spec, steady)
-        runner.check()
         steps_per_switch = runner.steps_per_switch or spec.steps_per_switch
+        bus = bus_bytes_of_step(runner, steps_per_switch)
+        runner.check()
         step_ms = steady.median + (switch or 0.0) / steps_per_switch
         batch = batch_size_of(spec)
         per_second = 1000.0 * batch / step_ms
@@ -109,6 +114,7 @@ def _launched(spec: Spec) -> dict[str, Any]:
             "samples_per_second": per_second,
             "epoch_samples_per_second": per_second / (spec.blocks if METHODS[spec.method].kind == "blocks" else 1),
             "host_bytes": runner.host_bytes,
+            "bus_bytes_per_step": bus,
             "start_seconds": ready - start,
             "warm_up_seconds": warm - ready,
         }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..training.train_config import LEAN_BUDGET
 
 _BUDGET = {"activation_memory_budget": LEAN_BUDGET}
+_CHECKPOINTING = {"activation_checkpointing": True}
 _OPTIMISATIONS = {"activation_checkpointing": True, "optimizer": "adamw-8bit", "optimizer_in_backward": True}
 
 
@@ -21,11 +22,13 @@ class Method:
             model with an optimizer of another package; `blocks`.
         train: what it changes in the recipe's `train` section.
         about: what a reader must know about it.
+        host_copies: how many times the bytes of the weights it keeps in host memory; of blocks the planner knows.
     """
 
     kind: Literal["whole", "short", "alternative", "blocks"]
     about: str
     train: dict[str, Any] = field(default_factory=dict)
+    host_copies: float = 0.0
 
 
 #: Former names of methods, which tables of older versions have and the command line accepts.
@@ -37,7 +40,7 @@ FORMER_NAMES = {
 METHODS: dict[str, Method] = {
     "end-to-end": Method("whole", "AdamW, float32 weights, bfloat16 autocast"),
     "end-to-end-memory-budget": Method("whole", "torch.compile computes what is cheap again", _BUDGET),
-    "end-to-end-checkpointing": Method("whole", "each layer is computed again", {"activation_checkpointing": True}),
+    "end-to-end-checkpointing": Method("whole", "each layer is computed again", _CHECKPOINTING),
     "end-to-end-8bit-in-backward": Method(
         "whole",
         "8-bit AdamW, which steps inside the backward pass",
@@ -52,6 +55,23 @@ METHODS: dict[str, Method] = {
         "BAdam: a layer at a time; weights in bfloat16 without float32 copies, but for the layer that trains",
     ),
     "end-to-end-apollo-mini": Method("alternative", "APOLLO-Mini: rank 1 for the layers' matrices, AdamW for the rest"),
+    "end-to-end-fsdp-offload": Method(
+        "alternative",
+        "torch's FSDP2 on one GPU: CPUOffloadPolicy keeps weights, gradients and AdamW on the host",
+        _CHECKPOINTING,
+        host_copies=4,
+    ),
+    "end-to-end-group-offloading": Method(
+        "alternative", "diffusers' apply_group_offloading, a layer a group on a stream", _CHECKPOINTING, host_copies=4
+    ),
+    "end-to-end-ramtorch": Method(
+        "alternative", "RamTorch's linear layers: weights and AdamW on the host", _CHECKPOINTING, host_copies=4
+    ),
+    "end-to-end-megatrain": Method(
+        "alternative",
+        "MegaTrain: weights, gradients and AdamW on the host; it computes layers again, four at a time",
+        host_copies=5,
+    ),
     "end-to-end-short": Method("short", "a model of one block's layers, end to end"),
     "resident-all": Method("blocks", "every block stays on the device"),
     "resident-active": Method("blocks", "only the block that trains is on the device", {"resident": "active"}),

@@ -170,6 +170,8 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
         predicted = row.get("predicted_bytes")
         cell["predicted"] = None if predicted is None else format_bytes(predicted)
         cell["host"] = format_bytes(row["host_bytes"]) if whole else None
+        bus = row.get("bus_bytes_per_step")
+        cell["bus a step"] = None if bus is None else format_bytes(round(bus))
         cell["step ms"] = f"{row['step_ms']['median']:.2f}" if whole else None
         captured = row.get("captured_ms")
         cell["captured ms"] = f"{captured['median']:.2f}" if captured else "failed" if "captured_error" in row else None

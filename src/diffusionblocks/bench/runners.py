@@ -110,7 +110,9 @@ def plain(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     for name in inner()[0]:
-        yield from plain(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):  # a distributed tensor names its mesh, too
+            yield from plain(part)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
