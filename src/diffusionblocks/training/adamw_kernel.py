@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .address_table import HAS_TRITON, AddressTables, jit
+from .address_table import HAS_TRITON, AddressTables, jit, row_of
 
 if HAS_TRITON:
     import triton.language as tl
@@ -22,8 +22,8 @@ if HAS_TRITON:
 _BLOCK = 1024
 #: More parameters than these torch's own step spreads over the whole GPU.
 _MOST = 2**24
-#: What the table says of a tensor: addresses of parameter, gradient, moments and step, and the number of elements.
-_COLUMNS = 6
+#: Of a tensor's row: its first program, addresses of parameter, gradient, moments and step, and the number of elements.
+_COLUMNS = 7
 
 
 @jit("tensors")
@@ -31,14 +31,13 @@ def _adamw(  # type: ignore[no-untyped-def]
     table_at, lr_at, tensors, log_beta1, log_beta2, rest1, rest2, decay, eps,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    work = tl.load(table_at + tensors * COLUMNS + tl.program_id(0))
-    row = table_at + (work >> 32) * COLUMNS
+    row, number = row_of(table_at, tensors, COLUMNS)
     parameter_at = tl.load(row).to(tl.pointer_type(tl.float32))
     gradient_at = tl.load(row + 1).to(tl.pointer_type(tl.float32))
     first_at = tl.load(row + 2).to(tl.pointer_type(tl.float32))
     second_at = tl.load(row + 3).to(tl.pointer_type(tl.float32))
     step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))).to(tl.float64)
-    place = (work & 0xFFFFFFFF) + tl.arange(0, BLOCK)
+    place = number.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < tl.load(row + 5)
     lr = tl.load(lr_at)
     correction1 = (1.0 - tl.exp2(step * log_beta1)).to(tl.float32)
@@ -71,7 +70,7 @@ class OneKernelAdamW(torch.optim.AdamW):
 
     def reserve(self) -> None:
         """Be ready for a step that is captured in a CUDA graph."""
-        self._tables.reserve([p.numel() for group in self.param_groups for p in group["params"]], _COLUMNS)
+        self._tables.reserve(sum(len(group["params"]) for group in self.param_groups), _COLUMNS)
 
     @staticmethod
     def takes(parameters: Sequence[Tensor]) -> bool:
@@ -104,12 +103,8 @@ def update(
     torch._foreach_add_([state["step"] for *_, state in rows], 1.0)
     gradients = [gradient.contiguous() for _, gradient, _ in rows]  # they live until the kernel is launched
     entries = [
-        entry
+        [t.data_ptr() for t in (p, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])] + [p.numel()]
         for (p, _, state), gradient in zip(rows, gradients, strict=True)
-        for entry in (
-            *(p.data_ptr(), gradient.data_ptr(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr()),
-            *(state["step"].data_ptr(), p.numel()),
-        )
     ]
     sizes = [p.numel() for p, *_ in rows]
     table, programs = (tables or AddressTables(_BLOCK)).on(rows[0][0].device, entries, sizes)

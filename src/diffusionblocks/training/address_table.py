@@ -1,9 +1,9 @@
-"""The table by which one kernel steps many tensors: their addresses, and which program does what of which."""
+"""The table by which one kernel steps many tensors: their addresses, and from which program on each is worked on."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: torch for a CPU comes without it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    import triton.language as tl
 
 
 def jit(*unspecialised: str) -> Callable[[Any], Any]:
@@ -27,11 +29,25 @@ def jit(*unspecialised: str) -> Callable[[Any], Any]:
     return triton.jit(do_not_specialize=list(unspecialised))  # type: ignore[no-any-return]
 
 
+@jit()
+def row_of(table_at, tensors, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In a kernel: where the row of this program's tensor begins, and how many programs of that tensor come before."""
+    program = tl.program_id(0)
+    first, behind = 0, tensors
+    while behind - first > 1:  # the last row whose first program is not behind this one
+        middle = (first + behind) // 2
+        if tl.load(table_at + middle * COLUMNS) <= program:
+            first = middle
+        else:
+            behind = middle
+    row = table_at + first * COLUMNS
+    return row + 1, program - tl.load(row)
+
+
 class AddressTables:
     """Brings tables to the device; with memory that is ready for a step in a CUDA graph, where none can be had.
 
-    A table has a row for each tensor, then an entry for each program: the tensor (upper 32 bits) and where in it the
-    program begins.
+    A table has a row for each tensor: the number of its first program, then what the kernel is told of it.
 
     Args:
         block: elements of a program.
@@ -42,27 +58,26 @@ class AddressTables:
         self._captured: list[Tensor] = []  # which graphs read at every replay
         self._spare: Tensor | None = None
 
-    def reserve(self, sizes: Sequence[int], columns: int) -> None:
+    def reserve(self, tensors: int, columns: int) -> None:
         """Have page-locked memory ready for a step that is captured.
 
         Args:
-            sizes: elements of each tensor.
-            columns: entries of a row.
+            tensors: the most that step.
+            columns: entries of a row, with its first.
         """
         if self._spare is None:
-            length = len(sizes) * columns + len(_programs(tuple(sizes), self._block))
-            self._spare = torch.empty(length, dtype=torch.int64, pin_memory=True)
+            self._spare = torch.empty(tensors, columns, dtype=torch.int64, pin_memory=True)
 
-    def on(self, device: torch.device, rows: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, int]:
+    def on(self, device: torch.device, rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> tuple[Tensor, int]:
         """The table on a device, without a wait for it, and the number of programs.
 
         Args:
             device: where the tensors are.
-            rows: of all tensors, one after another.
+            rows: what the kernel is told of each tensor.
             sizes: elements of each.
         """
-        programs = _programs(tuple(sizes), self._block)
-        table = torch.tensor([*rows, *programs])
+        *firsts, programs = itertools.accumulate((-(-size // self._block) for size in sizes), initial=0)
+        table = torch.tensor([[first, *row] for first, row in zip(firsts, rows, strict=True)])
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             assert self._spare is not None, "`reserve` comes before a capture"
             table = self._spare[: len(table)].copy_(table)
@@ -70,9 +85,4 @@ class AddressTables:
             self._spare = None
         elif device.type == "cuda":
             table = table.pin_memory()
-        return table.to(device, non_blocking=True), len(programs)
-
-
-@functools.lru_cache(maxsize=64)
-def _programs(sizes: tuple[int, ...], block: int) -> list[int]:
-    return [i << 32 | start for i, size in enumerate(sizes) for start in range(0, size, block)]
+        return table.to(device, non_blocking=True), programs
