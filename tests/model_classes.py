@@ -34,7 +34,8 @@ A masked language model is told which of its tokens is the mask: `noise=db.Maski
 Classes of text to image and text to video read what their own `forward` is given, as entries of the batch by its names
 (`encoder_hidden_states`, `pooled_projections`, `guidance`, masks), and `pixel_values`, the latents. Positions follow
 from sizes as in the class's pipeline. A block is the class itself on its own layers, so one block is the class bit for
-bit. They are trained by flow matching (PixArt by `ddpm`) from Python: recipes have no data of texts for them.
+bit. They are trained by flow matching (PixArt by `ddpm`), from Python or on cached prompts
+([text to image](text_to_image.md)).
 
 This page is made by `tests/model_classes.py`, and `tests/unit/test_supported_classes.py` holds it to what happens.
 """

@@ -67,6 +67,10 @@ ELSEWHERE = {
     "leave model.config.{part} out": (
         "parity/test_image_classifiers_parity.py::test_a_pretrained_model_has_its_own_part_of_the_config"
     ),
+    **dict.fromkeys(
+        ("are gathered on the host", "captures steps of one size", "compares images of one size"),
+        "training/test_sizes_of_latents.py::test_what_latents_of_several_sizes_cannot_do_is_refused",
+    ),
     "set data.source to a folder with a copy of that file": (
         "unit/test_latents.py::test_statistics_are_measured_where_a_config_says_none"
     ),

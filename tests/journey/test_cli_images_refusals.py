@@ -234,12 +234,10 @@ def test_branch_refuses(
 
 
 def test_a_class_that_reads_a_text_is_refused_before_work(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    """No data of a recipe have states of a text."""
+    """Digits have no prompts."""
     monkeypatch.chdir(tmp_path)
     config = "{sample_size: 8, in_channels: 1, out_channels: 1, num_layers: 3, num_attention_heads: 2}"
     changes = {"model__type": "SanaTransformer2DModel", "model__config": config, "blocks__noise": "{kind: flow}"}
     assert main(["train", DIGITS, *TINY, *sets(**changes), "--out", "run"]) == 2
-    refused(
-        "model.type = SanaTransformer2DModel reads encoder_hidden_states, which data of a recipe do not have", capsys
-    )
+    refused("model.type = SanaTransformer2DModel reads encoder_hidden_states, which the data do not have", capsys)
     assert not list(tmp_path.iterdir())

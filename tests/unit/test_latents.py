@@ -151,7 +151,11 @@ MEAN, STD, LABELS = posterior(2)
         ([(MEAN, STD, LABELS.int())], {}, r"labels torch.int32 \(2,\): must be int64"),
         ([(MEAN.float() * 1e6, STD, LABELS)], {}, "must be finite in float16"),
         ([(MEAN, -STD, LABELS)], {}, "std >= 0"),
-        ([(MEAN, STD, LABELS), (MEAN[..., :1], STD[..., :1], LABELS)], {}, r"from row 2 on: latents \(4, 2, 1\)"),
+        (
+            [(MEAN, STD, LABELS), (MEAN[:, :3], STD[:, :3], LABELS)],
+            {},
+            "row 2 on: latents of 3 channels: must be 4",
+        ),
     ],
 )
 def test_refuses_to_write(tmp_path: Path, rows: list[Any], changes: dict[str, Any], message: str) -> None:
@@ -246,7 +250,7 @@ def test_latent_data_checks_itself() -> None:
         ({"mean": (mean, mean)}, "mean: 2 shards, std: 1"),
         ({"mean": (mean.float(),)}, "shard 0, mean: torch.float32"),
         ({"std": (std[:2],)}, "shard 0, std: "),
-        ({"mean": (mean, mean[..., :1]), "std": (std, std[..., :1])}, "shard 1, mean: "),
+        ({"mean": (mean, mean[:, :3]), "std": (std, std[:, :3])}, "shard 1, mean: "),
         ({"mean": (mean[:0],), "std": (std[:0],)}, "n >= 1"),
         ({"labels": labels[:2]}, r"labels: .*must be int64 \(3,\)"),
         ({"labels": labels + 1}, "row 2: label 3: must be from 0 to 2"),

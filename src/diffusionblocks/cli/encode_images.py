@@ -8,7 +8,9 @@ from pathlib import Path
 from ..common.choices import choice_of
 
 #: What the reconstructions of an encoded split are of.
-_OF_SOURCE = ("source", "out", "split", "size", "device", "image_column", "label_column", "num_classes")
+_OF_SOURCE = (
+    *("source", "out", "split", "size", "device", "image_column", "label_column", "num_classes", "prompt_column"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--image-column", help="column with the images (default: img or image)")
     add("--label-column", help="column with the integer labels (default: label or fine_label)")
     add("--num-classes", type=int, help="number of classes, where the label column has no class names")
+    add(
+        "--text-encoder",
+        metavar="NAME",
+        help="also cache the states of prompts: folder or hub name of a pipeline of diffusers, whose encode_prompt is "
+        "used, or of a text encoder of transformers; prompts are in a column, or in PICTURE.txt beside each picture",
+    )
+    add("--prompt-column", help="column with the prompts (default: text, caption or prompt)")
+    add("--prompt-length", type=int, metavar="N", help="tokens of a prompt (default: the pipeline's, or 128)")
     add("--workers", type=int, help="threads that decode and resize (default: one per processor, at most 16)")
     add("--overwrite", action="store_true", help="replace the split in the folder of the latents")
     add("--check", type=int, default=16, metavar="N", help="images that are decoded again (default: %(default)s)")
@@ -68,6 +78,8 @@ def run(options: argparse.Namespace) -> None:
     values = {name: value for name, value in vars(options).items() if name not in ("run", "way_on", "check", "figure")}
     data = encode_images(**values, progress=True)
     print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options.out}")
+    for name, value in data.empty.items():
+        print(f"{name} {tuple(value.shape)} of each prompt, by {options.text_encoder}")
     if options.check:
         of_source = {name: values[name] for name in _OF_SOURCE}
         images, decoded = reconstructions(**of_source, count=options.check)

@@ -16,7 +16,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `export`."""
     takes_recipe(parser, run)
     takes_model(parser)
-    parser.add_argument("--block", type=int, required=True, help="the block: 0 owns the highest noise")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--block", type=int, help="the block: 0 owns the highest noise")
+    what.add_argument(
+        "--pipeline",
+        nargs="?",
+        const="",
+        metavar="SOURCE",
+        help="both blocks of a text-to-video model as a folder of its pipeline, with the text encoder and autoencoder "
+        "of the pipeline in the folder SOURCE",
+    )
     parser.add_argument(
         "--level",
         type=float,
@@ -31,17 +40,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Write one block as an ordinary model that its library loads."""
+    """Write one block as an ordinary model that its library loads, or both as a pipeline."""
     from ..core.exporting import EXPORTED, export_facts, write_export
     from ..core.saving import check_out
     from ..reports.tables import format_table
 
     folder = options.model or run_folder(experiment, options) / "model"
-    check_out(options.out, [folder], "exported", EXPORTED)
+    if options.pipeline is None:  # a pipeline's folder is checked where it is written
+        check_out(options.out, [folder], "exported", EXPORTED)
     network, task = experiment.load(folder), experiment.task
     if not experiment.of_blocks(network):
         raise ValueError(f"{folder} holds a model of method {experiment.recipe.method}, which has no blocks to export")
     model = experiment.blocks_of(network)
+    if options.pipeline is not None:
+        model.export_pipeline(options.out, source=options.pipeline or None)
+        print(options.out)
+        return
     batch = task.images_to_compare(experiment, model) if options.approximate else None
     exported = model.export_block(options.block, options.level, approximate_on=batch)
     facts = export_facts(model, options.block, options.level)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -113,6 +113,30 @@ class BatchMaker(Protocol):
 
     def compile(self) -> None:
         """torch.compile what can be."""
+
+
+class ReadBatches:
+    """Batches as a model's class reads them.
+
+    Args:
+        batches: makes a batch of examples.
+        batch_of: makes of it one that the class reads.
+    """
+
+    def __init__(self, batches: BatchMaker, batch_of: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        self.num_examples, self.compile = batches.num_examples, batches.compile
+        self.groups = groups_of(batches)
+        self._batches, self._batch_of = batches, batch_of
+
+    def __call__(self, indices: Tensor, generator: torch.Generator | None) -> Mapping[str, Tensor]:
+        """Make the batch: see `BatchMaker`."""
+        return self._batch_of(self._batches(indices, generator))
+
+
+def groups_of(batches: BatchMaker) -> Tensor | None:
+    """Which examples may be in one step, int64 (num_examples,), as latents of one size; None: all may."""
+    groups: Tensor | None = getattr(batches, "groups", None)
+    return groups
 
 
 def evenly_spread(total: int, count: int) -> Tensor:

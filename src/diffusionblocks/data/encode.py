@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from .autoencoder import load_vae
 from .image_decoder import center_crop, decode_image, oversized_refused
-from .image_folder import PictureFolder, class_folders
+from .image_folder import CaptionedPictures, PictureFolder, class_folders
 from .image_table import ImageRow, ImageTable, open_table
 from .latent_data import LatentData, LatentScale
-from .latent_shards import check_split, decoded_by, latent_folder, measured_scale, write_shards
+from .latent_shards import Prompts, check_split, decoded_by, latent_folder, measured_scale, write_shards
+from .prompt_states import load_prompt_encoder
 
 __all__ = ["STATISTICS", "center_crop", "encode_images", "reconstructions"]
 
@@ -51,17 +52,21 @@ def _pixels(row: ImageRow, size: int) -> Tensor:
     return torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1)
 
 
-def _batches(rows: Iterator[ImageRow], size: int, batch_size: int, workers: int) -> Generator[tuple[Tensor, Tensor]]:
-    """uint8 (n, 3, size, size) and int64 (n,), decoded by threads ahead of time: Pillow lets them run side by side."""
-    waiting: deque[tuple[list[Future[Tensor]], list[int]]] = deque()
+def _batches(
+    rows: Iterator[ImageRow], size: int, batch_size: int, workers: int
+) -> Generator[tuple[Tensor, Tensor, list[str]]]:
+    """uint8 (n, 3, size, size), int64 (n,) and prompts, decoded by threads ahead of time: Pillow lets them run side by
+    side."""
+    waiting: deque[tuple[list[Future[Tensor]], list[int], list[str]]] = deque()
 
-    def first() -> tuple[Tensor, Tensor]:
-        futures, labels = waiting.popleft()
-        return torch.stack([future.result() for future in futures]), torch.tensor(labels)
+    def first() -> tuple[Tensor, Tensor, list[str]]:
+        futures, labels, prompts = waiting.popleft()
+        return torch.stack([future.result() for future in futures]), torch.tensor(labels), prompts
 
     with oversized_refused(), ThreadPoolExecutor(workers) as pool:
         while batch := list(islice(rows, batch_size)):
-            waiting.append(([pool.submit(_pixels, row, size) for row in batch], [row.label for row in batch]))
+            futures = [pool.submit(_pixels, row, size) for row in batch]
+            waiting.append((futures, [row.label for row in batch], [row.prompt for row in batch]))
             if len(waiting) > _AHEAD:
                 yield first()
         while waiting:
@@ -85,12 +90,15 @@ def encode_images(
     image_column: str | None = None,
     label_column: str | None = None,
     num_classes: int | None = None,
+    text_encoder: str | None = None,
+    prompt_column: str | None = None,
+    prompt_length: int | None = None,
     limit: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> LatentData:
-    """Encode a split of an image classification data set of any size, and write it as a folder of latents.
+    """Encode a split of a data set of images of any size, and write it as a folder of latents.
 
     Args:
         source: a local folder with `<split>*.parquet` files in the schema of the Hugging Face hub, or with pictures in
@@ -110,6 +118,11 @@ def encode_images(
         label_column: column with the integer labels; by default "label" or "fine_label", whichever exists.
         num_classes: number of classes; needed when the label column is plain integers without class names, checked
             otherwise.
+        text_encoder: what makes the states of each image's prompt, which lie beside its latent, and of the empty
+            prompt: see `load_prompt_encoder`. A prompt is in a column of the parquet files, or in the text file of a
+            picture's name. Labels need not be there then. None: images have no prompts.
+        prompt_column: column with the prompts; by default "text", "caption" or "prompt", whichever exists.
+        prompt_length: tokens of a prompt; by default the pipeline's, or 128.
         limit: how many images, the first of the split; None for all.
         workers: threads that decode and resize; by default one per processor, at most 16.
         overwrite: whether to replace the split in `out`.
@@ -134,9 +147,19 @@ def encode_images(
     if statistics not in STATISTICS:
         raise ValueError(f"statistics = {statistics!r}: must be one of {', '.join(STATISTICS)}")
     check_split(split)
-    table = _open(source, split, image_column, label_column, num_classes)
+    of_prompts = {"prompt_column": prompt_column, "prompt_length": prompt_length}
+    for option, of_prompt in of_prompts.items():
+        if of_prompt is not None and text_encoder is None:
+            raise ValueError(f"{option} = {of_prompt!r} is of prompts: set text_encoder, or leave it out")
+    prompted = text_encoder is not None
+    table = _open(source, split, image_column, label_column, num_classes, prompted, prompt_column)
     table.check_labels()
     where = _device(device)
+    encoder = None if text_encoder is None else load_prompt_encoder(text_encoder, prompt_length, where)
+    prompts = None
+    if encoder is not None:
+        empty = {name: value[0] for name, value in encoder([""]).items()}
+        prompts = Prompts(encoder.name, prompt_length, empty)
     model = load_vae(vae, where)
     _, reduction = model.latent_shape
     if size % reduction:
@@ -151,14 +174,14 @@ def encode_images(
     scale = own or of_others
     workers = workers or min(16, os.cpu_count() or 1)
 
-    def latents() -> Generator[tuple[Tensor, Tensor, Tensor]]:
+    def latents() -> Generator[tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]]:
         batches = _batches(islice(table, limit), size, batch_size, workers)
         total = limit if table.rows is None else min(table.rows, limit or table.rows)
         with tqdm(total=total, unit="image", disable=not progress) as bar, contextlib.closing(batches):
-            for images, labels in batches:
+            for images, labels, texts in batches:
                 # Without a scale yet, the autoencoder's own latents.
                 mean, std = model.encode(_signed(images, where), scale or LatentScale(1.0))
-                yield mean, std, labels
+                yield mean, std, labels, {} if encoder is None else encoder(texts)
                 bar.update(len(labels))
 
     with contextlib.closing(latents()) as encoded:
@@ -171,6 +194,7 @@ def encode_images(
             vae=vae,
             scale=scale,
             scale_of_latents=of_others is not None,
+            prompts=prompts,
             overwrite=overwrite,
         )
     return latent_folder(out, split)
@@ -187,11 +211,13 @@ def reconstructions(
     image_column: str | None = None,
     label_column: str | None = None,
     num_classes: int | None = None,
+    prompt_column: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The first images of a split, and what the autoencoder makes of their latents in the files.
 
     Args:
-        source, split, size, device, image_column, label_column, num_classes: as they were given to `encode_images`.
+        source, split, size, device, image_column, label_column, num_classes, prompt_column: as they were given to
+            `encode_images`.
         out: the folder of latents that it wrote.
         count: how many images; fewer where there are fewer.
 
@@ -201,16 +227,29 @@ def reconstructions(
     noted, data = decoded_by(out, split), latent_folder(out, split, reference_split=None)
     assert noted is not None, "`latent_folder` has read the index"
     model = load_vae(noted.vae, _device(device))
-    rows = list(islice(_open(source, split, image_column, label_column, num_classes), min(count, len(data))))
+    table = _open(source, split, image_column, label_column, num_classes, bool(data.states), prompt_column)
+    rows = list(islice(table, min(count, len(data))))
     images = torch.stack([_pixels(row, size) for row in rows])
     means = data.rows("mean", torch.arange(len(rows))).to(model.device)
     return images, _unsigned(model.decode(means, noted.scale)).cpu()
 
 
 def _open(
-    source: str, split: str, image_column: str | None, label_column: str | None, num_classes: int | None
-) -> ImageTable | PictureFolder:
+    source: str,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    num_classes: int | None,
+    prompts: bool,
+    prompt_column: str | None,
+) -> ImageTable | PictureFolder | CaptionedPictures:
     folder = Path(source).expanduser()
+    if prompts and folder.is_dir() and not any(folder.glob("*.parquet")):
+        columns = {"image_column": image_column, "label_column": label_column, "prompt_column": prompt_column}
+        for name, value in columns.items():
+            if value is not None:
+                raise ValueError(f"{name} = {value!r}: {source} has pictures in files, not in columns; leave it out")
+        return CaptionedPictures(folder, split)
     if folder.is_dir() and not any(folder.glob("*.parquet")) and class_folders(folder):
         pictures = PictureFolder(folder, split)
         columns = {"image_column": image_column, "label_column": label_column}
@@ -228,6 +267,8 @@ def _open(
         num_classes=num_classes,
         reference_split="train",
         streaming=True,
+        prompts=prompts,
+        prompt_column=prompt_column,
     )
 
 

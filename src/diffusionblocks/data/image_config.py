@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict
 
 import numpy as np
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import override
 
@@ -30,7 +30,8 @@ from .image_processor import ImageProcessor, processor_in
 from .image_table import rows_of_split
 from .latent_batches import LatentBatches
 from .latent_data import LatentData
-from .latent_shards import decoded_by, examples_of_split, latent_folder
+from .latent_shards import decoded_by, examples_of_split, latent_folder, noted_prompts
+from .prompt_states import load_prompt_encoder
 
 
 class Normalisation(TypedDict):
@@ -313,6 +314,10 @@ class LatentsConfig(ImagesSection, FilesSection):
         scale: Factor that brings the latents to a standard deviation of about sigma_data.
         sample_posterior: Draw each latent from the encoder's posterior, instead of taking its mean.
         vae: Folder or hub name of the autoencoder that decodes samples; null takes the one that the shards note.
+        prompt_dropout: Share of the training examples that get the empty prompt's states instead of their own, for
+            classifier-free guidance. Without effect on latents without prompts.
+        constants: What the model is told with every example besides, by the names of its class's `forward`, as
+            `guidance: 3.5` of FLUX.1-dev: a number, or a list of them.
     """
 
     examples: ClassVar[str] = "latents"
@@ -323,6 +328,12 @@ class LatentsConfig(ImagesSection, FilesSection):
     scale: Positive = 0.5
     sample_posterior: bool = True
     vae: str | None = None
+    prompt_dropout: Float = Field(default=0.1, ge=0.0, lt=1.0)
+    constants: dict[str, Float | tuple[Float, ...]] = Field(default_factory=dict)
+
+    def _constants(self, device: torch.device) -> dict[str, Tensor]:
+        """Of one example."""
+        return {name: torch.tensor(value, dtype=torch.float32, device=device) for name, value in self.constants.items()}
 
     @override
     def load(self, split: str) -> LatentData:
@@ -336,13 +347,37 @@ class LatentsConfig(ImagesSection, FilesSection):
             scale=self.scale,
             sample_posterior=self.sample_posterior,
             placement=self.placement,
+            prompt_dropout=self.prompt_dropout,
+            constants=self._constants(device),
         )
 
     @override
     def evaluation_batches(self, data: LatentData, *, batch_size: int, device: torch.device) -> Batches:
-        for rows in torch.arange(len(data)).split(batch_size):
+        for rows in data.batches_in_order(batch_size):
             means = data.rows("mean", rows).to(device).float() * self.scale
-            yield {"pixel_values": means, "labels": data.labels[rows].to(device)}
+            yield {"pixel_values": means, "labels": data.labels[rows].to(device), **self.conditions(data, rows, device)}
+
+    def conditions(self, data: LatentData, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """What a model is told of some rows, int64 (n,): states of their prompts, and constants."""
+        states = {name: data.rows(name, rows).to(device) for name in data.states}
+        constants = self._constants(device)
+        return states | {name: value.expand(len(rows), *value.shape) for name, value in constants.items()}
+
+    def states_of_prompts(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """States of prompts by the text encoder that the train split notes, by name, (n, ...) on the CPU.
+
+        Raises:
+            ValueError: the latents have no prompts, or the encoder cannot be loaded.
+        """
+        noted = noted_prompts(self.location(), self.train_split)
+        if noted is None:
+            raise ValueError(f"{self.location()} notes no text encoder: encode it with --text-encoder")
+        return load_prompt_encoder(noted.text_encoder, noted.length, device)(prompts)
+
+    @override
+    def conditions_without_prompt(self, data: LatentData, count: int, device: torch.device) -> dict[str, Tensor]:
+        values = {name: value.to(device) for name, value in data.empty.items()} | self._constants(device)
+        return {name: value.expand(count, *value.shape) for name, value in values.items()}
 
     @override
     def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -369,7 +404,12 @@ class LatentsConfig(ImagesSection, FilesSection):
                 f"{self.train_split}.json of their folder: set data.source to a folder with a copy of that file"
             )
         total, half = scale.times(self.scale), (0.5, 0.5, 0.5)
-        return lambda samples: to_uint8(vae.decode(samples, total), half, half)
+
+        def pixels(samples: Tensor) -> Tensor:
+            images = samples.squeeze(2) if samples.dim() == 5 else samples  # a video of one frame
+            return to_uint8(vae.decode(images, total), half, half)
+
+        return pixels
 
     @override
     def real_images(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.files import whole_folder
 from .image_decoder import center_crop, decode_image, oversized_refused
-from .image_table import ImageRow
+from .image_table import UNLABELLED, ImageRow
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
 
@@ -72,6 +72,48 @@ class PictureFolder:
             for label, path in enumerate(turn):
                 if path is not None:
                     yield ImageRow(str(path), path.read_bytes(), label)
+
+
+class CaptionedPictures:
+    """The pictures of a split below a folder, each with its prompt in a text file of its name: what an `ImageTable` is.
+
+    Args:
+        folder: with pictures, in a folder named after the split or, for the split `train`, in itself.
+        split: which split.
+
+    Attributes:
+        class_names: one, for they have no labels.
+        rows: how many pictures.
+
+    Raises:
+        ValueError: no pictures for the split, or a picture without a prompt.
+    """
+
+    class_names = (UNLABELLED,)
+
+    def __init__(self, folder: Path, split: str) -> None:
+        root = folder / split
+        if split == "train" and not root.is_dir():
+            root = folder
+        self._pictures = sorted(filter(_is_picture, root.rglob("*"))) if root.is_dir() else []
+        if not self._pictures:
+            raise ValueError(f"{folder} has no pictures for the split {split!r}, nor parquet files")
+        for picture in self._pictures:
+            if not picture.with_suffix(".txt").is_file():
+                raise ValueError(
+                    f"{picture} has no prompt: write it into {picture.with_suffix('.txt').name} beside it (an empty "
+                    "file is the empty prompt)"
+                )
+        self.rows = len(self._pictures)
+
+    def check_labels(self) -> None:
+        """Nothing to do: there are none."""
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        """Rows, each with its file's bytes."""
+        for path in self._pictures:
+            prompt = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            yield ImageRow(str(path), path.read_bytes(), 0, prompt)
 
 
 def pictures_in(folder: Path) -> list[Path]:

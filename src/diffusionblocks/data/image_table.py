@@ -14,10 +14,14 @@ import numpy as np
 
 from .split_files import IMAGE_ENDINGS, files_of_split
 
-__all__ = ["ClassNames", "ImageRow", "ImageTable", "open_table", "rows_of_split"]
+__all__ = ["UNLABELLED", "ClassNames", "ImageRow", "ImageTable", "open_table", "rows_of_split"]
+
+#: The class of images that have a prompt, and no label.
+UNLABELLED = "image"
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label")
+_PROMPT_COLUMNS = ("text", "caption", "prompt")
 _READ = 1024  # rows read at once
 
 
@@ -78,11 +82,13 @@ class ImageRow(NamedTuple):
         where: file (or hub split) and row, for messages.
         encoded: the image's bytes, None where there are none.
         label: in the table's order of class names.
+        prompt: a text that says what is to be seen; "" where there is none.
     """
 
     where: str
     encoded: bytes | None
     label: int
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,21 @@ class ImageTable:
         label_column: str | None,
         num_classes: int | None,
         reference: ClassNames | None,
+        prompts: bool = False,
+        prompt_column: str | None = None,
     ) -> None:
         counts = [part.rows for part in parts]
         self.rows = None if None in counts else sum(count for count in counts if count is not None)
         self.files = list(files)
         if self.rows == 0:
             raise ValueError(f"there are no rows in {[part.where for part in parts]}")
-        self._image, self._label = _columns(parts, image_column, label_column)
+        self._prompt = _pick_column("prompt", prompt_column, _PROMPT_COLUMNS, parts[0]) if prompts else None
+        unlabelled = prompts and label_column is None and not set(_LABEL_COLUMNS) & set(parts[0].features)
+        self._image, self._label = _columns(parts, image_column, label_column, labelled=not unlabelled)
+        self._parts: list[tuple[_Part, np.ndarray | None]] = [(part, None) for part in parts]
+        self.class_names: tuple[str, ...] = (UNLABELLED,)
+        if self._label is None:
+            return
         own = [ClassNames(_names(part, self._label), part.where) for part in parts]
         order = reference or own[0]
         self._parts = [(part, order.labels_from(names)) for part, names in zip(parts, own, strict=True)]
@@ -131,7 +145,7 @@ class ImageTable:
         Raises:
             ValueError: a label is missing or out of range.
         """
-        if self.rows is not None and self.files:
+        if self.rows is not None and self.files and self._label is not None:
             for part, order in self._parts:
                 for _ in self._labels(part, order, [self._label]):
                     pass
@@ -139,10 +153,14 @@ class ImageTable:
     def __iter__(self) -> Iterator[ImageRow]:
         """Rows; ValueError where a label is missing or out of range, or a file is damaged."""
         for part, order in self._parts:
-            for first, labels, batch in self._labels(part, order, [self._image, self._label]):
+            columns = [name for name in (self._image, self._label, self._prompt) if name is not None]
+            for first, labels, batch in self._labels(part, order, columns):
                 images = _image_bytes(batch.column(self._image), part.where, self._image)
-                for offset, (encoded, label) in enumerate(zip(images, labels, strict=True)):
-                    yield ImageRow(f"{part.where}, row {first + offset}", encoded, label)
+                prompts = [""] * len(labels)
+                if self._prompt is not None:
+                    prompts = _prompts(batch.column(self._prompt), part.where, first, self._prompt)
+                for offset, (encoded, label, prompt) in enumerate(zip(images, labels, prompts, strict=True)):
+                    yield ImageRow(f"{part.where}, row {first + offset}", encoded, label, prompt)
 
     def _labels(
         self, part: _Part, order: np.ndarray | None, columns: list[str]
@@ -150,6 +168,10 @@ class ImageTable:
         """The first row of a batch, its labels, and the batch."""
         first = 0
         for batch in part.read(columns):
+            if self._label is None:
+                yield first, [0] * len(batch.column(columns[0])), batch
+                first += len(batch.column(columns[0]))
+                continue
             labels = _checked_labels(batch.column(self._label), part.where, first, self._label, len(self.class_names))
             yield first, (labels if order is None else order[labels]).tolist(), batch
             first += len(labels)
@@ -166,6 +188,8 @@ def open_table(
     reference_split: str | None = None,
     streaming: bool = False,
     cache: str | None = None,
+    prompts: bool = False,
+    prompt_column: str | None = None,
 ) -> ImageTable:
     """Open a split of labelled images; of parquet files only the headers are read.
 
@@ -180,6 +204,8 @@ def open_table(
             The splits of a hub data set share one declaration, which is trusted.
         streaming: of a hub data set, whether to read rows as they are asked for instead of downloading all first.
         cache: folder for what is downloaded from the hub.
+        prompts: whether rows have prompts; then they need no labels.
+        prompt_column: column with them; None takes "text", "caption" or "prompt", whichever exists.
 
     Raises:
         FileNotFoundError: no such folder or hub data set, or no file for the split.
@@ -194,7 +220,7 @@ def open_table(
     else:
         files = files_of_split(folder, split, split_files, endings=IMAGE_ENDINGS)
         parts = [_file_part(file) for file in files]
-        if reference_split not in (None, split):
+        if reference_split not in (None, split) and not prompts:
             reference = _reference(folder, str(reference_split), split_files, image_column, label_column)
     return ImageTable(
         parts,
@@ -203,6 +229,8 @@ def open_table(
         label_column=label_column,
         num_classes=num_classes,
         reference=reference,
+        prompts=prompts,
+        prompt_column=prompt_column,
     )
 
 
@@ -310,6 +338,7 @@ def _reference(
         return None
     part = _file_part(files[0])
     _, label = _columns([part], image_column, label_column)
+    assert label is not None, "the images have labels"
     return ClassNames(_names(part, label), part.where)
 
 
@@ -321,16 +350,18 @@ def _line(error: BaseException) -> str:
 # ---- columns ---------------------------------------------------------------------------------------------
 
 
-def _columns(parts: Sequence[_Part], image: str | None, label: str | None) -> tuple[str, str]:
+def _columns(
+    parts: Sequence[_Part], image: str | None, label: str | None, *, labelled: bool = True
+) -> tuple[str, str | None]:
     """The columns of images and labels, which all parts have."""
     import datasets
 
     first = parts[0]
     image = _pick_column("image", image, _IMAGE_COLUMNS, first)
-    label = _pick_column("label", label, _LABEL_COLUMNS, first)
+    label = _pick_column("label", label, _LABEL_COLUMNS, first) if labelled else None
     for part in parts:
         for column in (image, label):
-            if column not in part.features:
+            if column is not None and column not in part.features:
                 raise ValueError(
                     f"{part.where}: no column {column!r}, which {first.where} has; it has {list(part.features)}"
                 )
@@ -402,6 +433,16 @@ def _checked_labels(array: Any, where: str, first: int, column: str, count: int)
     if len(bad):
         raise ValueError(f"{where}, row {first + bad[0]}: label {values[bad[0]]} in {column!r}: {fix}")
     return values.astype(np.int64)
+
+
+def _prompts(array: Any, where: str, first: int, column: str) -> list[str]:
+    """The prompts of a column; where there are several of an image, the first."""
+    values = array.to_pylist()
+    texts = [value[0] if isinstance(value, list) and value else value for value in values]
+    for offset, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{where}, row {first + offset}: {column} is {text!r}: must be a text; set prompt_column")
+    return texts
 
 
 def _image_bytes(array: Any, where: str, column: str) -> Iterator[bytes | None]:

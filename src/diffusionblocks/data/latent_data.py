@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
-from typing import Literal, Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -86,17 +87,19 @@ class LatentScale:
 
 @dataclass(frozen=True)
 class LatentData(LabelledImages):
-    """Labelled latents of one shape, in ordinary memory or mapped from files: N rows in one or more shards.
+    """Labelled latents, in ordinary memory or mapped from files: N rows in one or more shards, each of one size.
 
     Attributes:
         mean: per shard, float16 (n, C, H, W), n >= 1: the mean of the autoencoder's posterior, multiplied by
-            `scaling_factor`.
+            `scaling_factor`. Shards may differ in H and W.
         std: the posterior's standard deviation, multiplied by it too; shapes as in `mean`.
         labels: int64 (N,), each from 0 to num_classes - 1.
         class_names: one name per class, in the order of the labels.
         vae: folder or hub name of the autoencoder.
         scaling_factor: the autoencoder's factor, which makes the latents' deviation about 1.
         files: per shard, where it is from, for messages; empty for latents that were never in a file.
+        states: what text encoders gave for the rows' prompts, by name, per shard: (n, ...), floating or bool.
+        empty: the same of the empty prompt, by name, without the first axis; where there are states.
 
     Raises:
         ValueError: a dtype, a shape or a label is not as above.
@@ -109,17 +112,25 @@ class LatentData(LabelledImages):
     vae: str
     scaling_factor: float
     files: tuple[str, ...] = ()
+    states: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    empty: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.mean or len(self.mean) != len(self.std):
             raise ValueError(f"mean: {len(self.mean)} shards, std: {len(self.std)}: must be as many, and at least one")
         for shard, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            shape = (len(mean), *self.mean[0].shape[1:])
+            shape = (len(mean), self.mean[0].shape[1], *mean.shape[2:])
             for name, tensor in (("mean", mean), ("std", std)):
                 if tensor.dtype != torch.float16 or tensor.shape != shape or tensor.dim() != 4 or 0 in shape:
                     raise ValueError(
                         f"shard {shard}, {name}: {tensor.dtype} {tuple(tensor.shape)}: must be float16 (n, C, H, W), "
-                        "n >= 1, C, H, W the same everywhere"
+                        "n >= 1, C the same everywhere, H and W in a shard"
+                    )
+            for name, tensors in self.states.items():
+                if tensors[shard].shape != (len(mean), *self.empty[name].shape):
+                    raise ValueError(
+                        f"shard {shard}, {name}: {tuple(tensors[shard].shape)}: must be "
+                        f"{(len(mean), *self.empty[name].shape)}, a row a latent, as the empty prompt's"
                     )
         self._check_labels(sum(len(mean) for mean in self.mean))
 
@@ -129,41 +140,70 @@ class LatentData(LabelledImages):
         _, c, h, w = self.mean[0].shape
         return c, h, w
 
+    @functools.cached_property
+    def groups(self) -> Tensor | None:
+        """Which rows have one size: int64 (N,), numbers of sizes as they come; None where all have one."""
+        sizes = list(dict.fromkeys(mean.shape[2:] for mean in self.mean))
+        if len(sizes) == 1:
+            return None
+        return torch.cat([torch.full((len(mean),), sizes.index(mean.shape[2:])) for mean in self.mean])
+
+    def in_groups(self, indices: Tensor) -> list[Tensor]:
+        """Row numbers, int64 (n,), in parts of rows of one size."""
+        if self.groups is None:
+            return [indices]
+        return [part for group in self.groups.unique() if len(part := indices[self.groups[indices] == group])]
+
+    def batches_in_order(self, batch_size: int) -> Iterator[Tensor]:
+        """Numbers of all rows, int64 (at most `batch_size`,), each batch of one size."""
+        for rows in self.in_groups(torch.arange(len(self))):
+            yield from rows.split(batch_size)
+
     @override
     def tensors(self) -> list[Tensor]:
-        return [self.labels, *self.mean, *self.std]
+        states = [tensor for name in sorted(self.states) for tensor in (self.empty[name], *self.states[name])]
+        return [self.labels, *self.mean, *self.std, *states]
 
     @override
     def part(self, count: int) -> Self:
         """In ordinary memory."""
         if count >= len(self):
             return self
-        rows = evenly_spread(len(self), count)
-        mean, std = self.rows("mean", rows), self.rows("std", rows)
-        return dataclasses.replace(self, mean=(mean,), std=(std,), labels=self.labels[rows], files=())
+        groups = self.in_groups(evenly_spread(len(self), count))
+        shards = {name: tuple(self.rows(name, rows) for rows in groups) for name in ("mean", "std", *self.states)}
+        mean, std = shards.pop("mean"), shards.pop("std")
+        labels = self.labels[torch.cat(groups)]
+        return dataclasses.replace(self, mean=mean, std=std, labels=labels, files=(), states=shards)
 
-    def rows(self, part: Literal["mean", "std"], indices: Tensor, pin_memory: bool = False) -> Tensor:
+    def shards_of(self, part: str) -> tuple[Tensor, ...]:
+        """`mean`, `std` or states by their name, per shard."""
+        return self.states[part] if part in self.states else {"mean": self.mean, "std": self.std}[part]
+
+    def rows(self, part: str, indices: Tensor, pin_memory: bool = False) -> Tensor:
         """Gather rows of all shards into fresh memory.
 
         Args:
-            part: which tensor.
+            part: `mean`, `std`, or states by their name.
             indices: int64 (n,) on the CPU, 0 to N - 1, in any order, repeats rule.
             pin_memory: whether the result is page-locked.
 
         Returns:
-            float16 (n, C, H, W) on the CPU.
+            (n, ...) on the CPU: float16 (n, C, H, W) of a mean.
 
         Raises:
             IndexError: an index is out of range.
-            ValueError: a row has a value that is not finite, or a negative deviation.
+            ValueError: rows of several sizes, a value that is not finite, or a negative deviation.
         """
-        shards = self.mean if part == "mean" else self.std
+        shards = self.shards_of(part)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"indices from {int(indices.min())} to {int(indices.max())}: must be 0 to {len(self) - 1}")
-        result = torch.empty((len(indices), *self.image_shape), dtype=torch.float16, pin_memory=pin_memory)
         shard = torch.searchsorted(self._ends, indices, right=True)
         order = shard.argsort()
         numbers, counts = shard[order].unique_consecutive(return_counts=True)
+        shapes = {tuple(shards[number].shape[1:]) for number in numbers.tolist()} or {tuple(shards[0].shape[1:])}
+        if len(shapes) > 1:
+            raise ValueError(f"rows of several sizes, {sorted(shapes)}, cannot be one batch: take those of one size")
+        result = torch.empty((len(indices), *shapes.pop()), dtype=shards[0].dtype, pin_memory=pin_memory)
         for number, places in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
             local = indices[places] - (int(self._ends[number]) - len(shards[number]))
             rows = shards[number].index_select(0, local)
@@ -171,26 +211,24 @@ class LatentData(LabelledImages):
             result.index_copy_(0, places, rows)
         return result
 
-    def check_values(
-        self, part: Literal["mean", "std"], shard: int, rows: Tensor, numbers: Tensor | None = None
-    ) -> None:
+    def check_values(self, part: str, shard: int, rows: Tensor, numbers: Tensor | None = None) -> None:
         """Refuse what no autoencoder gives.
 
         Args:
             part: which tensor.
             shard: its number.
-            rows: float16 (n, C, H, W), of the shard.
+            rows: (n, ...), of the shard.
             numbers: int64 (n,), which rows of the shard they are; None: the first n.
 
         Raises:
             ValueError: a value is not finite, or a deviation is negative; the message names shard and row.
         """
-        fine = rows.isfinite() if part == "mean" else rows.isfinite() & (rows >= 0)
+        fine = rows.isfinite() & (rows >= 0) if part == "std" else rows.isfinite()
         if not bool(fine.all()):
             first = int((~fine.flatten(1).all(dim=1)).nonzero()[0])
             row = first if numbers is None else int(numbers[first])
             where = self.files[shard] if self.files else f"shard {shard}"
-            rule = "finite" if part == "mean" else "finite and >= 0"
+            rule = "finite and >= 0" if part == "std" else "finite"
             raise ValueError(f"{where}, row {row}: {part} has values that are not {rule}; encode the split again")
 
     @functools.cached_property

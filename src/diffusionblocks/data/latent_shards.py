@@ -2,7 +2,11 @@
 
 A folder holds, for each split, `<split>-00000.safetensors`, ... and the index `<split>.json`. A shard has the tensors
 `mean` and `std`, float16 (n, C, H, W), both on the scale that the index notes (`LatentScale`), and `labels`, int64
-(n,). `encode.py` makes such folders.
+(n,). `encode.py` makes such folders. All latents of a shard have one size, which the index notes where there are
+several.
+
+Latents with prompts have the states of these, too, as text encoders gave them: floating ones bfloat16, masks bool, by
+the names of `prompt_states.py`. Those of the empty prompt lie in `<split>-empty.safetensors`.
 
 Of an autoencoder whose config says no scale, the mean and deviation of each channel are measured over the split that is
 written first; the folder's other splits are brought to the same.
@@ -14,10 +18,10 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -27,17 +31,20 @@ from torch import Tensor
 
 from ..common.files import temporary_folder
 from ..common.formats import read_json, validate, write_json, write_tensors
+from ..targets.image import MASK
 from .dataset import check_labels
 from .image_table import ClassNames
 from .latent_data import LatentData, LatentScale
 
 __all__ = [
     "DecodedBy",
+    "Prompts",
     "check_split",
     "decoded_by",
     "examples_of_split",
     "latent_folder",
     "measured_scale",
+    "noted_prompts",
     "write_shards",
 ]
 
@@ -46,6 +53,8 @@ _SOURCE = "source"  # key of a shard's metadata
 _MAKE = "make it with `diffusionblocks encode`"
 
 _AT_ONCE = 64  # rows in higher precision, while a shard is measured or rescaled
+
+_MOST_OF_A_SHARD = 2**30  # bytes, where rows have states: these are often larger than the latents
 
 _Positive = Annotated[int, Field(ge=1)]
 
@@ -68,10 +77,18 @@ class _Index(BaseModel):
     latents_mean: tuple[_Finite, ...] | None = None
     latents_std: tuple[_Finite, ...] | None = None
     scale_of_latents: Literal[True] | None = None  # mean and std are of latents, not of the autoencoder's config
+    shapes: list[tuple[_Positive, _Positive, _Positive]] | None = None  # of each shard, where they differ
+    text_encoder: str | None = None
+    prompt_length: _Positive | None = None  # as it was set; None: as the encoder takes
+    states: dict[str, tuple[_Positive, ...]] | None = None  # shape of each for one row
 
     def source(self) -> str:
         """What the latents are of, noted in every shard, too."""
-        return self.model_dump_json(exclude={"format", "rows", "shape", "num_classes"})
+        return self.model_dump_json(exclude={"format", "rows", "shape", "shapes", "num_classes"})
+
+    def shape_of(self, shard: int) -> tuple[int, int, int]:
+        """That of a shard's latents."""
+        return self.shape if self.shapes is None else self.shapes[shard]
 
     def scale(self) -> LatentScale:
         """How the latents were made of the autoencoder's."""
@@ -88,11 +105,17 @@ def _shard(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.safetensors"
 
 
+def _empty_file(folder: Path, split: str) -> Path:
+    return folder / f"{split}-empty.safetensors"
+
+
 def _files(folder: Path, split: str) -> list[Path]:
     """The split's index and shards, as far as there are any; the index first."""
     shards = re.compile(re.escape(split) + r"-\d{5,}\.safetensors")
-    index = folder / f"{split}.json"
-    return [index] * index.exists() + sorted(path for path in folder.iterdir() if shards.fullmatch(path.name))
+    beside = [folder / f"{split}.json", _empty_file(folder, split)]
+    return [path for path in beside if path.exists()] + sorted(
+        path for path in folder.iterdir() if shards.fullmatch(path.name)
+    )
 
 
 def latent_folder(path: str | Path, split: str = "train", *, reference_split: str | None = "train") -> LatentData:
@@ -122,14 +145,55 @@ def latent_folder(path: str | Path, split: str = "train", *, reference_split: st
         order = _label_order(index, reference, _index_file(folder, split), _index_file(folder, str(reference_split)))
         names = reference.class_names
     means, stds, labels = [], [], []
+    states: dict[str, list[Tensor]] = {name: [] for name in index.states or {}}
     files = [_shard(folder, split, number) for number in range(len(index.rows))]
-    for file, rows in zip(files, index.rows, strict=True):
-        mean, std, label = _open_shard(file, rows, index)
-        means.append(mean)
-        stds.append(std)
-        labels.append(label if order is None else torch.from_numpy(order)[label])
-    where = tuple(map(str, files))
-    return LatentData(tuple(means), tuple(stds), torch.cat(labels), names, index.vae, index.scaling_factor, where)
+    for number, file in enumerate(files):
+        tensors = _open_shard(file, number, index)
+        means.append(tensors["mean"])
+        stds.append(tensors["std"])
+        labels.append(tensors["labels"] if order is None else torch.from_numpy(order)[tensors["labels"]])
+        for name, of_shards in states.items():
+            of_shards.append(tensors[name])
+    return LatentData(
+        tuple(means),
+        tuple(stds),
+        torch.cat(labels),
+        names,
+        index.vae,
+        index.scaling_factor,
+        tuple(map(str, files)),
+        states={name: tuple(of_shards) for name, of_shards in states.items()},
+        empty=_open_empty(_empty_file(folder, split), index),
+    )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a split notes of the prompts whose states it has.
+
+    Attributes:
+        text_encoder: folder or hub name of what made the states.
+        length: tokens of a prompt, as it was set; None: as the encoder takes.
+        empty: the states of the empty prompt, by name, without the first axis.
+    """
+
+    text_encoder: str
+    length: int | None
+    empty: Mapping[str, Tensor]
+
+
+def noted_prompts(path: str | Path, split: str) -> Prompts | None:
+    """What a split notes of its prompts; None where it has none.
+
+    Raises:
+        FileNotFoundError: no index, or no file of the empty prompt.
+        ValueError: one of them is damaged.
+    """
+    folder = Path(path).expanduser()
+    index = _read_index(folder, split)
+    if index.text_encoder is None:
+        return None
+    return Prompts(index.text_encoder, index.prompt_length, _open_empty(_empty_file(folder, split), index))
 
 
 @dataclass(frozen=True)
@@ -176,7 +240,9 @@ def measured_scale(path: str | Path, split: str, vae: str) -> LatentScale | None
 
 def _label_order(index: _Index, reference: _Index, here: Path, there: Path) -> np.ndarray | None:
     """What each of a split's labels is in the reference, see `ClassNames.labels_from`."""
-    if index.shape != reference.shape:
+    if index.shape[0] != reference.shape[0] or (
+        index.shape != reference.shape and index.shapes is None and reference.shapes is None
+    ):
         raise ValueError(f"{here} has latents {index.shape}, {there} has {reference.shape}: encode both at one size")
     if index.vae != reference.vae:
         raise ValueError(
@@ -184,6 +250,11 @@ def _label_order(index: _Index, reference: _Index, here: Path, there: Path) -> n
             "the same, write the same name into both"
         )
     index.scale().check_same(reference.scale(), str(here), str(there))
+    if (index.text_encoder, index.states) != (reference.text_encoder, reference.states):
+        raise ValueError(
+            f"{here} has prompts by {index.text_encoder}, {there} by {reference.text_encoder}, or of another length: "
+            "encode both with one text encoder"
+        )
     return ClassNames(reference.class_names, str(there)).labels_from(ClassNames(index.class_names, str(here)))
 
 
@@ -216,6 +287,10 @@ def _read_index(folder: Path, split: str) -> _Index:
             f"{file}: num_classes = {index.num_classes}, but {len(index.class_names)} class names; "
             "encode the split again"
         )
+    if index.shapes is not None and len(index.shapes) != len(index.rows):
+        raise ValueError(f"{file}: {len(index.shapes)} shapes of {len(index.rows)} shards; encode the split again")
+    if (index.states is None) != (index.text_encoder is None):
+        raise ValueError(f"{file}: states and text_encoder belong together; encode the split again")
     try:
         index.scale().check_channels(index.shape[0])
     except ValueError as error:
@@ -223,10 +298,39 @@ def _read_index(folder: Path, split: str) -> _Index:
     return index
 
 
-def _open_shard(file: Path, rows: int, index: _Index) -> tuple[Tensor, Tensor, Tensor]:
-    """mean and std mapped, labels read."""
-    shape = [rows, *index.shape]
-    layout = {"mean": ("F16", shape), "std": ("F16", shape), "labels": ("I64", [rows])}
+def _dtype(name: str) -> torch.dtype:
+    return torch.bool if name == MASK else torch.bfloat16
+
+
+def _layout(index: _Index, rows: int | None) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of the states of so many rows; None: of the empty prompt."""
+    lead = [] if rows is None else [rows]
+    names = {torch.bool: "BOOL", torch.bfloat16: "BF16"}
+    return {name: (names[_dtype(name)], [*lead, *shape]) for name, shape in (index.states or {}).items()}
+
+
+def _open_empty(file: Path, index: _Index) -> dict[str, Tensor]:
+    """The states of the empty prompt, read; none where there are no prompts."""
+    if index.states is None:
+        return {}
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing, the states of the empty prompt; encode the split again")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut off: {error}; copy it or encode the split again") from None
+    layout = {name: (_dtype(name), tuple(shape)) for name, shape in index.states.items()}
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != layout:
+        raise ValueError(f"{file} does not hold {layout}, as the index says; encode the split again")
+    return tensors
+
+
+def _open_shard(file: Path, number: int, index: _Index) -> dict[str, Tensor]:
+    """mean, std and states mapped, labels read."""
+    rows = index.rows[number]
+    shape = [rows, *index.shape_of(number)]
+    layout = {"mean": ("F16", shape), "std": ("F16", shape), "labels": ("I64", [rows]), **_layout(index, rows)}
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing, but the index names it; copy it here or encode the split again")
     try:
@@ -240,7 +344,7 @@ def _open_shard(file: Path, rows: int, index: _Index) -> tuple[Tensor, Tensor, T
             labels = opened.get_tensor("labels").clone()
             check_labels(labels, index.num_classes, str(file))
             _check_source((opened.metadata() or {}).get(_SOURCE), file, index)
-            return opened.get_tensor("mean"), opened.get_tensor("std"), labels
+            return {name: labels if name == "labels" else opened.get_tensor(name) for name in layout}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or cut off: {error}; copy it or encode the split again") from None
 
@@ -265,13 +369,14 @@ def _check_source(noted: str | None, file: Path, index: _Index) -> None:
 def write_shards(
     folder: str | Path,
     split: str,
-    rows: Iterable[tuple[Tensor, Tensor, Tensor]],
+    rows: Iterable[tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]],
     *,
     shard_rows: int,
     class_names: Sequence[str],
     vae: str,
     scale: LatentScale | None,
     scale_of_latents: bool = False,
+    prompts: Prompts | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write a split of a folder of latents. What is written appears under its names only when all of it is there;
@@ -281,13 +386,15 @@ def write_shards(
         folder: where; made if need be. Other splits in it stay.
         split: name of the split.
         rows: batches of any size of (mean, std, labels): floating (n, C, H, W) twice, std >= 0, both brought to `scale`
-            already (without one the autoencoder's own), and int64 (n,); on any device. Held in memory: one shard.
-        shard_rows: rows of a shard; the last one may have fewer.
+            already (without one the autoencoder's own), and int64 (n,); on any device. With `prompts` a fourth entry
+            has the states of each row's prompt, by name. Batches may differ in size. Held in memory: one shard a size.
+        shard_rows: rows of a shard; the last one of a size may have fewer, and those with states have at most 1 GiB.
         class_names: one name per class, in the order of the labels.
         vae: folder or hub name of the autoencoder, to be noted.
         scale: how the autoencoder's latents were scaled, to be noted. None: measure each channel's mean and deviation,
             and bring the rows to mean 0 and deviation 1 by them.
         scale_of_latents: whether a given scale was measured, on another split.
+        prompts: what made the states, and those of the empty prompt, to be noted; None: rows have no prompts.
         overwrite: whether to replace an existing split (at the end: should it fail, the old one stays).
 
     Returns:
@@ -316,21 +423,27 @@ def write_shards(
         "class_names": tuple(class_names),
         "vae": vae,
         "scale_of_latents": True if scale_of_latents or scale is None else None,
+        "text_encoder": None if prompts is None else prompts.text_encoder,
+        "prompt_length": None if prompts is None else prompts.length,
+        "states": None if prompts is None else {name: tuple(value.shape) for name, value in prompts.empty.items()},
         **dataclasses.asdict(scale or LatentScale(1.0)),
     }
     index = _Index.model_validate(values)
     # Inside the folder, not beside it: the same disk, even where the folder is a mount.
     with temporary_folder(folder, split) as temporary:
         counts = []
-        shape: tuple[int, ...] = ()
+        shapes: list[tuple[int, ...]] = []
         statistics = _ChannelStatistics()
         # What is still to be rescaled is rounded to half precision then, once.
         dtype = torch.float32 if scale is None else torch.float16
-        with contextlib.closing(_shards(rows, shard_rows, len(class_names), dtype)) as shards:
+        states = None if prompts is None else {name: value.to(_dtype(name)) for name, value in prompts.empty.items()}
+        if states is not None:
+            write_tensors(_empty_file(temporary, split), states)
+        with contextlib.closing(_shards(rows, shard_rows, len(class_names), dtype, states or {})) as shards:
             for number, tensors in enumerate(shards):
                 write_tensors(_shard(temporary, split, number), tensors, {_SOURCE: index.source()})
                 counts.append(len(tensors["labels"]))
-                shape = tuple(tensors["mean"].shape[1:])
+                shapes.append(tuple(tensors["mean"].shape[1:]))
                 if scale is None:
                     statistics.add(tensors["mean"], tensors["std"])
         if not counts:
@@ -340,12 +453,15 @@ def write_shards(
             index = index.model_copy(update=dataclasses.asdict(scale))
             for number in range(len(counts)):
                 _rescale(_shard(temporary, split, number), scale, {_SOURCE: index.source()})
-        scale.check_channels(shape[0])
-        index = index.model_copy(update={"rows": counts, "shape": shape})
+        scale.check_channels(shapes[0][0])
+        several = {"shapes": shapes} if len(set(shapes)) > 1 else {}
+        index = index.model_copy(update={"rows": counts, "shape": shapes[0], **several})
         for old in _files(folder, split):
             old.unlink()
         for number in range(len(counts)):
             _shard(temporary, split, number).replace(_shard(folder, split, number))
+        if states is not None:
+            _empty_file(temporary, split).replace(_empty_file(folder, split))
         write_json(folder / f"{split}.json", index.model_dump())
     return sum(counts)
 
@@ -385,21 +501,23 @@ class _ChannelStatistics:
 def _rescale(file: Path, scale: LatentScale, metadata: dict[str, str]) -> None:
     """Bring a shard of an autoencoder's own latents, in float32, to a scale, in float16."""
     with safe_open(file, framework="pt") as opened:
-        mean, std, labels = (opened.get_tensor(name) for name in ("mean", "std", "labels"))
+        rest = {name: opened.get_tensor(name) for name in opened.keys() if name not in ("mean", "std")}  # noqa: SIM118
+        mean, std = (opened.get_tensor(name) for name in ("mean", "std"))
         shift, factor = scale.shift_and_factor(mean)
         means = torch.cat([((rows - shift) * factor).half() for rows in mean.split(_AT_ONCE)])
         stds = torch.cat([(rows * factor).half() for rows in std.split(_AT_ONCE)])
-    write_tensors(file, {"mean": means, "std": stds, "labels": labels.clone()}, metadata)
+    write_tensors(file, {"mean": means, "std": stds, **{name: t.clone() for name, t in rest.items()}}, metadata)
 
 
 def _shards(
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]], shard_rows: int, classes: int, dtype: torch.dtype
+    batches: Iterable[Any], shard_rows: int, classes: int, dtype: torch.dtype, states: Mapping[str, Tensor]
 ) -> Generator[dict[str, Tensor]]:
-    """Check the batches and cut them anew; a yielded shard is valid until the next."""
-    buffers: dict[str, Tensor] = {}
-    rows = count = 0  # of the shards before, and of this one
-    for mean, std, labels in batches:
-        where = f"batch from row {rows + count} on"
+    """Check the batches and cut them anew, each size by itself; a yielded shard is valid until the next."""
+    buffers: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    counts: dict[tuple[int, ...], int] = {}
+    rows, channels = 0, None
+    for mean, std, labels, *more in batches:
+        where = f"batch from row {rows} on"
         if not (mean.is_floating_point() and std.is_floating_point() and mean.dim() == 4 and std.shape == mean.shape):
             raise ValueError(
                 f"{where}: mean {mean.dtype} {tuple(mean.shape)}, std {std.dtype} {tuple(std.shape)}: must be "
@@ -411,21 +529,43 @@ def _shards(
         if not (parts["mean"].isfinite().all() and parts["std"].isfinite().all() and (parts["std"] >= 0).all()):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"{where}: mean and std must be finite in {name}, and std >= 0; check the autoencoder")
-        check_labels(parts["labels"], classes, "labels", rows + count)
-        if not buffers:
-            buffers = {name: part.new_empty((shard_rows, *part.shape[1:])) for name, part in parts.items()}
-        if buffers["mean"].shape[1:] != mean.shape[1:]:
-            raise ValueError(
-                f"{where}: latents {tuple(mean.shape[1:])}: must be {tuple(buffers['mean'].shape[1:])} as before"
-            )
-        start = 0
+        check_labels(parts["labels"], classes, "labels", rows)
+        channels = channels or mean.shape[1]
+        if mean.shape[1] != channels:
+            raise ValueError(f"{where}: latents of {mean.shape[1]} channels: must be {channels} as before")
+        parts |= _checked_states(more[0] if more else {}, states, len(mean), where)
+        rows += len(mean)
+        size = tuple(mean.shape[1:])
+        if size not in buffers:
+            most = shard_rows
+            if states:
+                most = min(most, max(1, _MOST_OF_A_SHARD // sum(part[:1].nbytes for part in parts.values())))
+            buffers[size] = {name: part.new_empty((most, *part.shape[1:])) for name, part in parts.items()}
+        buffer, count, start = buffers[size], counts.get(size, 0), 0
+        most = len(buffer["labels"])
         while start < len(labels):
-            more = min(shard_rows - count, len(labels) - start)
+            amount = min(most - count, len(labels) - start)
             for name, part in parts.items():
-                buffers[name][count : count + more] = part[start : start + more]
-            count, start = count + more, start + more
-            if count == shard_rows:
-                yield buffers
-                rows, count = rows + count, 0
-    if count:
-        yield {name: buffer[:count] for name, buffer in buffers.items()}
+                buffer[name][count : count + amount] = part[start : start + amount]
+            count, start = count + amount, start + amount
+            if count == most:
+                yield buffer
+                count = 0
+        counts[size] = count
+    for size, count in counts.items():
+        if count:
+            yield {name: buffer[:count] for name, buffer in buffers[size].items()}
+
+
+def _checked_states(
+    values: Mapping[str, Tensor], states: Mapping[str, Tensor], count: int, where: str
+) -> dict[str, Tensor]:
+    """The states of a batch's prompts, in the dtype that is written; ValueError for others than the empty prompt's."""
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    expected_shapes = {name: (count, *value.shape) for name, value in states.items()}
+    if shapes != expected_shapes:
+        raise ValueError(f"{where}: states {shapes}: must be {expected_shapes}, as the empty prompt's")
+    parts = {name: value.cpu().to(_dtype(name)) for name, value in values.items()}
+    if not all(bool(value.isfinite().all()) for value in parts.values()):
+        raise ValueError(f"{where}: states must be finite in bfloat16; check the text encoder")
+    return parts

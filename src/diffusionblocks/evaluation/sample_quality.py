@@ -24,6 +24,9 @@ from .image_quality import ImageMeasures, Quality
 from .row import Row
 from .work import ALONE, Work
 
+#: Numbers of images -> what `DiffusionBlocks.sample` is told of them: `inputs`, `negative_inputs`, `sizes`.
+Conditions = Callable[[range], Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -144,10 +147,12 @@ def sample_batch(
     seed: int = 0,
     labels: Sequence[int] | None = None,
     callback: Callback | None = None,
+    conditions: Conditions | None = None,
 ) -> Tensor:
     """Some of the samples (n, C, H, W) of a model or its sampler; image i has seed `seed` + i.
 
-    Labels take turns: `labels`, default all classes. For the callback see `DiffusionBlocks.sample`.
+    Labels take turns: `labels`, default all classes. For the callback see `DiffusionBlocks.sample`; `conditions` gives
+    what else it is told of these images, such as states of prompts.
     """
     target = model.target
     assert isinstance(target, ImageTarget)
@@ -158,6 +163,7 @@ def sample_batch(
         seeds=[seed + i for i in images],
         **dataclasses.asdict(setting),
         **watched,
+        **({} if conditions is None else conditions(images)),
     )
 
 
@@ -179,6 +185,7 @@ def measure_samples(
     seed: int = 0,
     progress: bool = False,
     work: Work = ALONE,
+    conditions: Conditions | None = None,
 ) -> list[SampleRow]:
     """Sample with every setting, and measure the images.
 
@@ -192,6 +199,7 @@ def measure_samples(
         seed: see `sample_batch`.
         progress: show a progress bar.
         work: who computes which batch.
+        conditions: see `sample_batch`.
 
     Returns:
         A row a setting; none on ranks but the first.
@@ -211,7 +219,7 @@ def measure_samples(
 
         def measure(images: range, setting: Setting = setting) -> dict[str, Tensor]:
             begin = _now(model.device)
-            batch = sample_batch(model, images, setting, seed=seed)
+            batch = sample_batch(model, images, setting, seed=seed, conditions=conditions)
             seconds = torch.tensor(_now(model.device) - begin, dtype=torch.float64)
             more = {} if measures is None else measures.results_of(pixels(batch))
             return {"seconds": seconds, **more}

@@ -182,7 +182,11 @@ def _acceleration(experiment: Experiment, model: DiffusionBlocks) -> Monitor:
     for batch in _batches(experiment):
         labels = batch.get("labels") if model.target.num_classes else None  # type: ignore[attr-defined]
         seeds = range(first, first + len(batch["pixel_values"]))
-        model.sample(labels, seeds=seeds, steps=experiment.recipe.monitor.levels, solver="heun", callback=watch)
+        options: dict[str, Any] = {}
+        if model.target.conditions:  # type: ignore[attr-defined]
+            options = {"inputs": model.block(0).inputs_of(batch), "sizes": batch["pixel_values"].shape[2:]}
+        steps = experiment.recipe.monitor.levels
+        model.sample(labels, seeds=seeds, steps=steps, solver="heun", callback=watch, **options)
         first = seeds.stop
     return watch.monitor()
 

@@ -24,7 +24,7 @@ from ..core.model_card import card_text, remove_generated_card, write_card
 from ..core.saved_model import INDEX, MODEL_FILES, outline_saved, read_saved
 from ..core.saving import save
 from ..data import TextCodec
-from ..data.dataset import BatchMaker, Dataset
+from ..data.dataset import BatchMaker, Dataset, ReadBatches
 from ..evaluation.work import ALONE, Work
 from ..families import Family, check_attention, family_named, rebuild_config
 from ..training import Baseline, RunDescription, Trainer
@@ -176,7 +176,20 @@ class Experiment:
 
     def batches(self) -> BatchMaker:
         """What makes training batches on the device."""
-        return self.recipe.data.batches(self.data("train"), self.device)
+        batches = self.recipe.data.batches(self.data("train"), self.device)
+        return batches if self._batch_of is None else ReadBatches(batches, self._batch_of)
+
+    def conditions_without_prompt(self, data: Dataset) -> Mapping[str, torch.Tensor]:
+        """What the data tell the model's class of one example, beside image and label: with the empty prompt."""
+        return self.batch_of(self.recipe.data.conditions_without_prompt(data, 1, torch.device("cpu")))
+
+    def batch_of(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """A batch of the data as the model's class reads it."""
+        return batch if self._batch_of is None else self._batch_of(batch)
+
+    @functools.cached_property
+    def _batch_of(self) -> Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None:
+        return self.family.batch_of(self.config_of(self.outline))
 
     def held_out(self) -> HeldOut | None:
         """What makes the batches that early stopping measures on, without augmentation; None where it does not."""
@@ -191,7 +204,7 @@ class Experiment:
 
         def batches() -> Iterator[Mapping[str, torch.Tensor]]:
             every = self.recipe.data.evaluation_batches(part, batch_size=size, device=self.device)
-            return itertools.islice(every, count)
+            return map(self.batch_of, itertools.islice(every, count))
 
         return batches
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 from ..config import BlocksConfig, ImageTargetConfig, NoiseConfig
 from ..noise import DDPM, FlowMatching
 from ..targets import Condition, ImageTarget
+from ..targets.image import MASK
 from .family import BlockCall
 from .kinds import ImageFamily
 from .libraries import DIFFUSERS
@@ -72,7 +73,9 @@ class ConditionedFamily(ImageFamily):
 
     @override
     def takes_shape(self, config: Any, shape: tuple[int, ...]) -> bool:
-        return len(shape) == len(self.patch(config)) + 1 and shape[0] == self.channels(config)
+        sizes = shape[1:] if len(shape) > 3 or len(self.patch(config)) == 2 else (1, *shape[1:])  # one frame
+        fits = len(sizes) == len(self.patch(config)) and shape[0] == self.channels(config)
+        return fits and all(size % patch == 0 for size, patch in zip(sizes, self.patch(config), strict=True))
 
     @override
     def input_names(self, config: Any) -> tuple[str, ...]:
@@ -102,6 +105,34 @@ class ConditionedFamily(ImageFamily):
             conditions=self.conditions(model.config),
             multiples=patch,
         )
+
+    @override
+    def batch_of(self, config: Any) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None:
+        """Latents with cached states of prompts, by the class's own names; an image is a video of one frame.
+
+        States that the class does not read are left out, and where it reads no mask all tokens count.
+        """
+        conditions, sizes = self.conditions(config), len(self.patch(config))
+        masks = [name for name, condition in conditions.items() if condition.dtype == "mask"]
+
+        def batch_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            entries = {masks[0] if masks and name == MASK else name: value for name, value in batch.items()}
+            result = {name: value for name, value in entries.items() if name in conditions}
+            if (images := entries.get("pixel_values")) is not None:
+                result["pixel_values"] = images.unsqueeze(2) if images.dim() == 4 and sizes == 3 else images
+            return result
+
+        return batch_of
+
+    @override
+    def check_conditions(self, config: Any, entries: Mapping[str, Tensor], model: str) -> None:
+        super().check_conditions(config, entries, model)
+        for name, condition in self.conditions(config).items():
+            if name in entries:
+                try:
+                    condition.check(name, entries[name], 1)
+                except ValueError as error:
+                    raise ValueError(f"{error}: encode prompts by the text encoder of this model") from None
 
     # ---- noise -------------------------------------------------------------------------------------------
 

@@ -52,6 +52,10 @@ class BlockCall:
         return self.network.get_submodule(path)
 
 
+#: The batch entries that examples of every kind of data have between them.
+_OF_ALL_DATA = ("pixel_values", "labels", "input_ids")
+
+
 class Family(abc.ABC):
     """A family of foreign models: where its parts are, and how one block's forward pass runs. Stateless.
 
@@ -218,6 +222,27 @@ class Family(abc.ABC):
     def takes_shape(self, config: Any, shape: tuple[int, ...]) -> bool:
         """Whether a model with that config takes examples of a shape."""
         return shape == self.example_shape(config)
+
+    def batch_of(self, config: Any) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None:
+        """What makes a batch that the class reads of one of a recipe's data; None: it reads that as it is."""
+        return None
+
+    def check_conditions(self, config: Any, entries: Mapping[str, Tensor], model: str) -> None:
+        """Refuse data that lack what the class reads.
+
+        Args:
+            config: of the class.
+            entries: what the data tell of one example beside example and label, as `batch_of` names it.
+            model: names it in the message.
+
+        Raises:
+            ValueError: an entry is missing, or not of the class's shape.
+        """
+        if missing := [name for name in self.input_names(config) if name not in {*_OF_ALL_DATA, *entries}]:
+            raise ValueError(
+                f"{model} reads {', '.join(missing)}, which the data do not have; cache states of prompts beside the "
+                "latents (diffusionblocks encode --text-encoder), and give numbers in data.constants"
+            )
 
     def classes_for(self, count: int) -> int:
         """How many classes a model needs for data of so many."""

@@ -33,6 +33,10 @@ class ImageTargetConfig(BaseTargetConfig):
     label_dropout: Float = Field(default=0.1, ge=0.0, lt=1.0)
 
 
+#: What is cached of a prompt: its tokens' states (length, width), which of these count, and states of the whole.
+STATES, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
+
+
 class Condition(NamedTuple):
     """An entry of a batch that a diffusion model reads beside the noised image, such as the states of a text.
 
@@ -106,7 +110,7 @@ class ImageTarget(Target):
 
     def check_guidance(self, guidance: float, name: str = "guidance") -> None:
         """Raise ValueError for guidance other than 1 where there is no null class, saying why there is none."""
-        if guidance == 1 or self.null_class is not None:
+        if guidance == 1 or self.null_class is not None or self.conditions:  # these have inputs to lead away from
             return
         why = "was trained with label_dropout = 0" if self.num_classes else "is unconditional"
         raise ValueError(f"{name} = {guidance} needs a null class, but the model {why}; set {name} to 1")

@@ -22,7 +22,7 @@ from ..common.progress import on_terminal
 from ..common.seeds import key
 from ..core.branching import trunk_name
 from ..core.model import DiffusionBlocks
-from ..data.dataset import BatchMaker
+from ..data.dataset import BatchMaker, groups_of
 from .checkpoint import (
     RunDescription,
     checkpoint_path,
@@ -132,7 +132,15 @@ class Trainer:
             if held_out is None:
                 raise ValueError("train.early_stopping needs held-out data: give Trainer held_out, or set it to null")
             self.stopping = EarlyStopping(config, self.units, self.residency, held_out, self.device, group)
-        self.order = DataOrder(batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device)
+        groups = groups_of(batches)
+        if groups is not None and config.cuda_graph:
+            raise ValueError(
+                "train.cuda_graph = true captures steps of one size, and the latents have several: set "
+                "train.cuda_graph to false"
+            )
+        self.order = DataOrder(
+            batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device, groups
+        )
         if progress and not on_terminal():
             self.loggers.append(ProgressLines(steps, len(self.units)))
         self.iteration = 0

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from ...common.choices import NameOf, choice_of
 from ...common.fields import MOST_SAMPLES, Int, Levels, Many, NonNegative, Positive, Samples, Seed, check_count
 from .image_features import FEATURE_KINDS, FeatureName, image_measures, saved_classifier
-from .task import EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
+from .task import PROMPT, EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...data.image_config import ImagesSection
     from ...evaluation.boundary_distances import BoundaryRow, MovedRow
     from ...evaluation.image_quality import ImageMeasures
-    from ...evaluation.sample_quality import SampleRow, Setting
+    from ...evaluation.sample_quality import Conditions, SampleRow, Setting
     from ...noise import GaussianProcess
     from ..experiment import Experiment
     from ..recipe import Recipe
@@ -150,6 +150,7 @@ class ImageGeneration(Task[SamplesConfig]):
     makes = "images"
     shares_work = True
     sample_options = (
+        PROMPT,
         SampleOption("labels", "images: class labels, in turn (default: all classes)", {"type": int, "nargs": "+"}),
         SampleOption(
             "solver",
@@ -213,6 +214,11 @@ class ImageGeneration(Task[SamplesConfig]):
                 check_guided_levels(levels, setting.guidance_interval, "evaluate.guidance_interval")
         if options.features is None:
             return
+        if any(getattr(data, "groups", None) is not None for data in experiment.splits.values()):
+            raise ValueError(
+                f"evaluate.features: {options.features} compares images of one size, and the latents have several: set "
+                "evaluate.features to null"
+            )
         kind, splits = FEATURE_KINDS[options.features], experiment.splits
         kind.check_installed(options.features)
         if experiment.recipe.data.examples == "latents":  # else what no autoencoder decodes is told after training
@@ -245,6 +251,7 @@ class ImageGeneration(Task[SamplesConfig]):
                 measures=measures,
                 seed=options.seed,
                 work=work,
+                conditions=conditions_of(experiment, blocks),
             )
 
     def compare_neighbours(
@@ -272,12 +279,16 @@ class ImageGeneration(Task[SamplesConfig]):
         calls = network_calls(setting.solver, levels, noise, churn=setting.churn, churn_interval=setting.churn_interval)
         data = experiment.data("train")
         size = min(experiment.recipe.train.batch_size, examples)
-        batches = experiment.recipe.data.evaluation_batches(
-            data.part(examples), batch_size=size, device=experiment.device
+        batches = map(
+            experiment.batch_of,
+            experiment.recipe.data.evaluation_batches(data.part(examples), batch_size=size, device=experiment.device),
         )
+        conditions = conditions_of(experiment, blocks)
 
         def draw(view: DiffusionBlocks) -> Tensor:
-            return sample_batch(sampler_of(options, view), range(count), setting, seed=options.seed)
+            return sample_batch(
+                sampler_of(options, view), range(count), setting, seed=options.seed, conditions=conditions
+            )
 
         with experiment.precision(blocks):
             distances = boundary_distances(blocks, batches, seed=options.seed)
@@ -372,6 +383,7 @@ class ImageGeneration(Task[SamplesConfig]):
             labels=values["labels"],
             setting=dataclasses.replace(self.options(experiment).settings[0], **changes),
             seed=values["seed"],
+            prompts=values["prompt"],
             files=True,
             progress=progress,
         )
@@ -393,6 +405,53 @@ def images_of(experiment: Experiment) -> ImagesSection:
     return cast("ImagesSection", experiment.recipe.data)  # the recipe's validation saw to it
 
 
+def conditions_of(
+    experiment: Experiment, model: DiffusionBlocks, prompts: Sequence[str] | None = None
+) -> Conditions | None:
+    """What images of a text-to-image model are told: prompts in turn, those of the data by default; None of others.
+
+    Args:
+        experiment: of latents with prompts.
+        model: its blocks.
+        prompts: whose states the text encoder that the latents note makes; None: those of the data, the `test` split
+            where that is read anyway.
+
+    Raises:
+        ValueError: prompts of a model that is told none.
+    """
+    import torch
+
+    from ...data.image_config import LatentsConfig
+
+    target: Any = model.target
+    if not target.conditions:
+        if prompts is not None:
+            raise ValueError(f"this {model.model_class} is told no prompts; leave --prompt out")
+        return None
+    section = cast(LatentsConfig, experiment.recipe.data)
+    data: Any = experiment.data("test" if "test" in experiment.splits else "train")
+    device, sizes = model.device, tuple(data.image_shape[1:])
+    if len(target.shape) == 4:
+        sizes = (1, *sizes)  # a video of one frame
+    states = None if prompts is None else section.states_of_prompts(prompts, device)
+
+    def of_images(images: range) -> dict[str, Any]:
+        if states is None:
+            own = section.conditions(data, torch.tensor(images) % len(data), device)
+        else:
+            rows = torch.tensor(images) % len(prompts or ())
+            own = section.conditions_without_prompt(data, len(images), device)
+            own |= {name: value[rows].to(device) for name, value in states.items()}
+        without = section.conditions_without_prompt(data, len(images), device)
+        return {
+            "inputs": experiment.batch_of(own),
+            "negative_inputs": experiment.batch_of(without) if data.empty else None,
+            "sizes": sizes,
+        }
+
+    return of_images
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +464,7 @@ def draw_samples(
     labels: Sequence[int] | None = None,
     setting: Setting | None = None,
     seed: int | None = None,
+    prompts: Sequence[str] | None = None,
     files: bool = False,
     progress: bool = False,
 ) -> list[Path]:
@@ -418,6 +478,8 @@ def draw_samples(
         labels: the images' labels, repeated in turn up to `count`; default all classes in turn.
         setting: how to sample; default the first of the recipe.
         seed: image i has seed `seed` + i; default the recipe's.
+        prompts: the images' prompts, repeated in turn; default those of the data. Of models that are told states of
+            prompts.
         files: also write every image to `images/SEED-LABEL.png`.
         progress: show a progress bar.
 
@@ -442,9 +504,11 @@ def draw_samples(
         raise ValueError(f"only diffusion models of images make pictures, and {experiment.recipe.model.type} is none")
     options, section = cast(SamplesConfig, experiment.recipe.evaluate), images_of(experiment)
     noise = cast(Any, model.noise)
-    count = count if count is not None else len(labels) if labels is not None else options.grid_images
+    turns_of = labels or prompts
+    count = count if count is not None else len(turns_of) if turns_of is not None else options.grid_images
     check_count("count", count, MOST_SAMPLES)
-    shape = target.chain_shape(None)
+    conditions = conditions_of(experiment, model, prompts)
+    shape = target.chain_shape(None if conditions is None else conditions(range(1))["sizes"])
     if count * math.prod(shape) > host_memory():
         raise ValueError(
             f"count = {count:,} images of {'x'.join(map(str, shape))} are {count * math.prod(shape):,} "
@@ -469,7 +533,9 @@ def draw_samples(
 
     def sample(images: range) -> dict[str, Tensor]:
         watched = chain if images.start == 0 else None
-        batch = sample_batch(sampler, images, setting, seed=first, labels=labels, callback=watched)
+        batch = sample_batch(
+            sampler, images, setting, seed=first, labels=labels, callback=watched, conditions=conditions
+        )
         return {"final": batch[:_CHAINS].cpu(), "pictures": pixels(batch).cpu()}
 
     with experiment.precision(model):

@@ -27,7 +27,17 @@ from ...common.fields import (
     TokenFeedback,
     check_count,
 )
-from .task import TEMPERATURE, EvaluateSection, LevelGrid, RunResult, SampleOption, Task, baselines_in, register_task
+from .task import (
+    PROMPT,
+    TEMPERATURE,
+    EvaluateSection,
+    LevelGrid,
+    RunResult,
+    SampleOption,
+    Task,
+    baselines_in,
+    register_task,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +157,7 @@ class NextTokenText(Task[LanguageConfig]):
     least_examples = 2
     sample_options = (
         TEMPERATURE,
-        SampleOption("prompt", "continued text: go on from this; repeatable", {"action": "append", "metavar": "TEXT"}),
+        PROMPT,
         SampleOption(
             "chat",
             "continued text: --prompt is what a user says, written as the model's chat template has it",

@@ -104,6 +104,13 @@ class SampleOption:
 #: Of texts that are generated.
 TEMPERATURE = SampleOption("temperature", "text: divides the logits (default: the recipe's)", {"type": float})
 
+#: What is to be seen, or how a text begins.
+PROMPT = SampleOption(
+    "prompt",
+    "continued text: go on from this; images: what is to be seen (default: the data's prompts); repeatable",
+    {"action": "append", "metavar": "TEXT"},
+)
+
 Options = TypeVar("Options", bound=EvaluateSection)
 
 
@@ -189,11 +196,9 @@ class Task(abc.ABC, Generic[Options]):
     def check_examples(self, experiment: Experiment, model: nn.Module, data: Dataset) -> None:
         """Refuse examples that the model does not take, before any GPU work."""
         config, family, pretrained = experiment.config_of(model), experiment.family, experiment.recipe.model.pretrained
-        if entries := [name for name in family.input_names(config) if name not in _ENTRIES]:
-            raise ValueError(
-                f"model.type = {experiment.recipe.model.type} reads {', '.join(entries)}, which data of a recipe do "
-                "not have; train it from Python: diffusionblocks.convert, and model.loss of batches that have them"
-            )
+        family.check_conditions(
+            config, experiment.conditions_without_prompt(data), f"model.type = {experiment.recipe.model.type}"
+        )
         shape = family.example_shape(config)
         if not family.takes_shape(config, data.example_shape):
             ours, theirs = ("x".join(map(str, s)) for s in (shape, data.example_shape))
@@ -411,9 +416,6 @@ class Task(abc.ABC, Generic[Options]):
 
 #: Tasks by `evaluate.kind`.
 TASKS: Registry[Task[Any]] = Registry("task")
-
-#: the batch entries that data of recipes have between them
-_ENTRIES = ("pixel_values", "labels", "input_ids")
 
 _SECTIONS: Registry[type[EvaluateSection]] = Registry("task")
 

@@ -1,0 +1,199 @@
+"""Prompts: their states are those of pipelines, lie beside latents, and reach the forward of a class."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers_models import TINY, tiny_diffuser
+from PIL import Image
+from text_encoders import clip, save_encoder, sd3_pipeline, t5, tokenizer, wan_pipeline
+from torch import Tensor
+
+import diffusionblocks as db
+from diffusionblocks.data import LatentBatches, latent_folder
+from diffusionblocks.data.image_folder import CaptionedPictures
+from diffusionblocks.data.latent_data import LatentData, LatentScale
+from diffusionblocks.data.latent_shards import Prompts, noted_prompts, write_shards
+from diffusionblocks.data.prompt_states import load_prompt_encoder
+from diffusionblocks.families import family_named, rebuild_config
+
+CPU = torch.device("cpu")
+PROMPTS = ["a photo of a cat", "dog"]
+
+
+# ---- encoders ----------------------------------------------------------------------------------------------
+
+
+def test_states_of_one_encoder_are_its_own_and_zero_behind_the_text(tmp_path: Path) -> None:
+    states = load_prompt_encoder(str(save_encoder(tmp_path)), None, CPU)(PROMPTS)
+    assert {name: (tuple(value.shape), value.dtype) for name, value in states.items()} == {
+        "encoder_hidden_states": ((2, 8, 24), torch.bfloat16),
+        "encoder_attention_mask": ((2, 8), torch.bool),
+    }
+    assert states["encoder_attention_mask"].sum(1).tolist() == [6, 2], "a word a token, and the end of the text"
+    with torch.no_grad():
+        alone = t5(24)(input_ids=torch.tensor([[11, 1]])).last_hidden_state
+    torch.testing.assert_close(states["encoder_hidden_states"][1:, :2], alone.bfloat16(), rtol=0.02, atol=0.02)
+    assert not states["encoder_hidden_states"][1, 2:].any()
+
+
+def test_a_pooled_state_is_kept(tmp_path: Path) -> None:
+    clip(20).save_pretrained(tmp_path)
+    tokenizer(8).save_pretrained(tmp_path)
+    states = load_prompt_encoder(str(tmp_path), 5, CPU)(PROMPTS)
+    assert [tuple(value.shape) for value in states.values()] == [(2, 5, 20), (2, 5), (2, 20)]
+
+
+@pytest.mark.parametrize("kind", ["sd3", "wan"])
+def test_states_of_a_pipeline_are_those_of_its_own_encode_prompt(kind: str, tmp_path: Path) -> None:
+    pipeline: Any = sd3_pipeline() if kind == "sd3" else wan_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    states = load_prompt_encoder(str(tmp_path), 8, CPU)(PROMPTS)
+    more = {"prompt_2": None, "prompt_3": None} if kind == "sd3" else {}
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": 8, "device": CPU, **more}
+    with torch.no_grad():
+        embeds, _, *pooled = pipeline.encode_prompt(PROMPTS, **options)
+    assert torch.equal(states["encoder_hidden_states"], embeds.bfloat16())
+    if kind == "sd3":
+        assert torch.equal(states["pooled_projections"], pooled[0].bfloat16())
+
+
+def test_encoders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*; give a folder or hub name of a pipeline"):
+        load_prompt_encoder(str(tmp_path), None, CPU)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
+    with pytest.raises(ValueError, match="is a KolorsPipeline, of which it is not known what its prompts become"):
+        load_prompt_encoder(str(tmp_path), None, CPU)
+    folder = str(save_encoder(tmp_path / "t5"))
+    with pytest.raises(ValueError, match=r"--prompt-length 9: .* takes at most 8 tokens"):
+        load_prompt_encoder(folder, 9, CPU)
+
+
+def test_pictures_have_their_prompts_beside_them(tmp_path: Path) -> None:
+    for name in ("b.png", "a.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text(" a cat\n")
+    with pytest.raises(ValueError, match=r"b\.png has no prompt: write it into b\.txt beside it"):
+        CaptionedPictures(tmp_path, "train")
+    (tmp_path / "b.txt").write_text("")
+    assert [(Path(row.where).name, row.label, row.prompt) for row in CaptionedPictures(tmp_path, "train")] == [
+        ("a.jpg", 0, "a cat"),
+        ("b.png", 0, ""),
+    ]
+
+
+# ---- shards and batches ------------------------------------------------------------------------------------
+
+
+def states(rows: int, seed: int = 0) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "encoder_hidden_states": torch.randn(rows, 5, 24, generator=random).bfloat16(),
+        "encoder_attention_mask": torch.arange(5) <= torch.arange(rows)[:, None] % 5,
+        "pooled_projections": torch.randn(rows, 20, generator=random).bfloat16(),
+    }
+
+
+EMPTY = {name: value[0] for name, value in states(1, seed=1).items()}
+
+
+def latents(rows: int, size: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(2)
+    mean, std = (torch.rand(rows, 4, *size, generator=random).half() for _ in range(2))
+    return mean, std, torch.zeros(rows, dtype=torch.int64)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> LatentData:
+    """Ten latents with prompts, in shards of 4, 4 and 2."""
+    options: dict[str, Any] = {"shard_rows": 4, "class_names": ["image"], "vae": "vae", "scale": LatentScale(1.0)}
+    rows = [(*latents(10), states(10))]
+    write_shards(tmp_path, "train", rows, **options, prompts=Prompts("encoder", 5, EMPTY))
+    return latent_folder(tmp_path)
+
+
+def test_shards_give_back_the_states(data: LatentData, tmp_path: Path) -> None:
+    for name, value in states(10).items():
+        assert torch.equal(data.rows(name, torch.arange(10)), value)
+        assert torch.equal(data.part(3).rows(name, torch.arange(3)), value[[0, 3, 6]])
+        assert torch.equal(data.empty[name], EMPTY[name])
+    noted = noted_prompts(tmp_path, "train")
+    assert noted is not None
+    assert (noted.text_encoder, noted.length) == ("encoder", 5)
+    (tmp_path / "train-empty.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-empty\.safetensors is missing, the states of the empty prompt"):
+        latent_folder(tmp_path)
+
+
+def test_states_that_are_not_those_of_the_empty_prompt_are_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shard_rows": 4, "class_names": ["image"], "vae": "vae", "scale": LatentScale(1.0)}
+    shorter = {name: value[:, :3] for name, value in states(10).items()}
+    with pytest.raises(ValueError, match=r"states .*: must be .*, as the empty prompt's"):
+        write_shards(tmp_path, "train", [(*latents(10), shorter)], **options, prompts=Prompts("encoder", 5, EMPTY))
+    bad = states(10) | {"pooled_projections": torch.full((10, 20), torch.inf)}
+    with pytest.raises(ValueError, match="states must be finite in bfloat16"):
+        write_shards(tmp_path, "train", [(*latents(10), bad)], **options, prompts=Prompts("encoder", 5, EMPTY))
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_a_share_of_the_examples_gets_the_empty_prompt(data: LatentData, placement: str) -> None:
+    indices = torch.arange(10).repeat(200)
+    own = states(10)
+    batches = LatentBatches(data, device=CPU, placement=placement, prompt_dropout=0.25)
+    batch = batches(indices, torch.Generator().manual_seed(0))
+    dropped = (batch["pooled_projections"] == EMPTY["pooled_projections"]).all(1)
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.04)
+    for name, value in own.items():
+        assert torch.equal(batch[name][~dropped], value[indices[~dropped]]), "the others have their own, of one row"
+        assert torch.equal(batch[name][dropped], EMPTY[name].expand(int(dropped.sum()), *EMPTY[name].shape))
+    again = batches(indices, torch.Generator().manual_seed(0))
+    assert all(torch.equal(again[name], value) for name, value in batch.items())
+    without = LatentBatches(data, device=CPU, placement=placement)(indices, torch.Generator().manual_seed(0))
+    assert torch.equal(without["pixel_values"], batch["pixel_values"]), "the latents are drawn as ever"
+    assert torch.equal(without["pooled_projections"], own["pooled_projections"][indices])
+
+
+def test_constants_are_told_of_every_example(data: LatentData) -> None:
+    batches = LatentBatches(data, device=CPU, constants={"guidance": torch.tensor(3.5)})
+    assert batches(torch.arange(3), None)["guidance"].tolist() == [3.5, 3.5, 3.5]
+
+
+# ---- what a class reads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [name for name, tiny in TINY.items() if name != "CogView4Transformer2DModel"])
+def test_a_class_reads_cached_latents_and_states(data: LatentData, kind: str) -> None:
+    """One loss of every class that reads no more than a prompt, of batches as recipes make them."""
+    config = rebuild_config(kind, TINY[kind].config)
+    family = family_named(kind)
+    assert family.takes_shape(config, data.example_shape)
+    batch_of = family.batch_of(config)
+    assert batch_of is not None
+    batch = batch_of(LatentBatches(data, device=CPU, constants={"guidance": torch.tensor(3.5)})(torch.arange(2), None))
+    assert batch["pixel_values"].dim() == (5 if len(TINY[kind].sizes) == 3 else 4), "an image is a video of one frame"
+    masks = [name for name in batch if name.endswith("mask")]
+    assert all(torch.equal(batch[name], states(2)["encoder_attention_mask"]) for name in masks)
+    model = db.convert(tiny_diffuser(kind), db.BlocksConfig(num_blocks=2))
+    assert set(batch) - {"pixel_values"} <= set(model.target.conditions)  # type: ignore[arg-type, union-attr]
+    assert bool(model.loss(batch, block=0, generator=torch.Generator().manual_seed(0)).isfinite().all())
+    family.check_conditions(config, {name: value[:1] for name, value in batch.items()}, "model")
+
+
+def test_data_that_lack_what_a_class_reads_are_refused(data: LatentData) -> None:
+    kind = "SD3Transformer2DModel"
+    config, family = rebuild_config(kind, TINY[kind].config), family_named(kind)
+    with pytest.raises(ValueError, match=r"reads pooled_projections, which the data do not have; cache states"):
+        family.check_conditions(config, {"encoder_hidden_states": torch.zeros(1, 5, 24)}, "it")
+    narrow = {name: value[None][..., :7] for name, value in data.empty.items()}
+    with pytest.raises(ValueError, match=r"\(1, any, 24\), got .*\(1, 5, 7\): encode prompts by the text encoder of"):
+        family.check_conditions(config, narrow, "it")
+
+
+def test_states_belong_to_every_row(data: LatentData) -> None:
+    short = {name: tuple(shard[:-1] for shard in shards) for name, shards in data.states.items()}
+    with pytest.raises(ValueError, match="a row a latent"):
+        dataclasses.replace(data, states=short)
