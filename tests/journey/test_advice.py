@@ -468,6 +468,12 @@ CASES = [
     ),
     Case("leave fit out", DIGITS, OF_DIT | {"fit": "{steps: 9}"}, ("leave fit out",)),
     Case(
+        "are fitted to the bound's own integrand",
+        MASKED,
+        {"device": "cpu", "fit": "{steps: 9}"},
+        (r"set fit.equal to \w+",),
+    ),
+    Case(
         "are fitted levels already",
         VIT,
         OF_VIT | {"fit": "{steps: 9}", "blocks.noise.quantiles": "[0.002, 1, 80]"},

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import diffusionblocks as db
 from diffusionblocks.common.seeds import key
-from diffusionblocks.data import ImageBatches, ImageData, digits
+from diffusionblocks.data import ImageBatches, ImageData, TextChunks, TextData, digits
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.baselines import variants
 from diffusionblocks.experiments.comparison import compare
@@ -36,6 +36,7 @@ from diffusionblocks.training.trainer import Interrupted
 
 FIT = {"steps": 7, "rounds": 3, "grid": 9, "examples": 40, "batch_size": 16}
 TRUNK = {"steps": 2}
+MASKED = {"vocab_size": 27, "sequence_length": 16, "num_layers": 4, "num_attention_heads": 2}
 CPU = torch.device("cpu")
 
 
@@ -268,6 +269,53 @@ def test_blocks_that_train_apart_fit_the_same_levels(data: dict[str, ImageData],
         assert same_states(ours, whole)
 
 
+# ---- masked text ---------------------------------------------------------------------------------------------
+
+
+def masked_recipe(**changes: Any) -> Recipe:
+    values = {
+        "name": "masked",
+        "model": {
+            "type": "MaskedTransformer",
+            "config": {**MASKED, "embedding_size": 8, "hidden_size": 16, "mlp_size": 16},
+        },
+        "blocks": {"num_blocks": 2},
+        "data": {"kind": "topics", "length": 16},
+        "fit": {"steps": 30, "rounds": 2, "grid": 9, "examples": 64, "equal": "loss"},
+        "train": {"steps": 2, "batch_size": 32, "lr": 3e-2, "warmup_steps": 1},
+        "evaluate": {"kind": "bits", "limit": 8},
+        "device": "cpu",
+    }
+    return parse_recipe(values | changes, "test")
+
+
+def test_masked_text_is_fitted_saved_resumed_and_read_by_the_sampler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of long runs of a letter: what a masked letter costs rises with what else is masked."""
+    letters = torch.randint(2, (300, 1), generator=seeded()).expand(-1, 64).flatten()
+    made, text = masked_recipe(), TextChunks(TextData(letters.byte(), 27), 16)
+    first = runs.train(Experiment(made, {"train": text}), tmp_path / "whole", progress=False, measure=False)
+    rounds = levels_of(tmp_path / "whole")["rounds"]
+    assert len(rounds) == 2
+    model = db.load(tmp_path / "whole" / "model")
+    quantiles = model.noise.to_dict()["quantiles"]
+    assert list(quantiles) == rounds[-1]["noise"]["quantiles"] != rounds[0]["noise"]["quantiles"]
+    assert quantiles[64] > 0.55  # half of the draws, where without a fit it is 0.5
+    assert model.partition.boundaries[1] == pytest.approx(quantiles[64])  # equal probability is equal loss
+    levels: list[float] = []
+    model.generate(range(2), steps=4, callback=lambda step, level, z, logits: levels.append(level))
+    assert levels == pytest.approx([1.0, quantiles[96], quantiles[64], quantiles[32]])
+    watch = Watch(monkeypatch)
+    watch.stop_at, watch.gently = 22, False
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(Experiment(made, {"train": text}), tmp_path / "killed", progress=False, measure=False)
+    watch.stop_at = None
+    runs.train(Experiment(made, {"train": text}), tmp_path / "killed", progress=False, measure=False)
+    assert levels_of(tmp_path / "killed") == levels_of(tmp_path / "whole")
+    assert same_states(db.load(tmp_path / "killed" / "model").state_dict(), first.model.state_dict())
+
+
 # ---- stops and starts ----------------------------------------------------------------------------------------
 
 
@@ -466,7 +514,6 @@ def test_a_round_needs_a_step(data: dict[str, ImageData], tmp_path: Path) -> Non
 
 
 DIT = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "num_layers": 4, "num_classes": 10}
-MASKED = {"vocab_size": 27, "sequence_length": 16, "num_layers": 4, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -482,7 +529,7 @@ MASKED = {"vocab_size": 27, "sequence_length": 16, "num_layers": 4, "num_attenti
         ({"blocks": {"num_blocks": 2, "layers": [1, 3]}}, r"blocks.layers = \(1, 3\)"),
         (
             {"model": {"type": "DiT", "config": DIT}, "evaluate": {"kind": "samples"}},
-            "fit is for models with a cross-entropy over log sigma.*DiT is neither",
+            "fit is for models with a cross-entropy at every level.*DiT is neither",
         ),
         (
             {
@@ -490,7 +537,7 @@ MASKED = {"vocab_size": 27, "sequence_length": 16, "num_layers": 4, "num_attenti
                 "evaluate": {"kind": "bits"},
                 "data": {"kind": "topics", "length": 16},
             },
-            "MaskedTransformer is neither",
+            "fit.equal = rise: levels of a MaskedTransformer are fitted to the bound's own.*set fit.equal to loss",
         ),
     ],
 )

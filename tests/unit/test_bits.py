@@ -1,5 +1,6 @@
 """The bound in bits: known answers of toys with exact posteriors, the sum over blocks, streaming moments."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,7 @@ from helpers import seeded
 from torch import Tensor
 
 from diffusionblocks.core.partition import Partition
-from diffusionblocks.evaluation.bits import Moments, bits_per_character, interval_nll
+from diffusionblocks.evaluation.bits import Moments, bits_per_character, interval_nll, masked_nll
 from diffusionblocks.noise import Masking
 from diffusionblocks.sampling.unmask_tokens import sample_tokens
 
@@ -27,6 +28,11 @@ def exact_pair(z: Tensor, level: Tensor) -> Tensor:
     first = torch.where((z[:, 1] == 3)[:, None], JOINT.sum(1), JOINT.T[z[:, 1].clamp(max=2)])
     second = torch.where((z[:, 0] == 3)[:, None], JOINT.sum(0), JOINT[z[:, 0].clamp(max=2)])
     return torch.stack([first, second], dim=1).log()
+
+
+def exact_pair_at(z: Tensor, level: float) -> Tensor:
+    """As `exact_pair`, for a sampler."""
+    return exact_pair(z, torch.full((len(z),), level))
 
 
 def pairs(n: int) -> Tensor:
@@ -102,6 +108,54 @@ def test_exact_posteriors_of_a_pair_give_its_entropy(schedule: str, blocks: int)
         (entropy(JOINT.sum(0)) + entropy(JOINT.sum(1))) / 2, abs=4 * blind.standard_error
     )
     assert blind.bits - bits.bits > 0.05
+
+
+@SCHEDULES
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_bound_does_not_depend_on_fitted_levels(schedule: str, blocks: int) -> None:
+    """Two letters that are the same: a masked one costs log 3 where the other is masked, and nothing else."""
+    plain = Masking(vocab_size=3, schedule=schedule, epsilon=1e-6)
+    shares = torch.linspace(0, 1, 33, dtype=torch.float64).square()  # most draws go to few masks
+    process = dataclasses.replace(plain, quantiles=(0.0, *plain.icdf(shares)[1:-1].tolist(), 1.0))
+    partition = Partition.build(process, blocks, blocks)  # type: ignore[arg-type]
+    tokens = torch.randint(3, (20_000, 1), generator=seeded()).expand(-1, 2)
+
+    def twins(z: Tensor, level: Tensor) -> Tensor:
+        other = z.flip(1)[..., None]
+        return torch.where((other == 3) | (other == torch.arange(3)), 0.0, -math.inf).double()
+
+    expected = math.log2(3) / 2
+    for noise in (plain, process):
+        bits = bits_per_character(twins, noise, batches(tokens, 1000), None if noise is plain else partition)
+        assert bits.bits == pytest.approx(expected, abs=4 * bits.standard_error)
+        assert bits.standard_error < 0.02
+    # Positive control: the fitted levels under the weights of even ones, of which a third is seen, not a half.
+    level = process.sample(len(tokens), generator=seeded())
+    z = process.noised(tokens, level, seeded(1))
+    nats = plain.weight_by_quantile(level) * masked_nll(twins(z, level), tokens, z, process)
+    assert nats.mean().item() / (2 * math.log(2)) == pytest.approx(math.log2(3) / 3, abs=0.02)
+
+
+def test_a_sampler_on_fitted_levels_masks_what_the_process_says() -> None:
+    process = Masking(vocab_size=3, quantiles=(0.0, 0.5, 0.9, 1.0))
+    levels = process.levels(3)
+    assert levels == pytest.approx([1.0, 0.9, 0.5, 0.0])
+    shares: list[float] = []
+    texts = sample_tokens(
+        exact_pair_at,
+        process,
+        2,
+        levels,
+        range(20_000),
+        callback=lambda step, level, z, logits: shares.append((z == 3).double().mean().item()),
+    )
+    assert shares == pytest.approx(process.masked(torch.tensor(levels[:-1])).tolist(), abs=0.01)
+    drawn = torch.zeros(3, 3, dtype=torch.float64).index_put(
+        (texts[:, 0], texts[:, 1]), torch.tensor(1 / len(texts), dtype=torch.float64), accumulate=True
+    )
+    coarse = 0.4 * 0.4 + 0.1 * 0.1 + 0.5 * 0.5  # pairs whose tokens are revealed in one step are drawn apart
+    product = JOINT.sum(1)[:, None] * JOINT.sum(0)[None]
+    torch.testing.assert_close(drawn, coarse * product + (1 - coarse) * JOINT, atol=0.012, rtol=0)
 
 
 def test_the_integral_over_a_block_of_the_pair_in_closed_form() -> None:

@@ -1,7 +1,9 @@
 """Masking: schedules against their formulas, boundaries, antithetic levels, corruption, the two unbiased weights."""
 
 import itertools
+import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -235,3 +237,82 @@ def test_to_dict_and_back_through_pydantic() -> None:
 def test_refusals(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- levels fitted to losses ---------------------------------------------------------------------------------
+
+
+def fitted(process: Masking, loss_of_share: Callable[[torch.Tensor], torch.Tensor], *, floor: float = 0.05) -> Masking:
+    """Fitted to a loss that is known: nats of a masked token where a share u of the text is masked."""
+    levels = process.fit_grid(64)
+    masked = process.masked(double(*levels))
+    losses = masked * loss_of_share((masked - E) / (1 - 2 * E))
+    return process.fit_to(levels, losses.tolist(), equal="loss", floor=floor)
+
+
+@BOTH
+def test_the_fitted_quantile_is_the_normalised_cumulative_of_the_loss(process: Masking) -> None:
+    """Of a masked token's loss c + u it is (c u + u^2 / 2) / (c + 1 / 2), mixed with the share that stays even."""
+    share = torch.linspace(0, 1, 65, dtype=torch.float64)
+    quantile = fitted(process, lambda u: 0.5 + u).cdf(process.icdf(share))
+    expected = 0.95 * (0.5 * share + share**2 / 2) + 0.05 * share
+    # Between the grid's ends probability is even, and the table's steps cut the corners of that.
+    torch.testing.assert_close(quantile, expected, atol=1e-3, rtol=0)
+    even = fitted(process, lambda u: torch.ones_like(u)).cdf(process.icdf(share))
+    torch.testing.assert_close(even, share, atol=1e-3, rtol=0)
+
+
+@BOTH
+def test_the_weighted_loss_is_the_same_at_all_fitted_levels(process: Masking) -> None:
+    def weighted(noise: Masking) -> torch.Tensor:
+        level = noise.icdf((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+        masked = noise.masked(level)
+        return noise.training_weight(level) * masked * (0.2 + (masked - E) / (1 - 2 * E))
+
+    def spread(noise: Masking) -> float:
+        values = weighted(noise)
+        return (values.std() / values.mean()).item()
+
+    constant = fitted(process, lambda u: 0.2 + u, floor=1e-6)
+    assert spread(constant) < 0.02
+    assert spread(process) > 0.3
+    # The integral, which is the bound, is that of the process that was fitted.
+    expected = (1 - 2 * E) * (0.2 + 0.5)
+    for noise in (process, constant, fitted(process, lambda u: 3 - 2 * u, floor=0.3)):
+        assert weighted(noise).mean().item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_that_falls_is_made_monotone_and_the_floor_bounds_the_weight() -> None:
+    noise = fitted(LINEAR, lambda u: 2 - u)
+    torch.testing.assert_close(noise.cdf(double(0.25, 0.5)), double(0.25, 0.5), atol=1e-3, rtol=0)
+    steep = fitted(LINEAR, lambda u: (u > 0.9).double(), floor=0.1)
+    level = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    ratio = steep.weight_by_quantile(level) / LINEAR.weight_by_quantile(level)
+    assert ratio.max().item() == pytest.approx(1 / 0.1, rel=0.02)
+
+
+def test_fitted_levels_are_saved_and_their_weights_by_level_stay() -> None:
+    noise = fitted(COSINE, lambda u: 0.1 + u)
+    again = TypeAdapter(Masking).validate_python(json.loads(json.dumps(noise.to_dict())))
+    assert again == noise
+    assert hash(again) == hash(noise)
+    level = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    for name in ("weight", "masked", "condition"):
+        torch.testing.assert_close(getattr(noise, name)(level), getattr(COSINE, name)(level), rtol=0, atol=0)
+    torch.testing.assert_close(noise.icdf(noise.cdf(level)), level, atol=1e-12, rtol=0)
+    h = 1e-7
+    slope = (noise.cdf(level + h) - noise.cdf(level - h)) / (2 * h)
+    torch.testing.assert_close(noise.density(level), slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("quantiles", "message"),
+    [
+        ((0.0, 0.5), "must start at level = 0.0 and end at level = 1.0, got 0.0 to 0.5"),
+        ((0.0, 0.5, 0.5, 1.0), "ascend strictly"),
+        ((0.0, math.nan, 1.0), "ascend strictly"),
+    ],
+)
+def test_tables_that_are_no_quantiles_are_refused(quantiles: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Masking(quantiles=quantiles)

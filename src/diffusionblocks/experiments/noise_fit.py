@@ -1,8 +1,8 @@
 """Levels fitted to a task before its blocks train: a warm-up that measures where the cross-entropy rises.
 
 One block's worth of layers is trained on all levels. After each round the mean cross-entropy of training examples is
-measured at levels that are even over log sigma, and the next round draws its levels so that equal probability is equal
-rise (`noise/fitted_levels.py`). The last fit is what trunk and blocks then train on, frozen.
+measured on a grid of levels, and the next round draws its levels so that equal probability is equal rise, or equal loss
+(`NoiseProcess.fit_to`). The last fit is what trunk and blocks then train on, frozen.
 
 Every round has a trainer of its own, which resumes from the checkpoint that the round before left: compiled code and
 CUDA graphs never hold levels of an older fit, and a fit that was killed goes on like one that was not. A round counts
@@ -30,7 +30,7 @@ from ..config import BlocksConfig
 from ..core.block import Block
 from ..core.merging import difference
 from ..core.model import DiffusionBlocks
-from ..noise import EDM, accumulated, fitted_quantiles
+from ..noise import NOISE_PROCESSES, NoiseProcess
 from ..reports.figures import draw_fit
 from ..training import BatchMaker
 from ..training.checkpoint import checkpoints, read_values
@@ -66,7 +66,7 @@ class Round:
 
     iteration: int
     losses: tuple[float, ...]
-    noise: EDM
+    noise: NoiseProcess
     train_seconds: float
     measure_seconds: float
 
@@ -77,7 +77,8 @@ class Round:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Round:
         """The inverse of `to_dict`."""
-        return cls(**values | {"losses": tuple(values["losses"]), "noise": EDM(**values["noise"])})
+        noise = NOISE_PROCESSES[values["noise"].get("kind", "edm")](**values["noise"])
+        return cls(**values | {"losses": tuple(values["losses"]), "noise": noise})
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Fit:
     rounds: tuple[Round, ...]
 
     @property
-    def noise(self) -> EDM:
+    def noise(self) -> NoiseProcess:
         """The fitted process."""
         return self.rounds[-1].noise
 
@@ -132,8 +133,7 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True, g
         trainer = of_fit.derive(now, same_run=True).trainer(folder, progress=progress, group=group)
         model = trainer.model
         assert isinstance(model, DiffusionBlocks)
-        assert isinstance(model.noise, EDM), "recipes of other processes have no fit"
-        grid = model.noise.boundaries(options.grid - 1, "log-uniform")
+        grid = model.noise.fit_grid(options.grid)
         steps, start = len(trainer.schedule), rounds[-1].iteration if rounds else 0
         end = round(steps * (len(rounds) + 1) / options.rounds)
         _check_round(start, end, folder)
@@ -153,13 +153,9 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True, g
                 )
         if group is not None:  # levels must be the same to the last bit
             losses = group.of_first(losses)
-        noise = dataclasses.replace(
-            model.noise,
-            quantiles=fitted_quantiles(
-                grid, losses if options.equal == "rise" else accumulated(grid, losses), floor=options.floor
-            ),
-            coverage=getattr(recipe.blocks.noise, "coverage", None),  # resolved anew, for the partition that comes
-        )
+        noise = model.noise.fit_to(grid, losses, equal=options.equal, floor=options.floor)
+        # What is read is resolved anew, for the partition that comes.
+        noise = noise.with_coverage(getattr(recipe.blocks.noise, "coverage", None))
         seconds = perf_counter() - start_time
         rounds.append(Round(end, tuple(losses), noise, trainer.seconds, seconds))
         del trainer, model  # and their memory, before the next

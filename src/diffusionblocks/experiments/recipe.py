@@ -97,6 +97,9 @@ class ParallelConfig(_Section):
 class FitConfig(_Section):
     """Fit the noise levels first, to the cross-entropy of one block given x and z.
 
+    Masked text takes `equal: loss` alone: equal probability is an equal share of the evidence bound, over the share of
+    masked tokens. The weights follow, so that the bound stays what it is.
+
     Attributes:
         steps: Steps of the fit's training, where `train` is in steps. Learning rate and schedule are `train`'s.
         epochs: Epochs of the fit's training, where `train` is in epochs.
@@ -223,8 +226,13 @@ class Recipe(_Section):
             raise ValueError(f"fit.rounds = {fit.rounds} needs as many fit.steps at least, got {fit.steps}")
         if not self.task.fits_levels:
             raise ValueError(
-                f"fit is for models with a cross-entropy over log sigma, classifiers and autoregressive text; "
-                f"{self.model.type} is neither: leave fit out"
+                f"fit is for models with a cross-entropy at every level, classifiers and text; {self.model.type} is "
+                "neither: leave fit out"
+            )
+        if fit.equal not in self.task.fits_levels:
+            raise ValueError(
+                f"fit.equal = {fit.equal}: levels of a {self.model.type} are fitted to the bound's own integrand; set "
+                f"fit.equal to {self.task.fits_levels[0]}"
             )
         if self.blocks.noise is not None and not hasattr(self.blocks.noise, "quantiles"):
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..families import family_named
-from ..noise import EDM
+from ..noise import NoiseProcess
 from .original import model_config
 from .recipe import FitConfig, Recipe, TrunkConfig
 
@@ -91,7 +91,7 @@ def with_depth(recipe: Recipe, layers: int) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
 
 
-def with_noise(recipe: Recipe, noise: EDM) -> Recipe:
+def with_noise(recipe: Recipe, noise: NoiseProcess) -> Recipe:
     """The recipe on the levels of a process, which it does not fit again."""
     return recipe.model_copy(update={"blocks": recipe.blocks.model_copy(update={"noise": noise}), "fit": None})
 

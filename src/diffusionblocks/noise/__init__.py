@@ -14,6 +14,7 @@ from .process import (
     NOISE_PROCESSES,
     PARTITION_STRATEGIES,
     NoiseProcess,
+    match,
     one_level,
     register_noise_process,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "accumulated",
     "fitted_quantiles",
     "grid_name",
+    "match",
     "one_level",
     "path_time",
     "quantile_times",

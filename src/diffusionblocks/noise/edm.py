@@ -7,18 +7,21 @@ losses (`fitted_levels.py`). "EDM eq. n" refers to the EDM paper.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from ..common.fields import MOST_LEVELS, Number, check_count
+from ..common.fields import Number
 from .exploding import VarianceExploding
+from .fitted_levels import accumulated, fitted_quantiles
 from .gaussian import Preconditioning
+from .knots import check_quantiles
 from .process import normal_cdf, register_noise_process
 
 
@@ -65,26 +68,12 @@ class EDM(VarianceExploding):
         if not (math.isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
             raise ValueError(f"sigma_max must be finite and > sigma_min = {self.sigma_min}, got {self.sigma_max}")
         if self.quantiles is not None:
-            check_count("the number of quantiles", max(1, len(self.quantiles)), MOST_LEVELS)
+            check_quantiles(self.quantiles, ("sigma_min", self.sigma_min), ("sigma_max", self.sigma_max))
             object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list, from JSON, would have no hash
-            self._check_quantiles(self.quantiles)
         elif self._normal_ends[1] - self._normal_ends[0] < 1e-4:
             raise ValueError(
                 f"log sigma ~ N({self.p_mean}, {self.p_std}^2) has almost no probability in [{self.sigma_min}, "
                 f"{self.sigma_max}]: p_mean must lie about within the logarithms of that range"
-            )
-
-    def _check_quantiles(self, levels: tuple[float, ...]) -> None:
-        ascends = all(low < high for low, high in itertools.pairwise(levels))
-        if len(levels) < 2 or not ascends or not all(math.isfinite(level) for level in levels):
-            raise ValueError(
-                f"quantiles must be at least 2 finite levels that ascend strictly, got "
-                f"{list(levels[:8])}{' and more' * (len(levels) > 8)}"
-            )
-        if (levels[0], levels[-1]) != (self.sigma_min, self.sigma_max):
-            raise ValueError(
-                f"quantiles must start at sigma_min = {self.sigma_min} and end at sigma_max = {self.sigma_max}, got "
-                f"{levels[0]} to {levels[-1]}"
             )
 
     # ---- the training distribution -------------------------------------------------------------------
@@ -124,6 +113,17 @@ class EDM(VarianceExploding):
         q_min, q_max = self._normal_ends
         q = q_min + quantile * (q_max - q_min)
         return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(q))
+
+    # ---- levels fitted to losses ---------------------------------------------------------------------
+
+    def fit_grid(self, count: int) -> list[float]:
+        """Levels that are even over log sigma."""
+        return self.boundaries(count - 1, "log-uniform")
+
+    def fit_to(self, levels: Sequence[float], losses: Sequence[float], *, equal: str, floor: float) -> Self:
+        """With quantiles by the losses' rise, or by the losses themselves, over log sigma: `fitted_quantiles`."""
+        of_rise = losses if equal == "rise" else accumulated(levels, losses)
+        return dataclasses.replace(self, quantiles=fitted_quantiles(levels, of_rise, floor=floor))
 
     # ---- preconditioning, weight ---------------------------------------------------------------------
 

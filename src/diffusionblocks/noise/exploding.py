@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .gaussian import GaussianProcess
+from .knots import Knots
 from .process import match
 
 
@@ -29,31 +30,20 @@ class VarianceExploding(GaussianProcess):
         return None
 
     @functools.cached_property
-    def _knots_on(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    def _knots(self, device: torch.device) -> Tensor:
-        """Logarithms of the table, float64, made once a device: a CUDA graph can hold no copy from the host."""
-        if device not in self._knots_on:
-            assert self.table is not None
-            self._knots_on[device] = torch.tensor(self.table, dtype=torch.float64).log().to(device)
-        return self._knots_on[device]
+    def _knots(self) -> Knots:
+        """The logarithms of the table."""
+        assert self.table is not None
+        return Knots(torch.tensor(self.table, dtype=torch.float64, device="cpu").log())
 
     def place_in_table(self, level: Tensor) -> Tensor:
         """Where sigmas lie in the table, float64, shape of `level`: 0 is the first; beyond its ends they are these."""
-        knots = self._knots(level.device)
-        place = level.double().log().clamp(knots[0], knots[-1])
-        below = _interval_of(place.detach(), knots)
-        return below + (place - knots[below]) / (knots[below + 1] - knots[below])
+        return self._knots.steps(level.double().log())
 
     def _cdf_of_table(self, level: Tensor) -> Tensor:
-        return self.place_in_table(level) / (len(self._knots(level.device)) - 1)
+        return self._knots.quantile(level.double().log())
 
     def _icdf_of_table(self, quantile: Tensor) -> Tensor:
-        knots = self._knots(quantile.device)
-        steps = quantile * (len(knots) - 1)
-        below = steps.floor().clamp(max=len(knots) - 2).long()
-        return (knots[below] + (steps - below) * (knots[below + 1] - knots[below])).exp()
+        return self._knots.number(quantile).exp()
 
     def alpha(self, level: Tensor) -> Tensor:
         """1: the target is not scaled."""
@@ -75,8 +65,3 @@ class VarianceExploding(GaussianProcess):
         """z = y + sigma * eps (EDM eq. 2), in float32 or better; `level` (batch,) broadcasts over the rest."""
         target = target if target.dtype == torch.float64 else target.float()
         return target + match(level, target) * noise
-
-
-def _interval_of(place: Tensor, knots: Tensor) -> Tensor:
-    """Index of the knot at or below each place, at most the last but one; int64, shape of `place`."""
-    return torch.searchsorted(knots, place, right=True).sub(1).clamp(0, len(knots) - 2)

@@ -43,15 +43,32 @@ def fitted_quantiles(
     """
     _check(levels, losses, floor, steps)
     places = [math.log(level) for level in levels]
-    widths = [high - low for low, high in itertools.pairwise(places)]
     monotone = isotonic(losses)
     rises = [high - low for low, high in itertools.pairwise(monotone)]
-    width, rise = math.fsum(widths), math.fsum(rises)
-    if rise <= 0:
-        floor = 1.0
-    shares = [(1 - floor) * r / (rise or 1.0) + floor * w / width for r, w in zip(rises, widths, strict=True)]
-    inner = inverse(places, shares, [step / steps for step in range(1, steps)])
+    inner = places_by_share(places, rises, floor=floor, steps=steps)
     return (float(levels[0]), *(math.exp(place) for place in inner), float(levels[-1]))
+
+
+def places_by_share(
+    places: Sequence[float], parts: Sequence[float], *, floor: float, steps: int = STEPS
+) -> list[float]:
+    """Where equal steps of probability end, if the probability of an interval is its share of all parts.
+
+    Args:
+        places: n + 1, ascending: the ends of intervals, within which probability is even.
+        parts: n, >= 0: what was measured of each. Where all are 0, probability is even.
+        floor: share of the probability that is spread evenly over all places, in (0, 1].
+        steps: how many steps.
+
+    Returns:
+        `steps` - 1 places, without both ends.
+    """
+    widths = [high - low for low, high in itertools.pairwise(places)]
+    width, total = math.fsum(widths), math.fsum(parts)
+    if total <= 0:
+        floor = 1.0
+    shares = [(1 - floor) * part / (total or 1.0) + floor * w / width for part, w in zip(parts, widths, strict=True)]
+    return inverse(places, shares, [step / steps for step in range(1, steps)])
 
 
 def accumulated(levels: Sequence[float], losses: Sequence[float]) -> list[float]:

@@ -17,18 +17,30 @@ two unbiased estimates, both of which average over draws of t and z:
 because dt = du / (du/dt) and w = v * du/dt. For the linear schedule they are the same. Since E[number of masked tokens]
 is n * (1 - alpha), the second has the same expectation at every level where the loss of a masked token is the same, so
 it varies less; `sample` draws u unless told otherwise. Integrals over the intervals of a partition add up.
+
+The loss of a masked token falls as more of the text shows. `Masking.quantiles` takes another quantile q(u) in u's
+place, fitted so that the weighted loss is the same at all levels (as VDM learns its schedule, arXiv 2107.00630):
+
+    q uniform in the interval:          (q_high - q_low) * v(t) * (du/dq) * S(t)
+
+has the same integral whatever q(u) is, so the bound does not depend on it, and varies least over levels there.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from ..common.fields import MOST_TOKENS, Int, Number
+from .fitted_levels import isotonic, places_by_share
+from .knots import Knots, check_quantiles
 from .process import NoiseProcess, match, register_noise_process
 
 SCHEDULES = ("linear", "cosine")
@@ -48,6 +60,9 @@ class Masking(NoiseProcess):
         epsilon: e, in (0, 0.5), default 1e-4: keeps the weight finite at t = 0.
         mask_token_id: the id that stands for a masked token, where it is one of the vocabulary's (a tokenizer's
             `mask_token_id`): no text has it, and it is never generated. null: it is the id after them, `vocab_size`.
+        quantiles: levels at equal steps of the training distribution's quantile, ascending from 0 to 1 inclusive, even
+            over the masked share between neighbours; a recipe's `fit` writes them. Weights follow, so that the bound
+            is the same. null: even over the masked share.
         kind: tells the noise processes apart in a config.
 
     Raises:
@@ -62,6 +77,7 @@ class Masking(NoiseProcess):
     schedule: str = "linear"
     epsilon: Number = 1e-4
     mask_token_id: Int | None = None
+    quantiles: tuple[Number, ...] | None = None
     kind: Literal["masking"] = "masking"
 
     def _check(self) -> None:
@@ -79,6 +95,9 @@ class Masking(NoiseProcess):
                 f"mask_token_id must be an id below vocab_size = {self.vocab_size}, or null for the id after them; got "
                 f"{mask!r}"
             )
+        if self.quantiles is not None:
+            check_quantiles(self.quantiles, ("level", 0.0), ("level", 1.0))
+            object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list, from JSON, would have no hash
 
     @property
     def mask_id(self) -> int:
@@ -94,20 +113,67 @@ class Masking(NoiseProcess):
 
     def masked(self, level: Tensor) -> Tensor:
         """1 - alpha(t), the probability that a token is masked: float64, shape of `level`."""
-        return self.epsilon + (1 - 2 * self.epsilon) * self.cdf(level)
+        return self.epsilon + (1 - 2 * self.epsilon) * self._share(level.double().clamp(0.0, 1.0))
 
-    def _cdf(self, level: Tensor) -> Tensor:
-        """u = t (linear) or cos(pi/2 * (1 - t)) (cosine)."""
+    def _share(self, level: Tensor) -> Tensor:
+        """u = t (linear) or cos(pi/2 * (1 - t)) (cosine): the masked share, but for e."""
         return level if self.schedule == "linear" else torch.sin(math.pi / 2 * level)
 
-    def _icdf(self, quantile: Tensor) -> Tensor:
+    def _level(self, share: Tensor) -> Tensor:
         """t = u (linear) or 1 - 2/pi * arccos(u) (cosine)."""
-        return quantile if self.schedule == "linear" else 2 / math.pi * torch.asin(quantile)
+        return share if self.schedule == "linear" else 2 / math.pi * torch.asin(share)
 
-    def density(self, level: Tensor) -> Tensor:
-        """Density du/dt of the training distribution per unit of t, float64, shape of `level`."""
+    @functools.cached_property
+    def _knots(self) -> Knots | None:
+        """The masked shares at equal steps of the quantile; None where it is the masked share itself."""
+        if self.quantiles is None:
+            return None
+        return Knots(self._share(torch.tensor(self.quantiles, dtype=torch.float64, device="cpu")))
+
+    def _cdf(self, level: Tensor) -> Tensor:
+        share = self._share(level)
+        return share if self._knots is None else self._knots.quantile(share)
+
+    def _icdf(self, quantile: Tensor) -> Tensor:
+        return self._level(quantile if self._knots is None else self._knots.number(quantile))
+
+    def _share_density(self, level: Tensor) -> Tensor:
+        """du/dt, float64, shape of `level`."""
         t = level.double().clamp(0.0, 1.0)
         return torch.ones_like(t) if self.schedule == "linear" else math.pi / 2 * torch.cos(math.pi / 2 * t)
+
+    def _share_by_quantile(self, level: Tensor) -> Tensor | float:
+        """du/dq, float64, shape of `level`; 1 where the quantile is the masked share."""
+        return 1.0 if self._knots is None else self._knots.slope(self._share(level.double().clamp(0.0, 1.0)))
+
+    def density(self, level: Tensor) -> Tensor:
+        """Density dq/dt of the training distribution per unit of t, float64, shape of `level`."""
+        return self._share_density(level) / self._share_by_quantile(level)
+
+    # ---- levels fitted to losses ---------------------------------------------------------------------
+
+    def fit_grid(self, count: int) -> list[float]:
+        """The middles of `count` equal steps of the masked share."""
+        middles = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count
+        levels: list[float] = self._level(middles).tolist()
+        return levels
+
+    def fit_to(self, levels: Sequence[float], losses: Sequence[float], *, equal: str, floor: float) -> Self:
+        """With quantiles of equal weighted loss over the masked share, where it is made monotone: see `NoiseProcess`.
+
+        Args:
+            levels: all of `fit_grid`.
+            losses: mean loss at each, in nats of the masked tokens.
+            equal: `loss` alone: what is equalised is the bound's own integrand.
+            floor: see there; no weight is above 1 / `floor` times that of even levels.
+        """
+        assert equal == "loss", "recipes of masked text have no other"
+        count = len(levels)
+        weights = self._weight_by_share(torch.tensor(levels, dtype=torch.float64, device="cpu")).tolist()
+        parts = isotonic([loss * weight for loss, weight in zip(losses, weights, strict=True)])
+        shares = places_by_share([step / count for step in range(count + 1)], parts, floor=floor)
+        inner = self._level(torch.tensor(shares, dtype=torch.float64, device="cpu")).tolist()
+        return dataclasses.replace(self, quantiles=(0.0, *inner, 1.0))
 
     def sample(
         self,
@@ -197,10 +263,14 @@ class Masking(NoiseProcess):
 
     def weight(self, level: Tensor) -> Tensor:
         """w(t) = |alpha'| / (1 - alpha), for levels uniform in t; float64, shape of `level`."""
-        return self.density(level) * self.weight_by_quantile(level)
+        return self._share_density(level) * self._weight_by_share(level)
 
     def weight_by_quantile(self, level: Tensor) -> Tensor:
-        """v(t) = (1 - 2e) / (1 - alpha), for levels uniform in quantile; float64, shape of `level`."""
+        """v(t) * du/dq, for levels uniform in quantile; float64, shape of `level`."""
+        return self._weight_by_share(level) * self._share_by_quantile(level)
+
+    def _weight_by_share(self, level: Tensor) -> Tensor:
+        """v(t) = (1 - 2e) / (1 - alpha), for levels uniform in the masked share; float64, shape of `level`."""
         return (1 - 2 * self.epsilon) / self.masked(level)
 
     def reconstruction(self, length: int) -> float:

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -290,6 +291,30 @@ class NoiseProcess(abc.ABC):
             field = f"{where}: " if where else ""
             raise ValueError(f"{field}unknown level grid {grid!r} for {self.kind}; allowed: {', '.join(self.grids)}")
         return grid
+
+    # ---- levels fitted to losses ---------------------------------------------------------------------
+
+    def fit_grid(self, count: int) -> list[float]:
+        """`count` ascending levels at which losses are measured, for `fit_to`.
+
+        Raises:
+            NotImplementedError: the process has no field `quantiles`.
+        """
+        raise NotImplementedError(f"levels of {self.kind} are not fitted")
+
+    def fit_to(self, levels: Sequence[float], losses: Sequence[float], *, equal: str, floor: float) -> Self:
+        """The same process, with the training distribution that follows from measured losses.
+
+        Args:
+            levels: of `fit_grid`.
+            losses: mean loss at each, without the level's weight.
+            equal: what equal probability is equal of, the losses' `rise` or the `loss` itself.
+            floor: share of the probability that is spread evenly, in (0, 1].
+
+        Raises:
+            NotImplementedError: the process has no field `quantiles`.
+        """
+        raise NotImplementedError(f"levels of {self.kind} are not fitted")
 
     # ---- corruption, and what the network is shown and told ------------------------------------------
 

@@ -81,7 +81,7 @@ class Classification(Task[AccuracyConfig]):
     takes = ("images",)
     does = "classifies images"
     score = "test_accuracy"
-    fits_levels = True
+    fits_levels = ("rise", "loss")
     plain_training = True
     by_level = True
     new_head = True

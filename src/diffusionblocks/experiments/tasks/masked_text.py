@@ -63,6 +63,7 @@ class MaskedText(Task[BitsConfig]):
     examples = "texts"
     classes = "different tokens"
     of_text = True
+    fits_levels = ("loss",)
     shares_work = True
     least_examples = 2
     sample_options = (
@@ -94,7 +95,7 @@ class MaskedText(Task[BitsConfig]):
         options, blocks = self.options(experiment), experiment.blocks_of(model)
         text = experiment.data("test").first(options.limit)
         batches = experiment.recipe.data.evaluation_batches(text, batch_size=options.batch_size, device=blocks.device)
-        networks = {b: functools.partial(blocks.block(b), {}) for b in range(blocks.partition.num_blocks)}
+        networks = {b: functools.partial(blocks.block(b).estimate, {}) for b in range(blocks.partition.num_blocks)}
         noise: Any = blocks.noise
         with experiment.precision(model), evaluating(model):
             return bits_rows(

@@ -152,7 +152,7 @@ class NextTokenText(Task[LanguageConfig]):
     classes = "different tokens"
     of_text = True
     shares_work = True
-    fits_levels = True
+    fits_levels = ("rise", "loss")
     plain_training = True
     least_examples = 2
     sample_options = (

@@ -132,8 +132,8 @@ class Task(abc.ABC, Generic[Options]):
     classes: ClassVar[str] = "classes"
     #: whether examples are texts, whose loss can be read off in chunks
     of_text: ClassVar[bool] = False
-    #: whether the loss is a cross-entropy over log sigma, to which noise levels can be fitted
-    fits_levels: ClassVar[bool] = False
+    #: of what equal probability can be equal where noise levels are fitted (`fit.equal`); none: they cannot be
+    fits_levels: ClassVar[tuple[str, ...]] = ()
     #: whether z follows a probability-flow ODE in the data's own space
     has_trajectories: ClassVar[bool] = False
     #: whether the class has an end-to-end training of its own; else it denoises anyway, on all levels at once
