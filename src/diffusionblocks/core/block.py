@@ -18,7 +18,7 @@ from ..config import BlocksConfig
 from ..families import BlockCall, Family, TextFamily
 from ..families.module_tree import parts_in
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
-from ..noise import GaussianProcess, NoiseProcess, one_level
+from ..noise import GaussianProcess, NoiseProcess, match, one_level
 from ..targets import (
     AUTO,
     HINT,
@@ -113,8 +113,8 @@ class Block(nn.Module):
         shared: the shared modules that conversion adds (one object for all blocks under the `joint` policy).
         interval: the (lowest, highest) level that the block trains on.
         sees_noise: whether it is shown z and told the noise level (`target.noise_input`).
-        self_conditioning: whether its inputs may have `hint`, what was said of the label so far (see
-            `LabelTargetConfig.self_conditioning`).
+        self_conditioning: whether its inputs may have `hint`, what was said of the target so far (see
+            `EmbeddingTargetConfig.self_conditioning`).
         adds_likelihood: whether the network's own logits are context logits, to which `posterior` adds what z says.
     """
 
@@ -479,7 +479,9 @@ class Block(nn.Module):
         if counted is None:
             together = {name: torch.cat([row[name] for row in inputs]) for name in inputs[0]}
         else:  # a text is read whole; what nothing that counts sees has no noise
-            together, full = {name: batch[name] for name in inputs[0]}, self.target.encode(batch).shape[1]
+            together, full = dict(self.inputs_of(batch)), self.target.encode(batch).shape[1]
+            if self.self_conditioning:
+                together[HINT] = torch.cat([row[HINT] for row in inputs])
             z = tuple(F.pad(row, (0, 0, 0, full - row.shape[1])) for row in z)
         return together, torch.cat(z), torch.cat(levels)
 
@@ -534,15 +536,42 @@ class Block(nn.Module):
         level: Tensor,
         layers: list[tuple[Any, Any]] | None,
     ) -> Batch:
-        """The inputs, with what the block itself says of the label where they say that something is shown.
+        """The inputs, with what the block itself says of the target where they say that something is shown.
 
         Self-conditioning, arXiv 2208.04202.
         """
-        assert isinstance(self.target, LabelTarget)
         first = {name: value for name, value in inputs.items() if name != HINT}
         with torch.no_grad():
-            context = run(first, z, level, context=True, layers=layers)
-            return {**first, HINT: self.target.denoised(context, "soft") * inputs[HINT]}
+            hint = self._own_hint(run, first, z, level, layers)
+            return {**first, HINT: hint * match(inputs[HINT][:, 0], hint)}
+
+    def _own_hint(
+        self,
+        run: Callable[..., Any],
+        inputs: Batch,
+        z: Tensor,
+        level: Tensor,
+        layers: list[tuple[Any, Any]] | None = None,
+    ) -> Tensor:
+        """What the block says of the target without a hint, as it is shown: (batch, dim) or (batch, length, dim)."""
+        if not isinstance(self.target, TextTarget):
+            return self.target.hint(run(inputs, z, level, context=self.adds_likelihood, layers=layers), z)
+        assert isinstance(self.family, TextFamily)
+        states, condition, *_ = run(inputs, z, level, states_only=True, layers=layers)
+        chunk = positions_at_once(self.loss_chunk, z.shape[:2], self.target.vocab_size) or z.shape[1]
+        call = self._readout_call(condition)
+        parts = zip(states.split(chunk, dim=1), z.split(chunk, dim=1), strict=True)
+        return torch.cat([self.target.hint(self.family.logits(call, some, condition), at) for some, at in parts], dim=1)
+
+    @torch.no_grad()
+    def estimate(self, inputs: Batch, z: Tensor, level: Tensor) -> Tensor:
+        """What `forward` returns where the block is shown, by self-conditioning, what it says itself without.
+
+        A function of x, z and the level like `forward`, at twice the cost; the same where there is no such switch.
+        """
+        if not self.self_conditioning:
+            return self(inputs, z, level)  # type: ignore[no-any-return]
+        return self({**inputs, HINT: self._own_hint(self, inputs, z, level)}, z, level)  # type: ignore[no-any-return]
 
     def _label_losses(
         self,
@@ -574,8 +603,8 @@ class Block(nn.Module):
     ) -> LevelLosses:
         """Noise a batch to given levels, run the block, and compare: the one way in which evaluation asks a block.
 
-        Unlike `loss` it takes any level, drops no label, weights no level and makes all logits at once. Call it
-        without gradients and in evaluation mode (`evaluating(block)` around the loop):
+        Unlike `loss` it takes any level, drops no label, weights no level, shows nothing of what was said before and
+        makes all logits at once. Call it without gradients, in evaluation mode (`evaluating(block)` around the loop):
 
             result = block.losses_at(batch, model.noise.level_max, generator)
             result.losses, result.output, result.context, result.z

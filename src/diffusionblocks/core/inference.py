@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, get_args
 
 import torch
@@ -217,7 +217,7 @@ class Classification(Inference[LabelTarget]):
                 return None, model.denoise(inputs, z, level)
             hint: Batch = {}
             if contexts and model.block(0).self_conditioning:
-                hint = {HINT: self.target.denoised(torch.stack(list(contexts)).mean(dim=0), "soft")}
+                hint = {HINT: self.target.hint(torch.stack(list(contexts)).mean(dim=0), z)}
             context = model.denoise({**inputs, **hint}, z, level, context=True)
             return context, model.posterior(context, z, level)
 
@@ -343,8 +343,17 @@ class Unmasking(TextGeneration[TokenTarget]):
         length = self.target.length
         if template is not None and template.dim() and self.target.shorter:
             length = min(length, template.shape[-1])
+        said: list[Tensor] = []  # by the step before
+
+        def denoise(z: Tensor, level: float) -> Tensor:
+            hint = {HINT: self.target.hint(said.pop(), z)} if said else {}
+            logits = model.denoise(hint, z, level)
+            if model.block(0).self_conditioning:
+                said.append(logits)
+            return logits
+
         return sample_tokens(
-            lambda z, level: model.denoise({}, z, level),
+            denoise,
             noise,
             length,
             noise.levels(steps, grid),
@@ -397,15 +406,16 @@ class Continuing(TextGeneration[NextTokenTarget]):
             )
         combine = self.combination(combine)
         votes = combine != "chain"
+        levels = self._levels(steps, grid, votes=votes)
         return continue_texts(
-            self._context if votes else model.denoise,
+            self._network(levels, votes=votes),
             model.family.past,
             model.partition.block_of,
             self.target,
             self.noise,
             prompts,
             max_new_tokens=max_new_tokens,
-            levels=self._levels(steps, grid, votes=votes),
+            levels=levels,
             seeds=range(len(prompts)) if seeds is None else seeds,
             temperature=temperature,
             top_p=top_p,
@@ -451,8 +461,26 @@ class Continuing(TextGeneration[NextTokenTarget]):
             return self.model.partition.levels(self.noise)
         return self.noise.levels(blocks if steps is None else steps, grid or "equal-quantile")
 
-    def _context(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
-        return self.model.denoise(inputs, z, level, context=True)
+    def _network(self, levels: Sequence[float], *, votes: bool) -> Callable[..., Tensor]:
+        """What chains of these levels ask: context logits for votes, else the posterior.
+
+        Self-conditioning shows each block the mean of what those before it said in the same chain.
+        """
+        model = self.model
+        if not model.block(0).self_conditioning:
+            return functools.partial(model.denoise, context=votes)
+        said = LogitVotes(("mean",))
+
+        def ask(inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
+            nonlocal said
+            if level == levels[0]:  # levels descend: here a chain begins
+                said = LogitVotes(("mean",))
+            hint = {HINT: self.target.hint(said.answer("mean"), z)} if said.count else {}
+            context = model.denoise({**inputs, **hint}, z, level, context=True)
+            said.add(context)
+            return context if votes else model.posterior(context, z, level)
+
+        return ask
 
     @property
     def _posterior(self) -> Posterior | None:
@@ -474,13 +502,14 @@ class Continuing(TextGeneration[NextTokenTarget]):
         """
         check_combination("mean", contexts=self.votes)
         inputs = {name: batch[name] for name in self.model.block(0).input_names}
+        levels = self._levels(None, None, votes=True)
         return vote_on_texts(
-            functools.partial(self._context, inputs),
+            functools.partial(self._network(levels, votes=True), inputs),
             self._posterior,
             self.target,
             self.noise,
             self.target.encode(batch).shape,
-            self._levels(None, None, votes=True),
+            levels,
             feedback=self._config.feedback,
             top_k=self._config.top_k,
             generator=generator,

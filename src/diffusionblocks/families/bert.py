@@ -48,7 +48,9 @@ class EncoderFamily(MaskedTextFamily):
     @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         mask: Any = getattr(config.noise, "mask_id")  # noqa: B009 - `check_config` has seen to it
-        return nn.ModuleDict({"ruled_out": RuledOut(mask)})
+        parts = super().add_parts(model, config)
+        parts["ruled_out"] = RuledOut(mask)
+        return parts
 
     @override
     def fold(self, call: BlockCall, ordinary: OrdinaryModel) -> None:
@@ -81,7 +83,7 @@ class EncoderFamily(MaskedTextFamily):
 
     @override
     def hidden(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        states = self.embed(call.network, call.z)
+        states = self.with_hint(call, self.embed(call.network, call.z))
         options = self.layer_options(call, states)
         for layer, more in zip(call.layers, options, strict=True):
             states = tokens_of(layer(states, **more))

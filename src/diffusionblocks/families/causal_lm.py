@@ -111,7 +111,8 @@ class CausalLMFamily(NextTokenFamily):
     @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         assert isinstance(config.target, NextTokenTargetConfig)
-        parts = nn.ModuleDict({"logit_scale": LogitScale(config.target.logit_scale)})
+        parts = super().add_parts(model, config)
+        parts["logit_scale"] = LogitScale(config.target.logit_scale)
         if config.target.noise_input:
             std = float(getattr(model.config, "initializer_range", 0.02))
             parts["noisy_token"] = NoisyToken(self.hidden_size(model.config), std, previous=config.target.previous)
@@ -159,7 +160,7 @@ class CausalLMFamily(NextTokenFamily):
         streams = Streams(noisy, tokens.shape[1], call.z.device, past=past, counts=call.inputs.get("counts"))
         self._check_length(call.network, noisy if past is None else past.most + tokens.shape[1] + noisy)
         clean = self.embed(call.network, tokens)
-        noisy_tokens = call.extra["noisy_token"](call.z).to(clean.dtype)
+        noisy_tokens = self.with_hint(call, call.extra["noisy_token"](call.z).to(clean.dtype))
         if call.extra["noisy_token"].previous:
             noisy_tokens = noisy_tokens + _before(clean, streams)
         states = self.add_positions(call.network, torch.cat([noisy_tokens, clean], dim=1), streams.positions)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
+from ..layers.target_tokens import Hint
 from ..layers.two_streams import Past
 from ..noise import Masking
-from ..targets import ImageTarget, LabelTarget, NextTokenTarget, Target, TokenTarget
+from ..targets import HINT, ImageTarget, LabelTarget, NextTokenTarget, Target, TokenTarget, random_rows
 from .family import BlockCall, Family
 
 
@@ -145,6 +146,16 @@ class TextFamily(Family):
         shape = self.example_shape(config) if length is None else (length,)
         return {"input_ids": torch.empty(size, *shape, dtype=torch.int64)}
 
+    @override
+    def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
+        assert isinstance(config.target, TokenTargetConfig | NextTokenTargetConfig)
+        return nn.ModuleDict({"hint": Hint(self.hidden_size(model.config))} if config.target.self_conditioning else {})
+
+    def with_hint(self, call: BlockCall, states: Tensor) -> Tensor:
+        """Hidden states (batch, length, dim) of z's positions, with what was said of them, where it is shown."""
+        hint = call.inputs.get(HINT)
+        return states if hint is None else states + call.extra["hint"](hint).to(states.dtype)
+
     def states(self, call: BlockCall, hidden: Any, denoised: Tensor) -> tuple[Tensor, Tensor]:
         """The first half of `readout`, whose arguments see.
 
@@ -185,8 +196,12 @@ class MaskedTextFamily(TextFamily):
     @override
     def make_target(self, model: nn.Module, config: BlocksConfig) -> TokenTarget:
         (length,) = self.example_shape(model.config)
-        mask = getattr(config.noise, "mask_id", None)
-        return TokenTarget(self.num_classes(model.config), length, mask, shorter=self.shorter_texts)
+        mask, count = getattr(config.noise, "mask_id", None), self.num_classes(model.config)
+        rows = None
+        assert isinstance(config.target, TokenTargetConfig)
+        if config.target.self_conditioning:
+            rows = random_rows(count, self.hidden_size(model.config), config.seed)
+        return TokenTarget(count, length, mask, shorter=self.shorter_texts, hint_rows=rows)
 
     @override
     def check_config(self, model: nn.Module, config: BlocksConfig) -> None:

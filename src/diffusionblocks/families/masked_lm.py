@@ -40,7 +40,7 @@ class MaskedTransformerFamily(MaskedTextFamily, DenoiserFamily):
         """Returns the embedding of t, which also conditions the head, and the states that the head reads."""
         c = call.module("time_embedder")(call.condition)
         rotation = call.module("positions")(call.z)
-        tokens = call.module("token_embedder")(call.z)
+        tokens = self.with_hint(call, call.module("token_embedder")(call.z))
         for layer in call.layers:
             tokens = layer(tokens, c, rotation)
         return c, tokens

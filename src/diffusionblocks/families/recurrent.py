@@ -70,6 +70,11 @@ class RecurrentDepthFamily(NextTokenFamily):
             raise ValueError(
                 f"target.noise_input = false: the recurrence of a {type(model).__name__} is of z; leave it out"
             )
+        if config.target.self_conditioning:
+            raise ValueError(
+                f"target.self_conditioning = true: a {type(model).__name__} has no position of its own to show "
+                "what was said of a token; leave it out"
+            )
         if config.target.clean_weight:
             raise ValueError(
                 f"target.clean_weight = {config.target.clean_weight}: a {type(model).__name__} has no clean stream; "

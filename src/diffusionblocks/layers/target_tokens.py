@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LabelToken(nn.Module):
@@ -49,6 +50,22 @@ class ClsReplacement(nn.Module):
     def forward(self, tokens: Tensor, z: Tensor, position: Tensor) -> Tensor:
         """Tokens (batch, length, dim), [CLS] first at `position` (1, 1, dim), and z (batch, dim) -> as tokens."""
         return torch.cat([(z[:, None, :] + position).to(tokens.dtype), tokens[:, 1:]], dim=1)
+
+
+class Hint(nn.Module):
+    """Self-conditioning of text: a linear map, which starts at zero, of what was said of each token so far.
+
+    Args:
+        dim: size of an embedding.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, dim))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Expected rows (batch, length, dim) -> what is added to the hidden states there, of the same shape."""
+        return F.linear(rows.to(self.weight.dtype), self.weight)
 
 
 class NoisyToken(nn.Module):

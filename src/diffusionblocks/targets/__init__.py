@@ -1,12 +1,13 @@
 """What the blocks denoise: a label, an image, masked tokens, the next token."""
 
 from .image import Condition, ImageTarget, ImageTargetConfig
-from .label import HINT, NONE_IGNORED, LabelTarget, LabelTargetConfig, check_labels, label_losses
+from .label import NONE_IGNORED, LabelTarget, LabelTargetConfig, check_labels, label_losses
 from .label_loss import TEACHER_LOGITS, LabelLoss, check_label_loss
 from .masked_tokens import TokenTarget, TokenTargetConfig
 from .next_token import CONTEXT, NextTokenTarget, NextTokenTargetConfig, mean_of_counted, resolve_texts
 from .target import (
     AUTO,
+    HINT,
     BaseTargetConfig,
     Batch,
     EmbeddingTarget,
@@ -20,6 +21,7 @@ from .target import (
     in_chunks,
     mean_loss,
     positions_at_once,
+    random_rows,
 )
 
 __all__ = [
@@ -55,5 +57,6 @@ __all__ = [
     "mean_loss",
     "mean_of_counted",
     "positions_at_once",
+    "random_rows",
     "resolve_texts",
 ]

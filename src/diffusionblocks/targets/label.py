@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,10 +15,6 @@ from .target import Batch, EmbeddingTarget, EmbeddingTargetConfig
 
 #: An `ignore_index` that no label has, so that torch passes over none.
 NONE_IGNORED = torch.iinfo(torch.int64).min
-
-
-#: Entry of a block's inputs: the label expected so far, float32 (batch, dim); zeros where nothing was said of it.
-HINT = "hint"
 
 
 class LabelTargetConfig(EmbeddingTargetConfig):
@@ -31,10 +27,6 @@ class LabelTargetConfig(EmbeddingTargetConfig):
         token: Where the noised label enters: as an `extra` token (the paper), as an extra token that is a `linear` map
             of it, which starts at zero, or in place of the [CLS] token (`replace-cls`: the released code. There z
             drowns the very token that is read, for its numbers are many times those of an embedding).
-        self_conditioning: Whether blocks are also shown what was said of the label so far, through a linear map that
-            starts at zero: the label expected under the mean of the earlier blocks' context logits. In training it is
-            that of the block's own, from a first pass without gradients, and for half of the samples nothing. So
-            blocks still train apart; a step costs a forward pass more. Needs `likelihood: added`.
         weight: Weight of the cross-entropy at each level: `none`, or `edm` = 1 / c_out^2 of the noise process.
         feedback: What a prediction feeds to the next step: `soft` (the probabilities times the embedding table) or
             `hard` (the row of the most probable label).
@@ -46,18 +38,8 @@ class LabelTargetConfig(EmbeddingTargetConfig):
     kind: Literal["label"] = "label"
     embedding: Literal["frozen", "one-hot", "learned"] | None = None
     token: Literal["extra", "linear", "replace-cls"] = "extra"
-    self_conditioning: bool = False
     weight: Literal["none", "edm"] = "none"
     feedback: LabelFeedback = Field(default="soft", validation_alias=FEEDBACK_NAMES)
-
-    @model_validator(mode="after")
-    def _conditions_on_context_logits(self) -> Self:
-        if self.self_conditioning and self.likelihood == "learned":
-            raise ValueError(
-                "target.self_conditioning = true needs target.likelihood = added, got learned: blocks are shown "
-                "context logits, and without it there are none; leave likelihood out"
-            )
-        return self
 
 
 class LabelTarget(EmbeddingTarget):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .target import BaseTargetConfig, Batch, TextTarget, attention, check_tokens, refuse_where
 
@@ -17,11 +17,16 @@ class TokenTargetConfig(BaseTargetConfig):
         weight: Weight of the cross-entropy at each level: `elbo` (that of the evidence lower bound: MD4), or `none`.
         noise_input: Whether blocks are told the noise level. false: they read it off the masks alone, and each is an
             ordinary masked language model of its own layers (see `export_block`).
+        self_conditioning: Whether blocks are also shown what was said of the masked tokens a step before, through a
+            linear map that starts at zero: for each the row of a fixed random table that is expected. In training, and
+            for the bound, it is what the block itself says of the same text; in training for half of the texts nothing.
+            A step costs a forward pass more, the bound another one.
     """
 
     kind: Literal["tokens"] = "tokens"
     weight: Literal["elbo", "none"] = "elbo"
     noise_input: bool = True
+    self_conditioning: bool = False
 
     @property
     def sees_noise(self) -> bool:
@@ -37,17 +42,27 @@ class TokenTarget(TextTarget):
         length: of a sequence; the most that it may have, with `shorter`.
         mask_id: the id that stands for a masked token; None: the id after the others.
         shorter: whether sequences may be shorter than `length`.
+        hint_rows: rows of tokens for self-conditioning, float32 (vocab_size, dim); None: blocks have none.
     """
 
     names = ("input_ids",)
     optional = ("attention_mask",)
 
-    def __init__(self, vocab_size: int, length: int, mask_id: int | None = None, *, shorter: bool = False) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        length: int,
+        mask_id: int | None = None,
+        *,
+        shorter: bool = False,
+        hint_rows: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.length = length
         self.mask_id = vocab_size if mask_id is None else mask_id
         self.shorter = shorter
+        self.hint_rows = None if hint_rows is None else nn.Parameter(hint_rows, requires_grad=False)
 
     def encode(self, batch: Batch) -> Tensor:
         """`input_ids` (batch, length), int64."""
@@ -56,6 +71,12 @@ class TokenTarget(TextTarget):
     def target_tokens(self, batch: Batch) -> tuple[Tensor, ...]:
         """All tokens: each position predicts its own."""
         return (batch["input_ids"],)
+
+    def hint(self, logits: Tensor, z: Tensor) -> Tensor:
+        """The expected rows of the tokens that z masks; zeros where z shows the token itself."""
+        assert self.hint_rows is not None, "without target.self_conditioning there are none"
+        rows = logits.float().softmax(dim=-1) @ self.hint_rows.float()
+        return rows * (z == self.mask_id)[..., None]
 
     def resolve(self, batch: Batch) -> Batch:
         """Without `attention_mask`, which must be 1 everywhere: texts have no padding."""

@@ -48,6 +48,7 @@ class NextTokenTargetConfig(EmbeddingTargetConfig):
     of_noise_input: ClassVar[dict[str, str]] = {
         "previous": "a block reads a text as an ordinary model does",
         "clean_weight": "there is no second stream",
+        "self_conditioning": "there is no position of its own to show a token's estimate at",
     }
 
     kind: Literal["next-token"] = "next-token"

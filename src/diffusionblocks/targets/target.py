@@ -18,6 +18,10 @@ from ..common.precision import without_autocast
 
 Batch = Mapping[str, Tensor]
 
+#: Entry of a block's inputs: the row expected of the target so far, float32 (batch, dim) or (batch, length, dim); zeros
+#: where nothing was said of it.
+HINT = "hint"
+
 #: What to do instead of giving an entry that nothing reads.
 _HINTS = {
     "position_ids": "positions follow from attention_mask, and diffusionblocks.BlocksTrainer takes packed texts apart",
@@ -62,6 +66,10 @@ class EmbeddingTargetConfig(BaseTargetConfig):
             `learned`: both together (the paper).
         noise_input: Whether the blocks are shown the noised target and told the noise level. false: neither. Then each
             is an ordinary model of its own layers, trained with the likelihood added (see `export_block`).
+        self_conditioning: Whether blocks are also shown what was said of the target so far, through a linear map that
+            starts at zero: the row expected under the mean of the earlier blocks' context logits. In training it is
+            that of the block's own, from a first pass without gradients, and for half of the samples nothing. So
+            blocks still train apart; a step costs a forward pass more. Needs `likelihood: added`.
         unread: chains read off what the network knows of the input; a level where nothing was trained tells nothing.
         fixed: the embedding by default where it is not learned.
         of_noise_input: fields that say how blocks are shown noise -> why they say nothing without.
@@ -73,6 +81,7 @@ class EmbeddingTargetConfig(BaseTargetConfig):
 
     likelihood: Literal["added", "learned"] = "added"
     noise_input: bool = True
+    self_conditioning: bool = False
 
     @property
     def adds_likelihood(self) -> bool:
@@ -83,6 +92,15 @@ class EmbeddingTargetConfig(BaseTargetConfig):
     def sees_noise(self) -> bool:
         """`noise_input`."""
         return self.noise_input
+
+    @model_validator(mode="after")
+    def _conditions_on_context_logits(self) -> Self:
+        if self.self_conditioning and self.likelihood == "learned":
+            raise ValueError(
+                "target.self_conditioning = true needs target.likelihood = added, got learned: blocks are shown "
+                "context logits, and without it there are none; leave likelihood out"
+            )
+        return self
 
     def resolve(self, shared: str) -> Self:
         """With the embedding that goes with the policy: learned under `joint`, if networks see it, else fixed."""
@@ -145,6 +163,15 @@ class Target(nn.Module, abc.ABC):
         """Of each text of a resolved batch, how many entries there are up to the last that counts; None: all count."""
         return None
 
+    def hint(self, logits: Tensor, z: Tensor) -> Tensor:
+        """What self-conditioning shows of logits: the expected row, float32 (..., dim).
+
+        Args:
+            logits: (batch, num_classes), or (batch, some, vocab_size) of any positions; context logits, if there are.
+            z: the noised target at these positions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rows")
+
     def training_inputs(self, inputs: Batch, generator: torch.Generator | None) -> Batch:
         """The inputs x as they are shown in training."""
         return inputs
@@ -176,6 +203,12 @@ class TextTarget(Target):
         return self.reduce([cross_entropies(*pair) for pair in zip(parts, tokens, strict=False)], batch, z)
 
 
+def random_rows(count: int, dim: int, seed: int) -> Tensor:
+    """Unit rows of random directions, float32 (count, dim), the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, dim, generator=generator), dim=-1)
+
+
 class EmbeddingTarget(Target):
     """A row of a table of unit vectors as the target: that of a label, or of a token (paper, section 4.1).
 
@@ -191,9 +224,7 @@ class EmbeddingTarget(Target):
 
     def __init__(self, count: int, dim: int, *, learned: bool, seed: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        rows = F.normalize(torch.randn(count, dim, generator=generator), dim=-1)
-        self.embedding = nn.Parameter(rows, requires_grad=learned)
+        self.embedding = nn.Parameter(random_rows(count, dim, seed), requires_grad=learned)
 
     @property
     def table(self) -> Tensor:
@@ -203,6 +234,10 @@ class EmbeddingTarget(Target):
     def rows(self, ids: Tensor) -> Tensor:
         """Unit rows, float32: int64 ids (...) -> (..., dim)."""
         return F.normalize(F.embedding(ids, self.embedding).float(), dim=-1)
+
+    def hint(self, logits: Tensor, z: Tensor) -> Tensor:
+        """The row expected under the probabilities of logits."""
+        return logits.float().softmax(dim=-1) @ self.table
 
     def posterior(self, context: Tensor, evidence: Tensor) -> Tensor:
         """Posterior logits log p(y | x, z), up to a constant, of context logits log p(y | x): by Bayes' rule.
