@@ -2,7 +2,7 @@
 
     python benchmarks/experts.py --out runs/experts                                  # every row, seed 0, then 1, then 2
     python benchmarks/experts.py --out runs/experts --rows continued experts-lora-3 --seeds 0 1
-    python benchmarks/experts.py --out runs/experts --set evaluate.features=efficientnet-lite0
+    python benchmarks/experts.py --out runs/experts --set evaluate.features=classifier    # without extra: efficientnet
 
 The first job trains the "pretrained" model, a DiT on CIFAR-10 by flow matching, and exports it. Each other job starts
 from it, is a row of `ablate` with a seed, and leaves its result in a folder of its own. A command that is given again
@@ -40,6 +40,7 @@ FLOW_CIFAR10 = (
     "evaluate.samples=10000",
     "evaluate.grid=[uniform]",
     "evaluate.guidance=[1.5]",
+    "evaluate.features=efficientnet-lite0",
     "train.checkpoint_every=1000",
 )
 
@@ -53,12 +54,10 @@ def rows_of(steps: int, rank: int, lora_lr: float) -> dict[str, dict[str, Any]]:
     """Rows by name, in the order in which they run; each moves as many layers as `steps` of the whole model do."""
     lora = {"rank": rank}
 
-    def experts(many: int, low_rank: bool = False, **blocks: Any) -> dict[str, Any]:
+    def experts(many: int, **blocks: Any) -> dict[str, Any]:
         split = {"num_blocks": many, "split": "experts", **blocks}
-        length = {"steps": steps // many}
-        if low_rank:
-            return {"blocks": {**split, "lora": lora}, "train": {**length, "lr": lora_lr}}
-        return {"blocks": split, "train": length}
+        rate = {"lr": lora_lr} if "lora" in blocks else {}
+        return {"blocks": split, "train": {"steps": steps // many, **rate}}
 
     measured = {
         f"experts-3-{monitor}": experts(3, partition=monitor) | {"trunk": _STANDING_TRUNK}
@@ -67,12 +66,14 @@ def rows_of(steps: int, rank: int, lora_lr: float) -> dict[str, dict[str, Any]]:
     return {
         "continued": {"blocks": {"num_blocks": 1}, "train": {"steps": steps}},
         "experts-3": experts(3),
-        "experts-lora-3": experts(3, low_rank=True),
+        "experts-lora-3": experts(3, lora=lora),
         "continued-lora": {"blocks": {"num_blocks": 1, "lora": lora}, "train": {"steps": steps, "lr": lora_lr}},
         "layers-3": {"blocks": {"num_blocks": 3}, "train": {"steps": steps}},
         **measured,
-        "experts-lora-2": experts(2, low_rank=True),
-        "experts-lora-4": experts(4, low_rank=True),
+        "experts-lora-2": experts(2, lora=lora),
+        "experts-lora-4": experts(4, lora=lora),
+        "experts-lora-3-nf4": experts(3, lora=lora | {"base": "nf4"}),
+        "experts-dora-3": experts(3, lora=lora | {"use_dora": True}),
     }
 
 

@@ -5,8 +5,9 @@
 
 Rows are `continued` (all weights, end to end), `continued-lora`, `continued-lora-swap` (each layer's fixed weights come
 from the host when it runs, forward and backward, as trainers with block swap do it), `layers-B`, `layers-B-lora` and
-`experts-B-lora` (one block, alone on the device). All compute their layers again in the backward pass. Peaks count
-weights, gradients, AdamW's state and activations; a row's time is the median of its steps.
+`experts-B-lora` (one block, alone on the device); those with `-nf4` keep fixed weights in 4 bits. All compute their
+layers again in the backward pass. Peaks count weights, gradients, AdamW's state and activations; a row's time is the
+median of its steps.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from diffusionblocks.common.modules import places_of
 from diffusionblocks.core.conversion import assemble
 from diffusionblocks.core.materialise import materialise_added, materialise_buffers
 from diffusionblocks.families import family_named, outline, rebuild_config
+from diffusionblocks.layers.quantized import quantized_layers
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
 
@@ -64,9 +66,13 @@ def build(model: tuple[str, dict[str, Any], tuple[int, ...]], config: db.BlocksC
     materialise_added(blocks, 0)
     for entries, key in places_of(block):
         tensor = entries[key]
-        if tensor.is_meta and isinstance(tensor, nn.Parameter):
+        if tensor.is_meta and isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             random = torch.randn(tensor.shape, device=device, dtype=tensor.dtype) * 0.02
             entries[key] = nn.Parameter(random, requires_grad=tensor.requires_grad)
+    for _, linear in quantized_layers(block):  # random numbers are no codes
+        weight = torch.randn(linear.out_features, linear.in_features, device=device, dtype=torch.bfloat16) * 0.02
+        for name, part in linear.quantized(weight):
+            setattr(linear, name, nn.Parameter(part, requires_grad=False))
     materialise_buffers(blocks, 0)
     block.to(device)
     block.activation_checkpointing = True
@@ -143,6 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cpu" if options.tiny else "cuda"
     lora, many, noise = db.LoraConfig(rank=options.rank), options.blocks, db.FlowMatching(shift=3.0)
+    nf4 = db.LoraConfig(rank=options.rank, base="nf4")
     ways: dict[str, dict[str, Any]] = {
         "continued": {"num_blocks": 1},
         "continued-lora": {"num_blocks": 1, "lora": lora},
@@ -150,6 +157,8 @@ def main() -> None:
         f"layers-{many}": {"num_blocks": many},
         f"layers-{many}-lora": {"num_blocks": many, "lora": lora},
         f"experts-{many}-lora": {"num_blocks": many, "split": "experts", "lora": lora},
+        "continued-lora-nf4": {"num_blocks": 1, "lora": nf4},
+        f"layers-{many}-lora-nf4": {"num_blocks": many, "lora": nf4},
     }
     rows = []
     for name, model in (TINY if options.tiny else MODELS).items():

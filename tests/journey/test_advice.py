@@ -118,6 +118,7 @@ ELSEWHERE = {
             "captures steps whose weights lie still",
             "scales its state by stretches of a whole weight",
             "measures a whole unit between its steps",
+            "holds codes of a weight in few bits",
             "rounds a whole weight by draws of its step",
             "under parallel.within_block = shard no rank has them whole",
         ),

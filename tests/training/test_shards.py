@@ -213,6 +213,10 @@ def test_what_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
     scalar.scale = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"scale is a single number.* set parallel.within_block to replicate"):
         share_out(scalar, None, TrainConfig(steps=1))  # type: ignore[arg-type]
+    codes = nn.Module()
+    codes.weight_codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"set blocks.lora.base to null, or parallel.within_block to replicate"):
+        share_out(codes, None, TrainConfig(steps=1))  # type: ignore[arg-type]
 
 
 def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

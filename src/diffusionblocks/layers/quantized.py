@@ -4,9 +4,9 @@ Codes and scales are torchao's, but plain tensors under names of their own: they
 other. A forward pass dequantises the weight, and so does the backward pass: only codes wait for it.
 
     int8    `weight_codes` int8 (out, in), `weight_scale` (out, 1): W = codes * scale
-    nf4     `weight_codes` uint8, two to a byte; `weight_table` (16,), what a code stands for; for every 64 weights one
-            int8 in `weight_scales`, and for up to 256 of these one `weight_factor`; `weight_mean` ():
-            W = table[code] * (scales / factor + mean)
+    nf4     `weight_codes` uint8, two weights each; `weight_table` (256, 2), which two; for every 64 weights one int8 in
+            `weight_scales`, and for up to 256 of these one `weight_factor`; `weight_mean` ():
+            W = table[codes] * (scales / factor + mean)
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class NF4(Quantization):
             "codes": ((shape.numel() // 2,), torch.uint8),
             "scales": ((blocks,), torch.int8),
             "factor": ((blocks // self._scales_together(shape),), None),
-            "table": ((16,), None),
+            "table": ((256, 2), None),
             "mean": ((), None),
         }
 
@@ -112,14 +112,14 @@ class NF4(Quantization):
         # Of 64 zeros torchao takes 0 / 0 for the lowest code, and of equal scales 1 / 0 for what divides them.
         blocks = quantized.quantized_data.view(-1, self._BLOCK // 2)
         zero = (weight.reshape(-1, self._BLOCK) == 0).all(dim=1, keepdim=True)
-        middle = quantized.nf4.tolist().index(0.0)
+        middle, byte = quantized.nf4.tolist().index(0.0), torch.arange(256, device=weight.device)
         factor, finite = quantized.quantization_factor, quantized.quantization_factor.isfinite()
         scales = quantized.quantized_scalers.view(-1, together)
         return {
             "codes": blocks.masked_fill(zero, middle << 4 | middle).flatten(),
             "scales": scales.masked_fill(~finite[:, None], 0).flatten(),
             "factor": factor.masked_fill(~finite, 1),
-            "table": quantized.nf4.clone(),
+            "table": torch.stack([quantized.nf4[byte >> 4], quantized.nf4[byte & 15]], dim=1),
             "mean": quantized.scaler_mean,
         }
 
@@ -127,8 +127,7 @@ class NF4(Quantization):
         """What the codes stand for, times their scales."""
         codes, scales, factor, table, mean = parts
         scale = (scales.view(len(factor), -1) / factor[:, None]).to(mean.dtype) + mean
-        pairs = torch.stack([codes >> 4, codes & 15], dim=-1).flatten().int()
-        values = table.index_select(0, pairs).view(-1, self._BLOCK)
+        values = table.index_select(0, codes.int()).view(-1, self._BLOCK)
         return (values * scale.view(-1, 1)).view(shape)
 
 

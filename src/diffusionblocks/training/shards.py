@@ -103,6 +103,11 @@ def share_out(module: Any, group: Group, config: TrainConfig) -> None:
                 f"parallel.within_block = shard: {name} is a single number, which FSDP cannot cut: set "
                 "parallel.within_block to replicate"
             )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"parallel.within_block = shard: {name} holds codes of a weight in few bits, which FSDP does not "
+                "gather with others: set blocks.lora.base to null, or parallel.within_block to replicate"
+            )
     lower = gathered_dtype(config, group.device)
     of_layers = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower and torch.float32, cast_forward_inputs=False)
     for parts in module.layer_groups():
