@@ -22,7 +22,15 @@ from diffusionblocks.core.merging import merge
 from diffusionblocks.core.soup import soup
 from diffusionblocks.core.weights import Fresh, InFiles
 from diffusionblocks.data import ImageBatches, digits
-from diffusionblocks.layers.low_rank import Dora, add_low_rank, is_update, plain_state, updates
+from diffusionblocks.layers.low_rank import (
+    Dora,
+    add_low_rank,
+    fresh_updates,
+    is_update,
+    plain_state,
+    starting_magnitudes,
+    updates,
+)
 from diffusionblocks.layers.quantized import QuantizedLinear, quantize_linear_layers
 from diffusionblocks.planning.counting import count_persistent
 from diffusionblocks.training import TrainConfig, Trainer
@@ -411,6 +419,26 @@ def test_dora_is_pefts_in_values_and_gradients(dropout: float) -> None:
     for mine, other in zip(*grads, strict=True):
         torch.testing.assert_close(mine, other)
     torch.testing.assert_close(update.merge(ours.weight), theirs.eval().get_base_layer().weight + _delta(theirs))
+
+
+def test_dora_of_a_row_of_zeros_is_finite() -> None:
+    linear = torch.nn.Linear(6, 3)
+    with torch.no_grad():
+        linear.weight[1] = 0
+    plain = torch.nn.Linear(6, 3)
+    plain.load_state_dict(linear.state_dict())
+    network = torch.nn.Sequential(linear)
+    add_low_rank(network, [""], rank=2, alpha=2.0, dropout=0.0, targets=None, kind=Dora)
+    with torch.no_grad():
+        for tensor, value in [*fresh_updates(network, 0, 0), *starting_magnitudes(network)]:
+            tensor.copy_(value)
+    x = torch.randn(4, 6)
+    y = linear(x)
+    torch.testing.assert_close(y, plain(x))
+    update: Any = linear.lora
+    gradients = torch.autograd.grad(y.square().sum(), list(update.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    torch.testing.assert_close(update.merge(linear.weight), plain.weight.detach())
 
 
 def _delta(theirs: Any) -> Tensor:

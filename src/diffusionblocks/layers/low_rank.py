@@ -34,7 +34,7 @@ class LowRank(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        device = linear.weight.device
+        device = next(linear.parameters()).device
         self.scale, self.dropout = alpha / rank, dropout
         self.A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=torch.float32, device=device))
@@ -84,24 +84,28 @@ class Dora(LowRank):
     def forward(self, x: Tensor, output: Tensor, linear: nn.Linear) -> Tensor:
         """See `LowRank.forward`; where dropout hides inputs, W does not see them either."""
         with torch.no_grad(), without_autocast(x):
-            norm: Tensor = torch.linalg.vector_norm(self._sum(linear.weight.to(self.A.dtype)), dim=1)
-        ratio = self.magnitude / norm
-        bias = 0 if linear.bias is None else linear.bias
+            norms = _norms(self._sum(linear.weight.to(self.A.dtype)))
+        ratio = self.magnitude / norms
         inputs = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
-        of_weight = output - bias
-        if self.training and self.dropout:
-            of_weight = F.linear(inputs.to(x.dtype), linear.weight.to(x.dtype))
+        seen = linear.forward(inputs.to(x.dtype)) if self.training and self.dropout else output
+        of_weight = seen if linear.bias is None else seen - linear.bias
         return (output + (ratio - 1) * of_weight + ratio * self._update_of(inputs)).to(output.dtype)
 
     def merge(self, weight: Tensor) -> Tensor:
         """m * (W + (alpha / rank) * B A) / |W + (alpha / rank) * B A|, in float64, of the dtype of W."""
         whole = self._sum(weight.detach().double())
-        norm: Tensor = torch.linalg.vector_norm(whole, dim=1, keepdim=True)
-        return (self.magnitude.detach().double()[:, None] * whole / norm).to(weight.dtype)
+        ratio = self.magnitude.detach().double() / _norms(whole)
+        return (ratio[:, None] * whole).to(weight.dtype)
 
     def start_from(self, linear: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
         """The magnitude, with the norm of each row of W."""
         yield self.magnitude, torch.linalg.vector_norm(linear.weight.detach().float(), dim=1)
+
+
+def _norms(weight: Tensor) -> Tensor:
+    """The norm of each row, above zero: a row of zeros has magnitude zero and stays what it is."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1)
+    return norms.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _add(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
