@@ -87,8 +87,8 @@ class Dora(LowRank):
             norms = _norms(self._sum(linear.weight.to(self.A.dtype)))
         ratio = self.magnitude / norms
         inputs = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
-        seen = linear.forward(inputs.to(x.dtype)) if self.training and self.dropout else output
-        of_weight = seen if linear.bias is None else seen - linear.bias
+        of_inputs = linear.forward(inputs.to(x.dtype)) if self.training and self.dropout else output
+        of_weight = of_inputs if linear.bias is None else of_inputs - linear.bias
         return (output + (ratio - 1) * of_weight + ratio * self._update_of(inputs)).to(output.dtype)
 
     def merge(self, weight: Tensor) -> Tensor:
