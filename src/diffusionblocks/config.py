@@ -135,6 +135,9 @@ class BlocksConfig(BaseModel):
         shared: Policy for the shared parameters (stem, positions, noise embedder, final norm, head): `joint` (one
             copy, updated by whichever block steps: the released code), `replicated` (each block owns its copy, so
             blocks are independent) or `frozen` (fixed).
+        vocabulary: Policy for the two parts of a language model that are as large as its vocabulary, the token
+            embedding and the head: `trained`, as `shared` says, or `frozen`, fixed as the trunk or the pretrained model
+            has them, in one copy for all blocks. What else is shared follows `shared`.
         target: What the blocks denoise; null takes the family's default.
         conditioning_dim: Width of the noise embedding; null: hidden size / 6, at least 32, as a multiple of 8.
         lora: Train low-rank updates alone, on fixed weights; null trains the weights.
@@ -157,6 +160,7 @@ class BlocksConfig(BaseModel):
     overlap: Float = Field(default=0.05, ge=0.0, lt=1.0)
     noise: NoiseConfig | None = None
     shared: Literal["joint", "replicated", "frozen"] = "replicated"
+    vocabulary: Literal["trained", "frozen"] = "trained"
     target: TargetConfig | None = None
     conditioning_dim: Width | None = None
     lora: LoraConfig | None = None
@@ -166,6 +170,20 @@ class BlocksConfig(BaseModel):
         """The same with one block of all layers, on all levels: a trunk, or a diffusion model's baseline."""
         one = {"num_blocks": 1, "layers": None, "split": "layers", "boundaries": None, "overlap": 0.0}
         return self.model_copy(update=one)
+
+    def as_trunk(self) -> BlocksConfig:
+        """The same as a trunk to branch from: one block, which has no other trunk and trains its vocabulary."""
+        one = self.as_one_block().model_copy(update={"vocabulary": "trained"})
+        if self.target is None or not self.target.reads_trunk:
+            return one
+        target = self.target.resolve(self.shared)  # rows that the blocks can have too
+        return one.model_copy(update={"target": target.model_copy(update={"context": "own"})})
+
+    @property
+    def fixes_in_common(self) -> bool:
+        """Whether blocks hold weights in common that none of them moves."""
+        reads_trunk = self.target is not None and self.target.reads_trunk
+        return self.lora is not None or self.vocabulary == "frozen" or reads_trunk
 
     @property
     def measured_later(self) -> bool:

@@ -136,6 +136,9 @@ ELSEWHERE = {
         ),
         "training/test_early_stopping.py::test_refusals",
     ),
+    "so that all are alike, or leave context out": (
+        "seam/test_frozen_trunk.py::test_a_trunk_that_is_none_of_theirs_is_refused"
+    ),
     "set data.train_limit lower": "training/test_early_stopping.py::test_a_limit_of_the_training_text",
     "moves parameters of all blocks": ("training/test_parts.py::test_what_cannot_train_apart_is_refused_with_the_fix"),
     **dict.fromkeys(

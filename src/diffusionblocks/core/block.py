@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..common.graphs import eager, leave_to_host, on_host
 from ..common.seeds import Generators
 from ..config import BlocksConfig
-from ..families import BlockCall, Family, TextFamily
+from ..families import TRUNK, BlockCall, Family, TextFamily
 from ..families.module_tree import parts_in
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
 from ..noise import GaussianProcess, NoiseProcess, match, one_level
@@ -62,6 +62,10 @@ class SharedModules(nn.Module):
     def extra(self) -> nn.ModuleDict:
         """The family's parts."""
         return self._modules["added"]  # type: ignore[return-value]
+
+
+#: How the names of a frozen trunk's tensors begin in a block's state dict.
+FROZEN = f"shared.added.{TRUNK}."
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,17 @@ class Block(nn.Module):
     def target(self) -> Target:
         """What the block denoises."""
         return self.shared.target
+
+    def original_name(self, name: str) -> str | None:
+        """What a tensor of the block's state dict is called in the original model; None where conversion added it.
+
+        The layers of a frozen trunk are the first of the original.
+        """
+        if name.startswith("network."):
+            return name.removeprefix("network.")
+        if not name.startswith(FROZEN):
+            return None
+        return f"{self.layer_paths[0].rpartition('.')[0]}.{name.removeprefix(FROZEN)}"
 
     def layers(self) -> list[nn.Module]:
         """The block's layers, in order."""

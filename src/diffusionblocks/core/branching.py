@@ -7,8 +7,10 @@ interval of levels; nothing is shared from then on (under `replicated` or `froze
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from ..common.fields import MOST_LAYERS
 from ..common.finite import DIVERGED, require_finite
@@ -16,6 +18,7 @@ from ..common.modules import weights_dtype
 from ..config import BlocksConfig
 from ..families import instantiate, with_depth
 from ..families.module_tree import layer_of
+from .block import FROZEN
 from .conversion import assemble, resolve
 from .model import DiffusionBlocks
 
@@ -27,7 +30,9 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
         trunk: a model of one block, on all levels.
         num_blocks: B; the branched network has B times the trunk's layers, or as experts B times its weights.
         changes: fields of `BlocksConfig` that the blocks shall have and the trunk does not matter for: `partition`,
-            `boundaries`, `overlap` (default 0.05), and `split`: `layers`, or `experts`, which keep the trunk's depth.
+            `boundaries`, `overlap` (default 0.05), `split`: `layers`, or `experts`, which keep the trunk's depth. Of
+            language models also `vocabulary`, and `context`: `trunk`, for blocks that attend to the trunk as it is now
+            (see `NextTokenTargetConfig`).
 
     Returns:
         The branched model, on the trunk's device, in its mode. Every block computes what the trunk does.
@@ -41,7 +46,7 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
             f"a trunk has one block on all levels; this model has {trunk.partition.num_blocks}: train a trunk with "
             "blocks.num_blocks set to 1 and the layers of one block, or let a recipe's trunk section do both"
         )
-    allowed = ("boundaries", "overlap", "partition", "split")
+    allowed = ("boundaries", "context", "overlap", "partition", "split", "vocabulary")
     not_allowed = sorted(set(changes) - set(allowed))
     if not_allowed:
         raise ValueError(f"branching cannot change {not_allowed}; it can change {', '.join(allowed)}")
@@ -52,15 +57,21 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
             f"than {MOST_LAYERS:,}; branch into at most {MOST_LAYERS // depth}"
         )
     default = {"overlap": BlocksConfig().overlap}
-    config = BlocksConfig.model_validate(
-        without_defaults(trunk).model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
-    )
+    values = without_defaults(trunk).model_dump() | default | changes | {"num_blocks": num_blocks, "layers": None}
+    if (context := values.pop("context", None)) is not None:
+        if context == "trunk" and values["target"].get("embedding") == "learned":
+            raise ValueError(
+                "context = trunk: this trunk learns the rows of its target, and blocks of a frozen trunk learn none; "
+                "convert the trunk with target.embedding = given"
+            )
+        values["target"] = {**values["target"], "context": context}
+    config = BlocksConfig.model_validate(values)
     branches = assemble_like(trunk, config, depth if experts else depth * num_blocks)
     weights = trunk.block(0).state_dict()
     require_finite(weights.items(), "the trunk", DIVERGED)
     for b in range(num_blocks):
         block = branches.block(b)
-        block.load_state_dict({name: weights[trunk_name(branches, b, name)] for name in block.state_dict()})
+        block.load_state_dict({name: weights[_source(branches, b, name, weights)] for name in block.state_dict()})
     return branches.train(trunk.training)
 
 
@@ -87,11 +98,14 @@ def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> D
         device=next(first.parameters()).device, dtype=weights_dtype(first)
     )
     counterparts = model.block(0).state_dict(keep_vars=True)
+    fixed = (FROZEN, *(f"network.{path}." for path in model.family.fixed_paths(original, config)))
     for b in range(config.num_blocks):
         for name, tensor in result.block(b).state_dict(keep_vars=True).items():
-            own = trunk_name(result, b, name)
+            own = _source(result, b, name, counterparts)
             tensor.data = tensor.data.to(counterparts[own].dtype)
             # What is fixed only because it is shared trains in a layer of its own, as it does after a conversion.
+            if name.startswith(fixed):
+                continue
             if config.shared != "frozen" or _is_below(name, shared) or not _is_below(own, shared):
                 tensor.requires_grad_(counterparts[own].requires_grad)
     result.generation_config = copy.deepcopy(model.generation_config)
@@ -101,6 +115,14 @@ def assemble_like(model: DiffusionBlocks, config: BlocksConfig, depth: int) -> D
 def _is_below(name: str, paths: Sequence[str]) -> bool:
     """Whether a block's tensor is one of the network's parts at some paths."""
     return any(f"{name}.".startswith(f"network.{path}.") for path in paths)
+
+
+def _source(branches: DiffusionBlocks, block: int, name: str, trunk: Mapping[str, Tensor]) -> str:
+    """`trunk_name`; of a frozen trunk's layer the name of the layer itself, in a trunk that reads no other."""
+    own = trunk_name(branches, block, name)
+    return (
+        own if own in trunk or not name.startswith(FROZEN) else f"network.{branches.block(block).original_name(name)}"
+    )
 
 
 def without_defaults(model: DiffusionBlocks) -> BlocksConfig:

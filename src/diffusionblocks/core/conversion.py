@@ -12,9 +12,10 @@ from torch import nn
 from ..common.finite import DIVERGED, require_finite
 from ..common.seeds import seed_global
 from ..config import BlocksConfig
-from ..families import Family, check_convertible, class_name_of, family_for
+from ..families import TRUNK, Family, check_convertible, class_name_of, family_for
 from ..families.module_tree import attach, extract, part_at
 from ..layers.adaptive_norms import AdaptiveNorms, NoiseEmbedding
+from ..layers.frozen_trunk import FrozenTrunk
 from ..layers.low_rank import Dora, LowRank, add_low_rank, fresh_updates, starting_magnitudes
 from ..layers.quantized import check_quantizer, quantize_linear_layers
 from ..noise import NOISE_PROCESSES, NoiseProcess
@@ -68,6 +69,7 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     family = family_for(model)
     config = resolve(config, family, model.config)
     assert config.noise is not None
+    _check_vocabulary(family, config)
     family.check_config(model, config)
     layer_paths = family.layer_paths(model)
     partition = Partition.build(
@@ -106,6 +108,14 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         for extra in (converted.block(b).adaptive, converted.block(b).shared):
             extra.to(dtype=parameter.dtype)
     return converted.to(device=parameter.device).train()
+
+
+def _check_vocabulary(family: Family, config: BlocksConfig) -> None:
+    if config.vocabulary == "frozen" and not family.vocabulary:
+        raise ValueError(
+            f"blocks.vocabulary = frozen is for language models with a token embedding and a head of their own, and "
+            f"{'/'.join(family.classes)} has not both; leave vocabulary out"
+        )
 
 
 def resolve(config: BlocksConfig, family: Family, model_config: Any) -> BlocksConfig:
@@ -194,6 +204,9 @@ def _build_blocks(
         return foreign, extra
 
     foreign, extra = shared_modules()
+    # What no block moves is the first one's, which all hold.
+    common, fixed, reads_trunk = foreign, family.fixed_paths(model, config), config.target.reads_trunk
+    trunk: FrozenTrunk | None = None
     checkpointing = _is_checkpointing(model)
     # Copies start equal: under `replicated` the blocks are told apart by their layers and levels alone.
     first = extra.state_dict()
@@ -208,13 +221,19 @@ def _build_blocks(
         network = extract(model, own_paths, memo=memo(), take=takes, root=family.root(model, memo()))
         _stop_checkpointing_inside(network)
         for path in shared_paths:
-            attach(network, path, part_at(foreign, path))
+            attach(network, path, part_at(common if path in fixed else foreign, path))
         family.adjust(network)
+        for path in fixed:
+            part_at(network, path).requires_grad_(False)
         adaptive = nn.ModuleList()
         if is_told_level:
             for path in own_paths:
                 layer = network.get_submodule(path)
                 adaptive.append(adaptive_norms(layer, family.layer_norms(layer)))
+        if reads_trunk:
+            if trunk is None:  # the layers of a block, before any of them is trained
+                trunk = FrozenTrunk(copy.deepcopy(network.get_submodule(path), memo()) for path in own_paths).train()
+            extra.extra[TRUNK] = trunk
         block = Block(
             index,
             family=family,

@@ -423,6 +423,7 @@ class Continuing(TextGeneration[NextTokenTarget]):
             top_k=config.top_k,
             combine=combine,
             posterior=self._posterior if votes else None,
+            one_past=config.reads_trunk,
             stop_tokens=end_tokens(model) if stop_tokens is None else stop_tokens,
             stop_criterion=stop_criterion(stop_strings_of(model) if stop_strings is None else stop_strings, tokenizer),
             num_tokens=num_tokens,

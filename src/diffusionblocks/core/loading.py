@@ -134,7 +134,7 @@ def files_of(
     for b in source.blocks if blocks is None else blocks:
         tensors = model.block(b).state_dict(keep_vars=True)
         files[source.folder / block_file(b)] = {name: t for name, t in tensors.items() if id(t) not in common}
-        if common and (b == 0 or model.blocks_config.lora is not None):
+        if common:
             files[source.folder / SHARED] = {name: t for name, t in tensors.items() if id(t) in common}
     return files
 

@@ -23,12 +23,13 @@ from ..families import instantiate, outline, with_depth, with_fewest_layers
 from ..families.module_tree import layer_of
 from ..layers.low_rank import fresh_updates, is_update, starting_magnitudes
 from ..layers.quantized import check_quantizer, quantized_layers
-from .block import Block
+from .block import FROZEN, Block
 from .conversion import assemble
 from .model import DiffusionBlocks
 from .weights import WeightSource
 
 _LAYER_NORMS = re.compile(r"adaptive\.\d+\.")
+_TRUNK_LAYERS = re.compile(rf"{re.escape(FROZEN)}\d+\.")
 
 
 def build(
@@ -100,11 +101,10 @@ def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> Non
     block = model.block(index)
     empty_target = any(parameter.is_meta for parameter in block.target.parameters())
     materialise_added(model, index)
-    waiting = {
-        name.removeprefix("network."): tensor
-        for name, tensor in block.state_dict(keep_vars=True).items()
-        if tensor.is_meta and name.startswith("network.") and not is_update(name)
-    }
+    waiting: dict[str, list[Tensor]] = {}  # experts and their trunk have layers of one name
+    for name, tensor in block.state_dict(keep_vars=True).items():
+        if tensor.is_meta and (original := block.original_name(name)) is not None and not is_update(name):
+            waiting.setdefault(original, []).append(tensor)
     quantized = {}
     for name, linear in quantized_layers(block.network):
         if linear.parts[0].is_meta:  # several tensors here, one of the source
@@ -120,7 +120,10 @@ def materialise(model: DiffusionBlocks, index: int, source: WeightSource) -> Non
             for part, part_value in linear.quantized(value):
                 _fill(getattr(linear, part), part_value)
         else:
-            _fill(waiting.pop(name), value)
+            first, *copies = waiting.pop(name)
+            for tensor in copies:
+                _fill(tensor, value.clone())
+            _fill(first, value)
     assert not {**waiting, **quantized}, f"the source has no {sorted([*waiting, *quantized])}"
     for tensor, value in list(starting_magnitudes(block.network)):
         if tensor.is_meta:
@@ -142,7 +145,7 @@ def materialise_added(model: DiffusionBlocks, index: int) -> None:
     for tensor, value in list(fresh_updates(block.network, model.blocks_config.seed, index)):
         if tensor.is_meta:
             _fill(tensor, value)
-    originals = {name for name in block.state_dict() if name.startswith("network.")}
+    originals = {name for name in block.state_dict() if block.original_name(name) is not None}
     _fill_from_reference(model, block, ((n, t) for n, t in _tensors(block) if n not in originals))
 
 
@@ -199,7 +202,7 @@ def _name_in_reference(block: Block, reference: Block, name: str) -> str:
     place = layer_of(name.removeprefix("network."), block.layer_paths) if name.startswith("network.") else None
     if place is not None:
         return f"network.{reference.layer_paths[0]}.{place[1]}"
-    return _LAYER_NORMS.sub("adaptive.0.", name, count=1)
+    return _LAYER_NORMS.sub("adaptive.0.", _TRUNK_LAYERS.sub(f"{FROZEN}0.", name, count=1), count=1)
 
 
 def _fill(tensor: Tensor, value: Tensor) -> None:

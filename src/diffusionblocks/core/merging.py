@@ -297,7 +297,7 @@ def _check_files(
 
 
 def _check_fixed(files: dict[Path, dict[str, torch.Tensor]], by_folder: Mapping[Path, SavedModel]) -> None:
-    """Leave one file of the weights that low-rank updates are of; refuse others than it, by their digests."""
+    """Leave one file of the fixed weights that blocks hold in common; refuse others than it, by their digests."""
     first, *others = [path for path in files if path.name == SHARED] or [Path()]
 
     def listed(path: Path) -> FileDigest:
@@ -306,8 +306,8 @@ def _check_fixed(files: dict[Path, dict[str, torch.Tensor]], by_folder: Mapping[
     for path in others:
         if listed(first) != listed(path):
             raise ValueError(
-                f"{first} and {path} differ: the low-rank updates beside them are of other weights; merge only blocks "
-                "that were trained on one model"
+                f"{first} and {path} differ: the blocks beside them were trained on other fixed weights; merge only "
+                "blocks that were trained on one model"
             )
         del files[path]
 
@@ -319,7 +319,9 @@ def _check_shared(model: DiffusionBlocks, origins: Sequence[Origin]) -> None:
         return
     # Layers keep their places in the whole model, so only shared parameters have one name in all blocks; adaptive norms
     # are counted within a block.
-    everywhere = set.intersection(*(set(model.block(o.block).state_dict()) for o in origins))
+    common = {id(parameter) for parameter in model.shared_parameters()}  # see `_check_fixed`
+    states = [model.block(origin.block).state_dict(keep_vars=True) for origin in origins]
+    everywhere = set.intersection(*({name for name, t in state.items() if id(t) not in common} for state in states))
     prefixes = ("network.", "shared.") if policy == "frozen" else ("shared.target.",)
     names = sorted(name for name in everywhere if name.startswith(prefixes))
     reference = origins[0].folder / block_file(origins[0].block)

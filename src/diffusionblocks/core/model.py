@@ -741,8 +741,8 @@ class DiffusionBlocks(nn.Module):
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that all blocks hold in common: the shared parameters under `joint`; with `lora` the fixed
-        weights that are equal in all; else none."""
-        if len(self.blocks) == 1 or (self.blocks_config.shared != "joint" and self.blocks_config.lora is None):
+        weights that are equal in all; a frozen vocabulary or trunk; else none."""
+        if len(self.blocks) == 1 or (self.blocks_config.shared != "joint" and not self.blocks_config.fixes_in_common):
             return []
         common = {id(p) for p in self.blocks[0].parameters()} & {id(p) for p in self.blocks[1].parameters()}
         return [p for p in self.blocks[0].parameters() if id(p) in common]

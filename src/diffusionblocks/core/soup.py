@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.finite import DIVERGED, require_finite
+from .block import FROZEN
 from .branching import assemble_like, trunk_name, without_defaults
 from .model import DiffusionBlocks
 
@@ -100,6 +101,9 @@ def average_with_trunk(model: DiffusionBlocks, trunk: DiffusionBlocks, shares: S
         require_finite(state.items(), f"block {b}", DIVERGED)
         mixed = {}
         for name, tensor in state.items():
+            if name.startswith(FROZEN):
+                mixed[name] = tensor  # which is the trunk's already
+                continue
             other = weights.get(trunk_name(model, b, name))
             if other is None or other.shape != tensor.shape:
                 raise ValueError(

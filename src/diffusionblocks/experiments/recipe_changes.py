@@ -148,7 +148,7 @@ def trunk_recipe(recipe: Recipe) -> Recipe:
 
 def _of_one_block(recipe: Recipe, **train: Any) -> Recipe:
     """The recipe of one block of L/B layers on all levels, which starts from no trunk."""
-    changes = {"trunk": None, "blocks": recipe.blocks.as_one_block()}
+    changes = {"trunk": None, "blocks": recipe.blocks.as_trunk()}
     shallow = with_depth(recipe, layers_of_a_block(recipe))
     return with_train(shallow, blocks=None, early_stopping=None, **train).model_copy(update=changes)
 

@@ -425,8 +425,11 @@ def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
     assert isinstance(trunk.model, DiffusionBlocks)
     blocks = recipe.blocks
     with trunk.averaged() if trunk_options(recipe).weights == "averaged" else contextlib.nullcontext():
-        names = ("boundaries", "overlap", "partition", "split")
-        return branch(trunk.model, blocks.num_blocks, **{name: getattr(blocks, name) for name in names})
+        names = ("boundaries", "overlap", "partition", "split", "vocabulary")
+        changes = {name: getattr(blocks, name) for name in names}
+        if blocks.target is not None and blocks.target.reads_trunk:
+            changes["context"] = "trunk"
+        return branch(trunk.model, blocks.num_blocks, **changes)
 
 
 def _check_fitted(experiment: Experiment) -> None:

@@ -16,7 +16,7 @@ from . import (  # noqa: F401 - they register their families
     text_to_video,
     vit,
 )
-from .family import BlockCall, Family, register_family
+from .family import TRUNK, BlockCall, Family, register_family
 from .kinds import ClassifierFamily, DenoiserFamily, ImageFamily, MaskedTextFamily, NextTokenFamily, TextFamily
 from .libraries import DIFFUSERS, TRANSFORMERS, CannotReadInParts, Diffusers, Library, Transformers, check_attention
 from .lookup import (
@@ -44,6 +44,7 @@ from .ordinary import OrdinaryModel
 __all__ = [
     "DIFFUSERS",
     "TRANSFORMERS",
+    "TRUNK",
     "BlockCall",
     "CannotReadInParts",
     "ClassifierFamily",

@@ -23,8 +23,8 @@ from ..layers.adaptive_norms import unadapted
 from ..layers.exact_buffers import ExactRotation
 from ..layers.logit_scale import LogitScale
 from ..layers.target_tokens import NoisyToken
-from ..layers.two_streams import KERNELS, WINDOW, Streams, library_attention
-from .family import BlockCall, register_family
+from ..layers.two_streams import KERNELS, WINDOW, NotedStreams, Streams, library_attention
+from .family import TRUNK, BlockCall, register_family
 from .kinds import NextTokenFamily, tokens_of
 from .libraries import TRANSFORMERS
 from .ordinary import OrdinaryModel
@@ -78,6 +78,7 @@ class CausalLMFamily(NextTokenFamily):
     norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
     final_norm: ClassVar[str] = "model.norm"
     embedding_path = "model.embed_tokens.weight"
+    vocabulary = ("model.embed_tokens", "lm_head")
     shift = 0  # a noisy position of its own for each token
     shape_fields = ("max_position_embeddings",)  # texts may be shorter
     #: the config value that is the dropout of attention's weights
@@ -106,6 +107,34 @@ class CausalLMFamily(NextTokenFamily):
             raise ValueError(
                 f"{name} has output_router_logits = True, which adds an auxiliary loss of its experts' load; blocks "
                 "train without it: set output_router_logits to False"
+            )
+
+    @override
+    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
+        super().check_config(model, config)
+        assert isinstance(config.target, NextTokenTargetConfig)
+        if not config.target.reads_trunk:
+            return
+        many = 1 if config.split == "experts" else config.num_blocks
+        depth = self.depth(model.config) // many
+        parts = [self.values_of_layers(model.config, range(b * depth, (b + 1) * depth)) for b in range(many)]
+        if other := [name for name in parts[0] if any(part[name] != parts[0][name] for part in parts)]:
+            raise ValueError(
+                f"target.context = trunk: {other[0]} of this {type(model).__name__} differ from block to block, and a "
+                "trunk has the layers of one; set blocks.num_blocks so that all are alike, or leave context out"
+            )
+
+    @override
+    def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:
+        if (
+            config.target is not None
+            and config.target.reads_trunk
+            and config.num_blocks > 1
+            and config.split == "layers"
+        ):
+            raise ValueError(
+                f"target.context = trunk: {config.num_blocks} blocks of consecutive layers have no trunk like them; "
+                "branch them from one (a recipe's section trunk), or convert a trained model with split: experts"
             )
 
     @override
@@ -156,6 +185,8 @@ class CausalLMFamily(NextTokenFamily):
         """
         if "noisy_token" not in call.extra:
             return self._one_stream(call)
+        if TRUNK in call.extra:
+            return self._over_trunk(call)
         tokens, past, noisy = call.inputs["input_ids"], call.inputs.get("past"), call.z.shape[1]
         streams = Streams(noisy, tokens.shape[1], call.z.device, past=past, counts=call.inputs.get("counts"))
         self._check_length(call.network, noisy if past is None else past.most + tokens.shape[1] + noisy)
@@ -179,6 +210,55 @@ class CausalLMFamily(NextTokenFamily):
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
+
+    def _over_trunk(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        """Run the noisy positions alone, over what the frozen trunk makes of the clean ones.
+
+        Where text is generated, `past` is the trunk's: whichever block is called first with new tokens puts them there.
+        """
+        tokens, past, noisy = call.inputs["input_ids"], call.inputs.get("past"), call.z.shape[1]
+        new, counts = tokens.shape[1], call.inputs.get("counts")
+        streams = Streams(noisy, new, call.z.device, past=past, counts=counts)
+        self._check_length(call.network, noisy if past is None else past.most + new + noisy)
+        with torch.no_grad():
+            clean = self.embed(call.network, tokens)
+            keys_values = self._keys_values_of_trunk(call, clean, counts) if new else []
+        states = self.with_hint(call, call.extra["noisy_token"](call.z).to(clean.dtype))
+        if call.extra["noisy_token"].previous:
+            states = states + _before(clean, streams)
+        positions = streams.positions[:, :noisy]
+        states = self.add_positions(call.network, states, positions)
+        rotations = self.rotations(call, states, positions)
+        for number, (layer, rotation) in enumerate(zip(call.layers, rotations, strict=True)):
+            mask = streams.of_layer(number)
+            if keys_values:
+                mask = mask.beside(*keys_values[number])
+            states = tokens_of(layer(states, attention_mask=mask, position_ids=positions, position_embeddings=rotation))
+        if past is not None:
+            past.advance(streams.counts, new)
+        return states[:, :0], states
+
+    def _keys_values_of_trunk(
+        self, call: BlockCall, clean: Tensor, counts: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What each layer of the trunk has of clean tokens: keys and values (batch, key heads, length, dim of a head).
+
+        Args:
+            call: of the block.
+            clean: embeddings of the tokens (batch, length, dim).
+            counts: see `Streams`.
+        """
+        streams = Streams(0, clean.shape[1], clean.device, past=call.inputs.get("past"), counts=counts)
+        states = self.add_positions(call.network, clean, streams.positions)
+        *inner, last = zip(call.extra[TRUNK].children(), self.rotations(call, states, streams.positions), strict=True)
+        pairs = []
+        for layer, rotation in inner:
+            notes = NotedStreams(streams)
+            states = tokens_of(
+                layer(states, attention_mask=notes, position_ids=streams.positions, position_embeddings=rotation)
+            )
+            pairs.append((notes.key, notes.value))
+        return [*pairs, self.keys_values(last[0], states, last[1], streams.positions)]
 
     def config_of(self, network: nn.Module) -> Any:
         """The config of a block's network: its rotary positions have it.

@@ -204,6 +204,7 @@ class GPTNeoXFamily(AnyAttentionFamily):
     head = ("gpt_neox.final_layer_norm", "lm_head")
     final_norm = "gpt_neox.final_layer_norm"
     embedding_path = "gpt_neox.embed_in.weight"
+    vocabulary = ("gpt_neox.embed_in", "lm_head")
 
     @override
     def embed(self, network: nn.Module, tokens: Tensor) -> Tensor:
@@ -225,6 +226,7 @@ class GPT2Family(AnyAttentionFamily):
     norm_before = "ln_1"
     final_norm = "transformer.ln_f"
     embedding_path = "transformer.wte.weight"
+    vocabulary = ("transformer.wte", "lm_head")
     depth_field = "n_layer"
     width_field = "n_embd"
     shape_fields = ("n_positions",)
@@ -268,6 +270,7 @@ class OPTFamily(AnyAttentionFamily):
     norm_before = "self_attn_layer_norm"
     final_norm = "model.decoder.final_layer_norm"
     embedding_path = "model.decoder.embed_tokens.weight"
+    vocabulary = ("model.decoder.embed_tokens", "lm_head")
 
     @override
     def check(self, model: nn.Module) -> None:

@@ -18,6 +18,9 @@ from .libraries import Library
 from .module_tree import Namespace
 from .ordinary import OrdinaryModel
 
+#: Name, among the modules of `BlockCall.extra`, of the layers of a frozen trunk (`FrozenTrunk`).
+TRUNK = "trunk"
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -25,7 +28,7 @@ class BlockCall:
 
     Attributes:
         network: the block's part of the model, under the original names.
-        extra: the modules of `Family.add_parts`.
+        extra: the modules of `Family.add_parts`, and the frozen trunk that the block reads, if it does.
         condition: the noise embedding (batch, dim); where the model knows the noise level, what the process gives the
             network of it (batch,): c_noise under EDM, t under masking.
         final_norm: maps states to normalised states, adapted to the noise level if blocks are told it; None where the
@@ -80,6 +83,8 @@ class Family(abc.ABC):
     stem: ClassVar[tuple[str, ...]] = ()
     #: paths of the shared modules after the layers
     head: ClassVar[tuple[str, ...]] = ()
+    #: paths of the token embedding and of the head, of language models that have one of each
+    vocabulary: ClassVar[tuple[str, ...]] = ()
     #: paths of modules or parameters that blocks have no use for; conversion leaves them out, and an export draws them
     #: afresh
     unused: ClassVar[tuple[str, ...]] = ()
@@ -178,6 +183,12 @@ class Family(abc.ABC):
     def shared_paths(self, model: nn.Module) -> tuple[str, ...]:
         """Paths of all shared modules, in data-flow order."""
         return (*self.stem_paths(model), *self.head_paths(model))
+
+    def fixed_paths(self, model: nn.Module, config: BlocksConfig) -> tuple[str, ...]:
+        """Paths of the shared modules that no block moves, and that all hold in common."""
+        paths = self.vocabulary if config.vocabulary == "frozen" else ()
+        reads_trunk = config.target is not None and config.target.reads_trunk
+        return tuple(dict.fromkeys([*paths, *(self.stem_paths(model) if reads_trunk else ())]))
 
     def final_norm_path(self, model: nn.Module) -> str | None:
         """Path of the norm of the head that is made adaptive."""

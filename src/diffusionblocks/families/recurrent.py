@@ -75,6 +75,11 @@ class RecurrentDepthFamily(NextTokenFamily):
                 f"target.self_conditioning = true: a {type(model).__name__} has no position of its own to show "
                 "what was said of a token; leave it out"
             )
+        if config.target.reads_trunk:
+            raise ValueError(
+                f"target.context = trunk: the recurrence of a {type(model).__name__} reads its own states; leave "
+                "context out"
+            )
         if config.target.clean_weight:
             raise ValueError(
                 f"target.clean_weight = {config.target.clean_weight}: a {type(model).__name__} has no clean stream; "

@@ -15,8 +15,10 @@ matrix products under the whole mask: the reference).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +36,18 @@ WINDOW = "diffusionblocks_window"
 _ROWS = 512
 #: The same on a CPU, where calls are cheap: fewer rows waste less on pairs of noisy positions, which are masked.
 _ROWS_ON_CPU = 64
+_rows_on_cpu = _ROWS_ON_CPU
+
+
+@contextlib.contextmanager
+def rows_of_a_gpu() -> Iterator[None]:
+    """Let `sdpa` take as many rows at a time on a CPU as on a GPU: where a GPU's memory is predicted there."""
+    global _rows_on_cpu
+    _rows_on_cpu = _ROWS
+    try:
+        yield
+    finally:
+        _rows_on_cpu = _ROWS_ON_CPU
 
 
 class Past:
@@ -123,6 +137,8 @@ class Streams:
     """
 
     window: int | None = None
+    #: the number in `past` of the layer that is attended to; None: the attending layer's own
+    layer: int | None = None
     #: keys and values of the clean positions, where a layer runs at the noisy ones alone
     _clean: tuple[Tensor, Tensor] | None = None
 
@@ -174,12 +190,19 @@ class Streams:
         streams._clean = key, value
         return streams
 
+    def of_layer(self, number: int) -> Streams:
+        """The same, where the clean positions are those of another layer, by its number in `past`."""
+        streams = copy.copy(self)
+        streams.layer = number
+        return streams
+
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """`two_streams` in an attention module of transformers: (batch, heads, length, dim) of each."""
         if self._clean is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), self._clean, strict=True))
         # Read only where it counts: compiled layers that ask for their numbers share no graph.
-        layer = 0 if self.past is None else int(module.layer_idx)  # type: ignore[arg-type]
+        layer = 0 if self.past is None else self.layer
+        layer = int(module.layer_idx) if layer is None else layer  # type: ignore[arg-type]
         streams = self.within(getattr(module.config, WINDOW))
         return two_streams(query, key, value, streams, layer=layer, **options)
 
@@ -302,7 +325,7 @@ def two_streams(
     attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
     (noisy_k, clean_k), (noisy_v, clean_v) = (t.split([n, t.shape[2] - n], dim=2) for t in (key, value))
     noisy_q, *clean_q = query.split([n, queries - n] if queries > n else [n], dim=2)
-    rows = _ROWS_ON_CPU if query.device.type == "cpu" else _ROWS
+    rows = _rows_on_cpu if query.device.type == "cpu" else _ROWS
     parts = []
     for start, q in _in_rows(noisy_q, rows):
         stop = start + q.shape[2]
@@ -361,6 +384,18 @@ class KeysValues:
         """Note keys and values; the queries as they are, which nobody reads."""
         self.key, self.value = key, value
         return query
+
+
+class NotedStreams(KeysValues):
+    """A mask that notes keys and values as well, and lets attention see what some streams do."""
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """`Streams.attend`."""
+        self.key, self.value = key, value
+        return self.streams.attend(module, query, key, value, **options)
 
 
 def library_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..data.text_config import TextSection
 from ..experiments.recipe import Recipe
+from ..experiments.recipe_changes import trunk_recipe
 from ..reports.tables import format_bytes, format_table
 from .ledger import POOL_BYTES, POOL_SHARE, Ledger
 from .many_gpus import ParallelPlan
@@ -42,6 +43,13 @@ def remarks(predictor: Predictor, plan: Plan | None = None) -> list[str]:
         lines.append(
             f"train.cuda_graph: graph_pool is what gaps in a captured step's private pool take, {POOL_SHARE:.0%} of "
             f"its gradients and activations and {format_bytes(POOL_BYTES)}"
+        )
+    recipe = predictor.recipe
+    if recipe.trunk is not None and recipe.method == "diffusionblocks" and recipe.blocks.fixes_in_common:
+        peak = predictor.forecast(trunk_recipe(recipe)).ledger.peak
+        lines.append(
+            f"trunk: it trains what its blocks keep fixed; its step peaks at {format_bytes(peak)}, and the plan is of "
+            "the blocks"
         )
     if predictor.recipe.train.concurrent:
         lines.append(

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..common.modules import bytes_of, tensors_of
 from ..core.block import Block
+from ..layers.two_streams import rows_of_a_gpu
 from ..training import TrainConfig, Unit, trainable
 from ..training.compilation import Compiler
 from ..training.optim import AVERAGED_AT_ONCE
@@ -43,7 +44,7 @@ def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu:
 
         backend = simulating_backend(timeline, {p.shape for p in parameters})
         Compiler(train, torch.device("cpu"), backend=backend, dynamic=False, on_gpu=on_gpu).compile([module])
-    with FakeTensorMode():
+    with FakeTensorMode(), rows_of_a_gpu() if on_gpu else contextlib.nullcontext():
         tensors = _without_memory(tensors_of(unit.module))
         shared.bind(unit, tensors)
         timeline.is_persistent(tensors)

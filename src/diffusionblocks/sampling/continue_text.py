@@ -87,6 +87,7 @@ def continue_texts(
     top_k: int = 8,
     combine: str = "chain",
     posterior: Posterior | None = None,
+    one_past: bool = False,
     stop_tokens: Sequence[int] = (),
     stop_criterion: Any = None,
     num_tokens: int | None = None,
@@ -118,6 +119,7 @@ def continue_texts(
             the steps say together; temperature and top-p then act on that alone.
         posterior: where the blocks vote, makes the posterior of a step, from which its feedback is drawn; None: the
             network is shown no z, so there is nothing to feed.
+        one_past: whether all blocks read one `past`, that of a frozen trunk: then the first call for a token fills it.
         stop_tokens: a row ends with the first of these that it generates.
         stop_criterion: or where a string ends, see `TextEnds`; None: there are no strings.
         num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
@@ -137,7 +139,10 @@ def continue_texts(
     longest = max(lengths)
     generators = generators_of(seeds)
     of_prompts = _prompt_noise(generators, lengths, target).to(device)
-    chain = _Chain(network, make_past, owner, target, noise, list(levels), longest + max_new_tokens, of_prompts, device)
+    past_of = (lambda level: 0) if one_past else owner
+    chain = _Chain(
+        network, make_past, past_of, target, noise, list(levels), longest + max_new_tokens, of_prompts, device
+    )
     check = FiniteCheck(owner=owner)
     choose = _Chooser(target, temperature, top_p, feedback, top_k, check, num_tokens)
     rule: _Rule = _LastOfChain(choose)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,6 +42,10 @@ class NextTokenTargetConfig(EmbeddingTargetConfig):
             of a narrow model needs more: hidden_size * initializer_range * logit_scale should be about 16.
         previous: Add the clean token before it to a noisy position's input, as an ordinary language model has it.
         clean_weight: Weight of an extra term, the plain next-token loss of the clean stream through the same head.
+        context: Whose keys and values of the clean tokens a noisy position attends to: `own`, those of a second stream
+            through the block's own layers (the paper), or `trunk`, those of a frozen trunk, layer by layer: what the
+            blocks branched from, or the layers of a trained model that is converted as one block or as experts. Then
+            no gradient goes through the clean tokens, and the embedding is fixed with the trunk.
     """
 
     fixed: ClassVar[str] = "given"
@@ -49,6 +53,7 @@ class NextTokenTargetConfig(EmbeddingTargetConfig):
         "previous": "a block reads a text as an ordinary model does",
         "clean_weight": "there is no second stream",
         "self_conditioning": "there is no position of its own to show a token's estimate at",
+        "context": "there are no noisy positions",
     }
 
     kind: Literal["next-token"] = "next-token"
@@ -59,6 +64,25 @@ class NextTokenTargetConfig(EmbeddingTargetConfig):
     logit_scale: Positive = 1.0
     previous: bool = True
     clean_weight: NonNegative = 0.0
+    context: Literal["own", "trunk"] = "own"
+
+    @property
+    def reads_trunk(self) -> bool:
+        """Whether `context` is `trunk`."""
+        return self.context == "trunk"
+
+    @model_validator(mode="after")
+    def _a_frozen_trunk_learns_nothing(self) -> Self:
+        if self.reads_trunk and self.clean_weight:
+            raise ValueError(
+                f"target.clean_weight = {self.clean_weight:g}: with target.context = trunk the clean tokens are a "
+                "frozen trunk's, which learns nothing; leave clean_weight out"
+            )
+        if self.reads_trunk and self.embedding == "learned":
+            raise ValueError(
+                "target.embedding = learned: with target.context = trunk the embedding is fixed; leave embedding out"
+            )
+        return self
 
 
 class NextTokenTarget(EmbeddingTarget, TextTarget):

@@ -52,6 +52,11 @@ class BaseTargetConfig(BaseModel):
         """Whether blocks are shown z and told the noise level."""
         return True
 
+    @property
+    def reads_trunk(self) -> bool:
+        """Whether blocks attend to a frozen trunk in place of a stream of their own."""
+        return False
+
     def resolve(self, shared: str) -> Self:
         """The section with the defaults that depend on the policy for shared parameters."""
         return self
@@ -106,7 +111,7 @@ class EmbeddingTargetConfig(BaseTargetConfig):
         """With the embedding that goes with the policy: learned under `joint`, if networks see it, else fixed."""
         if getattr(self, "embedding", None) is not None:
             return self
-        learned = shared == "joint" and self.noise_input
+        learned = shared == "joint" and self.noise_input and not self.reads_trunk
         return self.model_copy(update={"embedding": "learned" if learned else self.fixed})
 
     @model_validator(mode="after")

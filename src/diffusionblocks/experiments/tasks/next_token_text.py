@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from ...evaluation.perplexity import GeneratedText
     from ...sampling import Continuations
     from ..experiment import Experiment
+    from ..recipe import Recipe
 
 
 class LanguageConfig(EvaluateSection):
@@ -179,6 +180,18 @@ class NextTokenText(Task[LanguageConfig]):
     )
 
     # ---- checks ------------------------------------------------------------------------------------------------
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse blocks that would keep fixed what nothing has trained."""
+        blocks = recipe.blocks
+        if recipe.method != "diffusionblocks" or recipe.trunk is not None or recipe.model.pretrained is not None:
+            return
+        name = "vocabulary = frozen" if blocks.vocabulary == "frozen" else "target.context = trunk"
+        if blocks.vocabulary == "frozen" or (blocks.target is not None and blocks.target.reads_trunk):
+            raise ValueError(
+                f"blocks.{name}: in a fresh model that is random numbers; give the recipe a section trunk, which "
+                "trains them first, or model.pretrained"
+            )
 
     def mend_shape(self, model: tuple[int, ...], pretrained: bool) -> str:
         """Set the length of the examples."""
