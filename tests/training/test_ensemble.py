@@ -151,7 +151,7 @@ def test_evaluation_says_what_members_answer_alone(
     ensemble = Ensemble.load(folder / "model")
     ensemble.member(1).model.classifier.bias.data[3] += 100.0  # it always says 3
     rows = recipe().task.measure(Experiment(recipe(), data), ensemble)  # type: ignore[arg-type]
-    threes = float((data["test"].first(20).labels == 3).double().mean())
+    threes = float((data["test"].part(20).labels == 3).double().mean())
     assert [row.alone for row in rows] == [(result.rows[0].alone[0], threes)] * 2  # type: ignore[attr-defined]
 
 

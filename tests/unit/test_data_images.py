@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import vit_config, vit_recipe
 from PIL import Image
 
 from diffusionblocks.data import (
@@ -27,6 +28,7 @@ from diffusionblocks.data import (
 )
 from diffusionblocks.data import image_data as images_module
 from diffusionblocks.data.latent_data import LatentData
+from diffusionblocks.experiments.experiment import Experiment
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")
@@ -535,3 +537,16 @@ def test_a_part_of_sorted_images_has_all_classes() -> None:
         assert data.part(100) is data.part(200) is data
     part = latents.part(60)
     assert torch.equal(part.mean[0][:, 0, 0, 0].long() // 25, part.labels), "rows and labels stay together"
+
+
+def test_a_limit_of_sorted_test_images_measures_all_classes() -> None:
+    """A classifier that always says 3 is right as often as 3 comes."""
+    labels = torch.arange(10).repeat_interleave(6)
+    data = ImageData(torch.zeros(60, 1, 8, 8, dtype=torch.uint8), labels, tuple("0123456789"))
+    for limit, correct in ((10, 1), (None, 6)):
+        changes = {"method": "end-to-end", "evaluate": {"limit": limit}}
+        experiment = Experiment(vit_recipe(vit_config(1), {"train": {"steps": 1}}, changes), {"test": data})
+        model: Any = experiment.build().eval()
+        model.model.classifier.bias.data[3] = 100.0
+        (row,) = experiment.task.measure(experiment, model)
+        assert row.accuracy == pytest.approx(correct / (limit or 60))

@@ -69,10 +69,6 @@ class ImageData(LabelledImages):
     def tensors(self) -> list[Tensor]:
         return [self.labels, self.images]
 
-    def first(self, count: int | None) -> ImageData:
-        """The first `count` images; None: all."""
-        return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
-
     @override
     def part(self, count: int) -> Self:
         if count >= len(self):

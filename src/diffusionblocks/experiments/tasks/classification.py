@@ -40,7 +40,7 @@ class AccuracyConfig(EvaluateSection):
             with as many steps as blocks each block's own highest level (not under `learned`).
         flip: Average the log-probabilities of each image and of its mirror image, in every row, of baselines too.
         batch_size: Images at a time.
-        limit: Number of test images, the first, for a quick look; null takes all.
+        limit: Number of test images for a quick look, evenly spread over the split; null takes all.
         seed: Seed of the starting noise.
     """
 
@@ -195,7 +195,8 @@ class Classification(Task[AccuracyConfig]):
         from ...common.modules import computes_on
 
         options = self.options(experiment)
-        images = experiment.data("test").first(options.limit)
+        test = experiment.data("test")
+        images = test if options.limit is None else test.part(options.limit)
         section, device = experiment.recipe.data, computes_on(model)
         return functools.partial(section.evaluation_batches, images, batch_size=options.batch_size, device=device)
 
