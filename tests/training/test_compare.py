@@ -10,8 +10,8 @@ import pytest
 
 from diffusionblocks.experiments.ablation import ablate, settings
 from diffusionblocks.experiments.baselines import seconds_a_step, variants
-from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

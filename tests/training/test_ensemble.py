@@ -16,8 +16,8 @@ from diffusionblocks.core.ensembles import merge_ensembles
 from diffusionblocks.core.saved_model import ENSEMBLE
 from diffusionblocks.data import ImageData
 from diffusionblocks.experiments import run as runs
-from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.recipe import Recipe, load_recipe, parse_recipe
 from diffusionblocks.experiments.tasks.next_token_text import write_continuations
 from diffusionblocks.training import EndToEnd

@@ -22,10 +22,10 @@ from diffusionblocks.common.seeds import key
 from diffusionblocks.data import ImageBatches, ImageData, TextChunks, TextData, digits
 from diffusionblocks.experiments import run as runs
 from diffusionblocks.experiments.baselines import variants
-from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.identity import describe_blocks
 from diffusionblocks.experiments.noise_fit import mean_losses
+from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 from diffusionblocks.experiments.recipe_changes import fit_recipe
 from diffusionblocks.noise import fitted_quantiles

@@ -20,8 +20,8 @@ from diffusionblocks.core.local_modules import read_modules
 from diffusionblocks.data import ImageData
 from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.experiments import run as runs
-from diffusionblocks.experiments.comparison import compare
 from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.recipe import Recipe
 from diffusionblocks.training import EndToEnd, TrainConfig, Trainer
 from diffusionblocks.training.compilation import Compiler

@@ -345,3 +345,13 @@ def test_what_ranks_cannot_compare_is_refused_before_a_row_is_trained(tmp_path: 
     joint = {"blocks": {"shared": "joint"}}
     assert "set blocks.shared to replicated or frozen" in over(tmp_path / "joint", changes=joint)
     assert not (tmp_path / "joint" / "out").exists()
+    in_backward = {"optimizer_in_backward": True, "gradient_clip": None, "accumulation": 1}
+    stages = {"trunk": {"steps": 2}, "blocks": {"num_blocks": 2}, "train": in_backward}
+    rows = ["ensemble-2x2", "diffusionblocks-branched"]  # ranks train members apart, and a trunk together
+    for kind, message in (
+        ("replicate", "steps before the gradients of all 2 ranks are there: set train.optimizer_in_backward to false"),
+        ("shard", "under parallel.within_block = shard no rank has them whole: set train.optimizer_in_backward"),
+    ):
+        changes = stages | {"parallel": {"within_block": kind, "timeout": 30}}
+        assert message in over(tmp_path / kind, changes=changes, rows=rows)
+        assert not (tmp_path / kind / "out").exists(), "the ensemble was trained first"

@@ -35,13 +35,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train the recipe and its end-to-end baselines; print their table."""
-    from ..experiments.comparison import checked_rows
+    from ..experiments.comparison import Comparison
     from ..experiments.parallel import compare
     from .dry_run import dry_comparison
 
     options.folder = folder = options.out or Path("runs") / f"{experiment.recipe.name}-compare"
     if options.dry_run:
-        rows = checked_rows(experiment, folder, options.rows, options.equal)
+        rows = Comparison(experiment, folder, options.equal).checked_rows(options.rows)
         dry_comparison(experiment, [(row.key, experiment.derive(row.recipe)) for row in rows])
         return
     resume, progress = not options.restart, not options.quiet

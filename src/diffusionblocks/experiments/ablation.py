@@ -297,7 +297,7 @@ class _Run:
         units, _ = units_of(self.experiment.outline)
         layers = layers_of_all_blocks(recipe) if self.experiment.of_method_blocks else depth_of(recipe)
         variant = Variant(self.key, recipe, layers, len(units))
-        row, _ = run_row(self.experiment, variant, self.folder, progress)
+        row, _ = run_row(self.experiment, variant, self.folder, progress=progress)
         row |= {"seed": recipe.train.seed, "values": dict(self.values)}
         write_json(self.folder / ROW, {"run": self.experiment.describe(), "row": row})
 

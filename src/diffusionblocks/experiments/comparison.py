@@ -12,9 +12,10 @@ named: their modules run those before them forward as well, which no count of up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -35,122 +36,104 @@ from .run import TABLE, forget
 from .run import train as train_run
 from .tasks.task import RunResult, Task
 
-#: Trains and evaluates the experiment of a row, in a folder, with progress bars or without.
-TrainRow = Callable[[Experiment, Path, bool], RunResult | None]
+
+class TrainRow(Protocol):
+    """Trains and evaluates the experiment of a row in a folder, as `run.train` does."""
+
+    def __call__(self, experiment: Experiment, folder: Path, /, *, progress: bool) -> RunResult | None:
+        """Return what it left; None where another process makes the table."""
 
 
-def train_in_process(experiment: Experiment, folder: Path, progress: bool) -> RunResult:
-    """Train and evaluate a row in this process."""
-    return train_run(experiment, folder, progress=progress)
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of one table: what they have in common, where their runs go, and what trains them.
 
-
-def compare(
-    experiment: Experiment,
-    folder: Path,
-    *,
-    rows: Sequence[str] | None = None,
-    equal: Literal["updates", "seconds"] = "updates",
-    resume: bool = True,
-    progress: bool = True,
-    train: TrainRow = train_in_process,
-) -> str:
-    """Train and evaluate every row; leave `folder`/table.json and figures; return the printed table.
-
-    Args:
+    Attributes:
         experiment: of method `diffusionblocks`.
         folder: each row's run goes to a sub-folder; finished rows are not trained again.
-        rows: keys of the rows to run (see `variants` and, of local learning, `local_variants`); default all of the
-            former.
         equal: what the rows have in common, `updates` of layers or `seconds` of training. Of `seconds` the rows are
             those of blocks, and the baselines for as long as the last of these took.
         resume: False trains the selected rows anew.
         progress: show progress bars.
         train: trains and evaluates a row.
-
-    Raises:
-        ValueError: an unknown row, or a recipe that cannot be compared.
     """
-    selection = checked_rows(experiment, folder, rows, equal)
-    if not resume:
-        for variant in selection:
-            forget(folder / variant.key)
-    return run_rows(experiment, folder, selection, equal=equal, resume=resume, progress=progress, train=train)
 
+    experiment: Experiment
+    folder: Path
+    equal: Literal["updates", "seconds"] = "updates"
+    resume: bool = True
+    progress: bool = True
+    train: TrainRow = train_run
 
-def run_rows(
-    experiment: Experiment,
-    folder: Path,
-    selection: Sequence[Variant],
-    *,
-    equal: Literal["updates", "seconds"] = "updates",
-    resume: bool = True,
-    progress: bool = True,
-    train: TrainRow = train_in_process,
-) -> str:
-    """Train and evaluate rows that `checked_rows` gave; see `compare`.
+    def checked_rows(self, keys: Sequence[str] | None = None) -> list[Variant]:
+        """The rows, once it is known that all can be trained.
 
-    Args:
-        experiment, folder, equal, resume, progress: see there.
-        selection: the rows.
-        train: trains and evaluates one.
-    """
-    table: list[dict[str, Any]] = []
-    results: dict[str, RunResult] = {}
+        Of equal seconds only those of blocks: how long the others train is known when these have ended.
 
-    def add(variant: Variant) -> None:
-        row, results[variant.key] = run_row(experiment, variant, folder / variant.key, progress, train)
-        table.append(row)
-        write_results(folder / TABLE, table, None, finished=False)
+        Args:
+            keys: of the rows to run (see `variants` and, of local learning, `local_variants`); None: all of the former.
 
-    for variant in selection:
-        add(variant)
-    if equal == "seconds":
-        for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
-            if not resume:
-                forget(folder / variant.key)
+        Raises:
+            ValueError: an unknown row, or a recipe that cannot be compared.
+        """
+        recipe = self.experiment.recipe
+        if not self.experiment.of_method_blocks:
+            raise ValueError(f"compare starts from method: diffusionblocks, got {recipe.method}")
+        selection, baselines = variants(recipe), []
+        if self.equal == "seconds":
+            baselines = [variant for variant in selection if variant.name == "end-to-end"]
+            selection = [variant for variant in selection if variant.name == "diffusionblocks"]
+        elif keys is not None:
+            selection += local_variants(recipe)
+        if keys is not None:
+            known = [variant.key for variant in selection]
+            unknown = sorted(set(keys) - set(known))
+            if unknown:
+                raise ValueError(f"unknown rows {unknown}{perhaps(unknown, known)}; allowed: {known}")
+            selection = [variant for variant in selection if variant.key in keys]
+        for split in ("train", "test"):
+            self.experiment.data(split)
+        for variant in [*selection, *baselines]:  # no row is trained before it is known that all can be
+            row, folder = self.experiment.derive(variant.recipe), self.folder / variant.key
+            check_machine(row, folder)
+            check_with_data(row, folder)
+        return selection
+
+    def begin(self, rows: Sequence[Variant]) -> None:
+        """Delete what rows would resume from, where they are trained anew."""
+        for variant in () if self.resume else rows:
+            forget(self.folder / variant.key)
+
+    def run(self, rows: Sequence[Variant]) -> str:
+        """Train and evaluate rows; leave `folder`/table.json and figures; return the printed table.
+
+        Args:
+            rows: those that `checked_rows` gave.
+        """
+        experiment, folder = self.experiment, self.folder
+        table: list[dict[str, Any]] = []
+        results: dict[str, RunResult] = {}
+
+        def add(variant: Variant) -> None:
+            place = folder / variant.key
+            row, results[variant.key] = run_row(experiment, variant, place, progress=self.progress, train=self.train)
+            table.append(row)
+            write_results(folder / TABLE, table, None, finished=False)
+
+        for variant in rows:
             add(variant)
-    experiment.task.draw(experiment, table, results, folder)
-    write_results(folder / TABLE, table, None, finished=True)
-    lines = [columns(experiment.task, row) for row in table]
-    for place, variant in enumerate(selection):  # of equal time more rows follow, which have no blocks
-        rows_of_card = [lines[place], *lines[:place], *lines[place + 1 :]]
-        score = table[place].get(experiment.task.score)
-        experiment.derive(variant.recipe).note_results(folder / variant.key / "model", rows_of_card, score)
-    return "\n".join([format_table(lines), *experiment.task.details(table), *remarks(experiment.recipe)])
-
-
-def checked_rows(
-    experiment: Experiment,
-    folder: Path,
-    rows: Sequence[str] | None = None,
-    equal: Literal["updates", "seconds"] = "updates",
-) -> list[Variant]:
-    """The rows of a comparison, once it is known that all can be trained; see `compare`.
-
-    Of equal seconds only those of blocks: how long the others train is known when these have ended.
-    """
-    recipe = experiment.recipe
-    if not experiment.of_method_blocks:
-        raise ValueError(f"compare starts from method: diffusionblocks, got {recipe.method}")
-    selection = variants(recipe)
-    if equal == "seconds":
-        selection = [variant for variant in selection if variant.name == "diffusionblocks"]
-    elif rows is not None:
-        selection += local_variants(recipe)
-    if rows is not None:
-        keys = [variant.key for variant in selection]
-        unknown = sorted(set(rows) - set(keys))
-        if unknown:
-            raise ValueError(f"unknown rows {unknown}{perhaps(unknown, keys)}; allowed: {keys}")
-        selection = [variant for variant in selection if variant.key in rows]
-    for split in ("train", "test"):
-        experiment.data(split)
-    # No row is trained before it is known that all can be.
-    for variant in [*selection, *(row for row in variants(recipe) if equal == "seconds" and row.name == "end-to-end")]:
-        row = experiment.derive(variant.recipe)
-        check_machine(row, folder / variant.key)
-        check_with_data(row, folder / variant.key)
-    return selection
+        if self.equal == "seconds":
+            for variant in of_equal_time(experiment, table[-1]["seconds"], folder):
+                self.begin([variant])
+                add(variant)
+        experiment.task.draw(experiment, table, results, folder)
+        write_results(folder / TABLE, table, None, finished=True)
+        lines = [columns(experiment.task, row) for row in table]
+        for number, variant in enumerate(rows):  # of equal time more rows follow, which have no blocks
+            rows_of_card = [lines[number], *lines[:number], *lines[number + 1 :]]
+            score = table[number].get(experiment.task.score)
+            experiment.derive(variant.recipe).note_results(folder / variant.key / "model", rows_of_card, score)
+        return "\n".join([format_table(lines), *experiment.task.details(table), *remarks(experiment.recipe)])
 
 
 def remarks(recipe: Recipe) -> list[str]:
@@ -164,7 +147,7 @@ def remarks(recipe: Recipe) -> list[str]:
 
 
 def run_row(
-    experiment: Experiment, variant: Variant, folder: Path, progress: bool, train: TrainRow = train_in_process
+    experiment: Experiment, variant: Variant, folder: Path, *, progress: bool, train: TrainRow = train_run
 ) -> tuple[dict[str, Any], RunResult]:
     """Train and evaluate a row of a table; one whose training has ended is only evaluated.
 
@@ -183,7 +166,7 @@ def run_row(
     forget_graphs(variant)
     probe = experiment.derive(executed(variant.recipe, fast=False))
     memory = step_memory(probe.trainer(progress=False))
-    result = train(experiment.derive(variant.recipe), folder, progress)
+    result = train(experiment.derive(variant.recipe), folder, progress=progress)
     assert result is not None, "whoever makes the table has the results"
     largest = max(memory, key=lambda unit: unit.peak)
     row = {

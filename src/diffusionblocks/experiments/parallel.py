@@ -24,8 +24,9 @@ from ..evaluation.work import ALONE, SharedWork
 from ..training import Diverged
 from ..training.ranks import Group, Place, Ranks
 from ..training.run_log import ProgressLines
-from ..training.shards import check_shards
-from . import comparison, run
+from ..training.trainer import check_group
+from . import run
+from .comparison import Comparison, forget_graphs
 from .experiment import Experiment
 from .parts import (
     MakeLoggers,
@@ -44,8 +45,8 @@ from .parts import (
     units_in,
 )
 from .recipe import Recipe
-from .recipe_changes import stages
-from .run import Cost, conclude, evaluate_saved, forget, prepare, save_blocks
+from .recipe_changes import fit_recipe, stages, trunk_recipe
+from .run import Cost, conclude, evaluate_saved, prepare, save_blocks
 from .tasks.task import RunResult
 
 #: Seconds in which what another machine wrote to a shared disk is seen on this one.
@@ -100,12 +101,13 @@ def compare(
     resume: bool = True,
     progress: bool = True,
 ) -> str | None:
-    """Train and evaluate every row of a comparison: see `comparison.compare`. Ranks of torchrun share the work.
+    """Train and evaluate every row of a comparison; leave its table and figures. Ranks of torchrun share the work.
 
     All rows are trained by the same ranks. Their seconds are those of all devices, added up.
 
     Args:
-        experiment, folder, rows, equal, resume, progress: see there.
+        experiment, folder, equal, resume, progress: see `Comparison`.
+        rows: keys of the rows to run, see `Comparison.checked_rows`.
 
     Returns:
         The printed table; None on ranks but the first.
@@ -113,49 +115,41 @@ def compare(
     Raises:
         RankLost: another rank died.
         StoppedWithOthers: another rank failed.
-        ValueError: what `comparison.compare` refuses, or rows that several ranks cannot train.
+        ValueError: what `Comparison.checked_rows` refuses, or rows that several ranks cannot train.
     """
     place = Place.from_environment()
+    comparison = Comparison(experiment, folder, equal, resume, progress, train)
     if place is None or place.world == 1:
-        options: dict[str, Any] = {"rows": rows, "equal": equal, "resume": resume, "progress": progress}
-        return comparison.compare(experiment, folder, train=_train_row, **options)
+        selection = comparison.checked_rows(rows)
+        comparison.begin(selection)
+        return comparison.run(selection)
     ranks = Ranks(place, experiment.recipe.parallel.timeout)
-    train_row = functools.partial(_train_row, ranks=ranks)
+    train_row = functools.partial(_train_row, ranks)
+    comparison = dataclasses.replace(comparison, resume=resume or place.restarts > 0, train=train_row)
     with ranks.failing_together(), _told_once(ranks):
         if not ranks.leads:
             ranks.wait_for("rows", 0)
-        selection = comparison.checked_rows(experiment, folder, rows, equal)
+        selection = comparison.checked_rows(rows)
         if ranks.leads:
-            _check_rows(experiment, [variant.recipe for variant in selection], place.world, equal)
-            for variant in selection if not resume and place.restarts == 0 else ():
-                forget(folder / variant.key)
+            if equal == "seconds":
+                raise ValueError(
+                    f"--equal seconds compares by the clock of one process, and this run is of {place.world} ranks: "
+                    "compare equal updates, or start it without torchrun"
+                )
+            for variant in selection:
+                _check_together(experiment.derive(variant.recipe), place.world)
+            comparison.begin(selection)
             ranks.tell("rows")
-            return comparison.run_rows(experiment, folder, selection, progress=progress, train=train_row)
+            return comparison.run(selection)
         for variant in selection:
-            comparison.forget_graphs(variant)
-            train_row(experiment.derive(variant.recipe), folder / variant.key, progress)
+            forget_graphs(variant)
+            train_row(experiment.derive(variant.recipe), folder / variant.key, progress=progress)
         return None
 
 
-def _train_row(row: Experiment, folder: Path, progress: bool, ranks: Ranks | None = None) -> RunResult | None:
+def _train_row(ranks: Ranks, row: Experiment, folder: Path, /, *, progress: bool) -> RunResult | None:
     """Train and evaluate a row of a comparison, which goes on where its folder is."""
-    if ranks is None:
-        return train(row, folder, progress=progress)
-    options = {"resume": True, "progress": progress, "measure": True}
-    return _train_over_ranks(ranks.below(folder.name), row, folder, loggers=no_loggers, **options)
-
-
-def _check_rows(experiment: Experiment, recipes: Sequence[Recipe], world: int, equal: str) -> None:
-    """Refuse rows that so many ranks cannot train, before one is trained."""
-    if equal == "seconds":
-        raise ValueError(
-            f"--equal seconds compares by the clock of one process, and this run is of {world} ranks: compare equal "
-            "updates, or start it without torchrun"
-        )
-    for recipe in recipes:
-        row = experiment.derive(recipe)
-        if has_parts(row):
-            mesh_rows(world, units_in(row))
+    return _train_over_ranks(ranks.below(folder.name), row, folder, progress=progress)
 
 
 @contextlib.contextmanager
@@ -201,10 +195,10 @@ def _train_over_ranks(
     experiment: Experiment,
     folder: Path,
     *,
-    loggers: MakeLoggers,
-    resume: bool,
-    progress: bool,
-    measure: bool,
+    loggers: MakeLoggers = no_loggers,
+    resume: bool = True,
+    progress: bool = True,
+    measure: bool = True,
 ) -> RunResult | None:
     place = ranks.place
     resume = resume or place.restarts > 0  # else each restart would throw away what it is to go on with
@@ -214,13 +208,10 @@ def _train_over_ranks(
             _check_shared(folder, ranks.wait_for("begin", 0))
         experiment, work = _of_rank(experiment, ranks)
         stack.enter_context(work.ending())
-        apart = has_parts(experiment)
-        rows = mesh_rows(place.world, units_in(experiment)) if apart else 1
-        shard = experiment.recipe.parallel.within_block == "shard"
-        before_parts = {key for key, *_ in stages(experiment.recipe)} & {"fit", "trunk"}
+        apart, rows = has_parts(experiment), _side_by_side(experiment, place.world)
+        shard, before_parts = _shards(experiment.recipe), _recipes_before_parts(experiment.recipe)
         if ranks.leads:
-            if shard and (rows < place.world or before_parts):
-                check_shards(experiment.recipe.train)
+            _check_together(experiment, place.world)
             stack.enter_context(folder_lock(folder))
             (check_parts if apart else prepare)(experiment, folder, resume=resume, measure=measure)
             ranks.tell("begin", lock_text(folder))
@@ -254,6 +245,29 @@ def _train_over_ranks(
         result = finish(_for_measuring(experiment), folder, before, reasons=reasons, measure=measure, say=say)
         of_parts = size * (result.seconds - before.seconds)
         return dataclasses.replace(result, device_seconds=place.world * before.seconds + of_parts)
+
+
+def _shards(recipe: Recipe) -> bool:
+    return recipe.parallel.within_block == "shard"
+
+
+def _side_by_side(experiment: Experiment, world: int) -> int:
+    """How many parts of a run so many ranks train side by side; 1 where it has none."""
+    return mesh_rows(world, units_in(experiment)) if has_parts(experiment) else 1
+
+
+def _recipes_before_parts(recipe: Recipe) -> list[Recipe]:
+    """The recipes of noise fit and trunk, which all ranks train together."""
+    recipes = {"fit": fit_recipe, "trunk": trunk_recipe}
+    return [recipes[key](recipe) for key, *_ in stages(recipe) if key in recipes]
+
+
+def _check_together(experiment: Experiment, world: int) -> None:
+    """Refuse what so many ranks cannot train together, before any of it is trained."""
+    recipe, size = experiment.recipe, world // _side_by_side(experiment, world)
+    together = [(before, world) for before in _recipes_before_parts(recipe)]
+    for part, ranks in [*together, *([(recipe, size)] if size > 1 else [])]:
+        check_group(part.train, ranks, shard=_shards(recipe))
 
 
 def _for_measuring(experiment: Experiment) -> Experiment:

@@ -43,6 +43,7 @@ from .ranks import Group
 from .residency import Lengths
 from .run_log import LOG, JsonLines, Logger, ProgressLines
 from .schedules import block_schedule, next_others
+from .shards import check_shards
 from .step import Stepper
 from .train_config import RESUME_MAY_DIFFER, TrainConfig, under_current_names
 from .units import Unit, check_readers, set_label_loss, takes_rows, units_of
@@ -114,7 +115,9 @@ class Trainer:
                 "train.concurrent to false, or blocks.shared to replicated"
             )
         if group is not None:
-            _check_group(self.units, config, group)
+            (unit,) = self.units  # a group trains one
+            check_group(config, group.size, shard=group.shards)
+            _check_unit(unit, group.size)
         set_label_loss(self.units, config)
         _check_weights(self.units, config)
         self.device = device or next(self.units[0].module.parameters()).device
@@ -499,23 +502,37 @@ class Trainer:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def _check_group(units: Sequence[Unit], config: TrainConfig, group: Group) -> None:
-    """Refuse what several ranks cannot train together."""
-    assert len(units) == 1, "a group trains one unit"
-    module: Any = units[0].module
+def check_group(config: TrainConfig, size: int, *, shard: bool) -> None:
+    """Refuse settings under which several ranks cannot train one unit together.
+
+    Args:
+        config: of the unit.
+        size: how many ranks.
+        shard: whether they share the unit out.
+
+    Raises:
+        ValueError: it is so.
+        ImportError: torch is too old.
+    """
+    if shard:
+        check_shards(config)
     if config.optimizer_in_backward:
         raise ValueError(
-            f"train.optimizer_in_backward steps before the gradients of all {group.size} ranks are there: set "
+            f"train.optimizer_in_backward steps before the gradients of all {size} ranks are there: set "
             "train.optimizer_in_backward to false, or start fewer ranks than blocks"
         )
-    if config.batch_size < group.size:
+    if config.batch_size < size:
         raise ValueError(
-            f"train.batch_size = {config.batch_size} gives {group.size} ranks of one block no example each: start "
+            f"train.batch_size = {config.batch_size} gives {size} ranks of one block no example each: start "
             "fewer ranks, or a larger batch"
         )
-    if not takes_rows(module):
+
+
+def _check_unit(unit: Unit, size: int) -> None:
+    """Refuse a unit that several ranks cannot train together."""
+    if not takes_rows(unit.module):
         raise ValueError(
-            f"{units[0].name} cannot be trained by {group.size} ranks together, as it draws or keeps statistics over a "
+            f"{unit.name} cannot be trained by {size} ranks together, as it draws or keeps statistics over a "
             "whole batch: start it without torchrun, or with no more ranks than blocks"
         )
 
