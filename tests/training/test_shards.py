@@ -74,16 +74,26 @@ def first_moments(trainer: Trainer) -> list[torch.Tensor]:
     return [moments["exp_avg"] for moments in trainer.sets[trainer.units[0].name].moments]
 
 
+def end_to_end(**train: Any) -> Experiment:
+    return experiment(method="end-to-end", train={"gradient_clip": 0.05, **train})
+
+
 @pytest.mark.parametrize(
-    "made", [of_block, lambda **train: experiment(method="end-to-end", train={"gradient_clip": 0.05, **train})]
+    ("made", "is_taught"), [(of_block, False), (end_to_end, False), (of_block, True)], ids=["block", "whole", "taught"]
 )
-def test_gradients_and_steps_are_those_of_one_process(made: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_gradients_and_steps_are_those_of_one_process(
+    made: Callable[..., Experiment], is_taught: bool, tmp_path: Path
+) -> None:
+    teacher: dict[str, Any] = {}
+    if is_taught:
+        experiment(train={"seed": 5}).build().save_pretrained(tmp_path / "teacher")
+        teacher["distill"] = {"teacher": str(tmp_path / "teacher"), "weight": 0.9}
+
     def check(groups: Groups, rank: int) -> None:
         trained = {}
         for name, group in {"shard": groups(shard=True), "replicate": groups(shard=False), "alone": None}.items():
-            trainer = trained[name] = made(activation_checkpointing=name == "shard").trainer(
-                progress=False, group=group
-            )
+            of_rank = made(activation_checkpointing=name == "shard", **teacher)
+            trainer = trained[name] = of_rank.trainer(progress=False, group=group)
             with Traffic() as traffic:
                 trainer.step(0)
             assert (traffic.between([(0,), (1,)]) > 0) == (group is not None)
@@ -103,6 +113,10 @@ def test_gradients_and_steps_are_those_of_one_process(made: Callable[..., Experi
         norms = [trainer.stepper.read_sums()[1][0] for trainer in trained.values()]
         assert norms == pytest.approx([norms[-1]] * 3, rel=1e-5)
         assert norms[0] > 0.05, "nothing was clipped"
+        if is_taught:
+            untaught = made().trainer(progress=False)
+            untaught.step(0)
+            assert untaught.stepper.read_sums()[1][0] != pytest.approx(norms[0], rel=1e-3), "the teacher says nothing"
 
     in_group(tmp_path, check)
 
