@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,20 @@ def vit_recipe(config: Mapping[str, Any], sections: Mapping[str, Any], changes: 
     return changed_recipe(values, changes)
 
 
+@contextmanager
+def started(train: Callable[[int, Path], None], folder: Path, ranks: int = 2) -> Iterator[list[BaseProcess]]:
+    """Processes, called with their rank and the folder; those that have not ended by then are killed."""
+    context = multiprocessing.get_context("fork")  # a fresh process would import for longer than these tests run
+    processes = [context.Process(target=train, args=(rank, folder), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        yield [*processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def run_ranks(
     train: Callable[[int, Path], None], folder: Path, *, timeout: float, ranks: int = 2, statuses: Sequence[int] = ()
 ) -> None:
@@ -371,14 +386,46 @@ def run_ranks(
         ranks: how many.
         statuses: their exit statuses, where they do not all end well.
     """
-    context = multiprocessing.get_context("fork")  # a fresh process would import for longer than these tests run
-    processes = [context.Process(target=train, args=(rank, folder), daemon=True) for rank in range(ranks)]
-    for process in processes:
-        process.start()
+    with started(train, folder, ranks) as processes:
+        assert exit_statuses(processes, timeout) == list(statuses or [0] * ranks)
+
+
+def exit_statuses(processes: Sequence[BaseProcess], timeout: float) -> list[int | None]:
+    """Those of processes that have so many seconds to end, one after another."""
     for process in processes:
         process.join(timeout=timeout)
         process.kill()
-    assert [process.exitcode for process in processes] == list(statuses or [0] * ranks)
+    return [process.exitcode for process in processes]
+
+
+@contextmanager
+def started_like_torchrun(
+    command: Callable[[int], int], folder: Path, *, ranks: int, restarts: int = 0
+) -> Iterator[list[BaseProcess]]:
+    """Processes with the variables of torchrun, but forked; what each says on standard error goes to a file.
+
+    Args:
+        command: called with the rank; returns the exit status.
+        folder: for what they say, in rank-0.err, ...
+        ranks: how many.
+        restarts: how often torchrun would have started them again.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int, folder: Path) -> None:
+        torch.set_num_threads(1)
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": restarts}
+        os.environ |= {name: str(value) for name, value in variables.items()}
+        sys.stderr = (folder / f"rank-{rank}.err").open("w")
+        status = command(rank)
+        sys.stderr.flush()
+        os._exit(status)
+
+    with started(one, folder, ranks) as processes:
+        yield processes
 
 
 def run_like_torchrun(
@@ -391,25 +438,10 @@ def run_like_torchrun(
         folder: for what they say.
         ranks: how many.
         timeout: seconds.
-        statuses: see `run_ranks`.
+        statuses: their exit statuses, where they do not all end well.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def one(rank: int, folder: Path) -> None:
-        torch.set_num_threads(1)
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in variables.items()}
-        sys.stderr = (folder / f"rank-{rank}.err").open("w")
-        status = command(rank)
-        sys.stderr.flush()
-        os._exit(status)
-
-    try:
-        run_ranks(one, folder, timeout=timeout, ranks=ranks, statuses=statuses)
-    except AssertionError as error:
-        error.add_note("\n".join((folder / f"rank-{rank}.err").read_text() for rank in range(ranks)))
-        raise
-    return [(folder / f"rank-{rank}.err").read_text() for rank in range(ranks)]
+    with started_like_torchrun(command, folder, ranks=ranks) as processes:
+        ended = exit_statuses(processes, timeout)
+    said = [(folder / f"rank-{rank}.err").read_text() for rank in range(ranks)]
+    assert ended == list(statuses or [0] * ranks), "\n".join(said)
+    return said

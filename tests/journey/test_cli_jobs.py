@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from commands import TINY_VIT, VIT, sets
 from helpers import listing
 
@@ -83,6 +87,56 @@ def test_a_slurm_array_runs_the_scripts(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"no {out}/start/fit: run start.sh first" in task.stderr
     assert main(["jobs", VIT, "--out", str(tmp_path / "some"), "--format", "slurm", *SMALL, *sets(device="auto")]) == 0
     assert "#SBATCH --gpus=1\n" in (tmp_path / "some" / "blocks.sbatch").read_text()
+
+
+def sky_tasks(folder: Path, *changes: str) -> dict[str, dict[str, Any]]:
+    """The tasks that are written, by their stem."""
+    assert main(["jobs", VIT, "--out", str(folder), "--format", "skypilot", *SMALL, *STAGES, *changes]) == 0
+    return {file.stem: yaml.safe_load(file.read_text()) for file in sorted(folder.glob("*.yaml"))}
+
+
+def test_tasks_of_skypilot_bring_their_folders_to_the_bucket(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each runs in a copy of the folder, as on a machine of its own, with a program that only makes its folder."""
+    tasks = sky_tasks(tmp_path / "jobs")
+    assert "first start.yaml, the blocks', then merge.yaml" in capsys.readouterr().out
+    assert list(tasks) == ["block-00", "block-01", "merge", "start"]
+    (tmp_path / "program").write_text(
+        'for word; do [ "$before" = --out ] && mkdir -p "$word/fit" "$word/trunk"; before=$word; done; echo "$*"'
+    )
+    bucket = tmp_path / "results"
+    bucket.mkdir()
+    said = {}
+    for stem in ("start", "block-00", "block-01", "merge"):
+        machine = shutil.copytree(tmp_path / "jobs", tmp_path / stem)
+        (tmp_path / "run.sh").write_text(tasks[stem]["run"].replace("/results", str(bucket)))
+        done = sh(tmp_path / "run.sh", cwd=machine, DIFFUSIONBLOCKS=f"sh {tmp_path / 'program'}")
+        assert done.returncode == 0, done.stderr
+        said[stem] = done.stdout
+        assert (bucket / stem.replace("merge", "model")).is_dir()
+    assert (bucket / "block-01" / "trunk").is_dir(), "it started from the bucket's start"
+    assert f"merge {tmp_path}/merge/block-00 {tmp_path}/merge/block-01 --out" in said["merge"]
+    assert "nvidia-smi" not in tasks["start"]["run"]
+    assert "nvidia-smi -L\n" in sky_tasks(tmp_path / "gpu", *sets(device="auto"))["start"]["run"]
+
+
+def test_skypilot_takes_the_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("sky") is None:
+        pytest.skip("skypilot is not installed, whose schema of tasks this is")
+    monkeypatch.setenv("HOME", str(tmp_path))  # it makes folders there
+    import sky
+
+    given = [("BUCKET", "s3://some-bucket"), ("INSTALL", "true")]
+    read = lambda values, given=None: sky.Task.from_yaml_config(copy.deepcopy(values), env_overrides=given)  # noqa: E731
+    for stem, values in sky_tasks(tmp_path / "jobs", *sets(device="auto")).items():
+        task = read(values, given)
+        assert task.name == f"{stem}-vit-digits"
+        assert list(task.storage_mounts) == ["/results"]
+        with pytest.raises(ValueError, match="'BUCKET' is None"):
+            read(values)
+        with pytest.raises(ValueError, match="worksdir"):
+            read(values | {"worksdir": "."}, given)
 
 
 def test_what_cannot_be_done_apart_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

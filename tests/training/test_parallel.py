@@ -8,15 +8,18 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import few_digits, listing, run_like_torchrun, vit_config, vit_recipe
+from helpers import few_digits, listing, run_like_torchrun, started_like_torchrun, vit_config, vit_recipe
 from safetensors.torch import load_file
 
+from diffusionblocks.common.files import lock_text
 from diffusionblocks.common.messages import report_errors
 from diffusionblocks.experiments import parallel, run
 from diffusionblocks.experiments.experiment import Experiment
@@ -309,6 +312,74 @@ def test_torchrun_starts_again_what_died(tmp_path: Path) -> None:
     report = read_run(folder, "run")
     assert report.finished
     assert [record["iteration"] for record in report.logs["run"]] == list(range(1, 81))
+
+
+def newest_step(part: Path) -> int:
+    """The last step that the log of a block names; of a line that is being written nothing."""
+    log = part / "log.jsonl"
+    lines = log.read_text().rpartition("\n")[0].splitlines() if log.is_file() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def kill_in_training(part: Path, after: int, ranks: Sequence[Process]) -> None:
+    """Kill the rank that trains a block, as soon as the block's log has so many steps."""
+    while newest_step(part) < after:
+        assert all(rank.exitcode is None or rank.exitcode == 0 for rank in ranks), "a rank failed by itself"
+        assert not (part / "result.json").exists(), f"{part.name} ended before step {after} was seen"
+        time.sleep(0.001)
+    _, process, *_ = lock_text(part).split()
+    os.kill(int(process), signal.SIGKILL)
+    assert not (part / "result.json").exists(), f"{part.name} had ended"
+    assert sum(rank.pid == int(process) for rank in ranks) == 1
+
+
+def states(part: Path) -> dict[str, tuple[int, bytes]]:
+    """When each file of a block was written, and what it holds."""
+    return {str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in part.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(3, 60), pytest.param(20, 800, marks=pytest.mark.exhaustive)])
+def test_ranks_that_are_killed_in_training_cost_steps_alone(
+    kills: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, three blocks: two thirds of the kills come while the first two train, the rest in the third.
+
+    As torchrun does, the other rank is sent SIGTERM then, and both are started again.
+    """
+    monkeypatch.setattr("diffusionblocks.training.ranks._FAREWELL", 0.2)  # the dead do not answer
+    train = {"checkpoint_every": 10, "log_every": 1, "steps": steps, "accumulation": 1, "batch_size": 2}
+    options = {"model": {"config": vit_config(3)}, "blocks": {"num_blocks": 3}, "train": train}
+    folder = tmp_path / "run"
+    parts = [folder / "blocks" / f"block-{block:02d}" for block in range(3)]
+    last = steps - steps // 4  # far enough from the end for a kill to come in time
+    draws = random.Random(os.getpid())
+    finished: dict[int, dict[str, tuple[int, bytes]]] = {}
+
+    def command(rank: int) -> int:
+        return report_errors(lambda: parallel.train(experiment(**options), folder) and None)
+
+    for number in range(kills):
+        with started_like_torchrun(command, tmp_path, ranks=2, restarts=number) as ranks:
+            in_training = [b for b in (0, 1) if newest_step(parts[b]) < last] if 3 * number < 2 * kills else []
+            block = draws.choice(in_training or [2])
+            here = newest_step(parts[block])
+            kill_in_training(parts[block], here + draws.randint(1, max(1, (last - here) // (kills - number))), ranks)
+            for ended in {b for b in range(3) if (parts[b] / "result.json").exists()} - finished.keys():
+                finished[ended] = states(parts[ended])
+            for rank in ranks:
+                rank.terminate()
+                rank.join()
+            assert sorted({rank.exitcode for rank in ranks} - {0, 143}) == [-signal.SIGKILL]
+    assert 0 in finished, "no kill came after a block had ended"
+    run_like_torchrun(command, tmp_path, ranks=2)
+    for ended, before in finished.items():
+        assert states(parts[ended]) == before, f"block {ended} had ended, and was touched again"
+    whole = run.train(experiment(**options), tmp_path / "serial", progress=False)
+    assert listing(folder / "model") == listing(tmp_path / "serial" / "model") != {}
+    assert results(folder)["iterations"] == whole.iterations == 3 * steps
+    for part in parts:  # no step was lost, and none was logged twice
+        log = (part / "log.jsonl").read_text()
+        assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(1, steps + 1))
 
 
 def test_a_comparison_over_ranks_is_that_of_one_process(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     takes_recipe(parser, run)
     parser.add_argument("--out", type=Path, required=True, help="folder of the scripts; new, or empty")
     parser.add_argument(
-        "--format", choices=("plain", "slurm"), default="plain", help="shell scripts, or a Slurm job array beside them"
+        "--format",
+        choices=("plain", "slurm", "skypilot"),
+        default="plain",
+        help="shell scripts; with a Slurm job array, or task files of SkyPilot, beside them",
     )
 
 
@@ -31,6 +34,10 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         print(script)
     if SUBMIT in names:
         print(f"submit all: sh {options.out / SUBMIT}")
+        return
+    if options.format == "skypilot":
+        order = [f"first {START}"] * (START in names) + ["the blocks'"] + [f"then {MERGE}"] * (MERGE in names)
+        print(f"each .yaml says how it is launched, from its folder: {', '.join(order).replace('.sh', '.yaml')}")
         return
     if START in names:
         print(f"first {START}, once; then copy the folder {options.out / 'start'} to where the others run")

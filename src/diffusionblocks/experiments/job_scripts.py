@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Literal, get_args
+
+import yaml
 
 from ..common.files import whole_file
 from .experiment import Experiment
@@ -14,8 +17,8 @@ from .recipe_changes import stages
 from .run import write_recipe
 from .shipped_recipes import RECIPE
 
-#: `plain`: shell scripts; `slurm`: with a job array beside them.
-Format = Literal["plain", "slurm"]
+#: `plain`: shell scripts; `slurm`: with a job array beside them; `skypilot`: with a task file each.
+Format = Literal["plain", "slurm", "skypilot"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 #: Trains what the blocks start from; trains all parts, an array; joins them; hands all to Slurm in this order.
@@ -50,7 +53,7 @@ def write_jobs(experiment: Experiment, folder: Path, kind: Format = "plain") -> 
     Args:
         experiment: what to train.
         folder: where they go; new, or empty.
-        kind: `plain`, or `slurm` for a job array beside them.
+        kind: `plain`; `slurm` for a job array beside them; `skypilot` for a task file of each.
 
     Returns:
         The scripts, in the order in which they run.
@@ -72,6 +75,8 @@ def write_jobs(experiment: Experiment, folder: Path, kind: Format = "plain") -> 
     texts |= {f"{part.folder.name}.sh": _part_script(part, before) for part in parts}
     if experiment.recipe.train.blocks is None:  # else the others come from elsewhere
         texts[MERGE] = _merge_script(experiment, parts)
+    if kind == "skypilot":
+        texts |= {Path(name).with_suffix(".yaml").name: _sky_task(experiment, name, texts) for name in [*texts]}
     if kind == "slurm":
         texts[ARRAY] = _array_script(experiment, folder, parts)
         texts[SUBMIT] = _submit_script(experiment, folder, [name for name in (START, MERGE) if name in texts])
@@ -142,3 +147,37 @@ def _submit_script(experiment: Experiment, folder: Path, others: Sequence[str]) 
     if MERGE in others:
         lines.append(f"sbatch --dependency=afterok:$blocks {options} --wrap \"sh '$here/{MERGE}'\"")
     return "\n".join(lines) + "\n"
+
+
+# ---- SkyPilot --------------------------------------------------------------------------------------------------
+
+#: Where a task sees the bucket. What is in it was copied there whole; a run's own folder is on the machine's disk, for
+#: a bucket has neither locks nor renames.
+_BUCKET = "/results"
+
+
+def _sky_task(experiment: Experiment, script: str, scripts: Container[str]) -> str:
+    """A task of SkyPilot that runs a script in a copy of this folder, and puts the folder that it leaves in a bucket."""
+    stem, recipe = Path(script).stem, experiment.recipe
+    lines = ["set -e"] if recipe.device == "cpu" else ["set -e", "nvidia-smi -L"]  # who forgets --gpus is told so
+    if script == MERGE:
+        lines += [f"cp -R {_BUCKET}/{part.folder.name} ." for part in parts_of(experiment, Path())]
+        lines += [f"sh {script}", f"cp -R model {_BUCKET}/"]
+    else:
+        start = f" {_BUCKET}/start" if script != START and START in scripts else ""
+        lines += [f"sh {script}{start}", f"cp -R {stem} {_BUCKET}/"]
+    task = {
+        "name": re.sub("[^a-z0-9]+", "-", f"{stem}-{recipe.name}".lower()).strip("-"),
+        "workdir": ".",
+        "envs": {"BUCKET": None, "INSTALL": None},
+        "resources": {"job_recovery": {"max_restarts_on_errors": 1}},
+        "file_mounts": {_BUCKET: {"source": "${BUCKET}", "mode": "MOUNT"}},
+        "setup": 'eval "$INSTALL"',
+        "run": "\n".join(lines) + "\n",
+    }
+    gpus = "" if recipe.device == "cpu" else "--gpus L4:1 "
+    return (
+        f"# Runs {script} by SkyPilot, from this folder:\n"
+        f"#   sky jobs launch {gpus}--env BUCKET=s3://NAME --env INSTALL='pip install ...' {stem}.yaml\n"
+        f"{yaml.safe_dump(task, sort_keys=False)}"
+    )
