@@ -24,8 +24,8 @@ import diffusionblocks as db
 from diffusionblocks.cli import main
 from diffusionblocks.data import ImageData
 from diffusionblocks.data.data_config import DATA
-from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.experiments.tasks.task import _SECTIONS, TASKS
 from diffusionblocks.families import ClassifierFamily

@@ -157,7 +157,7 @@ _BUCKET = "/results"
 
 
 def _sky_task(experiment: Experiment, script: str, scripts: Container[str]) -> str:
-    """A task of SkyPilot that runs a script in a copy of this folder, and puts the folder that it leaves in a bucket."""
+    """A task of SkyPilot: runs a script in a copy of this folder, and puts the folder that it leaves in a bucket."""
     stem, recipe = Path(script).stem, experiment.recipe
     lines = ["set -e"] if recipe.device == "cpu" else ["set -e", "nvidia-smi -L"]  # who forgets --gpus is told so
     if script == MERGE:
