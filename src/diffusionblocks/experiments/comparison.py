@@ -86,10 +86,10 @@ class Comparison:
         elif keys is not None:
             selection += local_variants(recipe)
         if keys is not None:
-            allowed = [variant.key for variant in selection]
-            unknown = sorted(set(keys) - set(allowed))
+            possible = [variant.key for variant in selection]
+            unknown = sorted(set(keys) - set(possible))
             if unknown:
-                raise ValueError(f"unknown rows {unknown}{perhaps(unknown, allowed)}; allowed: {allowed}")
+                raise ValueError(f"unknown rows {unknown}{perhaps(unknown, possible)}; allowed: {possible}")
             selection = [variant for variant in selection if variant.key in keys]
         for split in ("train", "test"):
             self.experiment.data(split)
