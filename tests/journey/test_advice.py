@@ -124,7 +124,7 @@ ELSEWHERE = {
         ),
         "training/test_shards.py::test_what_cannot_be_shared_out_is_refused",
     ),
-    "steps before the gradients of all {group.size} ranks": (
+    "steps before the gradients of all {size} ranks": (
         "training/test_parallel.py::test_what_a_group_cannot_train_is_refused"
     ),
     **dict.fromkeys(
