@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,10 @@ from diffusionblocks.common.modules import bytes_of
 from diffusionblocks.common.seeds import key
 from diffusionblocks.data import AugmentConfig, ImageBatches, ImageData, TextBatches, TextData
 from diffusionblocks.evaluation.memory import transient_peak
-from diffusionblocks.training import BatchMaker, EndToEnd, TrainConfig, Trainer
+from diffusionblocks.training import BatchMaker, EndToEnd, TrainConfig, Trainer, residency
 from diffusionblocks.training.arena import Arena, Layout, host_memory, mapped_file
 from diffusionblocks.training.checkpoint import checkpoints
+from diffusionblocks.training.host_buffers import OpenFile
 from diffusionblocks.training.optim import Updater
 from diffusionblocks.training.residency import ActiveResident, AllResident
 from diffusionblocks.training.schedules import block_schedule, next_others
@@ -292,6 +295,27 @@ def test_on_disk_the_blocks_are_safetensors_that_go_with_the_run(tmp_path: Path)
     assert torch.equal(state["0.exp_avg"], expected["block 0.0.exp_avg"])
     del run
     assert not (tmp_path / "resident").exists()
+
+
+def test_files_are_read_and_written_as_their_mapping_has_them(tmp_path: Path) -> None:
+    fixed, moved = torch.arange(1000.0), torch.arange(5, dtype=torch.bfloat16)
+    layout = Layout({"fixed": fixed, "moved": moved}, fixed=["fixed"])
+    path = tmp_path / "unit.safetensors"
+    mapping = Arena(layout, mapped_file(path, layout))
+    mapping["fixed"].copy_(fixed)
+    file, buffer = OpenFile(path, layout), host_memory(layout.bytes + 512, pinned=False)
+    file.read(buffer)
+    inside = Arena(layout, buffer[: layout.bytes])
+    assert torch.equal(inside["fixed"], fixed)
+    inside["fixed"].zero_()
+    inside["moved"].copy_(moved)
+    file.write_changes(buffer)
+    assert torch.equal(mapping["moved"], moved)
+    assert torch.equal(mapping["fixed"], fixed)  # the file still has what is only read
+    assert torch.equal(load_file(path)["moved"], moved)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(OSError, match="a file of waiting blocks ends at byte"):
+        file.read(buffer)
 
 
 def test_blocks_differ_in_shape_where_it_matters() -> None:
@@ -590,6 +614,50 @@ def test_gpu_steps_and_switches_do_not_wait_for_the_device(where: dict[str, str]
             run.step(unit, (unit + 1) % 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("options", [{}, {"compile": "layers"}, {"compile": True}, {"cuda_graph": True}])
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_gpu_steps_wait_for_weights_that_come_late(
+    options: dict[str, Any], offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are held up, before the first and between any two: a step that did not wait would read other weights."""
+    monkeypatch.setattr(residency, "_CHUNK", 2**14)
+    real = ActiveResident._exchange
+
+    def late(self: ActiveResident, memory: Tensor, outgoing: Any, incoming: Any) -> Any:
+        with torch.cuda.stream(self._into):
+            torch.cuda._sleep(20_000_000)
+        arrivals: list[Any] = []
+        for start in range(0, len(memory), 2**14):
+            piece = slice(start, start + 2**14)
+            parts = [
+                one and SimpleNamespace(memory=one.memory[piece], changing=one.changing[piece])
+                for one in (outgoing, incoming)
+            ]
+            arrivals += [(start + end, event) for end, event in real(self, memory[piece], *parts)]
+            with torch.cuda.stream(self._into):
+                torch.cuda._sleep(200_000)
+        return arrivals
+
+    def weights(**changes: Any) -> list[Tensor]:
+        torch._dynamo.reset()
+        run = gpu_trainer(tmp_path, steps=6, steps_per_switch=2, **options, **changes)
+        run.train()
+        run.residency.flush()
+        return [p.detach().cpu().clone() for unit in run.units for p in unit.module.parameters()]
+
+    def far(found: list[Tensor]) -> float:
+        return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+    expected = weights()
+    where = {"resident": "active", "offload": offload}
+    monkeypatch.setattr(ActiveResident, "_exchange", late)
+    assert far(weights(**where)) < 2e-3
+    if not options:
+        monkeypatch.setattr(ActiveResident, "_wait_for_weights", lambda *_: None)
+        assert not far(weights(**where)) < 2e-3  # the control: NaN counts as far
 
 
 @on_gpu

@@ -547,6 +547,7 @@ def test_steps_per_switch_are_timed(offload: str) -> None:
     row = answer(spec(method="resident-active", blocks=2, task="switching", switching_steps=(1, 3), offload=offload))
     assert "error" not in row
     assert [entry["steps_per_switch"] for entry in row["switching"]] == [1, 3]
+    assert all(entry["ratio"] > 0 and entry["steady_ms"]["median"] > 0 for entry in row["switching"])
 
 
 def test_ratios_are_of_equal_epochs() -> None:

@@ -26,7 +26,7 @@ from .methods import METHODS, Spec
 from .peak_memory import measure_memory, peak_of_steps
 from .plain_loop import Plain, compile_units
 from .runners import Runner, TrainerRunner
-from .timing import Clock, Times, alone, steady_times, switching_times, warm_up
+from .timing import Clock, Times, alone, paired_switching, steady_times, switching_times, warm_up
 
 #: Allocators, of the device and of the host, say one of these when there is no more.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
@@ -150,14 +150,14 @@ def _switching(spec: Spec) -> dict[str, Any]:
     with runner_of(spec) as runner, alone():
         warm_up(runner)
         steady = steady_times(runner, spec.windows, spec.iterations)
-        switching = [(steps, switching_times(runner, spec.windows, steps)) for steps in spec.switching_steps]
+        switching = [(steps, paired_switching(runner, spec.windows, steps)) for steps in spec.switching_steps]
         runner.check()
         return {
             **_about(spec),
             "offload": spec.offload,
             "host_bytes": runner.host_bytes,
             "step_ms": steady.to_dict(),
-            "switching": [{"steps_per_switch": steps, "step_ms": times.to_dict()} for steps, times in switching],
+            "switching": [{"steps_per_switch": steps, **times.to_dict()} for steps, times in switching],
         }
 
 

@@ -96,7 +96,10 @@ def fsdp_offload(spec: Spec) -> Runner:
 
 
 def group_offloading(spec: Spec) -> Runner:
-    """diffusers' `apply_group_offloading`, a layer a group, prefetched on a stream."""
+    """diffusers' `apply_group_offloading`, a layer a group on a stream.
+
+    It is made for inference, and leaves gradients on the GPU: each is moved to its weight as it comes.
+    """
     _needs_gpu(spec)
     hooks = imported("diffusers.hooks", "diffusers")
     plain = Plain(spec, place="cpu")
@@ -109,6 +112,8 @@ def group_offloading(spec: Spec) -> Runner:
                 if tensor is not None and id(tensor) not in streamed:
                     there = tensor.detach().to(plain.device)
                     entries[name] = nn.Parameter(there) if isinstance(tensor, nn.Parameter) else there
+    for parameter in layers.parameters():
+        parameter.register_post_accumulate_grad_hook(_to_its_weight)
     stack = nn.Module()
     stack.layers = layers
     hooks.apply_group_offloading(
@@ -119,7 +124,18 @@ def group_offloading(spec: Spec) -> Runner:
         num_blocks_per_group=1,
         use_stream=True,
     )
-    return StreamedRunner(plain, _adamw(plain))
+
+    def before_step() -> None:
+        for parameter in layers.parameters():
+            _to_its_weight(parameter)
+
+    return StreamedRunner(plain, _adamw(plain), before_step)
+
+
+def _to_its_weight(parameter: Tensor) -> None:
+    gradient = parameter.grad
+    if gradient is not None and gradient.device != parameter.device:
+        parameter.grad = gradient.to(parameter.device)
 
 
 # ---- RamTorch ------------------------------------------------------------------------------------------------------

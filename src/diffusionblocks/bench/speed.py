@@ -48,8 +48,8 @@ def ratios_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the rows say, one line a comparison; rows with errors are left out.
 
     - `blocks over end to end`: B x a block's step / the end-to-end step (1: an epoch of all blocks takes as long).
-    - `METHOD, N steps per switch`: a step with switches / the same process's step without, and / that of
-      `resident-all`.
+    - `METHOD, N steps per switch`: a step with switches / the same process's step without, in windows of as many
+      steps that take turns, and / that of `resident-all`.
     - `trainer over bare loop`.
     """
     rows = [row for row in rows if "error" not in row]
@@ -71,7 +71,9 @@ def ratios_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 steps = entry["steps_per_switch"]
                 per_switch = f"{steps} step{'s' if steps > 1 else ''} per switch"
                 what = f"{row['method']}, {per_switch}, {row['offload']}"
-                line = about | {"what": f"{what}, over no switch", "ratio": step / row["step_ms"]["median"]}
+                # Tables of older versions have one window without switches for all.
+                ratio = entry.get("ratio", step / row["step_ms"]["median"])
+                line = about | {"what": f"{what}, over no switch", "ratio": ratio}
                 ratios.append(line)
                 if beside is not None and row["method"] == "resident-active":
                     ratio = step / beside["step_ms"]["median"]

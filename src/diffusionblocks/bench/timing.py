@@ -136,6 +136,38 @@ def switching_times(runner: Runner, windows: int, steps_per_switch: int) -> Time
     return Times.of(values)
 
 
+@dataclass(frozen=True)
+class Switching:
+    """Milliseconds of a step with switches, and of one without in windows of as many steps, by turns.
+
+    A GPU's clocks follow its load: steps of short windows are faster than those of long ones, with or without switches.
+
+    Attributes:
+        step: with switches.
+        steady: without.
+        ratio: median of the windows' ratios.
+    """
+
+    step: Times
+    steady: Times
+    ratio: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"step_ms": self.step.to_dict(), "steady_ms": self.steady.to_dict(), "ratio": self.ratio}
+
+
+def paired_switching(runner: Runner, windows: int, steps_per_switch: int) -> Switching:
+    """Time steps with switches beside steps without; see `Switching`."""
+    step, steady = [], []
+    rounds = max(1, 8 // (steps_per_switch * runner.turns))
+    for _ in range(_windows(runner, windows)):
+        step.append(switching_times(runner, 1, steps_per_switch).median)
+        steady.append(steady_times(runner, 1, rounds * steps_per_switch).median)
+    ratios = [a / b for a, b in zip(step, steady, strict=True)]
+    return Switching(Times.of(step), Times.of(steady), statistics.median(ratios))
+
+
 def _windows(runner: Runner, windows: int) -> int:
     """Fewer, where a window goes through very many parts."""
     return windows if runner.turns <= _MANY else 1

@@ -104,6 +104,11 @@ def computed_again(part: nn.Module, *args: Any, **options: Any) -> Any:
     return checkpoint(part, *args, use_reentrant=False, **options)
 
 
+def _after(before: Callable[[], Any], part: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    before()
+    return part(*args, **options)
+
+
 class Block(nn.Module):
     """One denoiser: a group of consecutive layers with all that is needed to train it, and nothing of the others.
 
@@ -120,7 +125,11 @@ class Block(nn.Module):
         self_conditioning: whether its inputs may have `hint`, what was said of the target so far (see
             `EmbeddingTargetConfig.self_conditioning`).
         adds_likelihood: whether the network's own logits are context logits, to which `posterior` adds what z says.
+        before_layer: is called with a layer's number before the layer runs, where the family calls layers through the
+            block (`Family.calls_layers`), and where the block is not compiled as a whole; None: nothing is.
     """
+
+    before_layer: Callable[[int], Any] | None = None
 
     def __init__(
         self,
@@ -384,6 +393,11 @@ class Block(nn.Module):
             layer if norms is None else functools.partial(norms, layer, condition)
             for layer, norms in (self._callable_layers() if layers is None else layers)
         ]
+        if self.before_layer is not None:
+            adapted = [
+                functools.partial(_after, functools.partial(self.before_layer, number), layer)
+                for number, layer in enumerate(adapted)
+            ]
         return self._readout_call(condition, layers=adapted, inputs=inputs, z=z, clean_output=clean_output)
 
     def _readout_call(self, condition: Tensor, **rest: Any) -> BlockCall:

@@ -54,6 +54,7 @@ class CausalLMFamily(NextTokenFamily):
     `embed`, `add_positions`, `rotations`, `keys_values` or `head_logits`.
     """
 
+    calls_layers: ClassVar[bool] = True
     classes: ClassVar[tuple[str, ...]] = (
         "LlamaForCausalLM",
         "MistralForCausalLM",

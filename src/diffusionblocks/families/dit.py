@@ -22,6 +22,7 @@ from .positions import exact_patch_embedding
 class DiTFamily(ImageFamily):
     """Converts `diffusionblocks.models.DiT`."""
 
+    calls_layers = True
     classes = ("DiT",)
     library = OURS
     class_count_field = "num_classes"
@@ -59,6 +60,7 @@ class DiffusersDiTFamily(ImageFamily):
     second half is not read.
     """
 
+    calls_layers = True
     classes = ("DiTTransformer2DModel",)
     older_names = ("Transformer2DModel",)  # of which it was one kind; the class itself refuses the others' `norm_type`
     library = DIFFUSERS

@@ -119,6 +119,9 @@ class Family(abc.ABC):
     layers_alike: ClassVar[bool] = True
     #: whether shared modules are initialised by the number of layers (then a model has one block)
     depth_dependent_weights: ClassVar[bool] = False
+    #: whether `hidden` runs every layer by calling `BlockCall.layers` in their order: then their weights may come one
+    #: layer after another
+    calls_layers: ClassVar[bool] = False
     #: whether layers have batch norm, which trains on two examples or more, and computes nothing again
     batch_norm: ClassVar[bool] = False
 

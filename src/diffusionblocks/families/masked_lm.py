@@ -15,6 +15,7 @@ from .libraries import OURS
 class MaskedTransformerFamily(MaskedTextFamily, DenoiserFamily):
     """Converts `diffusionblocks.models.MaskedTransformer`: z is the partly masked sequence, and there is no other x."""
 
+    calls_layers = True
     classes = ("MaskedTransformer",)
     library = OURS
     layers = "layers"

@@ -38,6 +38,7 @@ class ViTFamily(ClassifierFamily):
     false. F is read at the place of [CLS], so that a pretrained head has the input it knows.
     """
 
+    calls_layers: ClassVar[bool] = True
     classes: ClassVar[tuple[str, ...]] = (
         "ViTForImageClassification",
         "DeiTForImageClassification",

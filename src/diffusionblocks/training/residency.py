@@ -8,7 +8,8 @@ the tensors of any unit of the same shape can be bound; so units of one shape sh
   `Slot` is how units of one shape use it. The other units wait in host buffers (`host_buffers.py`). At a switch both
   directions of the bus work at once: while one chunk of the next unit comes in, a chunk of the last one goes out, but
   for frozen weights, which the host still has. The
-  next forward pass waits for the weights alone; optimizer state and averages follow while it computes.
+  next forward pass waits for the weights alone, where it can layer by layer (`Block.before_layer`); optimizer state and
+  averages follow while it computes.
 
 Ranks that train one unit together may share it out as well: see `shards.py`.
 """
@@ -17,6 +18,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
+import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.modules import places_of, tensors_of
+from ..core.block import Block
 from .arena import Arena, Layout
 from .host_buffers import FileBuffers, HostBuffers, Layouts, MemoryBuffers, UnitMemory
 from .optim import ParameterSet, Updater, average_dtype
@@ -34,7 +39,7 @@ from .shared_module import SharedModule, in_several, move_tensors, shape_of
 from .train_config import TrainConfig
 from .units import Unit
 
-_CHUNK = 2**26  # bytes that move at once
+_CHUNK = 2**24  # bytes that move at once: while the first goes out, nothing can come in
 
 
 @dataclass(frozen=True)
@@ -209,12 +214,55 @@ class Slot:
         memory: the memory, as a unit of this shape uses it.
         updater: moves the parameters there.
         tensors: what is bound to the module, in the order of `tensors_of`.
+        needs: bytes of the weights that must be there before the forward pass, and before each layer: all at first,
+            where layers cannot wait.
     """
 
     module: SharedModule
     memory: UnitMemory
     updater: Updater
     tensors: list[Tensor]
+    needs: list[int]
+
+
+def layer_of_tensors(module: nn.Module) -> dict[int, int]:
+    """The layers of a block that can wait for their weights one by one: identity of a tensor -> number of its layer.
+
+    What is used outside of its layer is not among them, and nothing is of a family that does not say that it calls
+    layers through the block (`Family.calls_layers`).
+    """
+    if not isinstance(module, Block) or not module.family.calls_layers:
+        return {}
+    groups = module.layer_groups()
+    if len(groups) != len(module.layer_paths):
+        return {}
+    tensors = [[id(t) for part in parts for t in tensors_of(part)] for parts in groups]
+    several = in_several([part for parts in groups for part in parts[-1:]])
+    return {t: number for number, of_layer in enumerate(tensors) for t in of_layer if t not in several}
+
+
+def bytes_needed(module: nn.Module, own: list[Tensor], layout: Layout) -> list[int]:
+    """Bytes of a unit's weights that a forward pass needs before it begins, and before each layer.
+
+    Args:
+        module: the unit's.
+        own: its tensors, which are named by their places here.
+        layout: where they lie.
+    """
+    layers = layer_of_tensors(module)
+    count = max(layers.values(), default=-1) + 1
+    needs = [0] * (count + 1)
+    for i, tensor in enumerate(own):
+        start, size, *_ = layout.places[str(i)]
+        place = layers.get(id(tensor), -1) + 1
+        needs[place] = max(needs[place], start + size)
+    return list(itertools.accumulate(needs, max))
+
+
+def _wait(method: weakref.WeakMethod[Any], needs: list[int], layer: int) -> None:
+    wait = method()
+    if wait is not None:
+        wait(needs, layer)
 
 
 class ActiveResident(Residency):
@@ -232,6 +280,7 @@ class ActiveResident(Residency):
         on_gpu = self.device.type == "cuda"
         self._out, self._into = (torch.cuda.Stream(self.device) if on_gpu else None for _ in range(2))
         self._state_is_there: Any = None  # an event, until `wait_for_state`
+        self._arrivals: list[tuple[int, Any]] = []  # up to which byte weights are there after an event; likewise
         self._unit: int | None = None  # whose values the device has
 
         layouts = {shape: self._layouts_of(self.units[self._shapes.index(shape)]) for shape in self._modules}
@@ -265,7 +314,9 @@ class ActiveResident(Residency):
         own, movable = self._own_tensors(unit), {id(p) for p in unit.own}
         # A frozen parameter is only read; a buffer may be written by a forward pass (statistics of batch norm).
         fixed = {str(i) for i, t in enumerate(own) if isinstance(t, nn.Parameter) and id(t) not in movable}
-        weights = Layout({str(i): t for i, t in enumerate(own)}, fixed)
+        layers = layer_of_tensors(unit.module)  # in the order in which a forward pass needs them
+        order = sorted(range(len(own)), key=lambda i: layers.get(id(own[i]), -1))
+        weights = Layout({str(i): own[i] for i in order}, fixed)
         trial = Arena(weights, torch.zeros(weights.bytes, dtype=torch.uint8, device=self.device))
         _, parameters = self._views(unit, trial)
         state: dict[str, Tensor] = {}
@@ -299,7 +350,13 @@ class ActiveResident(Residency):
         ema = [state[f"{i}.ema"] for i in range(len(parameters))] if self.config.keeps_average else []
         updater = Updater(parameters, self.lengths.steps, self.lengths.warmup, self.config, ema)
         updater.allocate(lambda i, name, fresh: state[f"{i}.{name}"])
-        return Slot(module, UnitMemory(weights, state), updater, tensors)
+        needs = [weights.layout.bytes]
+        by_parts = self.config.compile is not True or self.config.optimizer_in_backward
+        if isinstance(module.module, Block) and self._into is not None and by_parts:
+            needs = bytes_needed(unit.module, self._own_tensors(unit), weights.layout)
+            # Weak: the modules must not keep what keeps them.
+            module.module.before_layer = functools.partial(_wait, weakref.WeakMethod(self._wait_for_layer), needs)
+        return Slot(module, UnitMemory(weights, state), updater, tensors, needs)
 
     def _move_to_buffer(self, unit: Unit, slot: Slot, buffer: UnitMemory) -> None:
         """Let the unit's own tensors lie in its host buffer, and start its optimizer state afresh."""
@@ -348,9 +405,11 @@ class ActiveResident(Residency):
             for stream in (self._out, self._into):  # after the last step of the unit that leaves
                 stream.wait_stream(torch.cuda.current_stream(self.device))
         weights, state = self._memory
-        self._exchange(weights, outgoing.weights if outgoing else None, incoming.weights if incoming else None)
-        if self._into is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._into)
+        self._arrivals = self._exchange(
+            weights, outgoing.weights if outgoing else None, incoming.weights if incoming else None
+        )
+        if unit is not None:
+            self._wait_for_weights(self._slots[self._shapes[unit]].needs[0])
         self._exchange(state, outgoing.state if outgoing else None, incoming.state if incoming else None)
         self._state_is_there = None if self._into is None else self._into.record_event()
         all_is_out = None if self._out is None else self._out.record_event()
@@ -364,8 +423,13 @@ class ActiveResident(Residency):
         if unit is not None:
             self._unit = unit
 
-    def _exchange(self, memory: Tensor, outgoing: Arena | None, incoming: Arena | None) -> None:
-        """Copy memory of the device chunk by chunk, so that both directions are under way at once."""
+    def _exchange(self, memory: Tensor, outgoing: Arena | None, incoming: Arena | None) -> list[tuple[int, Any]]:
+        """Copy memory of the device chunk by chunk, so that both directions are under way at once.
+
+        Returns:
+            Up to which byte what comes in is there after which event; empty where nothing is to be waited for.
+        """
+        arrivals: list[tuple[int, Any]] = []
         for start in range(0, len(memory), _CHUNK):
             piece = slice(start, start + _CHUNK)
             if outgoing is not None:
@@ -378,12 +442,26 @@ class ActiveResident(Residency):
                     self._into.wait_event(self._out.record_event())
                 with torch.cuda.stream(self._into):
                     memory[start : start + len(part)].copy_(part, non_blocking=True)
+                if self._into is not None:
+                    arrivals.append((start + len(part), self._into.record_event()))
+        return arrivals
+
+    def _wait_for_weights(self, size: int) -> None:
+        """Let the current stream wait for the first bytes of the active unit's weights."""
+        event = next((event for end, event in self._arrivals if end >= size), None)
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def _wait_for_layer(self, needs: list[int], layer: int) -> None:
+        if self._arrivals and len(needs) > 1:
+            self._wait_for_weights(needs[layer + 1])
 
     def wait_for_state(self) -> None:
         """Let the current stream wait for the copies of the last switch."""
         if self._state_is_there is not None:
             torch.cuda.current_stream(self.device).wait_event(self._state_is_there)
             self._state_is_there = None
+            self._arrivals = []
 
     def flush(self) -> None:
         """Copy the unit on the device to its host buffer."""

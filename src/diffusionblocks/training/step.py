@@ -196,8 +196,6 @@ class Stepper:
 
     def _compute(self, lane: Lane, index: int, active: ActiveUnit) -> None:
         config = self.config
-        if config.optimizer_in_backward:
-            self.residency.wait_for_state()
         total = torch.zeros((), device=self.device)
         for micro in range(config.accumulation):
             batch = self.batches(lane.indices[micro], lane.generator)
@@ -205,6 +203,8 @@ class Stepper:
             with arithmetic(self.device, config.precision, keep_casts=not config.activation_checkpointing):
                 loss = self._mean_loss(active.module, batch, lane.generator) / config.accumulation
             del batch  # what the backward pass needs of it is saved; images in float32 are not
+            if config.optimizer_in_backward:  # which steps in there
+                self.residency.wait_for_state()
             with attention_kernels(self.device):
                 loss.backward()
             total += loss.detach()
