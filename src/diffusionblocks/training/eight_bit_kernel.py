@@ -24,7 +24,7 @@ if HAS_TRITON:
 #: Elements that share a scale.
 _BLOCK = 256
 #: Such blocks of a program, and its warps of 32 threads.
-_ROWS, _WARPS = 4, 8
+_ROWS, _WARPS = 1, 2
 #: Of a tensor's row: its first program, addresses of parameter, gradient, both moments, their scales and the count of
 #: steps, the number of elements, and again where the moments are in 8 bits, else 0.
 _COLUMNS = 10

@@ -22,7 +22,11 @@ _EAGER_STEPS = 3  # real steps before capture: they load kernels and create the 
 
 @contextlib.contextmanager
 def attention_kernels(device: torch.device) -> Iterator[None]:
-    """On a GPU flash attention before cuDNN's, which is slower on a ViT's short sequences.
+    """On a GPU flash attention before cuDNN's, which is slower on a ViT's short sequences, and wrong at times.
+
+    Its backward pass in torch 2.11 keys its plans without the layout of the incoming gradient, whose other layouts then
+    give wrong gradients (pytorch/pytorch#191576); under a mask, and 64 beyond a multiple of 128 tokens, it gives NaN
+    (pytorch/pytorch#196678).
 
     The backward pass belongs inside, too: activation checkpointing computes layers again there, with the same kernel.
     """
