@@ -133,6 +133,7 @@ def measure(blocks: Any, batch: dict[str, Tensor], steps: int, device: str) -> d
     return {
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "seconds": statistics.median(seconds[2:]),
+        "milliseconds": 1000 * statistics.median(seconds[2:]),
         "trained": sum(p.numel() for p in trainable),
     }
 
