@@ -16,6 +16,8 @@ rewrites the results. To try it at toy size on a CPU:
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.run import TABLE
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
+from diffusionblocks.training.run_log import LOG
 
 RESULTS = Path("benchmarks/results/experts.json")
 
@@ -42,6 +45,7 @@ FLOW_CIFAR10 = (
     "evaluate.guidance=[1.5]",
     "evaluate.features=efficientnet-lite0",
     "train.checkpoint_every=1000",
+    "train.log_every=100",
 )
 
 _COLUMNS = ("seed", "fd_test", "fd_train", "features", "seconds", "layer_updates", "blocks", "parameters_trained")
@@ -94,8 +98,16 @@ def job_rows(folder: Path) -> list[dict[str, Any]]:
     """What the finished jobs of a folder measured."""
     return [
         {"name": row["key"], "peak_bytes": row["peak_memory_bytes"], **{name: row[name] for name in _COLUMNS}}
+        | {"milliseconds": milliseconds(folder / row["key"] / f"seed-{row['seed']}" / LOG)}
         for row in read_json(folder / TABLE)["rows"]
     ]
+
+
+def milliseconds(log: Path) -> float | None:
+    """The median time of a step, of the run's log but for its first part, in which torch compiles; None: too short."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    speeds = {record["iteration"]: record["iterations_per_second"] for record in records if "step" in record}
+    return 1000 / statistics.median([*speeds.values()][1:]) if len(speeds) > 1 else None
 
 
 def main() -> None:
