@@ -11,6 +11,8 @@ from commands import DIGITS, LATENTS, TINY, TINY_VIT, VIT, sample, sets
 
 from diffusionblocks.cli import main
 from diffusionblocks.common.formats import read_json, write_json
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.recipe import load_recipe
 
 
 def refused(message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +34,10 @@ def refused(message: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--guidance", "nan"], "guidance must be a finite number >= 0, got nan"),
         (["--guidance", "2", "--guidance-interval", "3", "1"], "0 <= low < high; got [3.0, 1.0]"),
         (["--guidance", "2", "--guidance-interval", "90", "99"], "guidance_interval = [90.0, 99.0] holds none of"),
+        (
+            ["--guidance", "1", "--guidance-interval", "1", "3"],
+            "guidance_interval = [1.0, 3.0] says which levels are guided, and guidance = 1 guides none",
+        ),
         (["--churn", "-1"], "churn must be a finite number >= 0, got -1"),
         (["--churn", "9", "--solver", "unipc"], "churn = 9 is for solvers of one step at a time, euler, heun, and not"),
         (sets(evaluate__churn="[9]", evaluate__solver="[unipc]"), "evaluate.churn = 9 is for solvers of one step"),
@@ -241,3 +247,13 @@ def test_a_class_that_reads_a_text_is_refused_before_work(tmp_path: Path, capsys
     assert main(["train", DIGITS, *TINY, *sets(**changes), "--out", "run"]) == 2
     refused("model.type = SanaTransformer2DModel reads encoder_hidden_states, which the data do not have", capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("guidance", "told"), [("[1]", True), ("[1, 2]", False)])
+def test_an_interval_without_guidance_is_told(guidance: str, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It is no error: recipes that have one mean what they meant."""
+    given = {"evaluate__guidance": guidance, "evaluate__guidance_interval": "[0.1, 9]", "evaluate__features": "null"}
+    experiment = Experiment(load_recipe(DIGITS, [*TINY, *sets(**given)][1::2]))
+    experiment.task.check_settings(experiment, experiment.outline)
+    line = "evaluate.guidance_interval does nothing, for evaluate.guidance is 1"
+    assert (line in caplog.text) is told

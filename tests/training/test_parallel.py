@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from diffusionblocks.experiments.parallel import mesh_rows
 from diffusionblocks.experiments.recipe import load_recipe
 from diffusionblocks.experiments.run_folder import read_run
 from diffusionblocks.training import Trainer
-from diffusionblocks.training.ranks import Group, Place
+from diffusionblocks.training.ranks import Group, Place, Ranks
 
 CONFIG = vit_config(4)
 STAGES = {"fit": {"steps": 2, "rounds": 2, "grid": 3, "examples": 16}, "trunk": {"steps": 2}}
@@ -258,6 +259,32 @@ def test_each_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="4 ranks on a machine with 2 GPUs: start torchrun with --nproc-per-node 2"):
         place.device("auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # its own, as Slurm shows it to each process
+    assert [place.device(name) for name in ("auto", "cuda")] == ["cuda:0", "cuda:0"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_ranks_that_see_one_gpu_each_must_see_different_ones(
+    own: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def command(rank: int) -> int:
+        seen = SimpleNamespace(uuid=f"GPU-{rank}" if own else "GPU-0")
+        torch.cuda.get_device_properties = lambda _: seen  # type: ignore[assignment]
+        place = Place.from_environment()
+        assert place is not None
+
+        def take() -> None:
+            ranks = Ranks(place, 30)
+            with ranks.failing_together():
+                assert ranks.device("cuda") == "cuda:0"
+
+        return report_errors(take)
+
+    said = run_like_torchrun(command, tmp_path, ranks=2, statuses=(0, 0) if own else (0, 2))
+    assert ("ranks 0 and 1 have one GPU between them: start one rank for each GPU" in said[1]) is not own
 
 
 def test_what_a_group_cannot_train_is_refused() -> None:

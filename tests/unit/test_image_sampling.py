@@ -174,6 +174,7 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: guided(Network(), LABELS, NULL, 2.0, (2.0, 1.0)), ("guidance_interval", "low < high", "[2.0, 1.0]")),
     (lambda: guided(Network(), LABELS, NULL, 2.0, (-1.0, 1.0)), ("guidance_interval", "0 <=", "[-1.0, 1.0]")),
     (lambda: guided(Network(), LABELS, NULL, 2.0, (0.0, float("inf"))), ("guidance_interval", "finite")),
+    (lambda: guided(Network(), LABELS, NULL, 1.0, (1.0, 2.0)), ("guidance_interval = [1.0, 2.0]", "guidance = 1")),
     (lambda: check_guided_levels([80.0, 9.0, 0.0], (0.0, 8.0)), ("guidance_interval = [0.0, 8.0]", "80", "down to 9")),
     (lambda: guided(Network(), LABELS[:, None], NULL, 1.0), ("labels", "(n,)", "(3, 1)")),
     (lambda: guided(Network(), LABELS, NULL, 1.0)(images(4), 1.0), ("labels", "4 samples", "3")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", str(VIT), *sets, "--gpus", "4x1GiB", "--vary", "blocks", "--json", str(path)]) == 0
     out = capsys.readouterr().out
     assert "4 GPUs of 1.00 GiB" in out
-    assert "torchrun --nproc-per-node 4 -m diffusionblocks train RECIPE\n" in out
+    assert f"torchrun --nproc-per-node 4 -m diffusionblocks train {shlex.join([str(VIT), *sets])}\n" in out
     assert [row["method"] for row in json.loads(path.read_text())["plan"]["rows"]] == ["blocks", "ddp", "fsdp2"]
     assert main(["plan", str(VIT), *sets, "--gpus", "4x1GiB", "--budget", "1GiB"]) == 2
     assert "leave --budget out" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def all_ranks(experiment: Experiment) -> Iterator[Experiment]:
 
 def _of_rank(experiment: Experiment, ranks: Ranks) -> tuple[Experiment, SharedWork]:
     """The experiment on the device of a rank, with its share of evaluation."""
-    experiment = experiment.on(ranks.place.device(experiment.recipe.device))
+    experiment = experiment.on(ranks.device(experiment.recipe.device))
     if experiment.device.type == "cuda":
         torch.cuda.set_device(experiment.device)  # streams and collectives are of this one
     work = SharedWork(ranks, experiment.device)

@@ -109,8 +109,13 @@ def describe(plan: Plan, vary: str | None) -> str:
     return "\n".join(lines)
 
 
-def describe_gpus(plan: ParallelPlan) -> str:
-    """The ways to share a run as a table, and what it counts."""
+def describe_gpus(plan: ParallelPlan, recipe: str = "RECIPE") -> str:
+    """The ways to share a run as a table, and what it counts.
+
+    Args:
+        plan: what to describe.
+        recipe: as the command line names it, with its overrides.
+    """
     gpus = plan.gpus
     machines = f"{gpus.machines} machines of " if gpus.machines > 1 else ""
     rows = [
@@ -139,7 +144,7 @@ def describe_gpus(plan: ParallelPlan) -> str:
     options = f" {options_of(plan.changes)}" if plan.changes else ""
     nodes = f" --nnodes {gpus.machines}" if gpus.machines > 1 else ""
     lines += [
-        f"run it: torchrun{nodes} --nproc-per-node {gpus.each} -m diffusionblocks train RECIPE{options}",
+        f"run it: torchrun{nodes} --nproc-per-node {gpus.each} -m diffusionblocks train {recipe}{options}",
         f"ddp, fsdp2: the end-to-end model at as many layer-updates, {end_to_end.batch_per_gpu} examples on a GPU; the "
         "peaks have gradients in DDP's buckets, and two gathered layers of FSDP2 beside stem and head",
         "bytes are those of ring collectives: DDP sends 2 (N - 1) / N of the gradients, FSDP2 (N - 1) / N of the "

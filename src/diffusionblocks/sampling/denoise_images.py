@@ -114,7 +114,7 @@ def guided(
 
     Raises:
         ValueError: guidance negative or not finite, or other than 1 without labels or null class; an interval that is
-            none; labels of another shape; or, when called, a z of another batch size.
+            none, or without guidance; labels of another shape; or, when called, a z of another batch size.
     """
     check_guidance(guidance)
     if labels is not None and labels.dim() != 1:
@@ -160,11 +160,16 @@ def guided_by_inputs(
 
     Raises:
         ValueError: guidance out of range, or other than 1 without `negative`, or where that has other shapes; an
-            interval that is none.
+            interval that is none, or where guidance is 1.
     """
     check_guidance(guidance)
     check_interval("guidance_interval", interval)
     if guidance == 1:
+        if interval is not None:
+            raise ValueError(
+                f"guidance_interval = {list(interval)} says which levels are guided, and guidance = 1 guides none: set "
+                "guidance to another number, or leave guidance_interval out"
+            )
         return GuidedDenoiser(network, inputs, None, guidance, interval)
     if negative is None:
         raise ValueError(f"guidance = {guidance} needs negative_inputs, got None: give these, or set guidance to 1")

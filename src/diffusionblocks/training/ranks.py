@@ -75,19 +75,32 @@ class Place:
     def device(self, name: str) -> str:
         """The device of this rank, where a recipe says `auto`, `cpu` or `cuda`.
 
+        A process that sees one GPU has that one: Slurm's `--gpus-per-task=1` shows each process its own.
+        `Ranks.device` checks that it is no other rank's.
+
         Raises:
-            ValueError: one GPU is named for all ranks, or a machine has fewer GPUs than ranks.
+            ValueError: one GPU is named for all ranks, or a machine has several GPUs, and fewer than ranks.
         """
         if name == "cpu" or not torch.cuda.is_available():  # where a GPU is asked for, the experiment refuses it
             return "cpu" if name == "auto" else name
         if name not in ("auto", "cuda"):
             raise ValueError(f"device: {name} is one GPU for {self.world} ranks; use device: cuda or auto")
         gpus = torch.cuda.device_count()
+        if gpus == 1:
+            return "cuda:0"
         if max(self.local_rank + 1, self.local_world) > gpus:
             raise ValueError(
                 f"{self.local_world} ranks on a machine with {gpus} GPUs: start torchrun with --nproc-per-node {gpus}"
             )
         return f"cuda:{self.local_rank}"
+
+
+def gpu_identity(device: str) -> str:
+    """What tells a GPU from all others, of any machine: its UUID, or the name of its part under MIG; of a CPU, empty."""
+    if not device.startswith("cuda"):
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible if visible.startswith("MIG-") else str(torch.cuda.get_device_properties(device).uuid)
 
 
 class Ranks:
@@ -118,6 +131,24 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this rank checks, announces, joins and evaluates for all."""
         return self.place.rank == 0
+
+    def device(self, name: str) -> str:
+        """As `Place.device`; every rank calls it, for no two may have the same GPU.
+
+        Raises:
+            ValueError: what `Place.device` refuses, or a GPU that is another rank's.
+            RankLost, StoppedWithOthers: see `wait_for`.
+        """
+        device, own = self.place.device(name), self.place.rank
+        gpu = gpu_identity(device)
+        self.tell(f"gpu {own}", gpu)
+        for rank in range(own if gpu else 0):
+            if self.wait_for(f"gpu {rank}", rank) == gpu:
+                raise ValueError(
+                    f"ranks {rank} and {own} have one GPU between them: start one rank for each GPU (torchrun "
+                    "--nproc-per-node), or show each process a GPU of its own (srun --gpus-per-task=1)"
+                )
+        return device
 
     def below(self, name: str) -> Ranks:
         """The same ranks, who tell under a name of their own: several runs of one process do not mix."""

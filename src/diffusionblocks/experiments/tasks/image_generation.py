@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from ...noise import GaussianProcess
     from ..experiment import Experiment
     from ..recipe import Recipe
+
+
+_log = logging.getLogger(__name__)
 
 
 def _solvers() -> Collection[str]:
@@ -200,10 +204,18 @@ class ImageGeneration(Task[SamplesConfig]):
         return sum(options.samples * setting.evaluations(noise) for setting in options.settings)
 
     def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
-        """Refuse guidance without a null class, features without their package, and a classifier of other data."""
+        """Refuse guidance without a null class, features without their package, and a classifier of other data.
+
+        An interval without guidance is told in a warning.
+        """
         from ...sampling import check_churned_levels, check_guided_levels
 
         options, noise = self.options(experiment), cast("GaussianProcess", model.noise)
+        if set(options.guidance) == {1.0} and any(options.guidance_interval):
+            _log.warning(
+                "evaluate.guidance_interval does nothing, for evaluate.guidance is 1: set guidance to another number, or "
+                "leave guidance_interval out"
+            )
         for guidance in options.guidance:
             model.target.check_guidance(guidance, "evaluate.guidance")  # type: ignore[union-attr, operator]
         for setting in options.settings:
@@ -372,6 +384,8 @@ class ImageGeneration(Task[SamplesConfig]):
         changes = {name: values[name] for name in names if values[name] is not None}
         if "guidance_interval" in changes:
             changes["guidance_interval"] = tuple(changes["guidance_interval"])
+        elif changes.get("guidance") == 1:  # the recipe's interval is of its own guidance
+            changes["guidance_interval"] = None
         if "churn" in changes:
             own = self.options(experiment)
             changes |= {"churn_interval": own.churn_interval, "churn_noise": own.churn_noise}
