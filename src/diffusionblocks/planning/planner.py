@@ -272,12 +272,11 @@ class _Search:
 
     def largest_batch(self) -> Fit | None:
         """The largest batch that fits, with the blocks as they are."""
-        least = self._smallest_batch
-        forecast = self.at({"train.batch_size": least})
-        if not self._fits(forecast.ledger):
-            return None
-        size = _largest(lambda batch: self._fits(forecast.of(batch).ledger))
-        return self.fit({"train.batch_size": max(least, size)})
+        forecast, least = self.at({}), self._smallest_batch
+        size = _largest(
+            lambda batch: self._fits(forecast.of(batch).ledger), near=self.recipe.train.batch_size, least=least
+        )
+        return None if size is None else self.fit({"train.batch_size": size})
 
     def single_changes(self) -> Iterator[Fit | None]:
         """What each change makes of the recipe, the cheapest first; None where it does not fit with it."""
@@ -343,12 +342,23 @@ def options_of(changes: Mapping[str, Any]) -> str:
     return " ".join(f"--set {shlex.quote(f'{name}={_yaml(value)}')}" for name, value in changes.items())
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest n >= 1 that fits (1 is taken to), for what does not fit again once it has stopped."""
-    high = 2
-    while fits(high) and high < 2**30:
-        high *= 2
-    low = high // 2
+def _largest(fits: Callable[[int], bool], *, near: int, least: int) -> int | None:
+    """The largest n that fits, for what does not fit again once it has stopped.
+
+    Args:
+        fits: whether n does.
+        near: where to begin. Of a text each batch may have chunks of its own, which have to be followed.
+        least: the smallest n; None is returned where it does not fit.
+    """
+    low = max(near, least)
+    high = 2 * low
+    while not fits(low):
+        if low == least:
+            return None
+        low, high = max(low // 2, least), low
+    if low >= near:
+        while high < 2**30 and fits(high):
+            low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

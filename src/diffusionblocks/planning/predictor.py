@@ -29,7 +29,7 @@ from ..training.shared_module import shape_of
 from .counting import count_persistent, count_waiting
 from .ledger import ChunkLaw, DepthLaw, Forecast, Ledger, StepLaw
 from .timeline import StepLog
-from .tracing import trace_step
+from .tracing import StepTracer
 
 #: What cuBLAS keeps on a Hopper GPU: torch gives each host thread that calls it 32 MiB from the caching allocator, and
 #: the forward and the backward pass run in one thread each. (Other GPUs: 8 MiB.)
@@ -42,10 +42,14 @@ _DEPTHS = (2, 3)
 #: Fields of `train` that a planner changes, or a run of blocks is given, and that a step on fake tensors does not read.
 _UNTRACED = {
     *("resident", "offload", "optimizer", "cuda_graph", "concurrent", "blocks", "schedule", "steps_per_switch"),
-    "batch_size",  # a `StepLog` holds for any
+    *("batch_size", "loss_chunk"),  # a `StepLog` holds for any batch, a `StepTracer` follows any chunks
 }
 #: Sections of a recipe that do not change its model.
 _OUTSIDE_THE_MODEL = {"name", "train", "evaluate", "device"}
+
+
+#: A model, a unit of it, what a step reads of `train`, and tokens of a text.
+_StepKey = tuple[str, str, str, int | None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class Predictor:
         self.num_examples = num_examples
         self._outlines: dict[str, _Outline] = {}
         self._say = say
-        self._traces: dict[tuple[str, str, str, int | None], StepLog] = {}
+        self._tracers: dict[_StepKey, StepTracer] = {}
+        self._logs: dict[tuple[_StepKey, LossChunk], StepLog] = {}
 
     @functools.cached_property
     def examples(self) -> ExampleCount:
@@ -213,13 +218,15 @@ class Predictor:
         return ChunkLaw(chunk, functools.partial(self._trace_chunk, recipe=recipe, outline=outline, unit=unit))
 
     def _trace_chunk(self, chunk: LossChunk, recipe: Recipe, outline: _Outline, unit: Unit) -> StepLog:
-        length, train = _text_length(recipe), recipe.train.model_copy(update={"loss_chunk": chunk})
-        key = outline.key, unit.name, train.model_dump_json(exclude=_UNTRACED), length
-        if key not in self._traces:
+        length = _text_length(recipe)
+        key = outline.key, unit.name, recipe.train.model_dump_json(exclude=_UNTRACED), length
+        if (key, chunk) not in self._logs:
             self._say(f"following a step of {unit.name} on tensors without memory")
-            make_batch = functools.partial(outline.family.empty_batch, outline.config, length=length)
-            self._traces[key] = trace_step(unit, train, make_batch, on_gpu=self.on_gpu)
-        return self._traces[key]
+            if key not in self._tracers:
+                make_batch = functools.partial(outline.family.empty_batch, outline.config, length=length)
+                self._tracers[key] = StepTracer(unit, recipe.train, make_batch, on_gpu=self.on_gpu)
+            self._logs[key, chunk] = self._tracers[key].follow(chunk)
+        return self._logs[key, chunk]
 
 
 def _text_length(recipe: Recipe) -> int | None:

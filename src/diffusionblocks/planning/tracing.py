@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..common.modules import bytes_of, tensors_of
 from ..core.block import Block
 from ..layers.two_streams import rows_of_a_gpu
+from ..targets import LossChunk, followed_in_shape
 from ..training import TrainConfig, Unit, trainable
 from ..training.compilation import Compiler
 from ..training.optim import AVERAGED_AT_ONCE
@@ -24,40 +26,69 @@ _MANY = 2**20
 MakeBatch = Callable[[int], Mapping[str, Tensor]]
 
 
-def trace_step(unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu: bool) -> StepLog:
-    """Run a step of a unit on fake tensors: forward, backward and update, as `training/step.py` does.
+class StepTracer:
+    """Follows steps of a unit on fake tensors: forward, backward and update, as `training/step.py` does.
+
+    What compiles is compiled once, for chunks of any size of a text's logits.
 
     Args:
         unit: its module may be on the meta device; it is not changed.
-        train: precision, compilation, and what else decides on memory, but for the size of the batch.
+        train: precision, compilation, and what else decides on memory, but for the size of the batch and `loss_chunk`.
         make_batch: number of examples -> a batch of them, whose values do not matter (`Family.empty_batch`).
         on_gpu: choose the GPU's kernels where they keep other things than the CPU's.
     """
-    shared = SharedModule(unit, train)
-    module = shared.module
-    if on_gpu:
-        _drop_as_a_gpu(module, train)
-    parameters = unit.parameters
-    timeline = Timeline(bytes_of(parameters), on_gpu=on_gpu)
-    if train.compile:
-        from .fused import simulating_backend  # brings torch's compiler, which takes seconds to import
 
-        backend = simulating_backend(timeline, {p.shape for p in parameters})
-        Compiler(train, torch.device("cpu"), backend=backend, dynamic=False, on_gpu=on_gpu).compile([module])
-    with FakeTensorMode(), rows_of_a_gpu() if on_gpu else contextlib.nullcontext():
-        tensors = _without_memory(tensors_of(unit.module))
-        shared.bind(unit, tensors)
-        timeline.is_persistent(tensors)
-        for parameter in trainable(module):
-            parameter.register_post_accumulate_grad_hook(lambda p: _gradient_is_whole(p, train, timeline))
-        with timeline:
-            if train.compile:
-                with _recompiling():
-                    _step(module, train, make_batch, timeline)  # compiles, which makes fake tensors of its own
-                gc.collect()  # a traced graph is full of cycles, and holds what the first step made
-                timeline.restart()
-            _step(module, train, make_batch, timeline)
-    return timeline.log
+    def __init__(self, unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu: bool) -> None:
+        shared = SharedModule(unit, train)
+        self._module = shared.module
+        self._train, self._make_batch = train, make_batch
+        if on_gpu:
+            _drop_as_a_gpu(self._module, train)
+        parameters = unit.parameters
+        self._timeline = Timeline(bytes_of(parameters), on_gpu=on_gpu)
+        self._graphs = 0
+        if train.compile:
+            from .fused import simulating_backend  # brings torch's compiler, which takes seconds to import
+
+            backend = simulating_backend(self._timeline, {p.shape for p in parameters})
+
+            def counting(graph: fx.GraphModule, inputs: Any) -> Any:
+                self._graphs += 1
+                return backend(graph, inputs)
+
+            compiler = Compiler(train, torch.device("cpu"), backend=counting, dynamic=False, on_gpu=on_gpu)
+            compiler.compile([self._module])
+        self._fakes = FakeTensorMode()
+        with self._fakes:
+            tensors = _without_memory(tensors_of(unit.module))
+            shared.bind(unit, tensors)
+            self._timeline.is_persistent(tensors)
+            for parameter in trainable(self._module):
+                parameter.register_post_accumulate_grad_hook(lambda p: _gradient_is_whole(p, train, self._timeline))
+
+    def follow(self, loss_chunk: LossChunk) -> StepLog:
+        """Follow a step with such chunks of a text's logits (`TrainConfig.loss_chunk`)."""
+        self._module.loss_chunk = loss_chunk  # type: ignore[assignment]
+        recompiling = _recompiling() if self._train.compile else contextlib.nullcontext()
+        with self._fakes, self._timeline, recompiling, _without_older_objects(), followed_in_shape():
+            while True:
+                graphs = self._graphs
+                self._timeline.restart()
+                _step(self._module, self._train, self._make_batch, self._timeline)
+                if self._graphs == graphs:
+                    return self._timeline.log
+                # It compiled, which makes fake tensors of its own. A traced graph is full of cycles, and holds them.
+                gc.collect()
+
+
+@contextlib.contextmanager
+def _without_older_objects() -> Iterator[None]:
+    """Let garbage collection pass over what is there already: a library's modules are a million objects."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _without_memory(tensors: list[Tensor]) -> list[Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import ClassVar, Final, Literal, Self
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -313,6 +315,51 @@ def positions_at_once(chunk: LossChunk, shape: Sequence[int], vocab_size: int) -
     return None if length <= most else math.ceil(length / math.ceil(length / most))
 
 
+def _recomputed(number: int, count: int, token_losses: Callable[..., Tensor], *row: Tensor) -> Tensor:
+    """Losses of one chunk, whose logits the backward pass makes again."""
+    return checkpoint(token_losses, *row, use_reentrant=False, preserve_rng_state=False)
+
+
+_chunk_losses: ContextVar[Callable[..., Tensor]] = ContextVar("chunk_losses", default=_recomputed)
+
+
+@contextlib.contextmanager
+def followed_in_shape() -> Iterator[None]:
+    """Compute only the first two chunks of `in_chunks` and the last; the others have shape alone, and lifetime.
+
+    For a step on tensors without values: chunks hold the same memory one after another, and most while gradients of
+    all the others are there, as at the first.
+    """
+    token = _chunk_losses.set(_first_and_last)
+    try:
+        yield
+    finally:
+        _chunk_losses.reset(token)
+
+
+def _first_and_last(number: int, count: int, token_losses: Callable[..., Tensor], *row: Tensor) -> Tensor:
+    if number < 2 or number == count - 1:
+        return _recomputed(number, count, token_losses, *row)
+    losses: Tensor = _Shape.apply(row[0])  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _Shape(torch.autograd.Function):
+    """Losses of some positions, and the gradient of their states, without values."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        """(batch, some, dim) -> (batch, some)."""
+        ctx.like = states.shape, states.dtype
+        return states.new_empty(states.shape[:2], dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Of the shape of the states."""
+        shape, dtype = ctx.like
+        return gradients[0].new_empty(shape, dtype=dtype)
+
+
 def in_chunks(
     token_losses: Callable[..., Tensor],
     states: Tensor,
@@ -343,8 +390,8 @@ def in_chunks(
     if missing := -length % chunk:
         for parts in columns:
             parts[-1] = F.pad(parts[-1], (*[0, 0] * (parts[-1].dim() - 2), 0, missing))
-    rows = zip(*columns, strict=True)
-    losses = [checkpoint(token_losses, *row, use_reentrant=False, preserve_rng_state=False) for row in rows]
+    make, count = _chunk_losses.get(), len(columns[0])
+    losses = [make(number, count, token_losses, *row) for number, row in enumerate(zip(*columns, strict=True))]
     return torch.cat(losses, dim=1)[:, :length]
 
 
