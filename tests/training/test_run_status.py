@@ -149,4 +149,6 @@ def test_a_line_of_progress() -> None:
     record = {"unit": "block 1", "step": 1200, "loss": 0.02134, "peak_bytes": 3 * 2**29}
     line = "block 1: step 1,200 of 3,000, loss 0.02134, 1:02:05 left"
     assert progress_line(record, 3000, 3725.4) == f"{line}, peak 1.5 GiB"
+    used = record | {"device_bytes": 5 * 2**29}
+    assert progress_line(used, 3000, 3725.4) == f"{line}, peak 1.5 GiB, GPU 2.5 GiB"
     assert progress_line(record | {"peak_bytes": None}, 3000, 3725.4) == line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import re
@@ -20,14 +21,25 @@ from diffusionblocks.common.modules import bytes_of, tensors_of
 from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
-from diffusionblocks.planning import MARGIN, WORKSPACE_BYTES, Plan, Predictor, forecast, parse_budget, predict
+from diffusionblocks.planning import (
+    CONTEXT_BYTES,
+    MARGIN,
+    WORKSPACE_BYTES,
+    Plan,
+    Predictor,
+    forecast,
+    parse_budget,
+    predict,
+)
 from diffusionblocks.planning import plan as planned
 from diffusionblocks.planning.counting import optimizer_bytes
 from diffusionblocks.planning.ledger import POOL_BYTES, POOL_SHARE
 from diffusionblocks.planning.plan_text import describe
 from diffusionblocks.planning.plan_text import remarks as remarks_of
-from diffusionblocks.planning.planner import OPTIMISATIONS, with_changes
-from diffusionblocks.planning.tracing import trace_step
+from diffusionblocks.planning.planner import OPTIMISATIONS, _largest, with_changes
+from diffusionblocks.planning.timeline import StepLog
+from diffusionblocks.planning.tracing import StepTracer
+from diffusionblocks.targets import LossChunk
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
@@ -41,8 +53,8 @@ def remarks(recipe: Recipe, num_examples: int | None, plan: Plan | None = None) 
 
 
 def plan(recipe: Recipe, budget: int, **options: Any) -> Plan:
-    """Without a margin, to the byte."""
-    return planned(recipe, budget, margin=0.0, **options)
+    """Without a margin, to the byte; of a GPU's memory beside its context."""
+    return planned(recipe, budget + Predictor(recipe).context_bytes, margin=0.0, **options)
 
 
 def data_bytes(recipe: Recipe) -> int:
@@ -301,6 +313,32 @@ def test_the_predicted_step_is_the_measured_one(family: str, overrides: list[str
         assert ledger.gradients < 0.1 * gradients
 
 
+NOPROP = "{type: NoPropCNN, config: {image_size: 8, num_channels: 1, num_labels: 10, num_layers: 3, hidden_size: 16}}"
+DIT2D = (
+    "{type: DiTTransformer2DModel, config: {sample_size: 8, in_channels: 1, out_channels: 1, num_layers: 3, "
+    "num_attention_heads: 2, attention_head_dim: 32, patch_size: 2, num_embeds_ada_norm: 10, norm_num_groups: 1}}"
+)
+EACH_FAMILY: dict[str, tuple[str, list[str]]] = {
+    "masked": ("text/masked_topics", []),
+    "two-streams": ("text/autoregressive_topics", []),
+    "in-chunks": ("text/autoregressive_topics", ["train.loss_chunk=8"]),
+    "language-model": ("text/autoregressive_topics", ["method=end-to-end"]),
+    "recurrent": ("text/recurrent_topics", ["model.config.backprop_depth=1"]),
+    "noprop": ("vit/digits", [f"model={NOPROP}", "blocks.target={embedding: one-hot}"]),
+    "of-diffusers": ("dit/digits", [f"model={DIT2D}"]),
+    "bfloat16-weights": ("vit/digits", [*SMALL["vit"], "train.weights=bfloat16"]),
+}
+
+
+@pytest.mark.parametrize("case", EACH_FAMILY)
+def test_the_predicted_step_of_each_family_is_the_measured_one(case: str) -> None:
+    name, overrides = EACH_FAMILY[case]
+    recipe = load_recipe(RECIPES / f"{name}.yaml", ["device=cpu", "train.compile=false", *overrides])
+    ledger, trainer = predict(recipe), Experiment(recipe).trainer(progress=False)
+    largest = max(unit.transient for unit in step_memory(trainer))
+    assert ledger.activations + ledger.gradients == pytest.approx(largest, rel=0.05)
+
+
 def _trained(recipe: Recipe) -> Sequence[torch.Tensor]:
     unit = Experiment(recipe).trainer(progress=False).units[0]
     return [p for p in unit.module.parameters() if p.requires_grad]
@@ -484,13 +522,14 @@ def test_memory_optimisations_are_proposed_where_only_a_smaller_batch_fits() -> 
 
 def test_each_step_is_traced_once_and_gives_what_it_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small("dit", "model.config.num_layers=2", "blocks.num_blocks=2", "train.batch_size=32")
-    calls: list[tuple[str, str]] = []
+    calls: list[LossChunk] = []
 
-    def counting(unit: Any, train: Any, *args: Any, **options: Any) -> Any:
-        calls.append((unit.name, train.model_dump_json(exclude={"resident", "optimizer", "cuda_graph"})))
-        return trace_step(unit, train, *args, **options)
+    class Counting(StepTracer):
+        def follow(self, loss_chunk: LossChunk) -> StepLog:
+            calls.append(loss_chunk)
+            return super().follow(loss_chunk)
 
-    monkeypatch.setattr("diffusionblocks.planning.predictor.trace_step", counting)
+    monkeypatch.setattr("diffusionblocks.planning.predictor.StepTracer", Counting)
     predictor = Predictor(recipe)
     counts = {"train.resident": "active", "train.optimizer": "adamw-8bit"}
     changes = [{}, *({name: value} for name, value in counts.items()), counts, {"train.batch_size": 16}]
@@ -564,10 +603,56 @@ def test_a_margin_of_each_peak_stays_free() -> None:
         planned(recipe, peak, margin=1.0)
 
 
+def test_a_budget_has_room_for_the_context_of_a_gpu() -> None:
+    recipe = small("vit", device="cuda")
+    peak = predict(recipe).peak
+    assert planned(recipe, peak + CONTEXT_BYTES, vary="batch", margin=0.0).fits
+    made = planned(recipe, peak + CONTEXT_BYTES - 1, vary="batch", margin=0.0)
+    assert not made.fits
+    assert made.context == made.to_dict()["context"] == CONTEXT_BYTES
+    assert "of which 600.0 MiB are its context's (driver and kernels; an allowance): the recipe" in describe(made, None)
+    assert planned(small("vit"), peak, vary="batch").context == 0
+
+
+@pytest.mark.parametrize("near", [1, 2, 5, 64, 100])
+@pytest.mark.parametrize("least", [1, 2])
+def test_the_largest_that_fits_is_found_from_anywhere(near: int, least: int) -> None:
+    for most in (0, 1, 2, 5, 63, 64, 65, 127, 128, 129, 1000):
+        assert _largest(lambda n, most=most: n <= most, near=near, least=least) == (most if most >= least else None)
+
+
+TEXTS = {
+    "masked": "masked_topics",
+    "two streams": "autoregressive_topics",
+    "recurrent": "recurrent_topics",
+}
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_chunks_between_the_first_and_the_last_need_not_be_computed(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peaks of a step in eleven chunks, the last one filled up, all of them computed."""
+    few = [f"method={method}", "data.length=32", "train.loss_chunk=3", "device=cuda"]
+    recipe = load_recipe(RECIPES / "text" / f"{TEXTS[kind]}.yaml", few)
+    quick = {name: [law.at(n) for n in (1, 8, 512)] for name, law in forecast(recipe).laws.items()}
+    monkeypatch.setattr("diffusionblocks.planning.tracing.followed_in_shape", contextlib.nullcontext)
+    assert quick == {name: [law.at(n) for n in (1, 8, 512)] for name, law in forecast(recipe).laws.items()}
+
+
+@pytest.mark.slow
+def test_one_compiled_step_serves_chunks_of_any_size() -> None:
+    few = ["data.length=32", "train.compile=true", "device=cuda", "train.cuda_graph=false"]
+    recipe = load_recipe(RECIPES / "text" / "autoregressive_topics.yaml", few)
+    together, (first, second) = Predictor(recipe), (with_changes(recipe, {"train.loss_chunk": n}) for n in (4, 16))
+    assert together.forecast(first).moments != together.forecast(second).moments == forecast(second).moments
+
+
 def test_bad_plans_are_refused() -> None:
     recipe = small("vit")
     with pytest.raises(ValueError, match=r"budget_bytes must be >= 1, got 0"):
-        plan(recipe, 0)
+        planned(recipe, 0)
     with pytest.raises(ValueError, match=r"vary = 'depth': must be blocks or batch"):
         plan(recipe, 1, vary="depth")
     with pytest.raises(

@@ -71,3 +71,14 @@ def _cached(stat: Path) -> int:
     """Bytes of files that a control group could give away."""
     pairs = (line.split() for line in stat.read_text().splitlines()) if stat.is_file() else ()
     return sum(int(value) for name, value in pairs if name == "inactive_file")
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU in use as its driver counts it (`nvidia-smi`): contexts, libraries and all that allocators hold.
+
+    Of all processes on it. None of a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

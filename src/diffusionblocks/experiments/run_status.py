@@ -37,7 +37,8 @@ class UnitStatus:
         loss: mean of the last records.
         seconds_left: of its training by its last speed; None unless it runs.
         seconds_since: the last sign of life; None: there was none.
-        peak_bytes: most memory on its GPU; None on a CPU.
+        peak_bytes: most memory that its tensors took on its GPU; None on a CPU.
+        device_bytes: memory in use on that GPU by the last record, as `nvidia-smi` counts it; None on a CPU.
         host, process: where it trains, or trained last.
     """
 
@@ -49,6 +50,7 @@ class UnitStatus:
     seconds_left: float | None = None
     seconds_since: float | None = None
     peak_bytes: int | None = None
+    device_bytes: int | None = None
     host: str | None = None
     process: str | None = None
 
@@ -134,6 +136,7 @@ def status_table(status: RunStatus) -> str:
                 "left": duration(unit.seconds_left),
                 "last sign": None if unit.seconds_since is None else f"{duration(unit.seconds_since)} ago",
                 "peak": None if unit.peak_bytes is None else format_bytes(unit.peak_bytes),
+                "GPU": None if unit.device_bytes is None else format_bytes(unit.device_bytes),
                 "host": unit.host,
             }
             for unit in status.units
@@ -205,6 +208,7 @@ def _status(
         left,
         _seconds_since(folder),
         last.get("peak_bytes"),
+        last.get("device_bytes"),
         last.get("host"),
         process,
     )

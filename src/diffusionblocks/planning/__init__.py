@@ -4,9 +4,10 @@ from .ledger import Forecast, Ledger
 from .machine_fit import check_fits
 from .many_gpus import Gpus, ParallelPlan, parse_gpus, plan_gpus
 from .planner import MARGIN, Fit, Plan, parse_budget, plan, plan_with
-from .predictor import WORKSPACE_BYTES, Predictor, forecast, predict
+from .predictor import CONTEXT_BYTES, WORKSPACE_BYTES, Predictor, forecast, predict
 
 __all__ = [
+    "CONTEXT_BYTES",
     "MARGIN",
     "WORKSPACE_BYTES",
     "Fit",

@@ -3,7 +3,8 @@
     ledger = predict(load_recipe("recipes/dit/imagenet-latents.yaml"))
     ledger.peak                 # to be compared with torch.cuda.max_memory_allocated()
 
-Not counted: what the driver itself takes, fragmentation of the allocator's ordinary pool, and other processes.
+Not counted: what the driver itself takes (of a budget `predictor.CONTEXT_BYTES`), fragmentation of the allocator's
+ordinary pool, and other processes.
 """
 
 from __future__ import annotations

@@ -54,9 +54,9 @@ class Gpus:
     memory: int
     margin: float = MARGIN
 
-    def hold(self, peak: int) -> bool:
-        """Whether a GPU has room for a predicted peak, and a margin of it."""
-        return peak * (1 + self.margin) <= self.memory
+    def hold(self, peak: int, context: int) -> bool:
+        """Whether a GPU has room for a predicted peak and a margin of it, beside its context."""
+        return peak * (1 + self.margin) <= self.memory - context
 
     @property
     def count(self) -> int:
@@ -104,12 +104,14 @@ class ParallelPlan:
         rows: blocks, and beside them the end-to-end model under DDP and FSDP2 at equal layer-updates of a GPU.
         changes: of the recipe, with which the blocks are as in the first row.
         largest_batch: of each block that fits; None: not even one example does.
+        context: bytes of each GPU's memory that are its context, and no peak has.
     """
 
     gpus: Gpus
     rows: tuple[Row, Row, Row]
     changes: dict[str, Any]
     largest_batch: int | None
+    context: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -160,7 +162,8 @@ def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> Parall
         fit = plan_with(alone, gpus.memory + free, vary="batch", margin=gpus.margin).batch
         largest = None if fit is None else int(fit.changes["train.batch_size"]) * row.mesh[1]
     del changes["train.resident"]  # which a run in parts does not need
-    return ParallelPlan(gpus, (row, *_end_to_end(predictor, gpus, row)), changes, largest)
+    rows = (row, *_end_to_end(predictor, gpus, row))
+    return ParallelPlan(gpus, rows, changes, largest, predictor.context_bytes)
 
 
 def _splits(recipe: Recipe, gpus: Gpus, own: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -194,7 +197,7 @@ def _of_blocks(predictor: Predictor, gpus: Gpus, changes: dict[str, Any], many: 
         peak = predictor.forecast(changed).ledger.peak + copies
         traffic_bytes = _ring(2 * gradients, mesh[1])
     over = traffic_bytes if gpus.spans_machines(mesh[1]) else 0
-    row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, traffic_bytes, over, gpus.hold(peak))
+    row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, traffic_bytes, over, gpus.hold(peak, predictor.context_bytes))
     return row, dict(changes)
 
 
@@ -209,7 +212,7 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
 
     def row(method: str, peak: int, traffic_bytes: int) -> Row:
         over = traffic_bytes if gpus.machines > 1 else 0
-        return Row(method, 1, (1, gpus.count), share * gpus.count, share, peak, traffic_bytes, over, gpus.hold(peak))
+        return Row(method, 1, (1, gpus.count), share * gpus.count, share, peak, traffic_bytes, over, gpus.hold(peak, predictor.context_bytes))
 
     return (
         row("ddp", ddp, _ring(2 * gradients, gpus.count)),

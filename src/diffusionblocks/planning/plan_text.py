@@ -92,7 +92,7 @@ def _one_example(predictor: Predictor) -> str:
 def describe(plan: Plan, vary: str | None) -> str:
     """What fits and what does not, a line each."""
     budget = format_bytes(plan.budget)
-    free = f", of which {plan.margin:.0%} of each peak stay free" if plan.margin else ""
+    free = _not_for_steps(plan.context, plan.margin)
     stands = "the recipe as it stands" + (", its data on the host," if plan.always else "")
     lines = [f"budget {budget}{free}: {stands} {'fits' if plan.fits else 'does not fit'}"]
     if vary != "batch":
@@ -135,7 +135,7 @@ def describe_gpus(plan: ParallelPlan, recipe: str = "RECIPE") -> str:
     each = f", each on {first.mesh[1]} GPUs" if first.mesh[1] > 1 else ""
     lines = [
         f"{machines}{gpus.each} GPUs of {format_bytes(gpus.memory)}"
-        + (f", of which {gpus.margin:.0%} of each peak stay free" if gpus.margin else ""),
+        + _not_for_steps(plan.context, gpus.margin),
         format_table(rows),
         f"{first.blocks} blocks{each}: {'fits' if first.fits else 'no number of blocks fits at this batch size'}",
     ]
@@ -151,6 +151,13 @@ def describe_gpus(plan: ParallelPlan, recipe: str = "RECIPE") -> str:
         "weights twice and of the gradients once; data, and what moves between a GPU and its host, are not counted",
     ]
     return "\n".join(lines)
+
+
+def _not_for_steps(context: int, margin: float) -> str:
+    """What of a GPU's memory no peak may take, as the end of a line."""
+    shares = [f"{format_bytes(context)} are its context's (driver and kernels; an allowance)"] if context else []
+    shares += [f"{margin:.0%} of each peak stay free"] if margin else []
+    return f", of which {' and '.join(shares)}" if shares else ""
 
 
 def _line(name: str, fit: Fit | None, otherwise: str) -> str:

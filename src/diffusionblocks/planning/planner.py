@@ -88,6 +88,7 @@ class Plan:
     Attributes:
         budget: bytes.
         margin: share of a predicted peak that must be free beside it.
+        context: bytes of the budget that are the GPU's context, and no peak has.
         ledger: of the recipe as it stands, with `always`.
         blocks: the fewest blocks that fit at the recipe's batch size, one on the device at a time; None: no number
             does, or it was not asked for.
@@ -107,11 +108,12 @@ class Plan:
     optimisations: Fit | None
     always: dict[str, Any] = dataclasses.field(default_factory=dict)
     margin: float = MARGIN
+    context: int = 0
 
     @property
     def fits(self) -> bool:
         """Whether the recipe as it stands does."""
-        return fits(self.ledger, self.budget, self.margin)
+        return fits(self.ledger, self.budget - self.context, self.margin)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -120,6 +122,7 @@ class Plan:
         return {
             "budget": self.budget,
             "margin": self.margin,
+            "context": self.context,
             "always": self.always,
             "ledger": self.ledger.to_dict(),
             **answers,
@@ -171,7 +174,7 @@ def plan_with(predictor: Predictor, budget_bytes: int, *, vary: str | None = Non
 
     Args:
         predictor: of the recipe to start from.
-        budget_bytes: bytes on the device, which the predicted peak must not exceed.
+        budget_bytes: bytes on the device, which the predicted peak and the GPU's context must not exceed.
         vary: only the number of `blocks`, or only the `batch` size; None tries both.
         margin: share of the predicted peak that must be free beside it.
 
@@ -183,14 +186,15 @@ def plan_with(predictor: Predictor, budget_bytes: int, *, vary: str | None = Non
     check_margin(margin)
     if vary not in (None, "blocks", "batch"):
         raise ValueError(f"vary = {vary!r}: must be blocks or batch, or left out for both")
-    always = _on_the_host(predictor, budget_bytes)
-    search = _Search(predictor, budget_bytes, margin, always)
+    context = predictor.context_bytes
+    always = _on_the_host(predictor, budget_bytes - context)
+    search = _Search(predictor, budget_bytes - context, margin, always)
     blocks = search.fewest_blocks() if vary != "batch" else None
     batch = search.largest_batch() if vary != "blocks" else None
     optimisations = None
     if blocks is None and (vary != "batch" or batch is None):
         optimisations = search.first_optimisations(smaller_batch=batch is None)
-    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, optimisations, always, margin)
+    return Plan(budget_bytes, search.at({}).ledger, blocks, batch, optimisations, always, margin, context)
 
 
 def cheapest_changes(predictor: Predictor, budget_bytes: int, *, margin: float = MARGIN, most: int = 3) -> list[Fit]:
@@ -201,7 +205,7 @@ def cheapest_changes(predictor: Predictor, budget_bytes: int, *, margin: float =
 
     Args:
         predictor: of the recipe, which does not fit.
-        budget_bytes: bytes on the device.
+        budget_bytes: bytes that are free on the device, where the process has its context already.
         margin: share of the predicted peak that must be free beside it.
         most: how many to find.
     """

@@ -35,6 +35,10 @@ from .tracing import StepTracer
 #: the forward and the backward pass run in one thread each. (Other GPUs: 8 MiB.)
 WORKSPACE_BYTES = 2 * 32 * 2**20
 
+#: What a process takes of a GPU beside its allocator: the driver's context, and the kernels that are loaded. No peak has
+#: it; a budget must have room for it. An allowance, not a measurement: it differs by driver, GPU and library.
+CONTEXT_BYTES = 600 * 2**20
+
 # A block takes up to a second a layer to trace. Deeper ones are traced at these two depths; what a step holds is affine
 # in the number of equal layers, at both of its candidate moments, but for the first layer.
 _DEPTHS = (2, 3)
@@ -125,6 +129,11 @@ class Predictor:
     def on_gpu(self) -> bool:
         """Whether the step is a GPU's."""
         return self.recipe.device != "cpu"
+
+    @property
+    def context_bytes(self) -> int:
+        """Bytes of a budget that are the GPU's context (`CONTEXT_BYTES`); none of a CPU's."""
+        return CONTEXT_BYTES if self.on_gpu else 0
 
     def keeps_data(self, recipe: Recipe) -> bool:
         """Whether the data are in the device's memory; `auto` is taken to keep them there."""

@@ -70,15 +70,33 @@ class StepTracer:
         """Follow a step with such chunks of a text's logits (`TrainConfig.loss_chunk`)."""
         self._module.loss_chunk = loss_chunk  # type: ignore[assignment]
         recompiling = _recompiling() if self._train.compile else contextlib.nullcontext()
-        with self._fakes, self._timeline, recompiling, _without_older_objects(), followed_in_shape():
+        with self._fakes, recompiling, _without_older_objects(), followed_in_shape():
+            if self._train.compile and not self._graphs:
+                self._step()  # compiles, which makes fake tensors of its own
             while True:
+                gc.collect()  # a traced graph is full of cycles, and holds what a step made
                 graphs = self._graphs
-                self._timeline.restart()
-                _step(self._module, self._train, self._make_batch, self._timeline)
+                with self._timeline:
+                    self._timeline.restart()
+                    self._step()
                 if self._graphs == graphs:
                     return self._timeline.log
-                # It compiled, which makes fake tensors of its own. A traced graph is full of cycles, and holds them.
-                gc.collect()
+
+    def _step(self) -> None:
+        module, train, size = self._module, self._train, TRACED_BATCH
+        for _ in range(min(train.accumulation, 2)):  # the second finds the gradients of the first; others are like it
+            self._timeline.forward_begins()
+            batch = self._make_batch(size)
+            with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bfloat16"):
+                losses = _losses(module, batch, size)
+            del batch
+            loss = losses.mean() / train.accumulation
+            loss.backward()
+        # Fused AdamW needs no memory of its own, nor does clipping; the moving average does.
+        if train.keeps_average and not train.optimizer_in_backward:
+            torch.empty(_averaged_at_once(trainable(module)))
+        for parameter in trainable(module):
+            parameter.grad = None
 
 
 @contextlib.contextmanager
@@ -100,23 +118,6 @@ def _without_memory(tensors: list[Tensor]) -> list[Tensor]:
             is_parameter = isinstance(tensor, nn.Parameter)
             fakes[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     return [fakes[id(tensor)] for tensor in tensors]
-
-
-def _step(module: nn.Module, train: TrainConfig, make_batch: MakeBatch, timeline: Timeline) -> None:
-    size = TRACED_BATCH
-    for _ in range(min(train.accumulation, 2)):  # the second finds the gradients of the first; others are like it
-        timeline.forward_begins()
-        batch = make_batch(size)
-        with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bfloat16"):
-            losses = _losses(module, batch, size)
-        del batch
-        loss = losses.mean() / train.accumulation
-        loss.backward()
-    # Fused AdamW needs no memory of its own, nor does clipping; the moving average does.
-    if train.keeps_average and not train.optimizer_in_backward:
-        torch.empty(_averaged_at_once(trainable(module)))
-    for parameter in trainable(module):
-        parameter.grad = None
 
 
 def _losses(module: nn.Module, batch: Mapping[str, Tensor], size: int) -> Tensor:

@@ -306,7 +306,12 @@ def _memory(runs: Sequence[RunReport]) -> dict[str, Any] | None:
         values = run.memory or {}
         parts = [(index, kind, values.get(kind, 0)) for index, kind in enumerate(kinds)]
         peak = sum(values.values())
-        bars.append({"run": run.name, "parts": parts, "peak": peak, "scale": highest, "source": run.memory_source})
+        records = [record for phase in run.logs.values() for record in phase]
+        device = max((record.get("device_bytes") or 0 for record in records), default=0)
+        bars.append(
+            {"run": run.name, "parts": parts, "peak": peak, "scale": highest, "source": run.memory_source}
+            | {"device": device}
+        )
     return {"kinds": list(kinds), "bars": bars}
 
 

@@ -93,7 +93,10 @@ class ProgressLines:
 
 
 def progress_line(record: Mapping[str, Any], steps: int, left: float) -> str:
-    """A unit's progress in one line: `block 1: step 300 of 1,000, loss 0.0213, 0:00:42 left, peak 1.2 GiB`.
+    """A unit's progress in one line.
+
+    `block 1: step 300 of 1,000, loss 0.0213, 0:00:42 left, peak 1.2 GiB, GPU 2.1 GiB`: the peak of the allocator, and
+    what the driver counts in use on the GPU.
 
     Args:
         record: the newest of its log.
@@ -101,6 +104,7 @@ def progress_line(record: Mapping[str, Any], steps: int, left: float) -> str:
         left: seconds of the training.
     """
     peak = f", peak {record['peak_bytes'] / 2**30:.1f} GiB" if record.get("peak_bytes") else ""
+    peak += f", GPU {record['device_bytes'] / 2**30:.1f} GiB" if record.get("device_bytes") else ""
     left_text = datetime.timedelta(seconds=round(left))
     return f"{record['unit']}: step {record['step']:,} of {steps:,}, loss {record['loss']:.4g}, {left_text} left{peak}"
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..common.finite import first_not_finite
+from ..common.machine import device_bytes
 from ..common.progress import on_terminal
 from ..common.seeds import key
 from ..core.branching import trunk_name
@@ -348,6 +349,7 @@ class Trainer:
                 **self._held_out(index),
                 "iterations_per_second": speed,
                 "peak_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
+                "device_bytes": device_bytes(self.device),
             }
             for logger in self._receivers():
                 logger.log(record)
