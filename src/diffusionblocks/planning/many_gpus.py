@@ -197,7 +197,17 @@ def _of_blocks(predictor: Predictor, gpus: Gpus, changes: dict[str, Any], many: 
         peak = predictor.forecast(changed).ledger.peak + copies
         traffic_bytes = _ring(2 * gradients, mesh[1])
     over = traffic_bytes if gpus.spans_machines(mesh[1]) else 0
-    row = Row("blocks", many, mesh, recipe.train.batch_size, share, peak, traffic_bytes, over, gpus.hold(peak, predictor.context_bytes))
+    row = Row(
+        "blocks",
+        many,
+        mesh,
+        recipe.train.batch_size,
+        share,
+        peak,
+        traffic_bytes,
+        over,
+        gpus.hold(peak, predictor.context_bytes),
+    )
     return row, dict(changes)
 
 
@@ -212,7 +222,17 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
 
     def row(method: str, peak: int, traffic_bytes: int) -> Row:
         over = traffic_bytes if gpus.machines > 1 else 0
-        return Row(method, 1, (1, gpus.count), share * gpus.count, share, peak, traffic_bytes, over, gpus.hold(peak, predictor.context_bytes))
+        return Row(
+            method,
+            1,
+            (1, gpus.count),
+            share * gpus.count,
+            share,
+            peak,
+            traffic_bytes,
+            over,
+            gpus.hold(peak, predictor.context_bytes),
+        )
 
     return (
         row("ddp", ddp, _ring(2 * gradients, gpus.count)),

@@ -134,8 +134,7 @@ def describe_gpus(plan: ParallelPlan, recipe: str = "RECIPE") -> str:
     first, end_to_end = plan.rows[:2]
     each = f", each on {first.mesh[1]} GPUs" if first.mesh[1] > 1 else ""
     lines = [
-        f"{machines}{gpus.each} GPUs of {format_bytes(gpus.memory)}"
-        + _not_for_steps(plan.context, gpus.margin),
+        f"{machines}{gpus.each} GPUs of {format_bytes(gpus.memory)}" + _not_for_steps(plan.context, gpus.margin),
         format_table(rows),
         f"{first.blocks} blocks{each}: {'fits' if first.fits else 'no number of blocks fits at this batch size'}",
     ]

@@ -35,8 +35,8 @@ from .tracing import StepTracer
 #: the forward and the backward pass run in one thread each. (Other GPUs: 8 MiB.)
 WORKSPACE_BYTES = 2 * 32 * 2**20
 
-#: What a process takes of a GPU beside its allocator: the driver's context, and the kernels that are loaded. No peak has
-#: it; a budget must have room for it. An allowance, not a measurement: it differs by driver, GPU and library.
+#: What a process takes of a GPU beside its allocator: the driver's context, and the kernels that are loaded. No peak
+#: has it; a budget must have room for it. An allowance, not a measurement: it differs by driver, GPU and library.
 CONTEXT_BYTES = 600 * 2**20
 
 # A block takes up to a second a layer to trace. Deeper ones are traced at these two depths; what a step holds is affine

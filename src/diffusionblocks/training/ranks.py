@@ -96,7 +96,7 @@ class Place:
 
 
 def gpu_identity(device: str) -> str:
-    """What tells a GPU from all others, of any machine: its UUID, or the name of its part under MIG; of a CPU, empty."""
+    """What tells a GPU from all others, of any machine: its UUID, or under MIG its part's; empty of a CPU."""
     if not device.startswith("cuda"):
         return ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

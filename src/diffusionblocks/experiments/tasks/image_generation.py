@@ -213,8 +213,8 @@ class ImageGeneration(Task[SamplesConfig]):
         options, noise = self.options(experiment), cast("GaussianProcess", model.noise)
         if set(options.guidance) == {1.0} and any(options.guidance_interval):
             _log.warning(
-                "evaluate.guidance_interval does nothing, for evaluate.guidance is 1: set guidance to another number, or "
-                "leave guidance_interval out"
+                "evaluate.guidance_interval does nothing, for evaluate.guidance is 1: set guidance to another number, "
+                "or leave guidance_interval out"
             )
         for guidance in options.guidance:
             model.target.check_guidance(guidance, "evaluate.guidance")  # type: ignore[union-attr, operator]
