@@ -75,7 +75,7 @@ def _run_gpus(experiment: Experiment, options: argparse.Namespace) -> None:
     gpus = parse_gpus(options.gpus, MARGIN if options.margin is None else options.margin)
     predictor = Predictor(experiment.recipe, options.examples, say=say_when_slow("plan"))
     plan = plan_gpus(predictor, gpus, batch=options.vary != "blocks")
-    given = [part for value in options.set or () for part in ("--set", value)]
-    print(describe_gpus(plan, shlex.join([options.recipe, *given])))
+    overrides = [part for value in options.set or () for part in ("--set", value)]
+    print(describe_gpus(plan, shlex.join([options.recipe, *overrides])))
     if options.json:
         write_results(options.json, [], plan=plan.to_dict())
