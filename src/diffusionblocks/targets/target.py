@@ -6,7 +6,6 @@ import abc
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
@@ -320,7 +319,7 @@ def _recomputed(number: int, count: int, token_losses: Callable[..., Tensor], *r
     return checkpoint(token_losses, *row, use_reentrant=False, preserve_rng_state=False)
 
 
-_chunk_losses: ContextVar[Callable[..., Tensor]] = ContextVar("chunk_losses", default=_recomputed)
+_chunk_losses: Callable[..., Tensor] = _recomputed  # no ContextVar, whose value torch.compile does not read
 
 
 @contextlib.contextmanager
@@ -330,11 +329,12 @@ def followed_in_shape() -> Iterator[None]:
     For a step on tensors without values: chunks hold the same memory one after another, and most while gradients of
     all the others are there, as at the first.
     """
-    token = _chunk_losses.set(_first_and_last)
+    global _chunk_losses
+    before, _chunk_losses = _chunk_losses, _first_and_last
     try:
         yield
     finally:
-        _chunk_losses.reset(token)
+        _chunk_losses = before
 
 
 def _first_and_last(number: int, count: int, token_losses: Callable[..., Tensor], *row: Tensor) -> Tensor:
@@ -390,8 +390,8 @@ def in_chunks(
     if missing := -length % chunk:
         for parts in columns:
             parts[-1] = F.pad(parts[-1], (*[0, 0] * (parts[-1].dim() - 2), 0, missing))
-    make, count = _chunk_losses.get(), len(columns[0])
-    losses = [make(number, count, token_losses, *row) for number, row in enumerate(zip(*columns, strict=True))]
+    rows = list(zip(*columns, strict=True))
+    losses = [_chunk_losses(number, len(rows), token_losses, *row) for number, row in enumerate(rows)]
     return torch.cat(losses, dim=1)[:, :length]
 
 
