@@ -41,7 +41,7 @@ class StepTracer:
     def __init__(self, unit: Unit, train: TrainConfig, make_batch: MakeBatch, *, on_gpu: bool) -> None:
         shared = SharedModule(unit, train)
         self._module = shared.module
-        self._train, self._make_batch = train, make_batch
+        self._train, self._make_batch, self._on_gpu = train, make_batch, on_gpu
         if on_gpu:
             _drop_as_a_gpu(self._module, train)
         parameters = unit.parameters
@@ -70,7 +70,8 @@ class StepTracer:
         """Follow a step with such chunks of a text's logits (`TrainConfig.loss_chunk`)."""
         self._module.loss_chunk = loss_chunk  # type: ignore[assignment]
         recompiling = _recompiling() if self._train.compile else contextlib.nullcontext()
-        with self._fakes, recompiling, _without_older_objects(), followed_in_shape():
+        rows = rows_of_a_gpu() if self._on_gpu else contextlib.nullcontext()
+        with self._fakes, rows, recompiling, _without_older_objects(), followed_in_shape():
             if self._train.compile and not self._graphs:
                 self._step()  # compiles, which makes fake tensors of its own
             while True:
