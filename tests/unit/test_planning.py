@@ -331,6 +331,7 @@ EACH_FAMILY: dict[str, tuple[str, list[str]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:TF32")  # of the flags of oneDNN
 @pytest.mark.parametrize("case", EACH_FAMILY)
 def test_the_predicted_step_of_each_family_is_the_measured_one(case: str) -> None:
     name, overrides = EACH_FAMILY[case]

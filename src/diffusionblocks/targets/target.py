@@ -316,7 +316,8 @@ def positions_at_once(chunk: LossChunk, shape: Sequence[int], vocab_size: int) -
 
 def _recomputed(number: int, count: int, token_losses: Callable[..., Tensor], *row: Tensor) -> Tensor:
     """Losses of one chunk, whose logits the backward pass makes again."""
-    return checkpoint(token_losses, *row, use_reentrant=False, preserve_rng_state=False)
+    losses: Tensor = checkpoint(token_losses, *row, use_reentrant=False, preserve_rng_state=False)
+    return losses
 
 
 _chunk_losses: Callable[..., Tensor] = _recomputed  # no ContextVar, whose value torch.compile does not read
