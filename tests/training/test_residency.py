@@ -620,7 +620,7 @@ def test_gpu_steps_and_switches_do_not_wait_for_the_device(where: dict[str, str]
 @pytest.mark.parametrize("options", [{}, {"compile": "layers"}, {"compile": True}, {"cuda_graph": True}])
 @pytest.mark.parametrize("offload", ["host", "disk"])
 def test_gpu_steps_wait_for_weights_that_come_late(
-    options: dict[str, Any], offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies are held up, before the first and between any two: a step that did not wait would read other weights."""
     monkeypatch.setattr(residency, "_CHUNK", 2**14)
@@ -643,7 +643,7 @@ def test_gpu_steps_wait_for_weights_that_come_late(
 
     def weights(**changes: Any) -> list[Tensor]:
         torch._dynamo.reset()
-        run = gpu_trainer(tmp_path, steps=6, steps_per_switch=2, **options, **changes)
+        run = gpu_trainer(None, steps=6, steps_per_switch=2, **options, **changes)
         run.train()
         run.residency.flush()
         return [p.detach().cpu().clone() for unit in run.units for p in unit.module.parameters()]
