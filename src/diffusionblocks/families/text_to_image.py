@@ -62,25 +62,30 @@ class SD3Family(ConditionedFamily):
             last[name] = torch.cat([scale, shift])
 
 
-@register_family
-class FluxFamily(TwoKindsOfLayers):
-    """Converts `FluxTransformer2DModel`: z is latents, of which 2 x 2 are a token, as in `FluxPipeline`."""
+class GuidedTransformer(TwoKindsOfLayers):
+    """What Flux and Flux 2 share: a time from 0 to 1, and a guidance where the class embeds one."""
 
-    classes = ("FluxTransformer2DModel",)
     head = ("norm_out", "proj_out")
     last_linear = "proj_out"
     time_scale = 1.0
-    usual_sizes = (128, 128)
     usual_length = 512
 
     @override
     def conditions(self, config: Any) -> dict[str, Condition]:
         guidance = {"guidance": Condition(())} if config.guidance_embeds else {}
-        return {
-            "encoder_hidden_states": Condition((None, config.joint_attention_dim)),
-            "pooled_projections": Condition((config.pooled_projection_dim,)),
-            **guidance,
-        }
+        return {"encoder_hidden_states": Condition((None, config.joint_attention_dim)), **guidance}
+
+
+@register_family
+class FluxFamily(GuidedTransformer):
+    """Converts `FluxTransformer2DModel`: z is latents, of which 2 x 2 are a token, as in `FluxPipeline`."""
+
+    classes = ("FluxTransformer2DModel",)
+    usual_sizes = (128, 128)
+
+    @override
+    def conditions(self, config: Any) -> dict[str, Condition]:
+        return super().conditions(config) | {"pooled_projections": Condition((config.pooled_projection_dim,))}
 
     @override
     def patch(self, config: Any) -> tuple[int, ...]:
@@ -108,20 +113,11 @@ class FluxFamily(TwoKindsOfLayers):
 
 
 @register_family
-class Flux2Family(TwoKindsOfLayers):
+class Flux2Family(GuidedTransformer):
     """Converts `Flux2Transformer2DModel`: z is packed latents, of which each place is a token."""
 
     classes = ("Flux2Transformer2DModel",)
-    head = ("norm_out", "proj_out")
-    last_linear = "proj_out"
-    time_scale = 1.0
     usual_sizes = (64, 64)
-    usual_length = 512
-
-    @override
-    def conditions(self, config: Any) -> dict[str, Condition]:
-        guidance = {"guidance": Condition(())} if config.guidance_embeds else {}
-        return {"encoder_hidden_states": Condition((None, config.joint_attention_dim)), **guidance}
 
     @override
     def patch(self, config: Any) -> tuple[int, ...]:
