@@ -30,7 +30,7 @@ def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_there_is_one_a_family_and_one_each_of_a_soup_the_hub_three_trainers_and_an_export() -> None:
-    assert len(_snippets()) == 12
+    assert len(_snippets()) == 13
 
 
 def test_the_readme_is_short() -> None:
