@@ -1,6 +1,7 @@
 """Samples per second, peak and traffic of several GPUs: blocks, beside the model end to end under DDP and FSDP2.
 
     python benchmarks/parallel.py --out benchmarks/results/parallel.json
+    python benchmarks/parallel.py --gpus 1 --models dit-l-2 --no-compile --network 400 100 10 1 --out one.json  # short
     python benchmarks/parallel.py --tiny --device cpu --gpus 1 2 --network 10 --out /tmp/parallel.json  # a trial
 
 Every row is a torchrun of its own with a process per GPU, and is written as soon as it is measured; a row that the file
@@ -15,6 +16,10 @@ of L / B layers takes a batch of its own, the whole model of L layers a B-th of 
 sends in a step, of ring collectives, counted where they are called; `bytes_between_blocks` what of it leaves a block's
 group. Of the end-to-end model that is all. With `--network` steps are timed again with every collective delayed by what
 its bytes would take on a link of so many Gbit/s, as if each GPU were a machine.
+
+With one GPU `--network` is arithmetic: the measured step, and the bytes that it would send as one of as many machines
+as there are blocks. A step takes the longer of both where all bytes travel while it computes, and their sum where none
+do.
 """
 
 from __future__ import annotations
@@ -48,6 +53,7 @@ from diffusionblocks.core.partition import even_layers
 from diffusionblocks.evaluation.memory import transient_peak
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parallel import mesh_rows
+from diffusionblocks.planning.many_gpus import bytes_sent
 from diffusionblocks.reports.results import results_header, write_results
 from diffusionblocks.reports.tables import format_bytes, format_table
 from diffusionblocks.training import Trainer, units_of
@@ -55,6 +61,7 @@ from diffusionblocks.training.compilation import Compiler
 from diffusionblocks.training.ranks import Place, Ranks
 from diffusionblocks.training.step import arithmetic
 from diffusionblocks.training.traffic import Traffic
+from diffusionblocks.training.units import Unit
 
 METHODS = ("blocks", "active", "ddp", "fsdp2")
 
@@ -118,7 +125,8 @@ class Stepping:
     Attributes:
         step: takes a step; no wait for the device.
         layer_updates: samples times layers of a step, of this rank.
-        weights: what this rank trains, its rows alone where they are shared out.
+        unit: what this rank trains, or the first of it.
+        weights: of that, its rows alone where they are shared out.
         groups: the ranks of each block.
         batch_size: of a step of a block, or of the whole model over all ranks.
         stream: where the steps run, for as long as this is there: captured ones have one of their own.
@@ -126,6 +134,7 @@ class Stepping:
 
     step: Callable[[], None]
     layer_updates: float
+    unit: Unit
     weights: list[Tensor]
     groups: list[tuple[int, ...]]
     batch_size: int
@@ -160,7 +169,8 @@ def in_turn(job: Job, ranks: Ranks, device: torch.device) -> Stepping:
 
     batch = batch_size_of(spec)
     active = trainer.residency.activate(0, None)
-    stepping = Stepping(step, layers_of(spec) / job.blocks * batch, [*active.parameters], [(0,)], batch)
+    layer_updates = layers_of(spec) / job.blocks * batch
+    stepping = Stepping(step, layer_updates, trainer.units[0], [*active.parameters], [(0,)], batch)
     stepping.stream.enter_context(trainer.side_stream())
     return stepping
 
@@ -204,7 +214,7 @@ def of_ddp(job: Job, ranks: Ranks, device: torch.device) -> Stepping:
         optimizer.zero_grad(set_to_none=True)
 
     layers = layers_of(job.spec("end-to-end"))
-    return Stepping(step, layers * share, [*unit.own], _singles(ranks), share * ranks.place.world)
+    return Stepping(step, layers * share, unit, [*unit.own], _singles(ranks), share * ranks.place.world)
 
 
 MAKERS = dict(zip(METHODS, (of_blocks, in_turn, of_ddp, of_fsdp), strict=True))
@@ -259,7 +269,7 @@ def _trainer(job: Job, spec: Spec, device: torch.device, group: Any, block: int 
 
 def _of_trainer(trainer: Trainer, layer_updates: float, groups: list[tuple[int, ...]], batch: int) -> Stepping:
     weights = [*trainer.residency.activate(0, None).parameters]
-    stepping = Stepping(lambda: trainer.step(0), layer_updates, weights, groups, batch)
+    stepping = Stepping(lambda: trainer.step(0), layer_updates, trainer.units[0], weights, groups, batch)
     stepping.stream.enter_context(trainer.side_stream())
     return stepping
 
@@ -370,7 +380,7 @@ def measure(job: Job, ranks: Ranks) -> dict[str, Any]:
         held = sum(weight.numel() * weight.element_size() for weight in stepping.weights)
         peak = 3 * held + transient_peak(stepping.step, device)  # weights and AdamW's two averages
     networks = {}
-    for gigabits in job.network:
+    for gigabits in job.network if job.gpus > 1 else ():
         with slowed(gigabits, device):
             stepping.step()
             networks[f"{gigabits:g}"] = statistics.median(times())
@@ -393,12 +403,37 @@ def measure(job: Job, ranks: Ranks) -> dict[str, Any]:
     }
     if not job.cuda_graph:  # captured steps are not counted: a graph has no calls
         row |= {"bytes_sent": max(sents), "bytes_between_blocks": max(betweens)}
-    if networks:
-        row["network"] = [
-            {"gigabits_per_second": float(name), "step_ms": each, "samples_per_second": per_second(each)}
-            for name, each in networks.items()
-        ]
+    row["network"] = [
+        {"gigabits_per_second": float(name), "step_ms": each, "samples_per_second": per_second(each)}
+        for name, each in networks.items()
+    ]
+    if job.gpus == 1 and job.method != "active":  # which is of one machine
+        row["on_paper"] = [on_paper(job, stepping.unit, device, step, samples, link) for link in job.network]
     return row
+
+
+def on_paper(
+    job: Job, unit: Unit, device: torch.device, step: float, samples: float, gigabits: float
+) -> dict[str, Any]:
+    """What as many machines as there are blocks would make, of one GPU each.
+
+    Args:
+        job: the row; `ddp` and `fsdp2` send, blocks do not.
+        unit: what a machine trains.
+        device: on which a step was measured.
+        step: its milliseconds.
+        samples: of a step of one machine, through all layers.
+        gigabits: of the link of each machine, per second.
+    """
+    config = recipe_of(job.spec("end-to-end")).train
+    sent = 0
+    if job.method in ("ddp", "fsdp2"):
+        sent = bytes_sent(unit, config, device, job.blocks, shard=job.method == "fsdp2")
+    travelling = 1000 * 8 * sent / (gigabits * 1e9)
+    steps = {"at_best": max(step, travelling), "at_worst": step + travelling}
+    per_second = {name: 1000 * samples * job.blocks / each for name, each in steps.items()}
+    values = {"gigabits_per_second": gigabits, "machines": job.blocks, "bytes_sent": sent}
+    return {**values, "step_ms": steps, "samples_per_second": per_second}
 
 
 def work(job: Job, out: Path) -> None:
@@ -454,7 +489,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     same = {field.name for field in dataclasses.fields(Job)} & set(vars(options)) - {"network"}
     shared = {name: getattr(options, name) for name in same - {"gpus"}}
     return [
-        Job(**shared, model=model, method=method, gpus=gpus, network=tuple(options.network) if gpus > 1 else ())
+        Job(**shared, model=model, method=method, gpus=gpus, network=tuple(options.network))
         for model in options.models
         for gpus in options.gpus
         for method in options.methods
@@ -522,6 +557,12 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
         **{
             f"samples/s at {n['gigabits_per_second']:g} Gbit/s": f"{n['samples_per_second']:.1f}"
             for n in row.get("network", [])
+        },
+        **{
+            f"samples/s of {n['machines']} machines at {n['gigabits_per_second']:g} Gbit/s": " to ".join(
+                dict.fromkeys(f"{n['samples_per_second'][case]:.1f}" for case in ("at_worst", "at_best"))
+            )
+            for n in row.get("on_paper", [])
         },
     }
 

@@ -28,7 +28,7 @@ from ..experiments.parts import has_parts
 from ..experiments.recipe import Recipe
 from ..experiments.recipe_changes import depth_of
 from ..families import family_named
-from ..training import Unit
+from ..training import TrainConfig, Unit
 from ..training.ranks import TOGETHER
 from ..training.shards import gathered_dtype
 from .ledger import Forecast
@@ -189,13 +189,14 @@ def _of_blocks(predictor: Predictor, gpus: Gpus, changes: dict[str, Any], many: 
     mesh = min(many, gpus.count), max(1, gpus.count // many)
     share = math.ceil(recipe.train.batch_size / mesh[1])
     changed = with_changes(recipe, changes | {"train.batch_size": share})
-    if mesh[1] > 1 and recipe.parallel.within_block == "shard":
-        peak, traffic_bytes = _shared_out(predictor, changed, mesh[1])
+    shard = mesh[1] > 1 and recipe.parallel.within_block == "shard"
+    if shard:
+        peak = _peak_shared_out(predictor, changed, mesh[1])
     else:
         gradients = max(bytes_of(unit.own) for unit in predictor.units(changed))
         copies = min(gradients, TOGETHER * 4) if mesh[1] > 1 else 0  # of the gradients that travel together
         peak = predictor.forecast(changed).ledger.peak + copies
-        traffic_bytes = _ring(2 * gradients, mesh[1])
+    traffic_bytes = _sent(predictor, changed, mesh[1], shard=shard)
     over = traffic_bytes if gpus.spans_machines(mesh[1]) else 0
     row = Row(
         "blocks",
@@ -216,11 +217,11 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
     share = max(1, math.ceil(predictor.recipe.train.batch_size / max(blocks.blocks, gpus.count)))
     whole = with_changes(_whole(predictor.recipe), {"train.batch_size": share, "train.resident": "all"})
     forecast, (unit,) = predictor.forecast(whole), predictor.units(whole)
-    gradients = bytes_of(unit.own)
     # DDP's buckets are there from the beginning.
-    ddp = sum(forecast.persistent.values()) + gradients + _activations(forecast)
+    ddp = sum(forecast.persistent.values()) + bytes_of(unit.own) + _activations(forecast)
 
-    def row(method: str, peak: int, traffic_bytes: int) -> Row:
+    def row(method: str, peak: int, *, shard: bool) -> Row:
+        traffic_bytes = _sent(predictor, whole, gpus.count, shard=shard)
         over = traffic_bytes if gpus.machines > 1 else 0
         return Row(
             method,
@@ -235,41 +236,64 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
         )
 
     return (
-        row("ddp", ddp, _ring(2 * gradients, gpus.count)),
-        row("fsdp2", *_shared_out(predictor, whole, gpus.count)),
+        row("ddp", ddp, shard=False),
+        row("fsdp2", _peak_shared_out(predictor, whole, gpus.count), shard=True),
     )
 
 
-def _shared_out(predictor: Predictor, recipe: Recipe, ranks: int) -> tuple[int, int]:
-    """Peak of a GPU, and bytes that it sends in a step, where FSDP2 shares each unit out over so many.
+def bytes_sent(unit: Unit, config: TrainConfig, device: torch.device, ranks: int, *, shard: bool) -> int:
+    """Bytes that each of several ranks sends in a step of a unit that they train together, by ring collectives.
+
+    `2 (N - 1) / N` of the gradients for an all-reduce. Where FSDP2 shares the unit out, `(N - 1) / N` of the layers'
+    weights twice, of stem and head once, and of the gradients, for each part of an accumulated batch.
+
+    Args:
+        unit: what they train.
+        config: of its training.
+        device: on which; it says in what layers are gathered.
+        ranks: how many, N.
+        shard: whether they share the unit out.
+    """
+    gradients = bytes_of(unit.own)
+    if not shard:
+        return _ring(2 * gradients, ranks)
+    _, gathered, others = _layers_and_rest(unit, config, device)
+    return _ring((2 * sum(gathered) + others + gradients) * config.accumulation, ranks)
+
+
+def _sent(predictor: Predictor, recipe: Recipe, ranks: int, *, shard: bool) -> int:
+    """What `bytes_sent` says of a recipe's largest unit."""
+    device = torch.device("cuda" if predictor.on_gpu else "cpu")
+    return max(bytes_sent(unit, recipe.train, device, ranks, shard=shard) for unit in predictor.units(recipe))
+
+
+def _peak_shared_out(predictor: Predictor, recipe: Recipe, ranks: int) -> int:
+    """Peak of a GPU where FSDP2 shares each unit out over so many.
 
     Beside its rows a GPU has stem and head whole, and two layers: the one that computes, and the next. In the backward
     pass a layer's gradients are there, and the copy of them that is summed; at its end those of stem and head.
     """
-    forecast = predictor.forecast(recipe)
+    forecast, device = predictor.forecast(recipe), torch.device("cuda" if predictor.on_gpu else "cpu")
     rows = sum(forecast.persistent[kind] for kind in ("parameters", "optimizer", "ema"))
-    gathered, traffic_bytes, gradients = map(
-        max, zip(*(_gathered(unit, predictor, recipe) for unit in predictor.units(recipe)), strict=True)
-    )
+    there, gradients = 0, 0
+    for unit in predictor.units(recipe):
+        of_layers, gathered, others = _layers_and_rest(unit, recipe.train, device)
+        layer = 3 * max(gathered, default=0) + max(of_layers, default=0)
+        there, gradients = max(there, 2 * others + max(layer, others)), max(gradients, bytes_of(unit.own))
     whole_only = sum(forecast.persistent.values()) - rows
-    peak = whole_only + math.ceil((rows + gradients) / ranks) + gathered + _activations(forecast)
-    return peak, _ring(traffic_bytes * recipe.train.accumulation, ranks)
+    return whole_only + math.ceil((rows + gradients) / ranks) + there + _activations(forecast)
 
 
-def _gathered(unit: Unit, predictor: Predictor, recipe: Recipe) -> tuple[int, int, int]:
-    """Of a unit that is shared out: bytes that are there whole at a time, that travel in a step, and of gradients."""
-    lower = gathered_dtype(recipe.train, torch.device("cuda" if predictor.on_gpu else "cpu"))
+def _layers_and_rest(unit: Unit, config: TrainConfig, device: torch.device) -> tuple[list[int], list[int], int]:
+    """Of a unit that FSDP2 shares out: bytes of each layer, as they are gathered, and of stem and head."""
+    lower = gathered_dtype(config, device)
     module: Any = unit.module
-    gathered, of_layers = [], []
+    of_layers, gathered = [], []
     for parts in module.layer_groups():
         parameters = [p for part in parts for p in part.parameters()]
         of_layers.append(bytes_of(parameters))
         gathered.append(sum(p.numel() * (lower or p.dtype).itemsize for p in parameters))
-    others = bytes_of(module.parameters()) - sum(of_layers)
-    layer = max(of_layers, default=0)
-    gradients = bytes_of(unit.own)
-    there = 2 * others + max(3 * max(gathered, default=0) + layer, others)
-    return there, 2 * sum(gathered) + others + gradients, gradients
+    return of_layers, gathered, bytes_of(module.parameters()) - sum(of_layers)
 
 
 def _whole(recipe: Recipe) -> Recipe:
