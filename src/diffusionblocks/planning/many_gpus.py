@@ -196,7 +196,7 @@ def _of_blocks(predictor: Predictor, gpus: Gpus, changes: dict[str, Any], many: 
         gradients = max(bytes_of(unit.own) for unit in predictor.units(changed))
         copies = min(gradients, TOGETHER * 4) if mesh[1] > 1 else 0  # of the gradients that travel together
         peak = predictor.forecast(changed).ledger.peak + copies
-    traffic_bytes = _sent(predictor, changed, mesh[1], shard=shard)
+    traffic_bytes = _traffic_bytes(predictor, changed, mesh[1], shard=shard)
     over = traffic_bytes if gpus.spans_machines(mesh[1]) else 0
     row = Row(
         "blocks",
@@ -221,7 +221,7 @@ def _end_to_end(predictor: Predictor, gpus: Gpus, blocks: Row) -> tuple[Row, Row
     ddp = sum(forecast.persistent.values()) + bytes_of(unit.own) + _activations(forecast)
 
     def row(method: str, peak: int, *, shard: bool) -> Row:
-        traffic_bytes = _sent(predictor, whole, gpus.count, shard=shard)
+        traffic_bytes = _traffic_bytes(predictor, whole, gpus.count, shard=shard)
         over = traffic_bytes if gpus.machines > 1 else 0
         return Row(
             method,
@@ -261,7 +261,7 @@ def bytes_sent(unit: Unit, config: TrainConfig, device: torch.device, ranks: int
     return _ring((2 * sum(gathered) + others + gradients) * config.accumulation, ranks)
 
 
-def _sent(predictor: Predictor, recipe: Recipe, ranks: int, *, shard: bool) -> int:
+def _traffic_bytes(predictor: Predictor, recipe: Recipe, ranks: int, *, shard: bool) -> int:
     """What `bytes_sent` says of a recipe's largest unit."""
     device = torch.device("cuda" if predictor.on_gpu else "cpu")
     return max(bytes_sent(unit, recipe.train, device, ranks, shard=shard) for unit in predictor.units(recipe))
