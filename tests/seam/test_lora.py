@@ -163,7 +163,7 @@ def test_jobs_on_other_weights_are_not_merged(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path / "part0", blocks=[0])
     other = db.convert(tiny_diffuser(WAN, seed=1), adapted().blocks_config)
     other.save_pretrained(tmp_path / "part1", blocks=[1])
-    with pytest.raises(ValueError, match="differ: the low-rank updates beside them are of other weights"):
+    with pytest.raises(ValueError, match="differ: the blocks beside them were trained on other fixed weights"):
         merge([tmp_path / "part0", tmp_path / "part1"], tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 
