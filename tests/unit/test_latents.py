@@ -985,3 +985,18 @@ def test_hub_name_is_streamed(pets: Path, vae: Path, tmp_path: Path, monkeypatch
         tool.encode_images("someone/pets", str(vae), tmp_path / "out", split="val", **options)
     with pytest.raises(FileNotFoundError, match=r"source = 'someone/absent': no local folder .* and the hub gave"):
         tool.encode_images("someone/absent", str(vae), tmp_path / "out", **options)
+
+
+def test_images_keep_their_proportions_in_buckets(vae: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(40, 40), (24, 40), (40, 40), (41, 22), (25, 41)]):
+        folder = tmp_path / "photos" / "cats"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    options: dict[str, Any] = {"size": 16, "bucket_step": 4, "batch_size": 2, "device": "cpu"}
+    data = tool.encode_images(str(tmp_path / "photos"), str(vae), tmp_path / "out", **options)
+    assert data.groups is not None
+    assert sorted((tuple(mean.shape[2:]), len(mean)) for mean in data.mean) == [((6, 10), 2), ((8, 8), 2), ((10, 6), 1)]
+    with pytest.raises(ValueError, match=r"bucket_step = 3: must be a multiple of 2"):
+        tool.encode_images(str(tmp_path / "photos"), str(vae), tmp_path / "other", **(options | {"bucket_step": 3}))

@@ -32,6 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train", help="split of the source, and of the latents (default: %(default)s)")
     add("--size", type=int, default=256, help="height and width in pixels (default: %(default)s)")
     add(
+        "--bucket-step",
+        type=int,
+        metavar="N",
+        help="keep proportions: bring each image to the nearest size of multiples of N pixels, of at most SIZE x SIZE",
+    )
+    add(
         "--statistics",
         type=choice_of(_statistics),
         default="auto",
@@ -77,10 +83,11 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--check {options.check}: must be {least}")
     values = {name: value for name, value in vars(options).items() if name not in ("run", "way_on", "check", "figure")}
     data = encode_images(**values, progress=True)
-    print(f"{len(data)} latents {data.image_shape} of {data.num_classes} classes in {options.out}")
+    shapes = " and ".join(str(shape) for shape in dict.fromkeys(tuple(mean.shape[1:]) for mean in data.mean))
+    print(f"{len(data)} latents {shapes} of {data.num_classes} classes in {options.out}")
     for name, value in data.empty.items():
         print(f"{name} {tuple(value.shape)} of each prompt, by {options.text_encoder}")
-    if options.check:
+    if options.check and options.bucket_step is None:  # what is written is in the order of sizes
         of_source = {name: values[name] for name in _OF_SOURCE}
         images, decoded = reconstructions(**of_source, count=options.check)
         print(f"decoded from the files: PSNR {psnr(images, decoded):.2f} dB, mean of the first {len(images)} images")

@@ -153,6 +153,7 @@ class Block(nn.Module):
         self.index = index
         self.family = family
         self.noise: NoiseProcess = config.noise
+        self.path = self.noise.path
         self.weight = config.target.weight
         self.sees_noise = config.target.sees_noise
         self.adds_likelihood = config.target.adds_likelihood
@@ -220,6 +221,10 @@ class Block(nn.Module):
         more = () if self.label_loss is None else self.label_loss.entries
         names = (*self.input_names, *self.optional_inputs, *self.target.names, *self.target.optional, *more)
         return tuple(dict.fromkeys(names))
+
+    def _on_path(self, level: Tensor, z: Tensor) -> Tensor:
+        """Levels of `self.path`, which knows no resolution, in place of those of the noise process."""
+        return self.noise.on_path(level, self.target.tokens_of(z.shape))
 
     @property
     def target(self) -> Target:
@@ -318,13 +323,14 @@ class Block(nn.Module):
             check_entries(inputs, names, f"block {self.index}")
         # A text model's clean stream is a context: what its last layer gives is read by the loss of that stream alone.
         clean_output = self.training and getattr(self.target, "clean_weight", 0) > 0
-        condition = self.noise.condition(level)
+        place = self._on_path(level, z)
+        condition = self.path.condition(place)
         if self.shared.noise_embedding is not None:
             condition = self.shared.noise_embedding(condition)
-        call = self.call(condition, inputs, self.noise.scaled(z, level), layers, clean_output=clean_output)
+        call = self.call(condition, inputs, self.path.scaled(z, place), layers, clean_output=clean_output)
         hidden, raw = self.family.hidden(call)
         # What z says is added at the end: then the network need not hand z on, and learns the rest alone.
-        denoised = raw if self.adds_likelihood else self.noise.combine(z, raw, level)
+        denoised = raw if self.adds_likelihood else self.path.combine(z, raw, place)
         # Without z: what the network was shown need not live on through the readout.
         call = self._readout_call(condition, layers=call.layers, inputs=inputs, clean_output=clean_output)
         if states_only:
@@ -486,7 +492,7 @@ class Block(nn.Module):
         y = self.target.encode(self._with_drawn_labels(batch, generator))
         if level is None:
             level = self.noise.sample(len(y), self.interval, generator=generator, device=y.device)
-        z = self.noise.noised(y, level, generator)
+        z = self.path.noised(y, self._on_path(level, y), generator)
         inputs = self.target.training_inputs(self.inputs_of(batch), generator)
         if self.self_conditioning:  # who is shown something: `losses` puts it there
             shown = torch.rand(len(y), 1, generator=generator, device=y.device) < 0.5
@@ -540,7 +546,7 @@ class Block(nn.Module):
             output = run(inputs, z, level, states_only=True, layers=layers)
             loss = self._loss_in_chunks(chunk, output, batch, z, level)
         if self.weight != "none":
-            loss = loss * self.noise.training_weight(level).float()
+            loss = loss * self.path.training_weight(self._on_path(level, z)).float()
         assert loss.shape == (len(z),), f"losses are per sample, got shape {tuple(loss.shape)}"
         return loss
 
@@ -654,7 +660,8 @@ class Block(nn.Module):
         batch = self._resolve(batch)
         y = self.target.encode(batch)
         levels = level if isinstance(level, Tensor) else one_level(level, y)
-        z = self.noise.noised(y, levels, generator) if noise is None else self.noise.corrupt(y, levels, noise)
+        place = self._on_path(levels, y)
+        z = self.path.noised(y, place, generator) if noise is None else self.path.corrupt(y, place, noise)
         x = {**self.inputs_of(batch), **(inputs or {})}
         if not self.adds_likelihood:
             return LevelLosses(self.target, batch, levels, z, self(x, z, levels))

@@ -135,21 +135,22 @@ class ImageSampler:
         source = SeedNoise(seeds, shape, model.device)
         read, negative = self._read(labels, inputs, negative_inputs, len(seeds), guidance)
         denoiser = guided_by_inputs(self._call, read, negative, guidance, guidance_interval)
-        levels = self.noise.sampling_levels(steps, grid)
+        noise = self.noise.for_tokens(target.tokens_of((len(seeds), *shape)))
+        levels = noise.sampling_levels(steps, grid)
         if guidance != 1:
             check_guided_levels(levels, guidance_interval)
         fresh = Churn(churn, source.draw, churn_interval, churn_noise)
         SOLVERS[SOLVERS.check(solver)].check_churn(churn)
         if churn:
-            check_churned_levels(levels, self.noise, churn_interval)
+            check_churned_levels(levels, noise, churn_interval)
         with evaluating(self.network), self._precision():
             self._follow()
-            z = first_z(self.noise, source)
+            z = first_z(noise, source)
             return sample_images(
                 self._captured(denoiser, z) if self.cuda_graph else denoiser,
                 z,
                 levels,
-                self.noise,
+                noise,
                 solver=solver,
                 churn=fresh,
                 callback=callback,

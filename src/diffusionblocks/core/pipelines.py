@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import shutil
 from pathlib import Path
@@ -68,7 +69,9 @@ def as_transformer(
         if bool((time != first).any()):
             raise ValueError("a call must have one time for all its rows: a block owns an interval of times")
         condition = family.condition_of(model.config, float(first))
-        level = noise.unshifted(min(max(condition, 0.0), 1.0))
+        shape = call.arguments["hidden_states"].shape  # of packed tokens, or of latents
+        tokens = shape[1] if len(shape) == 3 else math.prod(shape[2:]) // math.prod(family.patch(model.config))
+        level = noise.for_tokens(tokens).unshifted(min(max(condition, 0.0), 1.0))
         block, following = (model.block(model.partition.block_of(t)) for t in (level, ahead.after(level)))
         model.bring(block, following)
         return block.network(*args, **options)
@@ -137,6 +140,11 @@ def export_pipeline(model: DiffusionBlocks, path: str | Path, *, source: str | P
         )
     from diffusers import FlowMatchEulerDiscreteScheduler, __version__
 
+    if noise.base_shift is not None:
+        raise ValueError(
+            "the blocks' shift follows the resolution (base_shift), and a stock pipeline compares times with one "
+            "ratio: give a pipeline model.as_transformer(), which knows the resolution"
+        )
     index: dict[str, Any] = {name: [None, None] for name in ("text_encoder", "tokenizer", "vae")}
     if source is not None:
         there = read_json(Path(source) / _INDEX)

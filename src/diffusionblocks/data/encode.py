@@ -8,10 +8,11 @@ be of any size."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .autoencoder import load_vae
-from .image_decoder import center_crop, decode_image, oversized_refused
+from .image_decoder import center_crop, crop_to, decode_image, oversized_refused
 from .image_folder import CaptionedPictures, PictureFolder, class_folders
 from .image_table import ImageRow, ImageTable, open_table
 from .latent_data import LatentData, LatentScale
@@ -41,36 +42,65 @@ _AHEAD = 2  # batches whose images are decoded while the autoencoder works on an
 # --- the images ---------------------------------------------------------------------------------------------
 
 
-def _pixels(row: ImageRow, size: int) -> Tensor:
-    """uint8 (3, size, size)."""
+def bucket_sizes(size: int, step: int) -> list[tuple[int, int]]:
+    """Heights and widths that are multiples of a step, of at most size x size pixels, no side twice the other's.
+
+    Of each width it is the largest height, and of each height the largest width.
+    """
+    most, sides = size * size, range(step, 2 * size + 1, step)
+    wide = {(most // width // step * step, width) for width in sides if width <= size * 2**0.5 + step}
+    pairs = wide | {(width, height) for height, width in wide}
+    return sorted((h, w) for h, w in pairs if h and h * w <= most and max(h, w) <= 2 * min(h, w))
+
+
+def _nearest(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size of which least of a picture is cut off; of equals the larger."""
+    ratio = math.log(width / height)
+    return min(sizes, key=lambda pair: (abs(math.log(pair[1] / pair[0]) - ratio), -pair[0] * pair[1]))
+
+
+def _pixels(row: ImageRow, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """uint8 (3, height, width), of the size that is nearest in its proportions."""
     image = decode_image(row.encoded, row.where, 3)
     longer, shorter = max(image.size), min(image.size)
     if longer > _ELONGATED * shorter:  # its shorter side resized, it could fill the memory
         raise ValueError(
             f"{row.where}: image is {image.width}x{image.height}: must be at most {_ELONGATED} times as long as wide"
         )
-    return torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(crop_to(image, *_nearest(image.height, image.width, sizes)))).permute(2, 0, 1)
 
 
 def _batches(
-    rows: Iterator[ImageRow], size: int, batch_size: int, workers: int
+    rows: Iterator[ImageRow], sizes: Sequence[tuple[int, int]], batch_size: int, workers: int
 ) -> Generator[tuple[Tensor, Tensor, list[str]]]:
-    """uint8 (n, 3, size, size), int64 (n,) and prompts, decoded by threads ahead of time: Pillow lets them run side by
-    side."""
+    """uint8 (n, 3, height, width) of one size, int64 (n,) and prompts, decoded by threads ahead of time: Pillow lets
+    them run side by side."""
     waiting: deque[tuple[list[Future[Tensor]], list[int], list[str]]] = deque()
 
-    def first() -> tuple[Tensor, Tensor, list[str]]:
+    full: dict[torch.Size, list[tuple[Tensor, int, str]]] = {}  # what is still too little for a batch, by size
+
+    def batch_of(examples: list[tuple[Tensor, int, str]]) -> tuple[Tensor, Tensor, list[str]]:
+        pixels, labels, prompts = zip(*examples, strict=True)
+        return torch.stack(pixels), torch.tensor(labels), list(prompts)
+
+    def first() -> Generator[tuple[Tensor, Tensor, list[str]]]:
         futures, labels, prompts = waiting.popleft()
-        return torch.stack([future.result() for future in futures]), torch.tensor(labels), prompts
+        for future, label, prompt in zip(futures, labels, prompts, strict=True):
+            pixels = future.result()
+            examples = full.setdefault(pixels.shape, [])
+            examples.append((pixels, label, prompt))
+            if len(examples) == batch_size:
+                yield batch_of(full.pop(pixels.shape))
 
     with oversized_refused(), ThreadPoolExecutor(workers) as pool:
         while batch := list(islice(rows, batch_size)):
-            futures = [pool.submit(_pixels, row, size) for row in batch]
+            futures = [pool.submit(_pixels, row, sizes) for row in batch]
             waiting.append((futures, [row.label for row in batch], [row.prompt for row in batch]))
             if len(waiting) > _AHEAD:
-                yield first()
+                yield from first()
         while waiting:
-            yield first()
+            yield from first()
+    yield from map(batch_of, full.values())
 
 
 # --- the tool -----------------------------------------------------------------------------------------------
@@ -83,6 +113,7 @@ def encode_images(
     *,
     split: str = "train",
     size: int = 256,
+    bucket_step: int | None = None,
     statistics: str = "auto",
     batch_size: int = 32,
     device: str = "auto",
@@ -109,6 +140,8 @@ def encode_images(
         split: which split, of `source` and of `out`.
         size: height and width of the images, in pixels: a multiple of the autoencoder's reduction (8 for those of
             Stable Diffusion).
+        bucket_step: bring each image to the size that is nearest in its proportions, of `bucket_sizes`: multiples of
+            so many pixels, of at most size x size in all. None: the middle square.
         statistics: where the latents' mean and deviation are from: `config`, the autoencoder's; `measured`, on each
             channel of the split that `out` gets first; `auto`, the config's where it says any.
         batch_size: images encoded at a time.
@@ -140,7 +173,14 @@ def encode_images(
         OSError: the disk is full.
         ImportError: an autoencoder of diffusers, which is not installed.
     """
-    counts = {"size": size, "batch_size": batch_size, "shard_rows": shard_rows, "limit": limit, "workers": workers}
+    counts = {
+        "size": size,
+        "bucket_step": bucket_step,
+        "batch_size": batch_size,
+        "shard_rows": shard_rows,
+        "limit": limit,
+        "workers": workers,
+    }
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value!r}: must be at least 1")
@@ -162,8 +202,12 @@ def encode_images(
         prompts = Prompts(encoder.name, prompt_length, empty)
     model = load_vae(vae, where)
     _, reduction = model.latent_shape
-    if size % reduction:
-        raise ValueError(f"size = {size}: must be a multiple of {reduction}, the reduction of {vae!r}")
+    for option, pixels in (("size", size), ("bucket_step", bucket_step)):
+        if pixels is not None and pixels % reduction:
+            raise ValueError(f"{option} = {pixels}: must be a multiple of {reduction}, the reduction of {vae!r}")
+    sizes = [(size, size)] if bucket_step is None else bucket_sizes(size, bucket_step)
+    if not sizes:
+        raise ValueError(f"bucket_step = {bucket_step}: must be at most size = {size}")
     try:
         own = None if statistics == "measured" else model.scale
     except ValueError as error:
@@ -175,7 +219,7 @@ def encode_images(
     workers = workers or min(16, os.cpu_count() or 1)
 
     def latents() -> Generator[tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]]:
-        batches = _batches(islice(table, limit), size, batch_size, workers)
+        batches = _batches(islice(table, limit), sizes, batch_size, workers)
         total = limit if table.rows is None else min(table.rows, limit or table.rows)
         with tqdm(total=total, unit="image", disable=not progress) as bar, contextlib.closing(batches):
             for images, labels, texts in batches:
@@ -229,7 +273,7 @@ def reconstructions(
     model = load_vae(noted.vae, _device(device))
     table = _open(source, split, image_column, label_column, num_classes, bool(data.states), prompt_column)
     rows = list(islice(table, min(count, len(data))))
-    images = torch.stack([_pixels(row, size) for row in rows])
+    images = torch.stack([_pixels(row, [(size, size)]) for row in rows])
     means = data.rows("mean", torch.arange(len(rows))).to(model.device)
     return images, _unsigned(model.decode(means, noted.scale)).cpu()
 

@@ -89,14 +89,20 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image: in a mode that can be averaged, such as "RGB".
         size: height and width of the result, in pixels.
     """
+    return crop_to(image, size, size)
+
+
+def crop_to(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of a picture, of a height and width, from the smallest of it that covers them: see `center_crop`."""
     from PIL import Image
 
-    while min(image.size) >= 2 * size:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = size / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    factor = max(width / image.width, height / image.height)
+    size = max(width, round(image.width * factor)), max(height, round(image.height * factor))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 class _Refusal(Exception):

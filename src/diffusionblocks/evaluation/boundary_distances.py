@@ -107,7 +107,8 @@ def boundary_distances(
             for upper, level in enumerate(boundaries):
                 above, below = (model.block(b).losses_at(batch, level, noise=eps) for b in (upper, upper + 1))
                 denoised = [check.values(result.output, "D", level).double() for result in (above, below)]
-                velocities = [path_velocity(noise, level, above.z.double(), each) for each in denoised]
+                process = noise.for_tokens(model.target.tokens_of(above.z.shape))
+                velocities = [path_velocity(process, level, above.z.double(), each) for each in denoised]
                 sums[upper] += torch.stack([part for pair in (velocities, denoised) for part in _squares(*pair)])
     check.read()
     if not count:

@@ -15,6 +15,10 @@ So there is one space for all that names a level, and one place where t' is made
     the levels of a sampling grid       what solvers take differences in
     a level's block (`Partition`)
 
+The shift may depend on the resolution, as Flux and Stable Diffusion 3.5 have it (`use_dynamic_shifting` of diffusers'
+schedulers): s = exp(mu), with mu on a straight line over the number of an image's tokens. `for_tokens` gives the
+process of one resolution; levels, boundaries and training distribution are those of all.
+
 Boundaries of equal probability are therefore those of the unshifted distribution, whatever the shift. A grid of equal
 steps is linspace(1, 0) in t, shifted: that of diffusers' FlowMatchEulerDiscreteScheduler. A saved model stores its
 boundaries in t, and the shift beside them.
@@ -22,6 +26,7 @@ boundaries in t, and the shift beside them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -53,6 +58,11 @@ class FlowMatching(GaussianProcess):
         shift: the resolution shift, > 0; 1 is none, 3 is that of Stable Diffusion 3 at 1024 pixels. More means noisier
             levels.
         coverage: (lowest, highest) quantile between which levels are read, see `EDM.coverage`.
+        base_shift: mu at `base_image_seq_len` tokens of an image, where the shift exp(mu) follows the resolution (0.5
+            of Flux); None: it does not.
+        max_shift: mu at `max_image_seq_len` tokens (1.15 of Flux); given with `base_shift`.
+        base_image_seq_len: tokens at which mu is `base_shift`, >= 1.
+        max_image_seq_len: tokens at which mu is `max_shift`, > `base_image_seq_len`.
         kind: tells the noise processes apart in a config.
 
     Raises:
@@ -68,6 +78,10 @@ class FlowMatching(GaussianProcess):
     std: Number = 1.0
     shift: Number = 1.0
     coverage: tuple[Number, Number] | None = None
+    base_shift: Number | None = None
+    max_shift: Number | None = None
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
     kind: Literal["flow"] = "flow"
 
     def _check(self) -> None:
@@ -79,6 +93,47 @@ class FlowMatching(GaussianProcess):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+        if (self.base_shift is None) != (self.max_shift is None):
+            raise ValueError(
+                f"base_shift = {self.base_shift}, max_shift = {self.max_shift}: both make the shift follow the "
+                "resolution; give both, or neither"
+            )
+        if self.base_shift is None or self.max_shift is None:
+            return
+        if self.shift != 1:
+            raise ValueError(f"shift = {self.shift} and base_shift = {self.base_shift}: give one of them")
+        if not (math.isfinite(self.base_shift) and math.isfinite(self.max_shift)):
+            raise ValueError(f"base_shift = {self.base_shift}, max_shift = {self.max_shift}: must be finite")
+        if not 1 <= self.base_image_seq_len < self.max_image_seq_len:
+            raise ValueError(
+                f"base_image_seq_len = {self.base_image_seq_len}, max_image_seq_len = {self.max_image_seq_len}: must "
+                "be whole numbers >= 1, the second larger"
+            )
+
+    def for_tokens(self, tokens: int) -> FlowMatching:
+        """The process with the shift of an image of so many tokens, as diffusers' pipelines compute it."""
+        if self.base_shift is None:
+            return self
+        return dataclasses.replace(self, shift=self._shift_of(tokens), base_shift=None, max_shift=None)
+
+    @property
+    def path(self) -> FlowMatching:
+        """Itself, or without a shift where that follows the resolution: then a level is t'."""
+        return self if self.base_shift is None else dataclasses.replace(self, base_shift=None, max_shift=None)
+
+    def on_path(self, level: Tensor, tokens: int) -> Tensor:
+        """t' of t, where the shift follows the resolution."""
+        if self.base_shift is None:
+            return level
+        shift = self._shift_of(tokens)
+        return shift * level / ((1.0 - level) + shift * level)
+
+    def _shift_of(self, tokens: int) -> float:
+        assert self.base_shift is not None
+        assert self.max_shift is not None
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return math.exp(self.base_shift + slope * (tokens - self.base_image_seq_len))
 
     # ---- the training distribution, in t -------------------------------------------------------------
 
@@ -102,7 +157,11 @@ class FlowMatching(GaussianProcess):
     # ---- the path, in t' -----------------------------------------------------------------------------
 
     def shifted(self, level: Tensor) -> Tensor:
-        """t' = s * t / (1 + (s - 1) * t), shape and dtype of `level`: where on the path a level lies."""
+        """t' = s * t / (1 + (s - 1) * t), shape and dtype of `level`: where on the path a level lies.
+
+        Raises:
+            ValueError: the shift follows the resolution: that of one is `for_tokens`'.
+        """
         return self.shift * level / self._total(level)
 
     def unshifted(self, time: float) -> float:
@@ -113,11 +172,20 @@ class FlowMatching(GaussianProcess):
         """
         if not 0 <= time <= 1:
             raise ValueError(f"t' must be in [0, 1], got {time}")
+        self._check_resolution()
         return time / (self.shift - (self.shift - 1) * time)
 
     def _total(self, level: Tensor) -> Tensor:
         """1 + (s - 1) * t, written so that t' is exactly 1 at t = 1, and alpha exactly 0, whatever the shift."""
+        self._check_resolution()
         return (1.0 - level) + self.shift * level
+
+    def _check_resolution(self) -> None:
+        if self.base_shift is not None:
+            raise ValueError(
+                "the shift of this process follows the resolution: ask for_tokens for that of one, with the number of "
+                "an image's tokens"
+            )
 
     def alpha(self, level: Tensor) -> Tensor:
         """1 - t'."""

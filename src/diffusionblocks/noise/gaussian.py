@@ -38,12 +38,17 @@ class GaussianProcess(NoiseProcess):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_one = self.for_tokens(1)
         for level in (self.read_min, self.read_max):
-            if not self.condition(torch.tensor([level], dtype=torch.float64, device="cpu")).isfinite().all():
+            if not at_one.condition(torch.tensor([level], dtype=torch.float64, device="cpu")).isfinite().all():
                 raise ValueError(
                     f"{self.kind}: what the network is told of level {level:g}, c_noise, is not finite; give "
                     "precondition anew, or levels that begin and end where neither alpha nor sigma is 0"
                 )
+
+    def for_tokens(self, tokens: int) -> GaussianProcess:
+        """The Gaussian process at a resolution of so many tokens: itself, but where its path depends on it."""
+        return self
 
     @abc.abstractmethod
     def alpha(self, level: Tensor) -> Tensor:

@@ -318,6 +318,19 @@ class NoiseProcess(abc.ABC):
 
     # ---- corruption, and what the network is shown and told ------------------------------------------
 
+    @property
+    def path(self) -> NoiseProcess:
+        """The process without what depends on the resolution, of levels that `on_path` gives."""
+        return self
+
+    def on_path(self, level: Tensor, tokens: int) -> Tensor:
+        """Levels of `path`, shape and dtype of `level`, in place of these at a resolution of so many tokens."""
+        return level
+
+    def for_tokens(self, tokens: int) -> NoiseProcess:
+        """The process at a resolution of so many tokens: itself, but where its path depends on the resolution."""
+        return self
+
     @abc.abstractmethod
     def draws(
         self,

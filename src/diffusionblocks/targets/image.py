@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
@@ -118,6 +119,10 @@ class ImageTarget(Target):
     def encode(self, batch: Batch) -> Tensor:
         """`pixel_values` (batch, channels, height, width), with a standard deviation of about sigma_data."""
         return batch["pixel_values"].float()
+
+    def tokens_of(self, shape: tuple[int, ...]) -> int:
+        """Patches of each image or video of a batch (batch, channels, ...)."""
+        return math.prod(shape[2:]) // math.prod(self.multiples)
 
     def training_inputs(self, inputs: Batch, generator: torch.Generator | None) -> Batch:
         """Drop labels at random."""

@@ -178,6 +178,10 @@ class Target(nn.Module, abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no rows")
 
+    def tokens_of(self, shape: tuple[int, ...]) -> int:
+        """Tokens of an image of a batch's shape; of other targets no process asks for it."""
+        return 1
+
     def training_inputs(self, inputs: Batch, generator: torch.Generator | None) -> Batch:
         """The inputs x as they are shown in training."""
         return inputs

@@ -200,7 +200,7 @@ class ImageGeneration(Task[SamplesConfig]):
 
     def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
         """Those of all chains, twice where they are guided."""
-        options, noise = self.options(experiment), cast("GaussianProcess", model.noise)
+        options, noise = self.options(experiment), process_of(experiment, model)
         return sum(options.samples * setting.evaluations(noise) for setting in options.settings)
 
     def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
@@ -210,7 +210,7 @@ class ImageGeneration(Task[SamplesConfig]):
         """
         from ...sampling import check_churned_levels, check_guided_levels
 
-        options, noise = self.options(experiment), cast("GaussianProcess", model.noise)
+        options, noise = self.options(experiment), process_of(experiment, model)
         if set(options.guidance) == {1.0} and any(options.guidance_interval):
             _log.warning(
                 "evaluate.guidance_interval does nothing, for evaluate.guidance is 1: set guidance to another number, "
@@ -285,7 +285,8 @@ class ImageGeneration(Task[SamplesConfig]):
         check_count("count", count, MOST_SAMPLES)
         check_count("examples", examples, MOST_SAMPLES)
         blocks = experiment.blocks_of(model)
-        noise, options = check_boundaries(blocks), self.options(experiment)
+        check_boundaries(blocks)
+        noise, options = process_of(experiment, blocks), self.options(experiment)
         setting, pixels = options.settings[0], images_of(experiment).to_pixels(blocks.device)
         levels = noise.sampling_levels(setting.steps, setting.grid)
         calls = network_calls(setting.solver, levels, noise, churn=setting.churn, churn_interval=setting.churn_interval)
@@ -419,6 +420,22 @@ def images_of(experiment: Experiment) -> ImagesSection:
     return cast("ImagesSection", experiment.recipe.data)  # the recipe's validation saw to it
 
 
+def sizes_of(experiment: Experiment, model: nn.Module) -> tuple[int, ...] | None:
+    """Sizes of the images that are sampled, of a model that takes any: those of the data's first."""
+    target: Any = model.target
+    if None not in target.shape:
+        return None
+    height, width = experiment.data("train").example_shape[1:]
+    return (1, height, width) if len(target.shape) == 4 else (height, width)  # a video of one frame
+
+
+def process_of(experiment: Experiment, model: nn.Module) -> GaussianProcess:
+    """The model's noise process at the resolution of the images that are sampled."""
+    target: Any = model.target
+    noise = cast("GaussianProcess", model.noise)
+    return noise.for_tokens(target.tokens_of((1, *target.chain_shape(sizes_of(experiment, model)))))
+
+
 def conditions_of(
     experiment: Experiment, model: DiffusionBlocks, prompts: Sequence[str] | None = None
 ) -> Conditions | None:
@@ -444,9 +461,7 @@ def conditions_of(
         return None
     section = cast(LatentsConfig, experiment.recipe.data)
     data: Any = experiment.data("test" if "test" in experiment.splits else "train")
-    device, sizes = model.device, tuple(data.image_shape[1:])
-    if len(target.shape) == 4:
-        sizes = (1, *sizes)  # a video of one frame
+    device, sizes = model.device, sizes_of(experiment, model)
     states = None if prompts is None else section.states_of_prompts(prompts, device)
 
     def of_images(images: range) -> dict[str, Any]:
@@ -517,12 +532,12 @@ def draw_samples(
     if not isinstance(target, ImageTarget):
         raise ValueError(f"only diffusion models of images make pictures, and {experiment.recipe.model.type} is none")
     options, section = cast(SamplesConfig, experiment.recipe.evaluate), images_of(experiment)
-    noise = cast(Any, model.noise)
+    noise = process_of(experiment, model)
     turns_of = labels or prompts
     count = count if count is not None else len(turns_of) if turns_of is not None else options.grid_images
     check_count("count", count, MOST_SAMPLES)
     conditions = conditions_of(experiment, model, prompts)
-    shape = target.chain_shape(None if conditions is None else conditions(range(1))["sizes"])
+    shape = target.chain_shape(sizes_of(experiment, model))
     if count * math.prod(shape) > host_memory():
         raise ValueError(
             f"count = {count:,} images of {'x'.join(map(str, shape))} are {count * math.prod(shape):,} "
