@@ -97,7 +97,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(run: Path, option: str, 
         (sets(trunk="{}"), "trunk and train must both be given in steps, or both in epochs"),
         (sets(trunk__steps=0), "trunk.steps: Input should be greater than or equal to 1 (got 0)"),
         (sets(trunk__weights="best"), "trunk.weights: Input should be 'raw' or 'averaged' (got 'best')"),
-        (sets(blocks__num_blocks=2, blocks__layers="[1, 2]"), "blocks of equal layers, not blocks.layers = (1, 2)"),
+        (sets(blocks__layers="[1, 1, 2]"), "add up to the model's 3 layers, not 4"),
         (sets(blocks__num_blocks=2), "3 layers, 2 blocks; set blocks.num_blocks to one of [1, 3]"),
         (sets(model__config__patch_size=3), "sample_size must be a multiple of patch_size, got 8 and 3"),
         (
@@ -224,6 +224,8 @@ def test_accuracy_by_level_is_for_classifiers(run: Path, capsys: pytest.CaptureF
     [
         (["--blocks", "0"], "num_blocks: Input should be greater than or equal to 1 (got 0)"),
         (["--blocks", "3", "--overlap", "1"], "overlap: Input should be less than 1 (got 1.0)"),
+        (["--blocks", "3", "--layers", "1", "2", "1"], "a block of 2 layers cannot be copied from a trunk of 1"),
+        (["--blocks", "3", "--layers", "1", "1"], "layers = [1, 1] names 2 blocks, but num_blocks = 3"),
     ],
 )
 def test_branch_refuses(

@@ -460,6 +460,11 @@ def test_layers_keep_their_kinds_when_blocks_are_built_and_branched(family: str,
     whole = trunk.eval().block(0).loss(token_batch(), seeded(), level)
     for block in branches.blocks:  # each is the trunk's function at every level, windows and all
         assert torch.equal(block.loss(token_batch(), seeded(), level), whole)
+    shorter = db.branch(trunk, 2, layers=(LAYERS, 3)).eval()
+    for values in ("layer_types", "no_rope_layers"):  # and a shorter one has those of the layers that it copies
+        kinds = getattr(original.config, values, None) or []
+        assert (getattr(shorter.config, values, None) or []) == [*kinds, *(kinds and [kinds[i] for i in (0, 1, 3)])]
+    assert torch.equal(shorter.block(0).loss(token_batch(), seeded(), level), whole)
     for layers in (range(4), range(1, 3), range(2, 4)):
         part = families.with_layers(type(original).__name__, original.config, layers)
         ours = families.outline(type(original).__name__, part).state_dict()

@@ -15,6 +15,7 @@ from diffusionblocks.experiments import ablation
 from diffusionblocks.experiments.ablation import _mean, ablate, settings
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.recipe_changes import depth_of, trunk_recipe
 from diffusionblocks.training import Trainer
 
 DIGITS = Path(__file__).parents[2] / "recipes" / "vit" / "digits.yaml"
@@ -52,6 +53,29 @@ def test_presets_are_the_papers_rows() -> None:
     assert [row.recipe.blocks.overlap for row in settings(recipe(), presets=["overlap"])] == [0, 0.05, 0.1, 0.2]
     deep = settings(recipe(model__config__num_hidden_layers=24), presets=["partition"])
     assert deep[1].recipe.blocks.layers == (6, 12, 6)
+
+
+def test_presets_give_each_row_of_a_trunk_twice_and_all_the_same_layer_updates() -> None:
+    made = recipe(trunk={"epochs": 126}, train__steps=None, train__epochs=8)
+    for preset, count in (("partition", 24), ("block-count", 12), ("overlap", 8)):
+        rows = settings(made, presets=[preset])
+        assert len(rows) == count
+        for row in rows:
+            of_blocks = 12 * row.recipe.train.epochs
+            trunk = trunk_recipe(row.recipe) if row.recipe.trunk else None
+            of_trunk = 0 if trunk is None else depth_of(trunk) * trunk.train.epochs
+            assert of_blocks + of_trunk == 12 * 50
+    twice = settings(made, presets=["partition"])[2:4]
+    assert [row.key for row in twice] == [
+        "partition=uniform,num_blocks=3,layers=3-6-3,trunk.epochs=84.0",
+        "partition=uniform,num_blocks=3,layers=3-6-3,train.epochs=50.0",
+    ]
+    assert depth_of(trunk_recipe(twice[0].recipe)) == 6
+    # From scratch there is no trunk to measure boundaries on.
+    measured = recipe(trunk={"steps": 30}, train__steps=10, blocks__partition="loss")
+    rows = settings(measured, presets=["overlap"])
+    assert [row.recipe.blocks.partition for row in rows] == ["loss", "equi-probability"] * 4
+    assert {row.recipe.train.steps for row in rows} == {10, 20}
 
 
 def test_lists_of_values_combine_or_stand_alone() -> None:

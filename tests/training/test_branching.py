@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import diffusionblocks as db
-from diffusionblocks.core.branching import trunk_name
+from diffusionblocks.core.branching import copied_layers, trunk_name
 from diffusionblocks.core.soup import soup
 from diffusionblocks.data import ImageBatches, ImageData, digits
 from diffusionblocks.experiments import run as runs
@@ -45,9 +46,9 @@ from diffusionblocks.training.trainer import Interrupted
 DEPTH, BLOCKS = 2, 3
 
 
-def trunk_of(family: str, shared: str = "replicated", **config: Any) -> db.DiffusionBlocks:
+def trunk_of(family: str, shared: str = "replicated", *, layers: int = DEPTH, **config: Any) -> db.DiffusionBlocks:
     """A trunk none of whose parameters follows from its config."""
-    trunk = convert(family, layers=DEPTH, num_blocks=1, shared=shared, **config).eval()
+    trunk = convert(family, layers=layers, num_blocks=1, shared=shared, **config).eval()
     randomise_adaptive(trunk)
     g = seeded(8)
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_branches_and_their_soup_have_the_precision_of_each_tensor_and_what_is_f
     for branched in (model, soup(model)):
         for b, block in enumerate(branched.blocks):
             for name, parameter in block.named_parameters():
-                own = trunk_name(branched, b, name)
+                own = trunk_name(branched, b, name, DEPTH)
                 assert (parameter.dtype, parameter.requires_grad) == expected[own], name
                 if "input_layernorm" in name:
                     assert torch.equal(parameter, trunk.block(0).get_parameter(own))
@@ -104,6 +105,88 @@ def test_every_block_computes_what_the_trunk_does(family: str, shared: str) -> N
     ids = [{id(p) for p in block.parameters()} for block in model.blocks]
     assert not set.union(*ids) & {id(p) for p in trunk.parameters()}
     assert (set.intersection(*ids) != set()) == (shared == "joint")
+
+
+# ---- blocks of fewer layers ---------------------------------------------------------------------------------
+
+
+def test_layers_of_a_shorter_block_are_evenly_spaced() -> None:
+    assert [copied_layers(6, count) for count in range(1, 7)] == [
+        [0],
+        [0, 5],
+        [0, 2, 5],
+        [0, 1, 3, 5],
+        [0, 1, 2, 3, 5],
+        [0, 1, 2, 3, 4, 5],
+    ]
+    for depth in range(1, 40):
+        for count in range(2, depth + 1):
+            layers = copied_layers(depth, count)
+            assert (layers[0], layers[-1]) == (0, depth - 1)
+            steps = {b - a for a, b in itertools.pairwise(layers)}
+            assert min(steps) >= 1
+            assert max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", *DIT_FAMILIES])
+def test_a_shorter_block_computes_what_the_trunk_without_some_layers_does(family: str, tmp_path: Path) -> None:
+    trunk = trunk_of(family, layers=4)
+    model = db.branch(trunk, 3, layers=(2, 4, 3))
+    assert (model.partition.layers, model.blocks_config.layers) == ((2, 4, 3), (2, 4, 3))
+    path = {"vit": "vit.layers", "dinov2": "dinov2.layer", "dit": "layers", "diffusers-dit": "transformer_blocks"}
+    theirs = trunk.block(0).state_dict()
+    prefix = next(n for n in theirs if f"{path[family].split('.')[-1]}.3." in n).partition(".3.")[0]
+    shape = (6, 3, IMAGE, IMAGE) if family in DIT_FAMILIES else (6, HIDDEN)
+    inputs = {name: noise_batch()[name] for name in model.block(0).input_names}
+    level = torch.linspace(0.5, 2.0, 6)
+    z = level.view(6, *[1] * (len(shape) - 1)) * torch.randn(shape, generator=seeded())
+
+    def pruned(layers: list[int]) -> Tensor:
+        """What the trunk computes with some of its layers alone."""
+        short = convert(family, layers=len(layers), num_blocks=1).eval()
+        source = {
+            name: name.replace(f"{prefix}.{place}.", f"{prefix}.{layer}.", 1)
+            for place, layer in enumerate(layers)
+            for name in short.block(0).state_dict()
+            if name.startswith(f"{prefix}.{place}.")
+        }
+        assert source
+        short.block(0).load_state_dict({name: theirs[source.get(name, name)] for name in short.block(0).state_dict()})
+        with torch.no_grad():
+            return short.blocks[0](inputs, z, level)  # type: ignore[no-any-return]
+
+    for block, layers in zip(model.blocks, ([0, 3], [0, 1, 2, 3], [0, 1, 3]), strict=True):
+        with torch.no_grad():
+            assert torch.equal(block(inputs, z, level), pruned(layers))
+            assert not torch.equal(pruned([1, 2, 3][: len(layers)]), pruned(layers))  # the positive control
+    model.save_pretrained(tmp_path / "m")
+    loaded = db.load(tmp_path / "m")
+    assert loaded.partition == model.partition
+    assert same_states(loaded.state_dict(), model.state_dict())
+    assert len(db.convert(model.export_initialisation(), db.BlocksConfig(num_blocks=9)).blocks) == 9
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_shorter_blocks_take_over_moments_and_averages_of_their_layers(average: bool) -> None:
+    trunk = trainer_of(trunk_of("dit", layers=4), steps=5)
+    trunk.train()
+    blocks = trainer_of(db.branch(trunk.model, 2, layers=(2, 4)))  # type: ignore[arg-type]
+    blocks.inherit(trunk, optimizer=True, average=average)
+    of_trunk = owned(trunk)
+    for name, (group, i) in owned(blocks).items():
+        _, b, rest = name.split(".", 2)
+        for ours, theirs in ((0, 0), (1, 3)) if b == "0" else ((2, 0), (3, 1), (4, 2), (5, 3)):
+            if rest.startswith(f"network.layers.{ours}."):
+                rest = rest.replace(f".{ours}.", f".{theirs}.", 1)
+                break
+        source, place = of_trunk[f"blocks.0.{rest}"]
+        assert torch.equal(group.parameters[i], source.parameters[place])
+        assert all(torch.equal(group.moments[i][key], value) for key, value in source.moments[place].items())
+        assert torch.equal(group.ema[i], source.ema[place] if average else group.parameters[i].detach())
+    blocks.train()
+
+
+# ---- the chain ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -145,7 +228,7 @@ def test_names_map_to_the_trunks(family: str) -> None:
     path = {"vit": "vit.layers", "dit": "layers", "diffusers-dit": "transformer_blocks", "masked": "layers"}[family]
     theirs = trunk.block(0).state_dict()
     for b, block in enumerate(model.blocks):
-        mapped = {name: trunk_name(model, b, name) for name in block.state_dict()}
+        mapped = {name: trunk_name(model, b, name, DEPTH) for name in block.state_dict()}
         assert set(mapped.values()) == set(theirs)
         assert all(torch.equal(block.state_dict()[ours], theirs[name]) for ours, name in mapped.items())
         for i in range(DEPTH):
@@ -160,7 +243,7 @@ def test_names_map_to_the_trunks(family: str) -> None:
         shared, own = (f"network.transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1.weight" for i in (0, 4))
         state = model.block(2).state_dict()
         assert {shared, own} <= set(state)
-        assert trunk_name(model, 2, shared) == trunk_name(model, 2, own) == shared
+        assert trunk_name(model, 2, shared, DEPTH) == trunk_name(model, 2, own, DEPTH) == shared
         assert state[shared].data_ptr() != state[own].data_ptr()
 
 
@@ -228,7 +311,13 @@ REFUSED: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     ),
     ("noise", lambda: db.branch(trunk_of("dit"), 2, noise=db.EDM(), seed=1), ("cannot change ['noise', 'seed']",)),
     ("target", lambda: db.branch(trunk_of("vit"), 2, target=None), ("cannot change ['target']",)),
-    ("layers", lambda: db.branch(trunk_of("dit"), 2, layers=(1, 3)), ("cannot change ['layers']",)),
+    (
+        "growth",
+        lambda: db.branch(trunk_of("dit"), 2, layers=(1, 3)),
+        ("block of 3 layers", "trunk of 2", "at most 2 layers"),
+    ),
+    ("layers of other blocks", lambda: db.branch(trunk_of("dit"), 2, layers=(1, 1, 2)), ("names 3 blocks",)),
+    ("layers of experts", lambda: db.branch(trunk_of("dit"), 2, layers=(2, 2), split="experts"), ("all layers",)),
     ("no block", lambda: db.branch(trunk_of("dit"), 0), ("num_blocks", "greater than or equal to 1")),
     ("negative", lambda: db.branch(trunk_of("dit"), -1), ("num_blocks", "-1")),
     ("partition", lambda: db.branch(trunk_of("dit"), 2, partition="equal"), ("partition", "'equal'", "'log-uniform'")),
@@ -297,7 +386,7 @@ def test_optimizer_and_average_are_the_trunks_or_fresh(
     compared, moments_seen = 0, 0
     for name, (group, i) in owned(blocks).items():
         _, b, rest = name.split(".", 2)
-        in_trunk = f"blocks.0.{trunk_name(blocks.model, int(b), rest)}"  # type: ignore[arg-type]
+        in_trunk = f"blocks.0.{trunk_name(blocks.model, int(b), rest, DEPTH)}"  # type: ignore[arg-type]
         if in_trunk not in of_trunk:
             # The trunk's head is conditioned by its layer 0, whose embedder is frozen with it. In a later block the
             # copy is of a layer alone, and trains: it starts afresh.

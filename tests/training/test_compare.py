@@ -13,6 +13,7 @@ from diffusionblocks.experiments.baselines import seconds_a_step, variants
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.recipe_changes import trunk_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VIT = {
@@ -96,3 +97,29 @@ def test_only_rows_of_blocks_can_be_chosen_for_equal_time(tmp_path: Path) -> Non
     made = recipe("vit/digits.yaml", VIT | {"train.steps": 2})
     with pytest.raises(ValueError, match=r"unknown rows \['end-to-end-4'\]; allowed: \['diffusionblocks'\]"):
         compare(Experiment(made), tmp_path, rows=["end-to-end-4"], equal="seconds", progress=False)
+
+
+def test_rows_of_blocks_of_several_sizes_have_the_same_layer_updates() -> None:
+    """A trunk has the layers of the largest block, and so has a baseline."""
+    unequal = {"model.config.num_layers": 6, "blocks.layers": [1, 3, 2], "trunk.steps": 8, "train.steps": 4}
+    rows = {row.key: row for row in variants(recipe("dit/digits.yaml", unequal))}
+    steps = {key: row.recipe.train.steps for key, row in rows.items()}
+    assert steps == {
+        "end-to-end-6": 8,
+        "end-to-end-2": 8,
+        "end-to-end-2-x3": 24,
+        "end-to-end-3": 8,
+        "end-to-end-3-x2": 16,
+        "diffusionblocks": 8,  # 4 of its own, and 8 of 3 layers shared out over 6
+        "diffusionblocks-branched": 4,
+    }
+    iterations = {"diffusionblocks": 3 * 8, "diffusionblocks-branched": 8 + 3 * 4}
+    for key, row in rows.items():
+        updates = row.layer_updates(iterations.get(key, steps[key]), 100)
+        assert updates == {"end-to-end-2": 16, "end-to-end-3": 24}.get(key, 48)
+    assert trunk_recipe(rows["diffusionblocks-branched"].recipe).model.config["num_layers"] == 3
+    experts = {"model.config.num_layers": 2, "blocks.split": "experts", "trunk.steps": 6, "train.steps": 4}
+    rows = {row.key: row for row in variants(recipe("dit/digits.yaml", experts))}
+    assert rows["diffusionblocks"].recipe.train.steps == 6
+    assert rows["diffusionblocks"].layer_updates(3 * 6, 100) == 2 * 18
+    assert rows["diffusionblocks-branched"].layer_updates(6 + 3 * 4, 100) == 2 * 18

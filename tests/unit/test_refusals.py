@@ -275,11 +275,6 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
         ("trunk and train", "both be given in steps"),
     ),
     (
-        "recipe: trunk of uneven blocks",
-        lambda: recipe(trunk={"steps": 3}, blocks={"num_blocks": 2, "layers": [1, 2]}),
-        ("equal layers", "blocks.layers = (1, 2)"),
-    ),
-    (
         "recipe: trunk of layers that do not divide",
         lambda: trunk_recipe(recipe(trunk={"steps": 3}, model={"type": "DiT", "config": {"num_layers": 4}})),
         ("4 layers, 3 blocks", "[1, 2, 4]"),

@@ -104,6 +104,23 @@ def test_blocks_are_averaged_with_their_trunk(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(ValueError, match="a trunk has one block on all levels, this model has 3"):
         average_with_trunk(model, model, [0.5] * 3)
     with pytest.raises(ValueError, match=r"block 0 has .*, the trunk .*: give the trunk that it was copied from"):
+        average_with_trunk(model, convert("vit", layers=2, num_blocks=1, conditioning_dim=16), [0.5] * 3)
+    with pytest.raises(ValueError, match="a block of 2 layers cannot be copied from a trunk of 1"):
         average_with_trunk(model, convert("vit", layers=1, num_blocks=1), [0.5] * 3)
+    with pytest.raises(ValueError, match="experts have all layers of their trunk, 2, and this trunk has 3"):
+        average_with_trunk(db.branch(trunk, 2, split="experts"), convert("vit", num_blocks=1), [0.5] * 2)
     with pytest.raises(ValueError, match="shared = joint"):
         average_with_trunk(branched(None, "joint")[1], trunk, [0.5] * 3)
+
+
+def test_a_shorter_block_is_averaged_with_the_layers_that_it_was_copied_from() -> None:
+    trunk = convert("vit", layers=4, num_blocks=1)
+    model = db.branch(trunk, 2, layers=(2, 4))
+    train_a_little(model, toy_batch, steps=2)
+    mixed = average_with_trunk(model, trunk, [0.5, 1])
+    name = "network.vit.layers.{}.layernorm_before.weight"
+    theirs = trunk.block(0).state_dict()
+    own, mean = (one.block(0).state_dict()[name.format(1)] for one in (model, mixed))
+    assert not torch.equal(theirs[name.format(3)], theirs[name.format(1)])
+    torch.testing.assert_close(mean, (own + theirs[name.format(3)]) / 2)
+    assert torch.equal(mixed.block(1).state_dict()[name.format(3)], theirs[name.format(1)])

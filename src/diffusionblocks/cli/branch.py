@@ -24,6 +24,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="equi-probability, log-uniform or uniform (default: the trunk's)",
     )
     parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="layers of each block, block 0 (the highest noise) first, at most the trunk's (default: all of them); of "
+        "fewer the trunk's first, last and evenly spaced ones between are copied",
+    )
+    parser.add_argument(
         "--split",
         choices=("layers", "experts"),
         help="layers: B times the trunk's layers (default); experts: the trunk's layers in each block",
@@ -45,10 +53,14 @@ def run(options: argparse.Namespace) -> None:
     from ..core.saving import check_out, save
     from ..reports.tables import block_table, format_table
 
-    values = {name: getattr(options, name) for name in ("overlap", "partition", "split")}
+    values = {name: getattr(options, name) for name in ("layers", "overlap", "partition", "split")}
+    changes = {name: value for name, value in values.items() if value is not None}
     check_out(options.out, [options.model], "branched")
-    trunk = load(options.model)
-    model = branch(trunk, options.blocks, **{name: value for name, value in values.items() if value is not None})
+    model = branch(load(options.model), options.blocks, **changes)
     save(model, options.out, processing=read_files(options.model), notes=notes_in(options.model))
     print(format_table(block_table(model)))
-    print(f"{options.blocks} blocks of {trunk.partition.num_layers} layers in {options.out}")
+    print(f"{options.blocks} blocks of {_layers(model.partition.layers)} layers in {options.out}")
+
+
+def _layers(counts: tuple[int, ...]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))

@@ -87,6 +87,8 @@ class Partition:
             ValueError: layers that do not divide or do not add up, or a value out of range.
         """
         check_count("num_layers", num_layers, MOST_LAYERS)
+        if layers is not None and split == "layers" and len(layers) != num_blocks:
+            raise ValueError(f"layers = {list(layers)} names {len(layers)} blocks, but num_blocks = {num_blocks}")
         if split == "experts":
             if layers is not None:
                 raise ValueError(f"layers = {list(layers)}: of split = experts each block has all layers; leave it out")
@@ -105,8 +107,6 @@ class Partition:
                     f"layers={even_layers(num_layers, num_blocks)}"
                 )
             layers = [num_layers // num_blocks] * num_blocks
-        if len(layers) != num_blocks:
-            raise ValueError(f"layers = {list(layers)} names {len(layers)} blocks, but num_blocks = {num_blocks}")
         if split == "layers" and (any(int(n) != n or n < 1 for n in layers) or sum(layers) != num_layers):
             raise ValueError(
                 f"layers = {list(layers)} must be positive whole numbers and add up to the model's "

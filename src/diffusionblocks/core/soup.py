@@ -49,7 +49,7 @@ def soup(model: DiffusionBlocks, weights: Sequence[float] | None = None) -> Diff
         raise ValueError(
             f"weights must be {partition.num_blocks} finite numbers >= 0, one a block, not all 0; got {weights}"
         )
-    result = assemble_like(model, without_defaults(model).as_one_block(), partition.layers[0])
+    result = assemble_like(model, without_defaults(model).as_one_block(), range(partition.layers[0]))
     total = sum(weights)
     state: dict[str, Tensor] = {}
     for b, weight in enumerate(weights):
@@ -57,7 +57,7 @@ def soup(model: DiffusionBlocks, weights: Sequence[float] | None = None) -> Diff
         require_finite(tensors.items(), f"block {b}", DIVERGED)
         for name, tensor in tensors.items():
             share = tensor.double() * (weight / total)
-            name = trunk_name(model, b, name)
+            name = trunk_name(model, b, name, partition.layers[0])
             state[name] = state[name] + share if name in state else share
     block = result.block(0)
     block.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in block.state_dict().items()})
@@ -72,7 +72,7 @@ def average_with_trunk(model: DiffusionBlocks, trunk: DiffusionBlocks, shares: S
 
     Args:
         model: branched blocks.
-        trunk: a model of one block on all levels, of the same class and layers.
+        trunk: a model of one block on all levels, of the same class, with the layers of the largest block or more.
         shares: of the trunk's weights in each block, 0 (the block as it is) to 1 (the trunk), block 0 first.
 
     Returns:
@@ -93,6 +93,12 @@ def average_with_trunk(model: DiffusionBlocks, trunk: DiffusionBlocks, shares: S
         raise ValueError("the mean of low-rank updates is none of their weights: average models that train all weights")
     if trunk.partition.num_blocks != 1:
         raise ValueError(f"a trunk has one block on all levels, this model has {trunk.partition.num_blocks}")
+    depth = trunk.partition.num_layers
+    if model.partition.split == "experts" and depth != model.partition.num_layers:
+        raise ValueError(
+            f"experts have all layers of their trunk, {model.partition.num_layers}, and this trunk has {depth}: give "
+            "the trunk that they were copied from"
+        )
     weights = trunk.block(0).state_dict()
     require_finite(weights.items(), "the trunk", DIVERGED)
     result = copy.deepcopy(model)
@@ -104,7 +110,7 @@ def average_with_trunk(model: DiffusionBlocks, trunk: DiffusionBlocks, shares: S
             if name.startswith(FROZEN):
                 mixed[name] = tensor  # which is the trunk's already
                 continue
-            other = weights.get(trunk_name(model, b, name))
+            other = weights.get(trunk_name(model, b, name, depth))
             if other is None or other.shape != tensor.shape:
                 raise ValueError(
                     f"block {b} has {name} {tuple(tensor.shape)}, the trunk "

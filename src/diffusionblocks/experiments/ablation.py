@@ -1,9 +1,10 @@
 """Ablations: one recipe with other values in some of its fields, row by row, over one seed or several.
 
 Rows come from presets (the paper's tables 7, 8 and A2: `partition`, `block-count`, `overlap`), from lists of values for
-any fields, or from the recipe itself, which can name some. A row is trained by the same code as a row of a comparison.
-Its result lies in its folder, so a finished row is not trained again, and processes that run some of the rows each
-share one table.
+any fields, or from the recipe itself, which can name some. A recipe with a trunk has each row of a preset twice,
+branched and from scratch, and all of them with its layer-updates. A row is trained by the same code as a row of a
+comparison. Its result lies in its folder, so a finished row is not trained again, and processes that run some of the
+rows each share one table.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from ..common.messages import perhaps
 from ..reports.results import write_results
 from ..reports.tables import format_table
 from ..training import units_of
-from .baselines import Variant
+from .baselines import Variant, from_scratch, length_field
 from .comparison import columns, run_row
 from .experiment import Experiment
 from .identity import check_same_run
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe, parse_recipe, put
-from .recipe_changes import depth_of, layers_of_all_blocks, with_train
+from .recipe_changes import depth_of, largest_block, layers_of_all_blocks, with_train
 from .run import TABLE, forget
 from .tasks.task import Task
 
@@ -93,6 +94,28 @@ PRESETS: Mapping[str, Callable[[Recipe], list[Values]]] = {
 }
 
 
+def _of_equal_updates(recipe: Recipe, rows: list[Values]) -> list[Values]:
+    """Rows branched and from scratch, all with as many layer-updates as the recipe; without a trunk as they are.
+
+    A trunk of more layers than the recipe's is as much shorter.
+    """
+    if recipe.trunk is None:
+        return rows
+    field = length_field(recipe)
+    result: list[Values] = []
+    for values in rows:
+        key = _key(values, _short_names(set(values)))
+        changed = _changed(recipe, values, key)
+        length = getattr(recipe.trunk, field) * largest_block(recipe) / largest_block(changed)
+        of_trunk = {**values, f"trunk.{field}": round(length) if field == "steps" else length}
+        scratch = from_scratch(_changed(recipe, of_trunk, key))
+        without = {"trunk": None, f"train.{field}": getattr(scratch.train, field)}
+        if scratch.blocks.partition != changed.blocks.partition:  # which is measured on a trunk
+            without["blocks.partition"] = scratch.blocks.partition
+        result += [of_trunk, {**values, **without}]
+    return result
+
+
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +131,8 @@ def settings(
     Args:
         recipe: what they change.
         over: fields, dotted, and the values that each takes.
-        presets: names of `PRESETS`, whose rows come first. Without these and `over`: the recipe's own rows.
+        presets: names of `PRESETS`, whose rows come first, with and without a trunk where the recipe has one. Without
+            these and `over`: the recipe's own rows.
         one_at_a_time: the recipe as it is, then each value of each field alone; else all combinations.
 
     Raises:
@@ -134,7 +158,7 @@ def settings(
         return [Setting(key, _changed(recipe, values, key), values) for key, values in own.items()]
     if "train.seed" in over:
         raise ValueError("train.seed is varied by the seeds of an ablation, which averages over them: --seeds 0,1,2")
-    rows = [values for name in presets for values in PRESETS[name](recipe)]
+    rows = _of_equal_updates(recipe, [values for name in presets for values in PRESETS[name](recipe)])
     if one_at_a_time:
         rows = [{}, *rows, *({name: value} for name, values in over.items() for value in values)]
     elif over:

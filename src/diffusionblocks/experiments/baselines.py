@@ -13,9 +13,11 @@ from .experiment import Experiment
 from .recipe import DEPTH_ON_HOST, Recipe
 from .recipe_changes import (
     depth_of,
+    largest_block,
     layers_of_a_block,
     layers_of_all_blocks,
     modules_of,
+    steps_of_the_trunk,
     trunk_recipe,
     with_depth,
     with_train,
@@ -47,16 +49,25 @@ class Variant:
         """The method: `end-to-end`, `ensemble`, `diffusionblocks`, or the objective of local learning."""
         return self.recipe.local.objective if self.recipe.method == "local" else self.recipe.method
 
-    @property
-    def layer_updates(self) -> float:
-        """Layers that an iteration updates, on average."""
+    def layer_updates(self, iterations: int, examples: int) -> int:
+        """Layers moved x steps.
+
+        Args:
+            iterations: of the whole run, its trunk and fit among them.
+            examples: in the training data, which say how many steps an epoch of the trunk has.
+        """
         units = self.blocks + (self.recipe.local.more_units if self.recipe.method == "local" else 0)
-        return self.layers / units
+        a_step = self.layers / units
+        updates = iterations * a_step
+        if self.has_trunk:  # which has the layers of the largest block
+            trunk = trunk_recipe(self.recipe)
+            updates += trunk.train.unit_steps(examples) * (depth_of(trunk) - a_step)
+        return round(updates)
 
     @property
     def has_trunk(self) -> bool:
         """Whether the blocks start from a trunk."""
-        return self.recipe.trunk is not None
+        return self.recipe.trunk is not None and self.recipe.method == "diffusionblocks"
 
     @property
     def has_fit(self) -> bool:
@@ -74,13 +85,9 @@ def variants(recipe: Recipe) -> list[Variant]:
         raise ValueError(f"compare trains all blocks, not train.blocks = {list(recipe.train.blocks)}; leave it out")
     depth, many = depth_of(recipe), recipe.blocks.num_blocks
     short, together = layers_of_a_block(recipe), layers_of_all_blocks(recipe)
-    field = _length_field(recipe)
-    trunk, fit = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
-    # What every block would have had, had they shared the updates of trunk and fit.
+    field = length_field(recipe)
+    fit = 0 if recipe.fit is None else getattr(recipe.fit, field)
     without_fit = _longer(recipe, fit / many, field).model_copy(update={"fit": None})
-    scratch = _longer(recipe, trunk / many, field).model_copy(
-        update={"trunk": None, "blocks": recipe.blocks.until_measured()}
-    )
     ordinary = _without_stages(recipe, field)
     rows = [
         Variant(f"end-to-end-{depth}", _end_to_end(ordinary, depth, together // depth, field), depth, 1),
@@ -88,12 +95,16 @@ def variants(recipe: Recipe) -> list[Variant]:
     if (
         many > 1 and recipe.model.pretrained is None and short < depth
     ):  # else one block is the whole model, or has its layers' weights
-        rows.append(Variant(f"end-to-end-{short}", _end_to_end(ordinary, short, 1, field), short, 1))
-        rows.append(Variant(f"end-to-end-{short}-x{many}", _end_to_end(ordinary, short, many, field), short, 1))
+        # Of blocks of several sizes L/B layers take the time of one, the layers of the largest take the memory.
+        for layers in dict.fromkeys((short, largest_block(recipe))):
+            factor = depth // layers if depth % layers == 0 else depth / layers
+            longer = _end_to_end(ordinary, layers, factor, field)
+            rows.append(Variant(f"end-to-end-{layers}", _end_to_end(ordinary, layers, 1, field), layers, 1))
+            rows.append(Variant(f"end-to-end-{layers}-x{factor:.3g}", longer, layers, 1))
         if recipe.task.plain_training:
             ensemble = ordinary.model_copy(update={"method": "ensemble"})
             rows.append(Variant(f"ensemble-{many}x{short}", ensemble, depth, many))
-    rows.append(Variant("diffusionblocks", scratch, together, many))
+    rows.append(Variant("diffusionblocks", from_scratch(recipe), together, many))
     if recipe.trunk is not None:
         trunk_recipe(recipe)  # refuses what cannot be a trunk before anything is trained
         rows.append(Variant("diffusionblocks-branched", recipe, together, many))
@@ -102,10 +113,18 @@ def variants(recipe: Recipe) -> list[Variant]:
     return rows
 
 
+def from_scratch(recipe: Recipe) -> Recipe:
+    """The recipe without its trunk, whose blocks have what each would have had, had they shared the trunk's updates."""
+    field = length_field(recipe)
+    trunk = 0 if recipe.trunk is None else getattr(recipe.trunk, field)
+    longer = _longer(recipe, trunk / steps_of_the_trunk(recipe), field)
+    return longer.model_copy(update={"trunk": None, "blocks": recipe.blocks.until_measured()})
+
+
 def _without_stages(recipe: Recipe, field: str) -> Recipe:
     """The recipe of a baseline, whose units have the steps of a block and their share of trunk and fit."""
     stages = (0 if part is None else getattr(part, field) for part in (recipe.trunk, recipe.fit))
-    longer = _longer(recipe, sum(stages) / recipe.blocks.num_blocks, field)
+    longer = _longer(recipe, sum(stages) / steps_of_the_trunk(recipe), field)
     return longer.model_copy(update={"trunk": None, "fit": None})
 
 
@@ -117,7 +136,7 @@ def local_variants(recipe: Recipe) -> list[Variant]:
     """
     if recipe.task.target != "label":
         return []
-    depth, recipe = depth_of(recipe), _without_stages(recipe, _length_field(recipe))
+    depth, recipe = depth_of(recipe), _without_stages(recipe, length_field(recipe))
     rows = []
     for objective in get_args(LocalConfig.model_fields["objective"].annotation):
         options = recipe.local.model_copy(update={"objective": objective})
@@ -131,7 +150,7 @@ def local_variants(recipe: Recipe) -> list[Variant]:
     return rows
 
 
-def _length_field(recipe: Recipe) -> str:
+def length_field(recipe: Recipe) -> str:
     """The field that says how long the recipe trains."""
     return "steps" if recipe.train.steps is not None else "epochs"
 
@@ -142,9 +161,10 @@ def _longer(recipe: Recipe, more: float, field: str) -> Recipe:
     return with_train(recipe, **update)
 
 
-def _end_to_end(recipe: Recipe, layers: int, factor: int, field: str) -> Recipe:
+def _end_to_end(recipe: Recipe, layers: int, factor: float, field: str) -> Recipe:
     shallow = with_depth(recipe, layers)
-    changes = {field: getattr(recipe.train, field) * factor}
+    length = getattr(recipe.train, field) * factor
+    changes = {field: round(length) if field == "steps" else length}
     if recipe.model.type in DEPTH_ON_HOST:
         changes["cuda_graph"] = False
     return with_train(shallow, **changes).model_copy(update={"method": "end-to-end"})

@@ -1,13 +1,14 @@
 """The comparison every claim needs: DiffusionBlocks beside its baselines, in one table.
 
 Rows: L layers end to end; where B > 1 and the model is not pretrained, L/B layers end to end, which have the memory of
-one block, at equal steps and at B times the steps, which is equal compute, and where blocks can vote an ensemble of B
-such networks with the steps of a block each (the baseline to beat); DiffusionBlocks from scratch; and, where the recipe
-has a trunk, trunk and branch. Where it fits its levels, the rows of blocks do, and the last of them is there once more
-without. All rows but the one of L/B layers at equal steps have the same number of layer-updates (recurrent depth end to
-end runs its core many times a step, which `layer_passes` counts). With `equal="seconds"` the end-to-end rows train as
-long as the blocks did instead, by the clock. Rows of local learning (`greedy-BxL/B`, ...) are trained where they are
-named: their modules run those before them forward as well, which no count of updates shows.
+one block, at equal steps and at B times the steps, which is equal compute (of blocks of several sizes the layers of the
+largest as well), and where blocks can vote an ensemble of B such networks with the steps of a block each (the baseline
+to beat); DiffusionBlocks from scratch; and, where the recipe has a trunk, trunk and branch. Where it fits its levels,
+the rows of blocks do, and the last of them is there once more without. All rows but those of fewer layers at equal
+steps have the same number of layer-updates (recurrent depth end to end runs its core many times a step, which
+`layer_passes` counts). With `equal="seconds"` the end-to-end rows train as long as the blocks did instead, by the
+clock. Rows of local learning (`greedy-BxL/B`, ...) are trained where they are named: their modules run those before
+them forward as well, which no count of updates shows.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def run_row(
         "branched": variant.has_trunk,
         "fitted": variant.has_fit,
         "iterations": result.iterations,
-        "layer_updates": round(result.iterations * variant.layer_updates),
+        "layer_updates": variant.layer_updates(result.iterations, len(experiment.data("train"))),
         **experiment.task.summary(result.rows),
         **_passes(result),
         "parameters_trained": _parameters_at_a_time(result.model),

@@ -55,6 +55,9 @@ class ModelConfig(_Section):
 class TrunkConfig(_Section):
     """Train one block's worth of layers on all levels first, then branch it into the blocks.
 
+    Of blocks of several sizes (`blocks.layers`) the trunk has the layers of the largest, and a smaller one is copied
+    from some of them, evenly spaced, the first and the last among them.
+
     Attributes:
         steps: Steps of the trunk, where `train` is in steps; `train` is then the length of each block after the branch.
         epochs: Epochs of the trunk, where `train` is in epochs.
@@ -211,8 +214,12 @@ class Recipe(_Section):
         family = supported_classes().get(self.model.type)
         if trunk is not None and family is not None and self.blocks.split == "layers":
             family.check_movable(self.model.type)
-        if trunk is not None and self.blocks.layers is not None and len(set(self.blocks.layers)) > 1:
-            raise ValueError(f"a trunk branches into blocks of equal layers, not blocks.layers = {self.blocks.layers}")
+        target, layers = self.blocks.target, self.blocks.layers
+        if trunk is not None and target is not None and target.reads_trunk and len(set(layers or [0])) > 1:
+            raise ValueError(
+                f"blocks.target.context = trunk: each block attends to all layers of its trunk, so blocks have as many, "
+                f"not blocks.layers = {list(layers or [])}; leave blocks.layers out"
+            )
         return self
 
     @model_validator(mode="after")

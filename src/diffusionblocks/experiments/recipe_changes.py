@@ -29,7 +29,7 @@ def depth_of(recipe: Recipe) -> int:
 
 
 def layers_of_a_block(recipe: Recipe) -> int:
-    """How many layers each block has, where all have as many: those of a trunk, or of the baseline of equal memory.
+    """How many layers a block has on average: those of the baseline of equal memory, where all have as many.
 
     Of experts, all.
 
@@ -55,6 +55,22 @@ def layers_of_all_blocks(recipe: Recipe) -> int:
         ValueError: the recipe does not say how many layers its model has.
     """
     return depth_of(recipe) * (recipe.blocks.num_blocks if recipe.blocks.split == "experts" else 1)
+
+
+def largest_block(recipe: Recipe) -> int:
+    """How many layers the largest block has: those of a trunk, and of what takes the memory of training blocks.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has, or they do not divide.
+    """
+    layers = recipe.blocks.layers
+    return layers_of_a_block(recipe) if layers is None else max(layers)
+
+
+def steps_of_the_trunk(recipe: Recipe) -> float:
+    """How many steps of the trunk move as many layers as a step of every block."""
+    layers = recipe.blocks.layers
+    return recipe.blocks.num_blocks if layers is None else sum(layers) / max(layers)
 
 
 def modules_of(recipe: Recipe) -> int:
@@ -135,7 +151,7 @@ def trunk_options(recipe: Recipe) -> TrunkConfig:
 
 
 def trunk_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the trunk: one block of L/B layers on all levels.
+    """The recipe of the trunk: one block on all levels, of L/B layers or of those of the largest block.
 
     Raises:
         ValueError: the recipe does not say how many layers its model has, or they do not divide.
@@ -147,9 +163,9 @@ def trunk_recipe(recipe: Recipe) -> Recipe:
 
 
 def _of_one_block(recipe: Recipe, **train: Any) -> Recipe:
-    """The recipe of one block of L/B layers on all levels, which starts from no trunk."""
+    """The recipe of one block on all levels, with the layers of the largest, which starts from no trunk."""
     changes = {"trunk": None, "blocks": recipe.blocks.as_trunk()}
-    shallow = with_depth(recipe, layers_of_a_block(recipe))
+    shallow = with_depth(recipe, largest_block(recipe))
     return with_train(shallow, blocks=None, early_stopping=None, **train).model_copy(update=changes)
 
 

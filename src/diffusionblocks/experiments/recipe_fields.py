@@ -29,7 +29,8 @@ a run, which has its recipe beside its model.
 
 `diffusionblocks ablate RECIPE --over blocks.overlap=0,0.05,0.2 --seeds 0,1,2` trains a row for each value and seed, and
 prints means and spreads. Several `--over` are combined, or with `--one-at-a-time` varied one by one beside the recipe
-as it is. `--preset partition block-count overlap` are the paper's tables. Without either, the recipe's own `rows` are
+as it is. `--preset partition block-count overlap` are the paper's tables; of a recipe with a trunk each row is there
+twice, branched and from scratch, all with the recipe's layer-updates. Without either, the recipe's own `rows` are
 trained. `--list` names the rows, `--rows` chooses some: processes with one `--out` share the table. A finished row is
 not trained again.
 

@@ -425,7 +425,7 @@ def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
     assert isinstance(trunk.model, DiffusionBlocks)
     blocks = recipe.blocks
     with trunk.averaged() if trunk_options(recipe).weights == "averaged" else contextlib.nullcontext():
-        names = ("boundaries", "overlap", "partition", "split", "vocabulary")
+        names = ("boundaries", "layers", "overlap", "partition", "split", "vocabulary")
         changes = {name: getattr(blocks, name) for name in names}
         if blocks.target is not None and blocks.target.reads_trunk:
             changes["context"] = "trunk"

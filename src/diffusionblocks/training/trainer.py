@@ -387,13 +387,14 @@ class Trainer:
         trunk.residency.flush()
         self.residency.flush()
         places = {p: (group, i) for group in trunk.sets.values() for i, p in enumerate(group.parameters)}
-        of_trunk = dict(trunk.model.block(0).named_parameters())
+        of_trunk, depth = dict(trunk.model.block(0).named_parameters()), trunk.model.partition.num_layers
         sources = {
             parameter: places[source]
             for unit in self.units
             for name, parameter in unit.module.named_parameters()
             # A part that is frozen in the trunk can be trained as part of a layer of a later block.
-            if parameter.requires_grad and (source := of_trunk[trunk_name(self.model, unit.index, name)]) in places
+            if parameter.requires_grad
+            and (source := of_trunk[trunk_name(self.model, unit.index, name, depth)]) in places
         }
         for group in self.sets.values():
             group.inherit(sources, optimizer=optimizer, average=average)
