@@ -24,6 +24,7 @@ import diffusionblocks as db
 from diffusionblocks.cli import main
 from diffusionblocks.core.model_card import CARD, is_generated
 from diffusionblocks.core.saved_model import INDEX
+from diffusionblocks.data.autoencoder import load_vae
 
 BLOCKS = [f"block-{b:02d}.safetensors" for b in range(3)]
 
@@ -380,3 +381,30 @@ def test_weights_on_the_hub_are_those_of_any_precision(hub: Hub) -> None:
     model.push_to_hub("ann/m")
     assert same_states(db.from_pretrained("ann/m").state_dict(), model.state_dict())
     assert json.loads(hub.repositories["ann/m"].head["config.json"])["dtype"] == "bfloat16"
+
+
+def test_an_autoencoder_out_of_reach_is_told_at_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the half a minute of attempts that the client makes for each file, and without blaming a file."""
+    from diffusers import AutoencoderKL
+
+    with pytest.raises(FileNotFoundError, match="vae = ann/none: no such folder here, and the hub has no such model"):
+        load_vae("ann/none", torch.device("cpu"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
+    attempts: list[float] = []
+    monkeypatch.setattr(time, "sleep", attempts.append)
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+    with pytest.raises(ConnectionError, match=rf"^vae = ann/vae: the hub at {nowhere} cannot be reached") as error:
+        load_vae("ann/vae", torch.device("cpu"))
+    one_line(error)
+    # A pipeline's, of which the cache has a copy, is read without the hub.
+    cache = Path(constants.HF_HUB_CACHE) / "models--ann--pipeline"
+    model = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    model.save_pretrained(cache / "snapshots" / ("0" * 40) / "vae")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    assert load_vae("ann/pipeline", torch.device("cpu")).latent_shape == (4, 1)
+    assert not attempts

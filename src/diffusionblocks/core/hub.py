@@ -65,11 +65,11 @@ def from_pretrained(
         if revision is not None:
             raise ValueError(f"revision = {revision!r} is of a repository, and {name} is a folder here: leave it out")
         return load(name, device=device, verify=verify)
-    _check_name(str(name), "no such folder here, and no name on the hub")
+    check_name(str(name), "no such folder here, and no name on the hub")
     from huggingface_hub import hf_hub_download
 
     options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    with _Errors(str(name), revision, local_files_only).told():
+    with HubErrors(str(name), revision, local_files_only).told():
         index = Path(hf_hub_download(str(name), INDEX, revision=revision, **_library(), **options))
         source = read_saved(index.parent)
         check_whole(source)
@@ -131,7 +131,7 @@ def push_to_hub(
         ValueError: some blocks only, or files that are not those of the index; no token, or one that may not write
             there; a public repository where `private` is True; or one that changed meanwhile.
     """
-    _check_name(repo_id, "no name on the hub")
+    check_name(repo_id, "no name on the hub")
     if isinstance(model, DiffusionBlocks):
         with tempfile.TemporaryDirectory() as folder:
             save(model, Path(folder) / "model")
@@ -159,7 +159,7 @@ def _push(
             "set HF_TOKEN, or give token"
         )
     api = HfApi(token=token, **_library())
-    with _Errors(repo_id).told():
+    with HubErrors(repo_id).told():
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         info = api.model_info(repository)
         if private and not info.private:
@@ -231,7 +231,8 @@ def _library() -> dict[str, Any]:
     return {"library_name": "diffusionblocks", "library_version": __version__}
 
 
-def _check_name(name: str, problem: str) -> None:
+def check_name(name: str, problem: str) -> None:
+    """Raise FileNotFoundError unless a repository of the hub may have that name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -242,7 +243,7 @@ def _check_name(name: str, problem: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Errors:
+class HubErrors:
     """What the hub, or the way there, says of a repository, as an error in one line.
 
     Attributes:

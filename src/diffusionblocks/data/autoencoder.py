@@ -144,6 +144,7 @@ def load_vae(name: str, device: torch.device) -> ImageAutoencoder:
     Raises:
         FileNotFoundError: no such folder or name, or it has no safetensors weights.
         ValueError: it is no autoencoder of images.
+        ConnectionError: the hub cannot be reached, and its cache has no copy.
         ImportError: diffusers is not installed.
     """
     from ..models.tiny_autoencoder import TinyAutoencoder  # the models import diffusers, which takes seconds
@@ -159,14 +160,20 @@ def _of_diffusers(name: str) -> nn.Module:
         import diffusers
     except ImportError as error:
         raise ImportError(f"an autoencoder needs the diffusers library ({error}): pip install diffusers") from error
+    local = Path(name).is_dir() or _is_only_cached(name)
     try:
-        config, subfolder = _config_of(name)
+        config, subfolder = _config_of(name, local)
         # Files of the first versions do not name their class.
         class_name = str(config.get("_class_name", "AutoencoderKL"))
         if not class_name.startswith(("Autoencoder", "AsymmetricAutoencoder")):
             raise ValueError(f"its config names the class {class_name}")
         result: Any = getattr(diffusers, class_name).from_pretrained(
-            name, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            name,
+            subfolder=subfolder,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=local,
         )
     except OSError as error:
         raise FileNotFoundError(
@@ -182,15 +189,42 @@ def _of_diffusers(name: str) -> nn.Module:
     return module
 
 
-def _config_of(name: str) -> tuple[dict[str, Any], str | None]:
+def _config_of(name: str, local: bool) -> tuple[dict[str, Any], str | None]:
     """The config of an autoencoder, and the folder that it lies in below the name."""
     from diffusers import AutoencoderKL
 
     try:
-        return dict(AutoencoderKL.load_config(name)), None
+        return dict(AutoencoderKL.load_config(name, local_files_only=local)), None
     except OSError:
         try:
-            return dict(AutoencoderKL.load_config(name, subfolder="vae")), "vae"
+            return dict(AutoencoderKL.load_config(name, subfolder="vae", local_files_only=local)), "vae"
         except OSError:
             pass
         raise
+
+
+def _is_only_cached(name: str) -> bool:
+    """Whether a repository can be read from the cache alone: the hub, asked once, does not give it.
+
+    Who asks for a file where there is no network asks again for half a minute, for each file.
+
+    Raises:
+        FileNotFoundError: no such repository, or no name of one, and no copy in the cache. ValueError: it takes terms
+            to be accepted, or another token. ConnectionError: the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    from ..core.hub import HubErrors, check_name
+
+    cached = False
+    try:
+        check_name(name, "no such folder here, and no name on the hub")
+        cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "vae/config.json"))
+        with HubErrors(name).told():
+            HfApi().model_info(name)
+    except (OSError, ValueError) as error:
+        if not cached:
+            raise type(error)(f"vae = {error}") from None  # which names it
+    else:
+        return False
+    return True
