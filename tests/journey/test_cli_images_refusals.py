@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import DIGITS, LATENTS, TINY, TINY_VIT, VIT, sample, sets
 
 from diffusionblocks.cli import main
 from diffusionblocks.common.formats import read_json, write_json
+from diffusionblocks.data.latent_data import LatentScale
+from diffusionblocks.data.latent_shards import write_shards
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
 
@@ -217,6 +220,28 @@ def test_the_folder_of_the_run_is_no_model(run: Path, tmp_path: Path, capsys: py
 def test_accuracy_by_level_is_for_classifiers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", DIGITS, "--model", str(run / "model"), "--by-level", *TINY]) == 2
     refused("--by-level is for classifiers; DiT generates images", capsys)
+
+
+def test_inspect_refuses_latents_of_another_shape_as_train_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DIFFUSIONBLOCKS_DATA", raising=False)
+    small = [
+        *sets(data__source=tmp_path / "latents", model__config__hidden_size=16, model__config__num_attention_heads=2),
+        *sets(model__config__num_classes=2, evaluate__features="null"),
+    ]
+    assert main(["inspect", LATENTS, *small]) == 0  # before there are any
+    for split in ("train", "validation"):
+        rows = [(torch.zeros(4, 4, 8, 8), torch.zeros(4, 4, 8, 8), torch.arange(4) % 2)]
+        names = ["cat", "dog"]
+        write_shards(
+            tmp_path / "latents", split, rows, shard_rows=4, class_names=names, vae="x", scale=LatentScale(1.0)
+        )
+    capsys.readouterr()
+    for command in (["inspect"], ["train", "--out", str(tmp_path / "out"), "--quiet"]):
+        assert main([command[0], LATENTS, *command[1:], *small]) == 2
+        refused("the model takes images of 4x32x32, the data has 4x8x8", capsys)
+    assert main(["inspect", LATENTS, *small, *sets(model__config__sample_size=8)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         experiment = experiment.derive(with_boundaries(experiment.recipe, record.between), same_run=True)
 
     recipe, source = experiment.recipe, experiment.original.weights()
+    if recipe.data.mapped and recipe.data.count_examples().count is not None:  # data that are opened at once, and here
+        experiment.task.check_examples(experiment, experiment.outline, experiment.data("train"))
     if experiment.baseline is not None:
         units, _ = units_of(experiment.outline)
         print(f"{recipe.name}: {recipe.model.type}, method: {recipe.method}")
