@@ -53,6 +53,7 @@ def command(*arguments: str) -> dict[str, Any]:
 
 _SAMPLE = ["sample", "recipe.yaml", "--model", "model", "--out", "out", "--count", "2", "--quiet"]
 _MERGE_APART = [command("merge", "apart-0", "apart-1", "--out", "out"), {"do": "product", "models": ["out"]}]
+_AVERAGE = ["average", "model", "--trunk", "trunk", "--out", "out", "--shares", "0.5", "0"]
 #: name -> what is damaged, what is done
 _USES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "load": ("model", [{"do": "load", "folder": "model"}, {"do": "product", "models": ["model"]}]),
@@ -69,12 +70,15 @@ _USES: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "model",
         [command("branch", "model", "--blocks", "2", "--out", "out"), {"do": "product", "models": ["out"]}],
     ),
+    "average": ("model", [command(*_AVERAGE), {"do": "product", "models": ["out"]}]),
+    "average-trunk": ("trunk", [command(*_AVERAGE), {"do": "product", "models": ["out"]}]),
 }
 _MODELS = {
     "model-vit": ("other-vit", ("load", "evaluate", "merge", "merge-first", "merge-second")),
     "model-joint": (None, ("load", "evaluate", "merge")),
     "model-dit": ("other-dit", ("load", "sample", "merge-first")),
     "model-trunk": (None, ("load", "branch", "sample")),
+    "model-branched": (None, ("average", "average-trunk")),
     "model-masked": (None, ("load", "evaluate", "sample")),
     "model-llama": ("other-llama", ("load", "evaluate", "sample", "prompt")),
     "model-tokens": (None, ("load", "evaluate", "prompt")),
@@ -102,7 +106,8 @@ def _model_case(given: Input, workspace: Path, root: Path) -> Case:
     folder, actions = _USES[given["use"]]
     for operation in given["damage"]:
         apply(operation, workspace / folder, root)
-    return Case(actions, inputs=("model", "apart-0", "apart-1", "recipe.yaml", "data"), outputs=("out",), same=True)
+    inputs = ("model", "apart-0", "apart-1", "trunk", "recipe.yaml", "data")
+    return Case(actions, inputs=inputs, outputs=("out",), same=True)
 
 
 # ---- destinations --------------------------------------------------------------------------------------------
@@ -140,7 +145,7 @@ def _destination_case(given: Input, workspace: Path, root: Path) -> Case:
         shutil.copytree(workspace / "model", out)
         (out / "mine").write_text("mine")
     actions = json.loads(json.dumps(_USES[given["use"]][1]).replace('"out"', json.dumps(name)))
-    kept = ("out/mine", "aim", "model", "apart-0", "apart-1", "recipe.yaml", "data")
+    kept = ("out/mine", "aim", "model", "apart-0", "apart-1", "trunk", "recipe.yaml", "data")
     return Case(actions[:1], inputs=kept, outputs=("out",))
 
 
@@ -194,13 +199,14 @@ def _report_case(given: Input, workspace: Path, root: Path) -> Case:
 
 # ---- data ----------------------------------------------------------------------------------------------------
 
-_DATA = ("data-text", "data-tokens", "data-images", "data-latents")
+_DATA = ("data-text", "data-tokens", "data-images", "data-latents", "data-pictures")
+_ENCODE = ["encode", "--source", "data", "--vae", "vae", "--out", "out", "--size", "8", "--check", "2"]
 
 
 def _data_inputs(root: Path) -> st.SearchStrategy[Input]:
     strategies = []
     for base in _DATA:
-        for folder in ("data", "cache"):
+        for folder in ("data", "cache", "vae"):
             if (root / base / folder).is_dir():
                 fields = {"base": st.just(base), "folder": st.just(folder)}
                 strategies.append(st.fixed_dictionaries(fields | {"damage": folder_damage(root / base / folder, [])}))
@@ -210,6 +216,9 @@ def _data_inputs(root: Path) -> st.SearchStrategy[Input]:
 def _data_case(given: Input, workspace: Path, root: Path) -> Case:
     for operation in given["damage"]:
         apply(operation, workspace / given["folder"], root)
+    if given["base"] == "data-pictures":
+        actions = [command(*_ENCODE), {"do": "product", "files": ["out"]}]
+        return Case(actions, inputs=("data", "vae"), outputs=("out",), seconds=15)
     actions = [
         command("train", "recipe.yaml", "--out", "out", "--quiet"),
         {"do": "product", "models": ["out/model"], "rows": ["out/result.json"]},
@@ -460,6 +469,8 @@ _COMMANDS: dict[str, tuple[str, list[str]]] = {
     "report": ("report-run", ["report", "run", "--out", "page.html"]),
     "ablate": ("recipe-vit", ["ablate", "recipe.yaml", "--out", "out", "--quiet", "--over", "blocks.overlap=0"]),
     "branch": ("model-trunk", ["branch", "model", "--blocks", "2", "--out", "out"]),
+    "average": ("model-branched", _AVERAGE),
+    "encode": ("data-pictures", _ENCODE),
     "merge": ("model-vit", ["merge", "apart-0", "apart-1", "--out", "out"]),
     "bench": ("recipe-vit", ["bench", "memory"]),
 }
@@ -495,7 +506,7 @@ def _option_case(given: Input, workspace: Path, root: Path) -> Case:
         place, word = given["replace"]
         arguments = [*arguments[:place], word, *arguments[place + 1 :]]
     arguments += given["options"]
-    names = ("model", "apart-0", "apart-1", "recipe.yaml", "data", "run")
+    names = ("model", "apart-0", "apart-1", "trunk", "recipe.yaml", "data", "vae", "run")
     kept = tuple(name for name in names if name not in arguments)
     return Case([command(*arguments)], inputs=kept, outputs=("out", "page.html"), interrupt=True)
 

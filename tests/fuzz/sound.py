@@ -232,6 +232,36 @@ def model(values: Values, data: Callable[[Path], None] | None = None, *, apart: 
     return make
 
 
+def branched(values: Values) -> Callable[[Path], None]:
+    """A workspace with a trunk, and with blocks that were copied from it and moved."""
+
+    def make(folder: Path) -> None:
+        import torch
+
+        import diffusionblocks as db
+
+        model(values)(folder)
+        (folder / "model").rename(folder / "trunk")
+        blocks = db.branch(db.load(folder / "trunk"), 2)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in blocks.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        blocks.save_pretrained(folder / "model")
+
+    return make
+
+
+def pictures(folder: Path) -> None:
+    """A workspace with images, and with an autoencoder that makes latents of them."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    write_images(folder / "data")
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(folder / "vae")
+
+
 def run(values: Values) -> Callable[[Path], None]:
     """A workspace with a run that was killed: its last checkpoint and what comes after it are not there."""
 
@@ -309,6 +339,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "model-joint": model(JOINT),
     "model-dit": model(DIT, apart=True),
     "model-trunk": model(TRUNK),
+    "model-branched": branched(TRUNK),
     "model-masked": model(MASKED, write_text),
     "model-llama": model(LLAMA, write_text),
     "model-tokens": model(TOKENS, write_text),
@@ -341,6 +372,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "data-tokens": data(TOKENS, write_text),
     "data-images": data(changed(IMAGES, data__cache="cache"), write_images),
     "data-latents": data(LATENTS, write_latents),
+    "data-pictures": pictures,
     "recipe-vit": recipe(VIT),
     "recipe-fitted": recipe(RUN_FITTED),
     "recipe-dit": recipe(DIT),
