@@ -89,15 +89,15 @@ class GrowingStatistics:
             features = features[missing:]
         self.total.update(features)
 
-    def distance(self, real: FeatureStatistics) -> float:
-        """The distance of all features to real ones."""
-        return frechet_distance(self.total, real)
-
-    def distance_at_infinity(self, real: FeatureStatistics) -> float | None:
-        """The distance to real ones, extrapolated; None where there are too few features to say.
+    def distances(self, real: FeatureStatistics) -> tuple[float, float | None]:
+        """The distance of all features to real ones, and the same extrapolated; None where they are too few to say.
 
         The bias that is taken away is that of these features' number; real ones should be as many as there are.
         """
+        distance = frechet_distance(self.total, real)
         if not self._sizes or any(size not in self._first for size in self._sizes):
-            return None
-        return extrapolate(self._sizes, [frechet_distance(self._first[size], real) for size in self._sizes])
+            return distance, None
+        first = [self._first[size] for size in self._sizes]
+        # Of hundreds of features each takes seconds: that of all of them is known.
+        each = [distance if one.count == self.total.count else frechet_distance(one, real) for one in first]
+        return distance, extrapolate(self._sizes, each)

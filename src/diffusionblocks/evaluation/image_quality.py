@@ -190,8 +190,8 @@ class Measuring:
         """
         values: dict[str, float | None] = {}
         for split, reference in self._measures.references.items():
-            values[f"fd_{split}"] = self._statistics.distance(reference.statistics)
-            values[f"fd_{split}_infinity"] = self._statistics.distance_at_infinity(reference.statistics)
+            distance, at_infinity = self._statistics.distances(reference.statistics)
+            values |= {f"fd_{split}": distance, f"fd_{split}_infinity": at_infinity}
         real = self._measures.neighbours_of(sum(map(len, self._rows)))
         if real is not None:
             values |= vars(real.measure(torch.cat(self._rows)[: real.count]))
