@@ -58,7 +58,7 @@ def test_rows_beside_experts_have_as_many_layer_updates(tmp_path: Path) -> None:
     sizes = {"model.config.num_layers": 3, "model.config.hidden_size": 16, "model.config.num_attention_heads": 2}
     options = {"trunk": None, "blocks.split": "experts", "train.steps": 2, "train.batch_size": 4}
     made = recipe("dit/digits.yaml", sizes | options | {"evaluate.features": None, "evaluate.samples": 4})
-    rows = {row.key: row.blocks * row.recipe.train.steps * row.layer_updates for row in variants(made)}
+    rows = {row.key: row.layer_updates(row.blocks * row.recipe.train.steps, 100) for row in variants(made)}
     assert rows == {"end-to-end-3": 18, "diffusionblocks": 18}
     ablate(Experiment(made), tmp_path, settings(made, {"blocks.split": ["layers", "experts"]}), progress=False)
     assert {key: row["layer_updates"] for key, row in rows_of(tmp_path).items()} == {

@@ -62,11 +62,6 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
                 "context = trunk: this trunk learns the rows of its target, and blocks of a frozen trunk learn none; "
                 "convert the trunk with target.embedding = given"
             )
-        if context == "trunk" and set(values["layers"] or [depth]) != {depth}:
-            raise ValueError(
-                f"context = trunk: each block attends to all {depth} layers of its trunk, so it has as many, not layers "
-                f"= {list(values['layers'])}; leave layers out"
-            )
         values["target"] = {**values["target"], "context": context}
     config = BlocksConfig.model_validate(values)
     branches = assemble_like(trunk, config, _layers_in_trunk(config, depth))

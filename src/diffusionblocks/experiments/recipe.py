@@ -214,12 +214,6 @@ class Recipe(_Section):
         family = supported_classes().get(self.model.type)
         if trunk is not None and family is not None and self.blocks.split == "layers":
             family.check_movable(self.model.type)
-        target, layers = self.blocks.target, self.blocks.layers
-        if trunk is not None and target is not None and target.reads_trunk and len(set(layers or [0])) > 1:
-            raise ValueError(
-                f"blocks.target.context = trunk: each block attends to all layers of its trunk, so blocks have as many, "
-                f"not blocks.layers = {list(layers or [])}; leave blocks.layers out"
-            )
         return self
 
     @model_validator(mode="after")
