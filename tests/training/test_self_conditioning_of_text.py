@@ -296,6 +296,10 @@ def test_what_it_cannot_be_combined_with_is_refused() -> None:
     config = db.BlocksConfig(num_blocks=1, target=db.NextTokenTargetConfig(self_conditioning=True))
     with pytest.raises(ValueError, match=r"target.self_conditioning = true: a RecurrentDepth has no position"):
         db.convert(recurrent, config)
+    for fixed in ({"shared": "frozen"}, {"lora": {"rank": 2}}):
+        target = {"kind": "next-token", "self_conditioning": True}
+        with pytest.raises(ValueError, match=r"target.self_conditioning = true with .* could never learn"):
+            convert("llama", target=target, **fixed)
     with pytest.raises(ValueError, match="is shown what other blocks say"):
         blocks("bert", noise_input=False).export_block(1)
     plain, z = convert("masked").block(0), torch.full((6, LENGTH), VOCAB)

@@ -147,6 +147,16 @@ class TextFamily(Family):
         return {"input_ids": torch.empty(size, *shape, dtype=torch.int64)}
 
     @override
+    def check_config(self, model: nn.Module, config: BlocksConfig) -> None:
+        super().check_config(model, config)
+        fixed = "shared = frozen" if config.shared == "frozen" else "lora" if config.lora is not None else None
+        if fixed is not None and getattr(config.target, "self_conditioning", False):
+            raise ValueError(
+                f"target.self_conditioning = true with {fixed}: the map of what is shown starts at zero and could "
+                "never learn; use shared: replicated without lora"
+            )
+
+    @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         assert isinstance(config.target, TokenTargetConfig | NextTokenTargetConfig)
         return nn.ModuleDict({"hint": Hint(self.hidden_size(model.config))} if config.target.self_conditioning else {})

@@ -133,7 +133,7 @@ def draw_fit(levels: Sequence[float], curves: Sequence[Sequence[float]], noise: 
         xlabel=f"noise level {noise.symbol}",
         ylabel="cross-entropy (nats)",
         ylim=(0, None),
-        title="Levels fitted to the rise of the cross-entropy",
+        title="Levels fitted to the cross-entropy",
     )
     handles = [*axes.get_legend_handles_labels()[0], *beside.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, fontsize=8)
