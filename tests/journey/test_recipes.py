@@ -12,15 +12,18 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from diffusers_models import TINY
 from PIL import Image
 
 from diffusionblocks.cli import main
 from diffusionblocks.data.latent_data import LatentScale
-from diffusionblocks.data.latent_shards import write_shards
+from diffusionblocks.data.latent_shards import Prompts, write_shards
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.tasks import LanguageConfig
 from diffusionblocks.families import family_named
+from diffusionblocks.families.conditioned import ConditionedFamily
+from diffusionblocks.planning import MARGIN, predict
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 #: Those of pretrained weights need a folder: `test_cli_pretrained.py` has them.
@@ -32,6 +35,9 @@ LAYERS = {
     "dit/imagenet-latents": 24,
     "text/masked_topics": 6,
     "noprop/cifar100": 3,
+    "flow/12gb": 24,
+    "flow/16gb": 24,
+    "flow/24gb": 38,
 }
 LAYERS |= {"text/autoregressive_topics": 4, "text/recurrent_topics": 2, "text/recurrent_prose": 4}  # else 12
 
@@ -70,13 +76,17 @@ def test_recipe_parses_and_inspects(path: Path, capsys: pytest.CaptureFixture[st
     recipe = load_recipe(path)
     depth = recipe.model.config[family_named(recipe.model.type).depth_field]
     assert depth == LAYERS.get(name_of(path), 12)
-    assert main(["inspect", str(path)]) == 0
+    sets = []
+    if path.parent.name == "flow":  # outlines of billions of parameters take long
+        depth, sets = 4, ["--set", "model.config.num_layers=4"]
+    assert main(["inspect", str(path), *sets]) == 0
     out = capsys.readouterr().out
     assert f"{depth} layers" in out
     rows = [line.split() for line in out.splitlines()]
     blocks = [row for row in rows if row[0].isdigit()]
     assert [row[0] for row in blocks] == [str(b) for b in range(recipe.blocks.num_blocks)]
-    assert sum(int(row[1].split("-")[1]) - int(row[1].split("-")[0]) + 1 for row in blocks) == depth
+    layers = sum(int(row[1].split("-")[1]) - int(row[1].split("-")[0]) + 1 for row in blocks)
+    assert layers == depth * (recipe.blocks.num_blocks if recipe.blocks.split == "experts" else 1)
 
 
 @each_recipe
@@ -90,6 +100,13 @@ def test_recipe_is_not_refused_for_what_it_writes(path: Path) -> None:
         measured = recipe.model_copy(update={"method": method, "evaluate": options})
         experiment = Experiment(measured)
         experiment.task.check(experiment, experiment.outline)
+
+
+@pytest.mark.exhaustive  # a step of real width is followed for a quarter of a minute
+@pytest.mark.parametrize("size", [12, 16, 24])
+def test_presets_fit_their_budget(size: int) -> None:
+    recipe = load_recipe(FOLDER / f"flow/{size}gb.yaml", ["device=cuda"])
+    assert predict(recipe).peak <= (1 - MARGIN) * size * 2**30
 
 
 def test_the_papers_diffusion_transformers_have_their_published_sizes() -> None:
@@ -130,9 +147,26 @@ def latents(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "latents", tmp_path / "vae"
 
 
+def with_prompts(folder: Path) -> Path:
+    """Random latents of 16 images with states of prompts, as the tiny class reads them."""
+    states = {"encoder_hidden_states": torch.randn(16, 5, 24), "pooled_projections": torch.randn(16, 20)}
+    mean = torch.randn(16, 4, 8, 8)
+    options: dict[str, Any] = {"shard_rows": 10, "class_names": ["image"], "vae": "random"}
+    prompts = Prompts("none", 5, {name: value[0] for name, value in states.items()})
+    rows = [(mean, mean.abs(), torch.zeros(16, dtype=torch.int64), states)]
+    for split in ("train", "test"):
+        write_shards(folder, split, rows, **options, scale=LatentScale(0.18215), prompts=prompts)
+    return folder
+
+
 def tiny(path: Path, tmp_path: Path) -> dict[str, Any]:
     """What makes a recipe small."""
     recipe = load_recipe(path)
+    if isinstance(family_named(recipe.model.type), ConditionedFamily):
+        # An optimizer of 8 bits is compiled first; test_eight_bit.py has it.
+        counts = {"train.steps": 2, "train.batch_size": 4, "train.warmup_steps": 0, "train.optimizer": "adamw"}
+        measures = {"evaluate.samples": 4, "evaluate.steps": "[2]", "evaluate.grid_images": 2}
+        return {"device": "cpu", "model.config": json.dumps(TINY[recipe.model.type].config), **counts, **measures}
     changes: dict[str, Any] = {
         "device": "cpu",
         "model.config.hidden_size": 16,
@@ -212,6 +246,8 @@ def test_recipe_trains_at_tiny_size(
             method == "end-to-end" or values["data"]["image_size"] > 32
         ):
             changes["evaluate.features"] = "null"
+    elif path.parent.name == "flow":
+        changes |= {"data.source": with_prompts(tmp_path / "prompted"), "data.vae": latents[1]}
     elif kind == "latents":
         # 16x16 images of 8x8 latents
         changes |= {"data.source": latents[0], "data.vae": latents[1], "evaluate.features": "null"}
