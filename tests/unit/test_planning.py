@@ -327,6 +327,7 @@ EACH_FAMILY: dict[str, tuple[str, list[str]]] = {
     "noprop": ("vit/digits", [f"model={NOPROP}", "blocks.target={embedding: one-hot}"]),
     "of-diffusers": ("dit/digits", [f"model={DIT2D}"]),
     "lora": ("dit/digits", [f"model={DIT2D}", "blocks.shared=replicated", "blocks.lora={rank: 4}", "trunk=null"]),
+    "forward-forward": ("vit/digits", [*SMALL["vit"], "method=local", "local={objective: forward-forward}"]),
     "bfloat16-weights": ("vit/digits", [*SMALL["vit"], "train.weights=bfloat16"]),
 }
 

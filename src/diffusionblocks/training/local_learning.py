@@ -214,6 +214,13 @@ class ContrastiveModule(LocalModule):
         """The supervised contrastive loss of the last states' mean tokens."""
         return contrastive_losses(states[-1].mean(dim=1), batch["labels"], self.temperature)
 
+    def heaviest_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """All but the comparison of each sample with each, for what counts a step's memory as linear in the batch.
+
+        The comparison takes a few matrices of batch * batch float32 numbers, 64 KiB each at 128 images.
+        """
+        return self.advance(self.features(batch["pixel_values"]))[-1].mean(dim=1).float().square().mean(dim=-1)
+
 
 def contrastive_losses(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """The supervised contrastive loss (arXiv 2004.11362, L_out) of each sample of a batch.
