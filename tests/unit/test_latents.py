@@ -906,7 +906,7 @@ def test_tool_refuses_bad_rows(
         (["--label-column", "kind"], "label_column = 'kind'"),
         (["--device", "abacus"], "device = 'abacus'"),
         (["--source", "./nothing"], "source = './nothing': no such folder"),
-        (["--vae", "./nothing"], "vae = './nothing'"),
+        (["--vae", "./nothing"], "vae = ./nothing: no such folder here"),
     ],
 )
 def test_tool_refuses_bad_arguments(
