@@ -65,3 +65,22 @@ def wan_pipeline(**parts: Any) -> Any:
     encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(WORDS), **sizes)).eval()
     others = {"transformer": None, "vae": None, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
     return WanPipeline(**{"text_encoder": encoder, "tokenizer": tokenizer(8), **others, **parts})
+
+
+def sana_pipeline(**parts: Any) -> Any:
+    """SanaPipeline with a tiny text encoder of Gemma's class: states of width 24."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+    from transformers import Gemma2Config, Gemma2Model
+
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    torch.manual_seed(1)
+    encoder = Gemma2Model(Gemma2Config(vocab_size=len(WORDS), **sizes)).eval()
+    others = {"transformer": None, "vae": None, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+    return SanaPipeline(**{"text_encoder": encoder, "tokenizer": tokenizer(512), **others, **parts})

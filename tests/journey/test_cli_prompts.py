@@ -114,6 +114,7 @@ def test_encode_train_resume_sample_export(
     assert main(["sample", str(file), *model, "--out", out, "--quiet", *prompts]) == 0
     assert sorted(path.name for path in Path(out, "images").iterdir()) == ["000000.png", "000001.png"]
     check_samples(file, tmp_path / "whole" / "model", encoder[kind], Path(out, "images"))
+    assert main(["evaluate", str(file), *model]) == 0, "features: null reads no test split, and there is none"
     assert main(["boundaries", str(file), *model, "--out", out, "--count", "2", "--examples", "4"]) == 0
     if kind == WAN:
         pipeline = ["--pipeline", encoder[kind], "--out", str(tmp_path / "pipeline")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers_models import TINY, tiny_diffuser
 from PIL import Image
-from text_encoders import clip, save_encoder, sd3_pipeline, t5, tokenizer, wan_pipeline
+from text_encoders import clip, sana_pipeline, save_encoder, sd3_pipeline, t5, tokenizer, wan_pipeline
 from torch import Tensor
 
 import diffusionblocks as db
@@ -60,6 +60,59 @@ def test_states_of_a_pipeline_are_those_of_its_own_encode_prompt(kind: str, tmp_
     assert torch.equal(states["encoder_hidden_states"], embeds.bfloat16())
     if kind == "sd3":
         assert torch.equal(states["pooled_projections"], pooled[0].bfloat16())
+
+
+class _Stopped(Exception):
+    """A pipeline is at its prompts."""
+
+
+@pytest.mark.parametrize("kind", ["sd3", "wan", "sana"])
+def test_states_are_those_that_a_pipeline_makes_when_it_is_called(kind: str, tmp_path: Path) -> None:
+    """By the defaults of its call, which are not those of `encode_prompt`; the empty prompt as its negative one."""
+    pipeline: Any = {"sd3": sd3_pipeline, "wan": wan_pipeline, "sana": sana_pipeline}[kind]()
+    pipeline.save_pretrained(tmp_path)
+    if kind == "wan":
+        pipeline.transformer = tiny_diffuser("WanTransformer3DModel")
+    encode, given = pipeline.encode_prompt, {}
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        given.update(arguments=arguments, options=options)
+        raise _Stopped
+
+    pipeline.encode_prompt = stop
+    more = {"use_resolution_binning": False} if kind == "sana" else {}
+    with pytest.raises(_Stopped):
+        pipeline(PROMPTS, height=64, width=64, guidance_scale=4.5, **more)
+    with torch.no_grad():
+        returned = encode(*given["arguments"], **given["options"])
+    make = load_prompt_encoder(str(tmp_path), None, CPU)
+    empty, states = make.empty(), make(PROMPTS)
+    names = ["encoder_hidden_states", "encoder_attention_mask"] if kind == "sana" else ["encoder_hidden_states"]
+    places = {"sd3": (0, 1), "wan": (0, 1), "sana": (0, 2)}[kind]
+    for number, name in enumerate(names):
+        positive, negative = (returned[place + number] for place in places)
+        assert torch.equal(states[name], positive.to(states[name].dtype)), name
+        assert torch.equal(empty[name], negative[:1].to(empty[name].dtype)), name
+
+
+def test_a_mask_that_a_pipeline_leaves_out_has_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen-Image's, where all prompts of a batch are equally long: as is the empty one, alone."""
+    from diffusers import QwenImagePipeline
+
+    from diffusionblocks.data.prompt_states import _OfPipeline
+
+    def embeds(self: object, prompt: list[str], device: object) -> tuple[Tensor, Tensor]:
+        lengths = torch.tensor([5 + len(text) for text in prompt])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        return mask[..., None].expand(-1, -1, 24).float(), mask
+
+    monkeypatch.setattr(QwenImagePipeline, "_get_qwen_prompt_embeds", embeds)
+    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
+    make = _OfPipeline(QwenImagePipeline(**parts), "it", 20, CPU)
+    empty, states = make.empty(), make(["a cat", "dog"])
+    assert empty["encoder_attention_mask"].sum(1).tolist() == [5]
+    assert states["encoder_attention_mask"].sum(1).tolist() == [10, 8]
+    assert {value.shape[1] for made in (empty, states) for value in made.values()} == {20}
 
 
 def test_encoders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def _measure(experiment: Experiment, options: argparse.Namespace) -> None:
         raise ValueError("--by-level is for method: diffusionblocks; an end-to-end model has no noise levels")
     if options.by_level and not task.by_level:
         task.measure_by_level(experiment, experiment.blocks_of(model))  # says why not
-    experiment.data("test")
+    if options.by_level or "test" in task.splits(experiment.recipe.evaluate):
+        experiment.data("test")
     task.check(experiment, model)
     check_same_files(experiment, model, folder, task.splits(experiment.recipe.evaluate))
     rows = [row.to_dict() for row in task.measure(experiment, model)]

@@ -199,7 +199,7 @@ def encode_images(
     encoder = None if text_encoder is None else load_prompt_encoder(text_encoder, prompt_length, where)
     prompts = None
     if encoder is not None:
-        empty = {name: value[0] for name, value in encoder([""]).items()}
+        empty = {name: value[0] for name, value in encoder.empty().items()}
         prompts = Prompts(encoder.name, prompt_length, empty)
     model = load_vae(vae, where)
     _, reduction = model.latent_shape

@@ -372,7 +372,17 @@ class LatentsConfig(ImagesSection, FilesSection):
         noted = noted_prompts(self.location(), self.train_split)
         if noted is None:
             raise ValueError(f"{self.location()} notes no text encoder: encode it with --text-encoder")
-        return load_prompt_encoder(noted.text_encoder, noted.length, device)(prompts)
+        states = load_prompt_encoder(noted.text_encoder, noted.length, device)(prompts)
+        shapes, shapes_of_data = (
+            {name: tuple(value.shape[1:]) for name, value in states.items()},
+            {name: tuple(value.shape) for name, value in noted.empty.items()},
+        )
+        if shapes != shapes_of_data:
+            raise ValueError(
+                f"text encoder {noted.text_encoder!r} gives states {shapes} of a prompt, and those of the data are "
+                f"{shapes_of_data}: encode the split again"
+            )
+        return states
 
     @override
     def conditions_without_prompt(self, data: LatentData, count: int, device: torch.device) -> dict[str, Tensor]:

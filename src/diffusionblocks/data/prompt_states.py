@@ -15,12 +15,12 @@ from ..targets.image import MASK, POOLED, STATES
 
 __all__ = ["PromptEncoder", "load_prompt_encoder"]
 
-#: What `encode_prompt` of a pipeline returns, in its order; "" is not cached.
-_RETURNS: dict[str, tuple[str, ...]] = {
+#: What `encode_prompt` of a pipeline returns, in its order; "" is the same of the negative prompt, None is not cached.
+_RETURNS: dict[str, tuple[str | None, ...]] = {
     "StableDiffusion3Pipeline": (STATES, "", POOLED, ""),
-    "FluxPipeline": (STATES, POOLED, ""),
-    "Flux2Pipeline": (STATES, ""),
-    "AuraFlowPipeline": (STATES, MASK, "", ""),
+    "FluxPipeline": (STATES, POOLED, None),
+    "Flux2Pipeline": (STATES, None),
+    "AuraFlowPipeline": (STATES, None, "", None),  # its mask is as large as the states, and read by nothing
     "PixArtAlphaPipeline": (STATES, MASK, "", ""),
     "PixArtSigmaPipeline": (STATES, MASK, "", ""),
     "SanaPipeline": (STATES, MASK, "", ""),
@@ -30,6 +30,9 @@ _RETURNS: dict[str, tuple[str, ...]] = {
     "LTXPipeline": (STATES, MASK, "", ""),
     "HunyuanVideoPipeline": (STATES, POOLED, MASK),
 }
+
+#: Options of `encode_prompt` whose defaults are those of a pipeline's call, which differ from its own.
+_OF_THE_CALL = ("max_sequence_length", "clean_caption", "complex_human_instruction")
 
 #: What a pipeline's folder has beside its text encoders.
 _NOT_OF_TEXT = ("transformer", "transformer_2", "vae", "image_encoder", "feature_extractor")
@@ -56,8 +59,14 @@ class PromptEncoder:
         Raises:
             ValueError: states of another length than before, without a mask that tells them apart, or not finite.
         """
-        with torch.no_grad():
-            states = {name: value.cpu() for name, value in self._states(list(prompts)).items()}
+        return self._as_kept(self._states(list(prompts)))
+
+    def empty(self) -> dict[str, Tensor]:
+        """The states of the empty prompt, from which guidance leads away, as `__call__` gives those of one prompt."""
+        return self._as_kept(self._negative())
+
+    def _as_kept(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
+        states = {name: value.cpu() for name, value in states.items()}
         for name, value in states.items():
             states[name] = value.bool() if name == MASK else value.to(torch.bfloat16)
             if not bool(states[name].isfinite().all()):
@@ -66,6 +75,9 @@ class PromptEncoder:
 
     def _states(self, prompts: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def _negative(self) -> dict[str, Tensor]:
+        return self._states([""])
 
     def _of_one_length(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         """Some pipelines pad to the longest prompt of a batch: then further places, which a mask hides, are zero."""
@@ -89,25 +101,42 @@ class _OfPipeline(PromptEncoder):
     """States by a pipeline's own `encode_prompt`, so they are what it gives its transformer."""
 
     def __init__(self, pipeline: Any, name: str, length: int | None, device: torch.device) -> None:
-        super().__init__(name, length)
-        self._pipeline, self._device = pipeline.to(device), device
-
-    def _states(self, prompts: list[str]) -> dict[str, Tensor]:
         import inspect
 
-        options: dict[str, Any] = {"device": self._device}
-        parameters = inspect.signature(self._pipeline.encode_prompt).parameters
-        if "do_classifier_free_guidance" in parameters:
-            options["do_classifier_free_guidance"] = False
-        if self.length is not None:
-            options["max_sequence_length"] = self.length
-        if "prompt_2" in parameters:
-            options["prompt_2"] = None
-        if "prompt_3" in parameters:
-            options["prompt_3"] = None
-        returned = self._pipeline.encode_prompt(prompt=prompts, **options)
-        names = _RETURNS[type(self._pipeline).__name__]
-        return {name: value for name, value in zip(names, returned, strict=True) if name and value is not None}
+        self._parameters = inspect.signature(pipeline.encode_prompt).parameters
+        of_call = inspect.signature(type(pipeline).__call__).parameters
+        self._options = {
+            option: of_call[option].default
+            for option in _OF_THE_CALL
+            if option in of_call and option in self._parameters
+        }
+        super().__init__(name, length or self._options.get("max_sequence_length"))
+        self._options |= {"max_sequence_length": self.length, "device": device}
+        self._options |= {option: None for option in ("prompt_2", "prompt_3") if option in self._parameters}
+        self._pipeline, self._names = pipeline.to(device), _RETURNS[type(pipeline).__name__]
+
+    def _states(self, prompts: list[str]) -> dict[str, Tensor]:
+        returned = self._encode(prompts, guidance=False)
+        return self._by_name([value for name, value in zip(self._names, returned, strict=True) if name])
+
+    def _negative(self) -> dict[str, Tensor]:
+        """Some pipelines put words around a prompt, but none around a negative one."""
+        if "do_classifier_free_guidance" not in self._parameters:
+            return self._states([""])
+        returned = self._encode([""], guidance=True, negative_prompt=[""])
+        return self._by_name([value for name, value in zip(self._names, returned, strict=True) if name == ""])
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str], *, guidance: bool, **options: Any) -> tuple[Any, ...]:
+        if "do_classifier_free_guidance" in self._parameters:
+            options["do_classifier_free_guidance"] = guidance
+        return tuple(self._pipeline.encode_prompt(prompt=prompts, **self._options, **options))
+
+    def _by_name(self, values: list[Any]) -> dict[str, Tensor]:
+        states = dict(zip(filter(None, self._names), values, strict=True))
+        if MASK in states and states[MASK] is None:  # every place counts
+            states[MASK] = torch.ones(states[STATES].shape[:2], dtype=torch.bool)
+        return states
 
 
 class _OfEncoder(PromptEncoder):
@@ -117,6 +146,7 @@ class _OfEncoder(PromptEncoder):
         super().__init__(name, length)
         self._encoder, self._tokenizer, self._device = encoder.to(device), tokenizer, device
 
+    @torch.no_grad()
     def _states(self, prompts: list[str]) -> dict[str, Tensor]:
         batch = self._tokenizer(
             prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
