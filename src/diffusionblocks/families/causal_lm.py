@@ -358,7 +358,8 @@ class CausalLMFamily(NextTokenFamily):
         at_noisy, clean = states.split(sizes, dim=1)
         positions, clean_positions = streams.positions.split(sizes, dim=1)
         of_noisy, of_clean = (tuple(part.split(sizes, dim=1)[i] for part in rotation) for i in (0, 1))
-        mask = streams.beside(*self.keys_values(layer, clean, of_clean, clean_positions))
+        # Further calls for one token have no new clean positions, of which not every attention can make keys.
+        mask = streams.beside(*self.keys_values(layer, clean, of_clean, clean_positions)) if streams.clean else streams
         return layer(at_noisy, attention_mask=mask, position_ids=positions, position_embeddings=of_noisy)  # type: ignore[no-any-return]
 
     def _check_length(self, network: nn.Module, length: int) -> None:
