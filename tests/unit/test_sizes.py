@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from diffusionblocks.common.machine import check_memory
 from diffusionblocks.experiments.experiment import Experiment
-from diffusionblocks.experiments.original import model_config
+from diffusionblocks.experiments.original import described_config, model_config
 from diffusionblocks.experiments.preflight import check_disk, check_machine
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 
@@ -56,6 +57,18 @@ def test_out_of_range(path: Path, field: str, value: Any) -> None:
         model_config(load_recipe(path, [f"model.config.{field}={value}"]).model)
     assert "must be" in str(error.value)
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("patch", "fine"), [([1, 2, 2], True), ([1, 2], False), ([1, 2, 10**9], False), (["a"] * 3, False)]
+)
+def test_a_patch_of_videos_has_three_sides(patch: list[Any], fine: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", "patch_size": patch}))
+    if fine:
+        assert list(described_config("WanTransformer3DModel", str(tmp_path)).patch_size) == patch
+        return
+    with pytest.raises(ValueError, match=r"patch_size = .*must be"):
+        described_config("WanTransformer3DModel", str(tmp_path))
 
 
 @pytest.mark.parametrize(

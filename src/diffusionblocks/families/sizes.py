@@ -27,6 +27,7 @@ SIZES: Mapping[str, tuple[int, int]] = {
     "num_classes": (0, MOST_LABELS),
     "num_embeds_ada_norm": (1, MOST_LABELS),
 }
+_BY_AXIS = ("patch_size",)  # Wan has three: of frames, rows and columns
 _MOST = 2**31 - 1  # of any other whole number
 
 
@@ -43,6 +44,10 @@ def check_sizes(values: Mapping[str, Any], where: str = "model.config") -> None:
     for name, value in values.items():
         if name.endswith("_config") and isinstance(value, Mapping):  # a part's, of a model of several
             check_sizes(value, f"{where}.{name}")
+        if name in _BY_AXIS and isinstance(value, list | tuple) and len(value) == 3:
+            for number in value:
+                check_sizes({name: number}, where)
+            continue
         low, high = SIZES.get(name, (-_MOST, _MOST))
         if name in SIZES and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{where}.{name} = {value!r}: must be a whole number from {low} to {high}")
