@@ -211,6 +211,21 @@ def test_an_expert_that_comes_in_vain_is_copied_again() -> None:
         assert torch.equal(image, expected)
 
 
+def test_a_model_is_saved_while_its_blocks_take_turns(tmp_path: Path) -> None:
+    """With what experts share in one file, as ever: the copies of the present one are no weights of its own."""
+    model = experts(FLUX, lora=db.LoraConfig(rank=2))
+    model.save_pretrained(tmp_path / "before")
+    transformer: Any = model.as_transformer(low_memory=True, device="cpu")
+    with torch.no_grad():
+        first = transformer(**at_level(model, 0.9))[0]
+        model.save_pretrained(tmp_path / "after")
+        assert torch.equal(transformer(**at_level(model, 0.9))[0], first)
+    for file in (tmp_path / "before").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "after" / file.name).read_bytes()
+    states = (db.load(tmp_path / name).state_dict() for name in ("before", "after"))
+    assert same_states(*states)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_copy_at_the_seam_overlaps_the_last_call() -> None:
     """Of blocks whose call takes about as long as their copy: the two calls at the seam, with and without foresight."""

@@ -165,6 +165,11 @@ class DiffusionBlocks(nn.Module):
         if self._turns is not None:
             self._turns.bring(block, following)
 
+    def rest(self) -> None:
+        """Let blocks that take turns have their own weights, no copies, until one is called."""
+        if self._turns is not None:
+            self._turns.rest()
+
     def with_boundaries(self, boundaries: Sequence[float]) -> Self:
         """The same blocks, each called at other levels: a model that shares all weights with this one.
 

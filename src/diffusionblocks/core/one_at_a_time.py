@@ -77,11 +77,20 @@ class OneAtATime:
         if self._ahead is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._ahead)
 
-    def _exchange(self, block: Block) -> None:
-        """Let a block compute with copies; those of others are freed, or overwritten."""
+    def rest(self) -> None:
+        """Let no block compute with copies, until one is called: then blocks share what they own together."""
+        self._settle()
+        self._put_back()
+
+    def _put_back(self) -> None:
         for (_, name), (entries, tensor) in self._originals.items():
             entries[name] = tensor
-        self._present, self._originals = block, {}
+        self._present, self._originals = None, {}
+
+    def _exchange(self, block: Block) -> None:
+        """Let a block compute with copies; those of others are freed, or overwritten."""
+        self._put_back()
+        self._present = block
         places = [place for part in (block.network, block.adaptive) for place in places_of(part)]
         tensors = {id(entries[name]): entries[name] for entries, name in places}  # one with two places stays one
         free = [copy for identity, copy in self._copies.items() if identity not in tensors]

@@ -82,6 +82,7 @@ def save(
             (`check_replaceable`).
     """
     indices = _choose(model, blocks)
+    model.rest()
     index = describe(model, indices) | ({} if trained is None else {"trained": trained})
     _check_readable(model, index)
     for b in indices:
