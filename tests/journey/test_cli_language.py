@@ -263,7 +263,7 @@ def test_refused(
     [
         (["sample", MASKED, "--prompt", "the"], "--prompt is not for MaskedTransformer, which generates masked text"),
         (["sample", MASKED, "--feedback", "soft"], "--feedback is not for MaskedTransformer"),
-        (["train", DIGITS, *sets(fit="{steps: 3}")], "fit is for models with a cross-entropy over log sigma"),
+        (["train", DIGITS, *sets(fit="{steps: 3}")], "fit is for models with a cross-entropy at every level"),
         (
             ["train", RECURRENT, *sets(method="end-to-end", train__cuda_graph="true")],
             "RecurrentDepth end to end draws its number of iterations anew each step: set train.cuda_graph to false",

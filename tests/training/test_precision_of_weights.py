@@ -182,8 +182,7 @@ def test_rounding_by_chance_follows_the_step_alone(optimizer: str, tmp_path: Pat
     units, shared = units_of(whole.model)
     counted = count_persistent(units, shared, whole.config).optimizer
     moments = [one for owner in whole.sets.values() for one in owner.moments]
-    steps = 4 * len(moments) if optimizer == "adamw" else 0  # torchao counts on the host
-    assert counted == steps + bytes_of(v for one in moments for name, v in one.items() if name != "step")
+    assert counted == 4 * len(moments) + bytes_of(v for one in moments for name, v in one.items() if name != "step")
 
 
 def test_weights_in_bfloat16_are_asked_for_in_one_place(caplog: pytest.LogCaptureFixture) -> None:

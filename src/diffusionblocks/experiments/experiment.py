@@ -181,7 +181,8 @@ class Experiment:
 
     def conditions_without_prompt(self, data: Dataset) -> Mapping[str, torch.Tensor]:
         """What the data tell the model's class of one example, beside image and label: with the empty prompt."""
-        return self.batch_of(self.recipe.data.conditions_without_prompt(data, 1, torch.device("cpu")))
+        conditions = self.recipe.data.conditions_without_prompt(data, 1, torch.device("cpu"))
+        return self.batch_of(conditions) if conditions else {}  # the class may be of a folder that is gone
 
     def batch_of(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """A batch of the data as the model's class reads it."""
