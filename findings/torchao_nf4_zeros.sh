@@ -38,5 +38,7 @@ assert (back[:3] != 0).all() and back[:3].unique().numel() == 1 and codes == [0]
 even = NF4Tensor.from_tensor(torch.full((8, 64), 0.5), 64, 8)
 print("factor of equal scales:", even.quantization_factor.tolist())
 assert torch.isinf(even.quantization_factor).all()
-print("FOUND: zeros are not kept")
+kept = torch.where(weight == 0, 0.0, back)  # the way round: which are zero is known when they are quantised
+assert (kept[:3] == 0).all() and torch.equal(kept[3:], back[3:])
+print("as described: zeros are not kept, unless they are put back")
 PY
