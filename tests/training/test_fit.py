@@ -219,8 +219,9 @@ def test_the_fit_is_one_training_whose_levels_change(data: dict[str, ImageData],
         assert losses == done["losses"]
         noise = dataclasses.replace(noise, quantiles=fitted_quantiles(grid, losses, floor=0.05))
         assert db.EDM(**done["noise"]) == noise
-        for module in (model.block(0), *(shared.module for shared in trainer.residency.shared_modules)):
-            module.noise = module.path = converted(noise)  # type: ignore[assignment]
+        model.block(0).noise = converted(noise)
+        for shared in trainer.residency.shared_modules:
+            shared.module.noise = converted(noise)  # type: ignore[assignment]
     assert len({str(done["losses"]) for done in left["rounds"]}) == 3
     assert (tmp_path / "fit" / "levels.png").read_bytes().startswith(b"\x89PNG")
     assert db.load(tmp_path / "model").noise == converted(noise)

@@ -152,8 +152,7 @@ class Block(nn.Module):
         assert config.noise is not None, "and the noise process"
         self.index = index
         self.family = family
-        self.noise: NoiseProcess = config.noise
-        self.path = self.noise.path
+        self.noise = config.noise
         self.weight = config.target.weight
         self.sees_noise = config.target.sees_noise
         self.adds_likelihood = config.target.adds_likelihood
@@ -221,6 +220,16 @@ class Block(nn.Module):
         more = () if self.label_loss is None else self.label_loss.entries
         names = (*self.input_names, *self.optional_inputs, *self.target.names, *self.target.optional, *more)
         return tuple(dict.fromkeys(names))
+
+    @property
+    def noise(self) -> NoiseProcess:
+        """The noise process."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, noise: NoiseProcess) -> None:
+        # Made once: torch.compile does not follow how a process makes its path.
+        self._noise, self.path = noise, noise.path
 
     def _on_path(self, level: Tensor, z: Tensor) -> Tensor:
         """Levels of `self.path`, which knows no resolution, in place of those of the noise process."""
