@@ -140,6 +140,7 @@ ELSEWHERE = {
         "seam/test_frozen_trunk.py::test_a_trunk_that_is_none_of_theirs_is_refused"
     ),
     "set data.train_limit lower": "training/test_early_stopping.py::test_a_limit_of_the_training_text",
+    "and blocks that train apart have no others": "training/test_samples_in_training.py::test_refusals",
     "moves parameters of all blocks": ("training/test_parts.py::test_what_cannot_train_apart_is_refused_with_the_fix"),
     **dict.fromkeys(
         ("set {where}.hidden_size to", "set {where}.num_key_value_heads", "set {where}.patch_size"),
@@ -469,6 +470,18 @@ CASES = [
         OF_VIT | {"train.distill.teacher": "{vit}"},
         ("set train.distill to null",),
         begin=with_prediction,
+    ),
+    Case(
+        "draws diffusion models of images, and",
+        VIT,
+        OF_VIT | {"train.sample_every": 2},
+        ("set train.sample_every to null",),
+    ),
+    Case(
+        "trains some without the others",
+        DIGITS,
+        OF_DIT | {"train.sample_every": 2, "train.blocks": "[1]"},
+        ("set train.sample_every to null",),
     ),
     Case("leave fit out", DIGITS, OF_DIT | {"fit": "{steps: 9}"}, ("leave fit out",)),
     Case(

@@ -105,7 +105,11 @@ def test_encode_train_resume_sample_export(
             trainer = Experiment(load_recipe(file)).trainer(tmp_path / name, progress=False)
             trainer.train(until=5)
             assert [parameters.steps for parameters in trainer.sets.values()] != [6, 6]
-        assert main(["train", str(file), "--out", str(tmp_path / name), "--quiet"]) == 0
+        more = ["--set", "train.sample_every=6", "--set", "train.resident=active"] if name == "whole" else []
+        assert main(["train", str(file), "--out", str(tmp_path / name), "--quiet", *more]) == 0
+    drawn = [Image.open(path) for path in sorted((tmp_path / "whole" / "samples").glob("step-*.png"))]
+    assert len(drawn) == 2, "decoded by the autoencoder, of prompts of the data; training is not changed by them"
+    assert np.asarray(drawn[0]).shape == np.asarray(drawn[1]).shape
     for block in sorted((tmp_path / "whole" / "model").glob("*.safetensors")):
         resumed = load_file(tmp_path / "halves" / "model" / block.name)
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in load_file(block).items())

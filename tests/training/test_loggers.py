@@ -7,12 +7,14 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from diffusionblocks.training.run_log import LOGGERS, scalars
+from diffusionblocks.training.run_log import LOGGERS, PictureLogger, scalars
 
 RECORDS: list[dict[str, Any]] = [
     {"iteration": 2, "unit": "block 0", "step": 1, "loss": 2.5, "gradient_norm": None, "lr": 0.1},
@@ -103,3 +105,61 @@ def test_a_missing_package_is_told_with_its_extra(name: str, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=re.escape(f"pip install 'diffusionblocks[{name}]'")):
         LOGGERS[name](tmp_path, "a run", CONFIG)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------
+
+
+def _tensorboard_picture(folder: Path) -> tuple[int, bytes]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    (event,) = events.Images("samples")
+    return event.step, event.encoded_image_string
+
+
+def _wandb_picture(folder: Path) -> tuple[int, bytes]:
+    import wandb
+
+    wandb.teardown()
+    (file,) = folder.glob("wandb/offline-run-*/files/media/images/samples_*.png")
+    return int(file.name.split("_")[1]), file.read_bytes()
+
+
+def _trackio_picture(folder: Path) -> tuple[int, bytes]:
+    from trackio.sqlite_storage import SQLiteStorage
+    from trackio.utils import MEDIA_DIR
+
+    (entry,) = (each for each in SQLiteStorage.get_logs("diffusionblocks", "a run") if "samples" in each)
+    return entry["step"], Path(MEDIA_DIR, entry["samples"]["file_path"]).read_bytes()
+
+
+def _mlflow_picture(folder: Path) -> tuple[int, bytes]:
+    (file,) = folder.glob("files/*/artifacts/samples/step-*.png")
+    return int(file.stem.removeprefix("step-")), file.read_bytes()
+
+
+PICTURES: Mapping[str, Callable[[Path], tuple[int, bytes]]] = {
+    "tensorboard": _tensorboard_picture,
+    "wandb": _wandb_picture,
+    "trackio": _trackio_picture,
+    "mlflow": _mlflow_picture,
+}
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_pictures_arrive(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(name, reason=f"the extra {name} is not installed")
+    for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    picture = tmp_path / "step-000000002.png"
+    Image.effect_noise((9, 5), 64).save(picture)
+    logger = LOGGERS[name](tmp_path / name, "a run", CONFIG)
+    assert isinstance(logger, PictureLogger)
+    logger.log(RECORDS[0])
+    logger.picture(picture, 2)
+    logger.close()
+    step, content = PICTURES[name](tmp_path / name)
+    assert step == 2
+    assert Image.open(BytesIO(content)).convert("L").tobytes() == Image.open(picture).tobytes()

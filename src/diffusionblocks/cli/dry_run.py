@@ -24,6 +24,8 @@ def dry_run(experiment: Experiment, folder: Path) -> None:
     data = experiment.data("train")
     print(f"{experiment.recipe.name}: {len(data):,} training examples, on {experiment.device}; nothing is written")
     _print(experiment, [_row(name, [stage]) for name, stage in _stages(experiment)])
+    if experiment.recipe.train.sample_every is not None:
+        print(experiment.task.cost_of_pictures(experiment))
     predictor = _predictor(experiment)
     if predictor is not None:
         print(ledger_table(predictor.recipe, predictor.forecast().ledger))

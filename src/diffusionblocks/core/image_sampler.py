@@ -121,8 +121,14 @@ class ImageSampler:
         inputs: Mapping[str, Tensor] | None = None,
         negative_inputs: Mapping[str, Tensor] | None = None,
         sizes: Sequence[int] | None = None,
+        last_block: int | None = None,
     ) -> Tensor:
-        """Generate images, in evaluation mode: arguments, result and errors are those of `DiffusionBlocks.sample`."""
+        """Generate images, in evaluation mode: arguments, result and errors are those of `DiffusionBlocks.sample`.
+
+        Args:
+            last_block: the chain ends with the levels of this block, and its last D is the result: an image as sharp as
+                blocks 0 to this one make it. None: all blocks.
+        """
         model, target = self.model, self.target
         if labels is not None and not isinstance(labels, Tensor):
             labels = torch.tensor(labels)
@@ -143,6 +149,9 @@ class ImageSampler:
         SOLVERS[SOLVERS.check(solver)].check_churn(churn)
         if churn:
             check_churned_levels(levels, noise, churn_interval)
+        if last_block is not None:
+            owner = model.partition.block_of
+            levels = [*(level for level in levels if level > 0 and owner(level) <= last_block), 0.0]
         with evaluating(self.network), self._precision():
             self._follow()
             z = first_z(noise, source)

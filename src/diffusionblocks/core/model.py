@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
@@ -149,6 +150,20 @@ class DiffusionBlocks(nn.Module):
         to `device` when it runs, in place of the one before it. Inputs are then expected on `device`.
         """
         self._turns = OneAtATime((self.block(b) for b in range(self.partition.num_blocks)), torch.device(device))
+
+    @contextlib.contextmanager
+    def taking_turns(self, device: torch.device | str) -> Iterator[None]:
+        """As `run_one_at_a_time`, for a while: no tensor of the model is moved, and no copy is left afterwards."""
+        before, turns = self._turns, None
+        if before is None:
+            blocks = (self.block(b) for b in range(self.partition.num_blocks))
+            self._turns = turns = OneAtATime(blocks, torch.device(device), in_place=True)
+        try:
+            yield
+        finally:
+            if turns is not None:
+                turns.end()
+            self._turns = before
 
     @property
     def takes_turns(self) -> bool:

@@ -25,10 +25,13 @@ class OneAtATime:
     Args:
         blocks: of one model; no other code may call them meanwhile.
         device: where they run.
+        in_place: no tensor may change its memory, as somebody else relies on it: shared parameters are copied too, and
+            what is on the device already is used where it is (on a CPU everything is copied).
     """
 
-    def __init__(self, blocks: Iterable[Block], device: torch.device) -> None:
+    def __init__(self, blocks: Iterable[Block], device: torch.device, *, in_place: bool = False) -> None:
         self.device = device
+        self._in_place = in_place
         self._present: Block | None = None
         self._originals: dict[tuple[int, str], tuple[dict[str, Any], Tensor]] = {}  # by place, while copies are there
         self._copies: dict[int, Tensor] = {}  # on the device, by identity of what they are copies of
@@ -36,9 +39,11 @@ class OneAtATime:
         self._thread: ThreadPoolExecutor | None = None
         self._under_way: list[Future[None]] = []
         self._hooks: list[Any] = []
+        self._calls = []
         for block in blocks:
-            block.shared.to(device)
-            block.register_forward_pre_hook(self._before_call)
+            if not in_place:
+                block.shared.to(device)
+            self._calls.append(block.register_forward_pre_hook(self._before_call))
 
     def _before_call(self, block: nn.Module, args: Any) -> None:
         assert isinstance(block, Block)
@@ -82,6 +87,14 @@ class OneAtATime:
         self._settle()
         self._put_back()
 
+    def end(self) -> None:
+        """Let blocks be as they were before, without copies and without turns."""
+        self.rest()
+        for hook in self._calls:
+            hook.remove()
+        if self._thread is not None:
+            self._thread.shutdown()
+
     def _put_back(self) -> None:
         for (_, name), (entries, tensor) in self._originals.items():
             entries[name] = tensor
@@ -91,7 +104,8 @@ class OneAtATime:
         """Let a block compute with copies; those of others are freed, or overwritten."""
         self._put_back()
         self._present = block
-        places = [place for part in (block.network, block.adaptive) for place in places_of(part)]
+        parts = (block.network, block.adaptive, *([block.shared] if self._in_place else []))
+        places = [(entries, name) for part in parts for entries, name in places_of(part) if self._moves(entries[name])]
         tensors = {id(entries[name]): entries[name] for entries, name in places}  # one with two places stays one
         free = [copy for identity, copy in self._copies.items() if identity not in tensors]
         self._copies = {
@@ -102,6 +116,9 @@ class OneAtATime:
             tensor = entries[name]
             self._originals[id(entries), name] = entries, tensor
             entries[name] = self._as(tensor, self._copies[id(tensor)])
+
+    def _moves(self, tensor: Tensor) -> bool:
+        return not self._in_place or self.device.type == "cpu" or tensor.device.type != self.device.type
 
     def _copy(self, tensor: Tensor, free: list[Tensor]) -> Tensor:
         """A copy on the device, in memory that is free where some fits."""

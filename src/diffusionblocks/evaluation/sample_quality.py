@@ -148,11 +148,12 @@ def sample_batch(
     labels: Sequence[int] | None = None,
     callback: Callback | None = None,
     conditions: Conditions | None = None,
+    **options: Any,
 ) -> Tensor:
     """Some of the samples (n, C, H, W) of a model or its sampler; image i has seed `seed` + i.
 
     Labels take turns: `labels`, default all classes. For the callback see `DiffusionBlocks.sample`; `conditions` gives
-    what else it is told of these images, such as states of prompts.
+    what else it is told of these images, such as states of prompts. `options` are further ones of `sample`.
     """
     target = model.target
     assert isinstance(target, ImageTarget)
@@ -164,6 +165,7 @@ def sample_batch(
         **dataclasses.asdict(setting),
         **watched,
         **({} if conditions is None else conditions(images)),
+        **options,
     )
 
 

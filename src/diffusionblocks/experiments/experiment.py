@@ -14,6 +14,7 @@ from torch import nn
 
 from ..common.files import recover
 from ..common.formats import read_json
+from ..common.messages import announcer
 from ..common.modules import computes_on
 from ..config import BlocksConfig
 from ..core.conversion import assemble
@@ -308,13 +309,15 @@ class Experiment:
         """Model (default: the recipe's, fresh), data and trainer, checked and on the device.
 
         Args:
-            folder: of the run, where snapshots go to `folder`/snapshots; None keeps nothing.
+            folder: of the run, where snapshots go to `folder`/snapshots, and pictures to `folder`/samples; None keeps
+                nothing.
             model: what to train, instead of the recipe's.
             loggers: further receivers of the log.
             progress: show progress bars.
             group: ranks that train the one unit together.
         """
         device, data, fill = self.device, self.data("train"), None
+        fresh = model is None and self.recipe.model.pretrained is None
         if model is None:
             model, fill = self.build_empty()
         self.task.check_examples(self, model, data)
@@ -323,12 +326,22 @@ class Experiment:
         check_attention(self.config_of(model), "model.config.", device)
         self.task.settle(self, model)
         self.task.check(self, model)
+        if self.recipe.train.sample_every is not None and folder is not None:
+            announcer(progress)(self.task.cost_of_pictures(self))
         description = None if folder is None else RunDescription(self.describe(), check_same_run)
 
         def snapshot(model: nn.Module, iteration: int) -> None:
             if folder is not None and description is not None:
                 provenance = learned_from(description.values)
                 self.save(model, folder / "snapshots" / f"iteration-{iteration:09d}", provenance=provenance)
+
+        def draw(model: DiffusionBlocks, iteration: int, with_steps: Sequence[int]) -> Path | None:
+            last = self._last_to_draw(model, with_steps) if fresh else None
+            if folder is None or last == -1:
+                return None
+            path = folder / "samples" / f"step-{iteration:09d}.png"
+            self.task.draw_in_training(self, model, path, last_block=last)
+            return path
 
         return Trainer(
             model,
@@ -340,10 +353,18 @@ class Experiment:
             loggers=loggers,
             progress=progress,
             snapshot=snapshot,
+            draw=draw,
             description=description,
             group=group,
             held_out=held_out,
         )
+
+    @staticmethod
+    def _last_to_draw(model: DiffusionBlocks, with_steps: Sequence[int]) -> int | None:
+        """The last block of a chain through blocks that have learned something; None: all have, -1: block 0 has not."""
+        count = model.partition.num_blocks
+        first_untrained = next((block for block in range(count) if block not in with_steps), None)
+        return None if first_untrained is None else first_untrained - 1
 
     # ---- saved models --------------------------------------------------------------------------------------------
 

@@ -165,6 +165,11 @@ def has_parts(experiment: Experiment) -> bool:
             "blocks.shared = joint: every step of a block moves parameters of all blocks, so blocks cannot train "
             "apart: set blocks.shared to replicated or frozen, or train it in one process, without torchrun"
         )
+    if recipe.train.sample_every is not None:
+        raise ValueError(
+            f"train.sample_every = {recipe.train.sample_every} draws chains through all blocks, and blocks that train "
+            "apart have no others: set train.sample_every to null, or train in one process, without torchrun"
+        )
     return True
 
 
@@ -211,6 +216,7 @@ def check_parts(experiment: Experiment, folder: Path, *, resume: bool = True, me
         ValueError: what `run.prepare` refuses, an unfinished run of one process in the folder, or a part of another
             run.
     """
+    has_parts(experiment)  # refuses what cannot train apart
     prepare(experiment, folder, resume=resume, measure=measure, in_parts=True)
     for part in parts_of(experiment, folder):
         check_resumes(part.folder, part.experiment.describe())

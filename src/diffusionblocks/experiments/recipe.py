@@ -247,6 +247,22 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _pictures_that_can_be_drawn(self) -> Self:
+        if self.train.sample_every is None or self.model.type not in supported_classes():
+            return self
+        if not self.task.draws_in_training:
+            raise ValueError(
+                f"train.sample_every = {self.train.sample_every} draws diffusion models of images, and "
+                f"{self.model.type} {self.task.does}: set train.sample_every to null"
+            )
+        if self.train.blocks is not None:
+            raise ValueError(
+                f"train.sample_every = {self.train.sample_every} draws chains through all blocks, and train.blocks = "
+                f"{list(self.train.blocks)} trains some without the others: set train.sample_every to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _partition_that_can_be_measured(self) -> Self:
         blocks = self.blocks
         if self.method != "diffusionblocks" or not blocks.measured_later:

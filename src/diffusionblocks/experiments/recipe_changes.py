@@ -140,7 +140,7 @@ def fit_recipe(recipe: Recipe) -> Recipe:
     """
     options = fit_options(recipe)
     length = {"steps": options.steps, "epochs": options.epochs}
-    none = {"ema_decay": None, "ema_half_life": None, "snapshot_every": None}
+    none = {"ema_decay": None, "ema_half_life": None, "snapshot_every": None, "sample_every": None}
     return _of_one_block(recipe, **length, **none).model_copy(update={"fit": None})
 
 

@@ -61,6 +61,8 @@ from .tasks.task import Row, RunResult
 _RESTARTING = ".restarting"
 #: What `sample` writes by default: pictures and texts of the run's model.
 SAMPLED_PICTURES, SAMPLED_TEXTS = "samples/*.png", "samples/*.txt"
+#: Those that were drawn while it trained.
+DRAWN_IN_TRAINING = "samples/step-*.png"
 
 #: What a run measured, and how long it took; it is there when the run has ended.
 RESULT = "result.json"
@@ -467,8 +469,9 @@ def forget(folder: Path) -> None:
     (folder / "trunk" / BOUNDARIES).unlink(missing_ok=True)
     if (folder / PARTS).is_dir():
         delete_folder(folder / PARTS)
-    for sample in (*folder.glob(SAMPLED_PICTURES), *folder.glob(SAMPLED_TEXTS)):  # of the older model
-        sample.unlink()
+    for phase in _phases(folder):  # of the older model
+        for sample in (*phase.glob(SAMPLED_PICTURES), *phase.glob(SAMPLED_TEXTS)):
+            sample.unlink()
     for name in (RECIPE, RESULT):
         (folder / name).unlink(missing_ok=True)
     marker.unlink()

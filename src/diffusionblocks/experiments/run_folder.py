@@ -25,7 +25,7 @@ from .experiment import Experiment
 from .identity import in_current_terms
 from .parts import is_in_parts
 from .recipe import Recipe, parse_recipe
-from .run import PARTS, RESULT, SAMPLED_PICTURES, SAMPLED_TEXTS, TABLE
+from .run import DRAWN_IN_TRAINING, PARTS, RESULT, SAMPLED_PICTURES, SAMPLED_TEXTS, TABLE
 from .run_files import read_label_levels, read_log, read_result, read_row, read_table, read_values
 from .shipped_recipes import RECIPE
 from .tasks import TASKS
@@ -35,7 +35,7 @@ _PHASES = {"fit": "fit", "trunk": "trunk", "run": "."}
 #: Pictures and texts that a run shows; single images of `sample` are in its grid.
 _PICTURES = ("fit/*.png", SAMPLED_PICTURES, "*.png")
 _TEXTS = (SAMPLED_TEXTS,)
-_MOST_FILES = 12
+_MOST_FILES, _MOST_DRAWN = 12, 4
 
 
 def read_runs(folders: Sequence[Path], *, wait: bool = False) -> tuple[list[RunReport], list[TableReport]]:
@@ -215,9 +215,10 @@ def _outline(plain: str) -> tuple[tuple[int, int] | None, tuple[Partition, Noise
 
 
 def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of a run that match, without links that lead out of it."""
+    """Files of a run that match, without links that lead out of it; the newest of those drawn while it trained."""
     inside = folder.resolve()
-    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    older = sorted(folder.glob(DRAWN_IN_TRAINING))[:-_MOST_DRAWN]
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path not in older]
     return [path for path in paths if path.is_file() and path.resolve().is_relative_to(inside)][:_MOST_FILES]
 
 

@@ -22,6 +22,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from ..common.modules import places_of, tensors_of
 from ..core.block import Block
+from ..core.model import DiffusionBlocks
 from .arena import Arena, Layout
 from .host_buffers import FileBuffers, HostBuffers, Layouts, MemoryBuffers, UnitMemory
 from .optim import ParameterSet, Updater, average_dtype
@@ -179,6 +181,10 @@ class Residency(abc.ABC):
         """A unit's module with all of its weights on the device, to be measured; None where another rank has it."""
         self.flush()
         yield self.units[unit].module
+
+    def on_device(self, model: DiffusionBlocks) -> AbstractContextManager[Any]:
+        """Let the model whose units these are compute on the device, as it is after `flush`; no weight is moved."""
+        return contextlib.nullcontext()
 
     def settle(self) -> None:  # noqa: B027
         """Wait until no copy is under way (nothing else may use the device while a graph is captured)."""
@@ -468,6 +474,10 @@ class ActiveResident(Residency):
         if self._unit is not None:
             self._switch(None)
         self.settle()
+
+    def on_device(self, model: DiffusionBlocks) -> AbstractContextManager[Any]:
+        """Let its blocks take turns on the device, copied from the host buffers."""
+        return model.taking_turns(self.device)
 
     def refresh(self) -> None:
         """Forget what the device has, so that the next step copies its unit in."""

@@ -10,7 +10,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
 
 from ..common.files import naming
 from ..common.formats import json_text
@@ -25,6 +28,14 @@ class Logger(Protocol):
 
     def close(self) -> None:
         """Flush and release."""
+
+
+@runtime_checkable
+class PictureLogger(Protocol):
+    """A logger that receives pictures of samples, too."""
+
+    def picture(self, path: Path, iteration: int) -> None:
+        """Receive one picture, a PNG file, and the iteration that it is of."""
 
 
 #: name of a run's log
@@ -110,7 +121,7 @@ def progress_line(record: Mapping[str, Any], steps: int, left: float) -> str:
 
 
 class TensorBoard:
-    """Scalars to TensorBoard; needs the extra `tensorboard`.
+    """Scalars and pictures to TensorBoard; needs the extra `tensorboard`.
 
     Args:
         folder: where its files go.
@@ -126,13 +137,18 @@ class TensorBoard:
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record.get("iteration", 0))
 
+    def picture(self, path: Path, iteration: int) -> None:
+        """Write the picture under the name `samples`."""
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        self._writer.add_image(_SAMPLES, pixels, iteration, dataformats="HWC")
+
     def close(self) -> None:
         """Flush and release the writer."""
         self._writer.close()
 
 
 class Wandb:
-    """Scalars to Weights & Biases; needs the extra `wandb`.
+    """Scalars and pictures to Weights & Biases; needs the extra `wandb`.
 
     Without the variable WANDB_MODE nothing leaves the machine: the run is kept offline, for `wandb sync`.
 
@@ -147,11 +163,16 @@ class Wandb:
             import wandb
         folder.mkdir(parents=True, exist_ok=True)
         mode: Any = os.environ.get("WANDB_MODE", "offline")
+        self._image = wandb.Image
         self._run = wandb.init(project=_PROJECT, name=name, dir=folder, config=dict(config), mode=mode)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write the record's numbers under its unit's name."""
         self._run.log(scalars(record), step=record.get("iteration", 0))
+
+    def picture(self, path: Path, iteration: int) -> None:
+        """Write the picture under the name `samples`."""
+        self._run.log({_SAMPLES: self._image(str(path))}, step=iteration)
 
     def close(self) -> None:
         """Finish the run."""
@@ -159,7 +180,7 @@ class Wandb:
 
 
 class Trackio:
-    """Scalars to trackio; needs the extra `trackio`.
+    """Scalars and pictures to trackio; needs the extra `trackio`.
 
     It keeps all runs of the machine in one place, which the variable TRACKIO_DIR names; `trackio show` opens them.
 
@@ -172,11 +193,16 @@ class Trackio:
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         with _extra("trackio"):
             import trackio
+        self._image = trackio.Image
         self._run = trackio.init(project=_PROJECT, name=name, config=dict(config), embed=False)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write the record's numbers under its unit's name."""
         self._run.log(scalars(record), step=record.get("iteration", 0))
+
+    def picture(self, path: Path, iteration: int) -> None:
+        """Write the picture under the name `samples`."""
+        self._run.log({_SAMPLES: self._image(str(path))}, step=iteration)
 
     def close(self) -> None:
         """Finish the run."""
@@ -184,7 +210,7 @@ class Trackio:
 
 
 class MLflow:
-    """Scalars to MLflow; needs the extra `mlflow`.
+    """Scalars and pictures to MLflow; needs the extra `mlflow`.
 
     Without the variable MLFLOW_TRACKING_URI they go to a database in the folder, for `mlflow ui --backend-store-uri`.
 
@@ -215,6 +241,10 @@ class MLflow:
         for name, value in scalars(record).items():
             self._client.log_metric(self._run, name, value, step=record.get("iteration", 0))
 
+    def picture(self, path: Path, iteration: int) -> None:
+        """Keep the file with the run, in the folder `samples`."""
+        self._client.log_artifact(self._run, str(path), _SAMPLES)
+
     def close(self) -> None:
         """Mark the run as finished."""
         self._client.set_terminated(self._run)
@@ -229,6 +259,9 @@ LOGGERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Logger]] = {
 }
 
 _PROJECT = "diffusionblocks"
+
+#: Name of the pictures of a run.
+_SAMPLES = "samples"
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.modules import bytes_of, tensors_of
+from ..core.model import DiffusionBlocks
 from .optim import ParameterSet, Updater, average_dtype
 from .ranks import Group, ShardGroup
 from .residency import ActiveUnit, Residency
@@ -235,6 +237,10 @@ class ShardResident(Residency):
                 yield whole.moments[i][name], rows, like
         for average, rows, like in zip(whole.ema, self._rows.ema, self._distributed, strict=False):
             yield average, rows, like
+
+    def on_device(self, model: DiffusionBlocks) -> AbstractContextManager[Any]:
+        """Bring the whole there, on the rank that leads."""
+        return self.whole(0)
 
     @contextlib.contextmanager
     def whole(self, unit: int) -> Iterator[nn.Module | None]:

@@ -145,6 +145,9 @@ class TrainConfig(BaseModel):
             in any case. When a run is saved does not change what it becomes.
         snapshot_every: Iterations between two snapshots of the model as it would be saved (averaged), kept under
             snapshots/ for curves of quality; null keeps none.
+        sample_every: Iterations between two pictures of the model as it would be saved, samples/step-ITERATION.png, of
+            a diffusion model of images. They have the first setting, `grid_images` and `seed` of `evaluate`, so that
+            pictures of different steps compare, and prompts of the data. Null: none. Training is not changed.
         keep_checkpoints: Number of checkpoints that are kept, the newest.
     """
 
@@ -194,6 +197,7 @@ class TrainConfig(BaseModel):
     checkpoint_every: Steps | None = None
     checkpoint_seconds: float | None = Field(default=60.0, gt=0, allow_inf_nan=False)
     snapshot_every: Steps | None = None
+    sample_every: Steps | None = None
     keep_checkpoints: Steps = 2
 
     @model_validator(mode="before")
@@ -343,6 +347,7 @@ RESUME_MAY_DIFFER = frozenset(
         "checkpoint_every",
         "checkpoint_seconds",
         "snapshot_every",
+        "sample_every",
         "keep_checkpoints",
     }
 )

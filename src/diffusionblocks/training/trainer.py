@@ -42,7 +42,7 @@ from .interruption import Interrupted, SignalWatch
 from .make_residency import make_residency
 from .ranks import Group
 from .residency import Lengths
-from .run_log import LOG, JsonLines, Logger, ProgressLines
+from .run_log import LOG, JsonLines, Logger, PictureLogger, ProgressLines
 from .schedules import block_schedule, next_others
 from .shards import check_shards
 from .step import Stepper
@@ -50,6 +50,9 @@ from .train_config import RESUME_MAY_DIFFER, TrainConfig, under_current_names
 from .units import Unit, check_readers, set_label_loss, takes_rows, units_of
 
 _log = logging.getLogger(__name__)
+
+#: Draws a model of blocks at an iteration, of which these have taken a step, and names the picture.
+Draw = Callable[[DiffusionBlocks, int, Sequence[int]], Path | None]
 
 
 class Diverged(RuntimeError):
@@ -73,6 +76,9 @@ class Trainer:
         loggers: further receivers of the log.
         progress: show a progress bar; without a terminal a line for each unit now and then.
         snapshot: called every `config.snapshot_every` iterations with the averaged model and the iteration.
+        draw: called every `config.sample_every` iterations with the averaged model, which computes on the device, the
+            iteration, and the indices of the units that have taken a step. It returns a picture, which loggers that
+            take pictures receive, or None. It must not draw from torch's global generators.
         description: says what is trained, in every checkpoint, and checks those that the run would go on from.
         group: ranks that train one unit together, each with a trainer of its own; the first of them writes the files.
         held_out: makes the batches that `config.early_stopping` measures on.
@@ -94,6 +100,7 @@ class Trainer:
         loggers: Sequence[Logger] = (),
         progress: bool = True,
         snapshot: Callable[[nn.Module, int], None] | None = None,
+        draw: Draw | None = None,
         description: RunDescription | None = None,
         group: Group | None = None,
         held_out: HeldOut | None = None,
@@ -102,6 +109,7 @@ class Trainer:
         self.group = group
         self.description = description
         self.snapshot = snapshot
+        self.draw = draw
         self.config = config
         self.folder = folder
         self.loggers = list(loggers)
@@ -240,13 +248,14 @@ class Trainer:
             last = self.iteration == end
             log = last or self._is_due(config.log_every)
             snapshot = self.snapshot is not None and self._is_due(config.snapshot_every)
+            draw = self.draw is not None and self._is_due(config.sample_every)
             save = self.folder is not None and (
                 last
                 or self._is_due(config.checkpoint_every)
                 or (config.checkpoint_seconds is not None and now - last_save >= config.checkpoint_seconds)
             )
             signum = self._watch.signum
-            look = log or snapshot or self._is_due(check_every) or self._is_due(config.checkpoint_every)
+            look = log or snapshot or draw or self._is_due(check_every) or self._is_due(config.checkpoint_every)
             if self.group is not None:  # what depends on a clock or a signal, all do at once
                 save, signum = self._agree(save, signum) if look else (False, None)
             if save or look or signum:
@@ -259,13 +268,29 @@ class Trainer:
             if save or (self.folder is not None and signum):
                 self.save_checkpoint()
                 last_save = time.perf_counter()
-            elif last or snapshot:
+            elif last or snapshot or draw:
                 self._stop_if_state_diverged()
-            if self.snapshot is not None and snapshot and self._writes:
-                with self.averaged() as model:
-                    self.snapshot(model, self.iteration)
+            if (snapshot or draw) and self._writes:
+                begin = time.perf_counter()
+                self._show(snapshot=snapshot, draw=draw)
+                aside = time.perf_counter() - begin  # is no training
+                start, last_log = start + aside, last_log + aside
             if signum:
                 raise Interrupted(signum, self.folder or Path("nowhere: the run has no folder"))
+
+    def _show(self, *, snapshot: bool, draw: bool) -> None:
+        """Let the averaged model be saved, or drawn."""
+        with self.averaged() as model:
+            if self.snapshot is not None and snapshot:
+                self.snapshot(model, self.iteration)
+            if self.draw is None or not draw or not isinstance(model, DiffusionBlocks):
+                return
+            with self.residency.on_device(model):
+                path = self.draw(model, self.iteration, [u.index for u in self.units if self.sets[u.name].steps])
+        if path is not None:
+            for logger in self._receivers():
+                if isinstance(logger, PictureLogger):
+                    logger.picture(path, self.iteration)
 
     @property
     def _writes(self) -> bool:

@@ -149,6 +149,7 @@ class ImageGeneration(Task[SamplesConfig]):
     section = SamplesConfig
     takes = ("images", "latents")
     has_trajectories = True
+    draws_in_training = True
     does = "generates images"
     score = "fd_test"
     makes = "images"
@@ -211,6 +212,8 @@ class ImageGeneration(Task[SamplesConfig]):
         from ...sampling import check_churned_levels, check_guided_levels
 
         options, noise = self.options(experiment), process_of(experiment, model)
+        if experiment.recipe.train.sample_every is not None:  # else a missing autoencoder would be told in training
+            images_of(experiment).to_pixels(experiment.device)
         if set(options.guidance) == {1.0} and any(options.guidance_interval):
             _log.warning(
                 "evaluate.guidance_interval does nothing, for evaluate.guidance is 1: set guidance to another number, "
@@ -239,6 +242,41 @@ class ImageGeneration(Task[SamplesConfig]):
             data := splits.get("train", splits.get("test"))
         ) is not None:
             saved_classifier(experiment, data)
+
+    # ---- pictures of a model that trains -----------------------------------------------------------------------
+
+    def cost_of_pictures(self, experiment: Experiment) -> str:
+        """Images and network calls of a picture; a call is about a third of a step's work for an example."""
+        options, train = self.options(experiment), experiment.recipe.train
+        assert train.sample_every is not None
+        each = options.settings[0].evaluations(process_of(experiment, experiment.outline))
+        examples = train.sample_every * train.batch_size * train.accumulation
+        return (
+            f"samples: every {train.sample_every:,} iterations a picture of {options.grid_images:,} images of {each:,} "
+            f"network calls, about {options.grid_images * each / (3 * examples):.0%} of the training's work on top"
+        )
+
+    def draw_in_training(
+        self, experiment: Experiment, model: DiffusionBlocks, path: Path, *, last_block: int | None
+    ) -> None:
+        """A grid of the recipe's first setting; prompts are those of the training data."""
+        import torch
+
+        from ...evaluation.sample_quality import pieces_of, sample_batch
+        from ...reports.pictures import readable_scale, save_grid
+
+        options, sampler = self.options(experiment), model.sampler()
+        conditions = conditions_of(experiment, model, split="train")
+        chain: dict[str, Any] = {"seed": options.seed, "conditions": conditions, "last_block": last_block}
+        with experiment.precision(model):
+            samples = [
+                sample_batch(sampler, images, options.settings[0], **chain)
+                for images in pieces_of(options.grid_images, options.batch_size)
+            ]
+            pixels = images_of(experiment).to_pixels(model.device)  # an autoencoder is there for a picture alone
+            pictures = torch.cat([pixels(batch).cpu() for batch in samples])
+        columns = grid_columns(getattr(model.target, "num_classes", 0), len(pictures))
+        save_grid(pictures, path, columns, scale=readable_scale(pictures))
 
     # ---- measures ----------------------------------------------------------------------------------------------
 
@@ -436,16 +474,21 @@ def process_of(experiment: Experiment, model: nn.Module) -> GaussianProcess:
     return noise.for_tokens(target.tokens_of((1, *target.chain_shape(sizes_of(experiment, model)))))
 
 
+def grid_columns(labels: int, count: int) -> int:
+    """Images in a row of a picture: one a label where these are few."""
+    return labels if 2 <= labels <= 20 else math.ceil(math.sqrt(count))
+
+
 def conditions_of(
-    experiment: Experiment, model: DiffusionBlocks, prompts: Sequence[str] | None = None
+    experiment: Experiment, model: DiffusionBlocks, prompts: Sequence[str] | None = None, split: str | None = None
 ) -> Conditions | None:
     """What images of a text-to-image model are told: prompts in turn, those of the data by default; None of others.
 
     Args:
         experiment: of latents with prompts.
         model: its blocks.
-        prompts: whose states the text encoder that the latents note makes; None: those of the data, the `test` split
-            where that is read anyway.
+        prompts: whose states the text encoder that the latents note makes; None: those of the data.
+        split: of the data; None: the `test` split where that is read anyway, else `train`.
 
     Raises:
         ValueError: prompts of a model that is told none.
@@ -460,7 +503,7 @@ def conditions_of(
             raise ValueError(f"this {model.model_class} is told no prompts; leave --prompt out")
         return None
     section = cast(LatentsConfig, experiment.recipe.data)
-    data: Any = experiment.data("test" if "test" in experiment.splits else "train")
+    data: Any = experiment.data(split or ("test" if "test" in experiment.splits else "train"))
     device, sizes = model.device, sizes_of(experiment, model)
     states = None if prompts is None else section.states_of_prompts(prompts, device)
 
@@ -574,7 +617,7 @@ def draw_samples(
         return []
     final, pictures = batches[0]["final"], torch.cat([batch["pictures"] for batch in batches])
 
-    columns = len(turns) if 2 <= len(turns) <= 20 else math.ceil(math.sqrt(count))
+    columns = grid_columns(len(turns), count)
     grid, routing, steps = folder / "grid.png", folder / "routing.png", folder / "chain.png"
     save_grid(pictures, grid, columns, scale=readable_scale(pictures))
     levels = noise.sampling_levels(setting.steps, setting.grid)

@@ -136,6 +136,8 @@ class Task(abc.ABC, Generic[Options]):
     fits_levels: ClassVar[tuple[str, ...]] = ()
     #: whether z follows a probability-flow ODE in the data's own space
     has_trajectories: ClassVar[bool] = False
+    #: whether the model can be drawn while it trains (`train.sample_every`)
+    draws_in_training: ClassVar[bool] = False
     #: whether the class has an end-to-end training of its own; else it denoises anyway, on all levels at once
     plain_training: ClassVar[bool] = False
     #: whether `evaluate --by-level` measures each block at levels of its own
@@ -266,6 +268,25 @@ class Task(abc.ABC, Generic[Options]):
             raise ValueError(f"{cost}, more than {MOST_CALLS:,}: set {lower} lower")
         if calls > MANY_CALLS:
             warn_once(f"{cost}; for a quick look set {lower} lower")
+
+    # ---- pictures of a model that trains -----------------------------------------------------------------------
+
+    def cost_of_pictures(self, experiment: Experiment) -> str:
+        """What `train.sample_every` costs, in one line."""
+        raise NotImplementedError
+
+    def draw_in_training(
+        self, experiment: Experiment, model: DiffusionBlocks, path: Path, *, last_block: int | None
+    ) -> None:
+        """Draw samples of a model that trains, as a PNG; always of the same noise, labels and prompts.
+
+        Args:
+            experiment: of a task that `draws_in_training`.
+            model: where it computes.
+            path: the PNG.
+            last_block: the last block that has learned anything, and so the last that is asked; None: all have.
+        """
+        raise NotImplementedError
 
     # ---- measures ----------------------------------------------------------------------------------------------
 
