@@ -132,7 +132,6 @@ def measure(blocks: Any, batch: dict[str, Tensor], steps: int, device: str) -> d
         seconds.append(time.perf_counter() - start)
     return {
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-        "seconds": statistics.median(seconds[2:]),
         "milliseconds": 1000 * statistics.median(seconds[2:]),
         "trained": sum(p.numel() for p in trainable),
     }

@@ -13,10 +13,10 @@ from typing import Any
 
 from sandbox import Outcome
 
+from diffusionblocks.common.progress import is_progress
+
 #: exit statuses that `diffusionblocks.cli.main` documents, but for those of signals
 DIVERGED = 3
-#: What long work says of itself, also without a terminal.
-PROGRESS = ("train a tokenizer of ", "encode ")
 REFUSALS = {2, DIVERGED, 4, 5}
 INTERRUPTED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 #: characters of the line
@@ -97,7 +97,7 @@ def judge(
         sound: the product of sound input, where `case.same`.
         original: listing of the inputs before they were damaged: what is again as it was has been mended.
     """
-    lines = [line for line in outcome.err.splitlines() if line.strip() and not line.startswith(PROGRESS)]
+    lines = [line for line in outcome.err.splitlines() if line.strip() and not is_progress(line)]
     last = lines[-1] if lines else ""
     if outcome.code < 0:
         name = signal.Signals(-outcome.code).name

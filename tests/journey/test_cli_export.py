@@ -79,6 +79,20 @@ def test_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_failed_is_told_to_go_on(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    (failed / "recipe.json").write_bytes((run / "recipe.json").read_bytes())
+    assert export(failed, tmp_path / "out", "--block", "0") == 2
+    said = capsys.readouterr().err
+    assert f"no model at {failed / 'model'}: the run in {failed} has not come to its end" in said
+    assert said.endswith(f"go on with it: diffusionblocks train {failed}\n")
+    assert export(tmp_path / "nowhere", tmp_path / "out", "--block", "0") == 2
+    assert f"no recipe and no run at {tmp_path / 'nowhere'}, and no recipe of that name" in capsys.readouterr().err
+
+
 def test_places_that_must_not_be_replaced_are_refused_before_work(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from text_encoders import sd3_pipeline, wan_pipeline
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
+from diffusionblocks.common.progress import is_progress
 from diffusionblocks.data.prompt_states import load_prompt_encoder
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import load_recipe
@@ -97,7 +98,9 @@ def test_encode_train_resume_sample_export(
     kind: str, pictures: Path, vae: Path, encoder: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert encoded(pictures, vae, encoder[kind], tmp_path / "latents") == 0
-    assert "encoder_hidden_states" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "encoder_hidden_states" in printed.out
+    assert all(map(is_progress, printed.err.splitlines())), "no bars of what diffusers loads"
     lora = {"lora": {"rank": 2}} if kind == WAN else {}
     file = recipe(kind, tmp_path / "latents", tmp_path / "run.yaml", blocks=lora)
     for name in ("whole", "halves"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_models import TINY, batch_for, tiny_diffuser
-from helpers import same_states, tiny
+from helpers import same_states, seeded, tiny
 from torch import Tensor
 
 import diffusionblocks as db
@@ -224,6 +224,22 @@ def test_a_model_is_saved_while_its_blocks_take_turns(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "after" / file.name).read_bytes()
     states = (db.load(tmp_path / name).state_dict() for name in ("before", "after"))
     assert same_states(*states)
+
+
+def test_weights_are_the_models_own_while_its_blocks_take_turns() -> None:
+    """Told once where experts share them; and those that are loaded are computed with, not older copies."""
+    model, other = (experts(FLUX, lora=db.LoraConfig(rank=2)) for _ in range(2))
+    for update in (p for p in other.parameters() if p.requires_grad):
+        torch.nn.init.normal_(update, std=0.5, generator=seeded())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    transformer: Any = model.as_transformer(low_memory=True, device="cpu")
+    with torch.no_grad():
+        first = transformer(**at_level(model, 0.9))[0]
+        assert same_states(model.state_dict(), before)
+        model.load_state_dict(other.state_dict())
+        loaded = transformer(**at_level(model, 0.9))[0]
+        assert torch.equal(loaded, other.as_transformer()(**at_level(other, 0.9))[0])
+    assert not torch.equal(loaded, first)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -108,6 +108,13 @@ def test_it_needs_context_logits() -> None:
         )
 
 
+@pytest.mark.parametrize("target", [{"self_conditioning": True}, {"token": "linear"}])
+def test_a_map_that_starts_at_zero_and_is_frozen_is_refused(target: dict[str, Any]) -> None:
+    (name,) = target
+    with pytest.raises(ValueError, match=rf"shared = frozen would freeze .*target\.{name} = .*could never learn"):
+        convert("vit", target={"kind": "label", **target}, shared="frozen")
+
+
 def test_a_chain_shows_each_block_the_mean_of_what_was_said_before_it() -> None:
     model = blocks().eval()
     images = noise_batch()["pixel_values"]

@@ -10,6 +10,7 @@ import pytest
 
 from diffusionblocks.cli import main
 from diffusionblocks.common.messages import LONGEST, one_line
+from diffusionblocks.common.progress import Progress, is_progress
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -34,6 +35,31 @@ def test_of_a_long_message_both_ends_are_shown() -> None:
     assert len(line) <= LONGEST
     assert line.startswith("train.lr = 999")
     assert line.endswith("999 is too high; set it to 1")
+
+
+@pytest.mark.parametrize(("total", "first"), [(4, "encode a: b.txt: 4 images"), (None, "encode a: b.txt: images")])
+def test_long_work_tells_how_far_it_is_and_how_long_it_takes(
+    total: int | None, first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress("encode a: b.txt", total, "images", seconds=0) as progress:
+        progress.update(1)
+        progress.update(3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == first
+    if total is None:
+        assert lines[1:] == ["encode a: b.txt: 1 images", "encode a: b.txt: 4 images"]
+    else:
+        assert lines[1:] == [f"encode a: b.txt: {count} of 4 images, 0:00:00 left" for count in (1, 4)]
+    assert all(map(is_progress, lines))
+    later = Progress("encode train", 90_000_000, "characters")
+    later.update(1_000)
+    assert later._line(3.0) == "encode train: 1,000 of 90,000,000 characters, 3 days, 2:59:57 left"
+    assert is_progress(later._line(3.0))
+
+
+@pytest.mark.parametrize("line", ["error: limit: 3 of 4 images", "warning: x: 3 images", "4 images", "a.png: 4 images!"])
+def test_other_lines_are_no_progress(line: str) -> None:
+    assert not is_progress(line)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,11 @@ def test_what_needs_tokens_is_refused(name: str, value: object) -> None:
         blocks(target={name: value})
 
 
+def test_the_map_of_the_level_must_learn() -> None:
+    with pytest.raises(ValueError, match="shared = frozen would freeze the map of the noise level, which starts at"):
+        blocks(shared="frozen")
+
+
 def test_local_learning_of_it_is_refused() -> None:
     with pytest.raises(ValueError, match="which NoPropFamily does not do for a NoPropCNN"):
         LocalLearning(cnn(), LocalConfig(), 3)

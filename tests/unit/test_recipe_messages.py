@@ -156,6 +156,24 @@ def test_an_unknown_field_is_told_what_is_near(path: str, near: str) -> None:
     assert near in line
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("train.trunk", "trunk is a section of its own: write trunk, not train.trunk"),
+        ("blocks.device", "write device"),
+        ("train.num_blocks", "write blocks.num_blocks"),
+        ("evaluate.label_smoothing", "write train.label_smoothing"),
+        ("blocks.lr", "write trunk.lr or train.lr"),
+        ("data.length", "allowed: augment, kind"),  # of data of another kind
+        ("train.kind", "allowed: accumulation"),  # of many sections
+    ],
+)
+def test_a_field_of_another_section_is_told_where_it_is(path: str, message: str) -> None:
+    values = changed(shipped("vit/digits"), tuple(path.split(".")), {"steps": 3})
+    with pytest.raises(ValueError, match=rf"  {path}: no such field; {message}"):
+        parse_recipe(values, "r.yaml")
+
+
 def test_many_wrong_fields_are_a_few_lines() -> None:
     values = shipped("vit/digits")
     values["train"] |= dict.fromkeys(

@@ -62,7 +62,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
 
     Layers come from the blocks that own them; shared parameters before the layers from block 0, those after them from
     the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original
-    class and is left out.
+    class and is left out. Weights that are kept in few bits (`lora.base`) are dequantised, and a warning says so.
 
     Returns:
         An instance of the original class, on the CPU.
@@ -94,6 +94,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
                 weights[name] = tensor.detach().cpu().clone()
     original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
     _take_generation_config(model, original)
+    _tell_dequantised("the whole model", model.block(0), original)
     return original.train(model.training)
 
 
@@ -169,18 +170,23 @@ def export_block(
             "(--approximate); or train with target.noise_input: false"
         )
     exported = _built(model, block, ordinary)
-    if next(quantized_layers(part), None) is not None:
-        base, dtype = model.blocks_config.lora.base, weights_dtype(exported)  # type: ignore[union-attr]
-        warnings.warn(
-            f"block {block} is exported with its {base} weights dequantised to {str(dtype).removeprefix('torch.')}: it "
-            "takes the memory of these",
-            stacklevel=2,
-        )
+    _tell_dequantised(f"block {block}", part, exported)
     if ordinary.differences and approximate_on is not None:
         difference = export_difference(model, block, exported, approximate_on, level, z=z)
         parts = " and ".join(ordinary.differences)
         warnings.warn(f"block {block} as a {ordinary.model_class} lacks {parts}: {difference}", stacklevel=2)
     return exported
+
+
+def _tell_dequantised(what: str, block: Block, exported: nn.Module) -> None:
+    """Warn where weights that a block keeps in few bits are exported as ordinary ones."""
+    quantized = next((layer for _, layer in quantized_layers(block)), None)
+    if quantized is not None:
+        dtype = str(weights_dtype(exported)).removeprefix("torch.")
+        warnings.warn(
+            f"{what} is exported with its {quantized.kind} weights dequantised to {dtype}: it takes the memory of these",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class DiffusionBlocks(nn.Module):
         self._turns: OneAtATime | None = None
         self._draws = TrainingDraws()
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
+        self.register_state_dict_pre_hook(_let_blocks_rest)
         self.register_state_dict_post_hook(_drop_repeated)
         self.register_load_state_dict_pre_hook(_restore_repeated)
 
@@ -180,10 +181,14 @@ class DiffusionBlocks(nn.Module):
         if self._turns is not None:
             self._turns.bring(block, following)
 
-    def rest(self) -> None:
-        """Let blocks that take turns have their own weights, no copies, until one is called."""
+    def rest(self, *, forget: bool = False) -> None:
+        """Let blocks that take turns have their own weights, no copies, until one is called.
+
+        Args:
+            forget: copy all weights again then, for they will have changed.
+        """
         if self._turns is not None:
-            self._turns.rest()
+            self._turns.rest(forget=forget)
 
     def with_boundaries(self, boundaries: Sequence[float]) -> Self:
         """The same blocks, each called at other levels: a model that shares all weights with this one.
@@ -927,6 +932,12 @@ def _repeated(model: nn.Module) -> dict[str, str]:
     return repeated
 
 
+def _let_blocks_rest(module: nn.Module, *_: Any) -> None:
+    # The copies that blocks compute with are told apart from one another, where blocks share a parameter.
+    assert isinstance(module, DiffusionBlocks)
+    module.rest()
+
+
 def _drop_repeated(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     for name in _repeated(module):
         state.pop(prefix + name, None)
@@ -934,6 +945,7 @@ def _drop_repeated(module: nn.Module, state: dict[str, Any], prefix: str, local_
 
 def _restore_repeated(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
     assert isinstance(module, DiffusionBlocks)
+    module.rest(forget=True)
     state.setdefault(f"{prefix}_extra_state", module.get_extra_state())  # older states lack it
     for name, earlier in _repeated(module).items():
         if prefix + earlier in state:

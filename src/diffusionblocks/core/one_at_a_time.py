@@ -82,10 +82,16 @@ class OneAtATime:
         if self._ahead is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._ahead)
 
-    def rest(self) -> None:
-        """Let no block compute with copies, until one is called: then blocks share what they own together."""
+    def rest(self, *, forget: bool = False) -> None:
+        """Let no block compute with copies, until one is called: then blocks share what they own together.
+
+        Args:
+            forget: free the copies, for what they are copies of will change.
+        """
         self._settle()
         self._put_back()
+        if forget:
+            self._copies = {}
 
     def end(self) -> None:
         """Let blocks be as they were before, without copies and without turns."""

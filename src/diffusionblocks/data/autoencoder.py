@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.progress import without_loading_bars
 from .latent_data import LatentScale
 
 __all__ = ["ImageAutoencoder", "load_vae"]
@@ -167,14 +168,15 @@ def _of_diffusers(name: str) -> nn.Module:
         class_name = str(config.get("_class_name", "AutoencoderKL"))
         if not class_name.startswith(("Autoencoder", "AsymmetricAutoencoder")):
             raise ValueError(f"its config names the class {class_name}")
-        result: Any = getattr(diffusers, class_name).from_pretrained(
-            name,
-            subfolder=subfolder,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=local,
-        )
+        with without_loading_bars():
+            result: Any = getattr(diffusers, class_name).from_pretrained(
+                name,
+                subfolder=subfolder,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=local,
+            )
     except OSError as error:
         raise FileNotFoundError(
             f"vae = {name!r}: {error}; give a folder with config.json and diffusion_pytorch_model.safetensors, one "

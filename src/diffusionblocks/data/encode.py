@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..common.progress import on_terminal
+from ..common.progress import Progress
 from .autoencoder import load_vae
 from .image_decoder import center_crop, crop_to, decode_image, oversized_refused
 from .image_folder import CaptionedPictures, PictureFolder, class_folders
@@ -160,7 +159,7 @@ def encode_images(
         limit: how many images, the first of the split; None for all.
         workers: threads that decode and resize; by default one per processor, at most 16.
         overwrite: whether to replace the split in `out`.
-        progress: whether to draw a progress bar, on a terminal.
+        progress: show a progress bar; without a terminal a line now and then.
 
     Returns:
         The written split, opened.
@@ -222,8 +221,8 @@ def encode_images(
     def latents() -> Generator[tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]]:
         batches = _batches(islice(table, limit), sizes, batch_size, workers)
         total = limit if table.rows is None else min(table.rows, limit or table.rows)
-        silent = not (progress and on_terminal())
-        with tqdm(total=total, unit="image", disable=silent) as bar, contextlib.closing(batches):
+        shown = Progress(f"encode {split}", total, "images", show=progress)
+        with shown as bar, contextlib.closing(batches):
             for images, labels, texts in batches:
                 # Without a scale yet, the autoencoder's own latents.
                 mean, std = model.encode(_signed(images, where), scale or LatentScale(1.0))

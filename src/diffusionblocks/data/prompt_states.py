@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.formats import read_json
+from ..common.progress import without_loading_bars
 from ..targets.image import MASK, POOLED, STATES
 
 __all__ = ["PromptEncoder", "load_prompt_encoder"]
@@ -199,7 +200,8 @@ def _pipeline(name: str, index: dict[str, Any]) -> Any:
             f"pipelines {', '.join(_RETURNS)}, or one text encoder of transformers"
         )
     parts = {part: None for part in _NOT_OF_TEXT if part in index}
-    return getattr(diffusers, kind).from_pretrained(name, **parts, use_safetensors=True)
+    with without_loading_bars():
+        return getattr(diffusers, kind).from_pretrained(name, **parts, use_safetensors=True)
 
 
 def _encoder(name: str) -> tuple[nn.Module, Any]:

@@ -19,7 +19,7 @@ from ..common.files import whole_file
 from ..common.formats import read_json
 from ..common.messages import announcer
 from ..common.processing_files import TOKENIZER_SETTINGS
-from ..common.progress import Progress, on_terminal
+from ..common.progress import Progress, begin_line, on_terminal
 from ..common.tokenizer_file import read_tokenizer
 from .document_pieces import document_ids, exact_tokenizer
 from .split_files import TEXT_ENDINGS, files_of_split
@@ -73,7 +73,7 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     bars = progress and on_terminal() and sys.stdout.isatty()  # elsewhere the bars leave empty lines
-    announcer(progress and not bars)(f"train a tokenizer of {vocab_size:,} tokens: {path}")
+    announcer(progress and not bars)(begin_line(f"train a tokenizer, {path}", vocab_size, "tokens"))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],

@@ -38,6 +38,7 @@ from .identity import check_same_run, data_identity, describe_run, learned_from
 from .original import Original, complete
 from .recipe import Recipe
 from .recipe_changes import with_train
+from .shipped_recipes import RECIPE
 from .tasks import Task
 
 
@@ -428,6 +429,11 @@ class Experiment:
         recipe = self.recipe
         recover(path, MODEL_FILES)
         if not path.is_dir():
+            if (path.parent / RECIPE).is_file():
+                raise FileNotFoundError(
+                    f"no model at {path}: the run in {path.parent} has not come to its end (diffusionblocks status "
+                    f"{path.parent}); go on with it: diffusionblocks train {path.parent}"
+                )
             train = f"diffusionblocks train RECIPE --out {path.parent}"
             raise FileNotFoundError(
                 f"no model at {path}; train first: {train}; or name a trained one with --model RUN/model"

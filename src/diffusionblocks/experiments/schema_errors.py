@@ -68,7 +68,7 @@ def _explained(item: Any, config: type[BaseModel] | None) -> tuple[str, str]:
         name, _, text = parts[-1].partition(":")
         if text and name in inside:
             return location, f"no such field; a colon of YAML has a space behind it: {name}: {text}"
-        return location, f"no such field{near(parts[-1], inside)}"
+        return location, f"no such field{_elsewhere(parts[-1], location, config) or near(parts[-1], inside)}"
     if kind == "union_tag_invalid":
         if not isinstance(value, dict):
             return location, f"{_SECTION}{value_text}"
@@ -144,6 +144,26 @@ def sections_in(section: Any) -> Iterator[type]:
     for annotation in _types_of(section).values():
         for inner in _sections(annotation):
             yield from sections_in(inner)
+
+
+def _elsewhere(name: str, location: str, config: type[BaseModel] | None) -> str:
+    """What to say of an unknown field that other sections have; nothing where none or many have it."""
+    places = dict.fromkeys(_places(config, name)) if config is not None else {}
+    if location in places or not 0 < len(places) <= 2:  # a section of another kind has it there
+        return ""
+    place = next(iter(places))
+    if place == name and _sections(_types_of(config)[name]):
+        return f"; {name} is a section of its own: write {name}, not {location}"
+    return f"; write {' or '.join(places)}"
+
+
+def _places(section: Any, name: str, before: str = "") -> Iterator[str]:
+    """The dotted names of all fields of a name, in a section and the sections inside."""
+    for field, annotation in _types_of(section).items():
+        if field == name:
+            yield before + field
+        for inner in _sections(annotation):
+            yield from _places(inner, name, f"{before}{field}.")
 
 
 def _sections(annotation: Any) -> list[Any]:

@@ -37,6 +37,26 @@ class ClassifierFamily(Family):
         embedding = config.target.embedding
         return LabelTarget(count, dim, learned=embedding == "learned", seed=config.seed, one_hot=embedding == "one-hot")
 
+    @override
+    def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:
+        if config.shared != "frozen":
+            return
+        for part, setting in self.maps_from_zero(config).items():
+            raise ValueError(
+                f"shared = frozen would freeze the map of {part}, which starts at zero: it could never learn; use "
+                f"shared: replicated{setting}"
+            )
+
+    def maps_from_zero(self, config: BlocksConfig) -> dict[str, str]:
+        """What is shown to blocks by a map of conversion's that starts at zero -> how to do without, as `, or ...`."""
+        assert isinstance(config.target, LabelTargetConfig)
+        target, maps = config.target, {}
+        if target.noise_input and target.token == "linear":
+            maps["z (target.token = linear)"] = ", or target.token: extra"
+        if target.self_conditioning:
+            maps["what was said before (target.self_conditioning = true)"] = ", or leave self_conditioning out"
+        return maps
+
     def whole_logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         """What an unconverted model gives: images (batch, channels, height, width) -> logits (batch, num_classes)."""
         return model(pixel_values).logits  # type: ignore[no-any-return]

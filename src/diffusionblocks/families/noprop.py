@@ -49,6 +49,10 @@ class NoPropFamily(ClassifierFamily):
                 )
 
     @override
+    def maps_from_zero(self, config: BlocksConfig) -> dict[str, str]:
+        return {"the noise level": ""}
+
+    @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
         options: Any = model.config
         dim, width = config.conditioning_dim or 64, int(options.hidden_size)
