@@ -79,9 +79,7 @@ def test_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_failed_is_told_to_go_on(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_failed_is_told_to_go_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failed = tmp_path / "failed"
     failed.mkdir()
     (failed / "recipe.json").write_bytes((run / "recipe.json").read_bytes())

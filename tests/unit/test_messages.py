@@ -57,7 +57,9 @@ def test_long_work_tells_how_far_it_is_and_how_long_it_takes(
     assert is_progress(later._line(3.0))
 
 
-@pytest.mark.parametrize("line", ["error: limit: 3 of 4 images", "warning: x: 3 images", "4 images", "a.png: 4 images!"])
+@pytest.mark.parametrize(
+    "line", ["error: limit: 3 of 4 images", "warning: x: 3 images", "4 images", "a.png: 4 images!"]
+)
 def test_other_lines_are_no_progress(line: str) -> None:
     assert not is_progress(line)
 

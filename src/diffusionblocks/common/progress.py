@@ -68,11 +68,11 @@ class Progress:
             announce(self._line(now - self._start))
 
     def _line(self, seconds: float) -> str:
-        done = f"{self._name}: {self._count:,}"
+        amount = f"{self._name}: {self._count:,}"
         if self._total is None:
-            return f"{done} {self._unit}"
+            return f"{amount} {self._unit}"
         left = datetime.timedelta(seconds=round(seconds * (self._total - self._count) / max(1, self._count)))
-        return f"{done} of {self._total:,} {self._unit}, {left} left"
+        return f"{amount} of {self._total:,} {self._unit}, {left} left"
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
@@ -84,10 +84,10 @@ def without_loading_bars() -> Iterator[None]:
     """Let diffusers draw no bars of the files that it loads: they would stand between the lines that are told."""
     from diffusers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

@@ -184,7 +184,8 @@ def _tell_dequantised(what: str, block: Block, exported: nn.Module) -> None:
     if quantized is not None:
         dtype = str(weights_dtype(exported)).removeprefix("torch.")
         warnings.warn(
-            f"{what} is exported with its {quantized.kind} weights dequantised to {dtype}: it takes the memory of these",
+            f"{what} is exported with its {quantized.kind} weights dequantised to {dtype}: it takes the memory of "
+            "these",
             stacklevel=3,
         )
 

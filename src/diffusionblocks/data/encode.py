@@ -221,8 +221,8 @@ def encode_images(
     def latents() -> Generator[tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]]:
         batches = _batches(islice(table, limit), sizes, batch_size, workers)
         total = limit if table.rows is None else min(table.rows, limit or table.rows)
-        shown = Progress(f"encode {split}", total, "images", show=progress)
-        with shown as bar, contextlib.closing(batches):
+        bar = Progress(f"encode {split}", total, "images", show=progress)
+        with bar, contextlib.closing(batches):
             for images, labels, texts in batches:
                 # Without a scale yet, the autoencoder's own latents.
                 mean, std = model.encode(_signed(images, where), scale or LatentScale(1.0))

@@ -52,7 +52,9 @@ def recipe_file(place: str | Path) -> Path:
     recipes = shipped_recipes()
     name = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
     if name not in recipes:
-        raise FileNotFoundError(f"no recipe and no run at {path}, and no recipe of that name ships{near(name, recipes)}")
+        raise FileNotFoundError(
+            f"no recipe and no run at {path}, and no recipe of that name ships{near(name, recipes)}"
+        )
     return recipes[name]
 
 
