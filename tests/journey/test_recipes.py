@@ -38,6 +38,7 @@ LAYERS = {
     "flow/12gb": 24,
     "flow/16gb": 24,
     "flow/24gb": 38,
+    "flow/flux-24gb": 57,
 }
 LAYERS |= {"text/autoregressive_topics": 4, "text/recurrent_topics": 2, "text/recurrent_prose": 4}  # else 12
 
@@ -74,11 +75,13 @@ def test_recipes_have_names_of_their_own() -> None:
 @each_recipe
 def test_recipe_parses_and_inspects(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(path)
-    depth = recipe.model.config[family_named(recipe.model.type).depth_field]
+    fields = family_named(recipe.model.type).depth_fields
+    depth = sum(recipe.model.config[field] for field in fields)
     assert depth == LAYERS.get(name_of(path), 12)
     sets = []
     if path.parent.name == "flow":  # outlines of billions of parameters take long
-        depth, sets = 4, ["--set", "model.config.num_layers=4"]
+        depth = 4
+        sets = [part for field in fields for part in ("--set", f"model.config.{field}={depth // len(fields)}")]
     assert main(["inspect", str(path), *sets]) == 0
     out = capsys.readouterr().out
     assert f"{depth} layers" in out
@@ -103,9 +106,9 @@ def test_recipe_is_not_refused_for_what_it_writes(path: Path) -> None:
 
 
 @pytest.mark.exhaustive  # a step of real width is followed for a quarter of a minute
-@pytest.mark.parametrize("size", [12, 16, 24])
-def test_presets_fit_their_budget(size: int) -> None:
-    recipe = load_recipe(FOLDER / f"flow/{size}gb.yaml", ["device=cuda"])
+@pytest.mark.parametrize(("name", "size"), [("12gb", 12), ("16gb", 16), ("24gb", 24), ("flux-24gb", 24)])
+def test_presets_fit_their_budget(name: str, size: int) -> None:
+    recipe = load_recipe(FOLDER / f"flow/{name}.yaml", ["device=cuda"])
     assert predict(recipe).peak <= (1 - MARGIN) * size * 2**30
 
 

@@ -27,7 +27,7 @@ from diffusionblocks.bench.methods import METHODS, Spec, rows_of
 from diffusionblocks.bench.peak_memory import at_peak, measure_memory
 from diffusionblocks.bench.plain_loop import AlternativeRunner, Plain
 from diffusionblocks.bench.plots import draw_depth, draw_memory
-from diffusionblocks.bench.rows import gather, in_current_terms, memory_table, rows_in, shard, summary
+from diffusionblocks.bench.rows import gather, in_current_terms, memory_table, prediction, rows_in, shard, summary
 from diffusionblocks.bench.runners import Runner, TrainerRunner, bytes_of, plain
 from diffusionblocks.bench.speed import ratios_of
 from diffusionblocks.bench.timing import LOCK, alone, steady_times, switching_times, warm_up
@@ -703,3 +703,21 @@ def test_the_data_fit_the_recipe() -> None:
         assert len(data) == 4
         assert data.image_shape == {"dit-l-2": (4, 32, 32), "vit-h": (3, 224, 224)}[model]
         assert data.num_classes == 1000
+
+
+def test_a_stack_of_two_kinds_of_layers_takes_what_is_predicted() -> None:
+    """Flux's, at toy size: the first block has a layer of two streams and one that both share."""
+    of_blocks = spec("flux", "resident-active-checkpointing", 3, batch_size=1)
+    recipe = recipe_of(of_blocks)
+    assert [recipe.model.config[name] for name in ("num_layers", "num_single_layers")] == [2, 4]
+    data = splits_of(recipe)["train"]
+    assert {name: tuple(value.shape) for name, value in data.empty.items()} == {  # type: ignore[attr-defined]
+        "encoder_hidden_states": (512, 16),
+        "pooled_projections": (16,),
+    }
+    predicted = prediction(of_blocks)["predicted"]
+    with runner_of(of_blocks) as runner:
+        runner.step(0)
+        runner.check()
+        persistent = runner.persistent_bytes()
+    assert {name: predicted[name] for name in persistent} == persistent

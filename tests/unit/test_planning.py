@@ -15,12 +15,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from diffusers_models import TINY
 from torchao.optim import AdamW8bit
 
 from diffusionblocks.common.modules import bytes_of, tensors_of
+from diffusionblocks.data.latent_data import LatentScale
+from diffusionblocks.data.latent_shards import Prompts, write_shards
 from diffusionblocks.evaluation.memory import step_memory
 from diffusionblocks.experiments.experiment import Experiment
-from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.recipe import Recipe, load_recipe, parse_recipe
+from diffusionblocks.families import family_named, rebuild_config
 from diffusionblocks.planning import (
     CONTEXT_BYTES,
     MARGIN,
@@ -40,6 +44,7 @@ from diffusionblocks.planning.planner import OPTIMISATIONS, _largest, with_chang
 from diffusionblocks.planning.timeline import StepLog
 from diffusionblocks.planning.tracing import StepTracer
 from diffusionblocks.targets import LossChunk
+from diffusionblocks.targets.image import MASK
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
@@ -343,6 +348,118 @@ def test_the_predicted_step_of_each_family_is_the_measured_one(case: str) -> Non
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):  # its convolutions keep 300 KB
         largest = max(unit.transient for unit in step_memory(trainer))
     assert ledger.activations + ledger.gradients == pytest.approx(largest, rel=0.05)
+
+
+# ---- layers of several kinds --------------------------------------------------------------------------------
+
+
+def prompted(
+    folder: Path, name: str, layers: dict[str, Any], blocks: dict[str, Any], train: dict[str, Any], dtype: str
+) -> Recipe:
+    """A recipe of a tiny class of `diffusers_models.TINY`, on latents with states of prompts that lie in a folder."""
+    tiny = TINY[name]
+    config = {**tiny.config, **layers}
+    conditions = family_named(name).conditions(rebuild_config(name, config))  # type: ignore[attr-defined]
+    empty = {
+        MASK if condition.dtype == "mask" else entry: torch.ones([5 if n is None else n for n in condition.shape])
+        for entry, condition in conditions.items()
+        if entry != "guidance"
+    }
+    mean = torch.randn(8, tiny.channels, *tiny.sizes)
+    states = {entry: value.expand(8, *value.shape) for entry, value in empty.items()}
+    rows = [(mean, torch.full_like(mean, 0.1), torch.zeros(8, dtype=torch.int64), states)]
+    write_shards(
+        folder,
+        "train",
+        rows,
+        shard_rows=8,
+        class_names=["image"],
+        vae="vae",
+        scale=LatentScale(1.0),
+        prompts=Prompts("encoder", None, empty),
+    )
+    values = {
+        "name": "kinds",
+        "device": "cpu",
+        "model": {"type": name, "config": config, "dtype": dtype},
+        "blocks": blocks,
+        "data": {"kind": "latents", "source": str(folder), "scale": 1.0, "constants": {"guidance": 3.5}},
+        "train": {"steps": 3, "batch_size": 4, "lr": 1e-3} | train,
+        "evaluate": {"features": None, "grid": ["uniform"], "steps": [2], "samples": 4},
+    }
+    return parse_recipe(values, "test")
+
+
+FLUX, SD3 = "FluxTransformer2DModel", "SD3Transformer2DModel"
+SEVERAL_KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "whole": (FLUX, {"num_layers": 6, "num_single_layers": 7}, {"num_blocks": 1}, {}, "float32"),
+    "cut-anywhere": (
+        FLUX,
+        {"num_layers": 5, "num_single_layers": 8},
+        {"num_blocks": 2, "layers": [6, 7]},
+        {"activation_checkpointing": True},
+        "float32",
+    ),
+    "experts": (
+        FLUX,
+        {"num_layers": 2, "num_single_layers": 5},
+        {"num_blocks": 2, "split": "experts", "lora": {"rank": 4, "base": "nf4"}},
+        {"activation_checkpointing": True, "precision": "bfloat16"},
+        "bfloat16",
+    ),
+    "of-one-list": (
+        SD3,
+        {"num_layers": 9, "dual_attention_layers": (0, 1, 2, 3, 4)},
+        {"num_blocks": 1},
+        {},
+        "float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL_KINDS)
+def test_a_step_of_layers_of_several_kinds_is_the_measured_one(case: str, tmp_path: Path) -> None:
+    recipe = prompted(tmp_path, *SEVERAL_KINDS[case])
+    ledger, trainer = predict(recipe), Experiment(recipe).trainer(progress=False)
+    largest = max(unit.transient for unit in step_memory(trainer))
+    assert ledger.activations + ledger.gradients == pytest.approx(largest, rel=0.05)
+    tensors = {id(t): t for unit in trainer.units for t in tensors_of(unit.module)}.values()
+    if recipe.train.resident == "all":
+        assert ledger.parameters == bytes_of(t for t in tensors if isinstance(t, torch.nn.Parameter))
+
+
+def test_equal_layers_that_are_left_out_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the step of all layers, with a positive control: layers that are left out and not counted."""
+    recipe = prompted(tmp_path, *SEVERAL_KINDS["whole"])
+    short = forecast(recipe).moments
+    monkeypatch.setattr("diffusionblocks.planning.tracing._OF_A_KIND", 100)
+    assert short == forecast(recipe).moments
+    monkeypatch.undo()
+    monkeypatch.setattr(StepLog, "with_more", lambda self, times: self)
+    assert forecast(recipe).ledger.activations < 0.95 * max(m.peak.activations for m in short.values())
+
+
+def test_a_stack_of_two_lists_is_planned(tmp_path: Path) -> None:
+    recipe = prompted(tmp_path, FLUX, {"num_layers": 2, "num_single_layers": 4}, {"num_blocks": 1}, {}, "float32")
+    three = predict(with_changes(recipe, {"blocks.num_blocks": 3, "train.resident": "active"})).peak
+    made = plan(recipe, three, vary="blocks")
+    assert made.blocks is not None
+    assert made.blocks.changes == {"blocks.num_blocks": 3, "train.resident": "active"}
+    assert Predictor(recipe).at_hand["pixel_values"] == (4, 8, 8)
+    assert not any(line.startswith("sizes: ") for line in remarks(recipe, 0))
+    elsewhere = with_changes(recipe, {"data.source": str(tmp_path / "not-here")})
+    said = "sizes: no latents are at hand to say them, so an example is taken to be pixel_values (4, 128, 128), enc"
+    assert any(line.startswith(said) for line in remarks(elsewhere, 0))
+
+
+def test_more_experts_take_no_less_memory_and_are_not_tried(tmp_path: Path) -> None:
+    few = {"num_layers": 1, "num_single_layers": 1}
+    recipe = prompted(tmp_path, FLUX, few, {"num_blocks": 2, "split": "experts", "lora": {"rank": 4}}, {}, "float32")
+    active = predict(with_changes(recipe, {"train.resident": "active"})).peak
+    made = plan(recipe, active, vary="blocks")
+    assert made.blocks is not None
+    assert made.blocks.changes == {"blocks.num_blocks": 2, "train.resident": "active"}
+    assert plan(recipe, active - 1, vary="blocks").blocks is None
 
 
 def _trained(recipe: Recipe) -> Sequence[torch.Tensor]:

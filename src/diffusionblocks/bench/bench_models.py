@@ -20,7 +20,7 @@ from ..data.dataset import Dataset
 from ..data.text_config import TextSection
 from ..experiments.experiment import Experiment
 from ..experiments.recipe import Recipe, parse_recipe
-from ..families import family_named
+from ..families import family_named, rebuild_config
 from .methods import METHODS, Spec, check_names
 
 #: So long that no run of a benchmark comes to its end.
@@ -35,7 +35,8 @@ class BenchModel:
 
     Attributes:
         type: its class.
-        config: values of the class's config, without the number of layers.
+        config: values of the class's config, without the number of layers; of a class with two lists of layers these
+            have the numbers of both, whose proportion other depths keep.
         layers: number of layers.
         batch_size: samples of a step.
         tiny: changes of `config` for a toy of the same shape.
@@ -122,6 +123,33 @@ MODELS: dict[str, BenchModel] = {
         length=1024,
         train={"weights": "bfloat16"},
     ),
+    "flux": BenchModel(
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "axes_dims_rope": [16, 56, 56],
+        },
+        57,
+        1,
+        {
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 1,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": [4, 6, 6],
+        },
+        6,
+        train={"weights": "bfloat16"},
+    ),
 }
 
 _TINY_BATCH = 4
@@ -192,7 +220,7 @@ def recipe_of(spec: Spec) -> Recipe:
 #: What recipes say of evaluation, which no benchmark runs, by their family's target.
 _EVALUATE: dict[str, dict[str, Any]] = {
     "label": {"kind": "accuracy"},
-    "image": {"kind": "samples", "features": None},
+    "image": {"kind": "samples", "features": None, "grid": ["equal-quantile"]},
     "next-token": {"prompt_length": 8, "new_tokens": 8},
 }
 
@@ -238,14 +266,27 @@ def splits_of(recipe: Recipe) -> dict[str, Dataset]:
         size, words = (count + 1) * recipe.data.length, config["vocab_size"]
         ids = torch.randint(words, (size,), generator=generator).to(torch.uint16)
         return {"train": TextChunks(TextData(ids, words), recipe.data.length)}
-    classes = config[family.class_count_field]
+    classes = config.get(family.class_count_field, 1)
     labels = torch.arange(count) % classes
     names = tuple(map(str, range(classes)))
     if family.target == "label":
         shape = (count, 3, config["image_size"], config["image_size"])
         return {"train": ImageData(torch.randint(256, shape, dtype=torch.uint8, generator=generator), labels, names)}
-    mean = torch.randn((count, config["in_channels"], *[config["sample_size"]] * 2), generator=generator).half()
-    return {"train": LatentData((mean,), (torch.full_like(mean, 0.1),), labels, names, "synthetic", 1.0)}
+    batch = family.empty_batch(rebuild_config(recipe.model.type, config), count)
+    mean = torch.randn(batch.pop("pixel_values").shape, generator=generator).half()
+    states = {name: torch.ones_like(value) for name, value in batch.items() if name != "labels"}  # of prompts
+    return {
+        "train": LatentData(
+            (mean,),
+            (torch.full_like(mean, 0.1),),
+            labels,
+            names,
+            "synthetic",
+            1.0,
+            states={name: (value,) for name, value in states.items()},
+            empty={name: value[0] for name, value in states.items()},
+        )
+    }
 
 
 def build(recipe: Recipe, device: torch.device) -> nn.Module:

@@ -255,6 +255,16 @@ class Block(nn.Module):
         """The block's layers, in order."""
         return [self.network.get_submodule(path) for path in self.layer_paths]
 
+    def keep_layers(self, numbers: Sequence[int]) -> None:
+        """Leave the other layers out, with their adaptive norms: of a block that is to be looked at, not trained."""
+        for number, path in enumerate(self.layer_paths):
+            if number not in numbers:
+                owner, _, name = path.rpartition(".")
+                del self.network.get_submodule(owner)._modules[name]
+        self.layer_paths = [self.layer_paths[number] for number in numbers]
+        if len(self.adaptive):
+            self.adaptive = nn.ModuleList(self.adaptive[number] for number in numbers)
+
     def layer_groups(self) -> list[list[nn.Module]]:
         """Each layer with its adaptive norms, if it has any: what computes together, for FSDP to gather.
 

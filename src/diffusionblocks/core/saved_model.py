@@ -199,7 +199,8 @@ def _check_depth(model_class: str, model_config: Any, partition: Partition) -> N
     depth = family.depth(model_config)
     if depth != partition.num_layers:
         raise ValueError(
-            f"model_config.{family.depth_field} = {depth}, but the partition has {partition.num_layers} layers"
+            f"model_config.{' + '.join(family.depth_fields)} = {depth}, but the partition has {partition.num_layers} "
+            "layers"
         )
 
 

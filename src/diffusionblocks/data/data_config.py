@@ -82,6 +82,10 @@ class DataSection(BaseModel, ABC):
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
         """Bytes of one example where it is kept, labels included."""
 
+    def largest_example(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the train split's largest example by entry, where files at hand say them; else nothing."""
+        return {}
+
     def conditions_without_prompt(self, data: Any, count: int, device: torch.device) -> dict[str, Tensor]:
         """What a model is told of so many examples beside image and label, of latents with prompts that of the empty
         prompt; nothing of other data."""

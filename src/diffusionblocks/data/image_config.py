@@ -30,7 +30,7 @@ from .image_processor import ImageProcessor, processor_in
 from .image_table import rows_of_split
 from .latent_batches import LatentBatches
 from .latent_data import LatentData
-from .latent_shards import decoded_by, examples_of_split, latent_folder, noted_prompts
+from .latent_shards import decoded_by, examples_of_split, largest_example, latent_folder, noted_prompts
 from .prompt_states import load_prompt_encoder
 
 
@@ -432,6 +432,14 @@ class LatentsConfig(ImagesSection, FilesSection):
         return ExampleCount(examples_of_split(location, self.train_split), location)
 
     @override
+    def largest_example(self) -> dict[str, tuple[int, ...]]:
+        try:
+            return largest_example(self.location(), self.train_split)
+        except (OSError, ValueError):  # which reading them will say
+            return {}
+
+    @override
     def example_bytes(self, shape: tuple[int, ...], num_classes: int) -> int:
-        # float16 means, and deviations if latents are drawn; an int64 label
-        return math.prod(shape) * 2 * (1 + self.sample_posterior) + 8
+        # float16 means, and deviations if latents are drawn; an int64 label; bfloat16 states of a prompt
+        states = sum(2 * math.prod(of) for name, of in self.largest_example().items() if name != "pixel_values")
+        return math.prod(shape) * 2 * (1 + self.sample_posterior) + 8 + states

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ __all__ = [
     "check_split",
     "decoded_by",
     "examples_of_split",
+    "largest_example",
     "latent_folder",
     "measured_scale",
     "noted_prompts",
@@ -266,6 +268,17 @@ def examples_of_split(path: str | Path, split: str) -> int:
         ValueError: it is damaged.
     """
     return sum(_read_index(Path(path).expanduser(), split).rows)
+
+
+def largest_example(path: str | Path, split: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of one example of a split, its states among them: of the largest, where there are several sizes.
+
+    Raises:
+        FileNotFoundError: there is no index.
+        ValueError: it is damaged.
+    """
+    index = _read_index(Path(path).expanduser(), split)
+    return {"pixel_values": max(index.shapes or [index.shape], key=math.prod), **(index.states or {})}
 
 
 def _index_file(folder: Path, split: str) -> Path:

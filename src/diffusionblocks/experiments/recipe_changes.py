@@ -20,12 +20,27 @@ def depth_of(recipe: Recipe) -> int:
     family = family_named(recipe.model.type)
     if recipe.model.pretrained is not None:  # its folder says it, not the recipe
         return family.depth(model_config(recipe.model))
-    part, field = family.config_part, family.depth_field
+    part, fields = family.config_part, family.depth_fields
     sizes = recipe.model.config if part is None else recipe.model.config.get(part, {})
-    if field not in sizes:
-        where = field if part is None else f"{part}.{field}"
-        raise ValueError(f"the recipe must give model.config.{where}, to make models of fewer layers")
-    return int(sizes[field])
+    for field in fields:
+        if field not in sizes:
+            where = field if part is None else f"{part}.{field}"
+            raise ValueError(f"the recipe must give model.config.{where}, to make models of fewer layers")
+    return sum(int(sizes[field]) for field in fields)
+
+
+def numbers_of_blocks(recipe: Recipe) -> list[int]:
+    """Into how many blocks of as many layers the recipe's model can be split, ascending.
+
+    Experts are as many as the recipe says: each has all layers, so their number changes no memory.
+
+    Raises:
+        ValueError: the recipe does not say how many layers its model has.
+    """
+    if recipe.blocks.split == "experts":
+        return [recipe.blocks.num_blocks]
+    depth = 1 if family_named(recipe.model.type).depth_dependent_weights else depth_of(recipe)
+    return [many for many in range(1, depth + 1) if depth % many == 0]
 
 
 def layers_of_a_block(recipe: Recipe) -> int:

@@ -233,16 +233,16 @@ class ConditionedFamily(ImageFamily):
 class TwoKindsOfLayers(ConditionedFamily):
     """Classes whose stack is two lists of layers of different kinds: text and image apart, then both together."""
 
-    #: the config values that hold the number of layers of each list
-    depth_fields: ClassVar[tuple[str, str]] = ("num_layers", "num_single_layers")
-    depth_field = "num_layers + num_single_layers"
+    #: the config value that holds the number of layers of the second list
+    more_depth_field: ClassVar[str] = "num_single_layers"
     layers = "transformer_blocks"
     more_layers = ("single_transformer_blocks",)
     layers_alike = False
 
+    @property
     @override
-    def depth(self, config: Any) -> int:
-        return sum(int(getattr(config, name)) for name in self.depth_fields)
+    def depth_fields(self) -> tuple[str, str]:
+        return self.depth_field, self.more_depth_field
 
     @override
     def values_of_layers(self, config: Any, layers: Any) -> dict[str, Any]:

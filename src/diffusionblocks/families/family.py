@@ -211,9 +211,14 @@ class Family(abc.ABC):
         """The part of a config that has depth, width and shape of the network: most often the config itself."""
         return config if self.config_part is None else getattr(config, self.config_part)
 
+    @property
+    def depth_fields(self) -> tuple[str, ...]:
+        """The config values that hold the number of layers, of each list of layers one."""
+        return (self.depth_field,)
+
     def depth(self, config: Any) -> int:
         """Number of layers of a model with that config."""
-        return int(getattr(self.sizes(config), self.depth_field))
+        return sum(int(getattr(self.sizes(config), name)) for name in self.depth_fields)
 
     def with_depth(self, values: Mapping[str, Any], layers: int) -> dict[str, Any]:
         """Plain config values with another number of layers."""

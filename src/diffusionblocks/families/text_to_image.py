@@ -142,8 +142,8 @@ class AuraFlowFamily(TwoKindsOfLayers):
 
     classes = ("AuraFlowTransformer2DModel",)
     layers = "joint_transformer_blocks"
-    depth_fields = ("num_mmdit_layers", "num_single_dit_layers")
-    depth_field = "num_mmdit_layers + num_single_dit_layers"
+    depth_field = "num_mmdit_layers"
+    more_depth_field = "num_single_dit_layers"
     head = ("norm_out", "proj_out")
     last_linear = "proj_out"
     time_scale = 1.0

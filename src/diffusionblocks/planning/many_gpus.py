@@ -26,8 +26,7 @@ from ..experiments.baselines import variants
 from ..experiments.experiment import Experiment
 from ..experiments.parts import has_parts
 from ..experiments.recipe import Recipe
-from ..experiments.recipe_changes import depth_of
-from ..families import family_named
+from ..experiments.recipe_changes import numbers_of_blocks
 from ..training import TrainConfig, Unit
 from ..training.ranks import TOGETHER
 from ..training.shards import gathered_dtype
@@ -168,15 +167,14 @@ def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> Parall
 
 def _splits(recipe: Recipe, gpus: Gpus, own: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbers of blocks that share out the GPUs, with the changes: the recipe's own first, then ascending."""
-    depth = 1 if family_named(recipe.model.type).depth_dependent_weights else depth_of(recipe)
     now = recipe.blocks.num_blocks
-    others = [many for many in range(2, depth + 1) if depth % many == 0 and many != now]
+    others = [many for many in numbers_of_blocks(recipe) if many not in (1, now)]
     possible = [many for many in (now, *others) if many > 1 and (gpus.count <= many or gpus.count % many == 0)]
     if not possible:
         numbers = sorted({now, *others} - {1}) or [now]
         raise ValueError(
-            f"gpus = {gpus.count}: as many GPUs as blocks, fewer, or a multiple are shared out evenly; {depth} layers "
-            f"make {', '.join(map(str, numbers))} blocks: give another number of GPUs"
+            f"gpus = {gpus.count}: as many GPUs as blocks, fewer, or a multiple are shared out evenly; the layers make "
+            f"{', '.join(map(str, numbers))} blocks: give another number of GPUs"
         )
     for many in possible:
         changes = own if many == now else own | {"blocks.num_blocks": many, "blocks.layers": None}

@@ -33,6 +33,9 @@ def remarks(predictor: Predictor, plan: Plan | None = None) -> list[str]:
     lines = []
     if about_data := _about_data(predictor, plan):
         lines.append(f"data: {about_data}")
+    if predictor.takes_any_shape and not predictor.at_hand:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in predictor.shapes.items() if shape)
+        lines.append(f"sizes: no latents are at hand to say them, so an example is taken to be {shapes}")
     host = predictor.host_bytes(with_changes(predictor.recipe, plan.always) if plan else None)
     if host.total:
         waiting = f"waiting blocks (train.offload: {predictor.recipe.train.offload})"

@@ -13,7 +13,7 @@ from typing import Any
 from ..data.placement import SHARE
 from ..data.text_config import TextSection
 from ..experiments.recipe import Recipe, parse_recipe
-from ..experiments.recipe_changes import depth_of
+from ..experiments.recipe_changes import numbers_of_blocks
 from ..families import family_named
 from ..training.train_config import LEAN_BUDGET
 from .ledger import Forecast, Ledger
@@ -261,10 +261,8 @@ class _Search:
         return next((fit for changes in splits if (fit := self.fit(changes))), None)
 
     def _splits(self) -> Iterator[dict[str, Any]]:
-        """The divisors of the layers, ascending; one block is always on the device. Some families have one block."""
-        one = family_named(self.recipe.model.type).depth_dependent_weights
-        depth = 1 if one else depth_of(self.recipe)
-        for many in (n for n in range(1, depth + 1) if depth % n == 0):
+        """The numbers of blocks that there can be, ascending; one block is always on the device."""
+        for many in numbers_of_blocks(self.recipe):
             changes: dict[str, Any] = {"blocks.num_blocks": many, "train.resident": "active"}
             if self.recipe.method != "diffusionblocks":
                 changes = {"method": "diffusionblocks", **changes}

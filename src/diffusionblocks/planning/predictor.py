@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.messages import Say
 from ..core.block import Block
@@ -29,7 +30,7 @@ from ..training.shared_module import shape_of
 from .counting import count_persistent, count_waiting
 from .ledger import ChunkLaw, DepthLaw, Forecast, Ledger, StepLaw
 from .timeline import StepLog
-from .tracing import StepTracer
+from .tracing import MakeBatch, StepTracer
 
 #: What cuBLAS keeps on a Hopper GPU: torch gives each host thread that calls it 32 MiB from the caching allocator, and
 #: the forward and the backward pass run in one thread each. (Other GPUs: 8 MiB.)
@@ -39,8 +40,8 @@ WORKSPACE_BYTES = 2 * 32 * 2**20
 #: has it; a budget must have room for it. An allowance, not a measurement: it differs by driver, GPU and library.
 CONTEXT_BYTES = 600 * 2**20
 
-# A block takes up to a second a layer to trace. Deeper ones are traced at these two depths; what a step holds is affine
-# in the number of equal layers, at both of its candidate moments, but for the first layer.
+# A block takes up to a second a layer to trace. Where all layers of a model are alike, two depths serve blocks of all
+# numbers of layers: what a step holds is affine in it, at both of its candidate moments, but for the first layer.
 _DEPTHS = (2, 3)
 
 #: Fields of `train` that a planner changes, or a run of blocks is given, and that a step on fake tensors does not read.
@@ -145,8 +146,31 @@ class Predictor:
         """Bytes of one example on the device."""
         outline = self._outline(self.recipe)
         length, classes = _text_length(self.recipe), outline.family.num_classes(outline.config)
-        shape = outline.family.example_shape(outline.config) if length is None else (length,)
+        shape = self.shapes["pixel_values"] if length is None else (length,)
         return self.recipe.data.example_bytes(shape, classes)
+
+    @property
+    def takes_any_shape(self) -> bool:
+        """Whether the data say how large an example is, and not the model's config."""
+        outline = self._outline(self.recipe)
+        return outline.family.batch_of(outline.config) is not None
+
+    @functools.cached_property
+    def at_hand(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the data's largest example, as the model takes it, where files at hand say them."""
+        outline = self._outline(self.recipe)
+        batch_of, shapes = outline.family.batch_of(outline.config), self.recipe.data.largest_example()
+        if batch_of is None or not shapes:
+            return {}
+        batch = batch_of({name: torch.empty(1, *shape, device="meta") for name, shape in shapes.items()})
+        return {name: tuple(value.shape[1:]) for name, value in batch.items()}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the example that a step is followed with: of data at hand, else the usual ones of the model."""
+        outline = self._outline(self.recipe)
+        batch = outline.family.empty_batch(outline.config, 1, _text_length(self.recipe))
+        return {name: tuple(value.shape[1:]) for name, value in batch.items()} | dict(self.at_hand)
 
     def data_bytes(self, recipe: Recipe | None = None) -> int:
         """Bytes of the data on the device, of the recipe or of a changed one."""
@@ -200,8 +224,9 @@ class Predictor:
 
     def _law(self, recipe: Recipe, outline: _Outline, unit: Unit) -> StepLaw:
         layers = len(unit.module.layers()) if isinstance(unit.module, Block) else 0
-        one_depth = recipe.model.pretrained is not None or outline.family.depth_dependent_weights
-        if layers < min(_DEPTHS) or one_depth:
+        family = outline.family
+        of_any_depth = recipe.model.pretrained is None and family.layers_alike and not family.depth_dependent_weights
+        if layers < min(_DEPTHS) or not of_any_depth:
             return self._trace(recipe, outline, unit)
         if layers in _DEPTHS:
             return self._trace_at_depth(recipe, layers)
@@ -232,10 +257,23 @@ class Predictor:
         if (key, chunk) not in self._logs:
             self._say(f"following a step of {unit.name} on tensors without memory")
             if key not in self._tracers:
-                make_batch = functools.partial(outline.family.empty_batch, outline.config, length=length)
+                make_batch = self._make_batch(recipe, outline)
                 self._tracers[key] = StepTracer(unit, recipe.train, make_batch, on_gpu=self.on_gpu)
             self._logs[key, chunk] = self._tracers[key].follow(chunk)
         return self._logs[key, chunk]
+
+    def _make_batch(self, recipe: Recipe, outline: _Outline) -> MakeBatch:
+        """What makes examples whose values do not matter, of the shapes at hand; see `StepTracer`."""
+        make_batch = functools.partial(outline.family.empty_batch, outline.config, length=_text_length(recipe))
+        if not self.at_hand:
+            return make_batch
+        optional = set(outline.family.optional_inputs(outline.config)) - self.at_hand.keys()
+        dtypes = {name: value.dtype for name, value in make_batch(1).items() if name not in optional}
+
+        def of_shapes(size: int) -> dict[str, Tensor]:
+            return {name: torch.ones(size, *self.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
+
+        return of_shapes
 
 
 def _text_length(recipe: Recipe) -> int | None:

@@ -7,8 +7,10 @@ dies. So nothing is tabulated: what autograd saves, and what autocast or checkpo
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -70,6 +72,8 @@ class _What(Enum):
     GRADIENT_GONE = auto()
     WORK = auto()  # a kernel works with them, at this moment alone
     FORWARD = auto()  # a forward pass begins
+    LAYER = auto()  # the forward pass comes to a layer, whose number stands for the bytes
+    LAYER_BACK = auto()  # the backward pass comes to one
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class StepLog:
                 case _What.FORWARD:  # what comes is early until half of its gradients are made
                     so_far = 0
                     continue
+                case _What.LAYER | _What.LAYER_BACK:
+                    continue
                 case _What.NEW:
                     activations += size
                 case _What.GRADIENT:
@@ -116,6 +122,23 @@ class StepLog:
             else:
                 late = now if now.total > late.total else late
         return StepMoments(early, late)
+
+    def with_more(self, times: Mapping[int, int]) -> StepLog:
+        """The log of a block in which some layers stand several times, one behind the other.
+
+        What comes and goes in such a layer comes and goes as often, in the forward and in the backward pass.
+
+        Args:
+            times: a layer's number -> how often it stands there. Its neighbours are layers of its kind.
+        """
+        events: list[tuple[_What, int]] = []
+        begins = [i for i, (what, _) in enumerate(self.events) if what in (_What.LAYER, _What.LAYER_BACK)]
+        end = 0
+        for begin, after in itertools.pairwise([*begins, len(self.events)]):
+            events += self.events[end:begin]
+            events += self.events[begin:after] * times.get(self.events[begin][1], 1)
+            end = after
+        return dataclasses.replace(self, events=(*events, *self.events[end:]))
 
 
 class Timeline(TorchDispatchMode):
@@ -136,6 +159,7 @@ class Timeline(TorchDispatchMode):
         self._events: list[tuple[_What, int]] = []
         self._live: dict[int, tuple[Any, bool, int]] = {}  # reference, whether it is a gradient, bytes
         self._persistent: set[int] = set()
+        self._layer_back: int | None = None  # the last to which the backward pass came
 
     @property
     def log(self) -> StepLog:
@@ -183,6 +207,18 @@ class Timeline(TorchDispatchMode):
     def forward_begins(self) -> None:
         """A forward pass begins: what comes is early until half of its gradients are made."""
         self._events.append((_What.FORWARD, 0))
+        self._layer_back = None
+
+    def layer_begins(self, number: int) -> None:
+        """The forward pass comes to a layer; one that is computed again in the backward pass is of that."""
+        if self._layer_back is None:
+            self._events.append((_What.LAYER, number))
+
+    def layer_goes_back(self, number: int) -> None:
+        """The gradient of something that a layer gave is there: of the first, the backward pass comes to the layer."""
+        if self._layer_back is None or number < self._layer_back:
+            self._layer_back = number
+            self._events.append((_What.LAYER_BACK, number))
 
     def work(self, size: int) -> None:
         """Note that a kernel of the GPU works with so many bytes of its own, at this moment."""

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from ..common.modules import bytes_of, tensors_of
 from ..core.block import Block
+from ..families import TRUNK
 from ..layers.two_streams import rows_of_a_gpu
 from ..targets import LossChunk, followed_in_shape
 from ..training import TrainConfig, Unit, trainable
 from ..training.compilation import Compiler
 from ..training.optim import AVERAGED_AT_ONCE
-from ..training.shared_module import SharedModule
+from ..training.shared_module import SharedModule, kinds_of
 from .timeline import TRACED_BATCH, StepLog, Timeline
 
 _MANY = 2**20
+
+#: So many layers of a kind in a row are run. The second stands for those that are left out: the first may hold
+#: something else, and so may the last, which also changes what comes and goes in the one before it.
+_OF_A_KIND = 4
 
 MakeBatch = Callable[[int], Mapping[str, Tensor]]
 
@@ -29,7 +36,8 @@ MakeBatch = Callable[[int], Mapping[str, Tensor]]
 class StepTracer:
     """Follows steps of a unit on fake tensors: forward, backward and update, as `training/step.py` does.
 
-    What compiles is compiled once, for chunks of any size of a text's logits.
+    What compiles is compiled once, for chunks of any size of a text's logits. Of many layers of one kind in a row an
+    eager step runs four, and what comes and goes in the second is counted for those that are left out as well.
 
     Args:
         unit: its module may be on the meta device; it is not changed.
@@ -45,6 +53,7 @@ class StepTracer:
         if on_gpu:
             _drop_as_a_gpu(self._module, train)
         parameters = unit.parameters
+        self._averaged = _averaged_at_once(trainable(self._module))
         self._timeline = Timeline(bytes_of(parameters), on_gpu=on_gpu)
         self._graphs = 0
         if train.compile:
@@ -58,11 +67,11 @@ class StepTracer:
 
             compiler = Compiler(train, torch.device("cpu"), backend=counting, dynamic=False, on_gpu=on_gpu)
             compiler.compile([self._module])
+        self._times = {} if train.compile else self._leave_equal_layers_out()
         self._fakes = FakeTensorMode()
         with self._fakes:
-            tensors = _without_memory(tensors_of(unit.module))
-            shared.bind(unit, tensors)
-            self._timeline.is_persistent(tensors)
+            shared.bind(unit, _without_memory(tensors_of(unit.module)))
+            self._timeline.is_persistent(tensors_of(self._module))
             for parameter in trainable(self._module):
                 parameter.register_post_accumulate_grad_hook(lambda p: _gradient_is_whole(p, train, self._timeline))
 
@@ -81,7 +90,39 @@ class StepTracer:
                     self._timeline.restart()
                     self._step()
                 if self._graphs == graphs:
-                    return self._timeline.log
+                    return self._timeline.log.with_more(self._times)
+
+    def _leave_equal_layers_out(self) -> dict[int, int]:
+        """Shorten runs of equal layers to four: number of the second one -> for how many layers it stands."""
+        block = self._module
+        if not isinstance(block, Block) or TRUNK in block.shared.extra:  # its trunk has as many layers
+            return {}
+        if len(block.layer_groups()) < len(block.layers()):  # some have parts of stem and head
+            return {}
+        numbers: list[int] = []
+        times: dict[int, int] = {}
+        runs = itertools.groupby(enumerate(kinds_of(block.layers())), key=lambda item: item[1])
+        for run in ([number for number, _ in items] for _, items in runs):
+            if len(run) > _OF_A_KIND:
+                times[len(numbers) + 1] = len(run) - (_OF_A_KIND - 1)
+                run = [*run[: _OF_A_KIND - 2], *run[-2:]]
+            numbers += run
+        if times:
+            block.keep_layers(numbers)
+            for number, layer in enumerate(block.layers()):
+                self._follow_layer(number, layer)
+        return times
+
+    def _follow_layer(self, number: int, layer: nn.Module) -> None:
+        """Tell the timeline when forward and backward pass come to a layer."""
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _: self._timeline.layer_goes_back(number))
+
+        layer.register_forward_pre_hook(lambda *_: self._timeline.layer_begins(number))
+        layer.register_forward_hook(after)
 
     def _step(self) -> None:
         module, train, size = self._module, self._train, TRACED_BATCH
@@ -95,7 +136,7 @@ class StepTracer:
             loss.backward()
         # Fused AdamW needs no memory of its own, nor does clipping; the moving average does.
         if train.keeps_average and not train.optimizer_in_backward:
-            torch.empty(_averaged_at_once(trainable(module)))
+            torch.empty(self._averaged)
         for parameter in trainable(module):
             parameter.grad = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,12 +57,20 @@ def shape_of(unit: Unit) -> tuple[Any, ...]:
 
     These have the same modules, with tensors of the same shapes, tied alike.
     """
-    tensors = tensors_of(unit.module)
+    layers = [repr(layer) for layer in unit.module.layers()] if isinstance(unit.module, Block) else []
+    return _shape_of_module(unit.module), tuple(layers)
+
+
+def kinds_of(layers: Iterable[nn.Module]) -> list[tuple[Any, ...]]:
+    """Return a key for each layer, equal for those of one kind: with the same modules and shapes, printed alike."""
+    return [(_shape_of_module(layer), repr(layer)) for layer in layers]
+
+
+def _shape_of_module(module: nn.Module) -> tuple[Any, ...]:
+    tensors = tensors_of(module)
     first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
     specs = tuple((t.shape, t.dtype, t.requires_grad, first[id(t)]) for t in tensors)
-    modules = [type(part) for part in unit.module.modules()]
-    layers = [repr(layer) for layer in unit.module.layers()] if isinstance(unit.module, Block) else []
-    return specs, tuple(modules), tuple(layers)
+    return specs, tuple(type(part) for part in module.modules())
 
 
 def in_several(modules: list[nn.Module]) -> set[int]:
