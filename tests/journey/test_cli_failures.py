@@ -126,6 +126,24 @@ def test_a_signal_outside_training_is_one_line(
     assert same(tmp_path / "run" / "model", whole["diffusionblocks"] / "model")
 
 
+def test_a_row_that_is_stopped_does_not_name_a_checkpoint_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes may share the folder of an ablation: the newest checkpoint in it may be another process's."""
+    real = runs.evaluate_saved
+
+    def stopped(experiment: Experiment, folder: Path, **options: Any) -> Any:
+        if "overlap=0.1" in str(folder):
+            signal.raise_signal(signal.SIGTERM)
+        return real(experiment, folder, **options)
+
+    monkeypatch.setattr(runs, "evaluate_saved", stopped)
+    rows = ["--over", "blocks.overlap=0,0.1", "--out", str(tmp_path), "--quiet"]
+    assert main(["ablate", VIT, *rows, *SMALL]) == 128 + signal.SIGTERM
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped by" in line]
+    assert line == f"stopped by SIGTERM; run the same command again to resume the rows of {tmp_path}"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [

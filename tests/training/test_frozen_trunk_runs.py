@@ -15,10 +15,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import diffusionblocks as db
+from diffusionblocks.common.formats import read_json
 from diffusionblocks.common.modules import bytes_of
 from diffusionblocks.experiments import run as runs
+from diffusionblocks.experiments.ablation import ablate, settings
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe
+from diffusionblocks.experiments.run import TABLE
 from diffusionblocks.layers.two_streams import Streams, rows_of_a_gpu, two_streams
 from diffusionblocks.planning.plan_text import remarks
 from diffusionblocks.planning.predictor import Predictor
@@ -57,6 +60,18 @@ def blocks_of(experiment: Experiment, folder: Path, until: int | None = None) ->
     trainer = runs.blocks_trainer(changed, folder, trunk, progress=False)
     trainer.train(until=until)
     return trainer
+
+
+def test_a_row_of_an_ablation_measures_the_memory_of_blocks_over_a_trunk(tmp_path: Path) -> None:
+    """Before it trains; there is no trunk then, and blocks of consecutive layers have none."""
+    own = {"blocks": {"target": {"context": "own"}, "vocabulary": "trained"}}
+    experiment = Experiment(recipe(rows={"own": own, "over-trunk": {}}))
+    ablate(experiment, tmp_path, settings(experiment.recipe), progress=False)
+    rows = {row["key"]: row for row in read_json(tmp_path / TABLE)["rows"]}
+    assert rows["own"]["parameters_trained"] > rows["over-trunk"]["parameters_trained"]
+    # What is fixed has no gradient and no optimizer state; the trunk's copy is held.
+    assert rows["own"]["memory"]["optimizer"] > rows["over-trunk"]["memory"]["optimizer"]
+    assert rows["own"]["memory"]["parameters"] < rows["over-trunk"]["memory"]["parameters"]
 
 
 @pytest.mark.parametrize("shared", ["replicated", "joint"])

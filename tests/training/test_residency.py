@@ -581,6 +581,7 @@ def test_gpu_captured_8bit_steps_follow_eager_ones(
             batches = ImageBatches(images(), mean=(0.5,) * 3, std=(0.5,) * 3, augment=plain, device=device)
             model = db.convert(tiny("dit", hidden_size=64, mlp_ratio=4.0), db.BlocksConfig(num_blocks=BLOCKS))
             settings = TrainConfig.model_validate(values | {"optimizer": "adamw-8bit"} | options | where)
+            model = model.to(torch.bfloat16) if "weights" in options else model
             return Trainer(model, batches, settings, device=device, folder=tmp_path / str(graph), progress=False)
 
         made().train(until=25)
@@ -628,7 +629,7 @@ def test_gpu_steps_wait_for_weights_that_come_late(
 
     def late(self: ActiveResident, memory: Tensor, outgoing: Any, incoming: Any) -> Any:
         with torch.cuda.stream(self._into):
-            torch.cuda._sleep(20_000_000)
+            torch.cuda._sleep(100_000_000)  # the control's steps must come first, on a GPU that others use as well
         arrivals: list[Any] = []
         for start in range(0, len(memory), 2**14):
             piece = slice(start, start + 2**14)

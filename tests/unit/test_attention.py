@@ -194,6 +194,16 @@ def test_flex_attentions_mask_is_the_same(length: int) -> None:
     torch.testing.assert_close(flex, eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_one_stream_is_compiled_too(window: int | None) -> None:
+    """As `noise_input: false` trains: torch 2.11 cannot compile the split of a stream without positions."""
+    streams = Streams(0, LENGTH, CPU).within(window)
+    q, k, v = (torch.randn(2, 4, LENGTH, 8, generator=seeded(i)).requires_grad_() for i in range(3))
+    eager = two_streams(q, k, v, streams, kernel="eager")
+    compiled = torch.compile(two_streams, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, streams, kernel="sdpa"), eager, rtol=1e-5, atol=1e-5)
+
+
 def test_a_scale_and_dropout_are_passed_on() -> None:
     streams = Streams(LENGTH, LENGTH, CPU)
     q, k, v = (torch.randn(2, 4, 2 * LENGTH, 8, generator=seeded(i)) for i in range(3))

@@ -33,7 +33,7 @@ from .experiment import Experiment
 from .preflight import check_machine, check_with_data
 from .recipe import Recipe
 from .recipe_changes import depth_of
-from .run import TABLE, forget
+from .run import TABLE, forget, untrained
 from .run import train as train_run
 from .tasks.task import RunResult, Task
 
@@ -166,7 +166,7 @@ def run_row(
         announce(f"row: {variant.key}")
     forget_graphs(variant)
     probe = experiment.derive(executed(variant.recipe, fast=False))
-    memory = step_memory(probe.trainer(progress=False))
+    memory = step_memory(untrained(probe))
     result = train(experiment.derive(variant.recipe), folder, progress=progress)
     assert result is not None, "whoever makes the table has the results"
     largest = max(memory, key=lambda unit: unit.peak)

@@ -434,6 +434,16 @@ def branch_trunk(recipe: Recipe, trunk: Trainer) -> DiffusionBlocks:
         return branch(trunk.model, blocks.num_blocks, **changes)
 
 
+def untrained(experiment: Experiment) -> Trainer:
+    """Make the trainer of fresh blocks, to look at its steps; the trunk that they attend to has learned nothing."""
+    target = experiment.recipe.blocks.target
+    if not (has_trunk(experiment) and target is not None and target.reads_trunk):
+        return experiment.trainer(progress=False)
+    trunk = experiment.derive(trunk_recipe(experiment.recipe)).trainer(progress=False)
+    blocks = branch_trunk(experiment.recipe, trunk)
+    return experiment.derive(after_branch(experiment.recipe), same_run=True).trainer(model=blocks, progress=False)
+
+
 def _check_fitted(experiment: Experiment) -> None:
     """Refuse levels that are not fitted yet: blocks would train on others, and nobody would see it."""
     if experiment.recipe.fit is not None and experiment.of_method_blocks:
