@@ -178,14 +178,14 @@ def test_a_temperature_that_float32_cannot_follow_is_refused(value: float) -> No
 # ---- recipes ----------------------------------------------------------------------------------------------------
 
 
-def recipe(**train: Any) -> Recipe:
+def recipe(mean: float = 0.3, **train: Any) -> Recipe:
     config = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10, "hidden_size": 16}
     config |= {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     values = {
         "name": "tiny",
         "model": {"type": "ViTForImageClassification", "config": config},
         "blocks": {"num_blocks": 2},
-        "data": {"kind": "digits"},
+        "data": {"kind": "digits", "mean": [mean]},
         "train": {"steps": 2, "batch_size": 4} | train,
         "device": "cpu",
     }
@@ -200,6 +200,25 @@ def data() -> dict[str, ImageData]:
 
 def run(recipe: Recipe, folder: Path, data: dict[str, ImageData]) -> None:
     runs.train(Experiment(recipe, data), folder, progress=False, measure=False)
+
+
+@pytest.mark.parametrize("method", ["diffusionblocks", "ensemble", "end-to-end"])
+def test_a_model_of_inputs_of_another_scale_neither_teaches_nor_is_measured(
+    method: str, data: dict[str, ImageData], tmp_path: Path
+) -> None:
+    """Its answers would be wrong, and nothing would tell."""
+    teacher = recipe().model_copy(update={"method": method})
+    run(teacher, tmp_path / "teacher", data)
+    distill = {"teacher": str(tmp_path / "teacher")}
+    run(recipe(distill=distill), tmp_path / "same", data)
+    with pytest.raises(ValueError, match=r"teacher = .*learned from inputs of data.mean = \[0.3\], and the recipe has"):
+        run(recipe(mean=0.5, distill=distill), tmp_path / "other", data)
+    other = recipe(mean=0.5).model_copy(update={"method": method})
+    Experiment(teacher).load(tmp_path / "teacher" / "model")
+    with pytest.raises(
+        ValueError, match=r"model learned from inputs of data.mean = \[0.3\], and the recipe has \[0.5\]"
+    ):
+        Experiment(other).load(tmp_path / "teacher" / "model")
 
 
 def test_a_run_goes_on_with_its_teacher_alone_and_blocks_of_one_teacher_are_merged(

@@ -134,6 +134,8 @@ def test_bridges() -> None:
     assert torch.allclose(soft, torch.stack([sum(q[v] * table[v] for v in range(5)) for q in p]).float(), atol=1e-6)
     assert bool((soft.norm(dim=1)[:2] < 0.95).all())
     assert soft[2].norm().item() == pytest.approx(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(feedback_rows(p, token, table, "soft", 8), soft)
     assert torch.equal(feedback_rows(p, token, table, "hard", 8), table[torch.tensor([0, 4, 2])])
     assert torch.equal(feedback_rows(p, token, table, "sampled", 8), table[token])
     two = feedback_rows(p, token, table, "top-k", 2)

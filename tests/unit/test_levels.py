@@ -48,6 +48,18 @@ def test_rows_by_hand() -> None:
     assert rows[-1].context_cross_entropy > 0.5
 
 
+def test_what_z_tells_by_itself_is_not_rounded_under_autocast() -> None:
+    """z and the rows stay float32: in bfloat16 rows that are near one another are one."""
+    model = model_of()
+    rows = torch.nn.functional.normalize(torch.eye(4, 32)[:1] + 0.02 * torch.randn(4, 32, generator=seeded(5)), dim=-1)
+    for block in model.blocks:
+        block.target.embedding.data[:4] = rows  # type: ignore[union-attr, operator, index]
+    exact = accuracy_by_level(model, batches(*range(8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        below = accuracy_by_level(model, batches(*range(8)))
+    assert [row.nearest for row in below] == [row.nearest for row in exact]
+
+
 def test_every_block_is_asked_with_the_same_z_in_one_pass_over_the_data() -> None:
     model = model_of()
     reads: list[int] = []

@@ -64,6 +64,8 @@ def test_bridges_agree_when_the_prediction_is_sure_and_shrink_when_it_is_not() -
     sure = 1000.0 * F.one_hot(torch.tensor([2, 4]), 5)
     torch.testing.assert_close(t.denoised(sure, "soft"), t.table[[2, 4]])
     assert torch.equal(t.denoised(sure, "hard"), t.table[[2, 4]])
+    with torch.autocast("cpu", torch.bfloat16):  # z stays float32
+        assert torch.equal(t.denoised(sure, "soft"), t.table[[2, 4]])
     unsure = torch.zeros(1, 5)
     torch.testing.assert_close(t.denoised(unsure, "soft"), t.table.mean(dim=0, keepdim=True))
     assert t.denoised(unsure, "soft").norm() < 0.9

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
+from ..common.precision import without_autocast
 from ..core.block import Block
 from ..core.model import DiffusionBlocks
 from ..targets import LabelTarget, label_losses
@@ -124,7 +125,9 @@ def _sums(block: Block, batch: Mapping[str, Tensor], level: float, noise: Tensor
     result = block.losses_at(batch, level, noise=noise)
     assert isinstance(block.target, LabelTarget)
     outputs = [result.output] if result.context is None else [result.output, result.context]
-    similarities = check.values(result.z @ block.target.table.T, "products of z and the targets", level)
+    with without_autocast(result.z):  # in bfloat16 neighbouring rows are one
+        products = result.z @ block.target.table.T
+    similarities = check.values(products, "products of z and the targets", level)
     sums = []
     for logits in (check.logits(output.float(), level) for output in outputs):
         sums += [(logits.argmax(dim=-1) == labels).sum(), label_losses(logits, labels).sum()]

@@ -34,7 +34,7 @@ from ..training.ranks import Group
 from ..training.run_log import Logger
 from .baseline_kinds import BASELINE_KINDS, BaselineKind, outline_of
 from .card_notes import card_notes
-from .identity import check_same_run, data_identity, describe_run, learned_from
+from .identity import check_same_run, check_same_scale, data_identity, describe_run, learned_from
 from .original import Original, complete
 from .recipe import Recipe
 from .recipe_changes import with_train
@@ -452,6 +452,7 @@ class Experiment:
         # Methods that train one class in one format share a mark.
         if marks[method] != (INDEX if self.baseline is None else self.baseline.mark):
             raise ValueError(f"{path} holds a model of method {method}, the recipe says method: {recipe.method}")
+        check_same_scale(path, recipe.data, str(path))
         return class_name
 
     def _check_shape(self, model: DiffusionBlocks, path: Path) -> None:

@@ -16,15 +16,19 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from ..common.formats import read_json
 from ..common.messages import shorten
 from ..common.tokenizer_file import TOKENIZER
 from ..core.merging import difference
+from ..core.saved_model import ENSEMBLE, INDEX, LOCAL
+from ..data.data_config import DataSection
 from ..data.dataset import Dataset
 from ..families import family_named, supported_classes
 from ..noise import EDM
 from ..training.distillation import model_folder
 from ..training.train_config import RESUME_MAY_DIFFER
 from .recipe import Recipe, with_target
+from .shipped_recipes import RECIPE
 
 #: Fields of a recipe that may differ between a run and its resumption, by section: they do not change what is trained,
 #: or say where something lies whose content is compared.
@@ -87,6 +91,35 @@ def learned_from(description: dict[str, Any]) -> dict[str, Any]:
     compared = _compared(description)
     train = {name: value for name, value in (compared.get("train") or {}).items() if name not in _MERGE_MAY_DIFFER}
     return {"train": train, **{name: compared.get(name) for name in ("data", "fit", "trunk")}}
+
+
+def check_same_scale(folder: Path, data: DataSection, what: str) -> None:
+    """Refuse a saved model that learned from inputs which were scaled otherwise than a recipe scales them.
+
+    Args:
+        folder: of the model, which lies in its run's folder, or says itself what it learned from.
+        data: the recipe's section.
+        what: the model, as a message begins.
+
+    Raises:
+        ValueError: it names the field, and both values.
+    """
+    marks = [folder / name for name in (INDEX, ENSEMBLE, LOCAL) if (folder / name).is_file()]
+    noted = read_json(marks[0]).get("trained") if marks else None
+    run = folder.parent / RECIPE
+    if noted is None and run.is_file():
+        noted = read_json(run)
+    theirs = noted.get("data") if isinstance(noted, dict) else None
+    if not isinstance(theirs, dict):  # nothing is known of them
+        return
+    ours = data.model_dump(mode="json")
+    for name in ("mean", "std", "scale"):
+        before, now = theirs.get(name), ours.get(name)
+        if None not in (before, now) and before != now:
+            raise ValueError(
+                f"{what} learned from inputs of data.{name} = {before}, and the recipe has {now}: use the recipe that "
+                "it was trained with, or a model of these inputs"
+            )
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:

@@ -9,8 +9,9 @@ from ..common.machine import check_memory
 from ..common.modules import bytes_of
 from ..training import check_optimizer, units_of
 from ..training.checkpoint import checkpoints
-from ..training.distillation import check_teachers
+from ..training.distillation import check_teachers, model_folder
 from .experiment import Experiment
+from .identity import check_same_scale
 from .recipe import Recipe
 from .recipe_changes import fit_recipe, trunk_recipe
 
@@ -102,6 +103,8 @@ def check_with_data(experiment: Experiment, folder: Path) -> None:
     teaching = experiment.recipe.train.teaching
     if teaching is not None:
         check_teachers(teaching, experiment.family, experiment.config_of(experiment.outline))
+        for name in teaching.teacher:
+            check_same_scale(model_folder(name), experiment.recipe.data, f"train.distill.teacher = {name}")
     if experiment.recipe.train.snapshot_every is not None:  # only now it is known how many there will be
         check_disk(experiment, folder, free=free_space(folder), num_examples=len(data))
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ..common.fields import MOST_LENGTH, TokenFeedback, check_count
 from ..common.finite import FiniteCheck
 from ..common.modules import evaluating
+from ..common.precision import without_autocast
 from ..families.generation_config import end_tokens, stop_criterion, stop_strings_of
 from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
@@ -384,7 +385,8 @@ def feedback_rows(probabilities: Tensor, token: Tensor, table: Tensor, feedback:
     the expected row of the most probable tokens, at unit length.
     """
     if feedback == "soft":
-        return probabilities.float() @ table
+        with without_autocast(probabilities):  # z stays float32
+            return probabilities.float() @ table
     if feedback == "top-k":
         best, places = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
         return F.normalize((best.float()[..., None] * table[places]).sum(dim=-2), dim=-1)

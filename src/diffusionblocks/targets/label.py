@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..common.fields import FEEDBACK_NAMES, LabelFeedback
 from ..common.messages import span
+from ..common.precision import without_autocast
 from .target import Batch, EmbeddingTarget, EmbeddingTargetConfig
 
 #: An `ignore_index` that no label has, so that torch passes over none.
@@ -87,7 +88,8 @@ class LabelTarget(EmbeddingTarget):
         `soft`: the expected target under the predicted probabilities. `hard`: the most probable label's row.
         """
         if feedback == "soft":
-            return logits.float().softmax(dim=-1) @ self.table
+            with without_autocast(logits):  # z stays float32
+                return logits.float().softmax(dim=-1) @ self.table
         if feedback == "hard":
             return self.table[logits.argmax(dim=-1)]
         raise ValueError(f"unknown feedback {feedback!r}; allowed: {', '.join(get_args(LabelFeedback))}")
