@@ -215,6 +215,33 @@ def test_evaluate_reads_the_test_text_with_it(home: Path, alone: Path) -> None:
     assert not list((alone / "cache").glob("tokenizer-*"))
 
 
+def test_a_limit_reads_no_more_of_the_test_text_than_evaluation_and_prompts_need(
+    home: Path, alone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (alone / "corpus").mkdir()
+    shutil.copy(home / "corpus" / "test.txt", alone / "corpus")
+    rows, limit = alone / "rows.json", {**TINY, "evaluate__limit": 2}
+
+    def measured() -> dict[str, Any]:
+        arguments = ["--model", str(alone / "blocks"), "--json", str(rows)]
+        assert main(["evaluate", recipe_in(alone), *arguments, *sets(**limit)]) == 0
+        (row,) = json.loads(rows.read_text())["rows"]
+        return {**row, "tokens_per_second": 0}
+
+    whole = sets(**{**TINY, "evaluate__limit": "null"})
+    assert main(["evaluate", recipe_in(alone), "--model", str(alone / "blocks"), *whole]) == 0
+    of_the_whole = measured()  # which lies in the cache
+    shutil.rmtree(alone / "cache")
+    (alone / "corpus" / "test2.txt").write_bytes(b"\xff no UTF-8")  # which nobody is to read
+    assert measured() == of_the_whole
+    few = sample(recipe_in(alone), alone / "blocks", alone / "few", "--count", "2")
+    assert len(few) == 3
+    capsys.readouterr()
+    command = ["sample", recipe_in(alone), "--model", str(alone / "blocks"), "--out", str(alone / "all"), "--quiet"]
+    assert main([*command, "--count", "1000", *sets(**limit)]) == 2
+    assert "test2.txt, line 1 is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 def test_another_tokenizer_is_refused(
     alone: Path, command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path

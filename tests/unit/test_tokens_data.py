@@ -14,6 +14,7 @@ from diffusionblocks.data.image_config import DigitsConfig
 from diffusionblocks.data.text_config import TokensConfig
 from diffusionblocks.data.text_files import open_text
 from diffusionblocks.data.token_text import END, corpus_tokenizer, encoded_split, split_files, train_tokenizer
+from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, parse_recipe
 
 BOOKS = ["It was a dark night — “very” dark.\n\nThe rain fell.", "Émile's 2nd book 😀 is odd.", "The night fell."]
@@ -142,6 +143,29 @@ def test_a_limit_encodes_no_more_than_it_uses(corpus: Path, capsys: pytest.Captu
     part = recipe_of(**options(corpus, train_limit=50, **tokenizer)).data.load("train")
     assert torch.equal(ids_of(part), whole[:50])
     assert listing(corpus.parent / "cache") == before  # the whole was there
+
+
+def test_of_the_test_text_no_more_is_encoded_than_is_used(corpus: Path) -> None:
+    """An experiment of the same data that uses more reads more."""
+    recipe = recipe_of(**options(corpus))
+    whole = ids_of(recipe.data.load("test"))
+    other = recipe_of(
+        **options(
+            corpus,
+            tokenizer=str(next((corpus.parent / "cache").glob("tokenizer-*.json"))),
+            cache=str(corpus.parent / "other"),
+        )
+    )
+    (corpus / "test2.txt").write_bytes(b"\xff no UTF-8")  # which nobody is to read
+    few, more, every = (
+        Experiment(other.model_copy(update={"evaluate": other.evaluate.model_copy(update={"limit": limit})}))
+        for limit in (2, 3, None)
+    )
+    assert ids_of(few.data("test")).tolist() == whole[:16].tolist()
+    assert ids_of(few.derive(more.recipe).data("test")).tolist() == whole[:24].tolist()
+    assert ids_of(few.data("test")).tolist() == whole[:24].tolist()  # which is there now
+    with pytest.raises(ValueError, match=r"test2\.txt, line 1 is not UTF-8"):  # the positive control
+        few.derive(every.recipe).data("test")
 
 
 JOB = """

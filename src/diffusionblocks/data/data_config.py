@@ -62,6 +62,10 @@ class DataSection(BaseModel, ABC):
             FileNotFoundError, ValueError: they are missing, damaged, or of another form than the section says.
         """
 
+    def load_first(self, split: str, count: int | None) -> Dataset:
+        """As `load`, but examples after the first so many may be left out, where they take work; None: all."""
+        return self.load(split)
+
     @abstractmethod
     def batches(self, data: Any, device: torch.device) -> BatchMaker:
         """What makes training batches of `data`, which `load` gave, on a device."""

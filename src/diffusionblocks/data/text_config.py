@@ -197,6 +197,16 @@ class TokensConfig(TextFilesSection):
 
     @override
     def text(self, split: str) -> TextData:
+        return self._encoded(split, self.train_limit if split == "train" else None)
+
+    @override
+    def load_first(self, split: str, count: int | None) -> TextChunks:
+        if count is None or split == "train":
+            return self.load(split)
+        return TextChunks(self._encoded(split, count * self.length), self.length)
+
+    def _encoded(self, split: str, limit: int | None) -> TextData:
+        """The text of a split, or its first so many tokens."""
         name = self.split_name(split)
         files = split_files(Path(self.location()), name, self.split_files)
         file = self._tokenizer_file()
@@ -209,7 +219,7 @@ class TokensConfig(TextFilesSection):
             special_tokens=self.special_tokens,
             start=self.start,
             end=self._end_token(file),
-            limit=self.train_limit if split == "train" else None,
+            limit=limit,
             progress=True,
         )
         settings = read_files(file.parent, TOKENIZER_SETTINGS)

@@ -151,11 +151,14 @@ class Experiment:
 
     def data(self, split: str) -> Any:
         """The `train` or `test` data, read when they are first asked for."""
-        if split not in self._data.splits:
-            self._data.splits[split] = self._load(split)
+        count = self.task.test_examples(self) if split == "test" else None
+        if not self._data.has(split, count):
+            self._data.put(split, self._load(split, count), count)
         return self._data.splits[split]
 
-    def _load(self, split: str) -> Dataset:
+    def _load(self, split: str, count: int | None) -> Dataset:
+        if split == "test":
+            return self.recipe.data.load_first(split, count)
         if split != "valid":
             return self.recipe.data.load(split)
         try:
@@ -477,7 +480,21 @@ class _Data:
 
     def __init__(self, splits: Mapping[str, Dataset]) -> None:
         self.splits: dict[str, Dataset] = dict(splits)
+        self._counts: dict[str, int] = {}  # of splits whose first examples alone were read
         self._identities: dict[str, dict[str, Any]] = {}
+
+    def has(self, split: str, count: int | None) -> bool:
+        """Whether the first so many examples of a split are read; None: all."""
+        most = self._counts.get(split)
+        return split in self.splits and (most is None or (count is not None and count <= most))
+
+    def put(self, split: str, data: Dataset, count: int | None) -> None:
+        """Keep a split, or its first so many examples."""
+        self.splits[split] = data
+        self._counts.pop(split, None)
+        self._identities.pop(split, None)
+        if count is not None:
+            self._counts[split] = count
 
     def identity(self, split: str) -> dict[str, Any]:
         """What tells the data of a split, which is read, apart: digested once."""

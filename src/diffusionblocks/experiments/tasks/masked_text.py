@@ -81,6 +81,10 @@ class MaskedText(Task[BitsConfig]):
                 f"blocks.noise.mask_token_id to {count}, of a model with model.config.vocab_size > {count}"
             )
 
+    def test_examples(self, experiment: Experiment) -> int | None:
+        """The sequences of `limit`."""
+        return self.options(experiment).limit
+
     def calls(self, experiment: Experiment, model: nn.Module, test: Dataset) -> int:
         """Those of the bound, and of the texts that are generated."""
         options, partition = self.options(experiment), experiment.blocks_of(model).partition

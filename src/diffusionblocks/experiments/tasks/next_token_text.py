@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,16 @@ class NextTokenText(Task[LanguageConfig]):
             levels, steps = options.levels + blocks, options.steps or blocks
         sequences = min(len(test), options.limit or len(test))
         return sequences * levels + options.samples * options.new_tokens * steps
+
+    def test_examples(self, experiment: Experiment) -> int | None:
+        """The sequences of `limit`, or those that the prompts and what follows them are of, whichever are more."""
+        from ...data.text_config import TextSection
+
+        options, data = self.options(experiment), experiment.recipe.data
+        if options.limit is None or not isinstance(data, TextSection):
+            return None
+        of_prompts = options.samples * (options.prompt_length + options.new_tokens)
+        return max(options.limit, math.ceil(of_prompts / data.length))
 
     def check_settings(self, experiment: Experiment, model: nn.Module) -> None:
         """Refuse texts that outgrow the model, too few prompts, and teachers that are not there."""
@@ -614,7 +625,9 @@ def write_continuations(
             "--chat says how to read --prompt: give what the user says, as in --chat --prompt 'Who are you?'"
         )
     if prompts is None:
-        data = experiment.data("test")
+        # Of other settings, which may read more of the text.
+        other = experiment.derive(experiment.recipe.model_copy(update={"evaluate": options}), same_run=True)
+        data = other.data("test")
         task.check_examples(experiment, model, data)
         starts = prompts_of(options, data)
     else:

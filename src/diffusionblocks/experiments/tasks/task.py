@@ -294,6 +294,10 @@ class Task(abc.ABC, Generic[Options]):
         """The splits that `measure` reads."""
         return ("test",)
 
+    def test_examples(self, experiment: Experiment) -> int | None:
+        """How many examples of the split `test` are used, the first; None: all. What is after them need not be read."""
+        return None
+
     @abc.abstractmethod
     def measure(self, experiment: Experiment, model: nn.Module) -> Sequence[Row]:
         """Measure a model as the recipe's `evaluate` section says: one row a combination of its settings."""
