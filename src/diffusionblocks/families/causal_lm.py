@@ -23,7 +23,7 @@ from ..layers.adaptive_norms import unadapted
 from ..layers.exact_buffers import ExactRotation
 from ..layers.logit_scale import LogitScale
 from ..layers.target_tokens import NoisyToken
-from ..layers.two_streams import KERNELS, WINDOW, NotedStreams, Streams, library_attention
+from ..layers.two_streams import KERNELS, WINDOW, NotedStreams, Past, Streams, library_attention
 from .family import TRUNK, BlockCall, register_family
 from .kinds import NextTokenFamily, tokens_of
 from .libraries import TRANSFORMERS
@@ -190,24 +190,26 @@ class CausalLMFamily(NextTokenFamily):
             return self._over_trunk(call)
         tokens, past, noisy = call.inputs["input_ids"], call.inputs.get("past"), call.z.shape[1]
         streams = Streams(noisy, tokens.shape[1], call.z.device, past=past, counts=call.inputs.get("counts"))
-        self._check_length(call.network, noisy if past is None else past.most + tokens.shape[1] + noisy)
+        self._check_positions(call.network, tokens.shape[1], noisy, past)
         clean = self.embed(call.network, tokens)
         noisy_tokens = self.with_hint(call, call.extra["noisy_token"](call.z).to(clean.dtype))
         if call.extra["noisy_token"].previous:
             noisy_tokens = noisy_tokens + _before(clean, streams)
         states = self.add_positions(call.network, torch.cat([noisy_tokens, clean], dim=1), streams.positions)
         layers = list(zip(call.layers, self.rotations(call, states, streams.positions), strict=True))
-        both = len(layers) if call.clean_output else len(layers) - 1
-        for layer, rotation in layers[:both]:
+        # Two positions of one text cost a layer what one does, and no parting of the two.
+        together = call.clean_output or (past is not None and past.static)
+        both = len(layers) if together else len(layers) - 1
+        for number, (layer, rotation) in enumerate(layers[:both]):
             states = layer(
                 states,
                 leading=noisy,
-                attention_mask=streams,
+                attention_mask=_in_past(streams, number),
                 position_ids=streams.positions,
                 position_embeddings=rotation,
             )
         for layer, rotation in layers[both:]:
-            states = layer(states, rotation, streams, call=self._noisy_alone)
+            states = layer(states, rotation, _in_past(streams, both), call=self._noisy_alone)
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
         return states[:, noisy:], states[:, :noisy]
@@ -220,7 +222,7 @@ class CausalLMFamily(NextTokenFamily):
         tokens, past, noisy = call.inputs["input_ids"], call.inputs.get("past"), call.z.shape[1]
         new, counts = tokens.shape[1], call.inputs.get("counts")
         streams = Streams(noisy, new, call.z.device, past=past, counts=counts)
-        self._check_length(call.network, noisy if past is None else past.most + new + noisy)
+        self._check_positions(call.network, new, noisy, past)
         with torch.no_grad():
             clean = self.embed(call.network, tokens)
             keys_values = self._keys_values_of_trunk(call, clean, counts) if new else []
@@ -278,10 +280,12 @@ class CausalLMFamily(NextTokenFamily):
         if past is None:
             tokens = tokens[:, :-1]
         streams = Streams(0, tokens.shape[1], tokens.device, past=past, counts=call.inputs.get("counts"))
-        self._check_length(call.network, tokens.shape[1] if past is None else past.most + tokens.shape[1])
+        self._check_positions(call.network, tokens.shape[1], 0, past)
         states = self.add_positions(call.network, self.embed(call.network, tokens), streams.positions)
-        for layer, rotation in zip(call.layers, self.rotations(call, states, streams.positions), strict=True):
-            output = layer(states, attention_mask=streams, position_ids=streams.positions, position_embeddings=rotation)
+        rotations = self.rotations(call, states, streams.positions)
+        for number, (layer, rotation) in enumerate(zip(call.layers, rotations, strict=True)):
+            mask = _in_past(streams, number)
+            output = layer(states, attention_mask=mask, position_ids=streams.positions, position_embeddings=rotation)
             states = tokens_of(output)
         if past is not None:
             past.advance(streams.counts, tokens.shape[1])
@@ -362,10 +366,17 @@ class CausalLMFamily(NextTokenFamily):
         mask = streams.beside(*self.keys_values(layer, clean, of_clean, clean_positions)) if streams.clean else streams
         return layer(at_noisy, attention_mask=mask, position_ids=positions, position_embeddings=of_noisy)  # type: ignore[no-any-return]
 
-    def _check_length(self, network: nn.Module, length: int) -> None:
+    @override
+    def check_length(self, network: nn.Module, length: int) -> None:
         most = self.longest(network)
         if length > most:
             raise ValueError(f"{length} tokens, but the model takes {most} (max_position_embeddings)")
+
+    def _check_positions(self, network: nn.Module, clean: int, noisy: int, past: Past | None) -> None:
+        if past is None:
+            self.check_length(network, max(clean, noisy))
+        elif not past.static:
+            self.check_length(network, past.most + clean + noisy)
 
     def whole_states(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """What the head of an unconverted model is given: tokens (batch, length), no padding -> (batch, length, dim).
@@ -425,6 +436,11 @@ def _rotated(key: Tensor, rotation: tuple[Tensor, ...]) -> Tensor:
 
     cosine, sine = (part[:, None] for part in rotation)
     return ((key * cosine) + (rotate_half(key) * sine)).to(key.dtype)  # type: ignore[no-any-return]
+
+
+def _in_past(streams: Streams, number: int) -> Streams:
+    """The streams of a block's layer, by its number there: where `past` has its keys and values, if there is one."""
+    return streams if streams.past is None else streams.of_layer(number)
 
 
 def _before(clean: Tensor, streams: Streams) -> Tensor:

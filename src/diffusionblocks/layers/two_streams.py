@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 KERNELS = ("sdpa", "flex_attention", "eager")
 #: The value of a layer's own config that is its window: see `Streams.within`.
 WINDOW = "diffusionblocks_window"
+
+#: A past has places for a whole multiple of so many positions.
+_ALIGNED = 16
 
 #: Noisy rows of one call under `sdpa`: the mask has so many rows, and keys beyond the last of them are left out.
 _ROWS = 512
@@ -65,20 +69,30 @@ class Past:
         most: an upper bound of `lengths`, known to the host.
         last: whatever a model keeps of each row's last token.
         static: whether attention runs over all places, those still empty masked, so that every step has the same
-            shapes and a CUDA graph can repeat one.
+            shapes: then a CUDA graph can repeat one, and no number on the host changes from step to step. Whoever sets
+            it sees to it that the tokens fit.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device | str | None = None) -> None:
         self.capacity = capacity
+        # With one for a noisy position, the last; fast kernels want masks of whole multiples.
+        self._room = -(-(capacity + 1) // _ALIGNED) * _ALIGNED
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.most = 0
         self.last: Tensor | None = None
         self.static = False
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def places(self, new: int) -> int:
-        """How many places attention runs over where so many tokens are new."""
-        return self.capacity if self.static else self.most + new
+    def clear(self) -> None:
+        """Forget all texts; the memory stays where it is."""
+        self.lengths.zero_()
+        self.most, self.static = 0, False
+        for tensor in (*itertools.chain(*self._tensors.values()), *([] if self.last is None else [self.last])):
+            tensor.zero_()  # masked places are multiplied by 0, which NaN would outlive
+
+    def places(self, new: int, noisy: int = 0) -> int:
+        """How many places attention runs over where so many tokens are new, beside those of noisy positions."""
+        return self._room - noisy if self.static else self.most + new
 
     def update(self, layer: int, noisy: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put new tokens behind those that a layer holds; all of them, and room for shorter rows.
@@ -94,31 +108,34 @@ class Past:
             lengths[r] + new places, what is behind them has no meaning; then the noisy ones.
         """
         new = key.shape[2] - noisy
-        if self.most + new > self.capacity:
+        if not self.static and self.most + new > self.capacity:
             raise ValueError(f"{self.most} + {new} tokens do not fit: the past was made for {self.capacity}")
         if layer not in self._tensors:
-            shape = (key.shape[0], key.shape[1], self.capacity + 1, key.shape[3])  # the last is for a noisy position
+            shape = (key.shape[0], key.shape[1], self._room, key.shape[3])
             self._tensors[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-        if new:
-            places = (self.lengths[:, None] + torch.arange(new, device=key.device))[:, None, :, None]
+        end = self.places(new, noisy)
+        in_place = noisy if self.static else 0
+        if in_place or new:  # one write for all: noisy positions are the first, and have the last places
+            at = [self.lengths[:, None] + torch.arange(new, device=key.device)]
+            if in_place:
+                at.insert(0, torch.arange(end, self._room, device=key.device).expand(key.shape[0], -1))
+            places, rows = torch.cat(at, dim=1), torch.arange(key.shape[0], device=key.device)[:, None]
             for tensor, fresh in zip(self._tensors[layer], (key, value), strict=True):
-                fresh = fresh[:, :, noisy:]
-                tensor.scatter_(2, places.expand_as(fresh), fresh)
-        end = self.places(new)
+                fresh = fresh[:, :, noisy - in_place :].transpose(1, 2)
+                tensor.transpose(1, 2).index_put_((rows, places), fresh)
+        if self.static:
+            return self._tensors[layer]
+        pairs = zip(self._tensors[layer], (key, value), strict=True)
         if not noisy:
             return self._tensors[layer][0][:, :, :end], self._tensors[layer][1][:, :, :end]
-        if end < self.capacity:
-            pairs = zip(self._tensors[layer], (key, value), strict=True)
-            keys, values = (torch.cat([tensor[:, :, :end], fresh[:, :, :noisy]], dim=2) for tensor, fresh in pairs)
-            return keys, values
-        for tensor, fresh in zip(self._tensors[layer], (key, value), strict=True):
-            tensor[:, :, end:] = fresh[:, :, :noisy]
-        return self._tensors[layer]
+        keys, values = (torch.cat([tensor[:, :, :end], fresh[:, :, :noisy]], dim=2) for tensor, fresh in pairs)
+        return keys, values
 
     def advance(self, counts: Tensor, new: int) -> None:
         """After all layers: `counts` (batch,) of the `new` places given to each row were tokens, the others padding."""
         self.lengths += counts
-        self.most += new
+        if not self.static:
+            self.most += new
 
 
 class Streams:
@@ -163,7 +180,7 @@ class Streams:
         behind = start + self.counts[:, None]
         self.positions = torch.cat([behind[:, :noisy], start + places[:clean]], dim=1)
         # Keys are the places of `past`, then the noisy position itself.
-        keys = torch.arange(past.places(clean), device=device)
+        keys = torch.arange(past.places(clean, noisy), device=device)
         visible = keys <= self.positions[:, :, None]
         # A noisy position stands where the next token will be: that place in `past` is still empty.
         visible[:, :noisy] = keys < behind[:, None]
@@ -173,7 +190,7 @@ class Streams:
 
     def within(self, window: int | None) -> Streams:
         """The same positions, of which each sees only so many tokens, its own included; None: all of its past."""
-        last = self.clean - 1 if self.past is None else self.past.places(self.clean)
+        last = self.clean - 1 if self.past is None else self.past.places(self.clean, self.noisy)
         if window is None or window > last:
             return self
         streams = copy.copy(self)
