@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import diffusionblocks as db
 from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.noise import EDM
-from diffusionblocks.sampling import Continuations, continue_plainly, continue_text, continue_texts
-from diffusionblocks.sampling.continue_text import feedback_rows, filtered
+from diffusionblocks.sampling import Continuations, continue_plainly, continue_texts, token_chain
+from diffusionblocks.sampling.token_chain import feedback_rows, filtered
 from diffusionblocks.targets import NextTokenTarget
 
 PRIOR = torch.tensor([0.40, 0.28, 0.17, 0.10, 0.05], dtype=torch.float64)
@@ -45,6 +45,9 @@ class Posterior:
     def __call__(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
         logits = PRIOR.log() + z.double() @ self.target.table.double().T / level**2
         return logits / self.temperature if level <= self.last else logits
+
+    def begin(self) -> None:
+        """It has no weights."""
 
 
 def draw(
@@ -292,7 +295,7 @@ def test_gpu_graphs_give_the_texts_of_eager_tokens(family: str, autocast: bool, 
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         graph, again = (model.generate(PROMPTS, 24, steps=3, cuda_graph=True, **options) for _ in range(2))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(continue_text, "StaticSteps", lambda step: step)
+            patch.setattr(token_chain, "StaticSteps", EagerSteps)
             eager = model.generate(PROMPTS, 24, steps=3, cuda_graph=True, **options)
         there = model.generate([torch.tensor(row, device="cuda") for row in PROMPTS], 24, steps=3, **options)
     assert lists(graph) == lists(again) == lists(eager)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,23 @@ class FiniteCheck:
         self._note(all_finite(logits if self.owner else logits.amax(dim=-1)), "logits", level)
         return logits
 
+    def steps(self, good: Tensor, levels: Sequence[float]) -> None:
+        """Note which of some network calls at once gave finite logits: bool (steps,), and the level of each.
+
+        Always of the same steps: a captured step may note them, and so may any number of replays.
+        """
+        if good.device.type == "cpu":
+            if not good.all():
+                raise self._error("logits", levels[int(good.byte().argmin())])
+            return
+        self._places = [("logits", level) for level in levels]
+        self._note_first(good.all(), good.byte().argmin())
+
+    def clear(self) -> None:
+        """Forget what was noted, where it is noted."""
+        if self._first is not None:
+            self._first.fill_(-1)
+
     def read(self) -> None:
         """Raise ValueError for the first place that was not finite; waits for a GPU."""
         first = -1 if self._first is None else int(self._first)
@@ -56,11 +73,14 @@ class FiniteCheck:
             if not good:
                 raise self._error(name, level)
             return
+        self._note_first(good, len(self._places))
+        self._places.append((name, level))
+
+    def _note_first(self, good: Tensor, place: Tensor | int) -> None:
         if self._first is None:
             self._first = torch.full((), -1, dtype=torch.int64, device=good.device)
         # In place: a step that notes it may be captured in a CUDA graph.
-        self._first.copy_(torch.where((self._first < 0) & ~good, len(self._places), self._first))
-        self._places.append((name, level))
+        self._first.copy_(torch.where((self._first < 0) & ~good, place, self._first))
 
     def _error(self, name: str, level: float | None) -> ValueError:
         whose = self.network if self.owner is None or level is None else f"block {self.owner(level)}"

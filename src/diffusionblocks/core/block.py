@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,25 @@ class LevelLosses:
     def losses(self) -> Tensor:
         """The target's losses, float32 (batch,), without the weight of a level; computed when first asked for."""
         return self.target.loss(self.output, self.batch, self.z)
+
+
+class Conditioning(NamedTuple):
+    """What a block makes of one noise level alone, the same for all samples: see `Block.conditioning`.
+
+    Attributes:
+        condition: the noise embedding (1, dim), or what the model knows the level by (1,).
+        layers: scales and shifts of each layer's adaptive norms (1, size); none where conversion adds none.
+        final: those of the head's norm, if it is adaptive.
+    """
+
+    condition: Tensor
+    layers: list[Tensor]
+    final: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of it, in a fixed order."""
+        return [self.condition, *self.layers, *([] if self.final is None else [self.final])]
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
@@ -305,6 +324,7 @@ class Block(nn.Module):
         context: bool = False,
         states_only: bool = False,
         layers: list[tuple[Any, Any]] | None = None,
+        conditioning: Conditioning | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Denoise, and read off the labels, tokens or image.
 
@@ -322,6 +342,7 @@ class Block(nn.Module):
             states_only: of a text model, stop before the logits.
             layers: what `callable_layers` gives, for a caller that compiles: their names, which differ from block to
                 block, are then no part of the graph, so that blocks of one shape share it. None looks them up.
+            conditioning: what `conditioning` gives for `level`, where that is one for all samples; None computes it.
 
         Returns:
             Logits (batch, num_classes) of a classifier, (batch, length, vocab_size) of a text model (in training under
@@ -343,15 +364,22 @@ class Block(nn.Module):
         # A text model's clean stream is a context: what its last layer gives is read by the loss of that stream alone.
         clean_output = self.training and getattr(self.target, "clean_weight", 0) > 0
         place = self._on_path(level, z)
-        condition = self.path.condition(place)
-        if self.shared.noise_embedding is not None:
-            condition = self.shared.noise_embedding(condition)
-        call = self.call(condition, inputs, self.path.scaled(z, place), layers, clean_output=clean_output)
+        condition = self._condition(place) if conditioning is None else conditioning.condition
+        call = self.call(
+            condition,
+            inputs,
+            self.path.scaled(z, place),
+            layers,
+            clean_output=clean_output,
+            conditioning=conditioning,
+        )
         hidden, raw = self.family.hidden(call)
         # What z says is added at the end: then the network need not hand z on, and learns the rest alone.
         denoised = raw if self.adds_likelihood else self.path.combine(z, raw, place)
         # Without z: what the network was shown need not live on through the readout.
-        call = self._readout_call(condition, layers=call.layers, inputs=inputs, clean_output=clean_output)
+        call = self._readout_call(
+            condition, conditioning, layers=call.layers, inputs=inputs, clean_output=clean_output
+        )
         if states_only:
             assert isinstance(self.family, TextFamily), "no states of positions"
             states = self.family.states(call, hidden, denoised)
@@ -362,6 +390,27 @@ class Block(nn.Module):
         if clean_output:
             output = torch.cat([output, self.family.clean_logits(call, hidden)], dim=1)
         return output
+
+    def conditioning(self, level: Tensor) -> Conditioning | None:
+        """What follows from a noise level and the weights alone, for many calls at that level.
+
+        Args:
+            level: (1,), float32.
+
+        Returns:
+            None where a library wraps the adaptive norms, or hooks them: then each call runs them as they are.
+        """
+        final = self.shared.final_norms
+        for norms in (*self.adaptive, *([] if final is None else [final])):
+            if type(norms) is not AdaptiveNorms or norms._forward_hooks or norms._forward_pre_hooks:
+                return None
+        condition = self._condition(self.noise.on_path(level, 1))
+        layers: list[Tensor] = [norms.modulation(condition) for norms in self.adaptive]  # type: ignore[operator, union-attr]
+        return Conditioning(condition, layers, None if final is None else final.modulation(condition))
+
+    def _condition(self, place: Tensor) -> Tensor:
+        condition = self.path.condition(place)
+        return condition if self.shared.noise_embedding is None else self.shared.noise_embedding(condition)  # type: ignore[no-any-return]
 
     def posterior(self, context: Tensor, z: Tensor, level: Tensor) -> Tensor:
         """Posterior logits log p(y | x, z) of context logits log p(y | x), both up to a constant, by Bayes' rule.
@@ -404,6 +453,7 @@ class Block(nn.Module):
         layers: list[tuple[Any, Any]] | None = None,
         *,
         clean_output: bool = True,
+        conditioning: Conditioning | None = None,
     ) -> BlockCall:
         """Gather what the family runs, for a noise embedding (or what the model knows the level by).
 
@@ -413,24 +463,36 @@ class Block(nn.Module):
             z: what the noise process shows of z.
             clean_output: whether the clean stream's last states are read, for families that have such a stream.
             layers: what `callable_layers` gives; None looks them up.
+            conditioning: see `forward`.
         """
-        adapted = [
-            layer if norms is None else functools.partial(norms, layer, condition)
-            for layer, norms in (self._callable_layers() if layers is None else layers)
-        ]
+        pairs = self._callable_layers() if layers is None else layers
+        if conditioning is None or not conditioning.layers:
+            adapted = [
+                layer if norms is None else functools.partial(norms, layer, condition) for layer, norms in pairs
+            ]
+        else:
+            adapted = [
+                functools.partial(norms.adapt, modulation, layer)
+                for (layer, norms), modulation in zip(pairs, conditioning.layers, strict=True)
+            ]
         if self.before_layer is not None:
             adapted = [
                 functools.partial(_after, functools.partial(self.before_layer, number), layer)
                 for number, layer in enumerate(adapted)
             ]
-        return self._readout_call(condition, layers=adapted, inputs=inputs, z=z, clean_output=clean_output)
+        return self._readout_call(
+            condition, conditioning, layers=adapted, inputs=inputs, z=z, clean_output=clean_output
+        )
 
-    def _readout_call(self, condition: Tensor, **rest: Any) -> BlockCall:
+    def _readout_call(self, condition: Tensor, conditioning: Conditioning | None = None, **rest: Any) -> BlockCall:
         """A call that has the modules of the head alone, and whatever else is given."""
         final_norm: Callable[[Tensor], Tensor] | None = None
         if self.final_norm_path is not None:
             final_norm = norm = self.network.get_submodule(self.final_norm_path)
-            if self.shared.final_norms is not None:
+            if conditioning is not None and conditioning.final is not None:
+                assert self.shared.final_norms is not None
+                final_norm = functools.partial(self.shared.final_norms.adapt, conditioning.final, norm)
+            elif self.shared.final_norms is not None:
                 final_norm = functools.partial(self.shared.final_norms, norm, condition)
         return BlockCall(self.network, self.shared.extra, condition, final_norm, **rest)
 

@@ -25,6 +25,7 @@ from ..sampling import (
     check_guidance,
     check_guided_levels,
     first_z,
+    global_state,
     guided_by_inputs,
     sample_images,
 )
@@ -278,10 +279,9 @@ class ImageSampler:
 
     def _static_calls(self, denoiser: GuidedDenoiser, z: Tensor) -> StaticCalls:
         """The graphs for a batch: all that a graph holds fast, but for block and guided or not, tells them apart."""
-        groups, kind = (denoiser.inputs, denoiser.both), z.device.type
+        groups = (denoiser.inputs, denoiser.both)
         shapes = [sorted((name, v.shape, v.dtype) for name, v in (group or {}).items()) for group in groups]
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        key = (z.shape, z.device, str(shapes), denoiser.guidance, autocast, torch.get_float32_matmul_precision())
+        key = (z.shape, z.device, str(shapes), denoiser.guidance, *global_state(z.device))
         if key not in self._calls:
             while len(self._calls) >= _MOST_KEPT:
                 self._calls.pop(next(iter(self._calls)))

@@ -45,6 +45,7 @@ from ..targets import (
     mean_loss,
 )
 from .image_sampler import ImageSampler
+from .token_network import TokenNetwork, version_of
 
 if TYPE_CHECKING:
     from .model import DiffusionBlocks
@@ -394,21 +395,26 @@ class Continuing(TextGeneration[NextTokenTarget]):
         tokenizer: Any = None,
         num_tokens: int | None = None,
         cuda_graph: bool = False,
+        compile: bool = False,
         progress: bool = False,
     ) -> Continuations:
         model, config = self.model, self._config
         if prompts is None or max_new_tokens is None:
             raise ValueError(f"generate needs prompts and max_new_tokens: this {model.model_class} {self.does}")
-        if cuda_graph and model.takes_turns:
+        static = cuda_graph or compile
+        if static and model.takes_turns:
             raise ValueError(
-                "cuda_graph: the model's blocks run one at a time, each copied to the device for its turn, and a graph "
-                "needs them all there; leave it out"
+                f"{'cuda_graph' if cuda_graph else 'compile'}: the model's blocks run one at a time, each copied to the "
+                "device for its turn, and a graph needs them all there; leave it out"
             )
         combine = self.combination(combine)
-        votes = combine != "chain"
+        votes, sees_noise = combine != "chain", model.block(0).sees_noise
         levels = self._levels(steps, grid, votes=votes)
+        if static and len(prompts):  # the numbers on the host stand still then, and would be looked at no more
+            longest = max(len(prompt) for prompt in prompts) + max_new_tokens - (not sees_noise)
+            model.family.check_length(model.block(0).network, longest)
         return continue_texts(
-            self._network(levels, votes=votes),
+            TokenNetwork(model, levels, len(prompts) if static else None, compile=compile),
             model.family.past,
             model.partition.block_of,
             self.target,
@@ -422,13 +428,17 @@ class Continuing(TextGeneration[NextTokenTarget]):
             feedback=feedback or config.feedback,
             top_k=config.top_k,
             combine=combine,
-            posterior=self._posterior if votes else None,
+            context=self.votes,
+            feeds=sees_noise or not votes,
             one_past=config.reads_trunk,
             stop_tokens=end_tokens(model) if stop_tokens is None else stop_tokens,
             stop_criterion=stop_criterion(stop_strings_of(model) if stop_strings is None else stop_strings, tokenizer),
             num_tokens=num_tokens,
             device=model.device,
             cuda_graph=cuda_graph,
+            compile=compile,
+            chains=model.token_chains,
+            version=version_of(model) if static else None,
             progress=progress,
         )
 
@@ -462,27 +472,6 @@ class Continuing(TextGeneration[NextTokenTarget]):
             return self.model.partition.levels(self.noise)
         return self.noise.levels(blocks if steps is None else steps, grid or "equal-quantile")
 
-    def _network(self, levels: Sequence[float], *, votes: bool) -> Callable[..., Tensor]:
-        """What chains of these levels ask: context logits for votes, else the posterior.
-
-        Self-conditioning shows each block the mean of what those before it said in the same chain.
-        """
-        model = self.model
-        if not model.block(0).self_conditioning:
-            return functools.partial(model.denoise, context=votes)
-        said = LogitVotes(("mean",))
-
-        def ask(inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:
-            nonlocal said
-            if level == levels[0]:  # levels descend: here a chain begins
-                said = LogitVotes(("mean",))
-            hint = {HINT: self.target.hint(said.answer("mean"), z)} if said.count else {}
-            context = model.denoise({**inputs, **hint}, z, level, context=True)
-            said.add(context)
-            return context if votes else model.posterior(context, z, level)
-
-        return ask
-
     @property
     def _posterior(self) -> Posterior | None:
         """None for blocks that are shown no z, which then need not be what it was in training."""
@@ -505,7 +494,7 @@ class Continuing(TextGeneration[NextTokenTarget]):
         inputs = {name: batch[name] for name in self.model.block(0).input_names}
         levels = self._levels(None, None, votes=True)
         return vote_on_texts(
-            functools.partial(self._network(levels, votes=True), inputs),
+            functools.partial(TokenNetwork(self.model, levels), inputs),
             self._posterior,
             self.target,
             self.noise,

@@ -21,7 +21,7 @@ from ..common.seeds import Generators, TrainingDraws, keyed_generator, of_batch,
 from ..config import BlocksConfig
 from ..families import Family
 from ..noise import NoiseProcess, one_level
-from ..sampling import Callback, Continuations, Prediction
+from ..sampling import Callback, Continuations, Prediction, TokenChains
 from ..targets import Batch, Target, check_entries, mean_loss
 from .block import Block
 from .image_sampler import ImageSampler
@@ -123,6 +123,7 @@ class DiffusionBlocks(nn.Module):
         self.config = model_config
         self.generation_config = generation_config
         self.model_tags = []
+        self.token_chains = TokenChains()
         self._turns: OneAtATime | None = None
         self._draws = TrainingDraws()
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
@@ -203,6 +204,7 @@ class DiffusionBlocks(nn.Module):
             ValueError: another number of levels, or levels that do not ascend or lie outside the process's range.
         """
         view = copy.copy(self)
+        view.token_chains = TokenChains()
         view.partition = self.partition.with_boundaries(self.noise, boundaries)
         view.blocks_config = self.blocks_config.model_copy(update={"boundaries": view.partition.boundaries[1:-1]})
         return view
@@ -624,6 +626,7 @@ class DiffusionBlocks(nn.Module):
         tokenizer: Any = None,
         num_tokens: int | None = None,
         cuda_graph: bool | None = None,
+        compile: bool | None = None,
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Any:
@@ -684,6 +687,7 @@ class DiffusionBlocks(nn.Module):
                 tokenizer=tokenizer,
                 num_tokens=num_tokens,
                 cuda_graph=cuda_graph,
+                compile=compile,
                 callback=callback,
                 progress=progress,
             )

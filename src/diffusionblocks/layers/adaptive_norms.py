@@ -87,7 +87,23 @@ class AdaptiveNorms(nn.Module):
         Raises:
             ValueError: one of its norms is no longer that of the model that was converted.
         """
-        parts = self.linear(F.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
+        return self.adapt(self.modulation(condition), module, *args, leading=leading, call=call, **options)
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """Scale and shift of all norms: noise embedding (batch, condition_dim) -> (batch, 2 * sum(dims))."""
+        return self.linear(F.silu(condition))  # type: ignore[no-any-return]
+
+    def adapt(
+        self,
+        modulation: Tensor,
+        module: nn.Module,
+        *args: Any,
+        leading: int | None = None,
+        call: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """`forward`, for a noise embedding whose `modulation` is known: of each sample, or one for all of them."""
+        parts = modulation.split([2 * dim for dim in self.dims], dim=-1)
         hooked = [_hooked(module, name) for name in self.names]
         for norms, part in zip(hooked, parts, strict=True):
             scale, shift = part.chunk(2, dim=-1)
@@ -111,7 +127,7 @@ class AdaptiveNorms(nn.Module):
         Returns:
             (weights and biases by their names in `module`; the names of norms that have no place for them).
         """
-        parts = self.linear(F.silu(condition)).split([2 * dim for dim in self.dims], dim=-1)
+        parts = self.modulation(condition).split([2 * dim for dim in self.dims], dim=-1)
         weights: dict[str, Tensor] = {}
         without: list[str] = []
         for name, part in zip(self.names, parts, strict=True):
@@ -175,6 +191,6 @@ def _adapt(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def _adapted(states: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """states (batch, ..., dim) times gain (batch, dim) plus shift (batch, dim), in float32, of the dtype of states."""
-    shape = (states.shape[0], *([1] * (states.dim() - 2)), states.shape[-1])
+    """states (batch, ..., dim) times gain plus shift, each (batch or 1, dim), in float32, of the dtype of states."""
+    shape = (gain.shape[0], *([1] * (states.dim() - 2)), states.shape[-1])
     return (states.float() * gain.view(shape) + shift.view(shape)).to(states.dtype)

@@ -38,7 +38,8 @@ from .solvers import (
     register_solver,
     unipc,
 )
-from .static_calls import StaticCalls
+from .static_calls import StaticCalls, global_state
+from .token_chain import TokenChains
 from .unmask_tokens import sample_tokens
 from .vote_on_texts import vote_on_texts
 from .votes import LogitVotes
@@ -59,6 +60,7 @@ __all__ = [
     "Solver",
     "SolverFunction",
     "StaticCalls",
+    "TokenChains",
     "Votes",
     "calls",
     "check_churned_levels",
@@ -71,6 +73,7 @@ __all__ = [
     "dpmpp_3m",
     "euler",
     "first_z",
+    "global_state",
     "guided",
     "guided_by_inputs",
     "heun",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -115,6 +115,39 @@ class StaticCalls:
         return replay
 
 
+class SideBySide:
+    """Runs functions of which none needs what another gives; on a GPU each on a stream of its own.
+
+    Args:
+        count: most functions of a call.
+        device: that they run on.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._streams = [torch.cuda.Stream(device) for _ in range(count)] if device.type == "cuda" else []
+
+    def __call__(self, functions: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """What each returns. Work that follows on the current stream comes behind theirs."""
+        if not self._streams:
+            return [function() for function in functions]
+        current, outputs = torch.cuda.current_stream(), []
+        for stream, function in zip(self._streams, functions, strict=False):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                outputs.append(function())
+        # Memory that is free goes back to its own stream, which waits for the current one before it is used again.
+        for stream in self._streams[: len(functions)]:
+            current.wait_stream(stream)
+        return outputs
+
+
+def global_state(device: torch.device) -> tuple[Any, ...]:
+    """What a captured step holds fast of torch's state: autocast, precision of products, mode."""
+    kind = device.type
+    autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return (*autocast, torch.get_float32_matmul_precision(), torch.is_inference_mode_enabled())
+
+
 class StaticSteps:
     """Runs a step of a loop, which changes state of its own: the first times as it is, then as one CUDA graph.
 
@@ -123,7 +156,12 @@ class StaticSteps:
     Args:
         step: reads its arguments, and state that stays in place; writes that state, and returns a tensor. It may not
             wait for the device.
+
+    Attributes:
+        calls_to_prepare: the first calls, which warm up, and the one that captures.
     """
+
+    calls_to_prepare: ClassVar[int] = _WARM_UP + 1
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
         self._step = step

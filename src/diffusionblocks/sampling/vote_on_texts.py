@@ -11,8 +11,9 @@ from ..common.finite import FiniteCheck
 from ..noise import GaussianProcess
 from ..targets import NextTokenTarget
 from .chain import draw_tokens
-from .continue_text import Posterior, feedback_rows
+from .continue_text import Posterior
 from .solvers import euler
+from .token_chain import feedback_rows
 from .votes import LogitVotes
 
 #: Positions whose probabilities exist in float64 at once.

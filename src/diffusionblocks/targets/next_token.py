@@ -112,13 +112,13 @@ class NextTokenTarget(EmbeddingTarget, TextTarget):
         """Let the rows be the directions of an embedding (vocab_size, dim)."""
         self.embedding.copy_(F.normalize(embedding.float(), dim=-1))
 
-    def posterior(self, context: Tensor, evidence: Tensor) -> Tensor:
+    def posterior(self, context: Tensor, evidence: Tensor, table: Tensor | None = None) -> Tensor:
         """As of every embedding; logits of a clean stream behind those of the noisy positions stay as they are."""
         noisy = evidence.shape[1]
         if context.shape[1] == noisy:
-            return super().posterior(context, evidence)
+            return super().posterior(context, evidence, table)
         at_noisy, clean = context.split([noisy, context.shape[1] - noisy], dim=1)
-        return torch.cat([super().posterior(at_noisy, evidence), clean], dim=1)
+        return torch.cat([super().posterior(at_noisy, evidence, table), clean], dim=1)
 
     def encode(self, batch: Batch) -> Tensor:
         """`input_ids` (batch, length) -> y (batch, length - shift, dim)."""

@@ -249,7 +249,7 @@ class EmbeddingTarget(Target):
         """The row expected under the probabilities of logits."""
         return logits.float().softmax(dim=-1) @ self.table
 
-    def posterior(self, context: Tensor, evidence: Tensor) -> Tensor:
+    def posterior(self, context: Tensor, evidence: Tensor, table: Tensor | None = None) -> Tensor:
         """Posterior logits log p(y | x, z), up to a constant, of context logits log p(y | x): by Bayes' rule.
 
         No gradient goes through what is added, which is computed in float32 or better even under autocast.
@@ -257,12 +257,13 @@ class EmbeddingTarget(Target):
         Args:
             context: (..., count), of any dtype.
             evidence: what z says of the target, `GaussianProcess.evidence`: (..., dim), float32 or float64.
+            table: `table`, for a caller who has it; None makes it, which costs more than the rest for a few rows.
 
         Returns:
             (..., count), of the dtype of `evidence`.
         """
         with torch.no_grad():
-            table = self.table.to(evidence.dtype)
+            table = (self.table if table is None else table).to(evidence.dtype)
         logits, evidence = context.to(evidence.dtype).flatten(0, -2), evidence.detach().flatten(0, -2)
         with without_autocast(context):  # in bfloat16 neighbouring rows are one
             return torch.addmm(logits, evidence, table.T).view(context.shape)
