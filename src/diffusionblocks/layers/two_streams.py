@@ -179,14 +179,13 @@ class Streams:
         self.counts = torch.full_like(past.lengths, clean) if counts is None else counts
         behind = start + self.counts[:, None]
         self.positions = torch.cat([behind[:, :noisy], start + places[:clean]], dim=1)
-        # Keys are the places of `past`, then the noisy position itself.
-        keys = torch.arange(past.places(clean, noisy), device=device)
-        visible = keys <= self.positions[:, :, None]
-        # A noisy position stands where the next token will be: that place in `past` is still empty.
-        visible[:, :noisy] = keys < behind[:, None]
-        itself = torch.zeros(*self.positions.shape, noisy, dtype=torch.bool, device=device)
-        itself[:, :noisy] = True
-        self._over_past = torch.cat([visible, itself], dim=2)[:, None]
+        # Keys are the places of `past`, then the noisy position itself. That one stands where the next token will be, and
+        # that place in `past` is still empty.
+        end = past.places(clean, noisy)
+        self._keys = torch.arange(end + noisy, device=device)
+        is_noisy = torch.arange(noisy + clean, device=device)[:, None] < noisy
+        last = torch.where(is_noisy, self.positions[:, :, None] - 1, self.positions[:, :, None])
+        self._over_past = ((self._keys <= last) | (is_noisy & (self._keys >= end)))[:, None]
 
     def within(self, window: int | None) -> Streams:
         """The same positions, of which each sees only so many tokens, its own included; None: all of its past."""
@@ -196,9 +195,7 @@ class Streams:
         streams = copy.copy(self)
         streams.window = window
         if self.past is not None:
-            keys = torch.arange(last, device=self.positions.device)
-            near = F.pad(keys > self.positions[:, :, None] - window, (0, self.noisy), value=True)
-            streams._over_past = self._over_past & near[:, None]
+            streams._over_past = self._over_past & (self._keys > self.positions[:, :, None] - window)[:, None]
         return streams
 
     def beside(self, key: Tensor, value: Tensor) -> Streams:
