@@ -377,9 +377,7 @@ class Block(nn.Module):
         # What z says is added at the end: then the network need not hand z on, and learns the rest alone.
         denoised = raw if self.adds_likelihood else self.path.combine(z, raw, place)
         # Without z: what the network was shown need not live on through the readout.
-        call = self._readout_call(
-            condition, conditioning, layers=call.layers, inputs=inputs, clean_output=clean_output
-        )
+        call = self._readout_call(condition, conditioning, layers=call.layers, inputs=inputs, clean_output=clean_output)
         if states_only:
             assert isinstance(self.family, TextFamily), "no states of positions"
             states = self.family.states(call, hidden, denoised)
@@ -467,9 +465,7 @@ class Block(nn.Module):
         """
         pairs = self._callable_layers() if layers is None else layers
         if conditioning is None or not conditioning.layers:
-            adapted = [
-                layer if norms is None else functools.partial(norms, layer, condition) for layer, norms in pairs
-            ]
+            adapted = [layer if norms is None else functools.partial(norms, layer, condition) for layer, norms in pairs]
         else:
             adapted = [
                 functools.partial(norms.adapt, modulation, layer)

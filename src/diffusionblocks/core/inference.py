@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, get_args
 
 import torch
@@ -403,9 +403,10 @@ class Continuing(TextGeneration[NextTokenTarget]):
             raise ValueError(f"generate needs prompts and max_new_tokens: this {model.model_class} {self.does}")
         static = cuda_graph or compile
         if static and model.takes_turns:
+            name = "cuda_graph" if cuda_graph else "compile"
             raise ValueError(
-                f"{'cuda_graph' if cuda_graph else 'compile'}: the model's blocks run one at a time, each copied to the "
-                "device for its turn, and a graph needs them all there; leave it out"
+                f"{name}: the model's blocks run one at a time, each copied to the device for its turn, and a graph "
+                "needs them all there; leave it out"
             )
         combine = self.combination(combine)
         votes, sees_noise = combine != "chain", model.block(0).sees_noise

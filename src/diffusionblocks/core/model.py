@@ -659,7 +659,12 @@ class DiffusionBlocks(nn.Module):
             tokenizer: autoregressive: of transformers, whose ids the texts are; stop strings need it.
             num_tokens: only ids below this are generated; default all of the vocabulary.
             cuda_graph: autoregressive: on a GPU, capture the chain of a token, all blocks of it, as one CUDA graph that
-                is replayed for every token: for many tokens. Without effect on other devices. Default False.
+                is replayed for every token, of further calls too if batch size, settings and the length, rounded up to
+                a multiple of 256, are the same. Capturing takes about as long as five tokens without. See
+                `release_graphs`. Default False.
+            compile: autoregressive: torch.compile a block's step and the draw, where tokens are many: the first call of
+                a shape waits for it (`Continuations.preparation_seconds`), further ones do not. On a GPU it goes with
+                `cuda_graph`. Default False.
             callback: masked: called once a step with (step, level, z, logits).
             progress: show a progress bar.
 
@@ -668,7 +673,8 @@ class DiffusionBlocks(nn.Module):
 
         Raises:
             ValueError: the model generates no text, an argument is not for its kind, or one is out of range;
-                `cuda_graph` of blocks that take turns on the device, or that cannot be captured.
+                `cuda_graph` or `compile` of blocks that take turns on the device.
+            RuntimeError: `cuda_graph` of blocks that cannot be captured.
         """
         with evaluating(self):
             return self.inference.generate(
@@ -699,6 +705,13 @@ class DiffusionBlocks(nn.Module):
         if self.family.target != "next-token":
             self.inference.refuse("continue_texts", "autoregressive models")
         return self.generate(prompts, max_new_tokens, **options)  # type: ignore[no-any-return]
+
+    def release_graphs(self) -> None:
+        """Free what `generate` with `cuda_graph` or `compile` left for further calls: graphs, keys and values.
+
+        It is left for the last two shapes and settings. A call with other weights in place of these frees it as well.
+        """
+        self.token_chains.release()
 
     def compile_layers(self, **options: Any) -> None:
         """torch.compile layer by layer: all layers share one graph, so it takes seconds at any depth and any number of

@@ -65,12 +65,12 @@ class TokenNetwork:
     def begin(self) -> None:
         """Make what follows from the weights anew, in the memory that it has."""
         for level, rows in self._levels.items():
-            made = self._blocks[level].conditioning(rows[:1])
-            before = self._conditionings.setdefault(level, made)
-            if made is None or before is None:
+            now = self._blocks[level].conditioning(rows[:1])
+            before = self._conditionings.setdefault(level, now)
+            if now is None or before is None:
                 self._conditionings[level] = None
                 continue
-            for memory, value in zip(before.tensors, made.tensors, strict=True):
+            for memory, value in zip(before.tensors, now.tensors, strict=True):
                 memory.copy_(value)
 
     def __call__(self, inputs: Mapping[str, Any], z: Tensor, level: float) -> Tensor:

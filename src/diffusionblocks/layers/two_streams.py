@@ -179,8 +179,8 @@ class Streams:
         self.counts = torch.full_like(past.lengths, clean) if counts is None else counts
         behind = start + self.counts[:, None]
         self.positions = torch.cat([behind[:, :noisy], start + places[:clean]], dim=1)
-        # Keys are the places of `past`, then the noisy position itself. That one stands where the next token will be, and
-        # that place in `past` is still empty.
+        # Keys are the places of `past`, then the noisy position itself. It stands where the next token will be, a place
+        # in `past` that is still empty.
         end = past.places(clean, noisy)
         self._keys = torch.arange(end + noisy, device=device)
         is_noisy = torch.arange(noisy + clean, device=device)[:, None] < noisy

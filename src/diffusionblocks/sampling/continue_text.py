@@ -154,12 +154,34 @@ def continue_texts(
     def make() -> TokenChain:
         pasts = Pasts(make_past, (lambda level: 0) if one_past else owner, len(rows), capacity)
         return TokenChain(
-            network, pasts, owner, target, noise, levels, settings, device, feeds=feeds, graph=cuda_graph, compile=compile
+            network,
+            pasts,
+            owner,
+            target,
+            noise,
+            levels,
+            settings,
+            device,
+            feeds=feeds,
+            graph=cuda_graph,
+            compile=compile,
         )
 
     if static and chains is not None:
         owners = [owner(level) for level in levels[:-1]]
-        shape = (len(rows), capacity, device, list(levels), owners, noise, settings, feeds, one_past, cuda_graph, compile)
+        shape = (
+            len(rows),
+            capacity,
+            device,
+            list(levels),
+            owners,
+            noise,
+            settings,
+            feeds,
+            one_past,
+            cuda_graph,
+            compile,
+        )
         chain = chains.get((*shape, *global_state(device)), version, make)
     else:
         chain = make()
@@ -299,14 +321,14 @@ def _draws(
     """For each token: noise of its chain (n, dim), and uniforms (n, steps)."""
     dim = target.embedding.shape[-1]
     for start in range(0, count, _AHEAD):
-        prior = _sent(torch.stack([torch.randn(_AHEAD, dim, generator=g) for g in generators]), device)
+        prior = _to_device(torch.stack([torch.randn(_AHEAD, dim, generator=g) for g in generators]), device)
         uniforms = torch.stack([torch.rand(_AHEAD, steps, generator=g, dtype=torch.float64) for g in generators])
-        uniforms = _sent(uniforms, device)
+        uniforms = _to_device(uniforms, device)
         for i in range(min(_AHEAD, count - start)):
             yield prior[:, i], uniforms[:, i]
 
 
-def _sent(values: Tensor, device: torch.device) -> Tensor:
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
     """Values of the host on a device, behind whatever it has to do; a GPU is not waited for."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 

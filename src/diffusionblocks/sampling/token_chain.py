@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -192,7 +194,7 @@ class TokenChain:
     ) -> None:
         self._network, self._pasts, self._target, self._noise = network, pasts, target, noise
         self._levels, self._drawing, self._device, self._feeds = list(levels), drawing, device, feeds
-        self._steps = [Step.between(*pair, noise, device) for pair in zip(levels[:-1], levels[1:], strict=True)]
+        self._steps = [Step.between(*pair, noise, device) for pair in itertools.pairwise(levels)]
         self._two_streams, self._static = target.shift == 0, graph or compile
         self._keys = [pasts.owner(s.level) if self._two_streams else number for number, s in enumerate(self._steps)]
         self._scale, self._table = noise.alpha_sigma(levels[0])[1], target.table.detach()
@@ -200,7 +202,8 @@ class TokenChain:
         self._next_z: Callable[..., Tensor] = next_z
         self._token_of: Callable[..., tuple[Tensor, Tensor]] = token_of
         if compile:
-            self._next_z, self._token_of = (torch.compile(part, dynamic=False) for part in (next_z, token_of))
+            self._next_z = torch.compile(next_z, dynamic=False)
+            self._token_of = torch.compile(token_of, dynamic=False)
         # Calls that share a past, or feed each other, go in turn.
         apart = not feeds and len(set(self._keys)) == len(self._keys)
         self._side_by_side = SideBySide(len(self._steps), device) if graph and apart else None
@@ -253,20 +256,20 @@ class TokenChain:
         next_z: Callable[..., Tensor],
         token_of: Callable[..., tuple[Tensor, Tensor]],
     ) -> Tensor:
-        z, asked = self._scale * prior, set[int]()
+        z, keys = self._scale * prior, set[int]()
         calls = []
         for step, key in zip(self._steps, self._keys, strict=True):
-            news = clean if key not in asked else clean[:, :0]
+            news = clean if key not in keys else clean[:, :0]
             inputs = {"input_ids": news, "past": self._pasts.get(key, self._device)}
             inputs["counts"] = counts if news.shape[1] else torch.zeros_like(counts)
-            asked.add(key)
+            keys.add(key)
             calls.append((inputs, step.level))
         if self._side_by_side is not None and clean.shape[1] == 1:
-            logits = self._side_by_side([lambda call=call: self._ask(call[0], z, call[1]) for call in calls])
+            logits = self._side_by_side([functools.partial(self._ask, inputs, z, level) for inputs, level in calls])
         else:
             logits = []
-            for number, (step, call) in enumerate(zip(self._steps, calls, strict=True)):
-                logits.append(self._ask(call[0], z, call[1]))
+            for number, (step, (inputs, level)) in enumerate(zip(self._steps, calls, strict=True)):
+                logits.append(self._ask(inputs, z, level))
                 if self._feeds and number < len(calls) - 1:
                     z = next_z(self._drawing, step, logits[-1], z, uniforms[:, number], self._table)
         token, good = token_of(self._drawing, self._steps[-1], logits, z, uniforms[:, -1], self._table)
@@ -306,10 +309,12 @@ class TokenChains:
         """The chain of a key (whatever has `==`) and version, made where there is none; the latest two stay."""
         if version != self._version:
             self.release()
-        chain = next((chain for other, chain in self._chains if other == key), None) or make()
-        rest = [pair for pair in self._chains if pair[1] is not chain]
-        self._chains, self._version = [*rest[-(_MOST_CHAINS - 1) :], (key, chain)], version
-        return chain
+        self._version = version
+        same = [chain for other, chain in self._chains if other == key]
+        others = [pair for pair in self._chains if pair[0] != key]
+        self._chains = others[-(_MOST_CHAINS - 1) :]  # before another is made: its memory is free then
+        self._chains.append((key, same[0] if same else make()))
+        return self._chains[-1][1]
 
     def release(self) -> None:
         """Forget all of them, and free their memory."""
