@@ -528,6 +528,8 @@ def write(
         rows += results["tokens"].split(lengths)
         prompt_lengths += of_prompts
         seconds.append(float(results["seconds"]))
+    if converted:
+        experiment.blocks_of(model).release_graphs()  # what follows needs the memory
     return Continuations(rows, prompt_lengths, work.seconds(seconds))
 
 
