@@ -399,6 +399,9 @@ class Family(abc.ABC):
         """The cache of `batch` sequences of at most `capacity` tokens while they are generated token by token."""
         raise NotImplementedError(f"{type(self).__name__} does not generate token by token")
 
+    def check_length(self, network: nn.Module, length: int) -> None:  # noqa: B027 (most take any)
+        """Raise ValueError where a block's network takes no text of so many tokens."""
+
     def clean_logits(self, call: BlockCall, hidden: Tensor) -> Tensor:
         """Logits (batch, length, vocab_size) that the clean stream gives by itself, for families that have one."""
         raise NotImplementedError(f"{type(self).__name__} has no clean stream")

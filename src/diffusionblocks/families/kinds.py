@@ -294,6 +294,3 @@ class NextTokenFamily(TextFamily):
     @override
     def past(self, batch: int, capacity: int, device: torch.device) -> Past:
         return Past(batch, capacity, device)
-
-    def check_length(self, network: nn.Module, length: int) -> None:
-        """Raise ValueError where a block's network takes no text of so many tokens."""
