@@ -57,6 +57,7 @@ NO_ADVICE = ("examples:\n", "--restart", "set model.config or blocks to make it 
 
 #: Fragments of messages whose advice another test follows -> that test.
 ELSEWHERE = {
+    "compares images, and the latents are of videos": "journey/test_cli_videos.py::test_encode_train_sample",
     **dict.fromkeys(
         ("as all were before there was that field", "--set blocks.target.kind={kind} "),
         "training/test_resumption.py::test_a_run_of_an_earlier_version_goes_on_with_what_it_noted",

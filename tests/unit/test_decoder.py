@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from diffusionblocks.data import image_classification
-from diffusionblocks.data.encode import _pixels
 from diffusionblocks.data.image_decoder import BACKGROUND, decode_image, oversized_refused
 from diffusionblocks.data.image_table import ImageRow
 
@@ -193,6 +192,6 @@ def test_both_readers_see_the_same(tmp_path: Path) -> None:
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     data = image_classification(str(tmp_path), image_size=8, num_classes=1)
     for row, pixels in zip(rows, data.images, strict=True):
-        assert np.array_equal(_pixels(ImageRow("", row, 0), [(8, 8)]).numpy(), pixels.numpy())
+        assert np.array_equal(ImageRow("", row, 0).pixels([(8, 8)]).numpy(), pixels.numpy())
     with pytest.raises(ValueError, match="x: image is 300x2: must be at most 100 times as long as wide"):
-        _pixels(ImageRow("x", encoded(Image.new("L", (300, 2))), 0), [(8, 8)])
+        ImageRow("x", encoded(Image.new("L", (300, 2))), 0).pixels([(8, 8)])

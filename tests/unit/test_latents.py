@@ -567,7 +567,7 @@ def test_decode_inverts_encode_through_the_files(vae: Path, pets: Path, tmp_path
     # What comes out of the files and back is what the autoencoder itself makes of its own latents.
     rows = data.rows("mean", torch.arange(7)).float() * 0.5
     decoded = loaded.decode(rows, noted.times(0.5))
-    pixels = torch.stack([tool._pixels(row, [(16, 16)]) for row in tool.open_table(str(pets), "train")])
+    pixels = torch.stack([row.pixels([(16, 16)]) for row in tool.open_table(str(pets), "train")])
     with torch.no_grad():
         raw = model.encode(pixels.float() / 127.5 - 1).latent_dist.mean
         expected = model.decode(raw).sample.clamp(-1, 1)
@@ -675,7 +675,7 @@ def test_statistics_are_measured_where_a_config_says_none(pets: Path, tmp_path: 
     assert by.scale_of_latents
     # By hand: the network alone, in double precision over all rows.
     model = TinyAutoencoder.from_files(*TinyAutoencoder.files_in(files))  # type: ignore[misc]
-    pixels = torch.stack([tool._pixels(row, [(16, 16)]) for row in tool.open_table(str(pets), "train")])
+    pixels = torch.stack([row.pixels([(16, 16)]) for row in tool.open_table(str(pets), "train")])
     with torch.no_grad():
         raw = model.encode(pixels.float() / 127.5 - 1).double()
     torch.testing.assert_close(torch.tensor(by.scale.latents_mean), raw.mean((0, 2, 3)).float(), atol=1e-3, rtol=1e-3)

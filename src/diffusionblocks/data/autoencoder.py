@@ -1,4 +1,4 @@
-"""Image autoencoders, of diffusers or TAESD's own files, and latents on the scale on which they are trained on."""
+"""Autoencoders of images and videos, of diffusers or TAESD's own files, and latents on the scale that is trained on."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ __all__ = ["ImageAutoencoder", "load_vae"]
 
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
 _PROBE = 64  # pixels of the image by which an autoencoder tells its reduction
-_DECODED_AT_ONCE = 32  # images; the activations of a decoder are many times as large as they
+_MOST_IN_TIME = 8  # frames of a video that become one
+_DECODED_AT_ONCE = 32  # images, or 1 video; the activations of a decoder are many times as large as they
 
 
 class ImageAutoencoder:
-    """An autoencoder of colour images, in float32, for inference: one way to call classes that differ.
+    """An autoencoder of colour images or videos, in float32, for inference: one way to call classes that differ.
 
     Args:
         module: an autoencoder class of diffusers, with `encode`, `decode` and `config`, or a `TinyAutoencoder`. One of
-            video, such as `AutoencoderKLQwenImage`, gets an image as a video of one frame.
+            video, such as `AutoencoderKLWan`, gets an image as a video of one frame.
         name: folder or hub name, for messages.
     """
 
@@ -57,6 +58,27 @@ class ImageAutoencoder:
             mean, _ = self._posterior(torch.zeros(1, 3, _PROBE, _PROBE, device=self.device))
         return mean.shape[1], _PROBE // mean.shape[2]
 
+    def check_frames(self, frames: int) -> None:
+        """Refuse videos of a number of frames that it does not give back, tried on a black one.
+
+        Raises:
+            ValueError: it is an autoencoder of images, or gives back fewer frames; the message names those that it can.
+        """
+        if not self._of_video:
+            raise ValueError(f"vae = {self.name!r}: it is of images; for videos give one such as AutoencoderKLWan")
+        back = self._frames_decoded(frames)
+        if back != frames:
+            more = (
+                count for count in range(frames + 1, frames + _MOST_IN_TIME + 1) if self._frames_decoded(count) == count
+            )
+            whole = " or ".join(str(count) for count in (back, next(more, None)) if count is not None)
+            raise ValueError(f"frames = {frames}: of these {self.name!r} gives back {back}: must be such as {whole}")
+
+    @torch.no_grad()
+    def _frames_decoded(self, frames: int) -> int:
+        video = torch.zeros(1, 3, frames, _PROBE, _PROBE, device=self.device)
+        return self._images(self._posterior(video)[0]).shape[2]
+
     @property
     def scale(self) -> LatentScale | None:
         """What its config says of its latents' mean and deviation; None where it says nothing.
@@ -67,7 +89,7 @@ class ImageAutoencoder:
             ValueError: its values are not those of a `LatentScale`.
         """
         config = self._config
-        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        mean, std = (self._statistic(name) for name in ("latents_mean", "latents_std"))
         factor = getattr(config, "scaling_factor", None)
         shift = float(getattr(config, "shift_factor", None) or 0.0)
         if mean is None and std is None and shift == 0 and factor in (None, 1.0):
@@ -75,22 +97,30 @@ class ImageAutoencoder:
         scale = LatentScale(
             1.0 if factor is None else float(factor),
             shift,
-            None if mean is None else tuple(map(float, mean)),
-            None if std is None else tuple(map(float, std)),
+            mean,
+            std,
         )
         scale.check_channels(self.latent_shape[0])
         return scale
+
+    def _statistic(self, name: str) -> tuple[float, ...] | None:
+        """Of each channel, in its config, or among its weights as AutoencoderKLLTXVideo has it; None without."""
+        value = getattr(self._config, name, None)
+        if value is None:
+            value = dict(self.module.named_buffers(recurse=False)).get(name)
+        return None if value is None else tuple(map(float, value))
 
     @torch.no_grad()
     def encode(self, images: Tensor, scale: LatentScale) -> tuple[Tensor, Tensor]:
         """The posterior of the latents of some images.
 
         Args:
-            images: floating (n, 3, H, W) in [-1, 1], on the autoencoder's device.
+            images: floating (n, 3, H, W), or of videos (n, 3, F, H, W), in [-1, 1], on the autoencoder's device.
             scale: what the latents are brought to.
 
         Returns:
-            Mean and standard deviation, float32 (n, C, h, w) each; the deviation is 0 of an autoencoder without noise.
+            Mean and standard deviation, float32 (n, C, h, w), or (n, C, T, h, w), each; the deviation is 0 of an
+            autoencoder without noise.
         """
         mean, std = self._posterior(images)
         shift, factor = scale.shift_and_factor(images)
@@ -101,20 +131,22 @@ class ImageAutoencoder:
         """The images of some latents.
 
         Args:
-            latents: floating (n, C, h, w), on the autoencoder's device.
+            latents: floating (n, C, h, w), or of videos (n, C, T, h, w), on the autoencoder's device.
             scale: how they were scaled, which is undone first; of latents as a model sees them
                 `scale.times(LatentBatches.scale)`.
 
         Returns:
-            float32 (n, 3, H, W), clamped to [-1, 1].
+            float32 (n, 3, H, W), or (n, 3, F, H, W), clamped to [-1, 1].
         """
         shift, factor = scale.shift_and_factor(latents)
         raw = latents.float() / factor + shift
-        return torch.cat([self._images(part).float().clamp(-1, 1) for part in raw.split(_DECODED_AT_ONCE)])
+        parts = raw.split(_DECODED_AT_ONCE if raw.dim() == 4 else 1)
+        return torch.cat([self._images(part).float().clamp(-1, 1) for part in parts])
 
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's own latents, float32."""
-        output = self.module.encode(images.float().unsqueeze(2) if self._of_video else images.float())
+        one_frame = self._of_video and images.dim() == 4
+        output = self.module.encode(images.float().unsqueeze(2) if one_frame else images.float())
         # Classes name what they return: a distribution, or the latents themselves.
         posterior = getattr(output, "latent_dist", None)
         if posterior is not None:
@@ -123,14 +155,18 @@ class ImageAutoencoder:
             names = ("latent", "latents")
             mean = next((getattr(output, name) for name in names if hasattr(output, name)), output)
             std = torch.zeros_like(mean)
-        if self._of_video:
+        if one_frame:
             mean, std = mean.squeeze(2), std.squeeze(2)
         return mean.float(), std.float()
 
     def _images(self, latents: Tensor) -> Tensor:
-        output = self.module.decode(latents.unsqueeze(2) if self._of_video else latents)
+        one_frame = self._of_video and latents.dim() == 4
+        # Decoders of LTX that also denoise are told how much noise is left: none.
+        timed = getattr(self._config, "timestep_conditioning", False)
+        time = {"temb": latents.new_zeros(len(latents))} if timed else {}
+        output = self.module.decode(latents.unsqueeze(2) if one_frame else latents, **time)
         images: Tensor = getattr(output, "sample", output)
-        return images.squeeze(2) if self._of_video else images
+        return images.squeeze(2) if one_frame else images
 
 
 def load_vae(name: str, device: torch.device) -> ImageAutoencoder:

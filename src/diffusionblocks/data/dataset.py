@@ -62,8 +62,8 @@ class LabelledImages(Dataset):
 
     @property
     @abstractmethod
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of every image, (C, T, H, W) of latents of videos."""
 
     @property
     @override
@@ -77,7 +77,7 @@ class LabelledImages(Dataset):
 
     @property
     @override
-    def example_shape(self) -> tuple[int, int, int]:
+    def example_shape(self) -> tuple[int, ...]:
         return self.image_shape
 
     def __len__(self) -> int:

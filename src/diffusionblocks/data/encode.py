@@ -1,4 +1,4 @@
-"""From labelled images to a folder of latents (see `latent_shards.py`), once, before training:
+"""From labelled images or videos to a folder of latents (see `latent_shards.py`), once, before training:
 
     diffusionblocks encode --source FOLDER_OR_HUB_NAME --vae FOLDER_OR_HUB_NAME --out FOLDER
 
@@ -14,28 +14,28 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..common.progress import Progress
 from .autoencoder import load_vae
-from .image_decoder import center_crop, crop_to, decode_image, oversized_refused
+from .image_decoder import center_crop, oversized_refused
 from .image_folder import CaptionedPictures, PictureFolder, class_folders
 from .image_table import ImageRow, ImageTable, open_table
 from .latent_data import LatentData, LatentScale
 from .latent_shards import Prompts, check_split, decoded_by, latent_folder, measured_scale, write_shards
 from .prompt_states import load_prompt_encoder
+from .video_files import VIDEO_ENDINGS, ClipRow, Clips, VideoClips
 
 __all__ = ["STATISTICS", "center_crop", "encode_images", "reconstructions"]
 
 #: Where the latents' mean and deviation may be from.
 STATISTICS = ("auto", "config", "measured")
 
-_ELONGATED = 100
 _AHEAD = 2  # batches whose images are decoded while the autoencoder works on an older one
 
 
@@ -53,28 +53,11 @@ def bucket_sizes(size: int, step: int) -> list[tuple[int, int]]:
     return sorted((h, w) for h, w in pairs if h and h * w <= most and max(h, w) <= 2 * min(h, w))
 
 
-def _nearest(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size of which least of a picture is cut off; of equals the larger."""
-    ratio = math.log(width / height)
-    return min(sizes, key=lambda pair: (abs(math.log(pair[1] / pair[0]) - ratio), -pair[0] * pair[1]))
-
-
-def _pixels(row: ImageRow, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """uint8 (3, height, width), of the size that is nearest in its proportions."""
-    image = decode_image(row.encoded, row.where, 3)
-    longer, shorter = max(image.size), min(image.size)
-    if longer > _ELONGATED * shorter:  # its shorter side resized, it could fill the memory
-        raise ValueError(
-            f"{row.where}: image is {image.width}x{image.height}: must be at most {_ELONGATED} times as long as wide"
-        )
-    return torch.from_numpy(np.array(crop_to(image, *_nearest(image.height, image.width, sizes)))).permute(2, 0, 1)
-
-
 def _batches(
-    rows: Iterator[ImageRow], sizes: Sequence[tuple[int, int]], batch_size: int, workers: int
+    rows: Iterator[ImageRow | ClipRow], sizes: Sequence[tuple[int, int]], batch_size: int, workers: int
 ) -> Generator[tuple[Tensor, Tensor, list[str]]]:
-    """uint8 (n, 3, height, width) of one size, int64 (n,) and prompts, decoded by threads ahead of time: Pillow lets
-    them run side by side."""
+    """uint8 (n, 3, ...) of one size, int64 (n,) and prompts, decoded by threads ahead of time: Pillow lets them run
+    side by side."""
     waiting: deque[tuple[list[Future[Tensor]], list[int], list[str]]] = deque()
 
     full: dict[torch.Size, list[tuple[Tensor, int, str]]] = {}  # what is still too little for a batch, by size
@@ -94,7 +77,7 @@ def _batches(
 
     with oversized_refused(), ThreadPoolExecutor(workers) as pool:
         while batch := list(islice(rows, batch_size)):
-            futures = [pool.submit(_pixels, row, sizes) for row in batch]
+            futures = [pool.submit(row.pixels, sizes) for row in batch]
             waiting.append((futures, [row.label for row in batch], [row.prompt for row in batch]))
             if len(waiting) > _AHEAD:
                 yield from first()
@@ -114,8 +97,10 @@ def encode_images(
     split: str = "train",
     size: int = 256,
     bucket_step: int | None = None,
+    frames: int | None = None,
+    fps: float = 16.0,
     statistics: str = "auto",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: str = "auto",
     shard_rows: int = 4096,
     image_column: str | None = None,
@@ -129,12 +114,12 @@ def encode_images(
     overwrite: bool = False,
     progress: bool = False,
 ) -> LatentData:
-    """Encode a split of a data set of images of any size, and write it as a folder of latents.
+    """Encode a split of a data set of images, or of videos, of any size, and write it as a folder of latents.
 
     Args:
         source: a local folder with `<split>*.parquet` files in the schema of the Hugging Face hub, or with pictures in
             `<split>/<class>/`; or the name of a data set on the hub. Images of any size and colour; they are cropped to
-            the middle square.
+            the middle square. With `frames`: a local folder with videos (mp4, webm, mkv, mov, avi).
         vae: the autoencoder, see `load_vae`.
         out: folder of the latents, which may hold other splits.
         split: which split, of `source` and of `out`.
@@ -142,9 +127,12 @@ def encode_images(
             Stable Diffusion).
         bucket_step: bring each image to the size that is nearest in its proportions, of `bucket_sizes`: multiples of
             so many pixels, of at most size x size in all. None: the middle square.
+        frames: cut videos into clips of so many frames, one behind the other; the autoencoder must give as many back,
+            as that of Wan does 1, 5, 9, ... None: the source has images.
+        fps: frames a second of the clips: each shows what a player shows then.
         statistics: where the latents' mean and deviation are from: `config`, the autoencoder's; `measured`, on each
             channel of the split that `out` gets first; `auto`, the config's where it says any.
-        batch_size: images encoded at a time.
+        batch_size: images or clips encoded at a time; by default 32 images, 1 clip.
         device: a device of PyTorch; "auto" for the GPU if there is one.
         shard_rows: rows of a file.
         image_column: column with the images; by default "img" or "image", whichever exists.
@@ -153,10 +141,10 @@ def encode_images(
             otherwise.
         text_encoder: what makes the states of each image's prompt, which lie beside its latent, and of the empty
             prompt: see `load_prompt_encoder`. A prompt is in a column of the parquet files, or in the text file of a
-            picture's name. Labels need not be there then. None: images have no prompts.
+            picture's or video's name. Labels need not be there then. None: images have no prompts.
         prompt_column: column with the prompts; by default "text", "caption" or "prompt", whichever exists.
         prompt_length: tokens of a prompt; by default the pipeline's, or 128.
-        limit: how many images, the first of the split; None for all.
+        limit: how many images or clips, the first of the split; None for all.
         workers: threads that decode and resize; by default one per processor, at most 16.
         overwrite: whether to replace the split in `out`.
         progress: show a progress bar; without a terminal a line now and then.
@@ -180,10 +168,13 @@ def encode_images(
         "shard_rows": shard_rows,
         "limit": limit,
         "workers": workers,
+        "frames": frames,
     }
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value!r}: must be at least 1")
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps = {fps!r}: must be finite and > 0")
     if statistics not in STATISTICS:
         raise ValueError(f"statistics = {statistics!r}: must be one of {', '.join(STATISTICS)}")
     check_split(split)
@@ -191,8 +182,12 @@ def encode_images(
     for option, of_prompt in of_prompts.items():
         if of_prompt is not None and text_encoder is None:
             raise ValueError(f"{option} = {of_prompt!r} is of prompts: set text_encoder, or leave it out")
+    columns = _Columns(image_column, label_column, num_classes, prompt_column)
     prompted = text_encoder is not None
-    table = _open(source, split, image_column, label_column, num_classes, prompted, prompt_column)
+    sizes = [(size, size)] if bucket_step is None else bucket_sizes(size, bucket_step)
+    if not sizes:
+        raise ValueError(f"bucket_step = {bucket_step}: must be at most size = {size}")
+    table = _open(source, split, columns, prompted, None if frames is None else Clips(frames, fps, sizes))
     table.check_labels()
     where = _device(device)
     encoder = None if text_encoder is None else load_prompt_encoder(text_encoder, prompt_length, where)
@@ -205,9 +200,9 @@ def encode_images(
     for option, pixels in (("size", size), ("bucket_step", bucket_step)):
         if pixels is not None and pixels % reduction:
             raise ValueError(f"{option} = {pixels}: must be a multiple of {reduction}, the reduction of {vae!r}")
-    sizes = [(size, size)] if bucket_step is None else bucket_sizes(size, bucket_step)
-    if not sizes:
-        raise ValueError(f"bucket_step = {bucket_step}: must be at most size = {size}")
+    if frames is not None:
+        model.check_frames(frames)
+    batch_size = batch_size or (32 if frames is None else 1)
     try:
         own = None if statistics == "measured" else model.scale
     except ValueError as error:
@@ -221,7 +216,7 @@ def encode_images(
     def latents() -> Generator[tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]]:
         batches = _batches(islice(table, limit), sizes, batch_size, workers)
         total = limit if table.rows is None else min(table.rows, limit or table.rows)
-        bar = Progress(f"encode {split}", total, "images", show=progress)
+        bar = Progress(f"encode {split}", total, "images" if frames is None else "clips", show=progress)
         with bar, contextlib.closing(batches):
             for images, labels, texts in batches:
                 # Without a scale yet, the autoencoder's own latents.
@@ -240,6 +235,7 @@ def encode_images(
             scale=scale,
             scale_of_latents=of_others is not None,
             prompts=prompts,
+            fps=None if frames is None else fps,
             overwrite=overwrite,
         )
     return latent_folder(out, split)
@@ -251,6 +247,8 @@ def reconstructions(
     *,
     split: str = "train",
     size: int = 256,
+    frames: int | None = None,
+    fps: float = 16.0,
     count: int = 16,
     device: str = "auto",
     image_column: str | None = None,
@@ -258,63 +256,84 @@ def reconstructions(
     num_classes: int | None = None,
     prompt_column: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first images of a split, and what the autoencoder makes of their latents in the files.
+    """The first images or clips of a split, and what the autoencoder makes of their latents in the files.
 
     Args:
-        source, split, size, device, image_column, label_column, num_classes, prompt_column: as they were given to
-            `encode_images`.
+        source, split, size, frames, fps, device, image_column, label_column, num_classes, prompt_column: as they were
+            given to `encode_images`.
         out: the folder of latents that it wrote.
-        count: how many images; fewer where there are fewer.
+        count: how many; fewer where there are fewer.
 
     Returns:
-        uint8 (n, 3, size, size) each: the images, and the latents' means decoded.
+        uint8 (n, 3, size, size), or of clips (n, 3, frames, size, size), each: the images, and the latents' means
+        decoded.
     """
     noted, data = decoded_by(out, split), latent_folder(out, split, reference_split=None)
     assert noted is not None, "`latent_folder` has read the index"
     model = load_vae(noted.vae, _device(device))
-    table = _open(source, split, image_column, label_column, num_classes, bool(data.states), prompt_column)
-    rows = list(islice(table, min(count, len(data))))
-    images = torch.stack([_pixels(row, [(size, size)]) for row in rows])
+    columns, sizes = _Columns(image_column, label_column, num_classes, prompt_column), [(size, size)]
+    clips = None if frames is None else Clips(frames, fps, sizes)
+    table = _open(source, split, columns, bool(data.states), clips)
+    rows: list[ImageRow | ClipRow] = list(islice(table, min(count, len(data))))
+    images = torch.stack([row.pixels(sizes) for row in rows])
     means = data.rows("mean", torch.arange(len(rows))).to(model.device)
     return images, _unsigned(model.decode(means, noted.scale)).cpu()
 
 
-def _open(
-    source: str,
-    split: str,
-    image_column: str | None,
-    label_column: str | None,
-    num_classes: int | None,
-    prompts: bool,
-    prompt_column: str | None,
-) -> ImageTable | PictureFolder | CaptionedPictures:
-    folder = Path(source).expanduser()
-    if prompts and folder.is_dir() and not any(folder.glob("*.parquet")):
-        columns = {"image_column": image_column, "label_column": label_column, "prompt_column": prompt_column}
-        for name, value in columns.items():
+@dataclass(frozen=True)
+class _Columns:
+    """Of parquet files, as `encode_images` is told them."""
+
+    image: str | None
+    label: str | None
+    num_classes: int | None
+    prompt: str | None
+
+    def refuse(self, source: str, what: str) -> None:
+        """Refuse columns of a source that has none: it has the files that `what` names."""
+        for name, value in (("image_column", self.image), ("label_column", self.label), ("prompt_column", self.prompt)):
             if value is not None:
-                raise ValueError(f"{name} = {value!r}: {source} has pictures in files, not in columns; leave it out")
+                raise ValueError(f"{name} = {value!r}: {source} has {what}, not in columns; leave it out")
+
+
+def _open(
+    source: str, split: str, columns: _Columns, prompts: bool, clips: Clips | None = None
+) -> ImageTable | PictureFolder | CaptionedPictures | VideoClips:
+    """The rows of a source, images or, where `clips` says how to cut them, clips of videos."""
+    folder = Path(source).expanduser()
+    if clips is not None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"source = {source!r}: no such folder here; videos are read from a local folder")
+        columns.refuse(source, "videos in files")
+        if prompts:
+            return VideoClips(CaptionedPictures(folder, split, VIDEO_ENDINGS), clips)
+        videos = PictureFolder(folder, split, VIDEO_ENDINGS)
+        _check_classes(source, columns, videos)
+        return VideoClips(videos, clips)
+    if prompts and folder.is_dir() and not any(folder.glob("*.parquet")):
+        columns.refuse(source, "pictures in files")
         return CaptionedPictures(folder, split)
     if folder.is_dir() and not any(folder.glob("*.parquet")) and class_folders(folder):
         pictures = PictureFolder(folder, split)
-        columns = {"image_column": image_column, "label_column": label_column}
-        for name, value in columns.items():
-            if value is not None:
-                raise ValueError(f"{name} = {value!r}: {source} has pictures in folders, not in columns; leave it out")
-        if num_classes not in (None, len(pictures.class_names)):
-            raise ValueError(f"num_classes = {num_classes}: {source} has {len(pictures.class_names)} classes")
+        columns.refuse(source, "pictures in folders")
+        _check_classes(source, columns, pictures)
         return pictures
     return open_table(
         source,
         split,
-        image_column=image_column,
-        label_column=label_column,
-        num_classes=num_classes,
+        image_column=columns.image,
+        label_column=columns.label,
+        num_classes=columns.num_classes,
         reference_split="train",
         streaming=True,
         prompts=prompts,
-        prompt_column=prompt_column,
+        prompt_column=columns.prompt,
     )
+
+
+def _check_classes(source: str, columns: _Columns, files: PictureFolder) -> None:
+    if columns.num_classes not in (None, len(files.class_names)):
+        raise ValueError(f"num_classes = {columns.num_classes}: {source} has {len(files.class_names)} classes")
 
 
 def _signed(images: Tensor, device: torch.device) -> Tensor:

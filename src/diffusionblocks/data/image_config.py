@@ -50,6 +50,10 @@ def _left_out(name: str, folder: Path | None = None) -> ValueError:
 class ImagesSection(DataSection):
     """Images, or their latents: what a diffusion model's samples are compared with."""
 
+    def frames_per_second(self) -> float | None:
+        """Of videos; None of images."""
+        return None
+
     @abstractmethod
     def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """What turns model-space samples (n, C, H, W) into uint8 images (n, 1 or 3, H, W).
@@ -390,6 +394,14 @@ class LatentsConfig(ImagesSection, FilesSection):
         return {name: value.expand(count, *value.shape) for name, value in values.items()}
 
     @override
+    def frames_per_second(self) -> float | None:
+        try:
+            noted = decoded_by(self.location(), self.train_split)
+        except ValueError:  # without the latents
+            return None
+        return None if noted is None else noted.fps
+
+    @override
     def to_pixels(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         try:
             source = self.location()
@@ -414,10 +426,12 @@ class LatentsConfig(ImagesSection, FilesSection):
                 f"{self.train_split}.json of their folder: set data.source to a folder with a copy of that file"
             )
         total, half = scale.times(self.scale), (0.5, 0.5, 0.5)
+        of_videos = noted is not None and noted.fps is not None
 
         def pixels(samples: Tensor) -> Tensor:
-            images = samples.squeeze(2) if samples.dim() == 5 else samples  # a video of one frame
-            return to_uint8(vae.decode(images, total), half, half)
+            images = samples.squeeze(2) if samples.dim() == 5 and not of_videos else samples  # a video of one frame
+            decoded = vae.decode(images, total)
+            return to_uint8(decoded.flatten(2, -2), half, half).view(decoded.shape)  # frames below each other
 
         return pixels
 

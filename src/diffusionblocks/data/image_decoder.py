@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["BACKGROUND", "MODES", "center_crop", "decode_image", "oversized_refused"]
+__all__ = ["BACKGROUND", "MODES", "center_crop", "crop_to", "decode_image", "nearest_size", "oversized_refused"]
 
 BACKGROUND = (255, 255, 255)
 """The colour behind transparent pixels."""
@@ -103,6 +104,12 @@ def crop_to(image: Image.Image, height: int, width: int) -> Image.Image:
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) of which least of a picture is cut off; of equals the larger."""
+    ratio = math.log(width / height)
+    return min(sizes, key=lambda pair: (abs(math.log(pair[1] / pair[0]) - ratio), -pair[0] * pair[1]))
 
 
 class _Refusal(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class PictureFolder:
         folder: with a folder for the split, which has one for each class; or with one for each class itself, where it
             has no folder `train`, for the split `train`.
         split: which split.
+        endings: of the files' names: other files than pictures, for `files` alone.
 
     Attributes:
         class_names: names of the classes' folders, in order; a label is a place in it.
@@ -52,13 +53,13 @@ class PictureFolder:
         ValueError: no pictures for the split.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, endings: Collection[str] = _ENDINGS) -> None:
         root = folder / split
         if split == "train" and not root.is_dir():
             root = folder
-        pictures = _pictures(root) if root.is_dir() else {}
+        pictures = _pictures(root, endings) if root.is_dir() else {}
         if not pictures:
-            raise ValueError(f"{folder} has no pictures in {split}/CLASS/, nor parquet files of the split {split!r}")
+            raise ValueError(_nothing(folder, split, "CLASS/", endings))
         self.class_names = tuple(pictures)
         self.rows = sum(map(len, pictures.values()))
         self._pictures = pictures
@@ -66,12 +67,17 @@ class PictureFolder:
     def check_labels(self) -> None:
         """Nothing to do: a picture's folder is its label."""
 
-    def __iter__(self) -> Iterator[ImageRow]:
-        """Rows, each with its file's bytes."""
+    def files(self) -> Iterator[tuple[Path, int, str]]:
+        """Path and label of each, and no prompt."""
         for turn in itertools.zip_longest(*self._pictures.values()):
             for label, path in enumerate(turn):
                 if path is not None:
-                    yield ImageRow(str(path), path.read_bytes(), label)
+                    yield path, label, ""
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        """Rows, each with its file's bytes."""
+        for path, label, _ in self.files():
+            yield ImageRow(str(path), path.read_bytes(), label)
 
 
 class CaptionedPictures:
@@ -80,6 +86,7 @@ class CaptionedPictures:
     Args:
         folder: with pictures, in a folder named after the split or, for the split `train`, in itself.
         split: which split.
+        endings: of the files' names: other files than pictures, for `files` alone.
 
     Attributes:
         class_names: one, for they have no labels.
@@ -89,15 +96,15 @@ class CaptionedPictures:
         ValueError: no pictures for the split, or a picture without a prompt.
     """
 
-    class_names = (UNLABELLED,)
+    class_names: tuple[str, ...] = (UNLABELLED,)
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, endings: Collection[str] = _ENDINGS) -> None:
         root = folder / split
         if split == "train" and not root.is_dir():
             root = folder
-        self._pictures = sorted(filter(_is_picture, root.rglob("*"))) if root.is_dir() else []
+        self._pictures = _files_below(root, endings) if root.is_dir() else []
         if not self._pictures:
-            raise ValueError(f"{folder} has no pictures for the split {split!r}, nor parquet files")
+            raise ValueError(_nothing(folder, split, "", endings))
         for picture in self._pictures:
             if not picture.with_suffix(".txt").is_file():
                 raise ValueError(
@@ -109,11 +116,15 @@ class CaptionedPictures:
     def check_labels(self) -> None:
         """Nothing to do: there are none."""
 
+    def files(self) -> Iterator[tuple[Path, int, str]]:
+        """Path, label (0) and prompt of each."""
+        for path in self._pictures:
+            yield path, 0, path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+
     def __iter__(self) -> Iterator[ImageRow]:
         """Rows, each with its file's bytes."""
-        for path in self._pictures:
-            prompt = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-            yield ImageRow(str(path), path.read_bytes(), 0, prompt)
+        for path, label, prompt in self.files():
+            yield ImageRow(str(path), path.read_bytes(), label, prompt)
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -153,10 +164,21 @@ def pack_images(folder: Path, out: Path, size: int) -> None:
             _write(temporary / f"{split}.parquet", files_of, names, size)
 
 
-def _pictures(root: Path) -> dict[str, list[Path]]:
+def _pictures(root: Path, endings: Collection[str] = _ENDINGS) -> dict[str, list[Path]]:
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    files = {path.name: sorted(filter(_is_picture, path.rglob("*"))) for path in folders}
+    files = {path.name: _files_below(path, endings) for path in folders}
     return {name: paths for name, paths in files.items() if paths}
+
+
+def _files_below(root: Path, endings: Collection[str]) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in endings)
+
+
+def _nothing(folder: Path, split: str, below: str, endings: Collection[str]) -> str:
+    """What is said of a folder without files for a split."""
+    if endings is _ENDINGS:
+        return f"{folder} has no pictures in {split}/{below}, nor parquet files of the split {split!r}"
+    return f"{folder} has no files in {split}/{below} that end in {', '.join(sorted(endings))}"
 
 
 def _is_picture(path: Path) -> bool:

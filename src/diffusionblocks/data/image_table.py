@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from .image_decoder import crop_to, decode_image, nearest_size
 from .split_files import IMAGE_ENDINGS, files_of_split
 
 __all__ = ["UNLABELLED", "ClassNames", "ImageRow", "ImageTable", "open_table", "rows_of_split"]
@@ -23,6 +26,7 @@ _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label")
 _PROMPT_COLUMNS = ("text", "caption", "prompt")
 _READ = 1024  # rows read at once
+_ELONGATED = 100
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,28 @@ class ImageRow(NamedTuple):
     encoded: bytes | None
     label: int
     prompt: str = ""
+
+    def pixels(self, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Decode the image, and bring it to the size that is nearest in its proportions.
+
+        Args:
+            sizes: heights and widths.
+
+        Returns:
+            uint8 (3, height, width).
+
+        Raises:
+            ValueError: it cannot be decoded, or is too elongated.
+        """
+        image = decode_image(self.encoded, self.where, 3)
+        longer, shorter = max(image.size), min(image.size)
+        if longer > _ELONGATED * shorter:  # its shorter side resized, it could fill the memory
+            raise ValueError(
+                f"{self.where}: image is {image.width}x{image.height}: must be at most {_ELONGATED} times as long as "
+                "wide"
+            )
+        size = nearest_size(image.height, image.width, sizes)
+        return torch.from_numpy(np.array(crop_to(image, *size))).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,11 @@ class LatentScale:
             raise ValueError(f"latents_mean has {len(self.latents_mean)} values: must be {channels}, one per channel")
 
     def shift_and_factor(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What is subtracted first and multiplied with then: float32 (C or 1, 1, 1) on the device of `like`."""
+        """What is subtracted first and multiplied with then: float32 (C or 1, 1, ...), for `like` (n, C, ...)."""
         mean = torch.tensor(self.latents_mean or [self.shift_factor or 0.0], dtype=torch.float32, device=like.device)
         std = torch.tensor(self.latents_std or [1.0], dtype=torch.float32, device=like.device)
-        return mean.view(-1, 1, 1), (self.scaling_factor / std).view(-1, 1, 1)
+        ones = [1] * (like.dim() - 2)
+        return mean.view(-1, *ones), (self.scaling_factor / std).view(-1, *ones)
 
     def times(self, factor: float) -> LatentScale:
         """That of the latents multiplied by a factor > 0."""
@@ -90,8 +91,8 @@ class LatentData(LabelledImages):
     """Labelled latents, in ordinary memory or mapped from files: N rows in one or more shards, each of one size.
 
     Attributes:
-        mean: per shard, float16 (n, C, H, W), n >= 1: the mean of the autoencoder's posterior, multiplied by
-            `scaling_factor`. Shards may differ in H and W.
+        mean: per shard, float16 (n, C, H, W), of videos (n, C, T, H, W), n >= 1: the mean of the autoencoder's
+            posterior, multiplied by `scaling_factor`. Shards may differ in all but C.
         std: the posterior's standard deviation, multiplied by it too; shapes as in `mean`.
         labels: int64 (N,), each from 0 to num_classes - 1.
         class_names: one name per class, in the order of the labels.
@@ -121,10 +122,11 @@ class LatentData(LabelledImages):
         for shard, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             shape = (len(mean), self.mean[0].shape[1], *mean.shape[2:])
             for name, tensor in (("mean", mean), ("std", std)):
-                if tensor.dtype != torch.float16 or tensor.shape != shape or tensor.dim() != 4 or 0 in shape:
+                dims = tensor.dim() in (4, 5) and tensor.dim() == self.mean[0].dim()
+                if tensor.dtype != torch.float16 or tensor.shape != shape or not dims or 0 in shape:
                     raise ValueError(
-                        f"shard {shard}, {name}: {tensor.dtype} {tuple(tensor.shape)}: must be float16 (n, C, H, W), "
-                        "n >= 1, C the same everywhere, H and W in a shard"
+                        f"shard {shard}, {name}: {tensor.dtype} {tuple(tensor.shape)}: must be float16 (n, C, H, W) or "
+                        "(n, C, T, H, W), n >= 1, C the same everywhere, the sizes in a shard"
                     )
             for name, tensors in self.states.items():
                 if tensors[shard].shape != (len(mean), *self.empty[name].shape):
@@ -136,9 +138,8 @@ class LatentData(LabelledImages):
 
     @property
     @override
-    def image_shape(self) -> tuple[int, int, int]:
-        _, c, h, w = self.mean[0].shape
-        return c, h, w
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.mean[0].shape[1:])
 
     @functools.cached_property
     def groups(self) -> Tensor | None:

@@ -1,9 +1,9 @@
 """Latents in files: shards that are read by memory mapping, and an index for each split.
 
 A folder holds, for each split, `<split>-00000.safetensors`, ... and the index `<split>.json`. A shard has the tensors
-`mean` and `std`, float16 (n, C, H, W), both on the scale that the index notes (`LatentScale`), and `labels`, int64
-(n,). `encode.py` makes such folders. All latents of a shard have one size, which the index notes where there are
-several.
+`mean` and `std`, float16 (n, C, H, W), of videos (n, C, T, H, W), both on the scale that the index notes
+(`LatentScale`), and `labels`, int64 (n,). `encode.py` makes such folders. All latents of a
+shard have one size, which the index notes where there are several.
 
 Latents with prompts have the states of these, too, as text encoders gave them: floating ones bfloat16, masks bool, by
 the names of `prompt_states.py`. Those of the empty prompt lie in `<split>-empty.safetensors`.
@@ -60,6 +60,9 @@ _MOST_OF_A_SHARD = 2**30  # bytes, where rows have states: these are often large
 
 _Positive = Annotated[int, Field(ge=1)]
 
+#: (C, H, W), or of videos (C, T, H, W).
+_Shape = Annotated[tuple[_Positive, ...], Field(min_length=3, max_length=4)]
+
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -70,7 +73,7 @@ class _Index(BaseModel):
 
     format: Literal[1] = 1  # Raise it when the content of the files changes.
     rows: list[_Positive] = Field(min_length=1)
-    shape: tuple[_Positive, _Positive, _Positive]
+    shape: _Shape
     num_classes: _Positive
     class_names: tuple[str, ...]
     vae: str
@@ -79,7 +82,8 @@ class _Index(BaseModel):
     latents_mean: tuple[_Finite, ...] | None = None
     latents_std: tuple[_Finite, ...] | None = None
     scale_of_latents: Literal[True] | None = None  # mean and std are of latents, not of the autoencoder's config
-    shapes: list[tuple[_Positive, _Positive, _Positive]] | None = None  # of each shard, where they differ
+    shapes: list[_Shape] | None = None  # of each shard, where they differ
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the videos that were encoded
     text_encoder: str | None = None
     prompt_length: _Positive | None = None  # as it was set; None: as the encoder takes
     states: dict[str, tuple[_Positive, ...]] | None = None  # shape of each for one row
@@ -88,7 +92,7 @@ class _Index(BaseModel):
         """What the latents are of, noted in every shard, too."""
         return self.model_dump_json(exclude={"format", "rows", "shape", "shapes", "num_classes"})
 
-    def shape_of(self, shard: int) -> tuple[int, int, int]:
+    def shape_of(self, shard: int) -> tuple[int, ...]:
         """That of a shard's latents."""
         return self.shape if self.shapes is None else self.shapes[shard]
 
@@ -206,11 +210,13 @@ class DecodedBy:
         vae: folder or hub name of the autoencoder.
         scale: how its latents were scaled.
         scale_of_latents: whether the scale was measured on latents, for the autoencoder's config says none.
+        fps: frames a second of the videos that were encoded; None of images.
     """
 
     vae: str
     scale: LatentScale
     scale_of_latents: bool
+    fps: float | None = None
 
 
 def decoded_by(path: str | Path, split: str) -> DecodedBy | None:
@@ -223,7 +229,7 @@ def decoded_by(path: str | Path, split: str) -> DecodedBy | None:
     if not _index_file(folder, split).is_file():
         return None
     index = _read_index(folder, split)
-    return DecodedBy(index.vae, index.scale(), bool(index.scale_of_latents))
+    return DecodedBy(index.vae, index.scale(), bool(index.scale_of_latents), index.fps)
 
 
 def measured_scale(path: str | Path, split: str, vae: str) -> LatentScale | None:
@@ -252,6 +258,8 @@ def _label_order(index: _Index, reference: _Index, here: Path, there: Path) -> n
             "the same, write the same name into both"
         )
     index.scale().check_same(reference.scale(), str(here), str(there))
+    if index.fps != reference.fps:
+        raise ValueError(f"{here} has fps = {index.fps}, {there} has {reference.fps}: encode both at one fps")
     if (index.text_encoder, index.states) != (reference.text_encoder, reference.states):
         raise ValueError(
             f"{here} has prompts by {index.text_encoder}, {there} by {reference.text_encoder}, or of another length: "
@@ -390,6 +398,7 @@ def write_shards(
     scale: LatentScale | None,
     scale_of_latents: bool = False,
     prompts: Prompts | None = None,
+    fps: float | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write a split of a folder of latents. What is written appears under its names only when all of it is there;
@@ -398,9 +407,10 @@ def write_shards(
     Args:
         folder: where; made if need be. Other splits in it stay.
         split: name of the split.
-        rows: batches of any size of (mean, std, labels): floating (n, C, H, W) twice, std >= 0, both brought to `scale`
-            already (without one the autoencoder's own), and int64 (n,); on any device. With `prompts` a fourth entry
-            has the states of each row's prompt, by name. Batches may differ in size. Held in memory: one shard a size.
+        rows: batches of any size of (mean, std, labels): floating (n, C, H, W), or of videos (n, C, T, H, W),
+            twice, std >= 0, both brought to `scale` already (without one the autoencoder's own), and int64 (n,); on any
+            device. With `prompts` a fourth entry has the states of each row's prompt, by name. Batches may differ in
+            size. Held in memory: one shard a size.
         shard_rows: rows of a shard; the last one of a size may have fewer, and those with states have at most 1 GiB.
         class_names: one name per class, in the order of the labels.
         vae: folder or hub name of the autoencoder, to be noted.
@@ -408,6 +418,7 @@ def write_shards(
             and bring the rows to mean 0 and deviation 1 by them.
         scale_of_latents: whether a given scale was measured, on another split.
         prompts: what made the states, and those of the empty prompt, to be noted; None: rows have no prompts.
+        fps: frames a second of the videos, to be noted; None of images.
         overwrite: whether to replace an existing split (at the end: should it fail, the old one stays).
 
     Returns:
@@ -435,6 +446,7 @@ def write_shards(
         "num_classes": len(class_names),
         "class_names": tuple(class_names),
         "vae": vae,
+        "fps": fps,
         "scale_of_latents": True if scale_of_latents or scale is None else None,
         "text_encoder": None if prompts is None else prompts.text_encoder,
         "prompt_length": None if prompts is None else prompts.length,
@@ -488,11 +500,12 @@ class _ChannelStatistics:
         self._squares: Tensor = torch.zeros(())
 
     def add(self, mean: Tensor, std: Tensor) -> None:
-        """float32 (n, C, H, W) each."""
+        """float32 (n, C, ...) each."""
         for rows, deviations in zip(mean.split(_AT_ONCE), std.split(_AT_ONCE), strict=True):
             values, variances = rows.double(), deviations.double().square()
-            self._sum = self._sum + values.sum((0, 2, 3))
-            self._squares = self._squares + (values.square() + variances).sum((0, 2, 3))
+            others = [axis for axis in range(values.dim()) if axis != 1]
+            self._sum = self._sum + values.sum(others)
+            self._squares = self._squares + (values.square() + variances).sum(others)
             self._count += values[:, 0].numel()
 
     def scale(self) -> LatentScale:
@@ -531,10 +544,11 @@ def _shards(
     rows, channels = 0, None
     for mean, std, labels, *more in batches:
         where = f"batch from row {rows} on"
-        if not (mean.is_floating_point() and std.is_floating_point() and mean.dim() == 4 and std.shape == mean.shape):
+        floating = mean.is_floating_point() and std.is_floating_point()
+        if not (floating and mean.dim() in (4, 5) and std.shape == mean.shape):
             raise ValueError(
                 f"{where}: mean {mean.dtype} {tuple(mean.shape)}, std {std.dtype} {tuple(std.shape)}: must be "
-                "floating and of one shape (n, C, H, W)"
+                "floating and of one shape (n, C, H, W) or (n, C, T, H, W)"
             )
         if labels.dtype != torch.int64 or labels.shape != mean.shape[:1]:
             raise ValueError(f"{where}: labels {labels.dtype} {tuple(labels.shape)}: must be int64 ({len(mean)},)")

@@ -28,6 +28,7 @@ _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = "osD^vP"  # blocks differ in shape too
 _DPI = 100
 _READABLE = 96  # pixels of the PNG
+_FRAMES = 6  # of a film strip
 
 
 # ---- files ------------------------------------------------------------------------------------------------
@@ -86,6 +87,15 @@ def save_pairs(images: Tensor, decoded: Tensor, path: Path, columns: int = 8) ->
         images, decoded = torch.cat([images, white]), torch.cat([decoded, white])
     rows = [row for pair in zip(images.split(columns), decoded.split(columns), strict=True) for row in pair]
     save_grid(torch.cat(rows), path, columns, scale=readable_scale(images))
+
+
+def film_strips(pictures: Tensor) -> Tensor:
+    """Images as they are; of each video (n, C, F, H, W) a few frames, evenly spread, side by side: (n, C, H, W')."""
+    if pictures.dim() != 5:
+        return pictures
+    frames = pictures.shape[2]
+    numbers = torch.linspace(0, frames - 1, min(frames, _FRAMES)).round().long()
+    return pictures[:, :, numbers].permute(0, 1, 3, 2, 4).flatten(3)
 
 
 def readable_scale(images: Tensor) -> int:

@@ -229,6 +229,11 @@ class ImageGeneration(Task[SamplesConfig]):
                 check_guided_levels(levels, setting.guidance_interval, "evaluate.guidance_interval")
         if options.features is None:
             return
+        if any(len(data.example_shape) == 4 for data in experiment.splits.values()):
+            raise ValueError(
+                f"evaluate.features: {options.features} compares images, and the latents are of videos: set "
+                "evaluate.features to null"
+            )
         if any(getattr(data, "groups", None) is not None for data in experiment.splits.values()):
             raise ValueError(
                 f"evaluate.features: {options.features} compares images of one size, and the latents have several: set "
@@ -263,7 +268,7 @@ class ImageGeneration(Task[SamplesConfig]):
         import torch
 
         from ...evaluation.sample_quality import pieces_of, sample_batch
-        from ...reports.pictures import readable_scale, save_grid
+        from ...reports.pictures import film_strips, readable_scale, save_grid
 
         options, sampler = self.options(experiment), model.sampler()
         conditions = conditions_of(experiment, model, split="train")
@@ -274,7 +279,7 @@ class ImageGeneration(Task[SamplesConfig]):
                 for images in pieces_of(options.grid_images, options.batch_size)
             ]
             pixels = images_of(experiment).to_pixels(model.device)  # an autoencoder is there for a picture alone
-            pictures = torch.cat([pixels(batch).cpu() for batch in samples])
+            pictures = torch.cat([film_strips(pixels(batch)).cpu() for batch in samples])
         columns = grid_columns(getattr(model.target, "num_classes", 0), len(pictures))
         save_grid(pictures, path, columns, scale=readable_scale(pictures))
 
@@ -318,6 +323,7 @@ class ImageGeneration(Task[SamplesConfig]):
         from ...evaluation.boundary_distances import SHARES, boundary_distances, check_boundaries, moved_boundaries
         from ...evaluation.sample_quality import sample_batch
         from ...reports.boundary_pictures import draw_boundary_moves
+        from ...reports.pictures import film_strips
         from ...sampling import network_calls
 
         check_count("count", count, MOST_SAMPLES)
@@ -348,7 +354,10 @@ class ImageGeneration(Task[SamplesConfig]):
         if not views:
             raise ValueError("--moved: no boundary can be moved so far without reaching its neighbour; move it by less")
         draw_boundary_moves(
-            distances, [(row, pixels(images).cpu()) for row, images in views], noise, folder / "boundaries.png"
+            distances,
+            [(row, film_strips(pixels(images)).cpu()) for row, images in views],
+            noise,
+            folder / "boundaries.png",
         )
         return distances, [row for row, _ in views]
 
@@ -463,8 +472,8 @@ def sizes_of(experiment: Experiment, model: nn.Module) -> tuple[int, ...] | None
     target: Any = model.target
     if None not in target.shape:
         return None
-    height, width = experiment.data("train").example_shape[1:]
-    return (1, height, width) if len(target.shape) == 4 else (height, width)  # a video of one frame
+    sizes = experiment.data("train").example_shape[1:]
+    return (1, *sizes) if len(target.shape) == 4 and len(sizes) == 2 else sizes  # an image is a video of one frame
 
 
 def process_of(experiment: Experiment, model: nn.Module) -> GaussianProcess:
@@ -552,7 +561,7 @@ def draw_samples(
         seed: image i has seed `seed` + i; default the recipe's.
         prompts: the images' prompts, repeated in turn; default those of the data. Of models that are told states of
             prompts.
-        files: also write every image to `images/SEED-LABEL.png`.
+        files: also write every image to `images/SEED-LABEL.png`, every video to `videos/SEED-LABEL.mp4`.
         progress: show a progress bar.
 
     Returns:
@@ -567,8 +576,9 @@ def draw_samples(
 
     from ...common.files import check_writable
     from ...common.machine import host_memory
+    from ...data.video_files import pyav, save_video
     from ...evaluation.sample_quality import pieces_of, sample_batch
-    from ...reports.pictures import Chain, draw_chain, draw_routing, readable_scale, save_grid, save_png
+    from ...reports.pictures import Chain, draw_chain, draw_routing, film_strips, readable_scale, save_grid, save_png
     from ...targets import ImageTarget, check_labels
 
     target = model.target
@@ -593,6 +603,9 @@ def draw_samples(
             torch.tensor(list(labels)), len(labels), target.num_classes, null_class=target.null_class is not None
         )
     check_writable(folder, "the samples' folder")
+    fps = section.frames_per_second()
+    if files and fps is not None:
+        pyav()
     setting = setting or options.settings[0]
     target.check_guidance(setting.guidance)
     first = options.seed if seed is None else seed
@@ -619,7 +632,8 @@ def draw_samples(
 
     columns = grid_columns(len(turns), count)
     grid, routing, steps = folder / "grid.png", folder / "routing.png", folder / "chain.png"
-    save_grid(pictures, grid, columns, scale=readable_scale(pictures))
+    strips = film_strips(pictures)
+    save_grid(strips, grid, columns if strips is pictures else 1, scale=readable_scale(strips))
     levels = noise.sampling_levels(setting.steps, setting.grid)
     draw_routing(
         model.partition,
@@ -631,12 +645,16 @@ def draw_samples(
         churn_interval=setting.churn_interval,
     )
     names = [f"seed {first + i}" for i in range(len(final))]
-    on_device: Callable[[Tensor], Tensor] = lambda values: pixels(values.to(model.device)).cpu()  # noqa: E731
+    on_device: Callable[[Tensor], Tensor] = lambda values: film_strips(pixels(values.to(model.device))).cpu()  # noqa: E731
     draw_chain(chain, model.partition, noise, steps, pixels=on_device, names=names, final=final)
     paths = [grid, routing, steps]
     if files:
         for i, image in enumerate(pictures):
             label = f"-{turns[i % len(turns)]:04d}" if turns else ""
-            save_png(image, folder / "images" / f"{first + i:06d}{label}.png")
-        paths.append(folder / "images")
+            name = f"{first + i:06d}{label}"
+            if fps is None:
+                save_png(image, folder / "images" / f"{name}.png")
+            else:
+                save_video(image, folder / "videos" / f"{name}.mp4", fps)
+        paths.append(folder / ("images" if fps is None else "videos"))
     return paths

@@ -1,0 +1,228 @@
+"""Files of videos, by PyAV (the extra `video`): clips of them for training, and samples written as mp4."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.files import whole_file
+from .image_decoder import crop_to, nearest_size
+
+#: Endings of the files that are read.
+VIDEO_ENDINGS = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"})
+
+#: Seconds by which a frame may come late, where times are rounded to a container's ticks.
+_LATE = 1e-3
+
+
+def pyav() -> Any:
+    """The package PyAV.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import av  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ImportError(f"videos need PyAV ({error}): run pip install 'diffusionblocks[video]', or av") from error
+    return av
+
+
+class FileRows(Protocol):
+    """Files with a label and a prompt each: see `PictureFolder` and `CaptionedPictures`."""
+
+    class_names: tuple[str, ...]
+
+    def files(self) -> Iterator[tuple[Path, int, str]]:
+        """Path, label and prompt of each."""
+
+
+@dataclass(frozen=True)
+class ClipRow:
+    """One clip, with the label and the prompt of its video.
+
+    Attributes:
+        where: file and time, for messages.
+        frames: uint8 (3, frames, height, width), of one of the sizes already.
+    """
+
+    where: str
+    frames: Tensor
+    label: int
+    prompt: str
+
+    def pixels(self, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """The frames: see `ImageRow.pixels`."""
+        return self.frames
+
+
+@dataclass(frozen=True)
+class Clips:
+    """How videos are cut.
+
+    Attributes:
+        frames: of a clip.
+        fps: frames a second. Frame i of a clip is the one that a player shows i / fps seconds after its start.
+        sizes: heights and widths, of which a video gets the nearest in its proportions: see `crop_to`.
+    """
+
+    frames: int
+    fps: float
+    sizes: Sequence[tuple[int, int]]
+
+
+class VideoClips:
+    """The clips of videos, one behind the other, as labelled rows: what an `ImageTable` is of pictures.
+
+    What a video has left over, less than a clip, is left out.
+
+    Args:
+        videos: the files, with labels and prompts.
+        clips: how they are cut.
+
+    Attributes:
+        class_names: as of `videos`.
+        rows: None: how many there are is known at the end.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        ValueError: a file is no video, or shorter than a clip.
+    """
+
+    rows: int | None = None
+
+    def __init__(self, videos: FileRows, clips: Clips) -> None:
+        self._videos, self._frames, self._fps, self._sizes = videos, clips.frames, clips.fps, clips.sizes
+        self._av = pyav()
+        self.class_names = videos.class_names
+        for path, _, _ in videos.files():  # before hours of work
+            with self._opened(path) as (container, _):
+                seconds = None if container.duration is None else container.duration / self._av.time_base
+                if seconds is not None and (self._frames - 1) / self._fps > seconds - _LATE:
+                    raise self._too_short(path, seconds)
+
+    def check_labels(self) -> None:
+        """Nothing to do: a video's folder is its label."""
+
+    def __iter__(self) -> Iterator[ClipRow]:
+        for path, label, prompt in self._videos.files():
+            clip: list[Tensor] = []
+            count, seconds = 0, 0.0
+            for time, frame in self._frames_of(path):
+                seconds = time + 1 / self._fps
+                clip.append(frame)
+                if len(clip) == self._frames:
+                    where = f"{path}, clip {count}"
+                    yield ClipRow(where, torch.stack(clip, dim=1), label, prompt)
+                    clip, count = [], count + 1
+            if not count:
+                raise self._too_short(path, seconds)
+
+    def _too_short(self, path: Path, seconds: float) -> ValueError:
+        frames, fps = self._frames, self._fps
+        return ValueError(
+            f"{path} is a video of {seconds:.2f} s: {frames} frames at {fps:g} a second take {frames / fps:.2f} s; set "
+            "frames to fewer, fps to more, or take the file out"
+        )
+
+    def _frames_of(self, path: Path) -> Generator[tuple[float, Tensor]]:
+        """The frames that a player shows at times 0, 1 / fps, 2 / fps, ..., with these times: uint8 (3, h, w)."""
+        number = 0
+        for frame, end in self._with_ends(path):
+            pixels: Tensor | None = None  # of 60 frames a second most are not asked for
+            while number / self._fps < end - _LATE:
+                pixels = self._pixels(frame) if pixels is None else pixels
+                yield number / self._fps, pixels
+                number += 1
+
+    def _with_ends(self, path: Path) -> Generator[tuple[Any, float]]:
+        """Each frame of a video, and the time until which a player shows it."""
+        with self._opened(path) as (container, stream):
+            first: float | None = None
+            last: Any = None
+            time = 0.0
+            for frame in self._decoded(path, container, stream):
+                at = frame.time or 0.0
+                first = at if first is None else first
+                time = at - first
+                if last is not None:
+                    yield last, time
+                last = frame
+            if last is not None:
+                yield last, time + 1 / float(stream.average_rate or self._fps)
+
+    def _pixels(self, frame: Any) -> Tensor:
+        image = frame.to_image()
+        if turn := getattr(frame, "rotation", 0):
+            image = image.rotate(turn, expand=True)
+        size = nearest_size(image.height, image.width, self._sizes)
+        return torch.from_numpy(np.array(crop_to(image, *size))).permute(2, 0, 1)
+
+    def _opened(self, path: Path) -> _Opened:
+        return _Opened(self._av, path)
+
+    def _decoded(self, path: Path, container: Any, stream: Any) -> Iterator[Any]:
+        try:
+            yield from container.decode(stream)
+        except self._av.FFmpegError as error:
+            raise ValueError(f"{path}: cannot decode the video: {_reason(error)}") from None
+
+
+class _Opened:
+    """A context in which a video is open, with its first stream of pictures."""
+
+    def __init__(self, av: Any, path: Path) -> None:
+        self._av, self._path = av, path
+
+    def __enter__(self) -> tuple[Any, Any]:
+        try:
+            self._container = self._av.open(str(self._path))
+        except (self._av.FFmpegError, OSError) as error:
+            raise ValueError(f"{self._path}: cannot decode the video: {_reason(error)}") from None
+        if not self._container.streams.video:
+            others = " and ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
+            self._container.close()
+            raise ValueError(f"{self._path} has no pictures, only {others}; take the file out")
+        stream = self._container.streams.video[0]
+        stream.thread_type = "AUTO"
+        return self._container, stream
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def save_video(frames: Tensor, path: Path, fps: float) -> None:
+    """Write one video as H.264 in mp4.
+
+    Args:
+        frames: uint8, shape (3, F, H, W), H and W even.
+        path: the mp4; its folder is made.
+        fps: frames a second.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        ValueError: another shape or dtype.
+    """
+    fits = frames.dtype == torch.uint8 and frames.dim() == 4 and frames.shape[0] == 3
+    if not fits or any(side % 2 for side in frames.shape[2:]):
+        raise ValueError(f"frames must be uint8, (3, F, H, W), H and W even; got {frames.dtype}, {tuple(frames.shape)}")
+    av = pyav()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "17"})
+        stream.height, stream.width = frames.shape[2:]
+        stream.pix_fmt = "yuv420p"
+        for pixels in frames.cpu().permute(1, 2, 3, 0).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
