@@ -8,13 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_models import TINY, tiny_diffuser
+from diffusers_models import TINY, tiny_diffuser, velocity
 from PIL import Image
-from text_encoders import clip, sana_pipeline, save_encoder, sd3_pipeline, t5, tokenizer, wan_pipeline
+from text_encoders import (
+    TRANSFORMERS,
+    clip,
+    pipeline_of,
+    save_encoder,
+    save_pipeline,
+    sd3_pipeline,
+    t5,
+    tokenizer,
+    wan_pipeline,
+)
 from torch import Tensor
 
 import diffusionblocks as db
-from diffusionblocks.data import LatentBatches, latent_folder
+from diffusionblocks.data import LatentBatches, latent_folder, prompt_states
 from diffusionblocks.data.image_folder import CaptionedPictures
 from diffusionblocks.data.latent_data import LatentData, LatentScale
 from diffusionblocks.data.latent_shards import Prompts, noted_prompts, write_shards
@@ -63,36 +73,101 @@ def test_states_of_a_pipeline_are_those_of_its_own_encode_prompt(kind: str, tmp_
 
 
 class _Stopped(Exception):
-    """A pipeline is at its prompts."""
+    """A transformer has been told of its prompts."""
 
 
-@pytest.mark.parametrize("kind", ["sd3", "wan", "sana"])
-def test_states_are_those_that_a_pipeline_makes_when_it_is_called(kind: str, tmp_path: Path) -> None:
-    """By the defaults of its call, which are not those of `encode_prompt`; the empty prompt as its negative one."""
-    pipeline: Any = {"sd3": sd3_pipeline, "wan": wan_pipeline, "sana": sana_pipeline}[kind]()
-    pipeline.save_pretrained(tmp_path)
-    if kind == "wan":
-        pipeline.transformer = tiny_diffuser("WanTransformer3DModel")
-    encode, given = pipeline.encode_prompt, {}
+#: What a pipeline is called with, beside prompts, so that it is guided.
+GUIDED: dict[str, dict[str, Any]] = {
+    "FluxPipeline": {"true_cfg_scale": 2.0},
+    "QwenImagePipeline": {"true_cfg_scale": 2.0},
+    "HunyuanVideoPipeline": {"true_cfg_scale": 2.0, "num_frames": 5},
+    "PixArtAlphaPipeline": {"use_resolution_binning": False},
+    "PixArtSigmaPipeline": {"use_resolution_binning": False},
+    "SanaPipeline": {"use_resolution_binning": False},
+    "PRXPipeline": {"use_resolution_binning": False},
+    "WanPipeline": {"num_frames": 5},
+    "LTXPipeline": {"num_frames": 9},
+}
+#: Those that tell the transformer of positive and negative prompts in two calls, that of the positive first.
+IN_TWO_CALLS = ("FluxPipeline", "QwenImagePipeline", "HunyuanVideoPipeline", "Lumina2Pipeline", "WanPipeline")
 
-    def stop(*arguments: Any, **options: Any) -> None:
-        given.update(arguments=arguments, options=options)
-        raise _Stopped
 
-    pipeline.encode_prompt = stop
-    more = {"use_resolution_binning": False} if kind == "sana" else {}
+def told_by(pipeline: Any, prompts: list[str]) -> list[dict[str, Tensor]]:
+    """What a pipeline tells its transformer of prompts, and of the empty ones that it leads away from, if it does."""
+    kind, told = type(pipeline).__name__, []
+    calls = 2 if kind in IN_TWO_CALLS else 1
+
+    def stop(module: object, args: object, options: dict[str, Any]) -> None:
+        told.append({name: value for name, value in options.items() if isinstance(value, Tensor)})
+        if len(told) == calls:
+            raise _Stopped
+
+    hook = pipeline.transformer.register_forward_pre_hook(stop, with_kwargs=True)
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent", **GUIDED.get(kind, {})}
+    if "true_cfg_scale" in options:
+        options["negative_prompt"] = [""] * len(prompts)
     with pytest.raises(_Stopped):
-        pipeline(PROMPTS, height=64, width=64, guidance_scale=4.5, **more)
+        pipeline(prompt=prompts, **options)
+    hook.remove()
+    if calls == 2 or kind == "Flux2Pipeline":  # the last is not guided
+        return told
+    both = {name: value for name, value in told[0].items() if len(value) == 2 * len(prompts)}
+    return [{name: value.chunk(2)[part] for name, value in both.items()} for part in (1, 0)]
+
+
+NAMES = {"attention_mask": "encoder_attention_mask", "encoder_hidden_states_mask": "encoder_attention_mask"}
+
+
+def check_states(ours: dict[str, Tensor], told: dict[str, Tensor]) -> None:
+    """Equal to the bit; places that a pipeline does not have, as it pads to its longest prompt, are empty."""
+    told = {NAMES.get(name, name): value for name, value in told.items()}
+    unsaid = {"encoder_attention_mask"} - told.keys()  # Qwen-Image's, where it is full
+    assert ours.keys() - unsaid <= told.keys()
+    length = told["encoder_hidden_states"].shape[1]
+    for name, value in ours.items():
+        shown, rest = (value, None) if name == "pooled_projections" else (value[:, :length], value[:, length:])
+        theirs = told[name] if name in told else torch.ones_like(shown)
+        assert torch.equal(shown, theirs.to(value.dtype)), name
+        assert rest is None or not rest.any(), name
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_states_are_those_that_a_pipeline_tells_its_transformer(kind: str, tmp_path: Path) -> None:
+    """When it is called, by the defaults of its call: of short, long and empty prompts, and of the negative ones."""
+    if kind == "PRXPipeline":
+        pytest.importorskip("ftfy", reason="PRXPipeline needs it")
+    pipeline = pipeline_of(kind)
+    make = load_prompt_encoder(str(save_pipeline(pipeline, tmp_path)), None, CPU)
+    empty = make.empty()
+    for prompts in (PROMPTS, [""], ["cat dog " * 600, "a cat"]):
+        positive, *negative = told_by(pipeline, prompts)
+        check_states(make(prompts), positive)
+        for told in negative:
+            check_states({name: value.expand(len(prompts), *value.shape[1:]) for name, value in empty.items()}, told)
+    if kind == "Flux2Pipeline":  # not guided: the empty prompt is one like others
+        check_states(empty, told_by(pipeline, [""])[0])
+
+
+def test_every_pipeline_is_checked() -> None:
+    assert set(TRANSFORMERS) == set(prompt_states._RETURNS)
+    page = (Path(__file__).parents[2] / "docs" / "text_to_image.md").read_text()
+    assert [name for name in TRANSFORMERS if f"`{name}`" not in page] == []
+
+
+def test_places_behind_a_prompt_change_nothing_of_qwen_image() -> None:
+    """Its pipeline pads to the longest prompt of a batch, and cached states to one length."""
+    kind = "QwenImageTransformer2DModel"
+    model, random = tiny_diffuser(kind), torch.Generator().manual_seed(0)
+    z, states = (torch.randn(2, *shape, generator=random) for shape in ((4, 8, 8), (6, 24)))
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    padded = {
+        "encoder_hidden_states": torch.nn.functional.pad(states * mask[..., None], (0, 0, 0, 10)),
+        "encoder_hidden_states_mask": torch.nn.functional.pad(mask, (0, 10)),
+    }
+    time, plain = torch.tensor([0.3, 0.7]), {"encoder_hidden_states": states, "encoder_hidden_states_mask": mask}
     with torch.no_grad():
-        returned = encode(*given["arguments"], **given["options"])
-    make = load_prompt_encoder(str(tmp_path), None, CPU)
-    empty, states = make.empty(), make(PROMPTS)
-    names = ["encoder_hidden_states", "encoder_attention_mask"] if kind == "sana" else ["encoder_hidden_states"]
-    places = {"sd3": (0, 1), "wan": (0, 1), "sana": (0, 2)}[kind]
-    for number, name in enumerate(names):
-        positive, negative = (returned[place + number] for place in places)
-        assert torch.equal(states[name], positive.to(states[name].dtype)), name
-        assert torch.equal(empty[name], negative[:1].to(empty[name].dtype)), name
+        of_both = [velocity(model, kind, z, time, told) for told in (plain, padded)]
+    torch.testing.assert_close(*of_both, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mask_that_a_pipeline_leaves_out_has_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +193,8 @@ def test_a_mask_that_a_pipeline_leaves_out_has_every_place(monkeypatch: pytest.M
 def test_encoders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be loaded: .*; give a folder or hub name of a pipeline"):
         load_prompt_encoder(str(tmp_path), None, CPU)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
-    with pytest.raises(ValueError, match="is a KolorsPipeline, of which it is not known what its prompts become"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "CogView4Pipeline"}')
+    with pytest.raises(ValueError, match="is a CogView4Pipeline, of which it is not known what its prompts become"):
         load_prompt_encoder(str(tmp_path), None, CPU)
     folder = str(save_encoder(tmp_path / "t5"))
     with pytest.raises(ValueError, match=r"--prompt-length 9: .* takes at most 8 tokens"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _RETURNS: dict[str, tuple[str | None, ...]] = {
     "SanaPipeline": (STATES, MASK, "", ""),
     "Lumina2Pipeline": (STATES, MASK, "", ""),
     "QwenImagePipeline": (STATES, MASK),
+    "PRXPipeline": (STATES, MASK, "", ""),
     "WanPipeline": (STATES, ""),
     "LTXPipeline": (STATES, MASK, "", ""),
     "HunyuanVideoPipeline": (STATES, POOLED, MASK),
@@ -34,6 +36,9 @@ _RETURNS: dict[str, tuple[str | None, ...]] = {
 
 #: Options of `encode_prompt` whose defaults are those of a pipeline's call, which differ from its own.
 _OF_THE_CALL = ("max_sequence_length", "clean_caption", "complex_human_instruction")
+
+#: Options of `encode_prompt` that say how many tokens a prompt has; a pipeline has one of them.
+_LENGTHS = ("max_sequence_length", "tokenizer_max_length")
 
 #: What a pipeline's folder has beside its text encoders.
 _NOT_OF_TEXT = ("transformer", "transformer_2", "vae", "image_encoder", "feature_extractor")
@@ -112,7 +117,8 @@ class _OfPipeline(PromptEncoder):
             if option in of_call and option in self._parameters
         }
         super().__init__(name, length or self._options.get("max_sequence_length"))
-        self._options |= {"max_sequence_length": self.length, "device": device}
+        of_length = next(option for option in _LENGTHS if option in self._parameters)
+        self._options |= {of_length: self.length, "device": device}
         self._options |= {option: None for option in ("prompt_2", "prompt_3") if option in self._parameters}
         self._pipeline, self._names = pipeline.to(device), _RETURNS[type(pipeline).__name__]
 
@@ -199,6 +205,8 @@ def _pipeline(name: str, index: dict[str, Any]) -> Any:
             f"text encoder {name!r} is a {kind}, of which it is not known what its prompts become; allowed: "
             f"pipelines {', '.join(_RETURNS)}, or one text encoder of transformers"
         )
+    if kind == "PRXPipeline" and find_spec("ftfy") is None:  # else it fails at the first prompt
+        raise ImportError(f"text encoder {name!r} is a PRXPipeline, which cleans prompts with ftfy: pip install ftfy")
     parts = {part: None for part in _NOT_OF_TEXT if part in index}
     with without_loading_bars():
         return getattr(diffusers, kind).from_pretrained(name, **parts, use_safetensors=True)
