@@ -18,6 +18,7 @@ from diffusionblocks.experiments.boundaries import BOUNDARIES, place_boundaries,
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parts import parts_of
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.noise import path_time
 
 DIGITS = Path(__file__).parents[2] / "recipes" / "dit" / "digits.yaml"
 TINY: dict[str, Any] = {
@@ -74,6 +75,34 @@ def test_each_monitor_gives_boundaries_of_its_own(noise: str, tmp_path: Path) ->
         assert (folder / "trunk" / "boundaries.png").is_file()
     assert len(set(boundaries.values())) == 3
     assert all(levels is not None and len(levels) == 2 for levels in boundaries.values())
+
+
+def test_a_shift_by_resolution_is_that_of_the_images_size(tmp_path: Path) -> None:
+    by_resolution = "{kind: flow, base_shift: 0.5, max_shift: 2.0, base_image_seq_len: 4, max_image_seq_len: 64}"
+    model = Experiment(recipe(blocks__noise=by_resolution)).outline
+    tokens = model.target.tokens_of((1, 1, 8, 8))  # type: ignore[union-attr, operator]
+    shift = Experiment.blocks_of(model).noise.for_tokens(tokens).shift  # type: ignore[attr-defined]
+    assert shift > 1.5
+    noises = {"by resolution": by_resolution, "static": f"{{kind: flow, shift: {shift}}}"}
+    for name, noise in noises.items():
+        experiment = Experiment(recipe(blocks__partition="loss", blocks__noise=noise))
+        run.train_before_blocks(experiment, tmp_path / name, progress=False)
+    for partition in ("loss", "acceleration", "energy"):
+        measured = []
+        for name, noise in noises.items():
+            folder = tmp_path / name
+            (folder / "trunk" / BOUNDARIES).unlink(missing_ok=True)  # of another partition, on the same trunk
+            experiment = Experiment(recipe(blocks__partition=partition, blocks__noise=noise))
+            place_boundaries(experiment, folder)
+            measured.append(read_boundaries(experiment, folder))
+        ours, static = measured
+        assert ours is not None
+        assert static is not None
+        assert ours.between == pytest.approx(static.between, rel=1e-4)
+        assert ours.levels == static.levels, "boundaries are of t"
+        assert ours.times == pytest.approx(static.times, abs=1e-9)
+        if partition != "loss":  # the shares of the path, so of t'
+            assert ours.times[-2] == pytest.approx(path_time(db.FlowMatching(shift=shift), ours.levels[-2]), abs=1e-9)
 
 
 def test_a_run_goes_on_and_its_jobs_train_on_the_same_boundaries(tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ import torch
 from diffusers_models import TINY
 from torch import Tensor
 
+import diffusionblocks as db
 from diffusionblocks.data import LatentBatches, latent_folder
 from diffusionblocks.data.latent_data import LatentScale
 from diffusionblocks.data.latent_shards import Prompts, write_shards
+from diffusionblocks.experiments import run
+from diffusionblocks.experiments.boundaries import place_boundaries, read_boundaries
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import parse_recipe
+from diffusionblocks.noise import path_time
 from diffusionblocks.training.data_order import DataOrder
 
 CPU = torch.device("cpu")
@@ -56,7 +60,7 @@ def recipe(folder: Path, **changes: Any) -> Experiment:
         "evaluate": {"features": None, "grid": ["uniform"], "steps": [2], "samples": 4},
     }
     for name, more in changes.items():
-        values[name] = values[name] | more
+        values[name] = values.get(name, {}) | more
     return Experiment(parse_recipe(values, "test"))
 
 
@@ -135,3 +139,28 @@ def test_what_latents_of_several_sizes_cannot_do_is_refused(folder: Path) -> Non
     experiment.data("train")
     with pytest.raises(ValueError, match=r"compares images of one size, .*: set evaluate\.features to null"):
         experiment.task.check(experiment, experiment.outline)
+
+
+@pytest.mark.parametrize("partition", ["loss", "acceleration", "energy"])
+def test_boundaries_are_measured_over_all_sizes_each_with_its_shift(
+    partition: str, folder: Path, tmp_path: Path
+) -> None:
+    noise = {"kind": "flow", "base_shift": 0.5, "max_shift": 2.0, "base_image_seq_len": 4, "max_image_seq_len": 16}
+    kind = "QwenImageTransformer2DModel"  # its layers are alike, so it has a trunk
+    changes = {"blocks": {"noise": noise, "partition": partition}, "trunk": {"steps": 2}}
+    changes["model"] = {"type": kind, "config": {**TINY[kind].config}}
+    experiment = recipe(folder, **changes, monitor={"levels": 6, "examples": 20, "batch_size": 4})
+    run.train_before_blocks(experiment, tmp_path, progress=False)
+    placed = place_boundaries(experiment, tmp_path)
+    result = read_boundaries(experiment, tmp_path)
+    assert result is not None
+    (boundary,) = placed.recipe.blocks.boundaries or ()
+    assert 0 < boundary < 1
+    if partition == "loss":
+        return
+    tokens = {16: 10, 8: 10}  # 2 x 2 latents a token, and how many examples have so many
+    process = db.FlowMatching(**{name: value for name, value in noise.items() if name != "kind"})  # type: ignore[arg-type]
+    for level, time in zip(result.levels, result.times, strict=True):
+        each = {count: path_time(process.for_tokens(count), level) for count in tokens}
+        assert time == pytest.approx(sum(tokens[count] * each[count] for count in tokens) / 20, abs=1e-9)
+        assert level in (0.0, 1.0) or len({*each.values()}) == 2, "sizes differ"

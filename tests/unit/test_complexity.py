@@ -182,3 +182,29 @@ def test_boundaries_share_a_monitor_equally() -> None:
 def test_a_monitor_that_is_none(levels: tuple[float, ...], values: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Monitor(levels, levels, values)
+
+
+def test_resolutions_share_the_mean_of_their_integrals() -> None:
+    """Of equal blocks in t, each has the same part of the examples' mean of the integrals over their own paths."""
+    noise, levels = FlowMatching(), torch.linspace(0, 1, 400, dtype=torch.float64).tolist()
+    processes, examples, power = [FlowMatching(shift=1.5), FlowMatching(shift=4.0)], [30, 10], 0.5
+    complexity = [lambda t: 1 + t**2, lambda t: 2 - t]
+    monitors = [
+        Monitor.of_levels(levels, [path_time(at, level) for level in levels], [m(path_time(at, x)) for x in levels])
+        for at, m in zip(processes, complexity, strict=True)
+    ]
+    together = Monitor.together(monitors, examples, power)
+    boundaries = together.boundaries(3, noise, power)
+
+    def share(low: float, high: float) -> float:
+        parts = [
+            integral(lambda t, m=m: m(t) ** power, path_time(at, low), path_time(at, high), 500)  # type: ignore[misc]
+            for at, m in zip(processes, complexity, strict=True)
+        ]
+        return sum(count * part for count, part in zip(examples, parts, strict=True))
+
+    shares = [share(low, high) for low, high in itertools.pairwise(boundaries)]
+    assert shares == pytest.approx([sum(shares) / 3] * 3, rel=1e-3)
+    alone = [each.boundaries(3, noise, power)[1] for each in monitors]
+    assert min(alone) < boundaries[1] < max(alone)
+    assert Monitor.together(monitors[:1], [5], power) is monitors[0]

@@ -29,6 +29,8 @@ from diffusionblocks.data.image_folder import CaptionedPictures
 from diffusionblocks.data.latent_data import LatentData, LatentScale
 from diffusionblocks.data.latent_shards import Prompts, noted_prompts, write_shards
 from diffusionblocks.data.prompt_states import load_prompt_encoder
+from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.recipe import parse_recipe
 from diffusionblocks.families import family_named, rebuild_config
 
 CPU = torch.device("cpu")
@@ -309,6 +311,25 @@ def test_a_class_reads_cached_latents_and_states(data: LatentData, kind: str) ->
     assert set(batch) - {"pixel_values"} <= set(model.target.conditions)  # type: ignore[arg-type, union-attr]
     assert bool(model.loss(batch, block=0, generator=torch.Generator().manual_seed(0)).isfinite().all())
     family.check_conditions(config, {name: value[:1] for name, value in batch.items()}, "model")
+
+
+@pytest.mark.parametrize("kind", [name for name in TINY if name != "CogView4Transformer2DModel"])
+def test_a_class_trains_by_a_recipe(kind: str, data: LatentData, tmp_path: Path) -> None:
+    """Its blocks are built one after another; tables that no state dict names are there where they compute."""
+    values = {
+        "name": "tiny",
+        "device": "cpu",
+        "model": {"type": kind, "config": TINY[kind].config},
+        "blocks": {"num_blocks": 2, "split": "experts"},
+        "data": {"kind": "latents", "source": str(tmp_path), "scale": 1.0, "constants": {"guidance": 3.5}},
+        "train": {"steps": 1, "batch_size": 2, "resident": "active"},
+        "evaluate": {"features": None, "samples": 2, "grid": ["equal-quantile"]},
+    }
+    trainer = Experiment(parse_recipe(values, "test")).trainer(progress=False)
+    trainer.train()
+    batch = trainer.stepper.batches(torch.arange(2), None)
+    losses = [trainer.model.loss(batch, block=b, generator=torch.Generator().manual_seed(0)) for b in (0, 1)]  # type: ignore[operator]
+    assert bool(torch.stack(losses).isfinite().all())
 
 
 def test_data_that_lack_what_a_class_reads_are_refused(data: LatentData) -> None:

@@ -69,3 +69,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(modes[0][1])  # a module may do more there than take the mode
         for module, training in modes:
             module.training = training
+
+
+def empty_tables(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Modules, and their attributes, that are tensors on the meta device and neither parameters nor buffers.
+
+    Some classes keep tables of rotary frequencies so, where no state dict names them.
+    """
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            tensors = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in tensors):
+                yield name, attribute

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..common.modules import empty_tables
 from ..config import BlocksConfig
 from ..families import instantiate, outline, with_depth, with_fewest_layers
 from ..families.module_tree import layer_of
@@ -171,8 +172,8 @@ def _tensors(block: Block) -> Iterator[tuple[str, Tensor]]:
 def _fill_from_reference(model: DiffusionBlocks, block: Block, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Fill tensors that do not depend on the original's weights from a real model of few layers in one block."""
     waiting = {name: tensor for name, tensor in tensors if tensor.is_meta}
-    empty_tables = list(_empty_tables(block))
-    if not waiting and not empty_tables:
+    tables = list(empty_tables(block))
+    if not waiting and not tables:
         return
     original = instantiate(model.model_class, with_fewest_layers(model.model_class, model.config))
     reference = assemble(original, model.blocks_config.as_one_block(), take=True).block(0)
@@ -180,21 +181,9 @@ def _fill_from_reference(model: DiffusionBlocks, block: Block, tensors: Iterable
     for name, tensor in waiting.items():
         # A copy: one layer's norms stand for all layers'.
         _fill(tensor, values[_name_in_reference(block, reference, name)].clone())
-    for name, attribute in empty_tables:
+    for name, attribute in tables:
         part, whole = (tree.get_submodule(name) for tree in (block, reference))
         setattr(part, attribute, copy.deepcopy(getattr(whole, attribute)))
-
-
-def _empty_tables(block: Block) -> Iterator[tuple[str, str]]:
-    """Shared modules, and their attributes, that are tensors on the meta device and neither parameters nor buffers.
-
-    Some classes keep tables of rotary frequencies so, where no state dict names them.
-    """
-    for name, module in block.named_modules():
-        for attribute, value in vars(module).items():
-            tensors = value if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in tensors):
-                yield name, attribute
 
 
 def _name_in_reference(block: Block, reference: Block, name: str) -> str:

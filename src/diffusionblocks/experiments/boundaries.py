@@ -7,8 +7,10 @@ reads them there. They become those of the saved model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +22,11 @@ from ..common.formats import read_json, validate, write_json
 from ..common.modules import evaluating
 from ..common.seeds import keyed_generator
 from ..core.model import DiffusionBlocks
+from ..data.dataset import groups_of
 from ..evaluation.trajectories import Acceleration, Denoise, energy
 from ..noise import GaussianProcess, Monitor, NoiseProcess
 from ..reports.figures import draw_monitor
+from ..training import BatchMaker
 from ..training.ranks import Group
 from .experiment import Experiment
 from .noise_fit import chosen_examples, mean_losses
@@ -119,8 +123,10 @@ def _measure(experiment: Experiment, folder: Path) -> MeasuredBoundaries:
     model = of_trunk.load(folder / "trunk" / "model")  # its averaged weights
     assert isinstance(model, DiffusionBlocks)
     power = recipe.monitor.power or _POWERS[recipe.blocks.partition]
+    resolutions, measure = _resolutions(of_trunk, model), _MONITORS[recipe.blocks.partition]
     with evaluating(model):
-        monitor = _MONITORS[recipe.blocks.partition](of_trunk, model)
+        monitors = [measure(of_trunk, model, resolution) for resolution in resolutions]
+    monitor = Monitor.together(monitors, [len(resolution.indices) for resolution in resolutions], power)
     boundaries = monitor.boundaries(recipe.blocks.num_blocks, model.noise, power)
     result = MeasuredBoundaries(
         partition=recipe.blocks.partition,  # type: ignore[arg-type]  # a measured one
@@ -144,16 +150,48 @@ def draw_boundaries(result: MeasuredBoundaries, noise: NoiseProcess, path: Path)
 # ---- monitors --------------------------------------------------------------------------------------------------
 
 
-def _batches(experiment: Experiment) -> Iterator[Mapping[str, Tensor]]:
-    """Training batches of the chosen examples."""
-    recipe, batches = experiment.recipe, experiment.batches()
-    seed, size = recipe.train.seed, recipe.monitor.batch_size or recipe.train.batch_size
-    for number, indices in enumerate(chosen_examples(batches.num_examples, recipe.monitor.examples, seed).split(size)):
-        generator = keyed_generator(seed, 0, number, "monitor", experiment.device)
-        yield batches(indices.to(experiment.device), generator)
+@dataclass(frozen=True)
+class _Resolution:
+    """Chosen training examples of one size.
+
+    Attributes:
+        batches: makes the training batches.
+        noise: the process at that size: where its shift follows the resolution, levels have another place on the path.
+        indices: of the examples.
+        before: how many examples of other sizes are measured before them.
+    """
+
+    batches: BatchMaker
+    noise: NoiseProcess
+    indices: Tensor
+    before: int
 
 
-def _loss(experiment: Experiment, model: DiffusionBlocks) -> Monitor:
+def _resolutions(experiment: Experiment, model: DiffusionBlocks) -> list[_Resolution]:
+    """The examples to measure on, size by size."""
+    batches, noise, before = experiment.batches(), model.noise, 0
+    chosen = chosen_examples(batches.num_examples, experiment.recipe.monitor.examples, experiment.recipe.train.seed)
+    groups = groups_of(batches)
+    resolutions = []
+    for indices in [chosen] if groups is None else [chosen[groups[chosen] == one] for one in groups[chosen].unique()]:
+        result = _Resolution(batches, noise, indices, before)
+        if noise.path is not noise:
+            shape = next(_batches(experiment, result))["pixel_values"].shape
+            result = dataclasses.replace(result, noise=noise.for_tokens(model.target.tokens_of(shape)))
+        resolutions.append(result)
+        before += len(indices)
+    return resolutions
+
+
+def _batches(experiment: Experiment, resolution: _Resolution) -> Iterator[Mapping[str, Tensor]]:
+    """Training batches of the examples of one size."""
+    recipe, device = experiment.recipe, experiment.device
+    size = recipe.monitor.batch_size or recipe.train.batch_size
+    for number, indices in enumerate(resolution.indices.split(size), start=resolution.before):
+        yield resolution.batches(indices.to(device), keyed_generator(recipe.train.seed, 0, number, "monitor", device))
+
+
+def _loss(experiment: Experiment, model: DiffusionBlocks, resolution: _Resolution) -> Monitor:
     """The training loss, over the quantile: in it each block gets an equal share of the whole loss."""
     recipe, noise = experiment.recipe, model.noise
     count = recipe.monitor.levels
@@ -162,24 +200,25 @@ def _loss(experiment: Experiment, model: DiffusionBlocks) -> Monitor:
     )
     losses = mean_losses(
         model.block(0),
-        experiment.batches(),
+        resolution.batches,
         middles.tolist(),
-        examples=recipe.monitor.examples,
+        examples=resolution.indices,
         batch_size=recipe.monitor.batch_size or recipe.train.batch_size,
         precision="float32",
         seed=recipe.train.seed,
     )
-    weights = noise.training_weight(middles) if model.block(0).weight != "none" else torch.ones_like(middles)
+    weighted = model.block(0).weight != "none"
+    weights = resolution.noise.training_weight(middles) if weighted else torch.ones_like(middles)
     values = (torch.tensor(losses, dtype=torch.float64) * weights).tolist()
     times = [step / count for step in range(count + 1)]
     return Monitor((noise.level_min, *edges[1:-1].tolist(), noise.level_max), tuple(times), tuple(values))
 
 
-def _acceleration(experiment: Experiment, model: DiffusionBlocks) -> Monitor:
+def _acceleration(experiment: Experiment, model: DiffusionBlocks, resolution: _Resolution) -> Monitor:
     """The norm of the acceleration along sampling trajectories, of the labels of training examples."""
-    watch = Acceleration(_gaussian(model))
-    first = experiment.recipe.train.seed
-    for batch in _batches(experiment):
+    watch = Acceleration(_gaussian(resolution.noise))
+    first = experiment.recipe.train.seed + resolution.before
+    for batch in _batches(experiment, resolution):
         labels = batch.get("labels") if model.target.num_classes else None  # type: ignore[attr-defined]
         seeds = range(first, first + len(batch["pixel_values"]))
         options: dict[str, Any] = {}
@@ -191,26 +230,26 @@ def _acceleration(experiment: Experiment, model: DiffusionBlocks) -> Monitor:
     return watch.monitor()
 
 
-def _energy(experiment: Experiment, model: DiffusionBlocks) -> Monitor:
+def _energy(experiment: Experiment, model: DiffusionBlocks, resolution: _Resolution) -> Monitor:
     """The squared norm of the velocity's Jacobian at noised training examples."""
-    noise = _gaussian(model)
+    noise = _gaussian(resolution.noise)
     levels = [level for level in noise.sampling_levels(experiment.recipe.monitor.levels)[::-1] if level > 0]
-    generator = keyed_generator(experiment.recipe.train.seed, 0, 0, "monitor energy", experiment.device)
+    generator = keyed_generator(experiment.recipe.train.seed, 0, resolution.before, "monitor energy", experiment.device)
 
     def examples() -> Iterator[tuple[Tensor, Denoise]]:
-        for batch in _batches(experiment):
+        for batch in _batches(experiment, resolution):
             inputs = {name: batch[name] for name in model.block(0).input_names}
             yield model.target.encode(batch), functools.partial(model.denoise, inputs)
 
     return energy(noise, examples(), levels, generator)
 
 
-def _gaussian(model: DiffusionBlocks) -> GaussianProcess:
-    assert isinstance(model.noise, GaussianProcess), "images have no other"
-    return model.noise
+def _gaussian(noise: NoiseProcess) -> GaussianProcess:
+    assert isinstance(noise, GaussianProcess), "images have no other"
+    return noise
 
 
-_MONITORS: dict[str, Callable[[Experiment, DiffusionBlocks], Monitor]] = {
+_MONITORS: dict[str, Callable[[Experiment, DiffusionBlocks, _Resolution], Monitor]] = {
     "loss": _loss,
     "acceleration": _acceleration,
     "energy": _energy,

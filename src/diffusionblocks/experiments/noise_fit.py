@@ -173,7 +173,7 @@ def mean_losses(
     batches: BatchMaker,
     levels: list[float],
     *,
-    examples: int,
+    examples: int | Tensor,
     batch_size: int,
     precision: str,
     seed: int,
@@ -187,7 +187,7 @@ def mean_losses(
         block: on the device where the batches are made.
         batches: makes the training batches.
         levels: where to measure.
-        examples: how many, drawn without repeats; all where there are fewer.
+        examples: how many, drawn without repeats, all where there are fewer; or which, by their indices.
         batch_size: examples at a time.
         precision: of the training.
         seed: of the choice, the augmentation and the noise.
@@ -195,8 +195,8 @@ def mean_losses(
     device = next(block.parameters()).device
     sums = torch.zeros(len(levels), dtype=torch.float64, device=device)
     count = 0
-    examples_of_all = chosen_examples(batches.num_examples, examples, seed).to(device)
-    for number, indices in enumerate(examples_of_all.split(batch_size)):
+    chosen = examples if isinstance(examples, Tensor) else chosen_examples(batches.num_examples, examples, seed)
+    for number, indices in enumerate(chosen.to(device).split(batch_size)):
         generator = keyed_generator(seed, 0, number, "fit noise", device)
         batch = batches(indices, generator)
         with torch.no_grad(), evaluating(block), arithmetic(device, precision):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,30 @@ class Monitor:
         """That of values measured at the levels themselves: between neighbours it is their mean."""
         between = [(one + other) / 2 for one, other in itertools.pairwise(values)]
         return cls(tuple(levels), tuple(times), tuple(between))
+
+    @classmethod
+    def together(cls, monitors: Sequence[Monitor], examples: Sequence[int], power: float) -> Monitor:
+        """One of the same levels at several resolutions: its `boundaries` share the mean of their integrals equally.
+
+        Args:
+            monitors: one a resolution, measured at the same levels; a level's time may differ.
+            examples: how many each is of.
+            power: of `boundaries`.
+        """
+        if len(monitors) == 1:
+            return monitors[0]
+        shares = [count / sum(examples) for count in examples]
+
+        def mean(values: Iterable[float]) -> float:
+            return math.fsum(share * value for share, value in zip(shares, values, strict=True))
+
+        values = []
+        for place in range(len(monitors[0].values)):
+            widths = [each.times[place + 1] - each.times[place] for each in monitors]
+            integrals = [each.values[place] ** power * width for each, width in zip(monitors, widths, strict=True)]
+            values.append((mean(integrals) / mean(widths)) ** (1 / power))
+        times = [mean(each) for each in zip(*(each.times for each in monitors), strict=True)]
+        return cls(monitors[0].levels, tuple(times), tuple(values))
 
     def boundaries(self, num_blocks: int, noise: NoiseProcess, power: float = 1.0) -> tuple[float, ...]:
         """Levels between which the integral of `values ** power` over time is the same.

@@ -135,6 +135,7 @@ class Residency(abc.ABC):
         """Give a unit that was never built its initial weights."""
         if self._fill is not None and any(tensor.is_meta for tensor in tensors_of(unit.module)):
             self._fill(unit.index)
+            self._modules[self._shapes[self.units.index(unit)]].take_tables(unit)
 
     def _add_set(self, name: str, parameters: list[nn.Parameter], lengths: Lengths) -> Updater:
         """Make optimizer and averages of parameters on the device, and note what they keep under a name."""

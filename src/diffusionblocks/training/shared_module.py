@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import check_recomputable, places_of, tensors_of
+from ..common.modules import check_recomputable, empty_tables, places_of, tensors_of
 from ..core.block import Block
 from .patches import multiply_patches
 from .train_config import TrainConfig
@@ -41,6 +41,11 @@ class SharedModule:
         if config.loss_chunk is not None:
             self.module.loss_chunk = config.loss_chunk  # type: ignore[assignment]
         self._places = list(places_of(self.module))
+
+    def take_tables(self, unit: Unit) -> None:
+        """Take over tables that are neither parameters nor buffers, and were empty when the module was made."""
+        for name, attribute in list(empty_tables(self.module)):
+            setattr(self.module.get_submodule(name), attribute, getattr(unit.module.get_submodule(name), attribute))
 
     def bind(self, unit: Unit, tensors: list[Tensor]) -> None:
         """Compute with these tensors, in the order of `tensors_of`, for that unit."""
