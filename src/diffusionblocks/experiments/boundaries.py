@@ -170,10 +170,10 @@ class _Resolution:
 def _resolutions(experiment: Experiment, model: DiffusionBlocks) -> list[_Resolution]:
     """The examples to measure on, size by size."""
     batches, noise, before = experiment.batches(), model.noise, 0
-    chosen = chosen_examples(batches.num_examples, experiment.recipe.monitor.examples, experiment.recipe.train.seed)
+    every = chosen_examples(batches.num_examples, experiment.recipe.monitor.examples, experiment.recipe.train.seed)
     groups = groups_of(batches)
     resolutions = []
-    for indices in [chosen] if groups is None else [chosen[groups[chosen] == one] for one in groups[chosen].unique()]:
+    for indices in [every] if groups is None else [every[groups[every] == one] for one in groups[every].unique()]:
         result = _Resolution(batches, noise, indices, before)
         if noise.path is not noise:
             shape = next(_batches(experiment, result))["pixel_values"].shape

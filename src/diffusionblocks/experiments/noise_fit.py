@@ -195,8 +195,8 @@ def mean_losses(
     device = next(block.parameters()).device
     sums = torch.zeros(len(levels), dtype=torch.float64, device=device)
     count = 0
-    chosen = examples if isinstance(examples, Tensor) else chosen_examples(batches.num_examples, examples, seed)
-    for number, indices in enumerate(chosen.to(device).split(batch_size)):
+    every = examples if isinstance(examples, Tensor) else chosen_examples(batches.num_examples, examples, seed)
+    for number, indices in enumerate(every.to(device).split(batch_size)):
         generator = keyed_generator(seed, 0, number, "fit noise", device)
         batch = batches(indices, generator)
         with torch.no_grad(), evaluating(block), arithmetic(device, precision):
