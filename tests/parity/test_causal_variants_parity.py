@@ -308,12 +308,14 @@ def test_generation_with_a_past_is_full_recomputation(family: str, values: dict[
     randomise_adaptive(model)
     block, z = model.block(1), noise()
     whole = block({"input_ids": IDS}, z, LEVEL, context=True)
-    past = block.family.past(3, LENGTH + 1, torch.device("cpu"))
-    start = 0
-    for stop in (5, 6, 6, 9, 11):  # twice the same: a further step for that token
-        step = block({"input_ids": IDS[:, start:stop], "past": past}, z[:, stop : stop + 1], LEVEL, context=True)
-        close(step[:, 0], whole[:, stop])
-        start = stop
+    for static in (False, True):
+        past = block.family.past(3, LENGTH + 1, torch.device("cpu"))
+        start = 0
+        for stop in (5, 6, 6, 9, 11):  # twice the same: a further step for that token
+            past.static = static and start > 0
+            step = block({"input_ids": IDS[:, start:stop], "past": past}, z[:, stop : stop + 1], LEVEL, context=True)
+            close(step[:, 0], whole[:, stop])
+            start = stop
 
 
 @each_variant

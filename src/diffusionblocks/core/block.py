@@ -396,11 +396,12 @@ class Block(nn.Module):
             level: (1,), float32.
 
         Returns:
-            None where a library wraps the adaptive norms, or hooks them: then each call runs them as they are.
+            None where adaptive norms are wrapped, hooked or compiled: then each call runs them as they are.
         """
         final = self.shared.final_norms
         for norms in (*self.adaptive, *([] if final is None else [final])):
-            if type(norms) is not AdaptiveNorms or norms._forward_hooks or norms._forward_pre_hooks:
+            hooks = norms._forward_hooks or norms._forward_pre_hooks
+            if type(norms) is not AdaptiveNorms or hooks or norms._compiled_call_impl is not None:
                 return None
         condition = self._condition(self.noise.on_path(level, 1))
         layers: list[Tensor] = [norms.modulation(condition) for norms in self.adaptive]  # type: ignore[operator, union-attr]

@@ -411,9 +411,6 @@ class Continuing(TextGeneration[NextTokenTarget]):
         combine = self.combination(combine)
         votes, sees_noise = combine != "chain", model.block(0).sees_noise
         levels = self._levels(steps, grid, votes=votes)
-        if static and len(prompts):  # the numbers on the host stand still then, and would be looked at no more
-            longest = max(len(prompt) for prompt in prompts) + max_new_tokens - (not sees_noise)
-            model.family.check_length(model.block(0).network, longest)
         return continue_texts(
             TokenNetwork(model, levels, len(prompts) if static else None, compile=compile),
             model.family.past,
@@ -432,6 +429,7 @@ class Continuing(TextGeneration[NextTokenTarget]):
             context=self.votes,
             feeds=sees_noise or not votes,
             one_past=config.reads_trunk,
+            check_length=functools.partial(model.family.check_length, model.block(0).network),
             stop_tokens=end_tokens(model) if stop_tokens is None else stop_tokens,
             stop_criterion=stop_criterion(stop_strings_of(model) if stop_strings is None else stop_strings, tokenizer),
             num_tokens=num_tokens,

@@ -1,7 +1,7 @@
 """Samplers: stateless solvers, and what each task makes of them."""
 
 from .chain import Callback, Denoiser, in_interval
-from .continue_text import Continuations, Posterior, continue_plainly, continue_texts
+from .continue_text import Continuations, continue_plainly, continue_texts
 from .denoise_images import (
     GuidedDenoiser,
     check_guidance,
@@ -41,7 +41,7 @@ from .solvers import (
 from .static_calls import StaticCalls, global_state
 from .token_chain import TokenChains
 from .unmask_tokens import sample_tokens
-from .vote_on_texts import vote_on_texts
+from .vote_on_texts import Posterior, vote_on_texts
 from .votes import LogitVotes
 
 __all__ = [

@@ -45,9 +45,6 @@ _PLACES = 256
 #: On a GPU, tokens from one look at whether all texts have ended to the next.
 _LOOKS = 8
 
-#: Posterior logits of context logits (..., positions, vocab_size), z (..., positions, dim) and its level.
-Posterior = Callable[[Tensor, Tensor, float], Tensor]
-
 
 @dataclass(frozen=True)
 class Continuations:
@@ -92,6 +89,7 @@ def continue_texts(
     context: bool = False,
     feeds: bool = True,
     one_past: bool = False,
+    check_length: Callable[[int], None] | None = None,
     stop_tokens: Sequence[int] = (),
     stop_criterion: Any = None,
     num_tokens: int | None = None,
@@ -126,6 +124,8 @@ def continue_texts(
         context: whether the network gives context logits, to which what z says is added here; votes need them.
         feeds: whether a step feeds the next; not where blocks vote and are shown no z.
         one_past: whether all blocks read one `past`, that of a frozen trunk: then the first call for a token fills it.
+        check_length: raises ValueError for a text of more tokens than the network takes; asked before the first token
+            where steps have one shape, for then the network does not count.
         stop_tokens: a row ends with the first of these that it generates.
         stop_criterion: or where a string ends, see `TextEnds`; None: there are no strings.
         num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
@@ -148,6 +148,8 @@ def continue_texts(
     longest = max(lengths)
     capacity, static = longest + max_new_tokens, cuda_graph or compile
     if static:  # texts of about one length have one shape
+        if check_length is not None:
+            check_length(capacity - target.shift)
         capacity = -(-(capacity + 1) // _PLACES) * _PLACES - 1
     settings = Drawing(temperature, top_p, feedback, top_k, combine, context, num_tokens)
 

@@ -124,13 +124,14 @@ class SideBySide:
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
+        self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(count)] if device.type == "cuda" else []
 
     def __call__(self, functions: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         """What each returns. Work that follows on the current stream comes behind theirs."""
         if not self._streams:
             return [function() for function in functions]
-        current, outputs = torch.cuda.current_stream(), []
+        current, outputs = torch.cuda.current_stream(self._device), []
         for stream, function in zip(self._streams, functions, strict=False):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):

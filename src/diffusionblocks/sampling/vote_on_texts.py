@@ -11,10 +11,12 @@ from ..common.finite import FiniteCheck
 from ..noise import GaussianProcess
 from ..targets import NextTokenTarget
 from .chain import draw_tokens
-from .continue_text import Posterior
 from .solvers import euler
 from .token_chain import feedback_rows
 from .votes import LogitVotes
+
+#: Posterior logits of context logits (..., positions, vocab_size), z (..., positions, dim) and its level.
+Posterior = Callable[[Tensor, Tensor, float], Tensor]
 
 #: Positions whose probabilities exist in float64 at once.
 _POSITIONS = 2048
@@ -40,7 +42,7 @@ def vote_on_texts(
 
     Args:
         network: (z, level) -> context logits (batch, positions, vocab_size).
-        posterior: see `continue_texts`.
+        posterior: makes what a step feeds to the next; None: the network is shown no z, so there is nothing to feed.
         target, noise: of the model.
         shape: of z, (batch, positions, dim).
         levels: descending; the network is asked at each but the last.
