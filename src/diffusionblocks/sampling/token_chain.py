@@ -92,9 +92,9 @@ class Step(NamedTuple):
 def next_z(drawing: Drawing, step: Step, logits: Tensor, z: Tensor, uniform: Tensor, table: Tensor) -> Tensor:
     """What the next step of a chain starts from (n, dim), by logits (n, vocab_size), z (n, dim), and a uniform each."""
     logits = posterior(drawing, step, logits, z, table)
-    probabilities = ruled_out(logits, drawing.num_tokens).double().softmax(dim=-1)
-    if not drawing.votes:
-        probabilities = drawing.probabilities(logits)
+    # Where steps vote, what a chain feeds is as in training, at temperature 1.
+    act = (1.0, 1.0) if drawing.votes else (drawing.temperature, drawing.top_p)
+    probabilities = filtered(ruled_out(logits, drawing.num_tokens), *act)
     token = draw_tokens(probabilities, uniform)
     denoised = feedback_rows(probabilities, token, table, drawing.feedback, drawing.top_k)
     return step.of_z * z + step.of_denoised * denoised
@@ -210,7 +210,7 @@ class TokenChain:
         self._ones = torch.ones(pasts.rows, dtype=torch.int64, device=device)
         self._following = StaticSteps(self._after) if graph else self._after
         self._unprepared = StaticSteps.calls_to_prepare if graph and device.type == "cuda" else int(compile)
-        self.preparation_seconds = 0.0
+        self._prompt_noise, self.preparation_seconds = torch.empty(0), 0.0
 
     def begin(self, prompt_noise: Tensor) -> None:
         """Start with other texts, and with the weights as they are now.
