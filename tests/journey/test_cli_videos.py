@@ -147,6 +147,7 @@ def test_encode_train_sample(
     samples = blocks.sample(seeds=[0], inputs=told, sizes=(3, 8, 8), steps=2, grid="uniform")
     assert section.to_pixels(CPU)(samples).shape == (1, 3, 5, 16, 16)  # type: ignore[attr-defined]
     assert main(["evaluate", str(file), *model]) == 0
+    assert main(["boundaries", str(file), *model, "--out", str(tmp_path / "s"), "--count", "1", "--examples", "2"]) == 0
     features = ["--set", "evaluate.features=inception", "--set", "data.test_split=train"]
     assert main(["evaluate", str(file), *model, *features]) == 2
     assert "compares images, and the latents are of videos: set evaluate.features to null" in capsys.readouterr().err
@@ -168,6 +169,7 @@ def test_bad_input_is_one_line(
     refused("13 frames at 30 a second take 0.43 s", "--frames", "13", *prompts)
     refused("frames = 0: must be at least 1", "--frames", "0", *prompts)
     refused("fps = 0.0: must be finite and > 0", "--frames", "5", "--fps", "0", *prompts)
+    refused("fps = 30.0 is of videos: give frames", *prompts)
     refused("has no files in train/CLASS/ that end in .avi", "--frames", "5")
     refused("has videos in files, not in columns", "--frames", "5", "--image-column", "img")
     refused("videos are read from a local folder", "--frames", "5", videos=tmp_path / "nowhere")

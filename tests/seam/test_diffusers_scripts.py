@@ -27,6 +27,7 @@ def converted(transformer: Any, scheduler: Any) -> db.DiffusionBlocks:
 def script(transformer: Any, out: Path, expert: int, steps: int = 4) -> tuple[list[Tensor], list[float]]:
     """A loop in the way of these scripts on a flow model, with the five lines; returns losses and what was told."""
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)  # type: ignore[no-untyped-call]
+    transformer.requires_grad_(False)  # as the script does before it adds its adapter
     blocks = converted(transformer, scheduler)  # 1
     transformer = blocks.block(expert).network  # 2
     parameters = [p for p in transformer.parameters() if p.requires_grad]  # 3

@@ -204,6 +204,9 @@ def test_encoders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def test_pictures_have_their_prompts_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "c.mp4").touch()
+    with pytest.raises(ValueError, match=r"has no pictures .*; for its videos give frames"):
+        CaptionedPictures(tmp_path, "train")
     for name in ("b.png", "a.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "a.txt").write_text(" a cat\n")

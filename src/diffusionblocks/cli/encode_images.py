@@ -9,19 +9,8 @@ from ..common.choices import choice_of
 
 #: What the reconstructions of an encoded split are of.
 _OF_SOURCE = (
-    *(
-        "source",
-        "out",
-        "split",
-        "size",
-        "frames",
-        "fps",
-        "device",
-        "image_column",
-        "label_column",
-        "num_classes",
-        "prompt_column",
-    ),
+    *("source", "out", "split", "size", "frames", "fps", "device"),
+    *("image_column", "label_column", "num_classes", "prompt_column"),
 )
 
 
@@ -56,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="videos (mp4, webm, ...), cut into clips of N frames, as many as the autoencoder gives back (Wan: 4n + 1)",
     )
-    add("--fps", type=float, default=16.0, help="frames a second of the clips (default: %(default)s)")
+    add("--fps", type=float, help="frames a second of the clips (default: 16)")
     add(
         "--statistics",
         type=choice_of(_statistics),

@@ -36,6 +36,7 @@ __all__ = ["STATISTICS", "center_crop", "encode_images", "reconstructions"]
 #: Where the latents' mean and deviation may be from.
 STATISTICS = ("auto", "config", "measured")
 
+_FPS = 16.0  # of clips, as Wan 2.1 was trained
 _AHEAD = 2  # batches whose images are decoded while the autoencoder works on an older one
 
 
@@ -98,7 +99,7 @@ def encode_images(
     size: int = 256,
     bucket_step: int | None = None,
     frames: int | None = None,
-    fps: float = 16.0,
+    fps: float | None = None,
     statistics: str = "auto",
     batch_size: int | None = None,
     device: str = "auto",
@@ -129,7 +130,7 @@ def encode_images(
             so many pixels, of at most size x size in all. None: the middle square.
         frames: cut videos into clips of so many frames, one behind the other; the autoencoder must give as many back,
             as that of Wan does 1, 5, 9, ... None: the source has images.
-        fps: frames a second of the clips: each shows what a player shows then.
+        fps: frames a second of the clips, by default 16: each shows what a player shows then.
         statistics: where the latents' mean and deviation are from: `config`, the autoencoder's; `measured`, on each
             channel of the split that `out` gets first; `auto`, the config's where it says any.
         batch_size: images or clips encoded at a time; by default 32 images, 1 clip.
@@ -173,8 +174,10 @@ def encode_images(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value!r}: must be at least 1")
-    if not (math.isfinite(fps) and fps > 0):
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps = {fps!r}: must be finite and > 0")
+    if fps is not None and frames is None:
+        raise ValueError(f"fps = {fps!r} is of videos: give frames, how many a clip has, or leave it out")
     if statistics not in STATISTICS:
         raise ValueError(f"statistics = {statistics!r}: must be one of {', '.join(STATISTICS)}")
     check_split(split)
@@ -187,7 +190,8 @@ def encode_images(
     sizes = [(size, size)] if bucket_step is None else bucket_sizes(size, bucket_step)
     if not sizes:
         raise ValueError(f"bucket_step = {bucket_step}: must be at most size = {size}")
-    table = _open(source, split, columns, prompted, None if frames is None else Clips(frames, fps, sizes))
+    clips = None if frames is None else Clips(frames, _FPS if fps is None else fps, sizes)
+    table = _open(source, split, columns, prompted, clips)
     table.check_labels()
     where = _device(device)
     encoder = None if text_encoder is None else load_prompt_encoder(text_encoder, prompt_length, where)
@@ -235,7 +239,7 @@ def encode_images(
             scale=scale,
             scale_of_latents=of_others is not None,
             prompts=prompts,
-            fps=None if frames is None else fps,
+            fps=None if clips is None else clips.fps,
             overwrite=overwrite,
         )
     return latent_folder(out, split)
@@ -248,7 +252,7 @@ def reconstructions(
     split: str = "train",
     size: int = 256,
     frames: int | None = None,
-    fps: float = 16.0,
+    fps: float | None = None,
     count: int = 16,
     device: str = "auto",
     image_column: str | None = None,
@@ -272,7 +276,7 @@ def reconstructions(
     assert noted is not None, "`latent_folder` has read the index"
     model = load_vae(noted.vae, _device(device))
     columns, sizes = _Columns(image_column, label_column, num_classes, prompt_column), [(size, size)]
-    clips = None if frames is None else Clips(frames, fps, sizes)
+    clips = None if frames is None else Clips(frames, _FPS if fps is None else fps, sizes)
     table = _open(source, split, columns, bool(data.states), clips)
     rows: list[ImageRow | ClipRow] = list(islice(table, min(count, len(data))))
     images = torch.stack([row.pixels(sizes) for row in rows])

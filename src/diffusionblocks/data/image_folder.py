@@ -12,6 +12,7 @@ from typing import Any
 from ..common.files import whole_folder
 from .image_decoder import center_crop, decode_image, oversized_refused
 from .image_table import UNLABELLED, ImageRow
+from .video_files import VIDEO_ENDINGS
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
 
@@ -177,7 +178,8 @@ def _files_below(root: Path, endings: Collection[str]) -> list[Path]:
 def _nothing(folder: Path, split: str, below: str, endings: Collection[str]) -> str:
     """What is said of a folder without files for a split."""
     if endings is _ENDINGS:
-        return f"{folder} has no pictures in {split}/{below}, nor parquet files of the split {split!r}"
+        videos = "; for its videos give frames" if folder.is_dir() and _files_below(folder, VIDEO_ENDINGS) else ""
+        return f"{folder} has no pictures in {split}/{below}, nor parquet files of the split {split!r}{videos}"
     return f"{folder} has no files in {split}/{below} that end in {', '.join(sorted(endings))}"
 
 
