@@ -14,6 +14,7 @@ from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.recipe_changes import trunk_recipe
+from diffusionblocks.training import Trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VIT = {
@@ -72,6 +73,25 @@ def test_a_step_of_more_examples_takes_longer() -> None:
 
     splits = {"train": small.data.load("train")}
     assert seconds_a_step(Experiment(small, splits)) < seconds_a_step(Experiment(large, splits))
+
+
+def test_slow_steps_are_told_by_two_of_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 1, 2 and 1 layers: six steps would take too long, so one of each size is stepped twice."""
+    slow = recipe("vit/digits.yaml", VIT | {"model.config.num_hidden_layers": 4, "blocks.num_blocks": 3, "blocks.layers": [1, 2, 1]})
+    experiment = Experiment(slow, {"train": slow.data.load("train")})
+    stepped: list[int] = []
+    step = Trainer.step
+
+    def noted(self: Trainer, unit: int, following: int | None = None) -> None:
+        stepped.append(unit)
+        step(self, unit, following)
+
+    monkeypatch.setattr(Trainer, "step", noted)
+    assert 0 < seconds_a_step(experiment, warm=1, timed=1, at_most=1e-9) < 60
+    assert stepped == [0, 0, 1, 1]
+    stepped.clear()
+    seconds_a_step(experiment, warm=1, timed=1, at_most=60)
+    assert stepped == [0, 0, 1, 1, 0, 1, 2, 0, 1, 2]
 
 
 def test_rows_of_recurrent_depth_count_their_layer_passes(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ..experiments.experiment import Experiment
+    from ..experiments.recipe import Recipe
     from ..planning import Predictor
 
 #: Steps of each unit before the clock starts, and timed ones, where nothing is compiled or captured first.
 _PLAIN = (2, 6)
+#: Seconds that the steps of a stage may take; slower ones are told by fewer.
+_AT_MOST = 30.0
 
 
 def dry_run(experiment: Experiment, folder: Path) -> None:
@@ -23,10 +26,10 @@ def dry_run(experiment: Experiment, folder: Path) -> None:
     prepare(experiment, folder)
     data = experiment.data("train")
     print(f"{experiment.recipe.name}: {len(data):,} training examples, on {experiment.device}; nothing is written")
-    _print(experiment, [_row(name, [stage]) for name, stage in _stages(experiment)])
+    predictor = _predictor(experiment)
+    _print(experiment, [_row(name, [stage], predictor) for name, stage in _stages(experiment)])
     if experiment.recipe.train.sample_every is not None:
         print(experiment.task.cost_of_pictures(experiment))
-    predictor = _predictor(experiment)
     if predictor is not None:
         print(ledger_table(predictor.recipe, predictor.forecast().ledger))
         for line in remarks(predictor):
@@ -35,7 +38,8 @@ def dry_run(experiment: Experiment, folder: Path) -> None:
 
 def dry_comparison(experiment: Experiment, rows: Iterable[tuple[str, Experiment]]) -> None:
     """Print each row of a comparison that is checked: its iterations, memory and time."""
-    _print(experiment, [_row(name, [stage for _, stage in _stages(row)]) for name, row in rows])
+    stages = ((name, [stage for _, stage in _stages(row)], _predictor(row)) for name, row in rows)
+    _print(experiment, [_row(*row) for row in stages])
 
 
 def _print(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
@@ -59,7 +63,7 @@ def _stages(experiment: Experiment) -> list[tuple[str, Experiment]]:
     ]
 
 
-def _row(name: str, stages: list[Experiment]) -> dict[str, Any]:
+def _row(name: str, stages: list[Experiment], predictor: Predictor | None) -> dict[str, Any]:
     from ..experiments.baselines import seconds_a_step
     from ..reports.tables import format_bytes, format_duration
     from ..training import units_of
@@ -70,9 +74,8 @@ def _row(name: str, stages: list[Experiment]) -> dict[str, Any]:
         units, _ = units_of(stage.outline, train.blocks)
         steps = train.unit_steps(len(stage.data("train"))) * len(units)
         timed = {} if train.compile or train.cuda_graph else dict(zip(("warm", "timed"), _PLAIN, strict=True))
-        iterations, seconds = iterations + steps, seconds + steps * seconds_a_step(stage, **timed)
-        predictor = _predictor(stage)
-        peaks.append(None if predictor is None else predictor.forecast().ledger.peak)
+        iterations, seconds = iterations + steps, seconds + steps * seconds_a_step(stage, at_most=_AT_MOST, **timed)
+        peaks.append(None if predictor is None else predictor.forecast(_on(stage)).ledger.peak)
     peak = "not predicted" if None in peaks else format_bytes(max(peak for peak in peaks if peak is not None))
     time = format_duration(seconds)
     return {"row": name, "iterations": f"{iterations:,}", "peak of a step, predicted": peak, "time": time}
@@ -84,5 +87,9 @@ def _predictor(experiment: Experiment) -> Predictor | None:
 
     if experiment.recipe.train.teaching is not None:
         return None
-    recipe = experiment.recipe.model_copy(update={"device": str(experiment.device)})
-    return Predictor(recipe, len(experiment.data("train")))
+    return Predictor(_on(experiment), len(experiment.data("train")))
+
+
+def _on(experiment: Experiment) -> Recipe:
+    """The recipe, with the device that it would run on."""
+    return experiment.recipe.model_copy(update={"device": str(experiment.device)})
