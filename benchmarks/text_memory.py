@@ -6,7 +6,8 @@
 
 A Llama of 12 layers of width 768, 32,000 tokens, length 1,024, batch 8, bfloat16, compiled, `loss_chunk: auto` in all
 rows, one block on the device. Rows: `streams`: two (noisy positions and their context through the same layers), one
-(z is hidden), or one over a frozen trunk; `vocabulary`: whether embedding and head train.
+(z is hidden), or one over a frozen trunk; `vocabulary`: whether embedding and head train, and whether they are one
+table, end to end too. A share is of the end-to-end row above.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def recipe_of(streams: str | None, vocabulary: str, *, tiny: bool) -> Recipe:
     """The recipe of a row; without streams it is end to end."""
     length = 64 if tiny else 1024
     heads = {"num_attention_heads": 2 if tiny else 12, "num_key_value_heads": 2 if tiny else 12}
-    config = (TINY if tiny else SIZES) | heads | {"max_position_embeddings": length, "tie_word_embeddings": False}
+    config = (TINY if tiny else SIZES) | heads | {"max_position_embeddings": length}
+    config["tie_word_embeddings"] = vocabulary == "tied"
     target = {"kind": "next-token", **STREAMS[streams or "two"]}
     fixed = vocabulary == "frozen" or streams == "trunk"
     values: dict[str, Any] = {
@@ -72,13 +74,14 @@ def measured(recipe: Recipe) -> int:
 
 
 def rows(*, measure: bool, tiny: bool) -> Iterator[dict[str, Any]]:
-    """A row for end to end, then one for each policy."""
+    """A row for end to end, then one for each policy; then the same of a model whose tables are one."""
     whole: dict[str, int] = {}
-    for streams, vocabulary in [(None, "trained"), *((s, v) for s in STREAMS for v in ("trained", "frozen"))]:
+    of_two = [(streams, vocabulary) for streams in STREAMS for vocabulary in ("trained", "frozen")]
+    for streams, vocabulary in [(None, "trained"), *of_two, (None, "tied"), *((s, "tied") for s in STREAMS)]:
         recipe = recipe_of(streams, vocabulary, tiny=tiny)
         ledger = predict(recipe, num_examples=0)
         peaks = {"predicted": ledger.peak} | ({"measured": measured(recipe)} if measure else {})
-        whole = whole or peaks
+        whole = peaks if streams is None else whole
         yield {
             "name": "end-to-end" if streams is None else "diffusionblocks",
             "streams": streams,

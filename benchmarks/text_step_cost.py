@@ -1,14 +1,17 @@
 """What a training step of a text model costs beside an ordinary one: of recurrent depth, and of two streams.
 
     python benchmarks/text_step_cost.py recurrent --hidden-size 512 --length 256 --batch-size 64 --precision bfloat16
-    python benchmarks/text_step_cost.py two-streams --hidden-size 768 --length 256 --layers 3 12 --precision bfloat16
+    python benchmarks/text_step_cost.py two-streams --hidden-size 384 768 --kernel sdpa flex_attention --layers 3 \
+        --vocab-size 8192 --batch-size 64 --precision bfloat16 --compile --out two-streams.json
 
 `recurrent`: the original, which iterates its core, beside the one denoiser. Layer passes are counted: of the original
 their mean over drawn depths, of the conversion those of one pass. The original's depth is random, and what it takes is
 all but affine in it beyond the iterations that keep a gradient; so its seconds are measured at two depths and read off
 at the mean one. Its memory is that of any depth beyond those iterations.
 
-`two-streams`: a Llama's next-token step beside that of the same layers as one block, which sees every sequence twice.
+`two-streams`: a Llama's next-token step beside that of the same layers as one block, which sees every sequence twice,
+for each width, number of layers and kernel; heads have 64 channels. `flops` are those of the products, attention's
+among them, counted on one text; the file is written row by row.
 
 Seconds and peak bytes are of whole steps (forward, backward, AdamW) on tokens drawn at random; the seconds are the best
 of several.
@@ -18,15 +21,17 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import diffusionblocks as db
@@ -37,7 +42,8 @@ from diffusionblocks.models import RecurrentDepth
 from diffusionblocks.models.recurrent_depth import draw_depth, layer_passes
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
-from diffusionblocks.training import EndToEnd, trainable
+from diffusionblocks.training import EndToEnd, TrainConfig, trainable
+from diffusionblocks.training.compilation import Compiler
 
 #: A backward pass is counted as two forward passes.
 _BACKWARD = 2
@@ -160,51 +166,77 @@ def recurrent(options: argparse.Namespace, device: torch.device) -> tuple[list[d
     return rows, {"original_over_diffusionblocks": {name: rows[0][name] / rows[1][name] for name in names}}
 
 
-def two_streams(options: argparse.Namespace, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """For each number of layers a plain row, one of the block, and one of a block whose clean stream has a loss too."""
-    rows: list[dict[str, Any]] = []
-    tokens = random_tokens(options, device)
-    for layers in options.layers:
+#: Rows of a block: what its target adds to that of the tables of docs/results.md.
+_BLOCKS: dict[str, dict[str, Any]] = {
+    "block": {"likelihood": "learned"},
+    "block, likelihood added": {"likelihood": "added"},
+    "block with clean_weight": {"likelihood": "learned", "clean_weight": 1.0},
+}
+
+
+def two_streams(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """For each width and number of layers a plain row, and of each kernel those of `--rows`."""
+    for width, layers in itertools.product(options.hidden_size, options.layers):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=options.vocab_size,
-            hidden_size=options.hidden_size,
-            intermediate_size=options.hidden_size * 8 // 3,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
             num_hidden_layers=layers,
-            num_attention_heads=options.heads,
+            num_attention_heads=max(1, width // 64),
             max_position_embeddings=options.length,
             attn_implementation="sdpa",
         )
-        plain = EndToEnd(LlamaForCausalLM(config)).to(device).train()
-        modules: dict[str, torch.nn.Module] = {"plain": plain}
-        for name, clean_weight in {"block": 0.0, "block with clean_weight": 1.0}.items():
+        plain = EndToEnd(LlamaForCausalLM(config))
+        size = {"hidden_size": width, "layers": layers}
+        first = measured(plain, options, device) | {"over_plain": 1.0, "flops_over_plain": 1.0}
+        yield {"name": "plain", **size, "kernel": "sdpa", **first}
+        for kernel, name in itertools.product(options.kernel, options.rows):
             original = LlamaForCausalLM(config)
-            if options.kernel != "sdpa":
-                original.config._attn_implementation = options.kernel
-            target = {"kind": "next-token", "clean_weight": clean_weight}
-            model = db.convert(original, db.BlocksConfig(num_blocks=1, target=target))
-            modules[name] = model.block(0).to(device).train()
-        if options.compile:
-            plain.compile()
-            for module in list(modules.values())[1:]:
-                module.compile_parts()
-        generator = torch.Generator(device).manual_seed(0)
-        batch = {"input_ids": tokens}
-        steps = {
-            name: step_of(module, functools.partial(module.loss, batch, generator), options.precision == "bfloat16")
-            for name, module in modules.items()
-        }
-        seconds = best_seconds(steps, device, options.repeats)
-        for name, module in modules.items():
-            row = {
-                "name": name,
-                "layers": layers,
-                "seconds": seconds[name],
-                "over_plain": seconds[name] / seconds["plain"],
-            }
-            held_bytes, step_bytes = held(module), transient_peak(steps[name], device)
-            rows.append(row | {"held_bytes": held_bytes, "peak_bytes": held_bytes + step_bytes})
-    return rows, {}
+            target = {"kind": "next-token", **_BLOCKS[name]}
+            block = db.convert(original, db.BlocksConfig(num_blocks=1, target=target)).block(0)
+            flops = flops_of(block, options)  # of which FlexAttention tells nothing
+            original.config._attn_implementation = kernel
+            block = db.convert(original, db.BlocksConfig(num_blocks=1, target=target)).block(0)
+            row = measured(block, options, device, flops)
+            over = {f"{what}over_plain": row[of] / first[of] for what, of in (("", "seconds"), ("flops_", "flops"))}
+            yield {"name": name, **size, "kernel": kernel, **row, **over}
+
+
+def measured(
+    module: torch.nn.Module, options: argparse.Namespace, device: torch.device, flops: int | None = None
+) -> dict[str, Any]:
+    """FLOPs of the step of a module on the CPU, its seconds on the device, compiled as the trainer does, and memory."""
+    flops = flops_of(module, options) if flops is None else flops
+    module = module.to(device).train()
+    if options.compile:
+        Compiler(TrainConfig(steps=1, compile=True), device, dynamic=False).compile([module])
+    batch, generator = {"input_ids": random_tokens(options, device)}, torch.Generator(device).manual_seed(0)
+    step = step_of(module, functools.partial(module.loss, batch, generator), options.precision == "bfloat16")
+    seconds = best_seconds({"": step}, device, options.repeats)[""]
+    held_bytes, step_bytes = held(module), transient_peak(step, device)
+    return {"seconds": seconds, "flops": flops, "held_bytes": held_bytes, "peak_bytes": held_bytes + step_bytes}
+
+
+def flops_of(module: torch.nn.Module, options: argparse.Namespace) -> int:
+    """FLOPs of the products of a training step, of attention those of the keys that are seen; on one text."""
+    tokens = torch.zeros(1, options.length, dtype=torch.int64)
+
+    def forward(query: Any, key: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, key) // 2  # causal
+
+    def backward(grad: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
+        return 5 * forward(query, key) // 2  # the scores again, and four products
+
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        module.train().loss({"input_ids": tokens}, torch.Generator().manual_seed(0)).mean().backward()
+    module.zero_grad(set_to_none=True)
+    return counter.get_total_flops() * options.batch_size
 
 
 def main() -> None:
@@ -212,12 +244,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     settings = {
         "recurrent": {"hidden-size": 128, "heads": 8, "length": 64, "vocab-size": 8192},
-        "two-streams": {"hidden-size": 256, "heads": 4, "length": 256, "vocab-size": 2048},
+        "two-streams": {"hidden-size": [256], "length": 256, "vocab-size": 2048},
     }
     for what, sizes in settings.items():
         command = commands.add_parser(what)
         for name, default in (sizes | {"batch-size": 8}).items():
-            command.add_argument(f"--{name}", type=int, default=default)
+            several = {"nargs": "+"} if isinstance(default, list) else {}
+            command.add_argument(f"--{name}", type=int, default=default, **several)
         command.add_argument("--repeats", type=int, default=7, help="steps of which the fastest counts")
         command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -228,14 +261,24 @@ def main() -> None:
             command.add_argument("--draws", type=int, default=20_000, help="depths whose mean is counted")
         else:
             command.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4])
-            command.add_argument("--kernel", choices=KERNELS, default="sdpa")
+            command.add_argument("--kernel", choices=KERNELS, nargs="+", default=["sdpa"])
+            command.add_argument("--rows", choices=_BLOCKS, nargs="+", default=["block"])
             command.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    rows, ratios = (recurrent if options.what == "recurrent" else two_streams)(options, torch.device(options.device))
+    device = torch.device(options.device)
     setting = {name: value for name, value in vars(options).items() if name not in ("out", "what")}
-    write_results(options.out, rows, setting=setting, **ratios)
-    print(format_table(rows))
+    ratios: dict[str, Any] = {}
+    if options.what == "recurrent":
+        rows, ratios = recurrent(options, device)
+        write_results(options.out, rows, setting=setting, **ratios)
+        print(format_table(rows))
+    else:
+        rows = []
+        for row in two_streams(options, device):
+            rows.append(row)
+            write_results(options.out, rows, setting=setting)
+            print(format_table([row]), flush=True)
     for name, values in ratios.items():
         print(f"{name}: {json.dumps(values)}")
 

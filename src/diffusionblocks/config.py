@@ -136,8 +136,10 @@ class BlocksConfig(BaseModel):
             copy, updated by whichever block steps: the released code), `replicated` (each block owns its copy, so
             blocks are independent) or `frozen` (fixed).
         vocabulary: Policy for the two parts of a language model that are as large as its vocabulary, the token
-            embedding and the head: `trained`, as `shared` says, or `frozen`, fixed as the trunk or the pretrained model
-            has them, in one copy for all blocks. What else is shared follows `shared`.
+            embedding and the head: `trained`, as `shared` says, a table each, also where the model's own are tied;
+            `tied`, likewise, but one table of each block is both, for models of `tie_word_embeddings: true`; or
+            `frozen`, fixed as the trunk or the pretrained model has them, in one copy for all blocks. What else is
+            shared follows `shared`.
         target: What the blocks denoise; null takes the family's default.
         conditioning_dim: Width of the noise embedding; null: hidden size / 6, at least 32, as a multiple of 8.
         lora: Train low-rank updates alone, on fixed weights; null trains the weights.
@@ -160,7 +162,7 @@ class BlocksConfig(BaseModel):
     overlap: Float = Field(default=0.05, ge=0.0, lt=1.0)
     noise: NoiseConfig | None = None
     shared: Literal["joint", "replicated", "frozen"] = "replicated"
-    vocabulary: Literal["trained", "frozen"] = "trained"
+    vocabulary: Literal["trained", "tied", "frozen"] = "trained"
     target: TargetConfig | None = None
     conditioning_dim: Width | None = None
     lora: LoraConfig | None = None
@@ -173,11 +175,16 @@ class BlocksConfig(BaseModel):
 
     def as_trunk(self) -> BlocksConfig:
         """The same as a trunk to branch from: one block, which has no other trunk and trains its vocabulary."""
-        one = self.as_one_block().model_copy(update={"vocabulary": "trained"})
+        one = self.as_one_block().model_copy(update={"vocabulary": "tied" if self.ties else "trained"})
         if self.target is None or not self.target.reads_trunk:
             return one
         target = self.target.resolve(self.shared)  # rows that the blocks can have too
         return one.model_copy(update={"target": target.model_copy(update={"context": "own"})})
+
+    @property
+    def ties(self) -> bool:
+        """Whether a block's embedding is its head as well."""
+        return self.vocabulary == "tied"
 
     @property
     def fixes_in_common(self) -> bool:

@@ -337,6 +337,12 @@ PRETRAINED = {
 CASES = [
     Case("--set model.config.{name}=", VIT, OF_VIT | {"model.config.num_labels": 7}, (r"--set \S+",)),
     Case("--set model.config.{name}=", LLAMA, OF_TEXT | {"model.config.vocab_size": 26}, (r"--set \S+",)),
+    Case(
+        "is another table than the embedding",
+        LLAMA,
+        OF_TEXT | {"blocks.vocabulary": "tied"},
+        (r"set model\.config\.tie_word_embeddings to true",),
+    ),
     Case("--set data.length={model[0]}", LLAMA, OF_TEXT | {"data.length": 300}, (r"--set \S+",)),
     Case(
         "more than the model's",

@@ -77,7 +77,10 @@ def test_a_step_of_more_examples_takes_longer() -> None:
 
 def test_slow_steps_are_told_by_two_of_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 1, 2 and 1 layers: six steps would take too long, so one of each size is stepped twice."""
-    slow = recipe("vit/digits.yaml", VIT | {"model.config.num_hidden_layers": 4, "blocks.num_blocks": 3, "blocks.layers": [1, 2, 1]})
+    slow = recipe(
+        "vit/digits.yaml",
+        VIT | {"model.config.num_hidden_layers": 4, "blocks.num_blocks": 3, "blocks.layers": [1, 2, 1]},
+    )
     experiment = Experiment(slow, {"train": slow.data.load("train")})
     stepped: list[int] = []
     step = Trainer.step

@@ -12,12 +12,14 @@ import pytest
 import torch
 from helpers import CAUSAL_FAMILIES, HIDDEN, LENGTH, VOCAB, randomise_adaptive, seeded, tiny, token_batch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusionblocks as db
 from diffusionblocks.core.block import Block
 from diffusionblocks.families import BlockCall
 from diffusionblocks.layers import two_streams as attention
+from diffusionblocks.layers.past_and_own import has_kernel
 from diffusionblocks.layers.two_streams import KERNELS, Past, Streams, two_streams
 
 PLACES = (0, 1, 5, LENGTH - 1)
@@ -107,28 +109,45 @@ def test_a_position_sees_its_past_and_itself_alone(family: str, kernel: str, pre
     assert leaks(block_of(family, previous, attn_implementation=kernel)) == []
 
 
-def test_in_chunks_of_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_ROWS_ON_CPU", 5)
+@pytest.fixture
+def masked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Leaves `sdpa` the masks with which it does what no kernel without one does."""
+    monkeypatch.setattr(attention, "has_kernel", lambda query, *, on_gpu: False)
+    return monkeypatch
+
+
+def test_in_chunks_of_rows_too(masked: pytest.MonkeyPatch) -> None:
+    masked.setattr(attention, "_ROWS_ON_CPU", 5)
     assert leaks(block_of()) == []
 
 
-def test_a_mask_that_lets_the_answer_through_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_lets_the_answer_through_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The positive control of what needs no mask: keys up to the position's own."""
+
+    def inclusive(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    monkeypatch.setattr(attention, "past_and_own", inclusive)
+    assert {f"noisy <= {i}, clean tokens >= {i}" for i in PLACES} <= set(leaks(block_of()))
+
+
+def test_a_mask_that_lets_the_answer_through_is_found(masked: pytest.MonkeyPatch) -> None:
     """The positive control: `<=` where there should be `<`."""
 
     def rows(self: Streams, start: int, stop: int) -> Tensor:
         query, key = self.positions[0, start:stop, None], self.positions[0, :stop]
         return torch.cat([key <= query, torch.eye(stop - start, dtype=torch.bool)], dim=1)
 
-    monkeypatch.setattr(Streams, "rows", rows)
+    masked.setattr(Streams, "rows", rows)
     assert set(leaks(block_of())) == {f"noisy <= {i}, clean tokens >= {i}" for i in PLACES}
 
 
-def test_a_mask_that_hides_the_past_or_shows_other_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_hides_the_past_or_shows_other_noise_is_found(masked: pytest.MonkeyPatch) -> None:
     right = Streams.rows
-    monkeypatch.setattr(Streams, "rows", lambda s, a, b: right(s, a, b) & (torch.arange(b + b - a) >= b))
+    masked.setattr(Streams, "rows", lambda s, a, b: right(s, a, b) & (torch.arange(b + b - a) >= b))
     assert "noisy 5, clean token 4" not in leaks(block_of())  # it comes in by the position's own input
     assert "noisy 5, clean token 4" in leaks(block_of(previous=False))
-    monkeypatch.setattr(Streams, "rows", lambda s, a, b: right(s, a, b) | (torch.arange(b + b - a) == b))
+    masked.setattr(Streams, "rows", lambda s, a, b: right(s, a, b) | (torch.arange(b + b - a) == b))
     assert "the other noisy positions, z of 0" in leaks(block_of())
 
 
@@ -220,6 +239,59 @@ def test_a_scale_and_dropout_are_passed_on() -> None:
         torch.testing.assert_close(many.mean(dim=(0, 1, 2, 4)), torch.ones(2 * LENGTH), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("length", [2, 5, 130])
+def test_without_a_mask_outputs_and_gradients_are_the_references(length: int) -> None:
+    """To the rounding of float64, where two queries share a key and where the noisy positions are alone."""
+    streams = Streams(length, length, CPU)
+    inputs = [
+        torch.randn(2, heads, 2 * length, 8, generator=seeded(i), dtype=torch.float64, requires_grad=True)
+        for i, heads in enumerate((4, 2, 2))
+    ]
+    weight = torch.randn(2, 4, 2 * length, 8, generator=seeded(3), dtype=torch.float64)
+    for queries in (2 * length, length):
+        outputs = [
+            two_streams(inputs[0][:, :, :queries], *inputs[1:], streams, scale=0.7, kernel=kernel)
+            for kernel in ("sdpa", "eager")
+        ]
+        sdpa, eager = ([out, *torch.autograd.grad((out * weight[:, :, :queries]).sum(), inputs)] for out in outputs)
+        torch.testing.assert_close(sdpa, eager, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_a_mask_a_gpu_is_the_reference_to_rounding(compiled: bool) -> None:
+    """In bfloat16 it is as near to float32 as the reference in bfloat16 is, in a CUDA graph's steps too."""
+    length, device = 200, torch.device("cuda")
+    streams = Streams(length, length, device)
+    wide = [torch.randn(2, heads, 2 * length, 64, generator=seeded(i)).to(device) for i, heads in enumerate((4, 2, 2))]
+    weight = torch.randn(2, 4, 2 * length, 64, generator=seeded(3)).to(device)
+
+    def step(kernel: str, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in wide]
+        out = two_streams(*inputs, streams, kernel=kernel)
+        return [out, *torch.autograd.grad((out.float() * weight).sum(), inputs)]
+
+    exact, near = step("eager", torch.float32), step("eager", torch.bfloat16)
+    run = torch.compile(step) if compiled else step
+    for one, two, true in zip(run("sdpa", torch.bfloat16), near, exact, strict=True):
+        assert (one - true).norm() <= 2 * (two - true).norm() + 1e-3 * true.norm()
+
+
+def test_compiled_it_is_the_same_without_a_mask() -> None:
+    """One graph, forward and backward, under autocast as in training."""
+    streams = Streams(LENGTH, LENGTH, CPU)
+    inputs = [torch.randn(2, 4, 2 * LENGTH, 8, generator=seeded(i), requires_grad=True) for i in range(3)]
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return two_streams(*inputs, streams).float().square().sum()
+
+    eager = torch.autograd.grad(loss(), inputs)
+    torch._dynamo.reset()
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), inputs)
+    torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -238,9 +310,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_mask_of_all_positions_by_all_is_made() -> None:
+def test_no_mask_of_all_positions_by_all_is_made(masked: pytest.MonkeyPatch) -> None:
     n, rows = 3072, attention._ROWS_ON_CPU
     q, k, v = (torch.randn(1, 1, 2 * n, 8, generator=seeded(i), requires_grad=True) for i in range(3))
+    with masked.context() as without, Largest() as kernel:
+        without.setattr(attention, "has_kernel", has_kernel)
+        two_streams(q, k, v, Streams(n, n, CPU)).sum().backward()
+    assert kernel.elements == q.numel()  # none at all
     with Largest() as sdpa:
         two_streams(q, k, v, Streams(n, n, CPU)).sum().backward()
     assert rows * n <= sdpa.elements <= rows * (n + rows)

@@ -64,6 +64,11 @@ def branch(trunk: DiffusionBlocks, num_blocks: int, **changes: Any) -> Diffusion
             )
         values["target"] = {**values["target"], "context": context}
     config = BlocksConfig.model_validate(values)
+    if config.ties != trunk.blocks_config.ties:
+        raise ValueError(
+            f"vocabulary = {config.vocabulary}: this trunk's is {trunk.blocks_config.vocabulary}, and blocks have one "
+            "table for embedding and head where their trunk has; leave vocabulary out"
+        )
     branches = assemble_like(trunk, config, _layers_in_trunk(config, depth))
     weights = trunk.block(0).state_dict()
     require_finite(weights.items(), "the trunk", DIVERGED)

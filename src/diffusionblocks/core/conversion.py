@@ -69,7 +69,7 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     family = family_for(model)
     config = resolve(config, family, model.config)
     assert config.noise is not None
-    _check_vocabulary(family, config)
+    _check_vocabulary(model, family, config)
     family.check_config(model, config)
     layer_paths = family.layer_paths(model)
     partition = Partition.build(
@@ -83,7 +83,8 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
         boundaries=config.boundaries,
     )
     model_config = model.config if take else copy.deepcopy(model.config)
-    family.adjust_config(model_config)
+    if not config.ties:
+        family.adjust_config(model_config)
     # What is added to a model without memory has none either.
     place = torch.device("meta") if _on_meta(model) else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), place:
@@ -110,11 +111,16 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     return converted.to(device=parameter.device).train()
 
 
-def _check_vocabulary(family: Family, config: BlocksConfig) -> None:
-    if config.vocabulary == "frozen" and not family.vocabulary:
+def _check_vocabulary(model: nn.Module, family: Family, config: BlocksConfig) -> None:
+    if config.vocabulary != "trained" and not family.vocabulary:
         raise ValueError(
-            f"blocks.vocabulary = frozen is for language models with a token embedding and a head of their own, and "
-            f"{'/'.join(family.classes)} has not both; leave vocabulary out"
+            f"blocks.vocabulary = {config.vocabulary} is for language models with a token embedding and a head of "
+            f"their own, and {'/'.join(family.classes)} has not both; leave vocabulary out"
+        )
+    if config.ties and not model.config.tie_word_embeddings:
+        raise ValueError(
+            f"blocks.vocabulary = tied: this {type(model).__name__} has tie_word_embeddings = False, and a head that "
+            "is another table than the embedding; set model.config.tie_word_embeddings to true, or leave vocabulary out"
         )
 
 
@@ -222,6 +228,8 @@ def _build_blocks(
         _stop_checkpointing_inside(network)
         for path in shared_paths:
             attach(network, path, part_at(common if path in fixed else foreign, path))
+        if config.ties:  # the family reads out by the embedding's table
+            part_at(network, family.vocabulary[1]).register_parameter("weight", None)
         family.adjust(network)
         for path in fixed:
             part_at(network, path).requires_grad_(False)

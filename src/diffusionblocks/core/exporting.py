@@ -61,8 +61,9 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
     it gives. The trained model is the blocks: `predict`, `sample` or `generate`.
 
     Layers come from the blocks that own them; shared parameters before the layers from block 0, those after them from
-    the last block. What conversion added (adaptive norms, noise embedder, target) has no place in the original
-    class and is left out. Weights that are kept in few bits (`lora.base`) are dequantised, and a warning says so.
+    the last block (of `vocabulary: tied` the one table from block 0). What conversion added (adaptive norms, noise
+    embedder, target) has no place in the original class and is left out. Weights that are kept in few bits
+    (`lora.base`) are dequantised, and a warning says so.
 
     Returns:
         An instance of the original class, on the CPU.
@@ -92,7 +93,7 @@ def export_initialisation(model: DiffusionBlocks) -> nn.Module:
             of_head = f"{name}.".startswith(head)
             if of_layer or (of_head and index == last) or (not of_head and index == 0):
                 weights[name] = tensor.detach().cpu().clone()
-    original.load_state_dict(weights, strict=True, assign=True)  # each in its own precision
+    _load(original, weights)
     _take_generation_config(model, original)
     _tell_dequantised("the whole model", model.block(0), original)
     return original.train(model.training)
@@ -423,9 +424,23 @@ def _built(model: DiffusionBlocks, block: int, ordinary: OrdinaryModel) -> nn.Mo
         config = rebuild_config(name, {n: v for n, v in values.items() if n in fields} | ordinary.values)
     exported = instantiate(name, config)
     weights = _unused(model, exported) | ordinary.weights(family_named(name).layer_paths(exported))
-    exported.load_state_dict({n: t.detach().cpu().clone() for n, t in weights.items()}, strict=True, assign=True)
+    _load(exported, {n: t.detach().cpu().clone() for n, t in weights.items()})
     _take_generation_config(model, exported)
     return exported.train(model.training)
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a model weights, each in its own precision; of parameters that its class ties, one name is enough."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    tied = [several for several in names.values() if len(several) > 1]
+    for several in tied:
+        stored = next(weights[name] for name in several if name in weights)
+        weights |= dict.fromkeys(several, stored)
+    model.load_state_dict(weights, strict=True, assign=True)
+    if tied:
+        model.tie_weights()  # type: ignore[operator]
 
 
 def _take_generation_config(model: DiffusionBlocks, exported: nn.Module) -> None:

@@ -49,8 +49,8 @@ def _register_kernels() -> None:
 class CausalLMFamily(NextTokenFamily):
     """Converts the classes of transformers whose layers are those of Llama: see `classes`.
 
-    A head that is tied to the input embedding is untied, for blocks that train apart have one copy of each; its weights
-    start as they were. A class that embeds, attends or reads out in another way subclasses this one and overrides
+    A head that is tied to the input embedding is untied, unless `blocks.vocabulary` is `tied`; its weights start as
+    they were. A class that embeds, attends or reads out in another way subclasses this one and overrides
     `embed`, `add_positions`, `rotations`, `keys_values` or `head_logits`.
     """
 
@@ -301,9 +301,19 @@ class CausalLMFamily(NextTokenFamily):
         self.fold_logit_scale(call.extra["logit_scale"].get_parameter("log").double().exp(), call, ordinary)
 
     def fold_logit_scale(self, scale: Tensor, call: BlockCall, ordinary: OrdinaryModel) -> None:
-        """Multiply the logits of a model by a scale (1,)."""
+        """Multiply the logits of a model by a scale (1,).
+
+        Of a tied head the final norm is scaled; where that norm is not linear in its weights the head is untied.
+        """
+        scaled = ["lm_head"]
+        if call.network.get_submodule("lm_head").weight is None:
+            if _is_linear_in_weights(call.network.get_submodule(self.final_norm)):
+                scaled = [self.final_norm, "lm_head.bias"]
+            else:
+                ordinary.values["tie_word_embeddings"] = False
+            ordinary.shared["lm_head.weight"] = ordinary.shared[self.embedding_path]
         for name, tensor in ordinary.shared.items():
-            if name.startswith("lm_head."):
+            if f"{name}.".startswith(tuple(f"{path}." for path in scaled)):
                 ordinary.shared[name] = (tensor.double() * scale).to(tensor.dtype)
 
     @override
@@ -354,7 +364,13 @@ class CausalLMFamily(NextTokenFamily):
 
     def head_logits(self, network: nn.Module, states: Tensor) -> Tensor:
         """The model's own logits of what its final norm gives: (..., dim) -> (..., vocab_size)."""
-        return network.get_submodule("lm_head")(states)  # type: ignore[no-any-return]
+        head: Any = network.get_submodule("lm_head")
+        return F.linear(states, self._table(network), head.bias) if head.weight is None else head(states)
+
+    def _table(self, network: nn.Module) -> nn.Parameter:
+        """What logits are made by (vocab_size, dim): the head's own weight; the embedding's, where both are one."""
+        own: nn.Parameter | None = network.get_submodule("lm_head").weight  # type: ignore[assignment]
+        return network.get_parameter(self.embedding_path) if own is None else own
 
     def _noisy_alone(self, layer: Any, states: Tensor, rotation: tuple[Tensor, ...], streams: Streams) -> Tensor:
         """A layer at the noisy positions; of the clean ones only keys and values, which is all that is read there."""
@@ -400,8 +416,7 @@ class CausalLMFamily(NextTokenFamily):
     @override
     def logits(self, call: BlockCall, states: Tensor, condition: Tensor) -> Tensor:
         assert call.final_norm is not None
-        dtype = next(call.module("lm_head").parameters()).dtype
-        normed = call.final_norm(states.to(dtype))
+        normed = call.final_norm(states.to(self._table(call.network).dtype))
         return call.extra["logit_scale"](self.head_logits(call.network, normed))  # type: ignore[no-any-return]
 
     @override
@@ -422,6 +437,18 @@ def window_of(attention: Any) -> int | None:
     ):
         return None
     return config.sliding_window  # type: ignore[no-any-return]
+
+
+def _is_linear_in_weights(norm: nn.Module) -> bool:
+    """Whether a norm gives twice as much with twice its weights, which is exact: of some it is 1 + weight."""
+    twice = copy.deepcopy(norm)
+    parameters = list(twice.parameters())
+    if not parameters:
+        return False
+    for parameter in parameters:
+        parameter.data = 2 * parameter.data
+    probe = torch.linspace(-1, 2, parameters[0].numel()).to(parameters[0])
+    return torch.equal(twice(probe), 2 * norm(probe))
 
 
 def _narrowest(config: Any) -> int | None:

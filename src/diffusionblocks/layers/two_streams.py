@@ -8,9 +8,9 @@ does not depend on the noise level, and their keys and values can be kept while 
 Where attention slides over a window of w tokens, position i of either stream sees only what is behind i - w: a noisy
 position the w - 1 clean ones before it, and itself (`Streams.within`).
 
-Three kernels give the same: `sdpa` (no mask for a clean half that sees all of its past, else boolean masks of some
-hundred rows), `flex_attention` (one call under a block mask: what a GPU wants at long lengths) and `eager` (plain
-matrix products under the whole mask: the reference).
+Three kernels give the same: `sdpa` (no mask where all of the past is seen, see `past_and_own.py`; for windows, dropout
+and a GPU's float32 boolean masks of some hundred rows), `flex_attention` (one call under a block mask) and `eager`
+(plain matrix products under the whole mask: the reference).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .past_and_own import has_kernel, past_and_own
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # which takes long to import
 
@@ -40,18 +42,18 @@ _ALIGNED = 16
 _ROWS = 512
 #: The same on a CPU, where calls are cheap: fewer rows waste less on pairs of noisy positions, which are masked.
 _ROWS_ON_CPU = 64
-_rows_on_cpu = _ROWS_ON_CPU
+_as_on_gpu = False
 
 
 @contextlib.contextmanager
-def rows_of_a_gpu() -> Iterator[None]:
-    """Let `sdpa` take as many rows at a time on a CPU as on a GPU: where a GPU's memory is predicted there."""
-    global _rows_on_cpu
-    _rows_on_cpu = _ROWS
+def as_on_a_gpu() -> Iterator[None]:
+    """Let `sdpa` go on a CPU the way that it goes on a GPU: where a GPU's memory is predicted there."""
+    global _as_on_gpu
+    _as_on_gpu = True
     try:
         yield
     finally:
-        _rows_on_cpu = _ROWS_ON_CPU
+        _as_on_gpu = False
 
 
 class Past:
@@ -336,12 +338,18 @@ def two_streams(
         return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[no-any-return]
     if kernel == "eager":
         return _reference(query, key, value, streams.whole()[:queries], scale, dropout, softcap, sinks)
+    if torch.is_autocast_enabled(query.device.type):  # as the library's attention does by itself
+        query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
     (noisy_k, clean_k), (noisy_v, clean_v) = (t.split([n, t.shape[2] - n], dim=2) for t in (key, value))
     noisy_q, *clean_q = query.split([n, queries - n] if queries > n else [n], dim=2)
-    rows = _rows_on_cpu if query.device.type == "cpu" else _ROWS
+    on_gpu = _as_on_gpu or query.device.type != "cpu"
+    rows = _ROWS if on_gpu else _ROWS_ON_CPU
     parts = []
-    for start, q in _in_rows(noisy_q, rows):
+    unmasked = streams.window is None and not dropout and has_kernel(noisy_q, on_gpu=on_gpu)
+    if unmasked:
+        parts.append(past_and_own(noisy_q, clean_k, clean_v, noisy_k, noisy_v, scale))
+    for start, q in [] if unmasked else _in_rows(noisy_q, rows):
         stop = start + q.shape[2]
         first, own = streams.first_key(start), slice(start, stop)
         keys = torch.cat([clean_k[:, :, first:stop], noisy_k[:, :, own]], dim=2)

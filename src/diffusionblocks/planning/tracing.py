@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..common.modules import bytes_of, tensors_of
 from ..core.block import Block
 from ..families import TRUNK
-from ..layers.two_streams import rows_of_a_gpu
+from ..layers.two_streams import as_on_a_gpu
 from ..targets import LossChunk, followed_in_shape
 from ..training import TrainConfig, Unit, trainable
 from ..training.compilation import Compiler
@@ -79,8 +79,8 @@ class StepTracer:
         """Follow a step with such chunks of a text's logits (`TrainConfig.loss_chunk`)."""
         self._module.loss_chunk = loss_chunk  # type: ignore[assignment]
         recompiling = _recompiling() if self._train.compile else contextlib.nullcontext()
-        rows = rows_of_a_gpu() if self._on_gpu else contextlib.nullcontext()
-        with self._fakes, rows, recompiling, _without_older_objects(), followed_in_shape():
+        kernels = as_on_a_gpu() if self._on_gpu else contextlib.nullcontext()
+        with self._fakes, kernels, recompiling, _without_older_objects(), followed_in_shape():
             if self._train.compile and not self._graphs:
                 self._step()  # compiles, which makes fake tensors of its own
             while True:
