@@ -111,7 +111,7 @@ def assemble(model: nn.Module, config: BlocksConfig, *, take: bool = False) -> D
     return converted.to(device=parameter.device).train()
 
 
-def _check_vocabulary(model: nn.Module, family: Family, config: BlocksConfig) -> None:
+def _check_vocabulary(model: Any, family: Family, config: BlocksConfig) -> None:
     if config.vocabulary != "trained" and not family.vocabulary:
         raise ValueError(
             f"blocks.vocabulary = {config.vocabulary} is for language models with a token embedding and a head of "
