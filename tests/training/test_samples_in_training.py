@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import few_digits, seeded, vit_recipe
+from helpers import few_digits, run_like_torchrun, seeded, vit_recipe
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import diffusionblocks as db
@@ -19,6 +21,8 @@ from diffusionblocks.experiments.recipe import Recipe, load_recipe
 from diffusionblocks.experiments.run_folder import read_run
 from diffusionblocks.reports.pictures import readable_scale, save_grid
 from diffusionblocks.training import TrainConfig, Trainer
+from diffusionblocks.training.checkpoint import checkpoints
+from diffusionblocks.training.ranks import Place, Ranks
 from diffusionblocks.training.run_log import PictureLogger
 
 DIGITS = Path(__file__).parents[2] / "recipes" / "dit" / "digits.yaml"
@@ -93,8 +97,8 @@ def test_a_run_with_pictures_is_bit_equal_and_resumes_with_the_same_ones(
     first = pictures(tmp_path / "drawn")
     assert [*first] == ["step-000000004.png", "step-000000008.png", "step-000000012.png"]
     assert len({*first.values()}) == 3
-    part = experiment(changes | {"train.sample_every": 4}).trainer(tmp_path / "resumed", progress=False)
-    part.train(until=7)
+    part = experiment(changes).trainer(tmp_path / "resumed", progress=False)  # pictures may be asked for later
+    part.train(until=3)
     again = experiment(changes | {"train.sample_every": 4}).trainer(tmp_path / "resumed", progress=False)
     again.train()
     assert same(everything(plain), everything(again))
@@ -199,6 +203,35 @@ def test_loggers_receive_pictures_where_they_take_them(tmp_path: Path) -> None:
     of = experiment({"train.sample_every": 6})
     of.trainer(tmp_path, progress=False, loggers=(Plain(), watch)).train()
     assert watch.received == [("step-000000006.png", 6), ("step-000000012.png", 12)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
+def test_of_ranks_that_train_one_unit_the_first_draws(tmp_path: Path) -> None:
+    """Whether each of them has it whole or a share; and training goes on as without pictures."""
+    changes = {"blocks.num_blocks": 1, "train.steps": 3}
+
+    def command(rank: int) -> int:
+        place = Place.from_environment()
+        assert place is not None
+        ranks = Ranks(place, 30)
+        with ranks.failing_together():
+            for shard in (False, True):
+                group = ranks.groups(torch.device("cpu"), 1, shard=shard)
+                for name, every in (("plain", {}), ("drawn", {"train.sample_every": 2})):
+                    of, folder = experiment(changes | every), tmp_path / f"{name}-{shard}"
+                    of.trainer(folder, progress=False, group=group).train()
+        return 0
+
+    importlib.import_module("torch.distributed.fsdp")  # once, not in each process
+    few_digits()
+    run_like_torchrun(command, tmp_path, ranks=2)
+    for shard in (False, True):
+        plain, drawn = (
+            load_file(checkpoints(tmp_path / f"{name}-{shard}" / "checkpoints")[-1] / "block-0.safetensors")
+            for name in ("plain", "drawn")
+        )
+        assert same(plain, drawn)
+        assert [*pictures(tmp_path / f"drawn-{shard}")] == ["step-000000002.png"]
 
 
 # ---- refused -------------------------------------------------------------------------------------------------

@@ -16,10 +16,8 @@ from text_encoders import (
     pipeline_of,
     save_encoder,
     save_pipeline,
-    sd3_pipeline,
     t5,
     tokenizer,
-    wan_pipeline,
 )
 from torch import Tensor
 
@@ -60,20 +58,6 @@ def test_a_pooled_state_is_kept(tmp_path: Path) -> None:
     assert [tuple(value.shape) for value in states.values()] == [(2, 5, 20), (2, 5), (2, 20)]
 
 
-@pytest.mark.parametrize("kind", ["sd3", "wan"])
-def test_states_of_a_pipeline_are_those_of_its_own_encode_prompt(kind: str, tmp_path: Path) -> None:
-    pipeline: Any = sd3_pipeline() if kind == "sd3" else wan_pipeline()
-    pipeline.save_pretrained(tmp_path)
-    states = load_prompt_encoder(str(tmp_path), 8, CPU)(PROMPTS)
-    more = {"prompt_2": None, "prompt_3": None} if kind == "sd3" else {}
-    options = {"do_classifier_free_guidance": False, "max_sequence_length": 8, "device": CPU, **more}
-    with torch.no_grad():
-        embeds, _, *pooled = pipeline.encode_prompt(PROMPTS, **options)
-    assert torch.equal(states["encoder_hidden_states"], embeds.bfloat16())
-    if kind == "sd3":
-        assert torch.equal(states["pooled_projections"], pooled[0].bfloat16())
-
-
 class _Stopped(Exception):
     """A transformer has been told of its prompts."""
 
@@ -94,7 +78,7 @@ GUIDED: dict[str, dict[str, Any]] = {
 IN_TWO_CALLS = ("FluxPipeline", "QwenImagePipeline", "HunyuanVideoPipeline", "Lumina2Pipeline", "WanPipeline")
 
 
-def told_by(pipeline: Any, prompts: list[str]) -> list[dict[str, Tensor]]:
+def told_by(pipeline: Any, prompts: list[str], **more: Any) -> list[dict[str, Tensor]]:
     """What a pipeline tells its transformer of prompts, and of the empty ones that it leads away from, if it does."""
     kind, told = type(pipeline).__name__, []
     calls = 2 if kind in IN_TWO_CALLS else 1
@@ -105,7 +89,8 @@ def told_by(pipeline: Any, prompts: list[str]) -> list[dict[str, Tensor]]:
             raise _Stopped
 
     hook = pipeline.transformer.register_forward_pre_hook(stop, with_kwargs=True)
-    options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent", **GUIDED.get(kind, {})}
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent", **more}
+    options |= GUIDED.get(kind, {})
     if "true_cfg_scale" in options:
         options["negative_prompt"] = [""] * len(prompts)
     with pytest.raises(_Stopped):
@@ -148,6 +133,11 @@ def test_states_are_those_that_a_pipeline_tells_its_transformer(kind: str, tmp_p
             check_states({name: value.expand(len(prompts), *value.shape[1:]) for name, value in empty.items()}, told)
     if kind == "Flux2Pipeline":  # not guided: the empty prompt is one like others
         check_states(empty, told_by(pipeline, [""])[0])
+    shorter = load_prompt_encoder(str(tmp_path), 12, CPU)  # --prompt-length
+    empty, length = shorter.empty(), {"tokenizer_max_length" if kind == "PRXPipeline" else "max_sequence_length": 12}
+    positive, *negative = told_by(pipeline, ["cat dog " * 600], **length)
+    for ours, told in zip((shorter(["cat dog " * 600]), empty), (positive, *negative), strict=False):
+        check_states(ours, told)
 
 
 def test_every_pipeline_is_checked() -> None:
