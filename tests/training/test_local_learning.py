@@ -95,6 +95,18 @@ def test_the_parts_are_the_whole_network(family: str) -> None:
         torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2-registers", "ijepa"])
+def test_a_head_that_reads_the_mean_token_reads_it_in_every_place(family: str) -> None:
+    """Registers, which a head passes over, are more than the two tokens that [CLS] and one patch would be."""
+    part = local("mono-forward", family).eval().part(1)
+    images = image_batch()["pixel_values"]
+    mean = part.advance(part.features(images))[-1].mean(dim=1)
+    classifier = part.network.get_submodule("classifier")
+    assert isinstance(classifier, torch.nn.Linear)
+    copies = classifier.in_features // mean.shape[1]  # DINOv2 reads [CLS] and the mean of the patches
+    torch.testing.assert_close(part(images), classifier(mean.repeat(1, copies)))
+
+
 def test_the_first_module_is_an_end_to_end_network_of_its_layers() -> None:
     model = local()
     short = tiny(layers=2)
@@ -267,6 +279,8 @@ def test_compare_has_rows_on_request(data: dict[str, ImageData], tmp_path: Path)
     assert [row["key"] for row in table] == rows
     assert [row["name"] for row in table] == list(OBJECTIVES)
     assert {row["layer_updates"] for row in table} == {12}
+    schedules = [json.loads((tmp_path / row / "recipe.json").read_text())["train"]["schedule"] for row in rows]
+    assert schedules == ["random"] * 3 + ["sequential"]  # a head is for the encoder as it ended
     for row in table:
         assert 0 < row["parameters_trained"] < row["memory"]["parameters"]
 

@@ -149,6 +149,8 @@ def local_variants(recipe: Recipe) -> list[Variant]:
         if options.by_layer:
             options = options.model_copy(update={"modules": None})
         local = with_train(recipe, resident="all", concurrent=False)  # a module runs those before it
+        if options.more_units:  # a head that is for the encoder as it ended
+            local = with_train(local, schedule="sequential")
         local = local.model_copy(update={"method": "local", "local": options})
         many = modules_of(local)
         key = f"{objective}-{many}x{depth // many}"

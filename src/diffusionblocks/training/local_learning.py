@@ -38,8 +38,9 @@ class LocalConfig(BaseModel):
     Attributes:
         objective: `greedy`: cross-entropy of a head on each module. `trgl`: the same plus the module's kinetic energy.
             `mono-forward`: cross-entropy of a linear read-out on each layer. `forward-forward`: a supervised
-            contrastive loss on each layer's mean token, and a linear head on the whole encoder, the last unit; label
-            smoothing and distillation are the head's alone.
+            contrastive loss on each layer's mean token, and a linear head on the whole encoder, the last unit. Of
+            `train.schedule`, `sequential` trains it on the finished encoder. Label smoothing and distillation are the
+            head's alone.
         modules: K, the number of modules, which must divide the layers; null: blocks.num_blocks. Of `mono-forward` and
             `forward-forward` a module is a layer: leave it out.
         read: What a head reads: `cls`, as the model's own head does, or `mean`, the mean token. null: `mean` for
@@ -148,8 +149,8 @@ class LocalModule(nn.Module):
 
     def read(self, tokens: Tensor) -> Tensor:
         """Run the head: tokens (batch, length, dim) -> logits (batch, num_classes)."""
-        if self.mean:  # one token that stands for [CLS], and one for the patches
-            tokens = tokens.mean(dim=1, keepdim=True).expand(-1, 2, -1)
+        if self.mean:  # in every place, for heads read different ones
+            tokens = tokens.mean(dim=1, keepdim=True).expand_as(tokens)
         return self.family.classify(self.network, tokens)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
