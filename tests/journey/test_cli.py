@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY_VIT, VIT, sets
 from helpers import listing
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
@@ -275,6 +276,20 @@ def test_bad_input_names_the_value_and_the_fix(
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_of_another_method_starts_anew_in_the_folder_of_each(tmp_path: Path) -> None:
+    """What is left in `model` is the new one's alone, whatever the older was."""
+    methods = ["local", "diffusionblocks", "ensemble", "diffusionblocks", "end-to-end", "diffusionblocks"]
+    for method in methods:
+        quick = [*TINY_VIT, *sets(train__steps=1, evaluate__limit=10, method=method)]
+        assert main(["train", VIT, "--out", str(tmp_path), "--quiet", "--restart", *quick]) == 0
+        names = {path.name for path in (tmp_path / "model").iterdir()}
+        assert ("diffusionblocks.json" in names) == (method == "diffusionblocks")
+        if method == "diffusionblocks":
+            assert not [
+                name for name in names if name.startswith(("module", "member", "local", "ens", "files", "model"))
+            ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -11,6 +11,7 @@ from helpers import seeded
 from torch import Tensor
 
 import diffusionblocks as db
+from diffusionblocks.common.messages import warn_once
 from diffusionblocks.models import NoPropCNN
 from diffusionblocks.noise.discrete_steps import DiscreteSteps
 from diffusionblocks.targets import LabelTarget
@@ -164,9 +165,10 @@ def test_what_needs_tokens_is_refused(name: str, value: object) -> None:
         blocks(target={name: value})
 
 
-def test_the_map_of_the_level_must_learn() -> None:
-    with pytest.raises(ValueError, match="shared = frozen would freeze the map of the noise level, which starts at"):
-        blocks(shared="frozen")
+def test_a_frozen_map_of_the_level_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()  # which tells it once in a process
+    blocks(shared="frozen")
+    assert "blocks will never be told the noise level: shared = frozen" in caplog.text
 
 
 def test_local_learning_of_it_is_refused() -> None:

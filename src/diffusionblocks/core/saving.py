@@ -21,8 +21,12 @@ from .model import DiffusionBlocks
 from .model_card import CardNotes, card_text, write_card
 from .saved_model import (
     CONFIG,
+    END_TO_END_FILES,
+    ENSEMBLE,
     GENERATION_CONFIG,
     INDEX,
+    LOCAL,
+    MODEL_FILES,
     OURS,
     SHARED,
     STAMP,
@@ -107,7 +111,9 @@ def save(
 
 
 def replaced_names(path: Path, ours: re.Pattern[str]) -> re.Pattern[str]:
-    """The names of files that are replaced: configs too, but in a folder of blocks alone, where they are ours."""
+    """The names of files that are replaced: configs too in a folder of blocks, and all of what another method left."""
+    if not (path / INDEX).is_file() and any((path / name).is_file() for name in (ENSEMBLE, LOCAL, END_TO_END_FILES)):
+        return MODEL_FILES
     configs = "|".join(map(re.escape, (CONFIG, GENERATION_CONFIG)))
     return re.compile(f"{ours.pattern}|{configs}") if (path / INDEX).is_file() else ours
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..common.messages import warn_once
 from ..config import BlocksConfig, ImageTargetConfig, LabelTargetConfig, NextTokenTargetConfig, TokenTargetConfig
 from ..layers.target_tokens import Hint
 from ..layers.two_streams import Past
@@ -39,23 +40,24 @@ class ClassifierFamily(Family):
 
     @override
     def check_weights(self, model: nn.Module, config: BlocksConfig) -> None:
+        assert isinstance(config.target, LabelTargetConfig)
         if config.shared != "frozen":
             return
-        for part, setting in self.maps_from_zero(config).items():
+        if config.target.self_conditioning:
             raise ValueError(
-                f"shared = frozen would freeze the map of {part}, which starts at zero: it could never learn; use "
-                f"shared: replicated{setting}"
+                "target.self_conditioning = true with shared = frozen: the map of what is shown starts at zero and "
+                "could never learn; use shared: replicated"
+            )
+        if (part := self.told_by_zero(config)) is not None:
+            warn_once(
+                f"blocks will never be told {part}: shared = frozen freezes the map of it, which starts at zero; use "
+                "shared: replicated"
             )
 
-    def maps_from_zero(self, config: BlocksConfig) -> dict[str, str]:
-        """What is shown to blocks by a map of conversion's that starts at zero -> how to do without, as `, or ...`."""
+    def told_by_zero(self, config: BlocksConfig) -> str | None:
+        """What blocks are told of by a map of conversion's that starts at zero; None: nothing."""
         assert isinstance(config.target, LabelTargetConfig)
-        target, maps = config.target, {}
-        if target.noise_input and target.token == "linear":
-            maps["z (target.token = linear)"] = ", or target.token: extra"
-        if target.self_conditioning:
-            maps["what was said before (target.self_conditioning = true)"] = ", or leave self_conditioning out"
-        return maps
+        return "z (target.token = linear)" if config.target.noise_input and config.target.token == "linear" else None
 
     def whole_logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         """What an unconverted model gives: images (batch, channels, height, width) -> logits (batch, num_classes)."""

@@ -49,8 +49,8 @@ class NoPropFamily(ClassifierFamily):
                 )
 
     @override
-    def maps_from_zero(self, config: BlocksConfig) -> dict[str, str]:
-        return {"the noise level": ""}
+    def told_by_zero(self, config: BlocksConfig) -> str | None:
+        return "the noise level"
 
     @override
     def add_parts(self, model: nn.Module, config: BlocksConfig) -> nn.ModuleDict:
