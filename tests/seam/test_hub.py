@@ -25,6 +25,7 @@ from diffusionblocks.cli import main
 from diffusionblocks.core.model_card import CARD, is_generated
 from diffusionblocks.core.saved_model import INDEX
 from diffusionblocks.data.autoencoder import load_vae
+from diffusionblocks.families.libraries import cached_folder
 
 BLOCKS = [f"block-{b:02d}.safetensors" for b in range(3)]
 
@@ -408,3 +409,10 @@ def test_an_autoencoder_out_of_reach_is_told_at_once(hub: Hub, tmp_path: Path, m
     (cache / "refs" / "main").write_text("0" * 40)
     assert load_vae("ann/pipeline", torch.device("cpu")).latent_shape == (4, 1)
     assert not attempts
+
+
+def test_of_a_model_that_is_not_there_no_other_file_is_asked_for(hub: Hub) -> None:
+    assert cached_folder("ann/none", ("config.json", "tokenizer.json", "vocab.json")) is None
+    asked = [request for request in hub.requests if "/ann/none/" in request]
+    assert asked
+    assert all(request.endswith("/config.json") for request in asked)

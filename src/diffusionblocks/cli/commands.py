@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..common.fields import MOST_LAYERS, MOST_LENGTH, MOST_LEVELS, MOST_SAMPLES, MOST_SEED
 from ..common.files import check_writable
+from ..common.interpreter import on_a_large_stack, uncollected
 from ..common.messages import STATUSES, OneLineParser, one_line, report_errors
 from .command import Command
 
@@ -133,17 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = next((name for name in arguments if name in COMMANDS), "")
     _quieten_imports()
     options = parser(name).parse_args(arguments)
-    return report_errors(lambda: _run(name, options), lambda: _way_on(options))
+    return report_errors(lambda: on_a_large_stack(lambda: _run(name, options)), lambda: _way_on(options))
 
 
 def _run(name: str, options: argparse.Namespace) -> None:
     _check_one_process(name, options)
-    _quieten_libraries()
-    from pydantic import ValidationError
+    with uncollected():
+        _quieten_libraries()
+        from pydantic import ValidationError
 
-    from ..experiments.experiment import Experiment
-    from ..experiments.recipe import Recipe, load_recipe
-    from ..experiments.schema_errors import explain
+        from ..experiments.experiment import Experiment
+        from ..experiments.recipe import Recipe, load_recipe
+        from ..experiments.schema_errors import explain
 
     try:
         _check_options(options)

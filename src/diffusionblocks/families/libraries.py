@@ -442,11 +442,19 @@ def cached_file(path: str | Path, name: str) -> Path | None:
 
 
 def cached_folder(path: str | Path, names: Iterable[str]) -> Path | None:
-    """The folder of those of the named files that a folder, or a hub repository, has; None where it has none."""
+    """The folder of those of the named files that a folder, or a hub repository, has; None where it lacks the first.
+
+    The others are not asked for then: without a network each would take the hub's client half a minute.
+    """
     if Path(path).is_dir():
         return Path(path)
-    files = [cached_file(path, name) for name in names]
-    return next((file.parent for file in files if file is not None), None)
+    first, *others = names
+    file = cached_file(path, first)
+    if file is None:
+        return None
+    for name in others:
+        cached_file(path, name)
+    return file.parent
 
 
 def _headers(keys: dict[str, Path]) -> tuple[dict[str, str], dict[str, torch.Size]]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.interpreter import uncollected
 from ..common.messages import Say
 from ..core.block import Block
 from ..data.dataset import ExampleCount
@@ -218,7 +219,8 @@ class Predictor:
     def _outline(self, recipe: Recipe) -> _Outline:
         key = json.dumps(recipe.model_dump(mode="json", exclude=_OUTSIDE_THE_MODEL), sort_keys=True)
         if key not in self._outlines:
-            module = Experiment(recipe).outline
+            with uncollected():  # the model's library is imported
+                module = Experiment(recipe).outline
             self._outlines[key] = _Outline(key, family_named(recipe.model.type), module, Experiment.config_of(module))
         return self._outlines[key]
 

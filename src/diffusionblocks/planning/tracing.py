@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from ..common.interpreter import without_older_objects
 from ..common.modules import bytes_of, tensors_of
 from ..core.block import Block
 from ..families import TRUNK
@@ -80,7 +81,7 @@ class StepTracer:
         self._module.loss_chunk = loss_chunk  # type: ignore[assignment]
         recompiling = _recompiling() if self._train.compile else contextlib.nullcontext()
         kernels = as_on_a_gpu() if self._on_gpu else contextlib.nullcontext()
-        with self._fakes, kernels, recompiling, _without_older_objects(), followed_in_shape():
+        with self._fakes, kernels, recompiling, without_older_objects(), followed_in_shape():
             if self._train.compile and not self._graphs:
                 self._step()  # compiles, which makes fake tensors of its own
             while True:
@@ -139,16 +140,6 @@ class StepTracer:
             torch.empty(self._averaged)
         for parameter in trainable(module):
             parameter.grad = None
-
-
-@contextlib.contextmanager
-def _without_older_objects() -> Iterator[None]:
-    """Let garbage collection pass over what is there already: a library's modules are a million objects."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _without_memory(tensors: list[Tensor]) -> list[Tensor]:
