@@ -169,6 +169,11 @@ def test_bad_input_is_one_line(
     refused("13 frames at 30 a second take 0.43 s", "--frames", "13", *prompts)
     refused("frames = 0: must be at least 1", "--frames", "0", *prompts)
     refused("fps = 0.0: must be finite and > 0", "--frames", "5", "--fps", "0", *prompts)
+    where = ["--source", str(videos), "--vae", str(vae), "--out", str(tmp_path / "out")]
+    assert main(["encode", *where]) == 2
+    assert "has no pictures in train/CLASS/, nor parquet files of the split 'train'; for its videos give frames" in (
+        capsys.readouterr().err
+    )
     refused("fps = 30.0 is of videos: give frames", *prompts)
     refused("has no files in train/CLASS/ that end in .avi", "--frames", "5")
     refused("has videos in files, not in columns", "--frames", "5", "--image-column", "img")

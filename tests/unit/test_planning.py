@@ -391,6 +391,7 @@ def prompted(
 
 
 FLUX, SD3 = "FluxTransformer2DModel", "SD3Transformer2DModel"
+HUNYUAN = "HunyuanVideoTransformer3DModel"
 SEVERAL_KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "whole": (FLUX, {"num_layers": 6, "num_single_layers": 7}, {"num_blocks": 1}, {}, "float32"),
     "cut-anywhere": (
@@ -406,6 +407,13 @@ SEVERAL_KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, An
         {"num_blocks": 2, "split": "experts", "lora": {"rank": 4, "base": "nf4"}},
         {"activation_checkpointing": True, "precision": "bfloat16"},
         "bfloat16",
+    ),
+    "of-videos": (
+        HUNYUAN,
+        {"num_layers": 2, "num_single_layers": 5},
+        {"num_blocks": 1},
+        {"accumulation": 2},
+        "float32",
     ),
     "of-one-list": (
         SD3,

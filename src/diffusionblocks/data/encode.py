@@ -24,7 +24,7 @@ from torch import Tensor
 from ..common.progress import Progress
 from .autoencoder import load_vae
 from .image_decoder import center_crop, oversized_refused
-from .image_folder import CaptionedPictures, PictureFolder, class_folders
+from .image_folder import CaptionedPictures, PictureFolder, class_folders, has_videos
 from .image_table import ImageRow, ImageTable, open_table
 from .latent_data import LatentData, LatentScale
 from .latent_shards import Prompts, check_split, decoded_by, latent_folder, measured_scale, write_shards
@@ -317,7 +317,7 @@ def _open(
     if prompts and folder.is_dir() and not any(folder.glob("*.parquet")):
         columns.refuse(source, "pictures in files")
         return CaptionedPictures(folder, split)
-    if folder.is_dir() and not any(folder.glob("*.parquet")) and class_folders(folder):
+    if folder.is_dir() and not any(folder.glob("*.parquet")) and (class_folders(folder) or has_videos(folder)):
         pictures = PictureFolder(folder, split)
         columns.refuse(source, "pictures in folders")
         _check_classes(source, columns, pictures)

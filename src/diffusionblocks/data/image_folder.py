@@ -128,6 +128,11 @@ class CaptionedPictures:
             yield ImageRow(str(path), path.read_bytes(), label, prompt)
 
 
+def has_videos(folder: Path) -> bool:
+    """Whether there are videos below a folder."""
+    return any(path.suffix.lower() in VIDEO_ENDINGS for path in folder.rglob("*"))
+
+
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures that lie in a folder itself, below no class."""
     return sorted(filter(_is_picture, folder.iterdir()))
@@ -178,7 +183,7 @@ def _files_below(root: Path, endings: Collection[str]) -> list[Path]:
 def _nothing(folder: Path, split: str, below: str, endings: Collection[str]) -> str:
     """What is said of a folder without files for a split."""
     if endings is _ENDINGS:
-        videos = "; for its videos give frames" if folder.is_dir() and _files_below(folder, VIDEO_ENDINGS) else ""
+        videos = "; for its videos give frames" if folder.is_dir() and has_videos(folder) else ""
         return f"{folder} has no pictures in {split}/{below}, nor parquet files of the split {split!r}{videos}"
     return f"{folder} has no files in {split}/{below} that end in {', '.join(sorted(endings))}"
 
