@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from building_helpers import tensors
-from helpers import LENGTH, VOCAB, fresh_causal, same_states, seeded, tiny, token_batch
+from helpers import LENGTH, POLICIES, VOCAB, fresh_causal, same_states, seeded, tiny, token_batch
 from torch import Tensor
 
 import diffusionblocks as db
@@ -82,6 +82,15 @@ def test_blocks_are_built_as_conversion_makes_them(tmp_path: Path) -> None:
     source = Fresh("LlamaForCausalLM", fresh_causal("llama", layers=4, tie_word_embeddings=True).config, seed=0)
     fresh = tensors(build(source, config))
     assert not any(tensor.is_meta for tensor in fresh.values())
+
+
+@pytest.mark.parametrize("shared", POLICIES)
+def test_what_is_shared_says_how_many_tables_there_are(shared: str) -> None:
+    config = db.BlocksConfig(num_blocks=2, vocabulary="tied", shared=shared)  # type: ignore[arg-type]
+    model = db.convert(tiny("llama", layers=4, tie_word_embeddings=True), config)
+    tables = [model.block(b).network.get_parameter(TABLE) for b in (0, 1)]
+    assert (tables[0] is tables[1]) == (shared == "joint")
+    assert [table.requires_grad for table in tables] == [shared != "frozen"] * 2
 
 
 def test_branches_of_a_tied_trunk_are_tied() -> None:

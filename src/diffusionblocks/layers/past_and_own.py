@@ -30,7 +30,12 @@ def has_kernel(query: Tensor, *, on_gpu: bool) -> bool:
         return length > 1
     if query.dtype not in _HALVES or dim > _LARGEST_HEAD or dim % 8:
         return False
-    return query.device.type != "cuda" or torch.cuda.get_device_capability() >= (8, 0)
+    return query.device.type != "cuda" or _has_flash_attention()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_flash_attention() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def past_and_own(
