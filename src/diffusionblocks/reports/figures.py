@@ -217,7 +217,7 @@ def label_levels_on_axes(axes: Axes, rows: Sequence[LevelRow], partition: Partit
         axes.set_xscale("log")
     losses = [max(row.cross_entropy, row.context_cross_entropy or 0.0) for row in rows]
     axes.set(
-        xlabel=f"noise level {noise.symbol} (dotted: borders of the blocks, numbered; thin: at others' levels)",
+        xlabel=f"noise level {noise.symbol} (dotted: borders of blocks; thin: at others' levels)",
         ylabel="cross-entropy (nats)",
         ylim=(0, 1.15 * max(losses)),  # room for the numbers
         title="Cross-entropy of each block against noise level",
