@@ -30,6 +30,19 @@ def test_help_imports_neither_torch_nor_models() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+def test_commands_that_need_no_model_import_no_library_of_models() -> None:
+    code = (
+        "import contextlib, io, sys\n"
+        "from diffusionblocks.cli import main\n"
+        "for arguments in (['recipes'], ['recipes', 'vit/digits']):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as shown:\n"
+        "        assert main(arguments) == 0\n"
+        "    assert shown.getvalue()\n"
+        "print({'torch', 'transformers', 'diffusers'} & set(sys.modules))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_conversion_imports_torch_and_no_other_large_library() -> None:
     large = ["transformers", "diffusers", "datasets", "sklearn", "matplotlib", "huggingface_hub", "torch._dynamo"]
     code = (

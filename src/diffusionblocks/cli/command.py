@@ -23,11 +23,13 @@ class Command:
         help: one line.
         module: what adds its options (`add_options`), below this package; imported when the command is given.
         shared: whether the ranks that torchrun started share its work; else it is that of one process.
+        uses_models: whether it imports torch and the libraries of models, which takes seconds.
     """
 
     help: str
     module: str
     shared: bool = False
+    uses_models: bool = True
 
 
 def takes_recipe(parser: argparse.ArgumentParser, run: Callable[..., None]) -> None:

@@ -21,7 +21,7 @@ from ..common.messages import STATUSES, OneLineParser, one_line, report_errors
 from .command import Command
 
 COMMANDS = {
-    "recipes": Command("list the recipes that ship, or print one", ".recipes"),
+    "recipes": Command("list the recipes that ship, or print one", ".recipes", uses_models=False),
     "train": Command("train a recipe, save the model and evaluate it", ".train", shared=True),
     "evaluate": Command("measure a trained model: accuracy, samples, or bits per character", ".evaluate", shared=True),
     "predict": Command("the classes of pictures, by a trained classifier", ".predict"),
@@ -48,7 +48,9 @@ COMMANDS = {
     "push": Command("upload a trained model to the Hugging Face hub, with its model card", ".push"),
     "export": Command("one block of a trained model as an ordinary model that its library loads", ".export"),
     "doctor": Command("what of this machine can be used, what is missing, what is an option", ".doctor"),
-    "completion": Command("print a script by which a shell completes commands and options", ".completion"),
+    "completion": Command(
+        "print a script by which a shell completes commands and options", ".completion", uses_models=False
+    ),
     "bench": Command(
         "measure memory, speed and depth beside end-to-end training and other ways to save memory, on a CUDA GPU",
         "..bench.options",
@@ -139,21 +141,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, options: argparse.Namespace) -> None:
     _check_one_process(name, options)
-    with uncollected():
-        _quieten_libraries()
-        from pydantic import ValidationError
-
-        from ..experiments.experiment import Experiment
-        from ..experiments.recipe import Recipe, load_recipe
-        from ..experiments.schema_errors import explain
+    if COMMANDS[name].uses_models:
+        with uncollected():
+            _quieten_libraries()
+    from pydantic import ValidationError
 
     try:
         _check_options(options)
         if "recipe" in options:
+            with uncollected():
+                from ..experiments.experiment import Experiment
+                from ..experiments.recipe import load_recipe
             options.run(Experiment(load_recipe(options.recipe, options.set)), options)
         else:
             options.run(options)
     except ValidationError as error:
+        from ..experiments.recipe import Recipe
+        from ..experiments.schema_errors import explain
+
         raise ValueError(f"not allowed: {explain(error, Recipe)}") from error
 
 
