@@ -33,9 +33,12 @@ def has_kernel(query: Tensor, *, on_gpu: bool) -> bool:
     return query.device.type != "cuda" or _has_flash_attention()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_flash_attention() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
+
+
+# What torch.compiler.assume_constant_result sets; it would import the compiler, which takes seconds, with this module.
+_has_flash_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def past_and_own(
