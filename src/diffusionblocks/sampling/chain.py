@@ -64,6 +64,22 @@ def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+@torch.library.custom_op("diffusionblocks::running_sums", mutates_args=())
+def _running_sums(values: Tensor) -> Tensor:
+    return values.cumsum(dim=-1)
+
+
+@_running_sums.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def running_sums(values: Tensor) -> Tensor:
+    """Sums of each row (n, m) up to each place. Compiled, it is torch's own kernel: inductor fails at long rows."""
+    # torch 2.11 on a GPU: 64 rows of 16,384 are split, and the code for that cannot be made.
+    return _running_sums(values) if torch.compiler.is_compiling() else values.cumsum(dim=-1)
+
+
 def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a token from each row of probabilities: the quantile at its uniform.
 
@@ -74,7 +90,7 @@ def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         Token ids, int64, shape (n,).
     """
-    cumulative = probabilities.cumsum(dim=-1)
+    cumulative = running_sums(probabilities)
     # Rounding may leave the last sum a little below or above 1. `right`: tokens of probability 0 are never drawn.
     places = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, places, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)

@@ -18,7 +18,7 @@ from ..common.finite import FiniteCheck, all_finite
 from ..common.precision import without_autocast
 from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
-from .chain import draw_tokens
+from .chain import draw_tokens, running_sums
 from .solvers import euler
 from .static_calls import SideBySide, StaticSteps
 from .votes import LogitVotes
@@ -337,7 +337,7 @@ def filtered(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     if top_p == 1:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True)
-    ordered = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)  # what is before it has less than the share
+    ordered = ordered * (running_sums(ordered) - ordered < top_p)  # what is before it has less than the share
     cut = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     return cut / cut.sum(dim=-1, keepdim=True)
 
