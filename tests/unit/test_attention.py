@@ -19,7 +19,6 @@ import diffusionblocks as db
 from diffusionblocks.core.block import Block
 from diffusionblocks.families import BlockCall
 from diffusionblocks.layers import two_streams as attention
-from diffusionblocks.layers.past_and_own import has_kernel
 from diffusionblocks.layers.two_streams import KERNELS, Past, Streams, two_streams
 
 PLACES = (0, 1, 5, LENGTH - 1)
@@ -116,18 +115,30 @@ def masked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.fixture
+def unmasked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Lets `sdpa` do without masks in float32 as well, in which a CPU keeps them."""
+    monkeypatch.setattr(attention, "has_kernel", lambda query, *, on_gpu: query.shape[2] > 1)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("unmasked")
+def test_without_a_mask_too() -> None:
+    assert leaks(block_of()) == []
+
+
 def test_in_chunks_of_rows_too(masked: pytest.MonkeyPatch) -> None:
     masked.setattr(attention, "_ROWS_ON_CPU", 5)
     assert leaks(block_of()) == []
 
 
-def test_a_kernel_that_lets_the_answer_through_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_lets_the_answer_through_is_found(unmasked: pytest.MonkeyPatch) -> None:
     """The positive control of what needs no mask: keys up to the position's own."""
 
     def inclusive(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    monkeypatch.setattr(attention, "past_and_own", inclusive)
+    unmasked.setattr(attention, "past_and_own", inclusive)
     assert {f"noisy <= {i}, clean tokens >= {i}" for i in PLACES} <= set(leaks(block_of()))
 
 
@@ -314,7 +325,7 @@ def test_no_mask_of_all_positions_by_all_is_made(masked: pytest.MonkeyPatch) -> 
     n, rows = 3072, attention._ROWS_ON_CPU
     q, k, v = (torch.randn(1, 1, 2 * n, 8, generator=seeded(i), requires_grad=True) for i in range(3))
     with masked.context() as without, Largest() as kernel:
-        without.setattr(attention, "has_kernel", has_kernel)
+        without.setattr(attention, "has_kernel", lambda query, *, on_gpu: True)
         two_streams(q, k, v, Streams(n, n, CPU)).sum().backward()
     assert kernel.elements == q.numel()  # none at all
     with Largest() as sdpa:
