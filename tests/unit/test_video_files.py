@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import struct
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from videos import grey_of, write_sound, write_video
+from videos import add_stream, av, grey_of, write_frames, write_sound, write_video
 
 from diffusionblocks.data.image_folder import CaptionedPictures, PictureFolder
 from diffusionblocks.data.video_files import VIDEO_ENDINGS, ClipRow, Clips, VideoClips, save_video
@@ -54,6 +56,12 @@ def test_clips_have_the_label_or_the_prompt_of_their_video(tmp_path: Path) -> No
     assert [row.label for row in clips_of(tmp_path, 3, 30)] == [0, 0, 1, 1]
     prompted = VideoClips(CaptionedPictures(tmp_path, "train", VIDEO_ENDINGS), Clips(3, 30, SIZES))
     assert [(row.label, row.prompt) for row in prompted] == [(0, "a cat")] * 2 + [(0, "a dog")] * 2
+    (tmp_path / "dog" / "a.txt").write_text("a dog", encoding="utf-8-sig")
+    marked = CaptionedPictures(tmp_path, "train", VIDEO_ENDINGS)
+    assert [prompt for _, _, prompt in marked.files()] == ["a cat", "a dog"]
+    (tmp_path / "dog" / "a.txt").write_bytes("chi\xeanne".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is no text in UTF-8: .*; write it anew"):
+        CaptionedPictures(tmp_path, "train", VIDEO_ENDINGS)
     (tmp_path / "dog" / "a.txt").unlink()
     with pytest.raises(ValueError, match=r"a\.mp4 has no prompt: write it into a\.txt beside it"):
         CaptionedPictures(tmp_path, "train", VIDEO_ENDINGS)
@@ -100,6 +108,52 @@ def test_a_video_is_turned_as_a_player_turns_it(tmp_path: Path) -> None:
     left, top = plain.frames.float().mean((0, 1)), row.frames.float().mean((0, 1))
     assert left[:, :4].min() > 150 > 50 > left[:, -4:].max()
     assert top[:4].min() > 150 > 50 > top[-4:].max()
+
+
+def test_pixels_that_are_not_square_are_shown_as_wide_as_they_are(tmp_path: Path) -> None:
+    """Of a wide film on a DVD: 16 pixels stand for 32, of which the middle square is white."""
+    (tmp_path / "dog").mkdir()
+    stored = np.zeros((16, 16, 3), dtype=np.uint8)
+    stored[:, 4:12] = 255
+    with av.open(str(tmp_path / "dog" / "a.mp4"), "w") as container:
+        stream = add_stream(container, "libx264", (16, 16))
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        write_frames(container, stream, [stored, stored])
+    (row,) = clips_of(tmp_path, 2, 30)
+    assert row.frames[..., 1:-1].min() > 240
+    (tall,) = VideoClips(PictureFolder(tmp_path, "train", VIDEO_ENDINGS), Clips(2, 30, [(16, 16), (16, 32)]))
+    assert tall.frames.shape == (3, 2, 16, 32)
+
+
+def test_a_cover_is_not_the_video(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    with av.open(str(tmp_path / "dog" / "a.mkv"), "w") as container:
+        cover = add_stream(container, "mjpeg", (16, 16), "yuvj420p")
+        cover.disposition = av.stream.Disposition.attached_pic
+        film = add_stream(container, "libx264", (16, 16))
+        write_frames(container, cover, [np.full((16, 16, 3), 255, dtype=np.uint8)])
+        write_frames(container, film, [np.full((16, 16, 3), grey_of(number), dtype=np.uint8) for number in (0, 1)])
+    (row,) = clips_of(tmp_path, 2, 30)
+    assert greys(row) == pytest.approx([grey_of(0), grey_of(1)], abs=3)
+
+
+def test_a_video_has_one_size_also_where_its_frames_change_theirs(tmp_path: Path) -> None:
+    """As of a call: the size is that of its first frame."""
+    parts = [write_video(tmp_path / name, 2, size=size) for name, size in (("a.webm", (24, 48)), ("b.webm", (48, 24)))]
+    (tmp_path / "dog").mkdir()
+    with av.open(str(tmp_path / "dog" / "a.mkv"), "w") as container:
+        stream = None
+        for number, part in enumerate(parts):
+            with av.open(str(part)) as source:
+                stream = stream or container.add_stream_from_template(source.streams.video[0])
+                for packet in [packet for packet in source.demux(video=0) if packet.dts is not None]:
+                    later = int(number * 2 / 30 / packet.time_base)
+                    packet.pts, packet.dts, packet.stream = packet.pts + later, packet.dts + later, stream
+                    container.mux(packet)
+    videos = PictureFolder(tmp_path, "train", VIDEO_ENDINGS)
+    (row,) = (row for row in VideoClips(videos, Clips(4, 30, [(8, 16), (16, 8)])) if "mkv" in row.where)
+    assert row.frames.shape == (3, 4, 8, 16)
+    assert greys(row) == pytest.approx([grey_of(number) for number in (0, 1, 0, 1)], abs=3)
 
 
 def test_a_video_that_is_cut_off_is_refused(tmp_path: Path) -> None:

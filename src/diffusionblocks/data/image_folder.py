@@ -94,7 +94,7 @@ class CaptionedPictures:
         rows: how many pictures.
 
     Raises:
-        ValueError: no pictures for the split, or a picture without a prompt.
+        ValueError: no pictures for the split, or a picture without a prompt, or with one that is not UTF-8.
     """
 
     class_names: tuple[str, ...] = (UNLABELLED,)
@@ -106,12 +106,8 @@ class CaptionedPictures:
         self._pictures = _files_below(root, endings) if root.is_dir() else []
         if not self._pictures:
             raise ValueError(_nothing(folder, split, "", endings))
-        for picture in self._pictures:
-            if not picture.with_suffix(".txt").is_file():
-                raise ValueError(
-                    f"{picture} has no prompt: write it into {picture.with_suffix('.txt').name} beside it (an empty "
-                    "file is the empty prompt)"
-                )
+        for picture in self._pictures:  # before hours of work
+            _prompt_of(picture)
         self.rows = len(self._pictures)
 
     def check_labels(self) -> None:
@@ -120,12 +116,24 @@ class CaptionedPictures:
     def files(self) -> Iterator[tuple[Path, int, str]]:
         """Path, label (0) and prompt of each."""
         for path in self._pictures:
-            yield path, 0, path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            yield path, 0, _prompt_of(path)
 
     def __iter__(self) -> Iterator[ImageRow]:
         """Rows, each with its file's bytes."""
         for path, label, prompt in self.files():
             yield ImageRow(str(path), path.read_bytes(), label, prompt)
+
+
+def _prompt_of(picture: Path) -> str:
+    file = picture.with_suffix(".txt")
+    if not file.is_file():
+        raise ValueError(
+            f"{picture} has no prompt: write it into {file.name} beside it (an empty file is the empty prompt)"
+        )
+    try:
+        return file.read_text(encoding="utf-8-sig").strip()  # the mark that some editors begin with is no text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}; write it anew") from None
 
 
 def has_videos(folder: Path) -> bool:

@@ -135,35 +135,32 @@ class VideoClips:
     def _frames_of(self, path: Path) -> Generator[tuple[float, Tensor]]:
         """The frames that a player shows at times 0, 1 / fps, 2 / fps, ..., with these times: uint8 (3, h, w)."""
         number = 0
-        for frame, end in self._with_ends(path):
-            pixels: Tensor | None = None  # of 60 frames a second most are not asked for
-            while number / self._fps < end - _LATE:
-                pixels = self._pixels(frame) if pixels is None else pixels
-                yield number / self._fps, pixels
-                number += 1
-
-    def _with_ends(self, path: Path) -> Generator[tuple[Any, float]]:
-        """Each frame of a video, and the time until which a player shows it."""
+        size: tuple[int, int] | None = None  # of the whole video, also where its frames change theirs
         with self._opened(path) as (container, stream):
-            first: float | None = None
-            last: Any = None
-            time = 0.0
-            for frame in self._decoded(path, container, stream):
-                at = frame.time or 0.0
-                first = at if first is None else first
-                time = at - first
-                if last is not None:
-                    yield last, time
-                last = frame
-            if last is not None:
-                yield last, time + 1 / float(stream.average_rate or self._fps)
+            for frame, end in self._with_ends(path, container, stream):
+                pixels: Tensor | None = None  # of 60 frames a second most are not asked for
+                while number / self._fps < end - _LATE:
+                    if pixels is None:
+                        image = _as_shown(frame, stream.sample_aspect_ratio)
+                        size = size or nearest_size(image.height, image.width, self._sizes)
+                        pixels = torch.from_numpy(np.array(crop_to(image, *size))).permute(2, 0, 1)
+                    yield number / self._fps, pixels
+                    number += 1
 
-    def _pixels(self, frame: Any) -> Tensor:
-        image = frame.to_image()
-        if turn := getattr(frame, "rotation", 0):
-            image = image.rotate(turn, expand=True)
-        size = nearest_size(image.height, image.width, self._sizes)
-        return torch.from_numpy(np.array(crop_to(image, *size))).permute(2, 0, 1)
+    def _with_ends(self, path: Path, container: Any, stream: Any) -> Generator[tuple[Any, float]]:
+        """Each frame of a video, and the time until which a player shows it."""
+        first: float | None = None
+        last: Any = None
+        time = 0.0
+        for frame in self._decoded(path, container, stream):
+            at = frame.time or 0.0
+            first = at if first is None else first
+            time = at - first
+            if last is not None:
+                yield last, time
+            last = frame
+        if last is not None:
+            yield last, time + 1 / float(stream.average_rate or self._fps)
 
     def _opened(self, path: Path) -> _Opened:
         return _Opened(self._av, path)
@@ -176,7 +173,7 @@ class VideoClips:
 
 
 class _Opened:
-    """A context in which a video is open, with its first stream of pictures."""
+    """A context in which a video is open, with the stream of pictures that a player shows: no cover, no preview."""
 
     def __init__(self, av: Any, path: Path) -> None:
         self._av, self._path = av, path
@@ -186,16 +183,33 @@ class _Opened:
             self._container = self._av.open(str(self._path))
         except (self._av.FFmpegError, OSError) as error:
             raise ValueError(f"{self._path}: cannot decode the video: {_reason(error)}") from None
-        if not self._container.streams.video:
+        stream = self._container.streams.best("video")
+        if stream is None:
             others = " and ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
             self._container.close()
             raise ValueError(f"{self._path} has no pictures, only {others}; take the file out")
-        stream = self._container.streams.video[0]
         stream.thread_type = "AUTO"
         return self._container, stream
 
     def __exit__(self, *_: object) -> None:
         self._container.close()
+
+
+def _as_shown(frame: Any, aspect: Fraction | None) -> Any:
+    """A frame as a picture of square pixels, turned as its file says.
+
+    Args:
+        frame: of PyAV.
+        aspect: width of a stored pixel over its height, as of a DVD; None or 0: it is not told, and 1.
+    """
+    image = frame.to_image()
+    if aspect and aspect != 1:  # the side that is too short is stretched: no detail is lost
+        wide = aspect > 1
+        width = round(image.width * aspect) if wide else image.width
+        image = image.resize((width, image.height if wide else round(image.height / aspect)))
+    if turn := getattr(frame, "rotation", 0):
+        image = image.rotate(turn, expand=True)
+    return image
 
 
 def _reason(error: BaseException) -> str:
