@@ -268,6 +268,15 @@ def test_without_a_mask_outputs_and_gradients_are_the_references(length: int) ->
         torch.testing.assert_close(sdpa, eager, rtol=1e-12, atol=1e-12)
 
 
+def test_without_a_mask_numbers_of_a_head_may_lie_anywhere() -> None:
+    """torch's kernel, called directly, reads its memory as if they lay side by side."""
+    inputs = [torch.randn(2, 4, 8, 2 * LENGTH, generator=seeded(i), dtype=torch.float64) for i in range(3)]
+    inputs = [tensor.transpose(-1, -2).requires_grad_() for tensor in inputs]
+    outputs = [two_streams(*inputs, Streams(LENGTH, LENGTH, CPU), kernel=kernel) for kernel in ("sdpa", "eager")]
+    sdpa, eager = ([out, *torch.autograd.grad(out.square().sum(), inputs)] for out in outputs)
+    torch.testing.assert_close(sdpa, eager, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_without_a_mask_a_gpu_is_the_reference_to_rounding(compiled: bool) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import diffusionblocks as db
+from diffusionblocks.core.token_network import version_of
 from diffusionblocks.noise import one_level
 from diffusionblocks.sampling import token_chain
 
@@ -169,6 +172,34 @@ def test_a_learned_table_and_the_noise_levels_are_read_anew() -> None:
         model.block(0).shared.noise_embedding.mlp[2].weight.mul_(3)
     assert captured(model) == plain(model)
     assert RecordedSteps.made == 1
+
+
+def test_what_is_compiled_and_plain_numbers_of_modules_are_part_of_a_version() -> None:
+    """A step that was captured with them reads memory which nobody writes any more, or the number of then."""
+    model = converted("llama")
+    layer: Any = model.block(0).layers()[0]
+    before = version_of(model)
+    assert version_of(model) == before
+    layer.input_layernorm.variance_epsilon *= 2
+    other = version_of(model)
+    assert other != before
+    model.compile_layers(backend="eager")
+    assert version_of(model) not in (before, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"cuda_graph": True}], ids=str)
+def test_threads_take_turns(options: dict[str, Any]) -> None:
+    """What norms are told of a level stands on the modules, and what was seen of a text in a chain that is kept."""
+    model, texts = converted("llama"), [{"seeds": [s, s + 1, s + 2]} for s in range(4)]
+    expected = [plain(model, **text) for text in texts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(lambda text: plain(model, **text, **options), texts)) == expected
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(copy.deepcopy(model).token_chains) == 0  # with a lock of its own
 
 
 # ---- which calls share a chain ---------------------------------------------------------------------------------------

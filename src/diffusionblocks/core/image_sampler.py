@@ -153,7 +153,7 @@ class ImageSampler:
         if last_block is not None:
             owner = model.partition.block_of
             levels = [*(level for level in levels if level > 0 and owner(level) <= last_block), 0.0]
-        with evaluating(self.network), self._precision():
+        with model.one_thread, evaluating(self.network), self._precision():
             self._follow()
             z = first_z(noise, source)
             return sample_images(

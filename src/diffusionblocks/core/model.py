@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..common.graphs import eager, leave_to_host, on_host
 from ..common.keywords import older_keywords
-from ..common.modules import check_recomputable, evaluating
+from ..common.modules import OneThread, check_recomputable, evaluating
 from ..common.seeds import Generators, TrainingDraws, keyed_generator, of_batch, seed_from
 from ..config import BlocksConfig
 from ..families import Family
@@ -124,6 +124,7 @@ class DiffusionBlocks(nn.Module):
         self.generation_config = generation_config
         self.model_tags = []
         self.token_chains = TokenChains()
+        self.one_thread = OneThread()
         self._turns: OneAtATime | None = None
         self._draws = TrainingDraws()
         # Under `joint` every block holds the same shared modules: name them once in the state dict.
@@ -383,7 +384,8 @@ class DiffusionBlocks(nn.Module):
         batch = {name: value for name, value in entries.items() if value is not None}
         self._check_entries(batch)
         if not self.training:
-            return self._as_output(**self.inference.evaluate(batch, generator))
+            with self.one_thread:
+                return self._as_output(**self.inference.evaluate(batch, generator))
         self.check_batch(batch)
         of_noise = generator
         if block is None or generator is None:
@@ -509,7 +511,7 @@ class DiffusionBlocks(nn.Module):
             ValueError: the model is no classifier, an argument is out of range, or `combine` needs context logits of a
                 model that has none.
         """
-        with evaluating(self):
+        with self.one_thread, evaluating(self):
             return self.inference.predict(
                 pixel_values,
                 combine=combine,
@@ -676,7 +678,7 @@ class DiffusionBlocks(nn.Module):
                 `cuda_graph` or `compile` of blocks that take turns on the device.
             RuntimeError: `cuda_graph` of blocks that cannot be captured.
         """
-        with evaluating(self):
+        with self.one_thread, evaluating(self):
             return self.inference.generate(
                 prompts,
                 max_new_tokens=max_new_tokens,

@@ -95,10 +95,13 @@ class TokenNetwork:
 
 
 def version_of(model: DiffusionBlocks) -> Any:
-    """What a captured step holds fast of a model: where each tensor lies, and which modules and hooks run.
+    """What a captured step holds fast of a model: where tensors lie, what runs, and what is compiled.
 
-    Values are not part of it: a captured step reads them where they are.
+    Values of tensors are not part of it: a captured step reads them where they are. Plain numbers of modules, such as
+    the scale of an update, are.
     """
     tensors = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors_of(model)]
     modules = [(id(m), *m._forward_pre_hooks, None, *m._forward_hooks) for m in model.modules()]
-    return tensors, modules, [block.noise for block in model.blocks]
+    compiled = [id(m._compiled_call_impl) for m in model.modules()]
+    numbers = [[(n, v) for n, v in vars(m).items() if isinstance(v, (int, float))] for m in model.modules()]
+    return tensors, modules, compiled, numbers, [block.noise for block in model.blocks]

@@ -58,7 +58,9 @@ def past_and_own(
         (batch, heads, length, dim).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _PastAndOwn.apply(query, key, value, own_key, own_value, scale)  # type: ignore[no-any-return, no-untyped-call]
+    # Called directly, torch's kernels do not look how the numbers of a head lie, and read others.
+    past = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    return _PastAndOwn.apply(*past, own_key, own_value, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _PastAndOwn(torch.autograd.Function):
