@@ -108,6 +108,16 @@ def test_shards_are_mapped_not_read(folder: Path) -> None:
     assert any(low <= first and last < high for low, high in ranges), "a shard's tensor is a view of its file"
 
 
+def test_a_split_that_another_process_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    def rows() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        yield posterior(3, seed=1)
+        write_shards(tmp_path, "train", [posterior(4, seed=2)], **OPTIONS)
+
+    with pytest.raises(FileExistsError, match=r"holds train.json: split 'train' exists; set overwrite"):
+        write_shards(tmp_path, "train", rows(), **OPTIONS)
+    assert torch.equal(torch.cat(latent_folder(tmp_path).mean), posterior(4, seed=2)[0])
+
+
 def test_other_splits_and_overwriting(folder: Path) -> None:
     write_shards(folder, "test", [posterior(3, seed=1)], **OPTIONS)
     with pytest.raises(FileExistsError, match=r"holds train.json: split 'train' exists; set overwrite"):

@@ -15,9 +15,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from diffusers_models import TINY
 from torchao.optim import AdamW8bit
 
+from diffusionblocks.cli import main
 from diffusionblocks.common.modules import bytes_of, tensors_of
 from diffusionblocks.data.latent_data import LatentScale
 from diffusionblocks.data.latent_shards import Prompts, write_shards
@@ -391,7 +393,7 @@ def prompted(
 
 
 FLUX, SD3 = "FluxTransformer2DModel", "SD3Transformer2DModel"
-HUNYUAN = "HunyuanVideoTransformer3DModel"
+HUNYUAN, QWEN = "HunyuanVideoTransformer3DModel", "QwenImageTransformer2DModel"
 SEVERAL_KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "whole": (FLUX, {"num_layers": 6, "num_single_layers": 7}, {"num_blocks": 1}, {}, "float32"),
     "cut-anywhere": (
@@ -415,6 +417,7 @@ SEVERAL_KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, An
         {"accumulation": 2},
         "float32",
     ),
+    "of-one-list-with-tables": (QWEN, {"num_layers": 6}, {"num_blocks": 1}, {}, "float32"),
     "of-one-list": (
         SD3,
         {"num_layers": 9, "dual_attention_layers": (0, 1, 2, 3, 4)},
@@ -434,6 +437,21 @@ def test_a_step_of_layers_of_several_kinds_is_the_measured_one(case: str, tmp_pa
     tensors = {id(t): t for unit in trainer.units for t in tensors_of(unit.module)}.values()
     if recipe.train.resident == "all":
         assert ledger.parameters == bytes_of(t for t in tensors if isinstance(t, torch.nn.Parameter))
+
+
+def test_a_class_that_reads_values_is_told_and_trains_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lumina 2 counts the tokens of each text on the host; tensors without memory have no values."""
+    values = prompted(tmp_path, "Lumina2Transformer2DModel", {"num_layers": 2}, {"num_blocks": 1}, {}, "float32")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values.model_dump(mode="json", exclude_unset=True)))
+    told = "Lumina2Transformer2DModel counts tokens on the host, so the memory of its step is not predicted"
+    for options in (["--budget", "1GiB"], ["--gpus", "2x1GiB"], []):
+        assert main(["plan", str(file), *options]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["train", str(file), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert "not predicted" in capsys.readouterr().out
 
 
 def test_equal_layers_that_are_left_out_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,8 +84,9 @@ def _row(name: str, stages: list[Experiment], predictor: Predictor | None) -> di
 def _predictor(experiment: Experiment) -> Predictor | None:
     """Predicts for the device that would train; None of a recipe whose memory is not predicted."""
     from ..planning import Predictor
+    from ..planning.predictor import why_not_predicted
 
-    if experiment.recipe.train.teaching is not None:
+    if experiment.recipe.train.teaching is not None or why_not_predicted(experiment.recipe) is not None:
         return None
     return Predictor(_on(experiment), len(experiment.data("train")))
 

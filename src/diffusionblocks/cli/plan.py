@@ -39,9 +39,12 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Predict the memory of a recipe's training step, and what fits a budget."""
     from ..planning import MARGIN, Predictor, parse_budget, plan_with
     from ..planning.plan_text import describe, ledger_table, remarks
+    from ..planning.predictor import why_not_predicted
     from ..reports.results import write_results
 
     recipe = experiment.recipe
+    if (why := why_not_predicted(recipe)) is not None:
+        raise ValueError(f"{why}: `diffusionblocks train --dry-run` tells its time")
     if options.gpus is not None:
         _run_gpus(experiment, options)
         return

@@ -435,10 +435,8 @@ def write_shards(
         raise ValueError("class_names is empty: must be one name per class")
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    if not overwrite and (present := _files(folder, split)):
-        raise FileExistsError(
-            f"{folder} holds {present[0].name}: split {split!r} exists; set overwrite, or write to another folder"
-        )
+    if not overwrite:
+        _check_free(folder, split)
 
     values = {
         "rows": [1],
@@ -481,6 +479,8 @@ def write_shards(
         scale.check_channels(shapes[0][0])
         several = {"shapes": shapes} if len(set(shapes)) > 1 else {}
         index = index.model_copy(update={"rows": counts, "shape": shapes[0], **several})
+        if not overwrite:
+            _check_free(folder, split)  # another process may have written it meanwhile
         for old in _files(folder, split):
             old.unlink()
         for number in range(len(counts)):
@@ -489,6 +489,13 @@ def write_shards(
             _empty_file(temporary, split).replace(_empty_file(folder, split))
         write_json(folder / f"{split}.json", index.model_dump())
     return sum(counts)
+
+
+def _check_free(folder: Path, split: str) -> None:
+    if present := _files(folder, split):
+        raise FileExistsError(
+            f"{folder} holds {present[0].name}: split {split!r} exists; set overwrite, or write to another folder"
+        )
 
 
 class _ChannelStatistics:

@@ -117,6 +117,8 @@ class Family(abc.ABC):
     #: whether a layer is built and initialised alike wherever it stands in however deep a model; if not, layers keep
     #: their place: fresh ones are drawn from a whole model, and there are no branches
     layers_alike: ClassVar[bool] = True
+    #: whether `hidden` reads values of a batch on the host: then no step can be followed on tensors without memory
+    reads_values: ClassVar[bool] = False
     #: whether shared modules are initialised by the number of layers (then a model has one block)
     depth_dependent_weights: ClassVar[bool] = False
     #: whether `hidden` runs every layer by calling `BlockCall.layers` in their order: then their weights may come one

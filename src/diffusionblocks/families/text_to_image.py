@@ -232,6 +232,7 @@ class Lumina2Family(ConditionedFamily):
     """
 
     classes = ("Lumina2Transformer2DModel",)
+    reads_values = True
     layers = "layers"
     width_field = "hidden_size"
     head = ("norm_out",)
@@ -307,8 +308,8 @@ class QwenImageFamily(ConditionedFamily):
     @override
     def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
         shape = (1, z.shape[-2] // 2, z.shape[-1] // 2)
-        shapes = [[shape]] * len(z)
-        return {"hidden_states": packed(z), "timestep": time, "img_shapes": shapes, **entries}
+        # One stands for all of a batch: the class reads no more, and a batch that is only followed has billions.
+        return {"hidden_states": packed(z), "timestep": time, "img_shapes": [[shape]], **entries}
 
     @override
     def prediction(self, config: Any, output: Tensor, z: Tensor) -> Tensor:

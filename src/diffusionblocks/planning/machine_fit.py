@@ -11,7 +11,7 @@ from ..common.messages import Say, one_line
 from ..experiments.experiment import Experiment
 from ..reports.tables import format_bytes
 from .planner import MARGIN, cheapest_changes
-from .predictor import Predictor
+from .predictor import Predictor, why_not_predicted
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ def check_fits(experiment: Experiment, *, say: Say = lambda line: None) -> None:
         return
     predictor = Predictor(experiment.recipe, say=say)
     check_host(predictor, free_host_memory())
+    if (why := why_not_predicted(experiment.recipe)) is not None:
+        _log.warning("%s", why)
+        return
     try:
         predictor.forecast()
     except ValueError:

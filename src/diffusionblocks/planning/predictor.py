@@ -278,6 +278,13 @@ class Predictor:
         return of_shapes
 
 
+def why_not_predicted(recipe: Recipe) -> str | None:
+    """Why the memory of a recipe's step cannot be predicted; None: it can."""
+    if not family_named(recipe.model.type).reads_values:
+        return None
+    return f"{recipe.model.type} counts tokens on the host, so the memory of its step is not predicted, only measured"
+
+
 def _text_length(recipe: Recipe) -> int | None:
     """Tokens of a text, which may be fewer than the model takes; None: the data are no texts."""
     return getattr(recipe.data, "length", None)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..common.interpreter import without_older_objects
-from ..common.modules import bytes_of, tensors_of
+from ..common.modules import bytes_of, empty_tables, tensors_of
 from ..core.block import Block
 from ..families import TRUNK
 from ..layers.two_streams import as_on_a_gpu
@@ -72,9 +72,20 @@ class StepTracer:
         self._fakes = FakeTensorMode()
         with self._fakes:
             shared.bind(unit, _without_memory(tensors_of(unit.module)))
-            self._timeline.is_persistent(tensors_of(self._module))
+            self._timeline.is_persistent([*tensors_of(self._module), *self._fill_tables()])
             for parameter in trainable(self._module):
                 parameter.register_post_accumulate_grad_hook(lambda p: _gradient_is_whole(p, train, self._timeline))
+
+    def _fill_tables(self) -> list[Tensor]:
+        """Let tables that no state dict names be where the step is, as a trainer does: fake tensors, of the CPU."""
+        tables: list[Tensor] = []
+        for name, attribute in list(empty_tables(self._module)):
+            part = self._module.get_submodule(name)
+            tensors, spec = tree_flatten(getattr(part, attribute))
+            tensors = _without_memory(tensors)
+            setattr(part, attribute, tree_unflatten(tensors, spec))
+            tables += tensors
+        return tables
 
     def follow(self, loss_chunk: LossChunk) -> StepLog:
         """Follow a step with such chunks of a text's logits (`TrainConfig.loss_chunk`)."""
