@@ -163,6 +163,13 @@ def test_filtered() -> None:
     assert torch.equal(filtered(logits, 0, 0.5), F.one_hot(logits.argmax(dim=1), 11).double())
 
 
+@pytest.mark.parametrize("temperature", [1e-307, 1e-310, 5e-324])
+def test_a_temperature_may_be_as_low_as_a_float(temperature: float) -> None:
+    """Logits divided by it overflow: of infinities alone there is no probability, and the last token was drawn."""
+    logits = torch.tensor([[3.0, 9.0, 8.0], [-9.0, -math.inf, -8.0]])
+    assert filtered(logits, temperature, 1.0).tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
 def test_filtered_keeps_as_few_as_it_can_of_ties() -> None:
     kept = filtered(torch.zeros(1, 4), 1.0, 0.5)
     assert sorted(kept[0].tolist()) == [0, 0, 0.5, 0.5]

@@ -80,6 +80,13 @@ def running_sums(values: Tensor) -> Tensor:
     return _running_sums(values) if torch.compiler.is_compiling() else values.cumsum(dim=-1)
 
 
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Probabilities, float64, of logits (n, vocab_size) divided by a temperature > 0, however low."""
+    logits = logits.double()
+    from_best = logits - logits.amax(dim=-1, keepdim=True)  # 0 stays 0 where all else overflows
+    return (from_best / temperature).softmax(dim=-1)
+
+
 def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a token from each row of probabilities: the quantile at its uniform.
 

@@ -18,7 +18,7 @@ from ..common.finite import FiniteCheck, all_finite
 from ..common.precision import without_autocast
 from ..noise import GaussianProcess, one_level
 from ..targets import NextTokenTarget
-from .chain import draw_tokens, running_sums
+from .chain import at_temperature, draw_tokens, running_sums
 from .solvers import euler
 from .static_calls import SideBySide, StaticSteps
 from .votes import LogitVotes
@@ -333,7 +333,7 @@ def filtered(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     if temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return (torch.arange(logits.shape[-1], device=logits.device) == best).double()
-    probabilities = (logits.double() / temperature).softmax(dim=-1)
+    probabilities = at_temperature(logits, temperature)
     if top_p == 1:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True)

@@ -21,6 +21,7 @@ from ..noise import Masking
 from .chain import (
     Callback,
     Denoiser,
+    at_temperature,
     check_levels,
     check_num_tokens,
     check_seeds,
@@ -121,7 +122,7 @@ def _choose(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """A token for each row of logits (k, vocab_size), int64 (k,): the quantile at its uniform."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return draw_tokens((logits.double() / temperature).softmax(dim=-1), uniforms)
+    return draw_tokens(at_temperature(logits, temperature), uniforms)
 
 
 def _rows(template: Tensor, process: Masking, shape: tuple[int, int]) -> Tensor:
