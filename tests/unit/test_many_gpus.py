@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,14 @@ def test_gpus(text: str, gpus: Gpus) -> None:
 
 @pytest.mark.parametrize("text", ["4", "24GiB", "x24GiB", "0x24GiB", "4x", "4x24", "4xGiB", "1x2x3x4GiB", "-1x24GiB"])
 def test_bad_gpus_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"gpus = |budget = "):
+    with pytest.raises(ValueError, match="gpus = "):
         parse_gpus(text)
+
+
+def test_a_memory_without_its_unit_is_named_as_that_of_gpus() -> None:
+    message = "gpus = '4x24': the memory of each = '24' is 24 bytes: must be at least 1MiB; did you mean 24GiB?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_gpus("4x24")
 
 
 def test_bytes_between_gpus_are_the_closed_forms() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffusionblocks.cli import main
+from diffusionblocks.cli.command import say_when_slow
 from diffusionblocks.common.messages import LONGEST, one_line
 from diffusionblocks.common.progress import Progress, is_progress
 
@@ -109,3 +110,14 @@ def test_refusal_of_encode_is_one_line():
     command = [sys.executable, "-m", "diffusionblocks", "encode", "--source", "a", "--vae", "b", "--out", "c"]
     result = subprocess.run([*command, "--check", "-1"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, "error: --check -1: must be at least 0\n")
+
+
+def test_slow_work_is_told_of_once_in_so_many_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([100.0, 104.0, 106.0, 107.0, 110.0, 112.0])
+    monkeypatch.setattr("diffusionblocks.cli.command.time.monotonic", lambda: next(times))
+    say = say_when_slow("plan", 5.0)
+    for line in "abcde":
+        say(line)
+    assert capsys.readouterr().err == "plan: b (6 s so far)\nplan: e (12 s so far)\n"

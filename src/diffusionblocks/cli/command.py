@@ -72,17 +72,19 @@ def takes_quiet(parser: argparse.ArgumentParser) -> None:
 
 
 def say_when_slow(what: str, seconds: float = 5.0) -> Say:
-    """What tells on stderr of work that begins after so many seconds: what is quicker needs no word.
+    """What tells on stderr of work that begins so many seconds after the last line: what is quicker needs no word.
 
     Args:
         what: is being done; begins each line.
-        seconds: from now on.
+        seconds: from now on, and from one line to the next.
     """
-    start = time.monotonic()
+    start = last = time.monotonic()
 
     def say(line: str) -> None:
-        now = time.monotonic() - start
-        if now > seconds:
-            print(f"{what}: {line} ({now:.0f} s so far)", file=sys.stderr)
+        nonlocal last
+        now = time.monotonic()
+        if now - last > seconds:
+            print(f"{what}: {line} ({now - start:.0f} s so far)", file=sys.stderr)
+            last = now
 
     return say

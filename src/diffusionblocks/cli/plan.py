@@ -74,7 +74,10 @@ def _run_gpus(experiment: Experiment, options: argparse.Namespace) -> None:
     from ..reports.results import write_results
 
     if options.budget is not None:
-        raise ValueError(f"--gpus {options.gpus} has the memory of each GPU: leave --budget out")
+        raise ValueError(
+            f"--gpus {options.gpus} beside --budget {options.budget}: --gpus says the memory of each GPU itself, as "
+            "4x24GiB: leave --budget out"
+        )
     gpus = parse_gpus(options.gpus, MARGIN if options.margin is None else options.margin)
     predictor = Predictor(experiment.recipe, options.examples, say=say_when_slow("plan"))
     plan = plan_gpus(predictor, gpus, batch=options.vary != "blocks")

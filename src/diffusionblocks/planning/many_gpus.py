@@ -131,7 +131,7 @@ def parse_gpus(text: str, margin: float = MARGIN) -> Gpus:
             f"gpus = {text!r}: must be GPUs and the memory of each, as 4x24GiB, or machines before them, as 2x8x80GiB; "
             f"at most {_MOST:,} in all"
         )
-    return Gpus(counts[0], counts[1], parse_budget(match[3]), margin)
+    return Gpus(counts[0], counts[1], parse_budget(match[3], f"gpus = {text!r}: the memory of each"), margin)
 
 
 def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> ParallelPlan:

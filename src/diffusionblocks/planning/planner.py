@@ -129,20 +129,24 @@ class Plan:
         }
 
 
-def parse_budget(text: str) -> int:
+def parse_budget(text: str, name: str = "budget") -> int:
     """Bytes of a budget like `12GiB`, `16GB`, `800MiB` or plain bytes.
+
+    Args:
+        text: the budget.
+        name: what messages call it.
 
     Raises:
         ValueError: it is none of these, or less than 1 MiB.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2] not in _UNITS or not float(match[1]) * _UNITS[match[2]] >= 1:
-        raise ValueError(f"budget = {text!r}: must be bytes above zero, as 12GiB, 16GB, 800MiB or 12884901888")
+        raise ValueError(f"{name} = {text!r}: must be bytes above zero, as 12GiB, 16GB, 800MiB or 12884901888")
     size = int(float(match[1]) * _UNITS[match[2]])
     if size < _SMALLEST:
         many = "1 byte" if size == 1 else f"{size:,} bytes"
         unit = "GiB" if float(match[1]) < 256 else "MiB"
-        raise ValueError(f"budget = {text!r} is {many}: must be at least 1MiB; did you mean {match[1]}{unit}?")
+        raise ValueError(f"{name} = {text!r} is {many}: must be at least 1MiB; did you mean {match[1]}{unit}?")
     return size
 
 
