@@ -104,7 +104,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
     def plan(*overrides: str, gpus: int = 2) -> Any:
         return plan_gpus(Predictor(small(*overrides)), Gpus(1, gpus, 2**30), batch=False)
 
-    with pytest.raises(ValueError, match=r"4 layers make 2, 4 blocks: give another number of GPUs"):
+    with pytest.raises(ValueError, match=r"the layers make 2, 4 blocks: give another number of GPUs"):
         plan(gpus=7)
     with pytest.raises(ValueError, match="set method to diffusionblocks"):
         plan("method=end-to-end")

@@ -156,6 +156,20 @@ def test_what_no_disk_holds_is_refused(changes: dict[str, object], copies: float
         check_disk(Experiment(recipe), tmp_path / "run", free=needed - 1, num_examples=40)
 
 
+def test_fixed_weights_under_low_rank_updates_are_on_the_disk_once(tmp_path: Path) -> None:
+    """As a run writes them: a checkpoint has the updates, with their state."""
+    sizes = ["model.config.num_layers=2", "model.config.dual_attention_layers=[0]", "blocks.lora.rank=2"]
+    recipe = load_recipe(FOLDER / "flow/12gb.yaml", ["device=cpu", *sizes])
+    parameters = list(Experiment(recipe).outline.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    updates = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    assert 0 < 10 * updates < weights
+    needed = weights + 3 * 3 * updates  # three checkpoints, of the updates and two averages of AdamW
+    check_disk(Experiment(recipe), tmp_path, free=needed)
+    with pytest.raises(ValueError, match=r"its disk has [\d.]+ free"):
+        check_disk(Experiment(recipe), tmp_path, free=needed - 1)
+
+
 def test_what_a_run_has_written_is_not_counted_again(tmp_path: Path) -> None:
     recipe, weights = of_disk(snapshot_every=5)
     (tmp_path / "snapshots" / "iteration-000000005").mkdir(parents=True)

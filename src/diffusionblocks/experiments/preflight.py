@@ -64,7 +64,10 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
     """
     recipe, train = experiment.recipe, experiment.recipe.train
     blocks, in_training = _blocks_of(experiment)
-    weights = bytes_of(experiment.outline.parameters()) * in_training / blocks
+    parameters = list(experiment.outline.parameters())
+    # What low-rank updates are of is fixed: it is in the model alone, and has no state of an optimizer.
+    in_checkpoint = parameters if recipe.blocks.lora is None else [p for p in parameters if p.requires_grad]
+    weights, per_checkpoint = (bytes_of(each) * in_training / blocks for each in (parameters, in_checkpoint))
     steps = train.steps if num_examples is None else train.unit_steps(num_examples)
     iterations = None if steps is None else steps * in_training
     saves = train.checkpoint_every is not None or train.checkpoint_seconds is not None
@@ -77,7 +80,7 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
         new = keep + 1 if saves else 1  # one is written before an older one is removed
         new = max(1, min(new, iterations or new) - present)
         best = 1 if train.early_stopping is not None else 0
-        return int(weights * (1 + snapshots + new * (1 + best + _state(recipe))))
+        return int(weights * (1 + snapshots) + new * per_checkpoint * (1 + best + _state(recipe)))
 
     fixes = ["make room", "name another folder with --out"]
     keep = train.keep_checkpoints
