@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from typing_extensions import override
 
+from ..common.progress import Progress
 from ..core.image_sampler import ImageSampler
 from ..core.model import DiffusionBlocks
 from ..noise import GaussianProcess
@@ -228,11 +228,12 @@ def measure_samples(
 
         measuring = None if measures is None else measures.start(samples)
         seconds = []
-        bar = tqdm(pieces, disable=not (progress and work.leads), unit="batch")
-        for results in work.in_order(bar, measure):
-            seconds.append(float(results["seconds"]))
-            if measuring is not None:
-                measuring.add(results, labels_in_turn(pieces[len(seconds) - 1], turns))
+        with Progress("sample", samples, "images", show=progress and work.leads) as bar:
+            for images, results in zip(pieces, work.in_order(pieces, measure), strict=False):  # the first rank has them
+                seconds.append(float(results["seconds"]))
+                if measuring is not None:
+                    measuring.add(results, labels_in_turn(images, turns))
+                bar.update(len(images))
         if not work.leads:
             continue
         # The first batch of each rank warms up, and counts only where no rank has another one.

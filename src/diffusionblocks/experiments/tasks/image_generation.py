@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ...common.choices import NameOf, choice_of
 from ...common.fields import MOST_SAMPLES, Int, Levels, Many, NonNegative, Positive, Samples, Seed, check_count
+from ...common.progress import Progress
 from .image_features import FEATURE_KINDS, FeatureName, image_measures, saved_classifier
 from .task import PROMPT, EvaluateSection, LevelGrid, RunResult, SampleOption, Task, register_task
 
@@ -572,7 +573,6 @@ def draw_samples(
             that cannot be written into, or see `DiffusionBlocks.sample`.
     """
     import torch
-    from tqdm import tqdm
 
     from ...common.files import check_writable
     from ...common.machine import host_memory
@@ -623,9 +623,11 @@ def draw_samples(
         )
         return {"final": batch[:_CHAINS].cpu(), "pictures": pixels(batch).cpu()}
 
-    with experiment.precision(model):
-        bar = tqdm(pieces_of(count, options.batch_size), disable=not (progress and work.leads), unit="batch")
-        batches = list(work.in_order(bar, sample))
+    batches, pieces = [], pieces_of(count, options.batch_size)
+    with experiment.precision(model), Progress("sample", count, "images", show=progress and work.leads) as bar:
+        for images, batch in zip(pieces, work.in_order(pieces, sample), strict=False):  # the first rank has them
+            batches.append(batch)
+            bar.update(len(images))
     if not work.leads:
         return []
     final, pictures = batches[0]["final"], torch.cat([batch["pictures"] for batch in batches])
