@@ -235,7 +235,7 @@ def test_tensorboard_receives_the_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["train", "nowhere.yaml"], "no recipe and no run at nowhere.yaml"),
         (["train", DIGITS, "--set", "train.lr=-1"], "train.lr: Input should be greater than 0 (got -1)"),
         (["train", DIGITS, "--set", "train.lrr=1"], "train.lrr: no such field; did you mean lr?"),
         (["train", DIGITS, "--set", "train.lr"], "--set wants field.name=value, got 'train.lr'"),

@@ -338,8 +338,9 @@ def two_streams(
         return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[no-any-return]
     if kernel == "eager":
         return _reference(query, key, value, streams.whole()[:queries], scale, dropout, softcap, sinks)
-    if torch.is_autocast_enabled(query.device.type):  # as the library's attention does by itself
-        query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
+    kind = query.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # as the library's attention does by itself
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
     attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
     (noisy_k, clean_k), (noisy_v, clean_v) = (t.split([n, t.shape[2] - n], dim=2) for t in (key, value))
     noisy_q, *clean_q = query.split([n, queries - n] if queries > n else [n], dim=2)
