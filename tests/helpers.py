@@ -347,6 +347,21 @@ def changed_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> Recipe
     return parse_recipe(changed, "test")
 
 
+#: Changes that make `recipes/dit/digits.yaml` tiny, and its steps eager, on a CPU.
+TINY_DIT: Mapping[str, Any] = {
+    "device": "cpu",
+    "model.config.hidden_size": 16,
+    "model.config.num_attention_heads": 2,
+    "model.config.num_layers": 3,
+    "train.warmup_steps": 0,
+    "train.batch_size": 8,
+    "train.compile": "false",
+    "train.cuda_graph": "false",
+    "evaluate.features": "null",
+    "evaluate.samples": 2,
+}
+
+
 def vit_config(layers: int, **more: Any) -> dict[str, Any]:
     """Config values of a tiny ViT on the digits."""
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import few_digits, listing, vit_config, vit_recipe
+from helpers import TINY_DIT, few_digits, listing, vit_config, vit_recipe
 
 import diffusionblocks as db
 from diffusionblocks.cli import main
@@ -22,20 +22,11 @@ from diffusionblocks.noise import path_time
 
 DIGITS = Path(__file__).parents[2] / "recipes" / "dit" / "digits.yaml"
 TINY: dict[str, Any] = {
-    "device": "cpu",
-    "model.config.hidden_size": 16,
-    "model.config.num_attention_heads": 2,
-    "model.config.num_layers": 3,
+    **TINY_DIT,
     "trunk.steps": 3,
     "train.steps": 2,
-    "train.warmup_steps": 0,
-    "train.batch_size": 8,
-    "train.compile": "false",
-    "train.cuda_graph": "false",
     "monitor.levels": 8,
     "monitor.examples": 12,
-    "evaluate.features": "null",
-    "evaluate.samples": 2,
     "evaluate.steps": "[1]",
     "evaluate.grid": "[equal-quantile]",
 }

@@ -89,12 +89,18 @@ READERS: Mapping[str, Callable[[Path], list[tuple[int, float]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOGGERS)
-def test_records_arrive(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=LOGGERS)
+def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A logger that is installed, and writes nowhere but into the test's folder."""
+    name: str = request.param
     pytest.importorskip(name, reason=f"the extra {name} is not installed")
     for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    return name
+
+
+def test_records_arrive(name: str, tmp_path: Path) -> None:
     _log(name, tmp_path / name)
     assert READERS[name](tmp_path / name) == [(2, 2.5), (4, 1.25)]
 
@@ -147,12 +153,7 @@ PICTURES: Mapping[str, Callable[[Path], tuple[int, bytes]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOGGERS)
-def test_pictures_arrive(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(name, reason=f"the extra {name} is not installed")
-    for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_pictures_arrive(name: str, tmp_path: Path) -> None:
     picture = tmp_path / "step-000000002.png"
     Image.effect_noise((9, 5), 64).save(picture)
     logger = LOGGERS[name](tmp_path / name, "a run", CONFIG)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import few_digits, run_like_torchrun, seeded, vit_recipe
+from helpers import TINY_DIT, few_digits, run_like_torchrun, seeded, vit_recipe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,19 +27,10 @@ from diffusionblocks.training.run_log import PictureLogger
 
 DIGITS = Path(__file__).parents[2] / "recipes" / "dit" / "digits.yaml"
 TINY: dict[str, Any] = {
-    "device": "cpu",
-    "model.config.hidden_size": 16,
-    "model.config.num_attention_heads": 2,
-    "model.config.num_layers": 3,
+    **TINY_DIT,
     "trunk": "null",
     "train.steps": 4,
-    "train.warmup_steps": 0,
-    "train.batch_size": 8,
-    "train.compile": "false",
-    "train.cuda_graph": "false",
     "train.log_every": 3,
-    "evaluate.features": "null",
-    "evaluate.samples": 2,
     "evaluate.steps": "[5]",
     "evaluate.solver": "[euler]",
     "evaluate.guidance": "[1.0]",

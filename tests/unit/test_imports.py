@@ -11,9 +11,14 @@ import time
 import diffusionblocks as db
 
 
+def printed(code: str) -> str:
+    """What Python code prints, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def test_the_package_is_light_until_it_is_used() -> None:
     code = "import sys, diffusionblocks, diffusionblocks.__main__; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert printed(code) == "False\n"
 
 
 def test_help_imports_neither_torch_nor_models() -> None:
@@ -27,7 +32,7 @@ def test_help_imports_neither_torch_nor_models() -> None:
         "    assert 'usage: diffusionblocks' in shown.getvalue()\n"
         "print({'torch', 'transformers', 'diffusers'} & set(sys.modules))\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert printed(code) == "set()\n"
 
 
 def test_commands_that_need_no_model_import_no_library_of_models() -> None:
@@ -40,7 +45,7 @@ def test_commands_that_need_no_model_import_no_library_of_models() -> None:
         "    assert shown.getvalue()\n"
         "print({'torch', 'transformers', 'diffusers'} & set(sys.modules))\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert printed(code) == "set()\n"
 
 
 def test_conversion_imports_torch_and_no_other_large_library() -> None:
@@ -49,9 +54,7 @@ def test_conversion_imports_torch_and_no_other_large_library() -> None:
         "import sys, diffusionblocks as db; db.convert, db.load, db.DiffusionBlocks, db.register_family\n"
         f"print([name for name in {[*large, 'torch']!r} if name in sys.modules])"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "['torch']\n"
-    )
+    assert printed(code) == "['torch']\n"
 
 
 def test_only_what_is_public_is_seen() -> None:

@@ -11,10 +11,17 @@ from torch import Tensor
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Leave autocast for a while, on the tensor's device; on one that has none (`meta`) there is nothing to leave."""
-    kind = (
-        like.device.type
-    )  # asked of the tensor: torch.amp.is_autocast_available breaks compiled graphs before torch 2.12
+    # Asked of the tensor: torch.amp.is_autocast_available breaks compiled graphs before torch 2.12.
+    kind = like.device.type
     return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+def as_autocast(values: Tensor) -> Tensor:
+    """Return values in autocast's dtype where it is on, as torch's own operations take them; else as they are."""
+    kind = values.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return values
+    return values.to(torch.get_autocast_dtype(kind))
 
 
 def as_float64(values: Tensor) -> Tensor:

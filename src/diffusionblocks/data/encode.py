@@ -190,7 +190,7 @@ def encode_images(
     sizes = [(size, size)] if bucket_step is None else bucket_sizes(size, bucket_step)
     if not sizes:
         raise ValueError(f"bucket_step = {bucket_step}: must be at most size = {size}")
-    clips = None if frames is None else Clips(frames, _FPS if fps is None else fps, sizes)
+    clips = _clips(frames, fps, sizes)
     table = _open(source, split, columns, prompted, clips)
     table.check_labels()
     where = _device(device)
@@ -276,7 +276,7 @@ def reconstructions(
     assert noted is not None, "`latent_folder` has read the index"
     model = load_vae(noted.vae, _device(device))
     columns, sizes = _Columns(image_column, label_column, num_classes, prompt_column), [(size, size)]
-    clips = None if frames is None else Clips(frames, _FPS if fps is None else fps, sizes)
+    clips = _clips(frames, fps, sizes)
     table = _open(source, split, columns, bool(data.states), clips)
     rows: list[ImageRow | ClipRow] = list(islice(table, min(count, len(data))))
     images = torch.stack([row.pixels(sizes) for row in rows])
@@ -333,6 +333,10 @@ def _open(
         prompts=prompts,
         prompt_column=columns.prompt,
     )
+
+
+def _clips(frames: int | None, fps: float | None, sizes: Sequence[tuple[int, int]]) -> Clips | None:
+    return None if frames is None else Clips(frames, _FPS if fps is None else fps, sizes)
 
 
 def _check_classes(source: str, columns: _Columns, files: PictureFolder) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.precision import as_autocast
+
 #: how the names of what stands for a weight begin
 _PART = "weight_"
 
@@ -206,10 +208,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        kind = x.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        return _FixedLinear.apply(x, self.bias, self.kind, self._shape, *self.parts)  # type: ignore[no-any-return, no-untyped-call]
+        return _FixedLinear.apply(as_autocast(x), self.bias, self.kind, self._shape, *self.parts)  # type: ignore[no-any-return, no-untyped-call]
 
     def extra_repr(self) -> str:
         """As of a linear layer, with how it is kept."""

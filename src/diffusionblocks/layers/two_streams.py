@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.precision import as_autocast
 from .past_and_own import has_kernel, past_and_own
 
 if TYPE_CHECKING:
@@ -338,9 +339,7 @@ def two_streams(
         return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[no-any-return]
     if kernel == "eager":
         return _reference(query, key, value, streams.whole()[:queries], scale, dropout, softcap, sinks)
-    kind = query.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # as the library's attention does by itself
-        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    query, key, value = map(as_autocast, (query, key, value))  # as the library's attention does by itself
     attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
     (noisy_k, clean_k), (noisy_v, clean_v) = (t.split([n, t.shape[2] - n], dim=2) for t in (key, value))
     noisy_q, *clean_q = query.split([n, queries - n] if queries > n else [n], dim=2)
