@@ -68,6 +68,9 @@ METHODS = ("blocks", "active", "ddp", "fsdp2")
 #: Steps before anything is measured: they compile, and make the optimizer's state.
 _WARM_UP = 6
 
+#: Milliseconds of a window whose collectives are delayed.
+_LONGEST_WINDOW = 2000.0
+
 #: Functions of torch.distributed that move what training moves; names differ between versions.
 _COLLECTIVES = {
     "all_reduce": 2,
@@ -358,32 +361,33 @@ def measure(job: Job, ranks: Ranks) -> dict[str, Any]:
         stepping.step()
     clock.wait()
 
-    def times() -> list[float]:
+    def times(windows: int, iterations: int) -> list[float]:
         """Milliseconds of a step in each window, of the slowest rank."""
         result = []
-        for _ in range(job.windows):
+        for _ in range(windows):
             meeting.values(None)
             start = clock.now()
-            for _ in range(job.iterations):
+            for _ in range(iterations):
                 stepping.step()
             end = clock.now()
             clock.wait()
-            result.append(max(meeting.values(clock.between(start, end) / job.iterations)))
+            result.append(max(meeting.values(clock.between(start, end) / iterations)))
         return result
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        milliseconds = times()
+        milliseconds = times(job.windows, job.iterations)
         peak = torch.cuda.max_memory_allocated()
     else:
-        milliseconds = times()
+        milliseconds = times(job.windows, job.iterations)
         held = sum(weight.numel() * weight.element_size() for weight in stepping.weights)
         peak = 3 * held + transient_peak(stepping.step, device)  # weights and AdamW's two averages
     networks = {}
     for gigabits in job.network if job.gpus > 1 else ():
         with slowed(gigabits, device):
-            stepping.step()
-            networks[f"{gigabits:g}"] = statistics.median(times())
+            (first,) = times(1, 1)  # a second and more on a slow link: then a window is of fewer steps, or this one
+            iterations = min(job.iterations, int(_LONGEST_WINDOW / first))
+            networks[f"{gigabits:g}"] = statistics.median(times(job.windows, iterations)) if iterations else first
     of_ranks = meeting.values([peak, sent, between, stepping.layer_updates])
     peaks, sents, betweens, updates = zip(*of_ranks, strict=True)
     layers = layers_of(job.spec("end-to-end"))
