@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
+from diffusionblocks.common import schema_errors
 from diffusionblocks.common.yaml_values import read_yaml
-from diffusionblocks.experiments import schema_errors
 from diffusionblocks.experiments.recipe import Recipe, load_recipe, parse_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"

@@ -156,8 +156,8 @@ def _run(name: str, options: argparse.Namespace) -> None:
         else:
             options.run(options)
     except ValidationError as error:
+        from ..common.schema_errors import explain
         from ..experiments.recipe import Recipe
-        from ..experiments.schema_errors import explain
 
         raise ValueError(f"not allowed: {explain(error, Recipe)}") from error
 

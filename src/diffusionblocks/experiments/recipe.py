@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from ..common.fields import MOST_LEVELS, Epochs, Float, Int, Positive, Samples, Steps
 from ..common.formats import read_json
+from ..common.schema_errors import cut, explain, text_of
 from ..common.yaml_values import MOST_BYTES, read_yaml
 from ..config import BlocksConfig, blocks_as_written
 from ..data.data_config import DATA, DataConfig
@@ -20,7 +21,6 @@ from ..targets import check_label_loss, check_loss_chunk
 from ..training import TrainConfig
 from ..training.local_learning import LocalConfig
 from ..training.units import check_readers
-from .schema_errors import cut, explain, text_of
 from .shipped_recipes import recipe_file
 from .tasks import TASKS, AccuracyConfig, EvaluateSection, Task, tasks_of
 from .tasks.task import BY_KIND

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import AliasChoices
 
+from ..common.schema_errors import sections_in
 from .recipe import Recipe
-from .schema_errors import sections_in
 
 _HEAD = """# Recipes: every field
 

@@ -12,8 +12,8 @@ from typing import Any, get_args, get_type_hints
 from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..common.by_kind import ByKind
-from ..common.messages import near, perhaps
+from .by_kind import ByKind
+from .messages import near, perhaps
 
 #: Wrong fields that a message lists, and how long a line of them may be.
 _MOST_LINES, _MOST_CHARACTERS = 5, 600
