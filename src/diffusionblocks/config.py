@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     InstanceOf,
@@ -18,6 +16,7 @@ from pydantic import (
 )
 
 from .common.by_kind import ByKind
+from .common.config_model import ConfigModel
 from .common.fields import Blocks, Float, Positive, Seed, Width
 from .common.messages import perhaps
 from .noise import MEASURED_STRATEGIES, NOISE_PROCESSES, NoiseProcess
@@ -86,7 +85,7 @@ NoiseConfig = Annotated[
 ]
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(ConfigModel):
     """Low-rank updates of linear layers, which then are all that trains (arXiv 2106.09685, as PEFT has them).
 
     Attributes:
@@ -101,8 +100,6 @@ class LoraConfig(BaseModel):
             (`model.dtype`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     rank: Width = 16
     alpha: Positive | None = None
     targets: tuple[str, ...] | None = None
@@ -116,7 +113,7 @@ class LoraConfig(BaseModel):
         return float(self.rank) if self.alpha is None else self.alpha
 
 
-class BlocksConfig(BaseModel):
+class BlocksConfig(ConfigModel):
     """How to convert a model into DiffusionBlocks.
 
     Attributes:
@@ -147,10 +144,8 @@ class BlocksConfig(BaseModel):
             machines agree on them.
 
     Raises:
-        pydantic.ValidationError (a ValueError): an unknown field or a value out of range.
+        ValueError: an unknown field or a value out of range; see `ConfigModel`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_blocks: Blocks = 3
     layers: tuple[Blocks, ...] | None = None

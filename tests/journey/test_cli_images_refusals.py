@@ -141,7 +141,10 @@ def test_training_refuses(
             sets(evaluate__features="classifier"),
             "evaluate.features: classifier needs images; for latents use inception or efficientnet-lite0",
         ),
-        ([], "data.source is not set"),
+        (
+            [],
+            "or set DIFFUSIONBLOCKS_DATA to a folder that holds 'imagenet-latents'; make it with `diffusionblocks en",
+        ),
         (sets(data__source="nowhere"), "nowhere: no such folder of latents"),
         (sets(model__type="ViTForImageClassification", evaluate="{}"), "data.kind: latents is for diffusion models"),
     ],

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from pydantic import ValidationError
 
+import diffusionblocks as db
 from diffusionblocks.common import schema_errors
 from diffusionblocks.common.yaml_values import read_yaml
 from diffusionblocks.experiments.recipe import Recipe, load_recipe, parse_recipe
+from diffusionblocks.training import TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHIPPED = ("vit/digits", "dit/digits", "dit/imagenet-latents", "text/masked_text8", "text/autoregressive_prose")
@@ -192,3 +196,33 @@ def test_a_colon_without_a_space_is_told() -> None:
 def test_a_file_is_not_blamed_for_an_override() -> None:
     with pytest.raises(ValueError, match=r"digits\.yaml, with what --set changes, is not a valid recipe"):
         load_recipe("vit/digits", ["train.steps=0"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: db.BlocksConfig(num_block=3), "BlocksConfig: num_block: no such field; did you mean num_blocks?"),
+        (
+            lambda: db.BlocksConfig(target={"kind": "label", "embeddin": 3}),
+            "BlocksConfig: target.embeddin: no such field; did you mean embedding?",
+        ),
+        (
+            lambda: db.LoraConfig(rank=0, dropout=1),
+            "LoraConfig: rank: Input should be greater than or equal to 1 (got 0); dropout: Input should be less than "
+            "1 (got 1)",
+        ),
+        (
+            lambda: TrainConfig(steps=1, resident="activ"),
+            "TrainConfig: resident: Input should be 'all' or 'active' (got 'activ') (did you mean active?)",
+        ),
+        (
+            lambda: db.BlocksConfig(lora={}, shared="joint"),
+            "BlocksConfig: lora with shared = joint: no shared parameter trains, and blocks train apart; leave shared "
+            "out",
+        ),
+    ],
+)
+def test_python_is_told_in_one_line_as_well(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$") as error:
+        make()
+    assert isinstance(error.value.__cause__, ValidationError)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, SerializeAsAny
+from pydantic import SerializeAsAny
 from torch import Tensor
 from typing_extensions import override
 
 from ..common.by_kind import ByKind, kind_of
+from ..common.config_model import ConfigModel
 from ..common.registry import Registry
 from .dataset import BatchMaker, Dataset, ExampleCount
 from .text_codec import TextCodec
@@ -24,7 +25,7 @@ DATA_VARIABLE = "DIFFUSIONBLOCKS_DATA"
 Batches = Iterator[dict[str, Tensor]]
 
 
-class DataSection(BaseModel, ABC):
+class DataSection(ConfigModel, ABC):
     """What every kind of data answers.
 
     Attributes:
@@ -35,8 +36,6 @@ class DataSection(BaseModel, ABC):
         placement: Where training examples wait: on the `device`, on the `host`, or `auto`: on the device where they
             take at most a quarter of its free memory.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     examples: ClassVar[str]
     users: ClassVar[str] = "image models"
@@ -184,6 +183,9 @@ class FilesSection(DataSection):
         valid_split: Name of the split that early stopping measures on (`train.early_stopping`).
     """
 
+    #: how a user comes by such a folder, for messages; nothing where folders of others will do
+    made_by: ClassVar[str] = ""
+
     source: str | None = None
     folder: str | None = None
     train_split: str = "train"
@@ -211,7 +213,7 @@ class FilesSection(DataSection):
         if self.source is None:
             raise ValueError(
                 f"data.source is not set; give a folder or hub name (--set data.source=...), or set {DATA_VARIABLE} to "
-                f"a folder that holds {self.folder!r}"
+                f"a folder that holds {self.folder!r}{self.made_by}"
             )
         return self.source
 

@@ -30,7 +30,7 @@ from .image_processor import ImageProcessor, processor_in
 from .image_table import rows_of_split
 from .latent_batches import LatentBatches
 from .latent_data import LatentData
-from .latent_shards import decoded_by, examples_of_split, largest_example, latent_folder, noted_prompts
+from .latent_shards import MAKE_LATENTS, decoded_by, examples_of_split, largest_example, latent_folder, noted_prompts
 from .prompt_states import load_prompt_encoder
 
 
@@ -327,6 +327,7 @@ class LatentsConfig(ImagesSection, FilesSection):
     examples: ClassVar[str] = "latents"
     users: ClassVar[str] = "diffusion models"
     mapped: ClassVar[bool] = True
+    made_by: ClassVar[str] = f"; {MAKE_LATENTS}"
 
     kind: Literal["latents"]
     scale: Positive = 0.5

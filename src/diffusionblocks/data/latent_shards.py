@@ -52,7 +52,8 @@ __all__ = [
 
 _SOURCE = "source"  # key of a shard's metadata
 
-_MAKE = "make it with `diffusionblocks encode`"
+#: How a folder of latents is made, for messages.
+MAKE_LATENTS = "make it with `diffusionblocks encode`"
 
 _AT_ONCE = 64  # rows in higher precision, while a shard is measured or rescaled
 
@@ -143,7 +144,7 @@ def latent_folder(path: str | Path, split: str = "train", *, reference_split: st
     check_split(split)
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of latents; {_MAKE}")
+        raise FileNotFoundError(f"{folder}: no such folder of latents; {MAKE_LATENTS}")
     index = _read_index(folder, split)
     names, order = index.class_names, None
     if reference_split not in (None, split) and _index_file(folder, str(reference_split)).is_file():
@@ -297,7 +298,7 @@ def _read_index(folder: Path, split: str) -> _Index:
     file = _index_file(folder, split)
     if not file.is_file():
         present = sorted(path.stem for path in folder.glob("*.json"))
-        raise FileNotFoundError(f"{file} is missing; the folder holds the splits {present}; {_MAKE}")
+        raise FileNotFoundError(f"{file} is missing; the folder holds the splits {present}; {MAKE_LATENTS}")
     values = read_json(file)
     try:
         index = validate(values, _Index, file)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
+from ..common.config_model import ConfigModel
 from ..common.fields import MOST_LEVELS, Epochs, Float, Int, Positive, Samples, Steps
 from ..common.formats import read_json
 from ..common.schema_errors import cut, explain, text_of
@@ -26,11 +27,7 @@ from .tasks import TASKS, AccuracyConfig, EvaluateSection, Task, tasks_of
 from .tasks.task import BY_KIND
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(ConfigModel):
     """The ordinary model that is trained end to end, or converted.
 
     Attributes:
@@ -52,7 +49,7 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class TrunkConfig(_Section):
+class TrunkConfig(ConfigModel):
     """Train one block's worth of layers on all levels first, then branch it into the blocks.
 
     Of blocks of several sizes (`blocks.layers`) the trunk has the layers of the largest, and a smaller one is copied
@@ -81,7 +78,7 @@ class TrunkConfig(_Section):
     warmup: Literal["none", "again"] = "none"
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(ConfigModel):
     """How several processes share a run, under torchrun; one process reads nothing of it.
 
     Attributes:
@@ -97,7 +94,7 @@ class ParallelConfig(_Section):
     timeout: Float = Field(default=600.0, ge=1, le=10**6)
 
 
-class FitConfig(_Section):
+class FitConfig(ConfigModel):
     """Fit the noise levels first, to the cross-entropy of one block given x and z.
 
     Masked text takes `equal: loss` alone: equal probability is an equal share of the evidence bound, over the share of
@@ -126,7 +123,7 @@ class FitConfig(_Section):
     floor: Float = Field(default=0.05, gt=0, le=1)
 
 
-class MonitorConfig(_Section):
+class MonitorConfig(ConfigModel):
     """How a measured partition (`blocks.partition`: loss, acceleration or energy) is measured on the trunk.
 
     Attributes:
@@ -155,7 +152,7 @@ RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_l
 EvaluateConfig = Annotated[SerializeAsAny[EvaluateSection], BY_KIND]
 
 
-class Recipe(_Section):
+class Recipe(ConfigModel):
     """A whole run.
 
     Attributes:

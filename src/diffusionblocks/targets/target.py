@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..common.config_model import ConfigModel
 from ..common.messages import span
 from ..common.precision import without_autocast
 
@@ -30,7 +31,7 @@ _HINTS = {
 }
 
 
-class BaseTargetConfig(BaseModel):
+class BaseTargetConfig(ConfigModel):
     """What the sections `target` of all kinds have in common.
 
     Attributes:
@@ -38,8 +39,6 @@ class BaseTargetConfig(BaseModel):
         weight: `none`, or the name of the weight of the loss at each level.
         unread: share of the drawn levels, at either end, beyond which none is read by default (see `EDM.coverage`).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     unread: ClassVar[float] = 0.0
 

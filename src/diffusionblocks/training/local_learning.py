@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.config_model import ConfigModel
 from ..common.fields import Blocks, Positive, Temperature
 from ..common.precision import without_autocast
 from ..core.block import computed_again
@@ -32,7 +33,7 @@ from .units import Baseline, Unit, check_readers
 _NONE = -1e9
 
 
-class LocalConfig(BaseModel):
+class LocalConfig(ConfigModel):
     """How modules are trained under `method: local`.
 
     Attributes:
@@ -50,8 +51,6 @@ class LocalConfig(BaseModel):
         double_tau: Of `trgl`: take twice tau in the second half of the modules.
         temperature: Of `forward-forward`: divides the cosines in the contrastive loss.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     objective: Literal["greedy", "trgl", "mono-forward", "forward-forward"] = "greedy"
     modules: Blocks | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
+from ..common.config_model import ConfigModel
 from ..common.fields import (
     MOST_STEPS,
     BlockIndex,
@@ -36,7 +37,7 @@ def _listed(value: Any) -> Any:
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 
 
-class DistillConfig(BaseModel):
+class DistillConfig(ConfigModel):
     """Distil a classifier from trained ones: loss = (1 - weight) * cross-entropy + weight * temperature^2 * KL.
 
     KL(teacher || network) compares the teachers' logits with the network's own, of blocks their context logits. The
@@ -50,8 +51,6 @@ class DistillConfig(BaseModel):
         temperature: Divides both sides' logits in the divergence.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     teacher: Annotated[tuple[Annotated[str, Field(pattern=r"^[^\x00]+$")], ...], BeforeValidator(_listed)] = Field(
         min_length=1, max_length=100
     )
@@ -59,7 +58,7 @@ class DistillConfig(BaseModel):
     temperature: Temperature = 1.0
 
 
-class EarlyStoppingConfig(BaseModel):
+class EarlyStoppingConfig(ConfigModel):
     """Save the weights of each unit's lowest held-out loss, and end its training where that no longer falls.
 
     The loss is the one that the unit is trained on, of examples of the validation split (`data.valid_split`), with the
@@ -73,14 +72,12 @@ class EarlyStoppingConfig(BaseModel):
             first; null takes all.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     every: Steps = 200
     patience: Steps | None = None
     examples: Samples | None = 1024
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(ConfigModel):
     """How each unit (a block, or the end-to-end model) is trained. Steps are steps *of that unit*.
 
     Attributes:
@@ -150,8 +147,6 @@ class TrainConfig(BaseModel):
             pictures of different steps compare, and prompts of the data. Null: none. Training is not changed.
         keep_checkpoints: Number of checkpoints that are kept, the newest.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: Steps | None = None
     epochs: Epochs | None = None

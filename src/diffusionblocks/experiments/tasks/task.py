@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict
-
 from ...common.by_kind import ByKind, kind_of
 from ...common.choices import NameOf
+from ...common.config_model import ConfigModel
 from ...common.fields import MANY_CALLS, MOST_CALLS
 from ...common.messages import warn_once
 from ...common.processing_files import read_files
@@ -51,10 +50,8 @@ def level_grid(name: str) -> str:
 LevelGrid = Annotated[str, NameOf(level_grids, level_grid)]
 
 
-class EvaluateSection(BaseModel):
+class EvaluateSection(ConfigModel):
     """Base class of the kinds of `evaluate` section; a task has one, with a field `kind: Literal["its name"]`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     if TYPE_CHECKING:
         kind: str
