@@ -337,6 +337,24 @@ def test_two_streams_go_on_from_nothing() -> None:
     assert batch[1][:2] == [4, 2]
 
 
+@pytest.mark.parametrize("family", ["llama", "one-stream"])
+def test_texts_beyond_the_model_are_refused_before_any_is_drawn(family: str) -> None:
+    model = converted(family)
+    most = model.family.longest(model.block(0).network)  # type: ignore[attr-defined]
+    fits = most - 8 + model.target.shift  # type: ignore[union-attr]
+    calls = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    longest = rf"{most + 1} tokens, but the model takes {most} .*: the longest prompt has 8, and max_new_tokens = "
+    with pytest.raises(ValueError, match=f"{longest}{fits + 1}; give fewer, or a shorter prompt"):
+        model.generate(PROMPTS, fits + 1, steps=1)
+    assert not calls
+    assert max(map(len, model.generate(PROMPTS, fits, steps=1).tokens)) == 8 + fits
+    assert calls
+    every = model.generate(PROMPTS, fits + 1, steps=1, stop_tokens=range(VOCAB))  # which end before
+    assert [len(row) for row in every.tokens] == [len(prompt) + 1 for prompt in PROMPTS]
+
+
 def test_a_stop_ends_its_row_alone() -> None:
     model = converted("llama")
     free = lists(model.continue_texts(PROMPTS, 20, steps=2))

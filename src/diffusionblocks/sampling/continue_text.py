@@ -125,7 +125,8 @@ def continue_texts(
         feeds: whether a step feeds the next; not where blocks vote and are shown no z.
         one_past: whether all blocks read one `past`, that of a frozen trunk: then the first call for a token fills it.
         check_length: raises ValueError for a text of more tokens than the network takes; asked before the first token
-            where steps have one shape, for then the network does not count.
+            where nothing ends a text before `max_new_tokens`, or where steps have one shape: then the network does
+            not count.
         stop_tokens: a row ends with the first of these that it generates.
         stop_criterion: or where a string ends, see `TextEnds`; None: there are no strings.
         num_tokens: only ids below it are generated, of a vocabulary that is padded beyond its tokenizer's; None: all.
@@ -147,9 +148,16 @@ def continue_texts(
     device, lengths = torch.device(device), [len(row) for row in rows]
     longest = max(lengths)
     capacity, static = longest + max_new_tokens, cuda_graph or compile
-    if static:  # texts of about one length have one shape
-        if check_length is not None:
+    ends = TextEnds(rows, max_new_tokens, stop_tokens, stop_criterion, device)
+    if check_length is not None and (static or not ends.any):
+        try:
             check_length(capacity - target.shift)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: the longest prompt has {longest}, and max_new_tokens = {max_new_tokens}; give fewer, or a "
+                "shorter prompt"
+            ) from None
+    if static:  # texts of about one length have one shape
         capacity = -(-(capacity + 1) // _PLACES) * _PLACES - 1
     settings = Drawing(temperature, top_p, feedback, top_k, combine, context, num_tokens)
 
@@ -202,7 +210,6 @@ def continue_texts(
             token = chain.follow(token, prior, uniforms)
             yield token
 
-    ends = TextEnds(rows, max_new_tokens, stop_tokens, stop_criterion, device)
     result = _grown(tokens(), rows, max_new_tokens, ends, chain.check, progress)
     return dataclasses.replace(result, preparation_seconds=chain.preparation_seconds)
 
