@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diffusionblocks.data.latent_shards import Prompts, write_shards
 from diffusionblocks.experiments import run
 from diffusionblocks.experiments.boundaries import place_boundaries, read_boundaries
 from diffusionblocks.experiments.experiment import Experiment
+from diffusionblocks.experiments.preflight import check_disk
 from diffusionblocks.experiments.recipe import parse_recipe
 from diffusionblocks.noise import path_time
 from diffusionblocks.training.data_order import DataOrder
@@ -164,3 +166,32 @@ def test_boundaries_are_measured_over_all_sizes_each_with_its_shift(
         each = {count: path_time(process.for_tokens(count), level) for count in tokens}
         assert time == pytest.approx(sum(tokens[count] * each[count] for count in tokens) / 20, abs=1e-9)
         assert level in (0.0, 1.0) or len({*each.values()}) == 2, "sizes differ"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "train"),
+    [
+        ({"split": "experts", "lora": {"rank": 2}}, {"blocks": [1]}),  # with all of the fixed weights
+        ({"split": "experts", "lora": {"rank": 2}}, {"ema_decay": 0.9}),
+        ({"split": "experts", "lora": {"rank": 2, "base": "int8"}}, {"blocks": [0]}),
+        ({}, {"blocks": [1], "snapshot_every": 3}),
+        ({"shared": "joint"}, {"ema_decay": 0.9}),
+    ],
+    ids=str,
+)
+def test_the_disk_is_checked_for_what_a_run_writes(
+    blocks: dict[str, Any], train: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    once = {"steps": 6, "checkpoint_every": None, "checkpoint_seconds": None}  # one checkpoint, at the end
+    experiment = recipe(folder, blocks=blocks, train=once | train)
+    out = tmp_path / "run"
+    with torch.random.fork_rng():
+        run.train(experiment, out, progress=False, measure=False)
+    files = list(out.rglob("*.safetensors"))
+    written = sum(file.stat().st_size for file in files)
+    heads = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)  # names and shapes
+    for place in ("checkpoints", "snapshots"):
+        shutil.rmtree(out / place, ignore_errors=True)  # else they are there already
+    check_disk(experiment, out, free=written)
+    with pytest.raises(ValueError, match=r"its disk has [\d.]+ free: make room"):
+        check_disk(experiment, out, free=int(0.97 * (written - heads)))

@@ -125,44 +125,42 @@ def test_weights_are_counted_with_what_is_kept_for_each() -> None:
         check_memory(model, 10_000.0, torch.device("cpu"), "smaller")
 
 
-def of_disk(**changes: object) -> tuple[Recipe, int]:
-    """(recipe, bytes of its weights) of three small blocks under AdamW."""
-    recipe = load_recipe(
-        VIT,
-        ["device=cpu", "train.steps=4", "train.batch_size=10", *(f"train.{name}={v}" for name, v in changes.items())],
-    )
-    outline = Experiment(recipe).outline
-    return recipe, sum(p.numel() * p.element_size() for p in outline.parameters())
+def of_disk(path: Path, *changes: str) -> tuple[Recipe, int, int]:
+    """(recipe, bytes of what is saved of the blocks that train, bytes of what moves of them)."""
+    recipe = load_recipe(path, ["device=cpu", "train.steps=4", "train.batch_size=10", *changes])
+    model: Any = Experiment(recipe).outline
+    blocks = [model.blocks[b] for b in recipe.train.blocks or range(model.partition.num_blocks)]
+    tensors = {id(t): t for block in blocks for t in block.state_dict(keep_vars=True).values()}.values()
+    sizes = [(t.requires_grad, t.numel() * t.element_size()) for t in tensors]
+    return recipe, sum(size for _, size in sizes), sum(size for moves, size in sizes if moves)
 
 
 @pytest.mark.parametrize(
-    ("changes", "copies"),
+    ("changes", "saved", "kept"),
     [
-        ({}, 1 + 3 * 3),  # the model; two checkpoints and the one that is being written, of weights and two averages
-        ({"keep_checkpoints": 1}, 1 + 2 * 3),
-        ({"keep_checkpoints": 10**6}, 1 + 12 * 3),  # as many as there are iterations
-        ({"checkpoint_seconds": "null"}, 1 + 3),
-        ({"ema_decay": 0.9}, 1 + 3 * 4),
-        ({"snapshot_every": 5}, 1 + 2 + 3 * 3),
-        ({"blocks": "[0, 2]"}, (1 + 3 * 3) * 2 / 3),
-        ({"steps": "null", "epochs": 1, "snapshot_every": 1}, 1 + 3 * 4 + 3 * 3),  # of 40 examples
+        ({}, 1 + 3, 3 * 2),  # the model; two checkpoints and the one that is being written, and two averages in each
+        ({"keep_checkpoints": 1}, 1 + 2, 2 * 2),
+        ({"keep_checkpoints": 10**6}, 1 + 12, 12 * 2),  # as many as there are iterations
+        ({"checkpoint_seconds": "null"}, 1 + 1, 2),
+        ({"ema_decay": 0.9}, 1 + 3, 3 * 3),
+        ({"snapshot_every": 5}, 1 + 2 + 3, 3 * 2),
+        ({"blocks": "[0, 2]"}, 1 + 3, 3 * 2),
+        ({"steps": "null", "epochs": 1, "snapshot_every": 1}, 1 + 12 + 3, 3 * 2),  # of 40 examples
     ],
 )
-def test_what_no_disk_holds_is_refused(changes: dict[str, object], copies: float, tmp_path: Path) -> None:
-    recipe, weights = of_disk(**changes)
-    needed = int(copies * weights)
+def test_what_no_disk_holds_is_refused(changes: dict[str, object], saved: int, kept: int, tmp_path: Path) -> None:
+    recipe, weights, moved = of_disk(VIT, *(f"train.{name}={v}" for name, v in changes.items()))
+    needed = saved * weights + kept * moved
     check_disk(Experiment(recipe), tmp_path / "run", free=needed, num_examples=40)
     with pytest.raises(ValueError, match=r"its disk has [\d.]+ free: make room.*--out"):
         check_disk(Experiment(recipe), tmp_path / "run", free=needed - 1, num_examples=40)
 
 
-def test_fixed_weights_under_low_rank_updates_are_on_the_disk_once(tmp_path: Path) -> None:
-    """As a run writes them: a checkpoint has the updates, with their state."""
+@pytest.mark.parametrize("blocks", ["null", "[1]"])
+def test_fixed_weights_under_low_rank_updates_are_on_the_disk_once(blocks: str, tmp_path: Path) -> None:
+    """As a run writes them: a checkpoint has the updates, with their state; the model has all, of one block too."""
     sizes = ["model.config.num_layers=2", "model.config.dual_attention_layers=[0]", "blocks.lora.rank=2"]
-    recipe = load_recipe(FOLDER / "flow/12gb.yaml", ["device=cpu", *sizes])
-    parameters = list(Experiment(recipe).outline.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    updates = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    recipe, weights, updates = of_disk(FOLDER / "flow/12gb.yaml", *sizes, f"train.blocks={blocks}")
     assert 0 < 10 * updates < weights
     needed = weights + 3 * 3 * updates  # three checkpoints, of the updates and two averages of AdamW
     check_disk(Experiment(recipe), tmp_path, free=needed)
@@ -171,11 +169,11 @@ def test_fixed_weights_under_low_rank_updates_are_on_the_disk_once(tmp_path: Pat
 
 
 def test_what_a_run_has_written_is_not_counted_again(tmp_path: Path) -> None:
-    recipe, weights = of_disk(snapshot_every=5)
+    recipe, weights, moved = of_disk(VIT, "train.snapshot_every=5")
     (tmp_path / "snapshots" / "iteration-000000005").mkdir(parents=True)
     (tmp_path / "checkpoints" / "iteration-000000006").mkdir(parents=True)
     (tmp_path / "checkpoints" / "iteration-000000006" / "state.json").write_text("{}")
-    check_disk(Experiment(recipe), tmp_path, free=(1 + 1 + 2 * 3) * weights)
+    check_disk(Experiment(recipe), tmp_path, free=(1 + 1 + 2) * weights + 2 * 2 * moved)
 
 
 @pytest.mark.parametrize("method", ["diffusionblocks", "end-to-end"])

@@ -63,13 +63,15 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
         ValueError: fewer bytes are free; with the settings that would fit.
     """
     recipe, train = experiment.recipe, experiment.recipe.train
-    blocks, in_training = _blocks_of(experiment)
-    parameters = list(experiment.outline.parameters())
-    # What low-rank updates are of is fixed: it is in the model alone, and has no state of an optimizer.
-    in_checkpoint = parameters if recipe.blocks.lora is None else [p for p in parameters if p.requires_grad]
-    weights, per_checkpoint = (bytes_of(each) * in_training / blocks for each in (parameters, in_checkpoint))
+    units, _ = units_of(experiment.outline, train.blocks)
+    # What units hold in common is there once, however many of them are trained.
+    saved = [tensor for unit in units for tensor in unit.module.state_dict(keep_vars=True).values()]
+    # What low-rank updates are of is fixed: it is in the model alone.
+    in_checkpoint = saved if recipe.blocks.lora is None else [tensor for tensor in saved if tensor.requires_grad]
+    model, weights = bytes_of(saved), bytes_of(in_checkpoint)
+    moved = bytes_of(p for unit in units for p in unit.parameters)
     steps = train.steps if num_examples is None else train.unit_steps(num_examples)
-    iterations = None if steps is None else steps * in_training
+    iterations = None if steps is None else steps * len(units)
     saves = train.checkpoint_every is not None or train.checkpoint_seconds is not None
     snapshots = 0 if train.snapshot_every is None or iterations is None else iterations // train.snapshot_every
     # What a run that began has written is not free any more.
@@ -80,7 +82,7 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
         new = keep + 1 if saves else 1  # one is written before an older one is removed
         new = max(1, min(new, iterations or new) - present)
         best = 1 if train.early_stopping is not None else 0
-        return int(weights * (1 + snapshots) + new * per_checkpoint * (1 + best + _state(recipe)))
+        return int(model * (1 + snapshots) + new * (weights + moved * (best + _state(recipe))))
 
     fixes = ["make room", "name another folder with --out"]
     keep = train.keep_checkpoints
