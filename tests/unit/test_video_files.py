@@ -156,12 +156,87 @@ def test_a_video_has_one_size_also_where_its_frames_change_theirs(tmp_path: Path
     assert greys(row) == pytest.approx([grey_of(number) for number in (0, 1, 0, 1)], abs=3)
 
 
-def test_a_video_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.avi", "a.mp4"])
+def test_a_video_that_is_cut_off_is_told_before_it_is_read(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by a download that broke off: the whole file beside it is not told of."""
     (tmp_path / "dog").mkdir()
-    path = write_video(tmp_path / "dog" / "a.webm", 30)
-    path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(ValueError, match=r"a\.webm"):
-        clips_of(tmp_path, 20, 30)
+    noise = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), dtype=np.uint8)  # frames of many bytes
+    options = {"movflags": "+faststart"} if name == "a.mp4" else {}
+    with av.open(str(tmp_path / "dog" / name), "w", options=options) as container:
+        codec = {"a.webm": "libvpx", "a.avi": "mpeg4"}.get(name, "libx264")
+        write_frames(container, add_stream(container, codec, (48, 64)), list(noise))
+    assert len(clips_of(tmp_path, 10, 30)) == 6
+    assert not caplog.messages
+    content = (tmp_path / "dog" / name).read_bytes()
+    cut = tmp_path / "cut" / "dog" / name
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes(content[: len(content) // 2])
+    videos = VideoClips(PictureFolder(tmp_path / "cut", "train", VIDEO_ENDINGS), Clips(10, 30, SIZES))
+    (line,) = caplog.messages
+    told = re.fullmatch(
+        re.escape(f"{cut} is cut off: about ") + r"(\d+) of its 60 frames are there, and the clips are of these; "
+        r"copy it anew, or take it out",
+        line,
+    )
+    assert told is not None, line
+    assert len(list(videos)) == 2
+    assert 20 < int(told[1]) < 32
+    with pytest.raises(ValueError, match=r"is a video of [01]\.\d+ s: 40 frames at 30 a second take 1\.33 s"):
+        VideoClips(PictureFolder(tmp_path / "cut", "train", VIDEO_ENDINGS), Clips(40, 30, SIZES))
+    cut.write_bytes(content[:400])
+    with pytest.raises(ValueError, match=re.escape(str(cut))):
+        VideoClips(PictureFolder(tmp_path / "cut", "train", VIDEO_ENDINGS), Clips(10, 30, SIZES))
+
+
+def test_sound_that_is_longer_than_the_pictures_is_no_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "dog").mkdir()
+    with av.open(str(tmp_path / "dog" / "a.mkv"), "w") as container:
+        film = add_stream(container, "libx264", (16, 16))
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        write_frames(container, film, [np.zeros((16, 16, 3), dtype=np.uint8)] * 6)
+        for number in range(16):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 8000, 1024 * number
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    assert len(clips_of(tmp_path, 3, 30)) == 2
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("size", "matrix"), [((720, 960), "ITU709"), ((544, 1280), "ITU709"), ((480, 640), "ITU601")])
+def test_colours_that_a_file_does_not_tell_are_those_of_its_size(
+    size: tuple[int, int], matrix: str, tmp_path: Path
+) -> None:
+    """As players have it: HD is BT.709. A file that does tell is believed, whatever its size."""
+    colour, sides = (200, 30, 60), [(size[0] // 16, size[1] // 16)]
+
+    def written(name: str, used: str, told: int) -> None:
+        (tmp_path / name / "dog").mkdir(parents=True)
+        with av.open(str(tmp_path / name / "dog" / "a.mp4"), "w") as container:
+            stream = add_stream(container, "libx264", size)
+            stream.codec_context.colorspace = told
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), colour, dtype=np.uint8), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=used)
+            frame.colorspace = told
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+    def read(name: str) -> list[float]:
+        (row,) = VideoClips(PictureFolder(tmp_path / name, "train", VIDEO_ENDINGS), Clips(1, 30, sides))
+        return row.frames.float().mean((1, 2, 3)).tolist()
+
+    other = "ITU601" if matrix == "ITU709" else "ITU709"
+    written("untold", matrix, 2)
+    assert read("untold") == pytest.approx(colour, abs=3)
+    written("other", other, 2)
+    assert max(abs(a - b) for a, b in zip(read("other"), colour, strict=True)) > 10, "the matrices differ"
+    written("told", other, 6 if other == "ITU601" else 1)
+    assert read("told") == pytest.approx(colour, abs=3)
+    frames = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, *size)
+    save_video(frames, tmp_path / "ours" / "dog" / "a.mp4", 30)
+    assert read("ours") == pytest.approx(colour, abs=3)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

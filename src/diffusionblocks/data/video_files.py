@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.files import whole_file
+from ..common.messages import warn_once
 from .image_decoder import crop_to, nearest_size
 
 #: Endings of the files that are read.
@@ -20,6 +21,10 @@ VIDEO_ENDINGS = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"})
 
 #: Seconds by which a frame may come late, where times are rounded to a container's ticks.
 _LATE = 1e-3
+#: Frames by which a file may end before the length that it tells, as one with a last frame of its own duration.
+_EARLY = 3
+#: What FFmpeg calls the matrix of colours of a video that tells none, and that of BT.709.
+_UNTOLD, _BT709 = 2, 1
 
 
 def pyav() -> Any:
@@ -81,7 +86,7 @@ class Clips:
 class VideoClips:
     """The clips of videos, one behind the other, as labelled rows: what an `ImageTable` is of pictures.
 
-    What a video has left over, less than a clip, is left out.
+    What a video has left over, less than a clip, is left out. A file that is cut off is warned of, and read to its end.
 
     Args:
         videos: the files, with labels and prompts.
@@ -102,9 +107,19 @@ class VideoClips:
         self._videos, self._frames, self._fps, self._sizes = videos, clips.frames, clips.fps, clips.sizes
         self._av = pyav()
         self.class_names = videos.class_names
+        self._cut_off: set[Path] = set()
         for path, _, _ in videos.files():  # before hours of work
-            with self._opened(path) as (container, _):
+            with self._opened(path) as (container, stream):
                 seconds = None if container.duration is None else container.duration / self._av.time_base
+                length = self._length(container, stream)
+                end, rate = self._end(container, stream, length), float(stream.average_rate or self._fps)
+                if end < length - _EARLY / rate:
+                    self._cut_off.add(path)
+                    seconds = end
+                    warn_once(
+                        f"{path} is cut off: about {round(end * rate):,} of its {round(length * rate):,} frames are "
+                        "there, and the clips are of these; copy it anew, or take it out"
+                    )
                 if seconds is not None and (self._frames - 1) / self._fps > seconds - _LATE:
                     raise self._too_short(path, seconds)
 
@@ -124,6 +139,31 @@ class VideoClips:
                     clip, count = [], count + 1
             if not count:
                 raise self._too_short(path, seconds)
+
+    def _length(self, container: Any, stream: Any) -> float:
+        """Seconds of pictures that a file says it has; 0: it does not say."""
+        if "avi" in container.format.name:  # whose duration follows from the bytes that are there
+            return float(stream.frames / (stream.average_rate or self._fps))
+        if stream.duration is not None:
+            return float(stream.duration * stream.time_base)
+        hours = stream.metadata.get("DURATION", "").split(":")  # of Matroska, where that of the file may be its sound's
+        try:
+            return sum(float(part) * unit for part, unit in zip(hours, (3600, 60, 1), strict=True))
+        except ValueError:
+            return 0.0
+
+    def _end(self, container: Any, stream: Any, length: float) -> float:
+        """Where the last picture of a file ends, in seconds: what lies far before it is passed over."""
+        end = 0.0
+        try:
+            container.seek(int(max(0.0, length - 1) / stream.time_base), stream=stream)
+            for packet in container.demux(stream):
+                at = packet.dts if packet.pts is None else packet.pts
+                if packet.size and at is not None:
+                    end = max(end, float((at + (packet.duration or 0)) * packet.time_base))
+        except self._av.FFmpegError:  # told where it is decoded
+            pass
+        return end
 
     def _too_short(self, path: Path, seconds: float) -> ValueError:
         frames, fps = self._frames, self._fps
@@ -169,6 +209,8 @@ class VideoClips:
         try:
             yield from container.decode(stream)
         except self._av.FFmpegError as error:
+            if path in self._cut_off:  # within its last frame
+                return
             raise ValueError(f"{path}: cannot decode the video: {_reason(error)}") from None
 
 
@@ -196,13 +238,15 @@ class _Opened:
 
 
 def _as_shown(frame: Any, aspect: Fraction | None) -> Any:
-    """A frame as a picture of square pixels, turned as its file says.
+    """A frame as a picture of square pixels, in its colours, turned as its file says.
 
     Args:
         frame: of PyAV.
         aspect: width of a stored pixel over its height, as of a DVD; None or 0: it is not told, and 1.
     """
-    image = frame.to_image()
+    # FFmpeg's own default, whatever the size, is BT.601.
+    in_bt709 = frame.colorspace == _UNTOLD and _is_hd(frame.height, frame.width)
+    image = frame.to_image(src_colorspace="ITU709" if in_bt709 else None)
     if aspect and aspect != 1:  # the side that is too short is stretched: no detail is lost
         wide = aspect > 1
         width = round(image.width * aspect) if wide else image.width
@@ -212,12 +256,17 @@ def _as_shown(frame: Any, aspect: Fraction | None) -> Any:
     return image
 
 
+def _is_hd(height: int, width: int) -> bool:
+    """Whether players take the colours of a video that does not tell them for BT.709 (as mpv does); else for BT.601."""
+    return height > 576 or width >= 1280
+
+
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def save_video(frames: Tensor, path: Path, fps: float) -> None:
-    """Write one video as H.264 in mp4.
+    """Write one video as H.264 in mp4, of HD sizes in the colours of BT.709, else of BT.601.
 
     Args:
         frames: uint8, shape (3, F, H, W), H and W even.
@@ -237,6 +286,10 @@ def save_video(frames: Tensor, path: Path, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "17"})
         stream.height, stream.width = frames.shape[2:]
         stream.pix_fmt = "yuv420p"
+        colours = "ITU601"
+        if _is_hd(*frames.shape[2:]):
+            colours, stream.codec_context.colorspace = "ITU709", _BT709
         for pixels in frames.cpu().permute(1, 2, 3, 0).contiguous().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=colours)))
         container.mux(stream.encode())
