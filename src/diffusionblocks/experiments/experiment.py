@@ -309,6 +309,7 @@ class Experiment:
         loggers: tuple[Logger, ...] = (),
         progress: bool = True,
         group: Group | None = None,
+        name: str | None = None,
     ) -> Trainer:
         """Model (default: the recipe's, fresh), data and trainer, checked and on the device.
 
@@ -319,6 +320,7 @@ class Experiment:
             loggers: further receivers of the log.
             progress: show progress bars.
             group: ranks that train the one unit together.
+            name: what progress and messages call that one unit, of a trunk; None: its name in logs.
         """
         device, data, fill = self.device, self.data("train"), None
         fresh = model is None and self.recipe.model.pretrained is None
@@ -361,6 +363,7 @@ class Experiment:
             description=description,
             group=group,
             held_out=held_out,
+            name=name,
         )
 
     @staticmethod

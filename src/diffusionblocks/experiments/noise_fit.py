@@ -130,7 +130,7 @@ def fit_levels(experiment: Experiment, folder: Path, *, progress: bool = True, g
     grid, rounds = _read_rounds(folder / LEVELS, settings)
     while len(rounds) < options.rounds:
         now = recipe if not rounds else with_noise(recipe, rounds[-1].noise)
-        trainer = of_fit.derive(now, same_run=True).trainer(folder, progress=progress, group=group)
+        trainer = of_fit.derive(now, same_run=True).trainer(folder, progress=progress, group=group, name="fit")
         model = trainer.model
         assert isinstance(model, DiffusionBlocks)
         grid = model.noise.fit_grid(options.grid)

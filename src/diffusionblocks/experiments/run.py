@@ -211,7 +211,7 @@ def train_trunk(experiment: Experiment, folder: Path, *, progress: bool = True, 
         raise ValueError(f"{experiment.recipe.name} trains no trunk: the recipe has no such section for its method")
     _check_fitted(experiment)
     of_trunk = experiment.derive(trunk_recipe(experiment.recipe))
-    trunk = of_trunk.trainer(folder / "trunk", progress=progress, group=group)
+    trunk = of_trunk.trainer(folder / "trunk", progress=progress, group=group, name="trunk")
     if group is not None and not group.leads:
         trunk.train()
         return trunk

@@ -85,10 +85,11 @@ class ProgressLines:
         steps: of each unit.
         units: that train in turns.
         seconds: between two lines of a unit, at least.
+        name: stands in the lines for the unit's own; None: that.
     """
 
-    def __init__(self, steps: int, units: int = 1, seconds: float = 10.0) -> None:
-        self._steps, self._units, self._seconds = steps, units, seconds
+    def __init__(self, steps: int, units: int = 1, seconds: float = 10.0, name: str | None = None) -> None:
+        self._steps, self._units, self._seconds, self._name = steps, units, seconds, name
         self._times: dict[str, float] = {}
 
     def log(self, record: dict[str, Any]) -> None:
@@ -97,7 +98,8 @@ class ProgressLines:
         if record["step"] >= self._steps or now - self._times.get(unit, float("-inf")) >= self._seconds:
             self._times[unit] = now
             left = self._units * self._steps - record["iteration"]
-            announce(progress_line(record, self._steps, left / max(record["iterations_per_second"], 1e-9)))
+            shown = record if self._name is None else {**record, "unit": self._name}
+            announce(progress_line(shown, self._steps, left / max(record["iterations_per_second"], 1e-9)))
 
     def close(self) -> None:
         """Nothing to release."""

@@ -82,6 +82,7 @@ class Trainer:
         description: says what is trained, in every checkpoint, and checks those that the run would go on from.
         group: ranks that train one unit together, each with a trainer of its own; the first of them writes the files.
         held_out: makes the batches that `config.early_stopping` measures on.
+        name: what progress and messages call the one unit of a trunk; None: as logs and checkpoints call units.
 
     Raises:
         ValueError: fewer examples than a step needs, nothing to train, what a group cannot train, or early stopping
@@ -104,8 +105,10 @@ class Trainer:
         description: RunDescription | None = None,
         group: Group | None = None,
         held_out: HeldOut | None = None,
+        name: str | None = None,
     ) -> None:
         self.model = model
+        self.name = name
         self.group = group
         self.description = description
         self.snapshot = snapshot
@@ -154,7 +157,7 @@ class Trainer:
             batches.num_examples, config.batch_size, config.accumulation, config.seed, self.device, groups
         )
         if progress and not on_terminal():
-            self.loggers.append(ProgressLines(steps, len(self.units)))
+            self.loggers.append(ProgressLines(steps, len(self.units), name=name))
         self.iteration = 0
         self.seconds = 0.0
         self._watch = SignalWatch()
@@ -199,7 +202,11 @@ class Trainer:
         end = min(len(self.schedule), until if until is not None else len(self.schedule))
         self.model.train()
         bar = tqdm(
-            total=len(self.schedule), initial=self.iteration, disable=not (self.progress and on_terminal()), unit="it"
+            desc=self.name,
+            total=len(self.schedule),
+            initial=self.iteration,
+            disable=not (self.progress and on_terminal()),
+            unit="it",
         )
         try:
             with self._watch.active(), self.side_stream():
@@ -312,7 +319,7 @@ class Trainer:
             return
         unit, step = bad
         raise self._diverged(
-            f"{self.units[unit].name}: loss or gradient is NaN or infinite at its step {step} (iteration "
+            f"{self.name or self.units[unit].name}: loss or gradient is NaN or infinite at its step {step} (iteration "
             f"{self.iteration} or shortly before)"
         )
 
@@ -334,7 +341,8 @@ class Trainer:
         if bad is not None:
             owner, name = names[bad]
             raise self._diverged(
-                f"{owner}: {self._full_name(owner, name)} is NaN or infinite after iteration {self.iteration}"
+                f"{self.name or owner}: {self._full_name(owner, name)} is NaN or infinite after iteration "
+                f"{self.iteration}"
             )
 
     def _full_name(self, owner: str, name: str) -> str:
