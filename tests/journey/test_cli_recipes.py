@@ -23,7 +23,12 @@ def test_every_recipe_that_ships_is_listed_in_a_line(capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     files = sorted(RECIPES.rglob("*.yaml"))
     assert [line.split()[0] for line in lines] == [str(file.relative_to(RECIPES).with_suffix("")) for file in files]
-    assert all(len(line.split()) > 4 and len(line) <= 120 for line in lines)
+    assert all(len(line.split()) > 4 for line in lines)
+    for line, file in zip(lines, files, strict=True):  # whole sentences, each in a line for tools that read lines
+        name, about = line.split(maxsplit=1)
+        comment = " ".join(part.removeprefix("#").strip() for part in file.read_text().split("\nname:")[0].splitlines())
+        assert f"{about}." in f"{comment}.", name
+        assert not about.endswith("...")
     assert main(["recipes", "vit/digits"]) == 0
     assert capsys.readouterr().out == Path(VIT).read_text()
 
@@ -43,13 +48,50 @@ def test_a_file_of_the_users_comes_before_a_name(tmp_path: Path, monkeypatch: py
     assert load_recipe("cats").name == "cats", "as `init cats` was given the name"
 
 
-@pytest.mark.parametrize(("place", "message"), [("vit/digitz", "did you mean vit/digits"), (".", "its recipe.json")])
+@pytest.mark.parametrize(
+    ("place", "message"), [("vit/digitz", "did you mean vit/digits"), (".", "a run's recipe.json")]
+)
 def test_no_recipe_there_is_told_with_the_fix(
     place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["inspect", place]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("run", "command"),
+    [
+        ("runs/dit-digits", "no run at runs/dit-digits: train it first: diffusionblocks train dit/digits"),
+        (
+            "runs/dit-digit",
+            "no run at runs/dit-digit (did you mean dit-digitz?): train it first: diffusionblocks train RECIPE --out "
+            "runs/dit-digit",
+        ),
+        (
+            "mine/vit-digits",
+            "no run at mine/vit-digits: train it first: diffusionblocks train vit/digits --out mine/vit-digits",
+        ),
+        (
+            "runs/dit-digitz",
+            "runs/dit-digitz holds no run: train one there first (diffusionblocks train RECIPE --out runs/dit-digitz)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", [["sample"], ["predict", "a.png"], ["evaluate"], ["export", "--block=0", "--out=o"]])
+def test_a_run_that_is_not_trained_is_told_how(
+    verb: list[str],
+    run: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "dit-digitz").mkdir(parents=True)
+    assert main([verb[0], run, *verb[1:]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {command}")
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -134,14 +176,14 @@ def test_phases_are_announced_unless_quiet(tmp_path: Path, capsys: pytest.Captur
     changes = [*TINY, "--set", "train.log_every=2"]
     assert main(["train", DIGITS, "--out", str(tmp_path / "loud"), *changes]) == 0
     printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if line.split(":")[0].isalpha()]
+    lines = [line for line in printed.err.splitlines() if line.split(":")[0].isalpha() and ": step " not in line]
     assert lines == [
         "trunk: 6 steps",
         "train: each block 4 steps, 12 iterations in all",
         f"save: {tmp_path / 'loud' / 'model'}",
         "evaluate: samples",
     ]
-    for last in ("block 0: step 6 of 6", "block 2: step 4 of 4"):  # no terminal: lines in place of the bar
+    for last in ("trunk: step 6 of 6", "block 2: step 4 of 4"):  # no terminal: lines in place of the bar
         assert re.search(rf"^{last}, loss \d.*, \S+ left$", printed.err, re.MULTILINE)
     assert "trunk:" not in printed.out
     assert main(["train", DIGITS, "--out", str(tmp_path / "quiet"), "--quiet", *changes]) == 0

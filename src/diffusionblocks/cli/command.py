@@ -52,9 +52,9 @@ def takes_model(parser: argparse.ArgumentParser) -> None:
 
 def run_folder(experiment: Experiment, options: argparse.Namespace) -> Path:
     """The folder of the run: the one that stands in the recipe's place, or runs/<name>."""
-    from ..experiments.shipped_recipes import run_of
+    from ..experiments.shipped_recipes import RUNS, run_of
 
-    return run_of(options.recipe) or Path("runs") / experiment.recipe.name
+    return run_of(options.recipe) or Path(RUNS) / experiment.recipe.name
 
 
 def takes_dry_run(parser: argparse.ArgumentParser) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+import textwrap
 
-from ..common.messages import shorten
-
-#: Characters of a recipe's line, beside its name.
-_LONGEST = 90
+#: Least characters of a line about a recipe, beside its name.
+_NARROWEST = 40
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,9 @@ def run(options: argparse.Namespace) -> None:
         print(recipe_file(options.name).read_text(encoding="utf-8"), end="")
         return
     recipes = shipped_recipes()
-    width = max(map(len, recipes))
+    width = max(map(len, recipes)) + 2
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for name, file in recipes.items():
-        print(f"{name:{width}}  {shorten(first_sentence(file), _LONGEST)}")
+        about = first_sentence(file)
+        lines = [about] if columns is None else textwrap.wrap(about, max(columns - width, _NARROWEST))
+        print(f"{name:{width}}" + f"\n{'':{width}}".join(lines))

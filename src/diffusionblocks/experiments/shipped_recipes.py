@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from ..common.messages import near
+from ..common.messages import near, perhaps
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+
+#: Where runs go by default, each below the name of its recipe.
+RUNS = "runs"
 
 #: A run leaves its recipe, overrides applied, under this name.
 RECIPE = "recipe.json"
@@ -41,8 +45,8 @@ def recipe_file(place: str | Path) -> Path:
     if path.is_dir():
         if not (path / RECIPE).is_file():
             raise FileNotFoundError(
-                f"no recipe at {path}: of a run, give the folder that holds its {RECIPE}; of a saved model alone, "
-                f"give a recipe, and --model {path}"
+                f"{path} holds no run: train one there first (diffusionblocks train RECIPE --out {path}), or give the "
+                f"folder that holds a run's {RECIPE}; of a saved model alone, give a recipe, and --model {path}"
             )
         return path / RECIPE
     if path.is_file():
@@ -52,10 +56,25 @@ def recipe_file(place: str | Path) -> Path:
     recipes = shipped_recipes()
     name = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
     if name not in recipes:
+        if (untrained := _not_trained(path, recipes)) is not None:
+            raise FileNotFoundError(untrained)
         raise FileNotFoundError(
             f"no recipe and no run at {path}, and no recipe of that name ships{near(name, recipes)}"
         )
     return recipes[name]
+
+
+def _not_trained(run: Path, recipes: Mapping[str, Path]) -> str | None:
+    """What to say of a run's folder that is not there: which command makes it. None: it is no name of a run."""
+    lines = {name: file.read_text(encoding="utf-8").splitlines() for name, file in recipes.items()}
+    recipe = next((name for name in recipes if f"name: {run.name}" in lines[name]), None)
+    if recipe is None and run.parent.name != RUNS:
+        return None
+    command = f"diffusionblocks train {recipe or 'RECIPE'}"
+    if recipe is None or run != Path(RUNS, run.name):
+        command += f" --out {run}"
+    meant = perhaps(run.name, [path.name for path in run.parent.glob("*/")]) if recipe is None else ""
+    return f"no run at {run}{meant}: train it first: {command}"
 
 
 def run_of(place: str | Path) -> Path | None:
