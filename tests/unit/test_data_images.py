@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import vit_config, vit_recipe
+from huggingface_hub import HfApi
 from PIL import Image
 
 from diffusionblocks.data import (
@@ -408,6 +409,7 @@ def test_hub_name_goes_to_load_dataset(folder: Path, tmp_path: Path, monkeypatch
         return real("parquet", data_files=str(folder / "train-0.parquet"), split="train", **{"cache_dir": None})
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_: None)
     data = load("someone/pets", cache_dir=tmp_path / "cache")
     assert len(data) == 4
     assert calls[0][0] == "someone/pets"

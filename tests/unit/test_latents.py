@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -987,6 +989,7 @@ def test_hub_name_is_streamed(pets: Path, vae: Path, tmp_path: Path, monkeypatch
         return real("parquet", data_files=str(pets / "train-0.parquet"), split="train", streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_: None)
     options: dict[str, Any] = {"size": 16, "device": "cpu"}
     data = tool.encode_images("someone/pets", str(vae), tmp_path / "out", **options)
     assert data.labels.tolist() == [0, 1, 2, 0]
@@ -995,6 +998,25 @@ def test_hub_name_is_streamed(pets: Path, vae: Path, tmp_path: Path, monkeypatch
         tool.encode_images("someone/pets", str(vae), tmp_path / "out", split="val", **options)
     with pytest.raises(FileNotFoundError, match=r"source = 'someone/absent': no local folder .* and the hub gave"):
         tool.encode_images("someone/absent", str(vae), tmp_path / "out", **options)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder's name with a mistake: the library asks for a data set of that name for half a minute, and says so."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    closed = "http://127.0.0.1:9"
+    for module, name in ((huggingface_hub.constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+        monkeypatch.setattr(module, name, closed)
+    with pytest.raises(FileNotFoundError) as error:
+        tool.encode_images("nosuch", "vae", tmp_path / "out")
+    assert re.fullmatch(
+        rf"source = 'nosuch': no local folder of that name, and the hub gave no such data set \(nosuch: the hub at "
+        rf"{closed} cannot be reached .*\); check the name, or download its parquet files and give their folder",
+        str(error.value),
+    )
+    assert not [record for record in caplog.records if record.name.startswith("huggingface_hub")]
 
 
 def test_images_keep_their_proportions_in_buckets(vae: Path, tmp_path: Path) -> None:

@@ -189,8 +189,9 @@ class OfOneProcess(ValueError):
 
 def _quieten_imports() -> None:
     """Silence what libraries say while they are imported; the choices of an option can import them as it is read."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # both are read when the library is imported
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # all are read when the library is imported
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of each time that it asks again
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -340,6 +340,7 @@ def _load_hub(name: str, split: str, **options: Any) -> Any:
     import datasets
 
     try:
+        _check_hub(name, options.get("cache_dir"))
         return datasets.load_dataset(name, split=split, **options)
     except ValueError as error:  # An unknown split or configuration: the message lists those there are.
         raise ValueError(f"source = {name!r}, split = {split!r}: {_line(error)}") from error
@@ -348,6 +349,29 @@ def _load_hub(name: str, split: str, **options: Any) -> Any:
             f"source = {name!r}: no local folder of that name, and the hub gave no such data set ({_line(error)}); "
             "check the name, or download its parquet files and give their folder"
         ) from error
+
+
+def _check_hub(name: str, cache: str | None) -> None:
+    """Ask the hub once for a data set that the cache does not have: `load_dataset` asks for half a minute.
+
+    Raises:
+        ConnectionError: the hub cannot be reached.
+    """
+    import datasets
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    from ..core.hub import HubErrors
+
+    prepared = Path(cache or datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
+    try:
+        if prepared.is_dir() or isinstance(try_to_load_from_cache(name, "README.md", repo_type="dataset"), str):
+            return
+        with HubErrors(name).told():
+            HfApi().dataset_info(name)
+    except ConnectionError:
+        raise
+    except (OSError, ValueError):  # which `load_dataset` tells in the words of data sets
+        pass
 
 
 def _reference(
