@@ -299,7 +299,9 @@ def test_what_no_stock_pipeline_takes_is_refused(tmp_path: Path) -> None:
         experts(WAN, num_blocks=3).export_pipeline(tmp_path / "pipeline")
     with pytest.raises(ValueError, match="stock pipelines take one transformer"):
         experts(SD3).export_pipeline(tmp_path / "pipeline")
-    with pytest.raises(ValueError, match=r"sample by model.sample"):
+    with pytest.raises(
+        ValueError, match=r"DiT is none of them: sample it with .* with `export --block`, or model.export_block"
+    ):
         db.convert(tiny("dit"), db.BlocksConfig(num_blocks=1)).as_transformer()
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')

@@ -149,7 +149,10 @@ def export_pipeline(model: DiffusionBlocks, path: str | Path, *, source: str | P
     if source is not None:
         there = read_json(Path(source) / _INDEX)
         if there.get("_class_name") != pipeline:
-            raise ValueError(f"{Path(source) / _INDEX} is of a {there.get('_class_name')}, not of a {pipeline}")
+            raise ValueError(
+                f"{Path(source) / _INDEX} is of a {there.get('_class_name')}, not of a {pipeline}: name the folder of "
+                "such a pipeline"
+            )
         index = {name: value for name, value in there.items() if name in index}
     boundary = torch.tensor(model.partition.boundaries[1], dtype=torch.float64)
     index |= {
@@ -178,8 +181,9 @@ def export_pipeline(model: DiffusionBlocks, path: str | Path, *, source: str | P
 def _conditioned(model: DiffusionBlocks) -> ConditionedFamily:
     if not isinstance(model.family, ConditionedFamily):
         raise ValueError(
-            f"pipelines are of classes of text to image and text to video; the blocks of this {model.model_class} "
-            "sample by model.sample"
+            f"pipelines are of classes of text to image and text to video, and {model.model_class} is none of them: "
+            "sample it with `diffusionblocks sample`, or model.sample; one block goes into an ordinary model with "
+            "`export --block`, or model.export_block"
         )
     return model.family
 
