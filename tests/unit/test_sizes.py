@@ -120,9 +120,12 @@ def test_what_no_memory_holds_is_refused_before_it_is_made(tmp_path: Path) -> No
 def test_weights_are_counted_with_what_is_kept_for_each() -> None:
     with torch.device("meta"):
         model = nn.Linear(2**20, 2**10)
-    check_memory(model, 1.0, torch.device("cpu"), "")
+    check_memory(model, 1.0, 1.0, torch.device("cpu"), "")
     with pytest.raises(ValueError, match=r"40,\d\d\d\.\d GiB.*: smaller"):
-        check_memory(model, 10_000.0, torch.device("cpu"), "smaller")
+        check_memory(model, 1.0, 10_000.0, torch.device("cpu"), "smaller")
+    with pytest.raises(ValueError, match=r"10,\d\d\d\.\d GiB"):
+        check_memory(model, 0.25, 10_000.0, torch.device("cpu"), "smaller")
+    check_memory(model.requires_grad_(False), 1.0, 10_000.0, torch.device("cpu"), "")  # as below low-rank updates
 
 
 def of_disk(path: Path, *changes: str) -> tuple[Recipe, int, int]:

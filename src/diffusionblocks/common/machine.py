@@ -12,20 +12,23 @@ from torch import nn
 from .modules import bytes_of
 
 
-def check_memory(model: nn.Module, copies: float, device: torch.device, advice: str) -> None:
+def check_memory(model: nn.Module, share: float, copies: float, device: torch.device, advice: str) -> None:
     """Refuse weights that the machine cannot hold, before it tries to.
 
     Args:
         model: on the meta device.
-        copies: how many times its weights are there: themselves, gradients, optimizer state, average; a share of them
-            where only some blocks are.
+        share: how much of the model is there: less than 1 where only some blocks are.
+        copies: how many times weights that train are there: themselves, gradients, optimizer state, average. Others
+            are there once.
         device: where they go.
         advice: what to do about it.
 
     Raises:
         ValueError: more bytes than the device or the host has.
     """
-    size = int(bytes_of(model.parameters()) * copies)
+    parameters = list(model.parameters())
+    trainable = bytes_of(p for p in parameters if p.requires_grad)
+    size = int(share * (bytes_of(parameters) + trainable * (copies - 1)))
     most = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
     if size > most:
         raise ValueError(

@@ -45,8 +45,8 @@ def check_machine(experiment: Experiment, folder: Path, *, units_at_once: int | 
     device = experiment.device
     blocks, in_training = _blocks_of(experiment)
     there = 1 if recipe.train.resident == "active" and device.type == "cuda" else units_at_once or in_training
-    copies = there / blocks * (2 + _state(recipe))
-    check_memory(experiment.outline, copies, device, "set model.config or blocks to make it smaller")
+    advice = "set model.config or blocks to make it smaller"
+    check_memory(experiment.outline, there / blocks, 2 + _state(recipe), device, advice)
     check_disk(experiment, folder, free=free_space(folder))
 
 
@@ -65,11 +65,11 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
     recipe, train = experiment.recipe, experiment.recipe.train
     units, _ = units_of(experiment.outline, train.blocks)
     # What units hold in common is there once, however many of them are trained.
-    saved = [tensor for unit in units for tensor in unit.module.state_dict(keep_vars=True).values()]
+    tensors = [tensor for unit in units for tensor in unit.module.state_dict(keep_vars=True).values()]
     # What low-rank updates are of is fixed: it is in the model alone.
-    in_checkpoint = saved if recipe.blocks.lora is None else [tensor for tensor in saved if tensor.requires_grad]
-    model, weights = bytes_of(saved), bytes_of(in_checkpoint)
-    moved = bytes_of(p for unit in units for p in unit.parameters)
+    in_checkpoint = tensors if recipe.blocks.lora is None else [tensor for tensor in tensors if tensor.requires_grad]
+    model, weights = bytes_of(tensors), bytes_of(in_checkpoint)
+    trainable = bytes_of(p for unit in units for p in unit.parameters)
     steps = train.steps if num_examples is None else train.unit_steps(num_examples)
     iterations = None if steps is None else steps * len(units)
     saves = train.checkpoint_every is not None or train.checkpoint_seconds is not None
@@ -82,7 +82,7 @@ def check_disk(experiment: Experiment, folder: Path, *, free: int, num_examples:
         new = keep + 1 if saves else 1  # one is written before an older one is removed
         new = max(1, min(new, iterations or new) - present)
         best = 1 if train.early_stopping is not None else 0
-        return int(model * (1 + snapshots) + new * (weights + moved * (best + _state(recipe))))
+        return int(model * (1 + snapshots) + new * (weights + trainable * (best + _state(recipe))))
 
     fixes = ["make room", "name another folder with --out"]
     keep = train.keep_checkpoints

@@ -73,8 +73,8 @@ def _not_trained(run: Path, recipes: Mapping[str, Path]) -> str | None:
     command = f"diffusionblocks train {recipe or 'RECIPE'}"
     if recipe is None or run != Path(RUNS, run.name):
         command += f" --out {run}"
-    meant = perhaps(run.name, [path.name for path in run.parent.glob("*/")]) if recipe is None else ""
-    return f"no run at {run}{meant}: train it first: {command}"
+    suggestion = perhaps(run.name, [path.name for path in run.parent.glob("*/")]) if recipe is None else ""
+    return f"no run at {run}{suggestion}: train it first: {command}"
 
 
 def run_of(place: str | Path) -> Path | None:
