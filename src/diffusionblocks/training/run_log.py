@@ -98,8 +98,8 @@ class ProgressLines:
         if record["step"] >= self._steps or now - self._times.get(unit, float("-inf")) >= self._seconds:
             self._times[unit] = now
             left = self._units * self._steps - record["iteration"]
-            named = {**record, "unit": self._name or unit}
-            announce(progress_line(named, self._steps, left / max(record["iterations_per_second"], 1e-9)))
+            progress = {**record, "unit": self._name or unit}
+            announce(progress_line(progress, self._steps, left / max(record["iterations_per_second"], 1e-9)))
 
     def close(self) -> None:
         """Nothing to release."""
