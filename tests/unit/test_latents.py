@@ -778,6 +778,43 @@ def _classes() -> dict[str, Callable[[], Any]]:
     }
 
 
+def _refused_classes() -> dict[str, Callable[[], Any]]:
+    """Small autoencoders of classes that cannot be called as those of images are."""
+    import diffusers
+
+    return {
+        # Its latents have one size, whatever the image's; it reads [0, 1], and scales its latents itself.
+        "AutoencoderRAE": lambda: diffusers.AutoencoderRAE(
+            encoder_type="mae",
+            encoder_hidden_size=64,
+            encoder_patch_size=16,
+            encoder_num_hidden_layers=1,
+            decoder_hidden_size=8,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=1,
+            decoder_intermediate_size=8,
+            patch_size=16,
+            encoder_input_size=64,
+        ),
+        # Its decoder is told a number of frames.
+        "AutoencoderKLTemporalDecoder": lambda: diffusers.AutoencoderKLTemporalDecoder(
+            block_out_channels=(32,), layers_per_block=1
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["AutoencoderRAE", "AutoencoderKLTemporalDecoder"])
+def test_an_autoencoder_that_does_not_give_images_back_is_refused(name: str, tmp_path: Path, pets: Path) -> None:
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    _refused_classes()[name]().save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"vae = .*: a black image cannot be encoded and decoded: .*; give an"):
+        tool.encode_images(str(pets), str(tmp_path / "vae"), tmp_path / "out", size=64, statistics="measured")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLQwenImage"])
 def test_autoencoders_of_other_classes(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

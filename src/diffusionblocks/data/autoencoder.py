@@ -46,17 +46,35 @@ class ImageAutoencoder:
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int]:
-        """Channels of its latents, and by how much it reduces height and width, tried on a black image.
+        """Channels of its latents, and by how much it reduces height and width, tried on two black images.
 
         Raises:
-            ValueError: it takes no colour images.
+            ValueError: it takes no colour images, or does not give them back at their size.
         """
         channels = getattr(self._config, "in_channels", 3)
         if channels != 3:
             raise ValueError(f"vae = {self.name!r}: takes images of {channels} channels: must be 3 (RGB)")
-        with torch.no_grad():
-            mean, _ = self._posterior(torch.zeros(1, 3, _PROBE, _PROBE, device=self.device))
-        return mean.shape[1], _PROBE // mean.shape[2]
+        try:
+            latents = [self._latents_of_black(pixels) for pixels in (_PROBE, 2 * _PROBE)]
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"vae = {self.name!r}: a black image cannot be encoded and decoded: {reason}; give an autoencoder of "
+                "images, as AutoencoderKL is one"
+            ) from error
+        return latents[0].shape[1], _PROBE // latents[0].shape[2]
+
+    @torch.no_grad()
+    def _latents_of_black(self, pixels: int) -> Tensor:
+        """The latents of a black image; ValueError unless it is decoded to its size."""
+        image = torch.zeros(1, 3, pixels, pixels, device=self.device)
+        latents, _ = self._posterior(image)
+        back = tuple(self._images(latents).shape)
+        if back != tuple(image.shape):
+            raise ValueError(f"of {tuple(image.shape)} it makes {back}")
+        return latents
 
     def check_frames(self, frames: int) -> None:
         """Refuse videos of a number of frames that it does not give back, tried on a black one.
