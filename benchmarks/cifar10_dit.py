@@ -7,11 +7,23 @@ Jobs are independent, so that several GPUs can share them; each writes its rows 
     python benchmarks/cifar10_dit.py curve --row diffusionblocks --epochs 25 50 100 --out b.json
     python benchmarks/cifar10_dit.py trunk --epochs 25 50 100 250 --out c.json
     python benchmarks/cifar10_dit.py speed --out d.json
-    python benchmarks/cifar10_dit.py gather a.json b.json c.json d.json
+    python benchmarks/sampling_speed.py --out e.json
+    python benchmarks/cifar10_dit.py gather a.json b.json c.json d.json e.json
 
 An "epoch" of a budget is one pass of the L-layer end-to-end model; every row gets the same number of layer-updates
 (layers moved x steps): B blocks of L/B layers step B times as often, and so does the end-to-end model of L/B layers.
-`--set` changes the recipe, as everywhere. Distances are of averaged weights.
+`--set` changes the recipe, as everywhere: `--set train.seed=1` is another seed, and `--set model.config.patch_size=2
+evaluate.grid=[karras]` the paper's rows. Distances are of averaged weights.
+
+After the longest budget each row is sampled in all ways, with other seeds and fewer images; the nearest of them at the
+recipe's guidance is its best solver, and is measured like the first setting. `gather` adds the rows to the file that is
+there, in place of those of the same model, seed and solver.
+
+Other diffusion models of a recipe are measured by the same commands, such as latents of photographs:
+
+    python benchmarks/cifar10_dit.py trunk --recipe recipes/dit/imagenette-latents.yaml \
+        --set evaluate.features=efficientnet-lite0 --epochs 400 --out f.json
+    python benchmarks/cifar10_dit.py gather f.json --out benchmarks/results/latents.json --figure latents.png
 """
 
 from __future__ import annotations
@@ -28,20 +40,24 @@ import torch
 import yaml
 from cifar10_gather import gather
 
+from diffusionblocks.core.image_sampler import ImageSampler
 from diffusionblocks.core.model import DiffusionBlocks
 from diffusionblocks.evaluation.memory import step_memory
-from diffusionblocks.evaluation.sample_quality import Setting, measure_samples, sample_batches
+from diffusionblocks.evaluation.sample_quality import Setting, best_of, measure_samples, sample_batches
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, TrunkConfig, load_recipe
 from diffusionblocks.experiments.recipe_changes import depth_of, with_depth, with_train
 from diffusionblocks.experiments.run import branch_trunk
 from diffusionblocks.experiments.tasks.image_features import image_measures
-from diffusionblocks.experiments.tasks.image_generation import SamplesConfig, draw_samples
+from diffusionblocks.experiments.tasks.image_generation import SamplesConfig, draw_samples, sampler_of
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table
 from diffusionblocks.training import Trainer
 
 RESULTS = Path("benchmarks/results/cifar10_dit.json")
+
+#: What is added to the seeds of images that only choose a solver, so that none of them is measured.
+OTHER_IMAGES = 2**31
 
 
 class Job:
@@ -52,6 +68,7 @@ class Job:
         assert isinstance(self.recipe.evaluate, SamplesConfig)
         self.options = self.recipe.evaluate
         self.final: bool = options.final
+        self.search_samples: int = options.search_samples
         self.out: Path = options.out
         self.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work, not after
         self.splits = {split: self.recipe.data.load(split) for split in ("train", "test")}
@@ -60,19 +77,19 @@ class Job:
         self.measures = image_measures(Experiment(self.recipe, self.splits), self.pixels)
         self.epoch = self.recipe.train.steps_per_epoch(len(self.splits["train"]))
         self.rows: list[dict[str, Any]] = []
-        self.shadow: dict[tuple[int, int], DiffusionBlocks] = {}
+        self.samplers: dict[tuple[int, int], ImageSampler] = {}
 
-    def sampler(self, recipe: Recipe, model: DiffusionBlocks) -> DiffusionBlocks:
-        """A copy of the model, compiled for sampling; one for every shape of model."""
+    def sampler(self, recipe: Recipe, model: DiffusionBlocks) -> ImageSampler:
+        """A sampler of a copy of the model; one for every shape of model, so that it is compiled once."""
         shape = (model.partition.num_layers, model.partition.num_blocks)
-        if shape not in self.shadow:
+        if shape not in self.samplers:
             made = Experiment(recipe).build()
             assert isinstance(made, DiffusionBlocks)
-            if recipe.train.compile:
-                made.compile_layers()
-            self.shadow[shape] = made.to(self.device).eval()
-        self.shadow[shape].load_state_dict(model.state_dict())
-        return self.shadow[shape]
+            compile_too = self.options.compile or ("layers" if recipe.train.compile else False)
+            options = self.options.model_copy(update={"compile": compile_too})
+            self.samplers[shape] = sampler_of(options, made.to(self.device).eval())
+        self.samplers[shape].model.load_state_dict(model.state_dict())
+        return self.samplers[shape]
 
     def measure(
         self,
@@ -80,32 +97,50 @@ class Job:
         recipe: Recipe,
         settings: list[Setting] | None = None,
         samples: int | None = None,
+        seed: int | None = None,
         **about: Any,
-    ) -> DiffusionBlocks:
-        """Add a row for each setting, of the trainer's averaged weights."""
+    ) -> list[dict[str, Any]]:
+        """Add a row for each setting, of the trainer's averaged weights; return these rows."""
         with trainer.averaged() as model:
             assert isinstance(model, DiffusionBlocks)
             sampler = self.sampler(recipe, model)
-        with Experiment(recipe).precision(sampler):
-            found = measure_samples(
+        with Experiment(recipe).precision(sampler.model):
+            measured = measure_samples(
                 sampler,
                 settings or self.options.settings[:1],
                 samples=samples or self.options.samples,
                 batch_size=self.options.batch_size,
                 pixels=self.pixels,
                 measures=self.measures,
-                seed=self.options.seed,
+                seed=self.options.seed if seed is None else seed,
             )
-        for row in found:
-            self.rows.append(about | row.to_dict())
-            print(format_table([self.rows[-1]]), flush=True)
+        always = {"patch": recipe.model.config["patch_size"], "seed": self.recipe.train.seed}
+        rows = [about | always | row.to_dict() for row in measured]
+        self.rows += rows
+        print(format_table([{name: row.get(name) for name in SHOWN} for row in rows]), flush=True)
         write_results(self.out, self.rows)
-        return sampler
+        return rows
 
-    def draw(self, recipe: Recipe, model: DiffusionBlocks, name: str) -> None:
-        """A small grid of samples beside the rows."""
+    def draw(self, trainer: Trainer, recipe: Recipe, name: str) -> None:
+        """A small grid of samples of the averaged weights, beside the rows."""
         folder = self.out.parent / f"samples-{name}"
-        draw_samples(Experiment(recipe), model, folder, count=50)
+        with trainer.averaged() as model:
+            assert isinstance(model, DiffusionBlocks)
+            draw_samples(Experiment(recipe), self.sampler(recipe, model).model, folder, count=50)
+
+
+#: Columns that are printed.
+SHOWN = (
+    *("name", "epochs", "seed", "solver", "steps", "guidance", "guidance_interval", "churn", "samples"),
+    *("fd_train", "fd_test", "fd_real", "images_per_second"),
+)
+
+
+def row_name(layers: int, times: int = 1, blocks: int = 1, *, branched: bool = False, restarted: bool = False) -> str:
+    """What a row is called: its training; end to end, its layers and how often it steps for a step of all layers."""
+    if blocks > 1:
+        return "diffusionblocks-branched" if branched else "diffusionblocks-scratch"
+    return f"end-to-end-{layers}" + f"-x{times}" * (times > 1) + "-restarted" * restarted
 
 
 def layer_updates(trainer: Trainer) -> int:
@@ -123,9 +158,9 @@ def controls(recipe: Recipe, layers: int) -> Recipe:
     return with_depth(recipe, layers).model_copy(update={"method": "end-to-end", "trunk": None})
 
 
-def measure_now(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, Any]) -> DiffusionBlocks:
+def measure_now(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, Any]) -> None:
     spent = {"layer_updates": layer_updates(trainer), "train_seconds": trainer.seconds}
-    return job.measure(trainer, recipe, **about, **spent)
+    job.measure(trainer, recipe, **about, **spent)
 
 
 def curve(options: argparse.Namespace) -> None:
@@ -136,12 +171,13 @@ def curve(options: argparse.Namespace) -> None:
     base = job.recipe.model_copy(update={"trunk": None}) if blocks else controls(job.recipe, depth)
     recipe = with_steps(base, max(options.epochs) * job.epoch)
     trainer = Experiment(recipe, job.splits).trainer(progress=False)
-    about = {"name": options.row, "layers": depth, "blocks": many if blocks else 1, "branched": False}
+    many = many if blocks else 1
+    about = {"name": row_name(depth, blocks=many), "layers": depth, "blocks": many, "branched": False}
     for epochs in sorted(options.epochs):
         trainer.train(until=epochs * job.epoch * len(trainer.units))
-        sampler = measure_now(job, trainer, recipe, about | {"epochs": epochs})
+        measure_now(job, trainer, recipe, about | {"epochs": epochs})
     last = about | {"epochs": max(options.epochs), "layer_updates": layer_updates(trainer)}
-    job.draw(recipe, sampler, f"{options.row}-{about['blocks']}x{depth // about['blocks']}")
+    job.draw(trainer, recipe, f"{about['name']}-{many}x{depth // many}")
     final_settings(job, trainer, recipe, last | {"train_seconds": trainer.seconds})
 
 
@@ -153,7 +189,7 @@ def trunk(options: argparse.Namespace) -> None:
     longest = max(options.epochs) * job.epoch * many
     recipe = with_steps(controls(job.recipe, short), longest)
     trainer = Experiment(recipe, job.splits).trainer(progress=False)
-    about = {"name": "end-to-end", "layers": short, "blocks": 1, "branched": False}
+    about = {"name": row_name(short, many), "layers": short, "blocks": 1, "branched": False}
 
     # What to do at which of the trunk's steps. A branch at share f of a budget leaves (1 - f) to the blocks.
     plan: dict[int, list[Callable[[], Any]]] = {}
@@ -171,21 +207,25 @@ def trunk(options: argparse.Namespace) -> None:
         final = epochs == max(options.epochs)
         at(
             total - many * per_block,
-            functools.partial(branch_and_measure, job, trainer, epochs, per_block, options.share, {}, final),
+            functools.partial(branch_and_measure, job, trainer, epochs, per_block, options.share, {}, final=final),
         )
     for epochs in options.study:
         total = epochs * job.epoch * many
         for share, changes in options.changes or STUDY:
             per_block = round((1 - share) * epochs * job.epoch)
+            # The control of a branch is a row of its own, and so has its own best solver.
+            final = epochs == max(options.epochs) and changes == {"blocks": 1}
             at(
                 total - many * per_block,
-                functools.partial(branch_and_measure, job, trainer, epochs, per_block, share, changes, False, True),
+                functools.partial(
+                    branch_and_measure, job, trainer, epochs, per_block, share, changes, final=final, studied=True
+                ),
             )
     for step in sorted(plan):
         trainer.train(until=step)
         for what in plan[step]:
             what()
-    job.draw(recipe, job.shadow[short, 1], f"end-to-end-1x{short}")
+    job.draw(trainer, recipe, f"{about['name']}-1x{short}")
     final_settings(
         job,
         trainer,
@@ -214,6 +254,7 @@ def branch_and_measure(
     per_block: int,
     share: float,
     changes: dict[str, Any],
+    *,
     final: bool,
     studied: bool = False,
 ) -> None:
@@ -241,7 +282,7 @@ def branch_and_measure(
     )
     trainer.train()
     about = {
-        "name": "diffusionblocks" if parts > 1 else "end-to-end",
+        "name": row_name(depth_of(base), many // parts, parts, branched=True, restarted=True),
         "layers": depth_of(base),
         "blocks": parts,
         "branched": parts > 1,
@@ -254,14 +295,14 @@ def branch_and_measure(
     }
     if studied:
         about["study"] = "branching"
-    sampler = job.measure(trainer, recipe, **about)
+    job.measure(trainer, recipe, **about)
     if final:
-        job.draw(recipe, sampler, f"branched-{blocks.num_blocks}x{depth_of(base) // blocks.num_blocks}")
+        job.draw(trainer, recipe, f"{about['name']}-{parts}x{depth_of(base) // parts}")
         final_settings(job, trainer, recipe, about)
 
 
 def final_settings(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, Any]) -> None:
-    """The last weights under other solvers, grids and guidance, so that each row has its own best; and more samples."""
+    """The last weights under other solvers, grids and guidance; and the best solver of the row, measured anew."""
     if not job.final:
         return
     first = job.options.settings[0]
@@ -272,12 +313,21 @@ def final_settings(job: Job, trainer: Trainer, recipe: Recipe, about: dict[str, 
         change(grid="equal-quantile"),
         *(change(solver="heun", steps=n) for n in (5, 8, 10, 13, 18, 25)),
         *(change(solver=name, steps=n) for name in ("dpmpp-2m", "dpmpp-3m", "unipc") for n in (5, 8, 10, 12, 15, 20)),
-        *(change(solver="heun", steps=n, churn=c, **stochastic) for n in (18, 25) for c in (10.0, 30.0)),
+        *(change(solver="heun", steps=n, churn=c, **stochastic) for n in (18, 25) for c in (2.0, 30.0)),
         *(change(guidance=g) for g in (1.0, 1.25, 1.5, 3.0)),
         *(change(guidance=g, guidance_interval=i) for g in (2.0, 3.0) for i in ((0.1, 2.0), (0.2, 5.0))),
     ]
-    job.measure(trainer, recipe, settings, **about, study="sampling")
-    job.measure(trainer, recipe, [first], 5 * job.options.samples, **about, study="five times the samples")
+    search = {"samples": job.search_samples, "seed": job.options.seed + OTHER_IMAGES}
+    every = [first, *settings]
+    rows = job.measure(trainer, recipe, every, **search, **about | {"study": "sampling"})
+    guided_as_first = [
+        (row, setting)
+        for row, setting in zip(rows, every, strict=True)
+        if (setting.guidance, setting.guidance_interval) == (first.guidance, first.guidance_interval)
+    ]
+    nearest = best_of([row for row, _ in guided_as_first])
+    best = [setting for row, setting in guided_as_first if row is nearest]
+    job.measure(trainer, recipe, best, **about | {"study": "best"})
 
 
 def speed(options: argparse.Namespace) -> None:
@@ -386,8 +436,10 @@ def main() -> None:
             command.add_argument("--batches", type=int, default=3)
         else:
             command.add_argument("--epochs", type=int, nargs="+", default=[25, 50, 100])
-            text = "at the end also other solvers, grids and guidance, and five times the samples (default yes)"
+            text = "at the end also other solvers, grids and guidance, and the best solver (default yes)"
             command.add_argument("--final", action=argparse.BooleanOptionalAction, default=True, help=text)
+            text = "images by which a solver is chosen (default 10,000)"
+            command.add_argument("--search-samples", type=int, default=10_000, help=text)
         if function is curve:
             command.add_argument("--row", choices=("end-to-end", "diffusionblocks"), required=True)
         if function is trunk:

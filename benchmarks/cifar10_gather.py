@@ -5,22 +5,38 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusionblocks.common.files import whole_file
 from diffusionblocks.common.formats import read_json
+from diffusionblocks.reports.image_tables import distances_by_calls
 from diffusionblocks.reports.results import joint_header, write_results
 from diffusionblocks.reports.tables import format_table
 
 Row = dict[str, Any]
 
 #: What tells one trained model from another, and one way to sample.
-MODEL = ("name", "layers", "blocks", "branched", "epochs", "layer_updates", "share_of_trunk", "average")
+MODEL = (
+    "name",
+    "layers",
+    "blocks",
+    "branched",
+    "epochs",
+    "layer_updates",
+    "share_of_trunk",
+    "average",
+    "patch",
+    "seed",
+)
 SETTING = ("solver", "steps", "grid", "guidance", "guidance_interval", "churn", "churn_interval")
 
 #: Equal in two rows that measure the same thing twice.
 SAME = (*MODEL, *SETTING, "samples")
+
+#: Of files without it: that of the rows of their time.
+_PATCH = 4
 
 #: Labels of the curves, with colour (that of one kind of training), marker and line.
 STYLES = {
@@ -35,43 +51,62 @@ STYLES = {
 
 
 def gather(options: argparse.Namespace) -> None:
-    """Join the jobs' files, and draw the curves."""
-    parts = [read_json(path) for path in options.parts]
-    rows: list[Row] = []
-    more: dict[str, Any] = {}
-    for part in parts:
-        if part.get("study") == "speed":
-            more["speed"] = {name: part[name] for name in ("command", "device", "commit", "ratios", "rows")}
-        else:
-            rows += [row | {"commit": part["commit"]} for row in part["rows"]]
-    number_runs(rows)
-    main_setting = [row for row in rows if row.get("study", "branching") == "branching"]
-    main_setting.sort(key=_place)
-    sampling = [row for row in rows if row not in main_setting]
-    best = best_settings(rows)
-    write_results(options.out, main_setting, joint_header(parts), sampling=sampling, best=best, **more)
-    shown = ("name", "layers", "blocks", "branched", "average", "changes", "epochs", "run", "fd_train", "fd_test")
-    print(format_table([{name: row.get(name) for name in shown} for row in main_setting]))
-    setting = ("solver", "steps", "guidance_interval", "churn", "evaluations", "settings")
-    print(format_table([{name: row.get(name) for name in (*shown[:5], *setting, *shown[-2:])} for row in best]))
-    draw_curves(main_setting, options.figure)
+    """Add the jobs' rows to the file of results, in place of those that measured the same, and draw the curves.
 
-
-def best_settings(rows: list[Row]) -> list[Row]:
-    """Of each model that was sampled in several ways, the row nearest to the training images, and out of how many.
-
-    Rows are compared with those of as many samples: a distance falls with their number.
+    Its rows are each model under the first setting, whose solver is called as `euler-50`, and under the model's own
+    `best`. `sampling` has the settings that were tried, and the speed of `sampling_speed.py`.
     """
-    of_model: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in rows:
-        key = [*(row.get(name) for name in MODEL), row.get("changes"), row["samples"]]
-        of_model[json.dumps(key, sort_keys=True)].append(row)
-    best = []
-    for group in of_model.values():
-        settings = len({json.dumps([row.get(name) or None for name in SETTING]) for row in group})
-        if settings > 1:
-            best.append(min(group, key=lambda row: row["fd_train"]) | {"settings": settings})
-    return best
+    earlier = read_json(options.out) if options.out.exists() else {}
+    parts = [read_json(path) for path in options.parts]
+    header = joint_header([*([earlier] if earlier else []), *parts])
+    more = {name: value for name, value in earlier.items() if name not in (*header, "rows", "sampling")}
+    rows: list[Row] = []
+    sampling: list[Row] = []
+    for part in parts:
+        origin = {name: part[name] for name in ("command", "device", "commit")}
+        if part.get("study") == "speed":
+            more["speed"] = origin | {name: part[name] for name in ("ratios", "rows")}
+        elif part.get("study") == "sampling speed":
+            sampling += [row | {"study": part["study"]} | origin for row in part["rows"]]
+        else:
+            for row in part["rows"]:
+                is_result = row.get("study", "branching") in ("branching", "best")
+                (rows if is_result else sampling).append(row | {"commit": part["commit"]})
+    rows = _replaced(earlier.get("rows", []), [with_solver(row) for row in rows], (*MODEL, "changes", "solver"))
+    rows.sort(key=_place)
+    number_runs(rows)
+    sampling = _replaced(earlier.get("sampling", []), sampling, (*SAME, "changes", "study", "way"))
+    write_results(options.out, rows, header, sampling=sampling, **more)
+    shown = ("name", "blocks", "average", "changes", "patch", "epochs", "seed", "solver", "best_solver", "calls")
+    print(format_table([{name: row.get(name) for name in (*shown, "run", "fd_train", "fd_test")} for row in rows]))
+    tried: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in sampling:
+        if row.get("study") == "sampling" and "seed" in row:
+            tried[f"{row['name']}, {row['blocks']} blocks, patch {row['patch']}, seed {row['seed']}"].append(row)
+    print(format_table(distances_by_calls(tried)))
+    patches = sorted({row.get("patch", _PATCH) for row in rows})
+    for patch in patches:
+        of_patch = [row for row in rows if row.get("patch", _PATCH) == patch and row["solver"] != "best"]
+        name = options.figure.stem + f"_patch{patch}" * (patch != patches[-1])
+        draw_curves(of_patch, options.figure.with_stem(name))
+
+
+def with_solver(row: Row) -> Row:
+    """A measured row under the name of its solver: `best`, or such as `euler-50`."""
+    solver = f"{row['solver']}-{row['steps']}"
+    if row.get("study") != "best":
+        return row | {"solver": solver}
+    return row | {"solver": "best", "best_solver": solver}
+
+
+def _replaced(earlier: list[Row], rows: list[Row], names: Sequence[str]) -> list[Row]:
+    """Earlier rows without those that are measured anew, by what tells them apart, and the new ones."""
+
+    def key(row: Row) -> str:
+        return json.dumps([row.get(name) for name in names], sort_keys=True)
+
+    anew = {key(row) for row in rows}
+    return [row for row in earlier if key(row) not in anew] + rows
 
 
 def number_runs(rows: list[Row]) -> None:
@@ -104,8 +139,9 @@ def label_of(row: Row) -> str | None:
 
 
 def draw_curves(rows: list[Row], path: Path) -> None:
-    """Frechet distance against layer-updates, a line a kind of training; earlier runs as hollow marks."""
+    """Frechet distance against layer-updates, a line a kind of training; other runs and seeds as hollow marks."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7.6, 5.0), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -130,13 +166,17 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     deepest = max(row["layers"] for row in rows)  # whose epochs the budgets count
     budgets = {row["layer_updates"]: row["epochs"] for row in rows if row["layers"] == deepest}
     axes.set(xscale="log", yscale="log", ylabel="Frechet distance (train)")
-    axes.set_xlabel("layer-updates (layers moved x steps); epochs of the 12-layer model")
+    axes.set_xlabel(f"layer-updates (layers moved x steps); epochs of the {deepest}-layer model")
     axes.set_xticks([*budgets], [f"{updates:,}\n{epochs}" for updates, epochs in budgets.items()])
-    axes.set_yticks([1.5, 2, 3, 4, 6, 8, 12])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.25)
-    title = "hollow: an earlier run of the same" if any("run" in row for row in rows) else None
+    title = (
+        "hollow: another run of the same"
+        if len(rows) > len({(its, row["layer_updates"]) for row, its in zip(rows, labels, strict=True)})
+        else None
+    )
     axes.legend(fontsize=8, title=title, title_fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:

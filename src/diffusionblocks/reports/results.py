@@ -44,9 +44,13 @@ def results_header(device: str | None = None) -> dict[str, Any]:
 
 def joint_header(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The header of results that several processes made, from the contents of their files."""
-    command = " && ".join(dict.fromkeys(file["command"] for file in files))
+
+    def parts(name: str, separator: str) -> dict[str, None]:
+        return dict.fromkeys(part for file in files for part in str(file[name]).split(separator))  # of joint ones, too
+
+    command = " && ".join(parts("command", " && "))
     names = ("device", "torch", "commit")
-    return {"command": command, **{name: ", ".join(sorted({str(file[name]) for file in files})) for name in names}}
+    return {"command": command, **{name: ", ".join(sorted(parts(name, ", "))) for name in names}}
 
 
 def _command() -> str:
