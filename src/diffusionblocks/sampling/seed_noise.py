@@ -16,6 +16,7 @@ class SeedNoise:
 
     On a CPU each seed has a generator of torch. On another device all seeds draw the same numbers there, side by side
     (`MersenneTwister`), equal up to rounding. So a seed means one image, whatever the batch and the device.
+    torch's generator goes by a seed's lower 32 bits: seeds that differ by 2^32 draw the same.
 
     Args:
         seeds: one a sample, whole numbers from 0 to 2^63 - 1; equal seeds give equal rows.
