@@ -128,7 +128,7 @@ CASES: list[tuple[str, Callable[[], Any], tuple[str, ...]]] = [
     (
         "config: unknown noise field",
         lambda: BlocksConfig(noise={"sigma": 1}),
-        ("noise.sigma: no such field", "sigma_data"),
+        ("noise.sigma: no such field", "sigma_min or sigma_max?"),
     ),
     ("config: noise out of range", lambda: BlocksConfig(noise={"p_std": 0}), ("p_std", "> 0", "got 0")),
     (
