@@ -152,6 +152,30 @@ def test_flux_pipeline_routes_by_time_with_one_block_at_a_time() -> None:
     torch.testing.assert_close(FluxPipeline._unpack_latents(latents, 64, 64, 8), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", [FLUX, "AuraFlowTransformer2DModel", "HunyuanVideoTransformer3DModel"])
+def test_a_boundary_stays_one_where_a_pipeline_rounds_times(name: str) -> None:
+    """In bfloat16 the boundary 0.75 is told as 0.7539 (752 of 1000), which is a level of the block above."""
+    model = experts(name, split="layers", boundaries=(0.5,)).to(torch.bfloat16)
+    transformer: Any = model.as_transformer()
+    calls: list[int] = []
+    for b, network in enumerate(transformer.experts):
+        network.register_forward_pre_hook(lambda *_, b=b: calls.append(b))
+    inputs = {n: v if v.dtype == torch.bool else v.bfloat16() for n, v in told(model).items()}
+    for steps in (4, 20, 50):
+        calls.clear()
+        levels = model.noise.levels(steps, "uniform")[:-1]
+        for level in levels:
+            time = model.noise.shifted(torch.tensor(level)) * 1000
+            time = {  # as each pipeline has it
+                FLUX: lambda t: t.to(torch.bfloat16) / 1000,
+                "AuraFlowTransformer2DModel": lambda t: (t / 1000).to(torch.bfloat16),
+            }.get(name, lambda t: t.to(torch.bfloat16))(time)
+            options = model.family.options(model.config, starting_noise(model).bfloat16(), time.expand(2), inputs)
+            with torch.no_grad():
+                transformer(**options)
+        assert calls == [model.partition.block_of(level) for level in levels]
+
+
 def at_level(model: db.DiffusionBlocks, level: float) -> dict[str, Any]:
     """What the class's `forward` is told at a level."""
     family: Any = model.family

@@ -16,11 +16,11 @@ from torch import Tensor
 from ..common.fields import MOST_LAYERS, MOST_LEVELS, check_count
 from ..noise import NoiseProcess
 
-# A level this close (relative) to a boundary *is* that boundary: float32 copies of a level and levels that
-# two formulas computed may differ in the last bits, and must not change block.
-_SAME_LEVEL = 1e-6
+#: A level this close (relative) to a boundary *is* that boundary: float32 copies of a level and levels that
+#: two formulas computed may differ in the last bits, and must not change block.
+SAME_LEVEL = 1e-6
 #: a boundary times this is above all levels that count as the boundary, and go to the block below it
-ABOVE_BOUNDARY = 1 + 2 * _SAME_LEVEL
+ABOVE_BOUNDARY = 1 + 2 * SAME_LEVEL
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class Partition:
         else:
             boundaries = _whole_range(noise, boundaries, num_blocks)
         ascending = list(itertools.pairwise(boundaries))
-        if not all(low * (1 + _SAME_LEVEL) < high for low, high in ascending):
+        if not all(low * (1 + SAME_LEVEL) < high for low, high in ascending):
             raise ValueError(
-                f"the boundaries of the blocks' levels must ascend, each by more than a share of {_SAME_LEVEL:g}: got "
+                f"the boundaries of the blocks' levels must ascend, each by more than a share of {SAME_LEVEL:g}: got "
                 f"{list(boundaries)}; give blocks.noise a wider distribution of levels, or set num_blocks lower"
             )
         owned = ascending[::-1]  # block 0 owns the highest interval
@@ -228,7 +228,7 @@ class Partition:
             raise ValueError(f"level {wrong:g} is outside the noise range [{low:g}, {high:g}]")
         upper_ends = torch.tensor(self.boundaries[1:-1], dtype=torch.float64, device=sigma.device)
         # Counts the inner boundaries strictly below the level.
-        above = torch.searchsorted(upper_ends * (1 + _SAME_LEVEL), sigma)
+        above = torch.searchsorted(upper_ends * (1 + SAME_LEVEL), sigma)
         return self.num_blocks - 1 - above
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,9 +259,9 @@ def _whole_range(noise: NoiseProcess, inner: Sequence[float], num_blocks: int) -
             f"boundaries = {list(inner)}: {num_blocks} blocks have {num_blocks - 1} between them; give as many, or set "
             f"num_blocks to {len(inner) + 1}"
         )
-    if not all(a * (1 + _SAME_LEVEL) < b for a, b in itertools.pairwise(inner)):
+    if not all(a * (1 + SAME_LEVEL) < b for a, b in itertools.pairwise(inner)):
         raise ValueError(
-            f"boundaries = {list(inner)} must ascend, each by more than a share of {_SAME_LEVEL:g}: give them in that "
+            f"boundaries = {list(inner)} must ascend, each by more than a share of {SAME_LEVEL:g}: give them in that "
             "order, each once"
         )
     if not all(low < level < high for level in inner):
@@ -276,7 +276,7 @@ def _owner(partition: Partition, level: float) -> int:
 
 def within(level: Tensor, low: float, high: float) -> Tensor:
     """Which levels lie in [low, high], its ends being as wide as levels that count as the same; NaN lies nowhere."""
-    return (level >= low * (1 - _SAME_LEVEL)) & (level <= high * (1 + _SAME_LEVEL))
+    return (level >= low * (1 - SAME_LEVEL)) & (level <= high * (1 + SAME_LEVEL))
 
 
 def even_layers(num_layers: int, num_blocks: int) -> list[int]:

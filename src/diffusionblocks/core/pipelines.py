@@ -13,6 +13,7 @@ import inspect
 import math
 import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from ..families.module_tree import shell_of
 from ..noise import FlowMatching
 from .exporting import export_block
 from .model import DiffusionBlocks
-from .partition import ABOVE_BOUNDARY
+from .partition import ABOVE_BOUNDARY, SAME_LEVEL
 
 #: class of a model -> the pipeline that runs one transformer above a time and another below it
 _PAIRS = {"WanTransformer3DModel": "WanPipeline"}
@@ -68,10 +69,9 @@ def as_transformer(
         first = time.flatten()[0]
         if bool((time != first).any()):
             raise ValueError("a call must have one time for all its rows: a block owns an interval of times")
-        condition = family.condition_of(model.config, float(first))
         shape = call.arguments["hidden_states"].shape  # of packed tokens, or of latents
         tokens = shape[1] if len(shape) == 3 else math.prod(shape[2:]) // math.prod(family.patch(model.config))
-        level = noise.for_tokens(tokens).unshifted(min(max(condition, 0.0), 1.0))
+        level = _level_of(model, family, noise.for_tokens(tokens), float(first), time.dtype)
         block, following = (model.block(model.partition.block_of(t)) for t in (level, ahead.after(level)))
         model.bring(block, following)
         return block.network(*args, **options)
@@ -81,6 +81,27 @@ def as_transformer(
     transformer.experts = nn.ModuleList(model.block(b).network for b in range(model.partition.num_blocks))
     vars(transformer)["route"] = run
     return cast(nn.Module, transformer.eval())
+
+
+def _level_of(
+    model: DiffusionBlocks, family: ConditionedFamily, noise: FlowMatching, time: float, dtype: torch.dtype
+) -> float:
+    """The level of a time that a pipeline tells in a precision, by the process of the image's resolution.
+
+    Many pipelines round times to the latents' precision. Where a boundary is told by the same number, and chains of
+    even steps meet it, such as 0.5, it is meant: it goes to the block below it, as in `Partition.block_of`.
+    """
+    if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize:
+        for boundary in filter(_is_met, model.partition.boundaries[1:-1]):
+            place = noise.shifted(torch.tensor(boundary, dtype=torch.float64)).item()
+            if family.rounded_time(place, dtype) == time:
+                return boundary
+    return noise.unshifted(min(max(family.condition_of(model.config, time), 0.0), 1.0))
+
+
+def _is_met(level: float) -> bool:
+    """Whether a chain of at most 100 even steps has a call at a level."""
+    return abs(float(Fraction(level).limit_denominator(100)) - level) <= SAME_LEVEL * level
 
 
 class _NextLevel:

@@ -214,6 +214,10 @@ class ConditionedFamily(ImageFamily):
         """The inverse of `time`, of what the class is told by its pipeline."""
         return time / self.time_scale
 
+    def rounded_time(self, place: float, dtype: torch.dtype) -> float:
+        """What the class is told of t' where its pipeline first rounds a scheduler's time to a precision."""
+        return (torch.tensor(place * 1000.0).to(dtype) / (1000.0 / self.time_scale)).item()
+
     def options(self, config: Any, z: Tensor, time: Tensor, entries: dict[str, Tensor]) -> dict[str, Any]:
         """The arguments of the class's `forward`.
 

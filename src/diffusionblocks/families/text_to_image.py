@@ -152,6 +152,10 @@ class AuraFlowFamily(TwoKindsOfLayers):
     def conditions(self, config: Any) -> dict[str, Condition]:
         return {"encoder_hidden_states": Condition((None, config.joint_attention_dim))}
 
+    @override
+    def rounded_time(self, place: float, dtype: torch.dtype) -> float:
+        return torch.tensor(place).to(dtype).item()
+
 
 @register_family
 class PixArtFamily(ConditionedFamily):
