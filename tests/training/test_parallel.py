@@ -360,6 +360,26 @@ def kill_in_training(part: Path, after: int, ranks: Sequence[Process]) -> None:
     assert sum(rank.pid == int(process) for rank in ranks) == 1
 
 
+def test_the_first_rank_stays_for_a_slow_one_where_all_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusionblocks.training.ranks._AFTER_FAILURE", 0.0)
+
+    def command(rank: int) -> int:
+        place = Place.from_environment()
+        assert place is not None
+        ranks = Ranks(place, 30)
+        with ranks.failing_together():
+            if ranks.leads:
+                ranks.tell("end")
+            else:
+                time.sleep(0.5)
+                assert ranks.wait_for("end", 0) == ""
+        return 0
+
+    run_like_torchrun(command, tmp_path, ranks=2)
+
+
 def states(part: Path) -> dict[str, tuple[int, bytes]]:
     """When each file of a block was written, and what it holds."""
     return {str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in part.rglob("*") if file.is_file()}
@@ -373,7 +393,7 @@ def test_ranks_that_are_killed_in_training_cost_steps_alone(
 
     As torchrun does, the other rank is sent SIGTERM then, and both are started again.
     """
-    monkeypatch.setattr("diffusionblocks.training.ranks._FAREWELL", 0.2)  # the dead do not answer
+    monkeypatch.setattr("diffusionblocks.training.ranks._AFTER_FAILURE", 0.2)  # the dead do not answer
     train = {"checkpoint_every": 10, "log_every": 1, "steps": steps, "accumulation": 1, "batch_size": 2}
     options = {"model": {"config": vit_config(3)}, "blocks": {"num_blocks": 3}, "train": train}
     folder = tmp_path / "run"

@@ -25,8 +25,8 @@ TOGETHER = 2**25
 #: Seconds between two signs of life, at most; and between two looks for what a rank waits for, at first and later.
 _BEAT, _FIRST_LOOK, _LOOK = 5.0, 0.001, 0.1
 
-#: Seconds for which the first rank waits for the others at the end.
-_FAREWELL = 2.0
+#: Seconds for which the first rank waits for the others at the end: where it failed, and where all is done.
+_AFTER_FAILURE, _FAREWELL = 2.0, 30.0
 
 #: Bytes that the key-value store takes in one value.
 _VALUE = 2**22
@@ -214,9 +214,11 @@ class Ranks:
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
         """Let the ranks that wait know when this one fails, and leave the others at the end."""
+        farewell = _FAREWELL
         try:
             yield
         except BaseException:
+            farewell = _AFTER_FAILURE
             with contextlib.suppress(RuntimeError):
                 self._store.set("failure", str(self.place.rank))
             raise
@@ -225,7 +227,7 @@ class Ranks:
                 self._destroy_together()
         finally:
             self._is_over.set()
-            self._leave()
+            self._leave(farewell)
             if torch.distributed.is_initialized() and not _uses_nccl():  # NCCL's is let go when the process ends
                 torch.distributed.destroy_process_group()
 
@@ -270,9 +272,9 @@ class Ranks:
                 self.wait_for(f"end {rank}", rank)
             torch.distributed.destroy_process_group()
 
-    def _leave(self) -> None:
+    def _leave(self, seconds: float) -> None:
         """Leave the others; the first rank last, if they are not long: its process may hold what they still read."""
-        end = time.monotonic() + _FAREWELL
+        end = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):
             count = self._store.add("left", 1)
             while self.leads and count < self.place.world and time.monotonic() < end:
