@@ -360,9 +360,7 @@ def kill_in_training(part: Path, after: int, ranks: Sequence[Process]) -> None:
     assert sum(rank.pid == int(process) for rank in ranks) == 1
 
 
-def test_the_first_rank_stays_for_a_slow_one_where_all_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_rank_stays_for_a_slow_one_where_all_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusionblocks.training.ranks._AFTER_FAILURE", 0.0)
 
     def command(rank: int) -> int:
