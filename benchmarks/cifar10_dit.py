@@ -40,6 +40,7 @@ import torch
 import yaml
 from cifar10_gather import gather
 
+from diffusionblocks.bench.timing import Clock
 from diffusionblocks.core.image_sampler import ImageSampler
 from diffusionblocks.core.model import DiffusionBlocks
 from diffusionblocks.evaluation.memory import step_memory
@@ -385,7 +386,8 @@ def step_time(recipe: Recipe, splits: Any, options: argparse.Namespace) -> dict[
 
     with trainer.side_stream():
         run(6 * len(trainer.units))
-        times = [_timed(functools.partial(run, options.iterations)) / options.iterations for _ in range(7)]
+        timed = functools.partial(_timed, functools.partial(run, options.iterations), trainer.device)
+        times = [timed() / options.iterations for _ in range(7)]
     assert trainer.stepper.first_bad_step() is None, "the timed run diverged"
     result = {"step_ms": statistics.median(times), "step_ms_min": min(times), "step_ms_max": max(times)}
     # The same compiled step, not captured: a graph's memory is not the allocator's peak.
@@ -395,30 +397,32 @@ def step_time(recipe: Recipe, splits: Any, options: argparse.Namespace) -> dict[
 
 
 def sampling_speed(recipe: Recipe, settings: SamplesConfig, options: argparse.Namespace) -> dict[str, float]:
-    model = Experiment(recipe).build()
+    experiment = Experiment(recipe)
+    model = experiment.build()
     assert isinstance(model, DiffusionBlocks)
-    model.compile_layers()
-    model = model.to("cuda").eval()
+    if recipe.train.compile:
+        model.compile_layers()
+    model = model.to(experiment.device).eval()
     setting, batch = settings.settings[0], settings.batch_size
     images = []
 
     def once() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with experiment.precision(model):
             images.extend(sample_batches(model, batch, setting, batch_size=batch))
 
     once()
-    seconds = [_timed(once) / 1000 for _ in range(options.batches)]
+    seconds = [_timed(once, experiment.device) / 1000 for _ in range(options.batches)]
     return {"images_per_second": batch / statistics.median(seconds), "sampling_batch": batch, "calls": setting.calls}
 
 
-def _timed(what: Callable[[], None]) -> float:
-    """Milliseconds, by device events."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
+def _timed(what: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds, by the device's own clock."""
+    clock = Clock(device)
+    start = clock.now()
     what()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    end = clock.now()
+    clock.wait()
+    return clock.between(start, end)
 
 
 def main() -> None:
