@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -634,15 +635,45 @@ def test_samples_are_decoded_as_the_latents_were_scaled(folder: Path, vae: Path,
 # --- autoencoders whose config says no scale, of other classes, and folders of pictures ---------------------------
 
 
-def tiny_files(folder: Path, *, pool: bool = True) -> Path:
+def tiny_files(folder: Path, *, pool: bool = True, channels: int = 4, seed: int = 0) -> Path:
     """TAESD's two files, with random weights of a small net of the published shape."""
-    torch.manual_seed(0)
-    weights = TinyAutoencoder(4, pool=pool).state_dict()
+    torch.manual_seed(seed)
+    weights = TinyAutoencoder(channels, pool=pool).state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     for half in ("encoder", "decoder"):
         part = {name[len(half) + 1 :]: tensor.half() for name, tensor in weights.items() if name.startswith(half)}
         save_file(part, folder / f"taef2_{half}.safetensors")
     return folder
+
+
+def test_latents_of_other_weights_are_noticed(pets: Path, tmp_path: Path) -> None:
+    """Under the same name they are refused, under another one told; other channels never decode."""
+    out, files = tmp_path / "out", tiny_files(tmp_path / "taesd")
+    (pets / "test-0.parquet").write_bytes((pets / "train-0.parquet").read_bytes())
+    tool.encode_images(str(pets), str(files), out, size=16, device="cpu")
+
+    def decoder(**options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return LatentsConfig(kind="latents", source=str(out), **options).to_pixels(CPU)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder()
+        decoder(vae=str(tiny_files(tmp_path / "copy")))  # the same weights elsewhere
+    other = tiny_files(tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match=r"other' has other weights than .*taesd', which encoded .*out, split 'train'"):
+        decoder(vae=str(other))
+    wide = tiny_files(tmp_path / "wide", channels=8)
+    with pytest.raises(ValueError, match=r"wide': its latents have 8 channels, those of .* 4: name the autoencoder"):
+        decoder(vae=str(wide))
+    tiny_files(files, seed=1)
+    with pytest.raises(ValueError, match=r"taesd': its weights are not those that encoded .*out, split 'train': bring"):
+        decoder()
+    with pytest.raises(ValueError, match=r"taesd': its weights are not those that encoded split 'train' of .*out: br"):
+        tool.encode_images(str(pets), str(files), out, split="test", size=16, device="cpu")
+    # A split of an older version notes no weights, and is decoded as ever.
+    index = json.loads((out / "train.json").read_text())
+    (out / "train.json").write_text(json.dumps({name: v for name, v in index.items() if name != "vae_weights"}))
+    decoder()
 
 
 def test_tiny_autoencoder_is_that_of_diffusers() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.digests import tensors_digest
 from ..common.progress import without_loading_bars
 from .latent_data import LatentScale
 
@@ -43,6 +44,11 @@ class ImageAutoencoder:
         """Where it computes."""
         device: torch.device = next(self.module.parameters()).device
         return device
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """SHA-256 of its weights, by which other ones under the same name are noticed."""
+        return tensors_digest(self.module.state_dict())
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int]:

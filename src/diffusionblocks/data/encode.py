@@ -213,7 +213,7 @@ def encode_images(
         raise ValueError(f"vae = {vae!r}: {error}") from None
     if own is None and statistics == "config":
         raise ValueError(f"statistics = config: that of {vae!r} says nothing of its latents; use measured")
-    of_others = None if own is not None else measured_scale(out, split, vae)
+    of_others = measured_scale(out, split, vae, model.weights)
     scale = own or of_others
     workers = workers or min(16, os.cpu_count() or 1)
 
@@ -236,8 +236,9 @@ def encode_images(
             shard_rows=shard_rows,
             class_names=table.class_names,
             vae=vae,
+            vae_weights=model.weights,
             scale=scale,
-            scale_of_latents=of_others is not None,
+            scale_of_latents=own is None and of_others is not None,
             prompts=prompts,
             fps=None if clips is None else clips.fps,
             overwrite=overwrite,

@@ -416,6 +416,8 @@ class LatentsConfig(ImagesSection, FilesSection):
                 "samples are latents: name their autoencoder to see images, --set data.vae=FOLDER_OR_HUB_NAME"
             )
         vae = load_vae(name, device)
+        if noted is not None:
+            noted.check_decoder(vae, f"{source}, split {self.train_split!r}")
         scale = vae.scale
         if noted is not None and scale is not None and not noted.scale_of_latents:
             scale.check_same(noted.scale, f"vae = {name!r}", f"{source}, split {self.train_split!r},")

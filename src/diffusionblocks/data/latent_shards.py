@@ -19,10 +19,11 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ from ..targets.image import MASK
 from .dataset import check_labels
 from .image_table import ClassNames
 from .latent_data import LatentData, LatentScale
+
+if TYPE_CHECKING:
+    from .autoencoder import ImageAutoencoder
 
 __all__ = [
     "DecodedBy",
@@ -78,6 +82,7 @@ class _Index(BaseModel):
     num_classes: _Positive
     class_names: tuple[str, ...]
     vae: str
+    vae_weights: str | None = None  # their SHA-256; None in folders of older versions
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)
     shift_factor: _Finite | None = None  # None in folders of older versions, which subtracted it without noting it
     latents_mean: tuple[_Finite, ...] | None = None
@@ -211,13 +216,50 @@ class DecodedBy:
         vae: folder or hub name of the autoencoder.
         scale: how its latents were scaled.
         scale_of_latents: whether the scale was measured on latents, for the autoencoder's config says none.
+        channels: of its latents.
+        weights: SHA-256 of its weights; None in folders of older versions.
         fps: frames a second of the videos that were encoded; None of images.
     """
 
     vae: str
     scale: LatentScale
     scale_of_latents: bool
+    channels: int
+    weights: str | None = None
     fps: float | None = None
+
+    def check_decoder(self, vae: ImageAutoencoder, where: str) -> None:
+        """Refuse an autoencoder that did not make the latents.
+
+        Args:
+            vae: what is to decode them.
+            where: folder and split, for messages.
+
+        Raises:
+            ValueError: its latents have other channels, or it has the noted name and other weights.
+
+        Warns:
+            UserWarning: it has another name and other weights: only who named it can know whether that may be.
+        """
+        if self.weights == vae.weights:
+            return
+        if vae.latent_shape[0] != self.channels:
+            raise ValueError(
+                f"vae = {vae.name!r}: its latents have {vae.latent_shape[0]} channels, those of {where} "
+                f"{self.channels}: name the autoencoder that encoded them, {self.vae!r}"
+            )
+        if self.weights is None:
+            return
+        if vae.name == self.vae:
+            raise ValueError(
+                f"vae = {vae.name!r}: its weights are not those that encoded {where}: bring its files back, or encode "
+                "every split again"
+            )
+        warnings.warn(
+            f"vae = {vae.name!r} has other weights than {self.vae!r}, which encoded {where}: images are wrong unless "
+            "both have the same latents",
+            stacklevel=2,
+        )
 
 
 def decoded_by(path: str | Path, split: str) -> DecodedBy | None:
@@ -230,21 +272,42 @@ def decoded_by(path: str | Path, split: str) -> DecodedBy | None:
     if not _index_file(folder, split).is_file():
         return None
     index = _read_index(folder, split)
-    return DecodedBy(index.vae, index.scale(), bool(index.scale_of_latents), index.fps)
+    return DecodedBy(
+        vae=index.vae,
+        scale=index.scale(),
+        scale_of_latents=bool(index.scale_of_latents),
+        channels=index.shape[0],
+        weights=index.vae_weights,
+        fps=index.fps,
+    )
 
 
-def measured_scale(path: str | Path, split: str, vae: str) -> LatentScale | None:
+def measured_scale(path: str | Path, split: str, vae: str, weights: str) -> LatentScale | None:
     """The scale that was measured for a folder's splits of an autoencoder, other than this one; None for none.
 
+    Args:
+        path: the folder, which need not be there.
+        split: the one that is left out.
+        vae: name of the autoencoder.
+        weights: their SHA-256.
+
     Raises:
-        ValueError: an index is damaged.
+        ValueError: an index is damaged, or another split is of other weights under the same name.
     """
+    result = None
     folder = Path(path).expanduser()
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         noted = None if file.stem == split else decoded_by(folder, file.stem)
-        if noted is not None and noted.scale_of_latents and noted.vae == vae:
-            return noted.scale
-    return None
+        if noted is None or noted.vae != vae:
+            continue
+        if noted.weights not in (None, weights):
+            raise ValueError(
+                f"vae = {vae!r}: its weights are not those that encoded split {file.stem!r} of {folder}: bring its "
+                "files back, or encode every split again, into another folder"
+            )
+        if noted.scale_of_latents and result is None:
+            result = noted.scale
+    return result
 
 
 def _label_order(index: _Index, reference: _Index, here: Path, there: Path) -> np.ndarray | None:
@@ -257,6 +320,10 @@ def _label_order(index: _Index, reference: _Index, here: Path, there: Path) -> n
         raise ValueError(
             f"{here} is of the autoencoder {index.vae!r}, {there} of {reference.vae!r}: encode both with one; if it is "
             "the same, write the same name into both"
+        )
+    if None not in (index.vae_weights, reference.vae_weights) and index.vae_weights != reference.vae_weights:
+        raise ValueError(
+            f"{here} and {there} are of other weights of the autoencoder {index.vae!r}: encode both with one"
         )
     index.scale().check_same(reference.scale(), str(here), str(there))
     if index.fps != reference.fps:
@@ -396,6 +463,7 @@ def write_shards(
     shard_rows: int,
     class_names: Sequence[str],
     vae: str,
+    vae_weights: str | None = None,
     scale: LatentScale | None,
     scale_of_latents: bool = False,
     prompts: Prompts | None = None,
@@ -415,6 +483,7 @@ def write_shards(
         shard_rows: rows of a shard; the last one of a size may have fewer, and those with states have at most 1 GiB.
         class_names: one name per class, in the order of the labels.
         vae: folder or hub name of the autoencoder, to be noted.
+        vae_weights: SHA-256 of its weights, to be noted.
         scale: how the autoencoder's latents were scaled, to be noted. None: measure each channel's mean and deviation,
             and bring the rows to mean 0 and deviation 1 by them.
         scale_of_latents: whether a given scale was measured, on another split.
@@ -445,6 +514,7 @@ def write_shards(
         "num_classes": len(class_names),
         "class_names": tuple(class_names),
         "vae": vae,
+        "vae_weights": vae_weights,
         "fps": fps,
         "scale_of_latents": True if scale_of_latents or scale is None else None,
         "text_encoder": None if prompts is None else prompts.text_encoder,
