@@ -112,8 +112,8 @@ class VideoClips:
             with self._opened(path) as (container, stream):
                 seconds = None if container.duration is None else container.duration / self._av.time_base
                 length = self._length(container, stream)
-                end, rate = self._end(container, stream, length), float(stream.average_rate or self._fps)
-                if end < length - _EARLY / rate:
+                rate = float(stream.average_rate or self._fps)
+                if length and (end := self._end(container, stream, length)) < length - _EARLY / rate:
                     self._cut_off.add(path)
                     seconds = end
                     warn_once(
