@@ -12,8 +12,8 @@ Jobs are independent, so that several GPUs can share them; each writes its rows 
 
 An "epoch" of a budget is one pass of the L-layer end-to-end model; every row gets the same number of layer-updates
 (layers moved x steps): B blocks of L/B layers step B times as often, and so does the end-to-end model of L/B layers.
-`--set` changes the recipe, as everywhere: `--set train.seed=1` is another seed, and `--set model.config.patch_size=2
-evaluate.grid=[karras]` the paper's rows. Distances are of averaged weights.
+`--set` changes the recipe, as everywhere: `train.seed=1` is another seed, `model.config.patch_size=4` DiT-S/4.
+Distances are of averaged weights.
 
 After the longest budget each row is sampled in all ways, with other seeds and fewer images; the nearest of them at the
 recipe's guidance is its best solver, and is measured like the first setting. `gather` adds the rows to the file that is

@@ -150,6 +150,7 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     styles = STYLES | dict.fromkeys(others, ("gray", "x", "--"))
     for label, (colour, marker, line) in styles.items():
         points = [row for row, its in zip(rows, labels, strict=True) if its == label]
+        points.sort(key=lambda row: row["layer_updates"])  # files of other times call them otherwise
         last = {row["layer_updates"]: row for row in points}
         first = [row for row in points if row is not last[row["layer_updates"]]]
         for chosen, filled in (([*last.values()], True), (first, False)):
