@@ -1,10 +1,11 @@
-"""Gathers runs of recipes/vit/cifar100.yaml into one results file, to which later runs can be added.
+"""Gathers runs of a recipe of recipes/vit into one results file, to which later runs can be added.
 
 The runs are long and made apart, on whatever machine, one process a GPU:
 
     diffusionblocks train recipes/vit/cifar100.yaml --out runs/ours --set train.concurrent=true
     diffusionblocks train recipes/vit/cifar100.yaml --out runs/ensemble --set method=ensemble
     python benchmarks/cifar100_vit.py runs/ours runs/ensemble --commit ff4ebe4 --device "NVIDIA H200" --torch 2.11.0
+    python benchmarks/cifar100_vit.py runs/tiny --recipe recipes/vit/tiny-imagenet.yaml --out tiny_imagenet_vit.json
 
 A folder is one of `train`, or of a row of `compare` or `ablate`: it has recipe.json and result.json. Rows of a run that
 is in the file already are replaced.
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     for name in ("commit", "device", "torch"):
         parser.add_argument(f"--{name}", help=f"{name} of the runs, where it is not this process's")
+    parser.add_argument("--recipe", default="recipes/vit/cifar100.yaml", help="of the runs")
     parser.add_argument("--changes", help="what the runs changed in the recipe beside method, epochs and seed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar100_vit.json"))
     options = parser.parse_args()
@@ -57,7 +59,7 @@ def main() -> None:
     before = read_json(options.out)["rows"] if options.out.is_file() else []
     runs = {tuple(row.get(name) for name in RUN) for row in new}
     rows = [row for row in before if tuple(row.get(name) for name in RUN) not in runs] + new
-    write_results(options.out, rows, {"command": "diffusionblocks train recipes/vit/cifar100.yaml (see the rows)"})
+    write_results(options.out, rows, {"command": f"diffusionblocks train {options.recipe} (see the rows)"})
     print(format_table(new))
 
 

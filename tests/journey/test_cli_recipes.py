@@ -153,6 +153,10 @@ def test_a_run_is_sampled_without_its_recipe(run: Path, capsys: pytest.CaptureFi
         (["train", "vit/digits", "--set", "model.type=ViTForImageClassifcation"], "did you mean ViTForImage"),
         (["compare", "vit/digits", "--rows", "end-to-end-5"], "did you mean end-to-end-4"),
         (["ablate", "vit/digits", "--preset", "overlaps"], "(did you mean overlap?)"),
+        (
+            ["ablate", "noprop/cifar100", "--rows", "noprop-dt", "--set", "train.epochs=5"],
+            "row noprop-dt sets train.epochs = 150 itself, which stays; write --set rows.noprop-dt.train.epochs=5",
+        ),
     ],
 )
 def test_what_was_meant_is_said(

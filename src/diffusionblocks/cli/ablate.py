@@ -10,6 +10,7 @@ from ..common.yaml_values import read_yaml
 from .command import takes_quiet, takes_recipe
 
 if TYPE_CHECKING:
+    from ..experiments.ablation import Setting
     from ..experiments.experiment import Experiment
 
 
@@ -47,6 +48,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(row.key for row in rows))
         return
+    if not (over or options.preset):
+        _refuse_in_vain(options.set or [], [row for row in rows if options.rows is None or row.key in options.rows])
     options.folder = folder = options.out or Path("runs") / f"{experiment.recipe.name}-ablation"
 
     def show(table: str) -> None:
@@ -62,6 +65,18 @@ def _field_and_values(text: str) -> tuple[str, list[Any]]:
     if not equals or not all(name.split(".")):
         raise ValueError(f"--over wants field.name=value,value, got {text}")
     return name, read_yaml(f"[{values}]", f"--over {name}")
+
+
+def _refuse_in_vain(overrides: list[str], rows: list[Setting]) -> None:
+    """Refuse to override a field that a row of the recipe sets itself: the row's value would stay, without a word."""
+    for override in overrides:
+        name = override.partition("=")[0]
+        for row in rows:
+            if name in row.values:
+                raise ValueError(
+                    f"--set {override}: row {row.key} sets {name} = {row.values[name]} itself, which stays; write "
+                    f"--set rows.{row.key}.{override}, or name other rows with --rows"
+                )
 
 
 def _seeds(text: str) -> list[int]:

@@ -27,6 +27,19 @@ from .votes import LogitVotes
 _MOST_CHAINS = 2
 
 
+def _compiler_options() -> dict[str, Any]:
+    """Options of torch.compile for what is made of logits.
+
+    Where inductor joins sums of rows and sums of columns into one kernel, it fails an assertion on a kernel that has
+    both sums of rows and one of everything, whether all is finite, in parts (torch 2.11, on a GPU). Versions before
+    2.10 do not join them.
+    """
+    from torch._inductor.config import triton  # takes a second to import
+
+    name = "mix_order_reduction"
+    return {f"triton.{name}": False} if hasattr(triton, name) else {}
+
+
 class Network(Protocol):
     """Runs the block that owns a level, on new tokens of a text."""
 
@@ -202,8 +215,8 @@ class TokenChain:
         self._next_z: Callable[..., Tensor] = next_z
         self._token_of: Callable[..., tuple[Tensor, Tensor]] = token_of
         if compile:
-            self._next_z = torch.compile(next_z, dynamic=False)
-            self._token_of = torch.compile(token_of, dynamic=False)
+            self._next_z = torch.compile(next_z, dynamic=False, options=_compiler_options())
+            self._token_of = torch.compile(token_of, dynamic=False, options=_compiler_options())
         # Calls that share a past, or feed each other, go in turn.
         apart = not feeds and len(set(self._keys)) == len(self._keys)
         self._side_by_side = SideBySide(len(self._steps), device) if graph and apart else None
