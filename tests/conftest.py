@@ -65,6 +65,17 @@ def _without_the_libraries() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(autouse=True)
+def _caches_of_the_tests(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands cache for their user is not written among the caches of who runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Tests pass explicit generators; what still draws from the global one starts the same in every order."""

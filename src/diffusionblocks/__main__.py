@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from .common.messages import report_errors
@@ -17,7 +18,10 @@ def main() -> int:
 
         status = command_line()
 
-    return report_errors(run) or status
+    status = report_errors(run) or status
+    # The interpreter collects garbage as it ends: it would look at a million objects of libraries, and free nothing.
+    gc.freeze()
+    return status
 
 
 if __name__ == "__main__":

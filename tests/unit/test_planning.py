@@ -484,7 +484,10 @@ def test_more_experts_take_no_less_memory_and_are_not_tried(tmp_path: Path) -> N
     active = predict(with_changes(recipe, {"train.resident": "active"})).peak
     made = plan(recipe, active, vary="blocks")
     assert made.blocks is not None
-    assert made.blocks.changes == {"blocks.num_blocks": 2, "train.resident": "active"}
+    assert made.blocks.changes == {"train.resident": "active"}
+    said = describe(made, "blocks", experts=True)
+    assert "one expert on the device at a time: " in said
+    assert "fewest" not in said
     assert plan(recipe, active - 1, vary="blocks").blocks is None
 
 

@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Predict the memory of a recipe's training step, and what fits a budget."""
-    from ..planning import MARGIN, Predictor, parse_budget, plan_with
+    from ..planning import MARGIN, Predictor, StepCache, parse_budget, plan_with
     from ..planning.plan_text import describe, ledger_table, remarks
     from ..planning.predictor import why_not_predicted
     from ..reports.results import write_results
@@ -49,7 +49,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         _run_gpus(experiment, options)
         return
     margin = MARGIN if options.margin is None else options.margin
-    predictor, plan = Predictor(recipe, options.examples, say=say_when_slow("plan")), None
+    predictor, plan = Predictor(recipe, options.examples, say=say_when_slow("plan"), cache=StepCache.of_user()), None
     if options.budget is not None:
         plan = plan_with(predictor, parse_budget(options.budget), vary=options.vary, margin=margin)
     elif options.margin is not None:
@@ -62,14 +62,14 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     for line in notes:
         print(line)
     if plan:
-        print(describe(plan, options.vary))
+        print(describe(plan, options.vary, experts=recipe.blocks.split == "experts"))
     if options.json:
         write_results(options.json, [ledger.to_dict()], remarks=notes, **({"plan": plan.to_dict()} if plan else {}))
 
 
 def _run_gpus(experiment: Experiment, options: argparse.Namespace) -> None:
     """Tell what several GPUs make of the recipe."""
-    from ..planning import MARGIN, Predictor, parse_gpus, plan_gpus
+    from ..planning import MARGIN, Predictor, StepCache, parse_gpus, plan_gpus
     from ..planning.plan_text import describe_gpus
     from ..reports.results import write_results
 
@@ -79,7 +79,7 @@ def _run_gpus(experiment: Experiment, options: argparse.Namespace) -> None:
             "4x24GiB: leave --budget out"
         )
     gpus = parse_gpus(options.gpus, MARGIN if options.margin is None else options.margin)
-    predictor = Predictor(experiment.recipe, options.examples, say=say_when_slow("plan"))
+    predictor = Predictor(experiment.recipe, options.examples, say=say_when_slow("plan"), cache=StepCache.of_user())
     plan = plan_gpus(predictor, gpus, batch=options.vary != "blocks")
     overrides = [part for value in options.set or () for part in ("--set", value)]
     print(describe_gpus(plan, shlex.join([options.recipe, *overrides])))

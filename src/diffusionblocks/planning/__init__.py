@@ -5,6 +5,7 @@ from .machine_fit import check_fits
 from .many_gpus import Gpus, ParallelPlan, parse_gpus, plan_gpus
 from .planner import MARGIN, Fit, Plan, parse_budget, plan, plan_with
 from .predictor import CONTEXT_BYTES, WORKSPACE_BYTES, Predictor, forecast, predict
+from .step_cache import StepCache
 
 __all__ = [
     "CONTEXT_BYTES",
@@ -17,6 +18,7 @@ __all__ = [
     "ParallelPlan",
     "Plan",
     "Predictor",
+    "StepCache",
     "check_fits",
     "forecast",
     "parse_budget",

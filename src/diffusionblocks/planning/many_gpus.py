@@ -154,7 +154,7 @@ def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> Parall
     row, changes = next((each for each in candidates if each[0].fits), candidates[-1])
     largest = None
     if batch:
-        alone = Predictor(with_changes(recipe, changes), predictor.num_examples)
+        alone = Predictor(with_changes(recipe, changes), predictor.num_examples, cache=predictor.cache)
         # Where a block is shared out, what a GPU need not hold of it is free for examples.
         there = predictor.forecast(with_changes(recipe, changes | {"train.batch_size": row.batch_per_gpu})).ledger.peak
         free = max(0, there - row.peak)

@@ -11,6 +11,8 @@ from .many_gpus import ParallelPlan
 from .planner import Fit, Plan, options_of, with_changes
 from .predictor import Predictor
 
+_TINY = 2**20 // 20  # less is printed as 0.0 MiB
+
 
 def ledger_table(recipe: Recipe, ledger: Ledger) -> str:
     """The predicted bytes by kind."""
@@ -20,7 +22,15 @@ def ledger_table(recipe: Recipe, ledger: Ledger) -> str:
     kinds = {kind: value for kind, value in ledger.kinds.items() if value or kind != "graph_pool"}
     rows = [{"kind": kind, "bytes": format_bytes(value)} for kind, value in kinds.items()]
     rows.append({"kind": "peak of a step", "bytes": format_bytes(ledger.peak)})
-    return f"{what}{how}; predicted for {ledger.unit}\n{format_table(rows)}"
+    lines = [f"{what}{how}; predicted for {ledger.unit}", format_table(rows)]
+    if ledger.gradients < _TINY and ledger.optimizer > 20 * _TINY:  # they would take at least 2 MiB
+        why = (
+            "train.optimizer_in_backward uses each one up as soon as it is made"
+            if train.optimizer_in_backward
+            else "the peak is early in the backward pass, before they are made"
+        )
+        lines.append(f"gradients: none to speak of, as {why}")
+    return "\n".join(lines)
 
 
 def remarks(predictor: Predictor, plan: Plan | None = None) -> list[str]:
@@ -92,14 +102,24 @@ def _one_example(predictor: Predictor) -> str:
     return f"{predictor.example_bytes():,} bytes"
 
 
-def describe(plan: Plan, vary: str | None) -> str:
-    """What fits and what does not, a line each."""
+def describe(plan: Plan, vary: str | None, *, experts: bool = False) -> str:
+    """What fits and what does not, a line each.
+
+    Args:
+        plan: what to describe.
+        vary: what was asked for, see `plan_with`.
+        experts: whether the blocks are experts (`blocks.split`), whose number changes no memory.
+    """
     budget = format_bytes(plan.budget)
     free = _not_for_steps(plan.context, plan.margin)
     stands = "the recipe as it stands" + (", its data on the host," if plan.always else "")
     lines = [f"budget {budget}{free}: {stands} {'fits' if plan.fits else 'does not fit'}"]
     if vary != "batch":
-        lines.append(_line("fewest blocks", plan.blocks, f"no number of blocks fits {budget} at this batch size"))
+        if experts:
+            name, none = "one expert on the device at a time", f"does not fit {budget} at this batch size"
+        else:
+            name, none = "fewest blocks", f"no number of blocks fits {budget} at this batch size"
+        lines.append(_line(name, plan.blocks, none))
     if vary != "blocks":
         lines.append(_line("largest batch", plan.batch, f"not even one example fits {budget} with these blocks"))
     if plan.optimisations is not None:

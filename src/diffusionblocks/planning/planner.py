@@ -90,8 +90,8 @@ class Plan:
         margin: share of a predicted peak that must be free beside it.
         context: bytes of the budget that are the GPU's context, and no peak has.
         ledger: of the recipe as it stands, with `always`.
-        blocks: the fewest blocks that fit at the recipe's batch size, one on the device at a time; None: no number
-            does, or it was not asked for.
+        blocks: the fewest blocks that fit at the recipe's batch size, one on the device at a time, of experts as many
+            as the recipe has; None: no number does, or it was not asked for.
         batch: the largest batch that fits with the recipe's blocks; None: not even one example does, or it was not
             asked for.
         optimisations: where no number of blocks fits (of `vary="batch"`: not even one example), the first memory
@@ -267,7 +267,8 @@ class _Search:
     def _splits(self) -> Iterator[dict[str, Any]]:
         """The numbers of blocks that there can be, ascending; one block is always on the device."""
         for many in numbers_of_blocks(self.recipe):
-            changes: dict[str, Any] = {"blocks.num_blocks": many, "train.resident": "active"}
+            number = {} if self.recipe.blocks.split == "experts" else {"blocks.num_blocks": many}
+            changes: dict[str, Any] = {**number, "train.resident": "active"}
             if self.recipe.method != "diffusionblocks":
                 changes = {"method": "diffusionblocks", **changes}
             if self.recipe.blocks.layers is not None:

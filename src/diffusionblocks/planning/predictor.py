@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.digests import json_digest
 from ..common.interpreter import uncollected
 from ..common.messages import Say
 from ..core.block import Block
@@ -24,12 +25,13 @@ from ..data.dataset import ExampleCount
 from ..experiments.experiment import Experiment
 from ..experiments.recipe import Recipe
 from ..experiments.recipe_changes import with_depth
-from ..families import Family, family_named
+from ..families import Family, config_values, family_named
 from ..targets import AUTO, LossChunk
 from ..training import EndToEnd, Unit, units_of
 from ..training.shared_module import shape_of
 from .counting import count_persistent, count_waiting
 from .ledger import ChunkLaw, DepthLaw, Forecast, Ledger, StepLaw
+from .step_cache import StepCache, code_of, surroundings
 from .timeline import StepLog
 from .tracing import MakeBatch, StepTracer
 
@@ -102,12 +104,20 @@ class Predictor:
             counts as `device`). None counts those of the train split where that is cheap
             (`DataSection.count_examples`), else none.
         say: is told of each step that is about to be traced, which takes up to some seconds.
+        cache: of steps that were traced before; None traces all.
 
     Raises:
         ValueError: num_examples < 0, or a recipe that distils.
     """
 
-    def __init__(self, recipe: Recipe, num_examples: int | None = None, *, say: Say = lambda line: None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_examples: int | None = None,
+        *,
+        say: Say = lambda line: None,
+        cache: StepCache | None = None,
+    ) -> None:
         if recipe.train.teaching is not None:
             raise ValueError(
                 "train.distill: the memory of teachers is not predicted; plan without it (set train.distill to null), "
@@ -119,6 +129,7 @@ class Predictor:
         self.num_examples = num_examples
         self._outlines: dict[str, _Outline] = {}
         self._say = say
+        self.cache = cache
         self._tracers: dict[_StepKey, StepTracer] = {}
         self._logs: dict[tuple[_StepKey, LossChunk], StepLog] = {}
 
@@ -254,15 +265,39 @@ class Predictor:
         return ChunkLaw(chunk, functools.partial(self._trace_chunk, recipe=recipe, outline=outline, unit=unit))
 
     def _trace_chunk(self, chunk: LossChunk, recipe: Recipe, outline: _Outline, unit: Unit) -> StepLog:
-        length = _text_length(recipe)
-        key = outline.key, unit.name, recipe.train.model_dump_json(exclude=_UNTRACED), length
+        key = outline.key, unit.name, recipe.train.model_dump_json(exclude=_UNTRACED), _text_length(recipe)
         if (key, chunk) not in self._logs:
-            self._say(f"following a step of {unit.name} on tensors without memory")
-            if key not in self._tracers:
-                make_batch = self._make_batch(recipe, outline)
-                self._tracers[key] = StepTracer(unit, recipe.train, make_batch, on_gpu=self.on_gpu)
-            self._logs[key, chunk] = self._tracers[key].follow(chunk)
+            step = None if self.cache is None else self._step(key, chunk, recipe, outline, unit)
+            log = None if self.cache is None or step is None else self.cache.read(step)
+            if log is None:
+                self._say(f"following a step of {unit.name} on tensors without memory")
+                if key not in self._tracers:
+                    make_batch = self._make_batch(recipe, outline)
+                    self._tracers[key] = StepTracer(unit, recipe.train, make_batch, on_gpu=self.on_gpu)
+                log = self._tracers[key].follow(chunk)
+                if self.cache is not None and step is not None:
+                    self.cache.write(step, log)
+            self._logs[key, chunk] = log
         return self._logs[key, chunk]
+
+    def _step(
+        self, key: _StepKey, chunk: LossChunk, recipe: Recipe, outline: _Outline, unit: Unit
+    ) -> dict[str, Any] | None:
+        """All that decides on a step's log, as JSON values; None: not all is known."""
+        code = code_of(unit.module)
+        if code is None:
+            return None
+        batch = self._make_batch(recipe, outline)(1)
+        return {
+            "model, unit, train, length": list(key),
+            "config": json_digest(config_values(recipe.model.type, outline.config)),
+            "unit": json_digest(repr(shape_of(unit))),
+            "batch": {name: [list(value.shape[1:]), str(value.dtype)] for name, value in batch.items()},
+            "chunk": chunk,
+            "on_gpu": self.on_gpu,
+            "code": code,
+            **surroundings(),
+        }
 
     def _make_batch(self, recipe: Recipe, outline: _Outline) -> MakeBatch:
         """What makes examples whose values do not matter, of the shapes at hand; see `StepTracer`."""

@@ -8,14 +8,17 @@ dies. So nothing is tabulated: what autograd saves, and what autocast or checkpo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,54 +86,63 @@ class StepLog:
     Attributes:
         events: what happens, and to how many bytes: of a storage with `TRACED_BATCH` examples, or without any.
         gradient_bytes: of all gradients of the step.
+        times: (number of a layer, how often it stands there), of layers that stand several times, one behind the
+            other: what comes and goes in such a layer comes and goes as often, in the forward and in the backward pass.
+            Its neighbours are layers of its kind.
     """
 
     events: tuple[tuple[_What, int], ...]
     gradient_bytes: int
+    times: tuple[tuple[int, int], ...] = ()
+
+    def with_more(self, times: Mapping[int, int]) -> StepLog:
+        """The log of a block in which layers stand so often: a layer's number -> how often."""
+        return dataclasses.replace(self, times=tuple(times.items()))
 
     def at(self, batch: int) -> StepMoments:
         """The worst moments with so many examples."""
-        early = late = Moment()
-        activations = gradients = so_far = 0
-        for what, traced in self.events:
-            size = traced if traced < TRACED_BATCH else -(-traced * batch // TRACED_BATCH)
-            work = 0
-            match what:
-                case _What.ACTIVATION_GONE:
-                    activations -= size
-                    continue
-                case _What.GRADIENT_GONE:
-                    gradients -= size
-                    continue
-                case _What.THERE:
-                    activations += size
-                    continue
-                case _What.FORWARD:  # what comes is early until half of its gradients are made
-                    so_far = 0
-                    continue
-                case _What.LAYER | _What.LAYER_BACK:
-                    continue
-                case _What.NEW:
-                    activations += size
-                case _What.GRADIENT:
-                    activations, gradients, so_far = activations - size, gradients + size, so_far + size
-                case _What.WORK:
-                    work = size
-            now = Moment(activations + work, gradients)
-            if 2 * so_far <= self.gradient_bytes:
-                early = now if now.total > early.total else early
-            else:
-                late = now if now.total > late.total else late
-        return StepMoments(early, late)
+        kinds, _ = self._columns
+        sizes = self._sizes(batch)
 
-    def with_more(self, times: Mapping[int, int]) -> StepLog:
-        """The log of a block in which some layers stand several times, one behind the other.
+        def of(*what: _What) -> NDArray[Any]:
+            return np.where(np.isin(kinds, [each.value for each in what]), sizes, 0)
 
-        What comes and goes in such a layer comes and goes as often, in the forward and in the backward pass.
+        gradients = of(_What.GRADIENT)
+        came, went = of(_What.THERE, _What.NEW), of(_What.ACTIVATION_GONE) + gradients
+        alive = np.cumsum(came - went) + of(_What.WORK), np.cumsum(gradients - of(_What.GRADIENT_GONE))
+        # What comes is early until half of the gradients since the last forward pass are made.
+        so_far = np.cumsum(gradients)
+        before = np.maximum.accumulate(np.where(kinds == _What.FORWARD.value, so_far, 0))
+        is_early = 2 * (so_far - before) <= self.gradient_bytes
+        comes = np.isin(kinds, [what.value for what in (_What.NEW, _What.GRADIENT, _What.WORK)])
 
-        Args:
-            times: a layer's number -> how often it stands there. Its neighbours are layers of its kind.
-        """
+        def worst(where: NDArray[Any]) -> Moment:
+            totals = np.where(where, sum(alive), 0)
+            if totals.max(initial=0) <= 0:
+                return Moment()
+            most = totals.argmax()
+            return Moment(*(int(kind[most]) for kind in alive))
+
+        return StepMoments(worst(comes & is_early), worst(comes & ~is_early))
+
+    def _sizes(self, batch: int) -> NDArray[Any]:
+        """The events' bytes with so many examples, rounded up."""
+        _, traced = self._columns
+        examples, rest = np.divmod(traced, TRACED_BATCH)
+        # Sums of bytes beyond 64 bits, of a batch beyond all use, are Python's numbers.
+        most = (examples.sum(dtype=float) + TRACED_BATCH) * batch + len(traced) * TRACED_BATCH
+        dtype = np.int64 if most < 2**61 else object
+        examples, rest = examples.astype(dtype), rest.astype(dtype)
+        return np.where(examples > 0, examples * batch - (-rest * batch // TRACED_BATCH), rest)
+
+    @functools.cached_property
+    def _columns(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """What happens, and to how many bytes, of all layers."""
+        events = self._of_all_layers()
+        return np.array([what.value for what, _ in events]), np.array([size for _, size in events], dtype=np.int64)
+
+    def _of_all_layers(self) -> Sequence[tuple[_What, int]]:
+        times = dict(self.times)
         events: list[tuple[_What, int]] = []
         begins = [i for i, (what, _) in enumerate(self.events) if what in (_What.LAYER, _What.LAYER_BACK)]
         end = 0
@@ -138,7 +150,30 @@ class StepLog:
             events += self.events[end:begin]
             events += self.events[begin:after] * times.get(self.events[begin][1], 1)
             end = after
-        return dataclasses.replace(self, events=(*events, *self.events[end:]))
+        return [*events, *self.events[end:]]
+
+    def to_values(self) -> dict[str, Any]:
+        """As JSON values."""
+        events = [[what.name, size] for what, size in self.events]
+        return {"events": events, "gradient_bytes": self.gradient_bytes, "times": [list(pair) for pair in self.times]}
+
+    @classmethod
+    def from_values(cls, values: Any) -> StepLog:
+        """The inverse of `to_values`.
+
+        Raises:
+            ValueError: other values.
+        """
+        try:
+            events = tuple((_What[name], size) for name, size in values["events"])
+            times = tuple((number, often) for number, often in values["times"])
+            gradient_bytes = values["gradient_bytes"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no log of a step: {error}") from None
+        numbers = [gradient_bytes, *(size for _, size in events), *itertools.chain.from_iterable(times)]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError("no log of a step: its numbers must be whole, >= 0 and below 2**63")
+        return cls(events, gradient_bytes, times)
 
 
 class Timeline(TorchDispatchMode):
