@@ -42,7 +42,7 @@ def _planned(recipe: str, budget: str, caches: Path) -> tuple[float, bytes]:
     said = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=True
     ).stdout
-    return round(_processor_seconds() - before, 2), said
+    return round(_processor_seconds() - before, 2), done.stdout
 
 
 def _processor_seconds() -> float:
