@@ -39,9 +39,7 @@ def _planned(recipe: str, budget: str, caches: Path) -> tuple[float, bytes]:
     environment = {"HF_HOME": str(hub), **os.environ, "XDG_CACHE_HOME": str(caches), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "diffusionblocks", "plan", str(RECIPES / f"{recipe}.yaml"), "--budget", budget]
     before = _processor_seconds()
-    said = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=True
-    ).stdout
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=True)
     return round(_processor_seconds() - before, 2), done.stdout
 
 
