@@ -50,8 +50,8 @@ class StepCache:
     def of_user(cls) -> StepCache:
         """The one in the user's folder for caches: `XDG_CACHE_HOME`, by default `~/.cache`."""
         # A relative path is to be ignored, says the XDG Base Directory Specification.
-        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        caches = named if named.is_absolute() else Path.home() / ".cache"
+        folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        caches = folder if folder.is_absolute() else Path.home() / ".cache"
         return cls(caches / _OURS / "steps")
 
     def read(self, step: dict[str, Any]) -> StepLog | None:
