@@ -141,7 +141,7 @@ def test_a_row_that_is_stopped_does_not_name_a_checkpoint_of_another(
     rows = ["--over", "blocks.overlap=0,0.1", "--out", str(tmp_path), "--quiet"]
     assert main(["ablate", VIT, *rows, *SMALL]) == 128 + signal.SIGTERM
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped by" in line]
-    assert line == f"stopped by SIGTERM; run the same command again to resume the rows of {tmp_path}"
+    assert line == f"stopped by SIGTERM; run the same command again to resume what is unfinished in {tmp_path}"
 
 
 @pytest.mark.parametrize(

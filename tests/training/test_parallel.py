@@ -225,6 +225,29 @@ def test_what_fails_is_told_once(tmp_path: Path) -> None:
     assert "set blocks.shared to replicated or frozen" in said[0]
 
 
+def test_a_rank_whose_group_fails_says_nothing(tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        at(0, 2, failing if rank == 0 else lambda _: None)(rank)
+
+    said = over_ranks(tmp_path, 2, statuses=(4, 1), before=before, method="end-to-end")
+    assert "error: somewhere: No space left" in said[0]
+    assert "error" not in said[1]
+
+
+def test_what_needs_a_whole_batch_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    sizes = ["model.config.hidden_size=16", "model.config.mlp_size=16", "data.length=12", "train.epochs=null"]
+    path = Path(__file__).parents[2] / "recipes" / "text" / "recurrent_topics.yaml"
+    recurrent = load_recipe(path, ["device=cpu", "train.steps=2", "method=end-to-end", *sizes])
+
+    def command(rank: int) -> int:
+        return report_errors(lambda: parallel.train(Experiment(recurrent), tmp_path / "run") and None)
+
+    said = run_like_torchrun(command, tmp_path, ranks=2, statuses=(2, 1))
+    assert "end-to-end cannot be trained by 2 ranks together, as it draws" in said[0]
+    assert said[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_ranks_do_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_DELAY", 0.5)
 

@@ -14,6 +14,7 @@ from diffusionblocks.common.files import folder_lock, lock_holder
 from diffusionblocks.experiments import run
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parts import begin, check_parts, finish, parts_of
+from diffusionblocks.experiments.run import fit_noise, prepare, train_trunk, write_recipe
 from diffusionblocks.experiments.run_folder import read_run
 from diffusionblocks.experiments.run_status import RunStatus, read_status
 from diffusionblocks.reports.page import RunReport, _times, write_page
@@ -75,6 +76,21 @@ def test_a_run_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     values = json.loads(capsys.readouterr().out)
     assert (values["finished"], values["running"], values["missing"]) == (True, False, [])
     assert [unit["steps"] for unit in values["units"]] == [4, 4, 4]
+
+
+def test_blocks_wait_for_fit_and_trunk(tmp_path: Path) -> None:
+    of = experiment(**STAGES)
+    with folder_lock(tmp_path):
+        prepare(of, tmp_path)
+        write_recipe(of.recipe, tmp_path)
+        blocks = [(f"block {block}", "waiting", 0) for block in range(3)]
+        assert states(read_status(tmp_path)) == [("fit", "running", 0), ("trunk", "waiting", 0), *blocks]
+        fitted, _ = fit_noise(of, tmp_path, progress=False)
+        assert states(read_status(tmp_path)) == [("fit", "finished", 2), ("trunk", "running", 0), *blocks]
+        train_trunk(fitted, tmp_path, progress=False)
+        in_turn = [(name, "running", 0) for name, *_ in blocks]
+        assert states(read_status(tmp_path)) == [("fit", "finished", 2), ("trunk", "finished", 2), *in_turn]
+    assert states(read_status(tmp_path))[2:] == blocks
 
 
 def test_a_run_in_parts(tmp_path: Path) -> None:

@@ -218,8 +218,8 @@ def _way_on(options: argparse.Namespace) -> str:
     if not newest_of_phases:
         return "nothing was saved yet; run the same command again to start"
     newest = max(newest_of_phases, key=lambda path: path.stat().st_mtime)
-    if folder not in newest.parents[1:3]:  # not of a run or its trunk, but of a row, maybe another process's
-        return f"run the same command again to resume the rows of {folder}"
+    if folder not in newest.parents[1:3]:  # not of a run or its trunk, but of a row or block, maybe another process's
+        return f"run the same command again to resume what is unfinished in {folder}"
     return f"run the same command again to resume from {newest}"
 
 

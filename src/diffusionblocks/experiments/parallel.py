@@ -21,10 +21,10 @@ import torch
 from ..common.files import folder_lock, lock_text
 from ..common.messages import Say, announcer
 from ..evaluation.work import ALONE, SharedWork
-from ..training import Diverged
+from ..training import Diverged, units_of
 from ..training.ranks import Group, Place, Ranks
 from ..training.run_log import ProgressLines
-from ..training.trainer import check_group
+from ..training.trainer import check_group, check_unit
 from . import run
 from .comparison import Comparison, forget_graphs
 from .experiment import Experiment
@@ -268,6 +268,8 @@ def _check_together(experiment: Experiment, world: int) -> None:
     together = [(before, world) for before in _recipes_before_parts(recipe)]
     for part, ranks in [*together, *([(recipe, size)] if size > 1 else [])]:
         check_group(part.train, ranks, shard=_shards(recipe))
+        for unit in units_of(experiment.derive(part).outline, part.train.blocks)[0]:
+            check_unit(unit, ranks)
 
 
 def _for_measuring(experiment: Experiment) -> Experiment:

@@ -295,9 +295,6 @@ def finish(
         raise PartsMissing(f"{'; '.join(lines)}{there}")
     seconds = before.seconds + sum(part.cost.seconds for part in parts)
     iterations = before.iterations + sum(part.cost.iterations for part in parts)
-    if experiment.recipe.train.blocks is not None:  # the others are trained elsewhere: nothing whole to measure yet
-        write_results(folder / RESULT, [], None, train_seconds=seconds, iterations=iterations)
-        return RunResult(experiment.outline, [], seconds, iterations)
     return conclude(experiment, folder, seconds, iterations, measure=measure, say=say)
 
 

@@ -89,7 +89,7 @@ def train_on_ray(
     Args:
         experiment: what to do.
         folder: of the run, on a disk that all machines share; an unfinished run there goes on.
-        address: of a cluster, or `auto`; None starts Ray on this machine, or uses the one of the variable RAY_ADDRESS.
+        address: of a cluster, or `auto`; None uses the one of the variable RAY_ADDRESS, or starts Ray on this machine.
         loggers: makes further receivers of the log of a part, of its folder.
         resume: False starts anew.
         progress: show a table of all parts now and then.
@@ -206,13 +206,15 @@ def _cluster(ray: Any, address: str | None) -> Any:
     """
     ours = not ray.is_initialized()
     if ours:
-        local = {} if address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        given = address or os.environ.get("RAY_ADDRESS")
+        # Without an address Ray would join whatever `ray start` last began here, and wait for it where it was killed.
+        options = {"address": given} if given else {"address": "local", "include_dashboard": False}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+            ray.init(log_to_driver=False, logging_level="ERROR", **options)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
-                f"--address {address}: no Ray cluster there ({error}): start one with ray start --head, or leave "
-                "--address out to use this machine"
+                f"{f'--address {address}' if address else f'RAY_ADDRESS = {given}'}: no Ray cluster there ({error}): "
+                "start one with ray start --head, or leave it out to use this machine"
             ) from None
     try:
         yield

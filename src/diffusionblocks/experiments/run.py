@@ -119,9 +119,6 @@ def train(
         seconds, iterations = before.seconds + trainer.seconds, before.iterations + trainer.steps_taken
         say(f"save: {folder / 'model'}")
         save_blocks(experiment, folder, trainer)
-        if experiment.recipe.train.blocks is not None:  # the others are trained elsewhere: nothing whole to measure yet
-            write_results(folder / RESULT, [], None, train_seconds=seconds, iterations=iterations)
-            return RunResult(trainer.model, [], seconds, iterations)
         # What is measured is what was saved; the trainer's memory is free by then.
         del trainer
         return conclude(experiment, folder, seconds, iterations, measure=measure, say=say)
@@ -382,12 +379,17 @@ def conclude(
 ) -> RunResult:
     """Measure the model that was saved to `folder`/model, and leave the run's result.
 
+    A run of some blocks (`train.blocks`) has nothing whole to measure: its result's model is an outline.
+
     Args:
         experiment, folder: of the run.
         seconds, iterations: of its training.
         measure: False only loads the model.
         say: announces what begins.
     """
+    if experiment.recipe.train.blocks is not None:  # the others are trained elsewhere
+        write_results(folder / RESULT, [], None, train_seconds=seconds, iterations=iterations)
+        return RunResult(experiment.outline, [], seconds, iterations)
     if measure:
         say(f"evaluate: {experiment.recipe.evaluate.kind}")
     model, rows, evaluation_seconds = evaluate_saved(experiment, folder, measure=measure)

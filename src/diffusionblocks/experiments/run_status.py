@@ -116,7 +116,9 @@ def read_status(folder: Path) -> RunStatus:
     recipe = recipe_of(reports[0])
     experiment = Experiment(recipe)
     process = lock_holder(folder)
-    units = [*_phases(experiment, folder, process), *_units(experiment, folder, process, finished=reports[0].finished)]
+    phases = [*_phases(experiment, folder, process)]
+    of_units = process if all(phase.state == "finished" for phase in phases) else None  # they wait for the phases
+    units = [*phases, *_units(experiment, folder, of_units, finished=reports[0].finished)]
     return RunStatus(folder, units, process, reports[0].finished)
 
 
@@ -155,7 +157,9 @@ def _phases(experiment: Experiment, folder: Path, process: str | None) -> Iterat
     later = any((folder / name).exists() for name in (PARTS, LOG))
     for name, change in changes.items():
         complete = later or (name == "fit" and "trunk" in changes and (folder / "trunk").exists())
-        yield _status(name, read_log(folder / name), folder / name, _steps(change(recipe)), process, finished=complete)
+        phase = _status(name, read_log(folder / name), folder / name, _steps(change(recipe)), process, finished=complete)
+        yield phase
+        process = process if phase.state == "finished" else None  # the next waits for it
 
 
 def _units(experiment: Experiment, folder: Path, process: str | None, *, finished: bool) -> Iterator[UnitStatus]:

@@ -110,13 +110,13 @@ def read_owner(path: Path, owner: str, like: dict[str, Tensor]) -> dict[str, Ten
             `like`, or values that are not finite.
     """
     file = path / _file(owner)
-    tensors = read_tensors(file)
     files = read_values(path).get("files")  # older checkpoints have none
-    if files is not None and files.get(file.name) != digest(file).model_dump():
+    if files is not None and file.is_file() and files.get(file.name) != digest(file).model_dump():
         raise ValueError(
             f"{file} was changed or damaged after it was saved, by its SHA-256 in state.json; remove {path}, and the "
             "run goes on from the checkpoint before it"
         )
+    tensors = read_tensors(file)
     if different := sorted(tensors.keys() ^ like.keys()):
         raise ValueError(f"{file} does not match the model: it lacks or has too much {', '.join(different[:5])}")
     for name, tensor in like.items():

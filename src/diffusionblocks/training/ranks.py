@@ -217,10 +217,13 @@ class Ranks:
         farewell = _FAREWELL
         try:
             yield
-        except BaseException:
-            farewell = _AFTER_FAILURE
+        except BaseException as error:
+            farewell, is_told = _AFTER_FAILURE, False
             with contextlib.suppress(RuntimeError):
+                is_told = self._store.check(["failure"])
                 self._store.set("failure", str(self.place.rank))
+            if is_told and isinstance(error, RankLost):  # the one that failed says why it is gone
+                raise StoppedWithOthers("another rank failed") from error
             raise
         else:
             if _uses_nccl():

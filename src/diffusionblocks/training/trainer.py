@@ -129,7 +129,7 @@ class Trainer:
         if group is not None:
             (unit,) = self.units  # a group trains one
             check_group(config, group.size, shard=group.shards)
-            _check_unit(unit, group.size)
+            check_unit(unit, group.size)
         set_label_loss(self.units, config)
         _check_weights(self.units, config)
         self.device = device or next(self.units[0].module.parameters()).device
@@ -564,12 +564,20 @@ def check_group(config: TrainConfig, size: int, *, shard: bool) -> None:
         )
 
 
-def _check_unit(unit: Unit, size: int) -> None:
-    """Refuse a unit that several ranks cannot train together."""
+def check_unit(unit: Unit, size: int) -> None:
+    """Refuse a unit that several ranks cannot train together.
+
+    Args:
+        unit: it; on the meta device, too.
+        size: how many ranks.
+
+    Raises:
+        ValueError: it is so.
+    """
     if not takes_rows(unit.module):
         raise ValueError(
             f"{unit.name} cannot be trained by {size} ranks together, as it draws or keeps statistics over a "
-            "whole batch: start it without torchrun, or with no more ranks than blocks"
+            "whole batch: start it without torchrun; where it is a block, no more ranks than blocks will do, too"
         )
 
 
