@@ -170,6 +170,13 @@ def test_groups_agree_with_one_process_of_the_whole_batch(what: str, serial: Any
     assert results(tmp_path / "run")["iterations"] == results(serial(**changes))["iterations"]
 
 
+def test_one_block_by_several_ranks_leaves_what_one_process_leaves(serial: Any, tmp_path: Path) -> None:
+    changes = {"train": {"blocks": [1]}}
+    over_ranks(tmp_path, 2, **changes)
+    assert_close(tmp_path / "run", serial(**changes))
+    assert results(tmp_path / "run") == results(serial(**changes)) == {"rows": [], "iterations": 4}
+
+
 def test_a_run_goes_on_with_other_ranks(serial: Any, tmp_path: Path) -> None:
     changes = {"train": {"checkpoint_every": 1, "seed": 3}, "parallel": {"timeout": 2}}
     said = over_ranks(tmp_path, 4, statuses=(1, 0, -signal.SIGKILL, 0), before=at(2, 2, killed), **changes)

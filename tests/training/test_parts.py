@@ -97,6 +97,17 @@ def test_a_part_goes_on_from_its_checkpoint_and_a_finished_one_is_let_alone(
     assert len(steps) == 9
 
 
+def test_a_checkpoint_that_was_cut_off_is_refused_with_the_fix(tmp_path: Path) -> None:
+    part = parts_of(experiment(), tmp_path)[0]
+    part.train()
+    (part.folder / "result.json").unlink()
+    (*_, newest) = sorted((part.folder / "checkpoints").iterdir())
+    file = newest / "block-0.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"by its SHA-256 in state.json; remove .*{newest.name}, and the run goes on"):
+        part.train()
+
+
 @pytest.mark.parametrize("method", ["diffusionblocks", "ensemble"])
 def test_a_part_that_diverges_stops_alone(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer.step

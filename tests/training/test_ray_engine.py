@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from diffusionblocks.common.files import folder_lock, lock_holder, lock_text
 from diffusionblocks.experiments import run
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parts import PartsMissing
-from diffusionblocks.experiments.ray_engine import _Job, train_on_ray
+from diffusionblocks.experiments.ray_engine import _cluster, _Job, train_on_ray
 from diffusionblocks.experiments.run_status import read_status
 
 CONFIG = vit_config(2)
@@ -112,6 +113,19 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         assert main(["train", "vit/digits", "--out", str(tmp_path / "out"), "--engine", "ray", option]) == 2
         assert f"{option} works in this process, and --engine ray in tasks of Ray" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_an_address_no_cluster_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose `ray start` was killed would be waited for, for minutes."""
+    options: list[dict[str, Any]] = []
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda **given: options.append(given), shutdown=int)
+    for variable, address in ((None, None), ("10.0.0.1:6379", None), ("10.0.0.1:6379", "auto")):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if variable:
+            monkeypatch.setenv("RAY_ADDRESS", variable)
+        with _cluster(ray, address):
+            pass
+    assert [given["address"] for given in options] == ["local", "10.0.0.1:6379", "auto"]
 
 
 def test_a_worker_that_sees_another_folder_refuses(tmp_path: Path) -> None:

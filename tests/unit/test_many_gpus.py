@@ -86,6 +86,13 @@ def test_more_gpus_than_blocks_share_a_batch() -> None:
     assert apart.rows[1].network_bytes == apart.rows[1].traffic_bytes > 0
 
 
+def test_one_gpu_is_told_to_hold_one_block_at_a_time() -> None:
+    plan = plan_gpus(Predictor(small()), Gpus(1, 1, 2**30), batch=False)
+    assert plan.changes == {"train.resident": "active"}  # one process trains all blocks in turn
+    assert plan.rows[0].peak == predict(small("train.resident=active")).peak < predict(small()).peak
+    assert plan_gpus(Predictor(small("train.resident=active")), Gpus(1, 1, 2**30), batch=False).changes == {}
+
+
 def test_the_fewest_blocks_that_fit_and_their_largest_batch() -> None:
     wide = ["model.config.hidden_size=128", "train.batch_size=4"]
     peaks = {many: predict(small(*wide, f"blocks.num_blocks={many}", "train.resident=active")).peak for many in (2, 4)}

@@ -157,7 +157,9 @@ def _phases(experiment: Experiment, folder: Path, process: str | None) -> Iterat
     later = any((folder / name).exists() for name in (PARTS, LOG))
     for name, change in changes.items():
         complete = later or (name == "fit" and "trunk" in changes and (folder / "trunk").exists())
-        phase = _status(name, read_log(folder / name), folder / name, _steps(change(recipe)), process, finished=complete)
+        phase = _status(
+            name, read_log(folder / name), folder / name, _steps(change(recipe)), process, finished=complete
+        )
         yield phase
         process = process if phase.state == "finished" else None  # the next waits for it
 

@@ -160,7 +160,8 @@ def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> Parall
         free = max(0, there - row.peak)
         fit = plan_with(alone, gpus.memory + free, vary="batch", margin=gpus.margin).batch
         largest = None if fit is None else int(fit.changes["train.batch_size"]) * row.mesh[1]
-    del changes["train.resident"]  # which a run in parts does not need
+    if gpus.count > 1 or recipe.train.resident == "active":
+        del changes["train.resident"]  # which a run in parts does not need
     rows = (row, *_end_to_end(predictor, gpus, row))
     return ParallelPlan(gpus, rows, changes, largest, predictor.context_bytes)
 
