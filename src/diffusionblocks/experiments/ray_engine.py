@@ -206,14 +206,14 @@ def _cluster(ray: Any, address: str | None) -> Any:
     """
     ours = not ray.is_initialized()
     if ours:
-        given = address or os.environ.get("RAY_ADDRESS")
+        cluster = address or os.environ.get("RAY_ADDRESS")
         # Without an address Ray would join whatever `ray start` last began here, and wait for it where it was killed.
-        options = {"address": given} if given else {"address": "local", "include_dashboard": False}
+        options = {"address": cluster} if cluster else {"address": "local", "include_dashboard": False}
         try:
             ray.init(log_to_driver=False, logging_level="ERROR", **options)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
-                f"{f'--address {address}' if address else f'RAY_ADDRESS = {given}'}: no Ray cluster there ({error}): "
+                f"{f'--address {address}' if address else f'RAY_ADDRESS = {cluster}'}: no Ray cluster there ({error}): "
                 "start one with ray start --head, or leave it out to use this machine"
             ) from None
     try:
