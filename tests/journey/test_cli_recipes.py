@@ -73,6 +73,16 @@ def test_no_recipe_there_is_told_with_the_fix(
             "no run at mine/vit-digits: train it first: diffusionblocks train vit/digits --out mine/vit-digits",
         ),
         (
+            "my runs/dit-digits",
+            "no run at my runs/dit-digits: train it first: diffusionblocks train dit/digits --out 'my ",
+        ),
+        (
+            "runs/vit-digits-compare",
+            "no run at runs/vit-digits-compare: train it first: diffusionblocks compare vit/digits",
+        ),
+        ("vit-digits", "no recipe and no run at vit-digits, and no recipe of that name ships"),
+        ("runs", "runs holds no run itself, but 1 inside: name one of them, as runs/trained"),
+        (
             "runs/dit-digitz",
             "runs/dit-digitz holds no run: train one there first (diffusionblocks train RECIPE --out runs/dit-digitz)",
         ),
@@ -89,6 +99,8 @@ def test_a_run_that_is_not_trained_is_told_how(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "dit-digitz").mkdir(parents=True)
+    (tmp_path / "runs" / "trained").mkdir()
+    (tmp_path / "runs" / "trained" / "recipe.json").touch()
     assert main([verb[0], run, *verb[1:]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {command}")
@@ -156,6 +168,10 @@ def test_a_run_is_sampled_without_its_recipe(run: Path, capsys: pytest.CaptureFi
         (
             ["ablate", "noprop/cifar100", "--rows", "noprop-dt", "--set", "train.epochs=5"],
             "row noprop-dt sets train.epochs = 150 itself, which stays; write --set rows.noprop-dt.train.epochs=5",
+        ),
+        (
+            ["ablate", "noprop/cifar100", "--rows", "noprop-dt", "--set", "train={epochs: 5, lr: 1.0e-3}"],
+            "row noprop-dt sets train.epochs = 150 itself, which stays",
         ),
     ],
 )

@@ -86,7 +86,10 @@ def test_members_that_train_apart_are_those_that_train_together(
 ) -> None:
     for index in range(2):
         part = recipe(train={"blocks": [index], "schedule": "sequential", "resident": "active"})
-        assert run(part, tmp_path / str(index), data).rows == []
+        result = run(part, tmp_path / str(index), data)
+        assert result.rows == []
+        trained = result.model.members[index]  # type: ignore[union-attr]
+        assert all(p.device.type == "cpu" for p in trained.parameters()), "the trained one, and no outline"
     experiment = Experiment(recipe(), data)
     with pytest.raises(ValueError, match=r"lacks members \[1\] of the ensemble: train them \(train.blocks: \[1\]\)"):
         experiment.load(tmp_path / "0" / "model")

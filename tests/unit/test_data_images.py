@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import vit_config, vit_recipe
 from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
 from diffusionblocks.data import (
@@ -26,6 +27,7 @@ from diffusionblocks.data import (
     digits,
     evaluation_batches,
     image_classification,
+    image_table,
 )
 from diffusionblocks.data import image_data as images_module
 from diffusionblocks.data.latent_data import LatentData
@@ -419,6 +421,20 @@ def test_hub_name_goes_to_load_dataset(folder: Path, tmp_path: Path, monkeypatch
         load("someone/pets", split="val")
     with pytest.raises(FileNotFoundError, match=r"source = 'someone/absent': no local folder .* and the hub gave"):
         load("someone/absent")
+
+
+def test_a_data_set_that_was_prepared_is_read_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library calls its folder by the name in lower case, and not all have a card."""
+
+    def unreachable(*_: Any) -> None:
+        raise OfflineModeIsEnabled
+
+    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: name)
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE"):
+        image_table._load_hub("someone/MyPets", "train", cache_dir=str(tmp_path))
+    (tmp_path / "someone___my_pets").mkdir()
+    assert image_table._load_hub("someone/MyPets", "train", cache_dir=str(tmp_path)) == "someone/MyPets"
 
 
 # --- batches ------------------------------------------------------------------------------------------------

@@ -666,6 +666,7 @@ def test_latents_of_other_weights_are_noticed(pets: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"wide': its latents have 8 channels, those of .* 4: name the autoencoder"):
         decoder(vae=str(wide))
     tiny_files(files, seed=1)
+    (out / "notes.json").write_text('["of the user\'s own"]')  # which is no split
     with pytest.raises(ValueError, match=r"taesd': its weights are not those that encoded .*out, split 'train': bring"):
         decoder()
     with pytest.raises(ValueError, match=r"taesd': its weights are not those that encoded split 'train' of .*out: br"):

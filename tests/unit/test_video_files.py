@@ -190,6 +190,28 @@ def test_a_video_that_is_cut_off_is_told_before_it_is_read(
         VideoClips(PictureFolder(tmp_path / "cut", "train", VIDEO_ENDINGS), Clips(10, 30, SIZES))
 
 
+def test_a_video_that_begins_late_is_told_where_it_is_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), dtype=np.uint8)
+    (tmp_path / "dog").mkdir()
+    with av.open(str(tmp_path / "dog" / "a.mp4"), "w", options={"movflags": "+faststart"}) as container:
+        stream = add_stream(container, "libx264", (48, 64))
+        for number, pixels in enumerate(noise):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = 120 + number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    videos = PictureFolder(tmp_path, "train", VIDEO_ENDINGS)
+    VideoClips(videos, Clips(10, 30, SIZES))
+    assert not caplog.messages
+    content = (tmp_path / "dog" / "a.mp4").read_bytes()
+    (tmp_path / "dog" / "a.mp4").write_bytes(content[: len(content) // 2])
+    VideoClips(videos, Clips(10, 30, SIZES))
+    (line,) = caplog.messages
+    told = re.search(r"about (\d+) of its 60 frames are there", line)
+    assert told is not None, line
+    assert 20 < int(told[1]) < 32
+
+
 def test_sound_that_is_longer_than_the_pictures_is_no_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "dog").mkdir()
     with av.open(str(tmp_path / "dog" / "a.mkv"), "w") as container:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.formats import leaves
 from ..common.yaml_values import read_yaml
 from .command import takes_quiet, takes_recipe
 
@@ -41,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train a recipe with other values in some of its fields; print the table whenever a row is finished."""
     from ..experiments.ablation import ablate, settings
+    from ..experiments.shipped_recipes import ENDINGS, RUNS
 
     over = dict(_field_and_values(text) for text in options.over)
     rows = settings(experiment.recipe, over, options.preset, one_at_a_time=options.one_at_a_time)
@@ -50,7 +52,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         return
     if not (over or options.preset):
         _refuse_in_vain(options.set or [], [row for row in rows if options.rows is None or row.key in options.rows])
-    options.folder = folder = options.out or Path("runs") / f"{experiment.recipe.name}-ablation"
+    options.folder = folder = options.out or Path(RUNS) / f"{experiment.recipe.name}{ENDINGS['ablate']}"
 
     def show(table: str) -> None:
         print(f"{table}\n", flush=True)
@@ -70,13 +72,16 @@ def _field_and_values(text: str) -> tuple[str, list[Any]]:
 def _refuse_in_vain(overrides: list[str], rows: list[Setting]) -> None:
     """Refuse to override a field that a row of the recipe sets itself: the row's value would stay, without a word."""
     for override in overrides:
-        name = override.partition("=")[0]
-        for row in rows:
-            if name in row.values:
-                raise ValueError(
-                    f"--set {override}: row {row.key} sets {name} = {row.values[name]} itself, which stays; write "
-                    f"--set rows.{row.key}.{override}, or name other rows with --rows"
-                )
+        field, _, text = override.partition("=")
+        for name, value in leaves({field: read_yaml(text, f"--set {field}")}):
+            for row in rows:
+                if name in row.values and row.values[name] != value:
+                    plain = not {".", "="} & set(row.key)  # else --set would read another name
+                    fix = f"write --set rows.{row.key}.{override}" if plain else "change it in the recipe's rows"
+                    raise ValueError(
+                        f"--set {override}: row {row.key} sets {name} = {row.values[name]} itself, which stays; {fix}, "
+                        "or name other rows with --rows"
+                    )
 
 
 def _seeds(text: str) -> list[int]:

@@ -358,11 +358,13 @@ def _check_hub(name: str, cache: str | None) -> None:
         ConnectionError: the hub cannot be reached.
     """
     import datasets
+    from datasets.naming import camelcase_to_snakecase
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     from ..core.hub import HubErrors
 
-    prepared = Path(cache or datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
+    *owner, own = name.split("/")
+    prepared = Path(cache or datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(own)]))
     try:
         if prepared.is_dir() or isinstance(try_to_load_from_cache(name, "README.md", repo_type="dataset"), str):
             return

@@ -297,6 +297,8 @@ def measured_scale(path: str | Path, split: str, vae: str, weights: str) -> Late
     result = None
     folder = Path(path).expanduser()
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        if '"vae"' not in file.read_text(encoding="utf-8", errors="replace"):  # a file of the user's own
+            continue
         noted = None if file.stem == split else decoded_by(folder, file.stem)
         if noted is None or noted.vae != vae:
             continue

@@ -113,12 +113,13 @@ class VideoClips:
                 seconds = None if container.duration is None else container.duration / self._av.time_base
                 length = self._length(container, stream)
                 rate = float(stream.average_rate or self._fps)
+                start = float((stream.start_time or 0) * stream.time_base)
                 if length and (end := self._end(container, stream, length)) < length - _EARLY / rate:
                     self._cut_off.add(path)
-                    seconds = end
+                    seconds = end = max(0.0, end - start)
                     warn_once(
-                        f"{path} is cut off: about {round(end * rate):,} of its {round(length * rate):,} frames are "
-                        "there, and the clips are of these; copy it anew, or take it out"
+                        f"{path} is cut off: about {round(end * rate):,} of its {round((length - start) * rate):,} "
+                        "frames are there, and the clips are of these; copy it anew, or take it out"
                     )
                 if seconds is not None and (self._frames - 1) / self._fps > seconds - _LATE:
                     raise self._too_short(path, seconds)
@@ -141,11 +142,11 @@ class VideoClips:
                 raise self._too_short(path, seconds)
 
     def _length(self, container: Any, stream: Any) -> float:
-        """Seconds of pictures that a file says it has; 0: it does not say."""
+        """Where the pictures of a file end, in seconds, as it says itself; 0: it does not say."""
         if "avi" in container.format.name:  # whose duration follows from the bytes that are there
             return float(stream.frames / (stream.average_rate or self._fps))
         if stream.duration is not None:
-            return float(stream.duration * stream.time_base)
+            return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
         hours = stream.metadata.get("DURATION", "").split(":")  # of Matroska, where that of the file may be its sound's
         try:
             return sum(float(part) * unit for part, unit in zip(hours, (3600, 60, 1), strict=True))

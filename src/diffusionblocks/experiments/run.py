@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -119,9 +119,11 @@ def train(
         seconds, iterations = before.seconds + trainer.seconds, before.iterations + trainer.steps_taken
         say(f"save: {folder / 'model'}")
         save_blocks(experiment, folder, trainer)
+        some = None if experiment.recipe.train.blocks is None else trainer.model
         # What is measured is what was saved; the trainer's memory is free by then.
         del trainer
-        return conclude(experiment, folder, seconds, iterations, measure=measure, say=say)
+        result = conclude(experiment, folder, seconds, iterations, measure=measure, say=say)
+        return result if some is None else replace(result, model=some)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ def conclude(
 ) -> RunResult:
     """Measure the model that was saved to `folder`/model, and leave the run's result.
 
-    A run of some blocks (`train.blocks`) has nothing whole to measure: its result's model is an outline.
+    A run of some blocks (`train.blocks`) has nothing whole to measure: the result's model is an outline here.
 
     Args:
         experiment, folder: of the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,9 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 
 #: Where runs go by default, each below the name of its recipe.
 RUNS = "runs"
+
+#: What stands behind the recipe's name there, by the command that trains several runs.
+ENDINGS = {"compare": "-compare", "ablate": "-ablation"}
 
 #: A run leaves its recipe, overrides applied, under this name.
 RECIPE = "recipe.json"
@@ -44,10 +48,7 @@ def recipe_file(place: str | Path) -> Path:
     path = Path(place)
     if path.is_dir():
         if not (path / RECIPE).is_file():
-            raise FileNotFoundError(
-                f"{path} holds no run: train one there first (diffusionblocks train RECIPE --out {path}), or give the "
-                f"folder that holds a run's {RECIPE}; of a saved model alone, give a recipe, and --model {path}"
-            )
+            raise FileNotFoundError(_no_run_in(path))
         return path / RECIPE
     if path.is_file():
         return path
@@ -64,15 +65,33 @@ def recipe_file(place: str | Path) -> Path:
     return recipes[name]
 
 
+def _no_run_in(folder: Path) -> str:
+    """What to say of a folder that is there and holds no recipe: that it holds others' runs, or how one gets there."""
+    runs = sorted(file.parent for pattern in ("*", "*/*") for file in folder.glob(f"{pattern}/{RECIPE}"))
+    if runs:  # rows of a comparison or an ablation
+        return f"{folder} holds no run itself, but {len(runs)} inside: name one of them, as {shlex.quote(str(runs[0]))}"
+    place = shlex.quote(str(folder))
+    return (
+        f"{folder} holds no run: train one there first (diffusionblocks train RECIPE --out {place}), or give the "
+        f"folder that holds a run's {RECIPE}; of a saved model alone, give a recipe, and --model {place}"
+    )
+
+
 def _not_trained(run: Path, recipes: Mapping[str, Path]) -> str | None:
     """What to say of a run's folder that is not there: which command makes it. None: it is no name of a run."""
-    lines = {name: file.read_text(encoding="utf-8").splitlines() for name, file in recipes.items()}
-    recipe = next((name for name in recipes if f"name: {run.name}" in lines[name]), None)
+    if len(run.parts) < 2:  # more likely a recipe's name
+        return None
+    verb, name = next(
+        ((verb, run.name.removesuffix(ending)) for verb, ending in ENDINGS.items() if run.name.endswith(ending)),
+        ("train", run.name),
+    )
+    lines = {recipe: file.read_text(encoding="utf-8").splitlines() for recipe, file in recipes.items()}
+    recipe = next((recipe for recipe in recipes if f"name: {name}" in lines[recipe]), None)
     if recipe is None and run.parent.name != RUNS:
         return None
-    command = f"diffusionblocks train {recipe or 'RECIPE'}"
+    command = f"diffusionblocks {verb} {recipe or 'RECIPE'}"
     if recipe is None or run != Path(RUNS, run.name):
-        command += f" --out {run}"
+        command += f" --out {shlex.quote(str(run))}"
     suggestion = perhaps(run.name, [path.name for path in run.parent.glob("*/")]) if recipe is None else ""
     return f"no run at {run}{suggestion}: train it first: {command}"
 
