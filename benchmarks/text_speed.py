@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from diffusionblocks.experiments.baselines import executed, seconds_a_step, variants
+from diffusionblocks.experiments.baselines import executed, variants
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
+from diffusionblocks.experiments.step_time import seconds_a_step
 from diffusionblocks.experiments.tasks.next_token_text import LanguageConfig, prompts_of, write
 from diffusionblocks.reports.results import write_results
 from diffusionblocks.reports.tables import format_table

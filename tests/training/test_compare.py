@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from diffusionblocks.experiments.ablation import ablate, settings
-from diffusionblocks.experiments.baselines import seconds_a_step, variants
+from diffusionblocks.experiments.baselines import variants
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.parallel import compare
 from diffusionblocks.experiments.recipe import Recipe, load_recipe
-from diffusionblocks.experiments.recipe_changes import trunk_recipe
+from diffusionblocks.experiments.recipe_changes import trunk_recipe, with_train
+from diffusionblocks.experiments.step_time import estimated_step, seconds_a_step
 from diffusionblocks.training import Trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -75,26 +77,48 @@ def test_a_step_of_more_examples_takes_longer() -> None:
     assert seconds_a_step(Experiment(small, splits)) < seconds_a_step(Experiment(large, splits))
 
 
-def test_slow_steps_are_told_by_two_of_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 1, 2 and 1 layers: six steps would take too long, so one of each size is stepped twice."""
+def test_slow_steps_are_told_by_one_unit_of_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 1, 2 and 1 layers: of each size one block is stepped, on few examples where time is short."""
     slow = recipe(
         "vit/digits.yaml",
         VIT | {"model.config.num_hidden_layers": 4, "blocks.num_blocks": 3, "blocks.layers": [1, 2, 1]},
     )
     experiment = Experiment(slow, {"train": slow.data.load("train")})
-    stepped: list[int] = []
+    stepped: list[tuple[int, int | None]] = []
     step = Trainer.step
 
-    def noted(self: Trainer, unit: int, following: int | None = None) -> None:
-        stepped.append(unit)
-        step(self, unit, following)
+    def noted(self: Trainer, unit: int, following: int | None = None, *, examples: int | None = None) -> None:
+        stepped.append((unit, examples))
+        step(self, unit, following, examples=examples)
 
     monkeypatch.setattr(Trainer, "step", noted)
-    assert 0 < seconds_a_step(experiment, warm=1, timed=1, at_most=1e-9) < 60
-    assert stepped == [0, 0, 1, 1]
+    assert estimated_step(experiment, 1e-9).scaled
+    assert stepped == [(0, 1), (1, 1)]
     stepped.clear()
-    seconds_a_step(experiment, warm=1, timed=1, at_most=60)
-    assert stepped == [0, 0, 1, 1, 0, 1, 2, 0, 1, 2]
+    assert not estimated_step(experiment, 100).scaled
+    tried = [1, 1, 2, 4, 8, None]  # of batches of 16
+    assert stepped[:12] == [(unit, examples) for unit in (0, 1) for examples in tried]
+    assert stepped[12:] == [(unit, None) for _ in range(2 + 6) for unit in range(3)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_that_takes_long_is_estimated_in_bounded_time(
+    accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step longer than its time, by the processor's clock, which other processes do not move."""
+    for module in ("experiments.step_time.perf_counter", "training.trainer.time.perf_counter"):
+        monkeypatch.setattr(f"diffusionblocks.{module}", time.process_time)
+    sizes = {"model.config.hidden_size": 384, "train.batch_size": 420 // accumulation, "train.compile": True}
+    slow = recipe("vit/digits.yaml", VIT | sizes | {"train.accumulation": accumulation})
+    experiment = Experiment(slow, {"train": slow.data.load("train")})
+    at_most = 0.15
+    start = time.process_time()
+    estimate = estimated_step(experiment, at_most)
+    assert estimate.scaled
+    assert time.process_time() - start < at_most + 1.5  # of which the trainer takes what it takes to be built
+    whole = seconds_a_step(experiment.derive(with_train(slow, compile=False)), warm=0, timed=1)
+    assert whole > 2 * at_most, "nothing to scale"
+    assert whole / 1.5 < estimate.seconds < 1.5 * whole
 
 
 def test_rows_of_recurrent_depth_count_their_layer_passes(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers_models import TINY
+from helpers import run_like_torchrun
+from safetensors.torch import load_file
 from torch import Tensor
 
 import diffusionblocks as db
+from diffusionblocks.common.messages import report_errors
 from diffusionblocks.data import LatentBatches, latent_folder
 from diffusionblocks.data.latent_data import LatentScale
 from diffusionblocks.data.latent_shards import Prompts, write_shards
-from diffusionblocks.experiments import run
+from diffusionblocks.experiments import parallel, run
 from diffusionblocks.experiments.boundaries import place_boundaries, read_boundaries
 from diffusionblocks.experiments.experiment import Experiment
 from diffusionblocks.experiments.preflight import check_disk
@@ -195,3 +198,25 @@ def test_the_disk_is_checked_for_what_a_run_writes(
     check_disk(experiment, out, free=written)
     with pytest.raises(ValueError, match=r"its disk has [\d.]+ free: make room"):
         check_disk(experiment, out, free=int(0.97 * (written - heads)))
+
+
+def test_two_ranks_of_a_block_train_on_several_sizes_as_one_process_does(folder: Path, tmp_path: Path) -> None:
+    """Each micro-batch of a step is of one size, and each rank computes its rows of it: two and one of three."""
+    steps, block = 5, 1
+    experiment = recipe(folder, train={"steps": steps, "batch_size": 3, "lr": 1e-4, "blocks": [block]})
+    order, data = experiment.trainer(progress=False).order, latent_folder(folder)
+    assert data.groups is not None
+    sizes = [data.groups[order(block, step)] for step in range(steps)]
+    assert len({int(size[0, 0]) for size in sizes}) > 1
+    assert all(size.shape == (2, 3) and len(size.unique()) == 1 for size in sizes)
+
+    ranks, alone = tmp_path / "ranks", tmp_path / "alone"
+    run_like_torchrun(
+        lambda _: report_errors(lambda: parallel.train(experiment, ranks, progress=False) and None), tmp_path, ranks=2
+    )
+    run.train(experiment, alone, progress=False)
+    ours, its = (next((place / "model").rglob("*01*.safetensors")) for place in (ranks, alone))
+    weights, expected = load_file(ours), load_file(its)
+    assert weights.keys() == expected.keys() != set()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, atol=2e-5, rtol=1e-4, msg=name)

@@ -62,7 +62,7 @@ def takes_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check and read all that a run does, predict its memory and time a few steps; write nothing",
+        help="check and read all that a run does, predict its memory and time a few steps; write nothing of the run",
     )
 
 

@@ -12,10 +12,8 @@ if TYPE_CHECKING:
     from ..experiments.recipe import Recipe
     from ..planning import Predictor
 
-#: Steps of each unit before the clock starts, and timed ones, where nothing is compiled or captured first.
-_PLAIN = (2, 6)
-#: Seconds that the steps of a stage may take; slower ones are told by fewer.
-_AT_MOST = 30.0
+#: Seconds that the steps of a stage may take on a GPU, and those of all stages together on a CPU.
+_ON_GPU, _ON_CPU = 30.0, 20.0
 
 
 def dry_run(experiment: Experiment, folder: Path) -> None:
@@ -25,9 +23,11 @@ def dry_run(experiment: Experiment, folder: Path) -> None:
 
     prepare(experiment, folder)
     data = experiment.data("train")
-    print(f"{experiment.recipe.name}: {len(data):,} training examples, on {experiment.device}; nothing is written")
+    name, device = experiment.recipe.name, experiment.device
+    print(f"{name}: {len(data):,} training examples, on {device}; nothing of the run is written")
     predictor = _predictor(experiment)
-    _print(experiment, [_row(name, [stage], predictor) for name, stage in _stages(experiment)])
+    stages = [(name, [stage], predictor) for name, stage in _stages(experiment)]
+    _print_rows(experiment, stages)
     if experiment.recipe.train.sample_every is not None:
         print(experiment.task.cost_of_pictures(experiment))
     if predictor is not None:
@@ -38,18 +38,29 @@ def dry_run(experiment: Experiment, folder: Path) -> None:
 
 def dry_comparison(experiment: Experiment, rows: Iterable[tuple[str, Experiment]]) -> None:
     """Print each row of a comparison that is checked: its iterations, memory and time."""
-    stages = ((name, [stage for _, stage in _stages(row)], _predictor(row)) for name, row in rows)
-    _print(experiment, [_row(*row) for row in stages])
+    _print_rows(experiment, [(name, [stage for _, stage in _stages(row)], _predictor(row)) for name, row in rows])
 
 
-def _print(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
+def _print_rows(experiment: Experiment, rows: list[tuple[str, list[Experiment], Predictor | None]]) -> None:
+    """Print a table of rows, each of which is a name, stages, and what predicts their memory."""
+    from ..experiments.step_time import leaves_compilation_out
     from ..reports.tables import format_table
 
-    print(format_table(rows))
-    print(
-        f"time: of the steps, by a few of each unit that were run on {experiment.device} now and thrown away; saving "
-        "and evaluation come on top"
-    )
+    stages = [stage for _, several, _ in rows for stage in several]
+    # The first estimates take half of the time, steps that are timed after them the other half.
+    at_most = _ON_CPU / 2 / len(stages) if experiment.device.type == "cpu" else _ON_GPU
+    table, scaled = [], False
+    for name, several, predictor in rows:
+        row, about = _row(name, several, predictor, at_most)
+        table.append(row)
+        scaled = scaled or about
+    print(format_table(table))
+    how = f"time: of the steps, by a few of each unit that were run on {experiment.device} now and thrown away"
+    if scaled:
+        how += "; about: the steps had fewer examples, and their time is scaled by the examples"
+    if any(leaves_compilation_out(stage) for stage in stages):
+        how += "; none were compiled, which takes longer than a dry run"
+    print(f"{how}; saving and evaluation come on top")
 
 
 def _stages(experiment: Experiment) -> list[tuple[str, Experiment]]:
@@ -63,22 +74,26 @@ def _stages(experiment: Experiment) -> list[tuple[str, Experiment]]:
     ]
 
 
-def _row(name: str, stages: list[Experiment], predictor: Predictor | None) -> dict[str, Any]:
-    from ..experiments.baselines import seconds_a_step
+def _row(
+    name: str, stages: list[Experiment], predictor: Predictor | None, at_most: float
+) -> tuple[dict[str, Any], bool]:
+    """A row of the table, and whether its time is scaled from steps of fewer examples."""
+    from ..experiments.step_time import estimated_step
     from ..reports.tables import format_bytes, format_duration
     from ..training import units_of
 
-    iterations, seconds, peaks = 0, 0.0, []
+    iterations, seconds, scaled, peaks = 0, 0.0, False, []
     for stage in stages:
         train = stage.recipe.train
         units, _ = units_of(stage.outline, train.blocks)
         steps = train.unit_steps(len(stage.data("train"))) * len(units)
-        timed = {} if train.compile or train.cuda_graph else dict(zip(("warm", "timed"), _PLAIN, strict=True))
-        iterations, seconds = iterations + steps, seconds + steps * seconds_a_step(stage, at_most=_AT_MOST, **timed)
+        step = estimated_step(stage, at_most)
+        iterations, seconds, scaled = iterations + steps, seconds + steps * step.seconds, scaled or step.scaled
         peaks.append(None if predictor is None else predictor.forecast(_on(stage)).ledger.peak)
     peak = "not predicted" if None in peaks else format_bytes(max(peak for peak in peaks if peak is not None))
-    time = format_duration(seconds)
-    return {"row": name, "iterations": f"{iterations:,}", "peak of a step, predicted": peak, "time": time}
+    time = f"about {format_duration(seconds)}" if scaled else format_duration(seconds)
+    row = {"row": name, "iterations": f"{iterations:,}", "peak of a step, predicted": peak, "time": time}
+    return row, scaled
 
 
 def _predictor(experiment: Experiment) -> Predictor | None:

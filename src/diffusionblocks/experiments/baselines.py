@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from ..common.formats import read_json
-from ..training import Trainer
 from ..training.local_learning import LocalConfig
-from ..training.shared_module import shape_of
 from .experiment import Experiment
 from .recipe import DEPTH_ON_HOST, Recipe
 from .recipe_changes import (
@@ -27,11 +23,7 @@ from .recipe_changes import (
     with_train,
 )
 from .shipped_recipes import RECIPE
-
-#: Steps of each unit before the clock starts (compilation, a CUDA graph's capture), and steps that are timed.
-_WARM, _TIMED = 12, 36
-#: Steps of one unit by which it is told whether all these would take too long: the first compiles.
-_PROBED = 2
+from .step_time import seconds_a_step
 
 
 @dataclass(frozen=True)
@@ -197,48 +189,6 @@ def of_equal_time(experiment: Experiment, seconds: float, folder: Path) -> list[
             steps = max(1, round(seconds / seconds_a_step(experiment.derive(row.recipe))))
         rows.append(dataclasses.replace(row, key=key, recipe=with_train(row.recipe, steps=steps, epochs=None)))
     return rows
-
-
-def seconds_a_step(
-    experiment: Experiment, *, warm: int = _WARM, timed: int = _TIMED, at_most: float = math.inf
-) -> float:
-    """What a training step takes once it runs, from a few of each unit.
-
-    Args:
-        experiment: whose steps; what they train is thrown away.
-        warm: steps of each unit before the clock starts.
-        timed: steps of each unit that are timed.
-        at_most: seconds for all of these steps. Where they would take longer, one step is timed, behind a first one, of
-            one unit of each shape.
-    """
-    probed = 0 if math.isinf(at_most) else _PROBED
-    recipe = with_train(experiment.recipe, steps=probed + warm + timed, epochs=None, schedule="round-robin")
-    trainer = experiment.derive(recipe).trainer(progress=False)
-    units = len(trainer.units)
-    if probed:
-        seconds = _second_step(trainer)
-        if seconds * (warm + timed) * units > at_most:
-            return seconds
-    trainer.train(until=warm * units)
-    before = trainer.seconds
-    trainer.train(until=(warm + timed) * units)
-    return (trainer.seconds - before) / (timed * units)
-
-
-def _second_step(trainer: Trainer) -> float:
-    """Seconds of a unit's second step, on average over all units, of which one of each shape is stepped."""
-    shapes = [shape_of(unit) for unit in trainer.units]
-    total = 0.0
-    trainer.model.train()
-    with trainer.side_stream():
-        for shape in dict.fromkeys(shapes):
-            for _ in range(_PROBED):
-                start = time.perf_counter()
-                trainer.step(shapes.index(shape))
-                trainer.stepper.first_bad_step()  # waits for the device
-                seconds = time.perf_counter() - start
-            total += seconds * shapes.count(shape)
-    return total / len(shapes)
 
 
 def executed(recipe: Recipe, *, fast: bool) -> Recipe:

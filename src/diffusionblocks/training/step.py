@@ -162,7 +162,10 @@ class Stepper:
         active = self.residency.activate(unit, following)
         lane.generator.manual_seed(keys[0])
         seed_global(keys[1], self.device)  # dropout draws from it
-        lane.indices.copy_(indices)
+        if self.use_graphs:
+            lane.indices.copy_(indices)  # captured steps read them there
+        else:
+            lane.indices = indices
         lane.step.fill_(step)
         for updater, owner in zip(active.updaters, active.sets, strict=True):
             updater.prepare(owner, lane.generator)
@@ -201,11 +204,11 @@ class Stepper:
     def _compute(self, lane: Lane, index: int, active: ActiveUnit) -> None:
         config = self.config
         total = torch.zeros((), device=self.device)
-        for micro in range(config.accumulation):
-            batch = self.batches(lane.indices[micro], lane.generator)
+        for indices in lane.indices:
+            batch = self.batches(indices, lane.generator)
             # Checkpointing throws a layer's casts away and makes them anew: kept ones would be a copy of all weights.
             with arithmetic(self.device, config.precision, keep_casts=not config.activation_checkpointing):
-                loss = self._mean_loss(active.module, batch, lane.generator) / config.accumulation
+                loss = self._mean_loss(active.module, batch, lane.generator) / len(lane.indices)
             del batch  # what the backward pass needs of it is saved; images in float32 are not
             if config.optimizer_in_backward:  # which steps in there
                 self.residency.wait_for_state()

@@ -218,19 +218,24 @@ class Trainer:
                 logger.close()
             self._log_file = None
 
-    def step(self, unit: int, following: int | None = None) -> None:
+    def step(self, unit: int, following: int | None = None, *, examples: int | None = None) -> None:
         """Step one unit on the data and randomness of its own next step, without a wait for the device.
 
         Args:
             unit: place of the unit in `units`.
             following: the unit after its turn, where known: its way to the device can be prepared.
+            examples: only the first so many of one micro-batch, to time shorter steps, which are not captured; None:
+                the whole step.
         """
         index, seed = self.units[unit].index, self.config.seed
         step = self.sets[self.units[unit].name].steps
         # Other ranks of a group have other rows of the batch, and drop other parts of them.
         share = "" if self.group is None or self.group.leads else f" {self.group.rank}"
         keys = key(seed, index, step, "noise"), key(seed, index, step, f"dropout{share}")
-        self.stepper.run(unit, step, self.order(index, step), keys, following)
+        indices = self.order(index, step)
+        if examples is not None:
+            indices = indices[:1, :examples]
+        self.stepper.run(unit, step, indices, keys, following)
 
     def _loop(self, end: int, bar: tqdm[Any]) -> None:
         config = self.config
