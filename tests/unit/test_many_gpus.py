@@ -127,5 +127,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "4 GPUs of 1.00 GiB" in out
     assert f"torchrun --nproc-per-node 4 -m diffusionblocks train {shlex.join([str(VIT), *sets])}\n" in out
     assert [row["method"] for row in json.loads(path.read_text())["plan"]["rows"]] == ["blocks", "ddp", "fsdp2"]
+    assert main(["plan", str(VIT), *sets, "--gpus", "2x2x1GiB", "--vary", "blocks"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("run it"))
+    assert "on each machine" in line
+    assert "--rdzv-backend c10d --rdzv-endpoint FIRST:29500" in line  # else each waits at its own
+    assert line.endswith(" --out SHARED")
     assert main(["plan", str(VIT), *sets, "--gpus", "4x1GiB", "--budget", "1GiB"]) == 2
     assert "leave --budget out" in capsys.readouterr().err

@@ -164,9 +164,12 @@ def describe_gpus(plan: ParallelPlan, recipe: str = "RECIPE") -> str:
     if plan.largest_batch is not None:
         lines.append(f"largest batch of a block: {plan.largest_batch}")
     options = f" {options_of(plan.changes)}" if plan.changes else ""
-    nodes = f" --nnodes {gpus.machines}" if gpus.machines > 1 else ""
+    launcher, rest, where = f"torchrun --nproc-per-node {gpus.each}", "", ""
+    if gpus.machines > 1:  # which meet at one of them, and share the run's folder
+        launcher += f" --nnodes {gpus.machines} --rdzv-backend c10d --rdzv-endpoint FIRST:29500"
+        rest, where = " --out SHARED", " on each machine; FIRST is one of them, SHARED a folder on a disk of all"
     lines += [
-        f"run it: torchrun{nodes} --nproc-per-node {gpus.each} -m diffusionblocks train {recipe}{options}",
+        f"run it{where}: {launcher} -m diffusionblocks train {recipe}{options}{rest}",
         f"ddp, fsdp2: the end-to-end model at as many layer-updates, {end_to_end.batch_per_gpu} examples on a GPU; the "
         "peaks have gradients in DDP's buckets, and two gathered layers of FSDP2 beside stem and head",
         "bytes are those of ring collectives: DDP sends 2 (N - 1) / N of the gradients, FSDP2 (N - 1) / N of the "
