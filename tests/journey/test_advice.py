@@ -72,6 +72,12 @@ ELSEWHERE = {
         ("are gathered on the host", "captures steps of one size", "compares images of one size"),
         "training/test_sizes_of_latents.py::test_what_latents_of_several_sizes_cannot_do_is_refused",
     ),
+    "no step of the sampler falls between a boundary and the moved one": (
+        "journey/test_cli_images.py::test_boundaries_moved_between_the_steps_of_the_sampler_say_so"
+    ),
+    "or plan for a CPU: --set device=cpu": (
+        "journey/test_cli_plan.py::test_memory_within_the_context_of_a_gpu_is_refused"
+    ),
     "set data.source to a folder with a copy of that file": (
         "unit/test_latents.py::test_statistics_are_measured_where_a_config_says_none"
     ),

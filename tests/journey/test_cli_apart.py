@@ -56,7 +56,7 @@ def test_merged_jobs_are_one_run(
         killed_at(4, monkeypatch, tmp_path / "a", **a)
         killed_at(8, monkeypatch, tmp_path / "b", **b)  # in its second block
     assert train(tmp_path / "a", **a) == 0
-    assert "only blocks 1; join them with the others: diffusionblocks merge" in capsys.readouterr().out
+    assert "only block 1; join them with the others: diffusionblocks merge" in capsys.readouterr().out
     assert train(tmp_path / "b", **b) == 0
     assert not (tmp_path / "b" / "resident").exists()
     parts = [str(tmp_path / name) for name in ("a", "b")]

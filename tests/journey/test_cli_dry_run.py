@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 from commands import TINY, TINY_VIT
@@ -56,7 +58,10 @@ def test_a_dry_run_refuses_what_training_would(capsys: pytest.CaptureFixture[str
 
 
 def test_doctor_says_what_is_there_and_the_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    image_folder: Callable[[int, int, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("DIFFUSIONBLOCKS_DATA", str(tmp_path))
     assert main(["doctor"]) == 0
@@ -71,7 +76,14 @@ def test_doctor_says_what_is_there_and_the_fix(
     assert not any(checks[name].startswith("missing") for name in ("GPU", "Triton kernels", "flash attention"))
     missing = sum(line.startswith("missing") for line in lines)
     assert lines[-1] == f"{missing} missing, see the fixes"
-    (tmp_path / "cifar10").mkdir()
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    image_folder(4, 10, "label").joinpath("train.parquet").rename(folder / "train.parquet")
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"of the recipes' none; not cifar10: split 'test': no file in {folder} matches 'test*.parquet'" in printed
+    assert f"fix: complete cifar10, or move what recipes cannot read out of {tmp_path}" in printed
+    copyfile(folder / "train.parquet", folder / "test.parquet")
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "OK       data" in printed

@@ -285,7 +285,26 @@ def test_boundaries_are_printed_written_and_drawn(
     assert all(0 < row["denoised"] < row["velocity"] for row in result["rows"])
     assert [(row["share"], row["change"] > 0) for row in result["moved"]] == [(-0.6, True), (0, False)] * 2
     assert len(lines) == 1 + 4 + 1 + 6 + 2
+    assert "moved by" in lines[6]
+    assert lines[8].split()[1:3] == ["-60", "%"]
     assert Image.open(tmp_path / "boundaries.png").format == "PNG"
+
+
+def test_boundaries_moved_between_the_steps_of_the_sampler_say_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--count", "1", "--examples", "2", "--out", str(tmp_path), *TINY]
+    for percents, steps, says in (
+        (["-10", "10"], 2, True),
+        (["0"], 2, False),  # which moves none
+        (["-10", "10"], 100, False),
+        (["-0.001"], 20, True),
+        (["-50", "50"], 20, False),
+    ):
+        options = ["--moved", *percents, *sets(evaluate__steps=f"[{steps}]")]
+        assert main(["boundaries", DIGITS, "--model", str(run / "model"), *more, *options]) == 0
+        printed = capsys.readouterr().out
+        assert ("no step of the sampler falls between a boundary and the moved one" in printed) is says
 
 
 def test_boundaries_of_what_has_none_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

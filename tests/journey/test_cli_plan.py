@@ -89,3 +89,20 @@ def test_a_folder_of_images_is_counted(
 def test_what_is_wrong_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", VIT, *CPU, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "600MiB"], "budget = 600.0 MiB: must exceed the 600.0 MiB that the context of a GPU takes"),
+        (["--gpus", "2x10MiB"], "gpus: the memory of each = 10.0 MiB: must exceed the 600.0 MiB that the context"),
+    ],
+)
+def test_memory_within_the_context_of_a_gpu_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", DIGITS, *sets(device="cuda"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "--set device=cpu" in said
+    assert main(["plan", DIGITS, *CPU, *arguments]) == 0

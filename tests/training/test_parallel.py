@@ -268,11 +268,11 @@ def test_a_folder_that_ranks_do_not_share_is_refused(tmp_path: Path, monkeypatch
 
 
 def test_rows_of_the_mesh() -> None:
-    assert [mesh_rows(world, 4) for world in (1, 3, 4, 8, 12)] == [1, 3, 4, 4, 4]
-    with pytest.raises(ValueError, match=r"6 ranks for 4 parts: .* start 4 or 8 ranks"):
-        mesh_rows(6, 4)
-    with pytest.raises(ValueError, match="start 8 ranks"):
-        mesh_rows(9, 4)
+    assert [mesh_rows(world, 4, "block") for world in (1, 3, 4, 8, 12)] == [1, 3, 4, 4, 4]
+    with pytest.raises(ValueError, match=r"6 ranks for 4 blocks: with more ranks than blocks .* start 4 or 8 ranks"):
+        mesh_rows(6, 4, "block")
+    with pytest.raises(ValueError, match=r"9 ranks for 4 members: .* start 8 ranks"):
+        mesh_rows(9, 4, "member")
 
 
 def test_each_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

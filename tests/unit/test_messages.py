@@ -96,6 +96,20 @@ def test_the_encoder_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert line.startswith("error: argument --size: invalid int value: 'wide'; see ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [(["inspect", "vit/digits", "--setting", "a=1"], " inspect"), (["--setting", "inspect", "vit/digits"], "")],
+)
+def test_an_unknown_option_leads_to_the_help_of_its_command(
+    arguments: list[str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: unrecognized arguments: --setting")
+    assert line.endswith(f"; see diffusionblocks{command} --help")
+
+
 @pytest.mark.slow
 def test_libraries_say_nothing_on_standard_error() -> None:
     """diffusers and torchao log at their import, which only a fresh process shows."""

@@ -52,6 +52,16 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     )
     rows, of_views = ([row.to_dict() for row in part] for part in (neighbours, views))
     print(f"at the boundaries, root mean squares of differences over those of what differs:\n{format_table(rows)}")
-    print(f"samples of the same seeds with the boundary moved:\n{format_table(of_views)}")
+    table = [
+        {"boundary": row["boundary"], "moved by": f"{100 * row['share']:+g} %"}
+        | {name: value for name, value in row.items() if name not in ("boundary", "share")}
+        for row in of_views
+    ]
+    print(f"samples of the same seeds with the boundary moved:\n{format_table(table)}")
+    if any(row["share"] for row in of_views) and not any(row["calls"] for row in of_views):
+        print(
+            "no step of the sampler falls between a boundary and the moved one, so nothing changes: move further with "
+            "--moved, as --moved -50 50, or take more steps, as --set evaluate.steps=[100]"
+        )
     write_results(folder / "boundaries.json", rows, moved=of_views)
     print(folder / "boundaries.png", folder / "boundaries.json", sep="\n")

@@ -148,20 +148,33 @@ def _disk() -> Check:
 
 
 def _data() -> Check:
+    from pydantic import TypeAdapter
+
     from ..common.yaml_values import read_yaml
-    from ..data.data_config import DATA_VARIABLE
+    from ..data.data_config import DATA_VARIABLE, DataConfig, FilesSection
     from ..experiments.shipped_recipes import shipped_recipes
 
     root = os.environ.get(DATA_VARIABLE)
-    sections = [read_yaml(file.read_bytes(), str(file))["data"] for file in shipped_recipes().values()]
-    folders = sorted({section["folder"] for section in sections if "folder" in section})
+    values = [read_yaml(file.read_bytes(), str(file))["data"] for file in shipped_recipes().values()]
+    every = [TypeAdapter(DataConfig).validate_python(section) for section in values if "folder" in section]
+    sections = [section for section in every if isinstance(section, FilesSection)]
+    folders = sorted({section.name for section in sections})
     fix = f"export {DATA_VARIABLE}=FOLDER, with {', '.join(folders)} below it as far as you have them"
     if not root:
         return Check("data", f"{DATA_VARIABLE} is not set: data come from the hub, or data.source", fix)
     if not Path(root).is_dir():
         return Check("data", f"{DATA_VARIABLE} = {root} is no folder", fix, is_needed=True)
-    there = [name for name in folders if (Path(root) / name).is_dir()]
-    return Check("data", f"{root}: of the recipes' {', '.join(there) or 'none'}", "" if there else fix, is_needed=True)
+    reasons: dict[str, dict[str, str]] = {name: {} for name in folders if (Path(root) / name).is_dir()}
+    for section in sections:
+        if section.name in reasons:
+            reasons[section.name] |= section.unreadable_splits()
+    whole, lacking = ([name for name in reasons if bool(reasons[name]) is lacks] for lacks in (False, True))
+    about = f"{root}: of the recipes' {', '.join(whole) or 'none'}"
+    for name in lacking:
+        about += f"; not {name}: " + ", ".join(reason.partition("; ")[0] for reason in reasons[name].values())
+    if lacking:
+        fix = f"complete {', '.join(lacking)}, or move what recipes cannot read out of {root}"
+    return Check("data", about, "" if whole and not lacking else fix, is_needed=True)
 
 
 def _cache() -> Check:

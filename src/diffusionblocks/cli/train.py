@@ -82,7 +82,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     if result.rows:
         print(experiment.task.text([row.to_dict() for row in result.rows]))
     if recipe.train.blocks is not None:
-        parts = f"{'members' if recipe.method == 'ensemble' else 'blocks'} {', '.join(map(str, recipe.train.blocks))}"
-        print(f"only {parts}; join them with the others: diffusionblocks merge")
+        kind = ("member" if recipe.method == "ensemble" else "block") + "s" * (len(recipe.train.blocks) > 1)
+        parts = ", ".join(map(str, recipe.train.blocks))
+        print(f"only {kind} {parts}; join them with the others: diffusionblocks merge")
     where = " of one device after another" if is_in_parts(folder) else ""
     print(f"{result.iterations} iterations in {result.seconds:.1f} s{where}; model in {folder / 'model'}")

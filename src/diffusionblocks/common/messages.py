@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _log = logging.getLogger(__name__)
 
@@ -113,6 +113,13 @@ class OneLineParser(argparse.ArgumentParser):
         """Print the line and exit with status 2."""
         print(one_line(f"error: {message}{self._perhaps(message)}; see {self.prog} --help"), file=sys.stderr)
         self.exit(2)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `argparse`, but refuse what is unknown here: the line names the help of the command that was given."""
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def _perhaps(self, message: str) -> str:
         """What was meant by an unknown command, choice or option; Python 3.14 says so itself of choices."""

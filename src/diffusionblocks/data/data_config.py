@@ -220,9 +220,28 @@ class FilesSection(DataSection):
     @override
     def count_examples(self) -> ExampleCount:
         try:
-            return self._count(self.location())
+            return self._count(self.location(), self.train_split)
         except (OSError, ValueError) as error:
             return ExampleCount(None, str(error))
 
+    def unreadable_splits(self) -> dict[str, str]:
+        """The reason for each of the train and test splits whose files are missing or damaged; nothing is downloaded.
+
+        Raises:
+            ValueError: neither source nor folder leads anywhere.
+        """
+        location, reasons = self.location(), {}
+        for split in (self.train_split, self.test_split):
+            try:
+                self._count(location, split)
+            except (OSError, ValueError) as error:
+                reasons[split] = str(error)
+        return reasons
+
     @abstractmethod
-    def _count(self, location: str) -> ExampleCount: ...
+    def _count(self, location: str, split: str) -> ExampleCount:
+        """Count the examples that a split's files say they hold.
+
+        Raises:
+            FileNotFoundError, ValueError: a local folder lacks the split's files, or they are damaged.
+        """

@@ -301,8 +301,9 @@ class ImageFilesConfig(PixelsConfig, FilesSection):
         )
         return self._noted(data)
 
-    def _count(self, location: str) -> ExampleCount:
-        rows = rows_of_split(location, self.split_files, self.train_split)
+    @override
+    def _count(self, location: str, split: str) -> ExampleCount:
+        rows = rows_of_split(location, self.split_files, split)
         return ExampleCount(
             rows, location if rows is not None else f"{location!r} is no local folder, and a plan downloads nothing"
         )
@@ -445,8 +446,9 @@ class LatentsConfig(ImagesSection, FilesSection):
         means = data.rows("mean", rows)
         return pixels(means.to(device).float() * self.scale)
 
-    def _count(self, location: str) -> ExampleCount:
-        return ExampleCount(examples_of_split(location, self.train_split), location)
+    @override
+    def _count(self, location: str, split: str) -> ExampleCount:
+        return ExampleCount(examples_of_split(location, split), location)
 
     @override
     def largest_example(self) -> dict[str, tuple[int, ...]]:

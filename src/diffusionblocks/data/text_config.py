@@ -125,7 +125,10 @@ class TextFilesSection(TextSection, FilesSection):
 
     split_files: dict[str, str] | None = None
 
-    def _count(self, location: str) -> ExampleCount:
+    @override
+    def _count(self, location: str, split: str) -> ExampleCount:
+        if Path(location).is_dir():
+            split_files(Path(location), split, self.split_files)
         return ExampleCount(None, "a plan does not read text")
 
 

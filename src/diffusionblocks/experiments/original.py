@@ -210,8 +210,8 @@ def described_config(model_class: str, name: str) -> Any:
     file = cached_file(name, "config.json")
     if file is None:
         raise ValueError(
-            f"model.pretrained = {name}: no model is there; give a folder with config.json and safetensors files, or a "
-            "name on the hub"
+            f"model.pretrained = {name}: no model is there, or the hub cannot be reached; give a folder with "
+            "config.json and safetensors files, or a name on the hub"
         )
     values = read_json(file)
     own_class = (values.get("architectures") or [values.get("_class_name")])[0]

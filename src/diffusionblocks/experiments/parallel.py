@@ -36,6 +36,7 @@ from .parts import (
     has_parts,
     is_finished,
     is_in_parts,
+    kind_of_part,
     missing_parts,
     no_loggers,
     parts_of,
@@ -253,7 +254,9 @@ def _shards(recipe: Recipe) -> bool:
 
 def _side_by_side(experiment: Experiment, world: int) -> int:
     """How many parts of a run so many ranks train side by side; 1 where it has none."""
-    return mesh_rows(world, units_in(experiment)) if has_parts(experiment) else 1
+    if not has_parts(experiment):
+        return 1
+    return mesh_rows(world, units_in(experiment), kind_of_part(experiment.recipe))
 
 
 def _recipes_before_parts(recipe: Recipe) -> list[Recipe]:
@@ -321,8 +324,13 @@ def _told_once(ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def mesh_rows(world: int, parts: int) -> int:
+def mesh_rows(world: int, parts: int, kind: str) -> int:
     """How many parts train side by side: as many as there are ranks, or each by as many ranks as there are for it.
+
+    Args:
+        world: number of ranks.
+        parts: number of parts.
+        kind: what a part is, for messages: block or member.
 
     Raises:
         ValueError: more ranks than parts, and the parts do not divide them.
@@ -332,7 +340,7 @@ def mesh_rows(world: int, parts: int) -> int:
     if world % parts:
         fitting = [parts, (world // parts + 1) * parts] if world < 2 * parts else [world // parts * parts]
         raise ValueError(
-            f"{world} ranks for {parts} parts: with more ranks than parts each needs as many as the others: start "
+            f"{world} ranks for {parts} {kind}s: with more ranks than {kind}s each needs as many as the others: start "
             f"{' or '.join(map(str, fitting))} ranks (--nproc-per-node)"
         )
     return parts

@@ -78,12 +78,12 @@ class Part:
     @property
     def name(self) -> str:
         """`block 0`, or `member 0` of an ensemble."""
-        return f"{_kind(self.experiment.recipe)} {self.index}"
+        return f"{kind_of_part(self.experiment.recipe)} {self.index}"
 
     @property
     def folder(self) -> Path:
         """Where the part's run lies."""
-        return self.run / PARTS / f"{_kind(self.experiment.recipe)}-{self.index:02d}"
+        return self.run / PARTS / f"{kind_of_part(self.experiment.recipe)}-{self.index:02d}"
 
     @property
     def cost(self) -> Cost:
@@ -256,7 +256,7 @@ def join(experiment: Experiment, folder: Path, parts: Sequence[Part]) -> None:
         parts: of the run, at least one of them finished.
     """
     folders = [part.folder for part in parts if is_finished(part)]
-    join_models = merge_ensembles if _kind(experiment.recipe) == "member" else merge
+    join_models = merge_ensembles if kind_of_part(experiment.recipe) == "member" else merge
     join_models(folders, folder / "model", partial=True)
     experiment.note_results(folder / "model", [])  # the card, which is of all of them now
 
@@ -351,5 +351,6 @@ def train_each(
     return reasons
 
 
-def _kind(recipe: Recipe) -> str:
+def kind_of_part(recipe: Recipe) -> str:
+    """What a part of a run is: block or member."""
     return _KINDS[recipe.method]

@@ -31,7 +31,7 @@ from ..training import TrainConfig, Unit
 from ..training.ranks import TOGETHER
 from ..training.shards import gathered_dtype
 from .ledger import Forecast
-from .planner import MARGIN, check_margin, parse_budget, plan_with, with_changes
+from .planner import MARGIN, check_context, check_margin, parse_budget, plan_with, with_changes
 from .predictor import Predictor
 
 _MOST = 100_000
@@ -148,6 +148,7 @@ def plan_gpus(predictor: Predictor, gpus: Gpus, *, batch: bool = True) -> Parall
     recipe = predictor.recipe
     if recipe.method != "diffusionblocks":
         raise ValueError(f"method: {recipe.method} has no blocks to share among GPUs: set method to diffusionblocks")
+    check_context(gpus.memory, predictor.context_bytes, "gpus: the memory of each")
     has_parts(Experiment(recipe))  # refuses those that do not train apart
     own = {"train.resident": "active"} | ({} if recipe.train.blocks is None else {"train.blocks": None})
     candidates = [_of_blocks(predictor, gpus, changes, many) for many, changes in _splits(recipe, gpus, own)]

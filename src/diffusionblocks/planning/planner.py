@@ -15,6 +15,7 @@ from ..data.text_config import TextSection
 from ..experiments.recipe import Recipe, parse_recipe
 from ..experiments.recipe_changes import numbers_of_blocks
 from ..families import family_named
+from ..reports.tables import format_bytes
 from ..training.train_config import LEAN_BUDGET
 from .ledger import Forecast, Ledger
 from .predictor import Predictor
@@ -161,6 +162,21 @@ def check_margin(margin: float) -> None:
         raise ValueError(f"margin = {margin:g}: must be a share of the predicted peak, 0 <= margin < 1, as 0.05")
 
 
+def check_context(size: int, context: int, name: str) -> None:
+    """Refuse memory that a GPU's context takes whole (ValueError).
+
+    Args:
+        size: bytes of a budget, or of a GPU.
+        context: bytes of the context; 0: of a CPU.
+        name: what the message calls the memory.
+    """
+    if size <= context:
+        raise ValueError(
+            f"{name} = {format_bytes(size)}: must exceed the {format_bytes(context)} that the context of a GPU takes "
+            "(driver and kernels); give more, or plan for a CPU: --set device=cpu"
+        )
+
+
 def plan(
     recipe: Recipe,
     budget_bytes: int,
@@ -183,7 +199,8 @@ def plan_with(predictor: Predictor, budget_bytes: int, *, vary: str | None = Non
         margin: share of the predicted peak that must be free beside it.
 
     Raises:
-        ValueError: a budget below one byte, an unknown `vary`, a margin outside [0, 1), or what `Predictor` refuses.
+        ValueError: a budget below one byte or within a GPU's context, an unknown `vary`, a margin outside [0, 1), or
+            what `Predictor` refuses.
     """
     if budget_bytes < 1:
         raise ValueError(f"budget_bytes must be >= 1, got {budget_bytes}")
@@ -191,6 +208,7 @@ def plan_with(predictor: Predictor, budget_bytes: int, *, vary: str | None = Non
     if vary not in (None, "blocks", "batch"):
         raise ValueError(f"vary = {vary!r}: must be blocks or batch, or left out for both")
     context = predictor.context_bytes
+    check_context(budget_bytes, context, "budget")
     always = _on_the_host(predictor, budget_bytes - context)
     search = _Search(predictor, budget_bytes - context, margin, always)
     blocks = search.fewest_blocks() if vary != "batch" else None
