@@ -67,6 +67,7 @@ def test_a_folder_of_pictures(
         config = json.loads(Path("runs/pets/model/config.json").read_text())
         assert config["id2label"] == {"0": "cat", "1": "dog"}
         check_predicts(Path("runs/pets"), capsys)
+        check_each_picture_has_one_answer(Path("runs/pets"))
     else:
         assert main(["predict", "runs/pets", "photos/cat"]) == 2
         assert "predict is for classifiers; DiT generates images: use sample" in capsys.readouterr().err
@@ -82,7 +83,9 @@ def check_predicts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = open_table("pets-images", "train")
     pixels = decode_image(next(iter(table)).encoded, "", 3)
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None] / 255 * 2 - 1
-    expected = db.load(run / "model").predict(image).probabilities[0].tolist()
+    blocks = db.load(run / "model")
+    generators = blocks.example_generators({"pixel_values": image})
+    expected = blocks.predict(image, generator=generators).probabilities[0].tolist()
     # The first training picture is the second of the folder: the first is for testing.
     assert [rows[1]["probabilities"][name] for name in ("cat", "dog")] == pytest.approx(expected, abs=1e-4)
     assert lines[1].startswith("photos/cat/1.png: " + max(rows[1]["probabilities"], key=rows[1]["probabilities"].get))
@@ -94,6 +97,31 @@ def check_predicts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }.items():
         assert main(["predict", str(run), *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def check_each_picture_has_one_answer(run: Path) -> None:
+    """A picture's probabilities are the same alone and in company, in any order and size of batch."""
+    blocks = db.load(run / "model")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in blocks.parameters():  # conditioning starts at zero, and noise would hardly matter
+            parameter += 0.3 * torch.randn_like(parameter)
+    blocks.save_pretrained("stirred")
+
+    def predict(*files: str, batch_size: int = 3) -> dict[str, float]:
+        size = f"evaluate.batch_size={batch_size}"
+        assert main(["predict", str(run), *files, "--model", "stirred", "--json", "each.json", "--set", size]) == 0
+        rows = json.loads(Path("each.json").read_text())["pictures"]
+        return {row["file"]: row["probabilities"]["cat"] for row in rows}
+
+    a, b, c = "photos/cat/0.jpg", "photos/cat/1.png", "photos/dog/0.jpg"
+    expected = predict(a, b, c)
+    for files in ((a,), (b,), (c,), (a, b), (c, a), (c, b, a)):
+        assert predict(*files) == pytest.approx({file: expected[file] for file in files}, abs=1e-6)
+    assert predict(a, b, c, batch_size=1) == pytest.approx(expected, abs=1e-6)
+    pixels = torch.zeros(1, 3, 16, 16)
+    by_seed = [blocks.predict(pixels, generator=torch.Generator().manual_seed(seed)).probabilities for seed in (0, 1)]
+    assert (by_seed[0] - by_seed[1]).abs().max() > 1e-4  # noise matters
 
 
 def test_pictures_that_are_split_already(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,10 @@ class Classification(Task[AccuracyConfig]):
             )
 
     def predict(self, experiment: Experiment, model: nn.Module, files: Sequence[Path]) -> Iterator[dict[str, float]]:
-        """Probabilities by the default way to predict, a batch of pictures at a time."""
+        """Probabilities by the default way to predict, a batch of pictures at a time.
+
+        Noise follows from each picture, so its probabilities depend on neither the others nor their order.
+        """
         from ...common.modules import computes_on
         from ...training import Baseline
 
@@ -158,7 +161,9 @@ class Classification(Task[AccuracyConfig]):
                 if isinstance(model, Baseline):
                     prediction = next(iter(model.predictions(pixels).values()))
                 else:
-                    prediction = experiment.blocks_of(model).predict(pixels)
+                    blocks = experiment.blocks_of(model)
+                    generators = blocks.example_generators({"pixel_values": pixels})
+                    prediction = blocks.predict(pixels, generator=generators)
             ranked, order = prediction.probabilities.float().sort(dim=-1, descending=True)
             names = getattr(config, "id2label", None) or {}
             for values, classes in zip(ranked.tolist(), order.tolist(), strict=True):
