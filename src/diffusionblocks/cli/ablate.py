@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.formats import leaves
 from ..common.yaml_values import read_yaml
 from .command import takes_quiet, takes_recipe
 
@@ -71,6 +70,8 @@ def _field_and_values(text: str) -> tuple[str, list[Any]]:
 
 def _refuse_in_vain(overrides: list[str], rows: list[Setting]) -> None:
     """Refuse to override a field that a row of the recipe sets itself: the row's value would stay, without a word."""
+    from ..common.formats import leaves
+
     for override in overrides:
         field, _, text = override.partition("=")
         for name, value in leaves({field: read_yaml(text, f"--set {field}")}):
