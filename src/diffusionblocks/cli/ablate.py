@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.files import RUNS
 from ..common.yaml_values import read_yaml
 from .command import takes_quiet, takes_recipe
 
@@ -41,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train a recipe with other values in some of its fields; print the table whenever a row is finished."""
     from ..experiments.ablation import ablate, settings
-    from ..experiments.shipped_recipes import ENDINGS, RUNS
+    from ..experiments.shipped_recipes import ENDINGS
 
     over = dict(_field_and_values(text) for text in options.over)
     rows = settings(experiment.recipe, over, options.preset, one_at_a_time=options.one_at_a_time)
@@ -51,7 +52,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         return
     if not (over or options.preset):
         _refuse_in_vain(options.set or [], [row for row in rows if options.rows is None or row.key in options.rows])
-    options.folder = folder = options.out or Path(RUNS) / f"{experiment.recipe.name}{ENDINGS['ablate']}"
+    options.folder = folder = options.out or RUNS / f"{experiment.recipe.name}{ENDINGS['ablate']}"
 
     def show(table: str) -> None:
         print(f"{table}\n", flush=True)

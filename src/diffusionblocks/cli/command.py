@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.files import RUNS
+
 if TYPE_CHECKING:
     from ..common.messages import Say
     from ..experiments.experiment import Experiment
@@ -52,9 +54,9 @@ def takes_model(parser: argparse.ArgumentParser) -> None:
 
 def run_folder(experiment: Experiment, options: argparse.Namespace) -> Path:
     """The folder of the run: the one that stands in the recipe's place, or runs/<name>."""
-    from ..experiments.shipped_recipes import RUNS, run_of
+    from ..experiments.shipped_recipes import run_of
 
-    return run_of(options.recipe) or Path(RUNS) / experiment.recipe.name
+    return run_of(options.recipe) or RUNS / experiment.recipe.name
 
 
 def takes_dry_run(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.files import RUNS
 from .command import takes_dry_run, takes_quiet, takes_recipe
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Train the recipe and its end-to-end baselines; print their table."""
     from ..experiments.comparison import Comparison
     from ..experiments.parallel import compare
-    from ..experiments.shipped_recipes import ENDINGS, RUNS
+    from ..experiments.shipped_recipes import ENDINGS
     from .dry_run import dry_comparison
 
-    options.folder = folder = options.out or Path(RUNS) / f"{experiment.recipe.name}{ENDINGS['compare']}"
+    options.folder = folder = options.out or RUNS / f"{experiment.recipe.name}{ENDINGS['compare']}"
     if options.dry_run:
         rows = Comparison(experiment, folder, options.equal).checked_rows(options.rows)
         dry_comparison(experiment, [(row.key, experiment.derive(row.recipe)) for row in rows])

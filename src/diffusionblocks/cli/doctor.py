@@ -140,9 +140,9 @@ def _is_there(name: str, requirement: object) -> bool:
 
 
 def _disk() -> Check:
-    from ..common.files import free_space
+    from ..common.files import RUNS, free_space
 
-    free = free_space(Path("runs"))
+    free = free_space(RUNS)
     fix = "make room, or name another folder with --out" if free < _LITTLE_DISK else ""
     return Check("disk", f"{free / 2**30:.1f} GiB free for runs in {Path.cwd()}", fix, is_needed=True)
 

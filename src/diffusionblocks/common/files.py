@@ -22,6 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+#: Where commands leave what they make, below the current folder, unless they are told another place.
+RUNS = Path("runs")
+
 _WORKSPACE = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp")
 
 _LOCK = ".lock"

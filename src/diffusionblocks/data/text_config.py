@@ -13,6 +13,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from ..common.fields import MOST_TOKENS, Int, Length, Share
+from ..common.files import RUNS
 from ..common.processing_files import TOKENIZER_SETTINGS, read_files
 from ..common.tokenizer_file import TOKENIZER, same_ids, same_tokenizer, tokenizer_in
 from .character_text import characters, python_topics
@@ -196,7 +197,7 @@ class TokensConfig(TextFilesSection):
     @property
     def cache_folder(self) -> Path:
         """Where tokenizer and ids are kept."""
-        return self.cache or Path("runs") / f"tokens-{self.folder or Path(str(self.source)).name}"
+        return self.cache or RUNS / f"tokens-{self.folder or Path(str(self.source)).name}"
 
     @override
     def text(self, split: str) -> TextData:

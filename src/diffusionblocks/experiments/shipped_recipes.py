@@ -6,14 +6,12 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..common.files import RUNS
 from ..common.messages import near, perhaps
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 
-#: Where runs go by default, each below the name of its recipe.
-RUNS = "runs"
-
-#: What stands behind the recipe's name there, by the command that trains several runs.
+#: What stands behind the recipe's name in the default folder, by the command that trains several runs.
 ENDINGS = {"compare": "-compare", "ablate": "-ablation"}
 
 #: A run leaves its recipe, overrides applied, under this name.
@@ -87,10 +85,10 @@ def _not_trained(run: Path, recipes: Mapping[str, Path]) -> str | None:
     )
     lines = {recipe: file.read_text(encoding="utf-8").splitlines() for recipe, file in recipes.items()}
     recipe = next((recipe for recipe in recipes if f"name: {name}" in lines[recipe]), None)
-    if recipe is None and run.parent.name != RUNS:
+    if recipe is None and run.parent.name != RUNS.name:
         return None
     command = f"diffusionblocks {verb} {recipe or 'RECIPE'}"
-    if recipe is None or run != Path(RUNS, run.name):
+    if recipe is None or run != RUNS / run.name:
         command += f" --out {shlex.quote(str(run))}"
     suggestion = perhaps(run.name, [path.name for path in run.parent.glob("*/")]) if recipe is None else ""
     return f"no run at {run}{suggestion}: train it first: {command}"

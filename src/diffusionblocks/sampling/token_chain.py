@@ -215,8 +215,9 @@ class TokenChain:
         self._next_z: Callable[..., Tensor] = next_z
         self._token_of: Callable[..., tuple[Tensor, Tensor]] = token_of
         if compile:
-            self._next_z = torch.compile(next_z, dynamic=False, options=_compiler_options())
-            self._token_of = torch.compile(token_of, dynamic=False, options=_compiler_options())
+            options = _compiler_options()
+            self._next_z = torch.compile(next_z, dynamic=False, options=options)
+            self._token_of = torch.compile(token_of, dynamic=False, options=options)
         # Calls that share a past, or feed each other, go in turn.
         apart = not feeds and len(set(self._keys)) == len(self._keys)
         self._side_by_side = SideBySide(len(self._steps), device) if graph and apart else None

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...common.files import RUNS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -208,7 +210,7 @@ def _real_images(
 def features_folder(recipe: Recipe) -> Path:
     """Where the classifier of the recipe's images is kept, and the features of real images."""
     folder: Path | None = recipe.evaluate.features_folder  # type: ignore[attr-defined]
-    return folder or Path("runs") / f"{recipe.name}-features"
+    return folder or RUNS / f"{recipe.name}-features"
 
 
 def saved_classifier(experiment: Experiment, data: Dataset) -> ClassifierFeatures | None:
